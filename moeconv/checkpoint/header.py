@@ -1,0 +1,140 @@
+"""The safetensors header: parse it with limits, serialise it, and the dtype table.
+
+Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.checkpoint.strictjson import parse_json
+from moeconv.errors import InputError, escape
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_RANK = 16
+_ALIGN = 8
+
+# dtype name in the file -> bits per element
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of one file. `start` and `end` are absolute byte offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor of this dtype and shape. Raises KeyError for an unknown dtype."""
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{bits} bits are not whole bytes")
+    return bits // 8
+
+
+def _tensor_info(name: str, entry: Any, base: int, file: str) -> TensorInfo:
+    def fail(why: str) -> InputError:
+        return InputError(f"{file}: tensor {escape(name)!r}: {why}", hint="The header is damaged; download it again.")
+
+    if "\0" in name or not name:
+        raise fail("an empty name or a NUL in it")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail("expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise fail(f"unknown dtype {escape(dtype)!r}")
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
+        raise fail("shape must be a list of non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+        raise fail("data_offsets must be two non-negative integers")
+    start, end = offsets
+    try:
+        expected = tensor_nbytes(dtype, shape)
+    except ValueError as error:
+        raise fail(str(error)) from None
+    if end - start != expected:
+        raise fail(f"shape {shape} of {dtype} takes {expected} bytes, data_offsets span {end - start}")
+    return TensorInfo(name, dtype, tuple(shape), base + start, base + end)
+
+
+def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
+    """Length of the JSON from the file's first 8 bytes, checked against the limit and the file's size."""
+    if len(prefix) < 8:
+        raise InputError(f"{file}: {file_size} bytes is too short for a safetensors file", hint="Download it again.")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES or length + 8 > file_size:
+        raise InputError(
+            f"{file}: the header claims {length} bytes, the file has {file_size}",
+            hint="The file is truncated or not safetensors (a Git LFS pointer?); download it again.",
+        )
+    return length
+
+
+def parse_header(data: bytes, *, file_size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Parse the JSON of a header (without the length). Returns tensors in file order, and the metadata.
+
+    Raises InputError unless every tensor's bytes match its shape and the tensors tile the file without gap or overlap.
+    """
+    raw = parse_json(data, what=f"{file}: header")
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: the header is not a JSON object", hint="Download it again.")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(f"{file}: __metadata__ must map strings to strings", hint="Download it again.")
+    base = 8 + len(data)
+    infos = sorted((_tensor_info(n, e, base, file) for n, e in raw.items()), key=lambda t: (t.start, t.end))
+    position = base
+    for info in infos:
+        if info.start != position:
+            kind = "overlaps its neighbour" if info.start < position else "leaves a gap before it"
+            raise InputError(f"{file}: tensor {escape(info.name)!r} {kind}", hint="The header is damaged or hostile.")
+        position = info.end
+    if position != file_size:
+        raise InputError(
+            f"{file}: tensors end at byte {position}, the file has {file_size}",
+            hint="The file is truncated or has trailing bytes; download it again.",
+        )
+    return {info.name: info for info in infos}, metadata
+
+
+def serialise_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """Header bytes (length included) for tensors laid out in the given order, and where each will lie.
+
+    The JSON is padded with spaces so that the data starts at a multiple of 8 bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    position = 0
+    relative: list[tuple[str, str, tuple[int, ...], int, int]] = []
+    for name, dtype, shape in tensors:
+        if name in entries:
+            raise ValueError(f"tensor {name!r} appears twice")
+        end = position + tensor_nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        relative.append((name, dtype, shape, position, end))
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    base = 8 + len(text)
+    infos = {n: TensorInfo(n, d, s, base + a, base + b) for n, d, s, a, b in relative}
+    return struct.pack("<Q", len(text)) + text, infos

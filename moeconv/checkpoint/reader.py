@@ -1,0 +1,331 @@
+"""A checkpoint on disk: config, index against headers, byte ranges, and the two fingerprints.
+
+Reads with pread, so nothing that was read stays in this process's memory. Never opens a file outside the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.header import TensorInfo, header_length, parse_header
+from moeconv.checkpoint.strictjson import canonical_json, parse_json, read_json_object
+from moeconv.errors import InputError, escape
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MANIFEST_NAME = "moeconv_manifest.json"
+_SAMPLE_BYTES = 4096
+_SAMPLES_PER_SHARD = 16
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor lies: `start` is the absolute byte offset in shard `shard`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    start: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """One safetensors file: `tensors`, `metadata`, and byte reads. Raises InputError on a damaged header.
+
+    No descriptor stays open between reads (a checkpoint may have a thousand shards), so every read checks that the
+    file is still the one whose header was parsed.
+    """
+
+    def __init__(self, path: Path, *, label: str | None = None) -> None:
+        self.path = path
+        self.label = escape(label or path.name)
+        with self._opened() as fd:
+            status = os.fstat(fd)
+            self._status = (status.st_ino, status.st_size, status.st_mtime_ns)
+            length = header_length(os.pread(fd, 8, 0), file_size=self.size, file=self.label)
+            header = bytearray(length)
+            self._fill(fd, 8, memoryview(header))
+        self.header_bytes = bytes(header)
+        parsed = parse_header(self.header_bytes, file_size=self.size, file=self.label)
+        self.tensors: dict[str, TensorInfo] = parsed[0]
+        self.metadata: dict[str, str] = parsed[1]
+
+    @property
+    def size(self) -> int:
+        return self._status[1]
+
+    @property
+    def mtime_ns(self) -> int:
+        return self._status[2]
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.label} is missing", hint="The checkpoint is incomplete; download it again."
+            ) from None
+        except OSError as error:
+            raise InputError(f"cannot open {self.label}: {error.strerror}", hint="Check its permissions.") from None
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _fill(self, fd: int, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                n = os.preadv(fd, [view[done : done + (1 << 30)]], start + done)
+            except OSError as error:
+                raise InputError(
+                    f"cannot read {self.label} at byte {start + done}: {error.strerror}", hint="Is the disk healthy?"
+                ) from None
+            if n == 0:
+                raise InputError(
+                    f"{self.label} ends at byte {start + done} before a tensor does",
+                    hint="The file was truncated; download it again.",
+                )
+            done += n
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill `view` from absolute offset `start`. Raises InputError when the file changed since it was opened."""
+        with self._opened() as fd:
+            status = os.fstat(fd)
+            if (status.st_ino, status.st_size, status.st_mtime_ns) != self._status:
+                raise InputError(f"{self.label} changed while it was being read", hint="Run the command again.")
+            self._fill(fd, start, view)
+
+    def read(self, name: str) -> bytearray:
+        """All bytes of one tensor."""
+        info = self.tensors[name]
+        buffer = bytearray(info.nbytes)
+        self.read_into(info.start, memoryview(buffer))
+        return buffer
+
+
+def _allowed_root(directory: Path) -> Path:
+    """Where links of a checkpoint may lead: its directory, or its own repository in a hub cache."""
+    real = Path(os.path.realpath(directory))
+    if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir():
+        return real.parent.parent
+    return real
+
+
+def _confined(directory: Path, root: Path, name: str, *, what: str) -> Path:
+    """The path of a file that a checkpoint names. Raises InputError unless it is a plain name inside `directory`."""
+    plain = name and name not in (".", "..") and not any(c in name for c in "/\\\0") and name.isprintable()
+    if not plain:
+        raise InputError(
+            f"{what} names {escape(name)!r}, which is not a plain file name in the checkpoint's own directory",
+            hint="Nothing outside the checkpoint is read; the index is damaged or hostile.",
+        )
+    path = directory / name
+    real = Path(os.path.realpath(path))
+    if real != root / real.name and root not in real.parents:
+        raise InputError(
+            f"{escape(name)} is a link that leaves the checkpoint's directory",
+            hint="Copy the file into the directory if you trust it.",
+        )
+    if path.exists() and not path.is_file():
+        raise InputError(f"{escape(name)} is not a regular file", hint="The checkpoint is damaged or hostile.")
+    return path
+
+
+class Checkpoint:
+    """A directory of safetensors shards with a config.json, checked on opening. Thread-safe for reads."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.warnings: list[str] = []
+        if not self.path.exists():
+            raise InputError(
+                f"{escape(path)} does not exist",
+                hint="Give a local checkpoint directory, or hf://OWNER/NAME for the hub.",
+            )
+        if not self.path.is_dir():
+            raise InputError(f"{escape(path)} is not a directory", hint="Give the directory that holds config.json.")
+        self._root = _allowed_root(self.path)
+        self._lock = threading.Lock()
+        self._files: dict[str, SafetensorsFile] = {}
+        config_path = _confined(self.path, self._root, "config.json", what="moeconv")
+        self.config: dict[str, Any] = read_json_object(config_path, what=escape(self.path))
+        self._weight_map = self._read_index()
+        self.tensors: Mapping[str, TensorRef] = self._read_headers()
+
+    # -- opening -------------------------------------------------------------------------------------------------
+
+    def _read_index(self) -> dict[str, str] | None:
+        """The index's weight map, or None for a single-file checkpoint."""
+        index_path = self.path / INDEX_NAME
+        if not index_path.exists() and not index_path.is_symlink():
+            if (self.path / SINGLE_NAME).exists() or (self.path / SINGLE_NAME).is_symlink():
+                return None
+            self._refuse_other_formats()
+        index_path = _confined(self.path, self._root, INDEX_NAME, what="moeconv")
+        index = read_json_object(index_path, what=escape(self.path))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise InputError(f"{INDEX_NAME}: weight_map must map tensor names to files", hint="Download it again.")
+        if not weight_map:
+            raise InputError(f"{INDEX_NAME}: weight_map is empty", hint="Download it again.")
+        return weight_map
+
+    def _refuse_other_formats(self) -> None:
+        names = sorted(entry.name for entry in os.scandir(self.path))
+        pickles = [n for n in names if n.endswith(_PICKLES)]
+        if pickles:
+            raise InputError(
+                f"{escape(self.path)} holds pickled weights ({escape(pickles[0])}), which can run code when loaded",
+                hint="Convert it to safetensors first, in a sandbox: load it with transformers there and "
+                "save_pretrained(..., safe_serialization=True).",
+            )
+        if any(n.endswith(".gguf") for n in names):
+            raise InputError(
+                f"{escape(self.path)} holds GGUF weights, which moeconv writes but does not read",
+                hint="Give the safetensors checkpoint that the GGUF was made from.",
+            )
+        raise InputError(
+            f"{escape(self.path)} has neither {INDEX_NAME} nor {SINGLE_NAME}",
+            hint="Give a directory of safetensors shards as transformers' save_pretrained writes it.",
+        )
+
+    def _read_headers(self) -> dict[str, TensorRef]:
+        self.shards: tuple[str, ...] = (
+            (SINGLE_NAME,) if self._weight_map is None else tuple(sorted(set(self._weight_map.values())))
+        )
+        tensors: dict[str, TensorRef] = {}
+        for shard in self.shards:
+            file = self._open(shard)
+            for info in file.tensors.values():
+                if self._weight_map is not None and self._weight_map.get(info.name) != shard:
+                    told = self._weight_map.get(info.name)
+                    where = f"places it in {escape(told)}" if told else "does not name it"
+                    raise InputError(
+                        f"{escape(shard)} holds tensor {escape(info.name)!r}, but the index {where}",
+                        hint="Index and shards are of different versions; download the checkpoint again.",
+                    )
+                tensors[info.name] = TensorRef(info.name, info.dtype, info.shape, shard, info.start, info.nbytes)
+        if self._weight_map is not None:
+            lost = [name for name in self._weight_map if name not in tensors]
+            if lost:
+                raise InputError(
+                    f"the index names tensor {escape(lost[0])!r} ({len(lost)} in all), but "
+                    f"{escape(self._weight_map[lost[0]])} does not hold it",
+                    hint="Index and shards are of different versions; download the checkpoint again.",
+                )
+        stray = sorted(
+            e.name for e in os.scandir(self.path) if e.name.endswith(".safetensors") and e.name not in self.shards
+        )
+        if stray:
+            self.warnings.append(f"not named by the index, left out: {', '.join(escape(n) for n in stray[:4])}")
+        return tensors
+
+    def _open(self, shard: str) -> SafetensorsFile:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                path = _confined(self.path, self._root, shard, what=INDEX_NAME)
+                if not shard.endswith(".safetensors"):
+                    raise InputError(
+                        f"{INDEX_NAME} names {escape(shard)}, which is not a .safetensors file",
+                        hint="Pickled weights can run code; convert them to safetensors first.",
+                    )
+                file = self._files[shard] = SafetensorsFile(path, label=shard)
+            return file
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
+        """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
+        ref = self.tensors[name]
+        if start < 0 or start + len(view) > ref.nbytes:
+            raise ValueError(f"range {start}+{len(view)} is outside tensor {name!r} of {ref.nbytes} bytes")
+        self._open(ref.shard).read_into(ref.start + start, view)
+
+    def read(self, name: str, *, start: int = 0, length: int | None = None) -> bytearray:
+        """Bytes of tensor `name`, whole or a range of it."""
+        buffer = bytearray(self.tensors[name].nbytes - start if length is None else length)
+        self.read_into(name, memoryview(buffer), start=start)
+        return buffer
+
+    def companions(self) -> Iterator[Path]:
+        """Every regular file beside the shards, by name (the caller decides which come along)."""
+        for entry in sorted(os.scandir(self.path), key=lambda e: e.name):
+            if entry.is_file() and entry.name not in self.shards and entry.name not in (INDEX_NAME, "config.json"):
+                yield _confined(self.path, self._root, entry.name, what="the directory")
+
+    # -- fingerprints --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint that moeconv wrote, else None."""
+        path = self.path / MANIFEST_NAME
+        if not path.is_file():
+            return None
+        return read_json_object(_confined(self.path, self._root, MANIFEST_NAME, what="moeconv"), what=MANIFEST_NAME)
+
+    def identity(self, whole: Iterable[str] = ()) -> str:
+        """Portable fingerprint (hex sha256) that statistics and manifests refer to.
+
+        The manifest's hash when there is one and its shard sizes still match; else config, headers, the bytes of the
+        tensors named in `whole` (routers) and fixed 4 KiB samples of every shard.
+        """
+        manifest = self.manifest
+        if manifest is not None and self._manifest_fits(manifest):
+            return hashlib.sha256(canonical_json(manifest)).hexdigest()
+        digest = hashlib.sha256(canonical_json(self.config))
+        for shard in self.shards:
+            file = self._open(shard)
+            digest.update(file.header_bytes)
+            for i in range(_SAMPLES_PER_SHARD):
+                start = (file.size - min(file.size, _SAMPLE_BYTES)) * i // (_SAMPLES_PER_SHARD - 1)
+                view = memoryview(bytearray(min(file.size, _SAMPLE_BYTES)))
+                file.read_into(start, view)
+                digest.update(view)
+        for name in sorted(whole):
+            digest.update(self.read(name))
+        return digest.hexdigest()
+
+    def _manifest_fits(self, manifest: dict[str, Any]) -> bool:
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+            return False
+        return all(files.get(shard, {}).get("bytes") == self._open(shard).size for shard in self.shards)
+
+    def resume_state(self) -> list[tuple[str, int, int]]:
+        """(name, size, mtime in ns) of config and every shard: what a resumed run must find unchanged."""
+        status = os.stat(self.path / "config.json")
+        state = [("config.json", status.st_size, status.st_mtime_ns)]
+        state += [(s, self._open(s).size, self._open(s).mtime_ns) for s in self.shards]
+        return state
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+
+def read_metadata_json(file: SafetensorsFile, *, kind: str) -> dict[str, Any]:
+    """The provenance object of a moeconv artifact (statistics, overlay). Raises InputError for another kind."""
+    text = file.metadata.get("moeconv", "")
+    value = parse_json(text.encode(), what=f"{file.label}: metadata") if text else None
+    if not isinstance(value, dict) or value.get("kind") != kind:
+        raise InputError(f"{file.label} is not a moeconv {kind} file", hint=f"Make one with the command for {kind}.")
+    return value
+
+
+def artifact_metadata(kind: str, **fields: Any) -> dict[str, str]:
+    """The safetensors metadata of an artifact: its provenance as one JSON string."""
+    return {"format": "pt", "moeconv": json.dumps({"kind": kind, **fields}, sort_keys=True)}

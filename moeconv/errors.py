@@ -1,0 +1,54 @@
+"""The one exception tree of moeconv: every error carries a message, a hint and an exit code.
+
+What went wrong and where stands in the message; what to do next stands in the hint.
+"""
+
+from __future__ import annotations
+
+
+class MoeconvError(Exception):
+    """Base of all errors that moeconv raises on purpose. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(MoeconvError):
+    """The command, flag, recipe or argument is wrong (exit 2)."""
+
+    exit_code = 2
+
+
+class InputError(MoeconvError):
+    """A checkpoint, data file or artifact is missing, corrupt, unsupported or unsafe (exit 3)."""
+
+    exit_code = 3
+
+
+class OutputError(MoeconvError):
+    """The output cannot be written: it exists, the disk is full, permission is missing (exit 4)."""
+
+    exit_code = 4
+
+
+class CheckError(MoeconvError):
+    """A check failed: verify, a gate of evaluate, or a promise of the plan (exit 5)."""
+
+    exit_code = 5
+
+
+class Interrupted(MoeconvError):
+    """SIGINT or SIGTERM stopped the work; finished shards are kept (exit 130 or 143)."""
+
+    def __init__(self, message: str, *, hint: str = "", signal_number: int = 2) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = 128 + signal_number
+
+
+def escape(text: object) -> str:
+    """A name that came from a file, made safe to print: control and non-printing characters become escapes."""
+    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))

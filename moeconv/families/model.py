@@ -1,0 +1,245 @@
+"""A checkpoint seen through its family: roles of tensors, sizes, and the names of every expert's matrices.
+
+Opening a model proves that config and tensors agree, so that nothing later has to doubt either.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.errors import InputError, escape
+from moeconv.families import packed
+from moeconv.families.dense import DENSE
+from moeconv.families.moe import MOE
+from moeconv.families.spec import FFN_PARTS, Family, Role
+
+FAMILIES: dict[str, Family] = DENSE | MOE
+_MAX_LAYERS = 4096
+_MAX_EXPERTS = 65536
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, its family, and the role of each of its tensors."""
+
+    checkpoint: Checkpoint
+    family: Family
+    roles: Mapping[str, Role]
+    dropped: tuple[str, ...]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the text model."""
+        return _text_config(self.checkpoint.config, self.family)
+
+    def value(self, key: str) -> Any:
+        """A config key's value, with transformers' default when config.json leaves it out."""
+        return self.family.default(key, self.config)
+
+    @cached_property
+    def num_layers(self) -> int:
+        return _count(self.config, ("num_hidden_layers",), limit=_MAX_LAYERS)
+
+    @cached_property
+    def num_experts(self) -> int:
+        """Experts per MoE layer; 0 for a dense model."""
+        return _count(self.config, self.family.num_experts, limit=_MAX_EXPERTS) if self.family.num_experts else 0
+
+    @cached_property
+    def top_k(self) -> int:
+        """Experts per token; 0 for a dense model."""
+        return _count(self.config, self.family.top_k, limit=_MAX_EXPERTS) if self.family.top_k else 0
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose FFN is a Mixture-of-Experts."""
+        return _moe_layers(self.family, self.config, self.num_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.value("hidden_size"))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype (as safetensors names it) that most of the model's bytes have among floating dtypes."""
+        count: dict[str, int] = {}
+        for ref in self.checkpoint.tensors.values():
+            if ref.dtype in ("BF16", "F16", "F32", "F64"):
+                count[ref.dtype] = count.get(ref.dtype, 0) + ref.nbytes
+        return max(count, key=lambda d: count[d]) if count else "BF16"
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the top-k expert weights are divided by their sum."""
+        rule = self.family.routing.renormalise if self.family.routing else "never"
+        return rule == "always" if rule in ("always", "never") else bool(self.value(rule))
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        return packed.quantization(self.checkpoint.config)
+
+    def router_name(self, layer: int) -> str:
+        return self.family.name("router.weight", layer=layer)
+
+    def expert_name(self, part: str, *, layer: int, expert: int) -> str:
+        """Name on disk of an expert's gate, up or down matrix."""
+        return self.family.name(f"expert.{part}", layer=layer, expert=expert)
+
+    def ffn_name(self, part: str, *, layer: int) -> str:
+        return self.family.name(f"ffn.{part}", layer=layer)
+
+    @cached_property
+    def identity(self) -> str:
+        """Portable fingerprint of the checkpoint, the bytes of its routers included."""
+        return self.checkpoint.identity(name for name, role in self.roles.items() if role.group == "router")
+
+    def numel(self, ref: TensorRef) -> int:
+        """Parameters that a tensor stands for: elements of a plain tensor or of the codes of a packed weight."""
+        part = self.roles[ref.name].part
+        elements = math.prod(ref.shape)
+        if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
+            return elements
+        if part in ("packed", "weight"):
+            return ref.nbytes * 8 // (packed.bits_of(self.checkpoint.config) or 8)
+        return 0
+
+
+def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    nested = config.get(family.root) if family.root else config
+    return nested if isinstance(nested, dict) else config
+
+
+def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
+    found = {a: config[a] for a in aliases if config.get(a) is not None}
+    values = set(map(repr, found.values()))
+    if len(values) > 1:
+        raise InputError(
+            f"config.json contradicts itself: {', '.join(f'{k} = {escape(v)}' for k, v in found.items())}",
+            hint="Correct config.json.",
+        )
+    value = next(iter(found.values()), None)
+    if type(value) is not int or not 0 < value <= limit:
+        raise InputError(
+            f"config.json: {' or '.join(aliases)} must be a whole number from 1 to {limit}, found {escape(value)}",
+            hint="Correct config.json, or download it again.",
+        )
+    return value
+
+
+def _moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    if family.kind != "moe":
+        return ()
+    dense = set(config.get(family.dense_layers) or ()) if family.dense_layers else set()
+    step = config.get(family.sparse_step, 1) if family.sparse_step else 1
+    if type(step) is not int or step < 1:
+        raise InputError(f"config.json: {family.sparse_step} must be a positive whole number", hint="Correct it.")
+    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row for a config.json, by model_type. Raises InputError for an unknown architecture."""
+    model_type = config.get("model_type")
+    candidates = [model_type]
+    candidates += [v.get("model_type") for v in config.values() if isinstance(v, dict)]
+    for candidate in candidates:
+        if isinstance(candidate, str) and candidate in FAMILIES:
+            return FAMILIES[candidate]
+    raise InputError(
+        f"unknown architecture: model_type {escape(model_type)!r}",
+        hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",
+    )
+
+
+def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
+    """Open a checkpoint directory and check that its tensors are those of its family and config.
+
+    Raises InputError for an unknown architecture, a missing or unexpected tensor, or a shape that contradicts config.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
+    family = find_family(checkpoint.config)
+    roles, dropped = _assign_roles(checkpoint, family)
+    model = Model(checkpoint, family, roles, dropped)
+    _check_complete(model)
+    if not model.quantization:
+        _check_shapes(model)
+    return model
+
+
+def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
+    config = _text_config(checkpoint.config, family)
+    layers = _count(config, ("num_hidden_layers",), limit=_MAX_LAYERS)
+    experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
+    known = dict(family.expand(layers=layers, experts=experts))
+    useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
+    quantized = packed.quantization(checkpoint.config) is not None
+    roles: dict[str, Role] = {}
+    dropped: list[str] = []
+    for name in checkpoint.tensors:
+        role = known.get(name)
+        if quantized and (split := packed.split_part(name)) is not None and (whole := known.get(split[0])):
+            is_plain = role is not None and checkpoint.tensors[name].dtype not in ("U8", "I8", "I32")
+            role = role if is_plain else Role(whole.key, whole.layer, whole.expert, split[1])
+        if role is not None:
+            roles[name] = role
+        elif name in useless:
+            dropped.append(name)
+        else:
+            raise InputError(
+                f"tensor {escape(name)!r} is not part of a {family.model_type} model of this config",
+                hint="The checkpoint is of another architecture or version than its config.json says.",
+            )
+    return roles, tuple(dropped)
+
+
+def _check_complete(model: Model) -> None:
+    """Every tensor that the family and config ask for is there, in each layer that needs it."""
+    family, moe = model.family, set(model.moe_layers)
+    there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
+    for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
+        in_moe = role.layer in moe
+        belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
+        wanted = belongs and role.key not in family.optional
+        present = (role.key, role.layer, role.expert) in there
+        if wanted and not present:
+            raise InputError(
+                f"tensor {escape(name)!r} is missing from the checkpoint",
+                hint="config.json and the shards do not belong together, or a shard is missing.",
+            )
+        if present and not belongs:
+            kind = "Mixture-of-Experts" if in_moe else "dense"
+            raise InputError(
+                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
+                hint="config.json and the shards do not belong together.",
+            )
+    tied = bool(model.value("tie_word_embeddings"))
+    if not tied and ("embedding.lm_head", None, None) not in there:
+        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint="A shard is missing.")
+
+
+def _check_shapes(model: Model) -> None:
+    """Experts, routers and FFNs have the sizes that config.json states."""
+    hidden, tensors = model.hidden_size, model.checkpoint.tensors
+    wide = {
+        "ffn": model.value("intermediate_size"),
+        "expert": model.value(model.family.expert_width),
+        "shared": model.value("shared_expert_intermediate_size"),
+    }
+    for name, role in model.roles.items():
+        group, _, part = role.key.partition(".")
+        if group in wide and part in FFN_PARTS:
+            want: tuple[int, ...] = (hidden, wide[group]) if part == "down" else (wide[group], hidden)
+        elif role.key == "router.weight":
+            want = (model.num_experts, hidden)
+        else:
+            continue
+        if tensors[name].shape != want:
+            raise InputError(
+                f"tensor {escape(name)!r} has shape {list(tensors[name].shape)}, config.json says {list(want)}",
+                hint="config.json and the shards do not belong together.",
+            )

@@ -1,0 +1,100 @@
+"""Sliding-window attention: how a family's config says which layers slide, and how to say the same in another's.
+
+A pattern is one bool a layer plus the window in tokens. Families differ in the keys and in the rule that fills a
+missing `layer_types`; the same words in two configs can mean different layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Which layers attend through a window, and its length in tokens (None when no layer does)."""
+
+    layers: tuple[bool, ...]
+    window: int | None
+
+    @property
+    def kind(self) -> str:
+        return "none" if not any(self.layers) else "all" if all(self.layers) else "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Sliding:
+    """`read(config, layers)` gives the pattern; `write(pattern)` the config keys, or None where none can say it."""
+
+    read: Callable[[Mapping[str, Any], int], Pattern]
+    write: Callable[[Pattern], dict[str, Any] | None]
+
+
+def _uniform(on: bool, window: Any, layers: int) -> Pattern:
+    return Pattern((on,) * layers, window if on else None)
+
+
+def _read_window_key(config: Mapping[str, Any], layers: int) -> Pattern:
+    window = config.get("sliding_window")
+    return _uniform(window is not None, window, layers)
+
+
+def _write_window_key(pattern: Pattern) -> dict[str, Any] | None:
+    return None if pattern.kind == "mixed" else {"sliding_window": pattern.window}
+
+
+def _read_switch(config: Mapping[str, Any], layers: int) -> Pattern:
+    window = config.get("sliding_window")
+    return _uniform(bool(config.get("use_sliding_window")) and window is not None, window, layers)
+
+
+def _write_switch(pattern: Pattern) -> dict[str, Any] | None:
+    if pattern.kind == "mixed":
+        return None
+    return {"use_sliding_window": pattern.kind == "all", "sliding_window": pattern.window}
+
+
+def _read_layer_types(config: Mapping[str, Any], layers: int) -> Pattern:
+    """Qwen2 and Qwen3: layers from max_window_layers on slide, unless layer_types says it layer by layer."""
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 0)
+        return Pattern(tuple(window is not None and i >= first for i in range(layers)), window)
+    slides = tuple(t == "sliding_attention" for t in types)
+    return Pattern(slides, window if any(slides) else None)
+
+
+def _read_layer_types_alternating(config: Mapping[str, Any], layers: int) -> Pattern:
+    """Qwen2-MoE fills a missing layer_types by another rule: every second layer below max_window_layers."""
+    if config.get("layer_types") is None:
+        on, first = bool(config.get("use_sliding_window")), config.get("max_window_layers", 0)
+        window = config.get("sliding_window") if on else None
+        return Pattern(tuple(on and i % 2 == 0 and i < first for i in range(layers)), window)
+    return _read_layer_types(config, layers)
+
+
+def _write_layer_types(pattern: Pattern) -> dict[str, Any] | None:
+    return {
+        "use_sliding_window": pattern.kind != "none",
+        "sliding_window": pattern.window,
+        "max_window_layers": len(pattern.layers) if pattern.kind == "none" else 0,
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in pattern.layers],
+    }
+
+
+def _read_never(config: Mapping[str, Any], layers: int) -> Pattern:
+    return Pattern((False,) * layers, None)
+
+
+def _write_never(pattern: Pattern) -> dict[str, Any] | None:
+    return {} if pattern.kind == "none" else None
+
+
+NEVER = Sliding(_read_never, _write_never)
+WINDOW_KEY = Sliding(_read_window_key, _write_window_key)
+SWITCH = Sliding(_read_switch, _write_switch)
+LAYER_TYPES = Sliding(_read_layer_types, _write_layer_types)
+LAYER_TYPES_ALTERNATING = Sliding(_read_layer_types_alternating, _write_layer_types)
+KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")

@@ -100,7 +100,7 @@ class SafetensorsFile:
                 )
             done += n
 
-    def read_into(self, start: int, view: memoryview) -> None:
+    def read_at(self, start: int, view: memoryview) -> None:
         """Fill `view` from absolute offset `start`. Raises InputError when the file changed since it was opened."""
         with self._opened() as fd:
             status = os.fstat(fd)
@@ -108,11 +108,17 @@ class SafetensorsFile:
                 raise InputError(f"{self.label} changed while it was being read", hint="Run the command again.")
             self._fill(fd, start, view)
 
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
+        """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
+        info = self.tensors[name]
+        if start < 0 or start + len(view) > info.nbytes:
+            raise ValueError(f"range {start}+{len(view)} is outside tensor {name!r} of {info.nbytes} bytes")
+        self.read_at(info.start + start, view)
+
     def read(self, name: str) -> bytearray:
         """All bytes of one tensor."""
-        info = self.tensors[name]
-        buffer = bytearray(info.nbytes)
-        self.read_into(info.start, memoryview(buffer))
+        buffer = bytearray(self.tensors[name].nbytes)
+        self.read_into(name, memoryview(buffer))
         return buffer
 
 
@@ -250,10 +256,7 @@ class Checkpoint:
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
-        ref = self.tensors[name]
-        if start < 0 or start + len(view) > ref.nbytes:
-            raise ValueError(f"range {start}+{len(view)} is outside tensor {name!r} of {ref.nbytes} bytes")
-        self._open(ref.shard).read_into(ref.start + start, view)
+        self._open(self.tensors[name].shard).read_into(name, view, start=start)
 
     def read(self, name: str, *, start: int = 0, length: int | None = None) -> bytearray:
         """Bytes of tensor `name`, whole or a range of it."""
@@ -293,7 +296,7 @@ class Checkpoint:
             for i in range(_SAMPLES_PER_SHARD):
                 start = (file.size - min(file.size, _SAMPLE_BYTES)) * i // (_SAMPLES_PER_SHARD - 1)
                 view = memoryview(bytearray(min(file.size, _SAMPLE_BYTES)))
-                file.read_into(start, view)
+                file.read_at(start, view)
                 digest.update(view)
         for name in sorted(whole):
             digest.update(self.read(name))

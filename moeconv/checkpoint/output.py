@@ -1,0 +1,222 @@
+"""The output directory: built in a staging directory beside OUT, committed by one rename, resumable until then.
+
+.OUT.moeconv/lock                one whole run, or any number of parts of one plan
+.OUT.moeconv/KEY/out/            the files as they will be in OUT
+.OUT.moeconv/KEY/done/SHARD.json the journal: written after the shard is safe on disk
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.checkpoint.writer import output_errors, replace_file, sync_directory
+from moeconv.errors import InputError, OutputError, escape
+
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_AT_FDCWD = -100
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The journal's record of a shard: what it must hash to, and the checksum of the source bytes behind it."""
+
+    sha256: str
+    bytes: int
+    source_crc: int
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Linux's renameat2; False where the kernel or file system does not have it. Raises OSError on refusal."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def check_target(out: Path, *, sources: tuple[Path, ...], overwrite: bool) -> None:
+    """Refuse an OUT that exists, is a link, or is, holds or lies in a source. Raises OutputError."""
+    real = Path(os.path.realpath(out))
+    for source in sources:
+        origin = Path(os.path.realpath(source))
+        if real == origin or origin in real.parents or real in origin.parents:
+            raise OutputError(
+                f"OUT {escape(out)} and the source {escape(source)} share a directory",
+                hint="The source is never modified: choose another OUT.",
+            )
+    if out.is_symlink():
+        raise OutputError(f"OUT {escape(out)} is a symbolic link", hint="Give the directory that it should become.")
+    if out.exists():
+        if not out.is_dir():
+            raise OutputError(f"OUT {escape(out)} exists and is not a directory", hint="Choose another OUT.")
+        if not overwrite:
+            raise OutputError(f"OUT {escape(out)} exists already", hint="Choose another OUT, or pass --overwrite.")
+    if not out.parent.is_dir():
+        raise OutputError(f"{escape(out.parent)} does not exist", hint="Create it first.")
+
+
+class OutputDirectory:
+    """OUT while it is being made. Use as a context manager: it holds the lock.
+
+    `key` names the exact work (plan, source state, version): only finished shards of the same key are found again.
+    """
+
+    def __init__(self, out: Path, *, key: str, overwrite: bool = False, shared: bool = False) -> None:
+        self.out = out
+        self.overwrite = overwrite
+        self.shared = shared
+        self.root = out.parent / f".{out.name}.moeconv"
+        self.work = self.root / key[:32]
+        self.staged = self.work / "out"
+        self._done = self.work / "done"
+        self._lock_fd = -1
+
+    def __enter__(self) -> OutputDirectory:
+        self._lock()
+        try:
+            with output_errors(self.out):
+                self.staged.mkdir(parents=True, exist_ok=True)
+                self._done.mkdir(exist_ok=True)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)  # the lock goes with the descriptor
+            self._lock_fd = -1
+
+    def _lock(self) -> None:
+        mode = (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+        path = self.root / "lock"
+        while True:
+            with output_errors(self.out):
+                self.root.mkdir(exist_ok=True)
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                except FileNotFoundError:
+                    continue  # another run committed and removed the directory in between
+            try:
+                fcntl.flock(fd, mode)
+            except OSError:
+                os.close(fd)
+                raise OutputError(
+                    f"another moeconv run is writing {escape(self.out)}",
+                    hint="Wait for it, or give this run another OUT; --part i/n lets runs share one.",
+                ) from None
+            try:
+                same = os.fstat(fd).st_ino == path.stat().st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._lock_fd = fd
+                return
+            os.close(fd)
+
+    @contextmanager
+    def shard_lock(self, name: str) -> Iterator[bool]:
+        """True when this process may write the shard: no other part is doing so now."""
+        with output_errors(self.out):
+            fd = os.open(self._done / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+        finally:
+            os.close(fd)
+
+    @contextmanager
+    def commit_lock(self) -> Iterator[bool]:
+        """Serialises commits of parts. False when another part has committed already."""
+        try:
+            fd = os.open(self._done / "commit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield self.staged.is_dir()
+        finally:
+            os.close(fd)
+
+    # -- the journal ---------------------------------------------------------------------------------------------
+
+    def finished(self, name: str) -> Finished | None:
+        """The journal's record of a shard, or None when the shard is not whole on disk."""
+        path = self._done / f"{name}.json"
+        try:
+            record = Finished(**read_json_object(path, what="journal"))
+            if (self.staged / name).stat().st_size == record.bytes:
+                return record
+        except (OSError, InputError, TypeError):
+            pass
+        return None
+
+    def mark_finished(self, name: str, record: Finished) -> None:
+        """Journal a shard whose bytes are already safe in `staged`."""
+        sync_directory(self.staged)
+        replace_file(self._done / f"{name}.json", json.dumps(asdict(record)).encode())
+
+    def forget(self, name: str) -> None:
+        """Strike a shard from the journal: its bytes or its source are no longer what was recorded."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._done / f"{name}.json").unlink()
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Make `staged` the OUT in one rename, then clear the staging directory."""
+        with output_errors(self.out):
+            sync_directory(self.staged)
+            if self.out.exists() and self.overwrite:
+                if not _renameat2(self.staged, self.out, _RENAME_EXCHANGE):
+                    old = self.work / "old"
+                    os.rename(self.out, old)
+                    os.rename(self.staged, self.out)
+            else:
+                try:
+                    if not _renameat2(self.staged, self.out, _RENAME_NOREPLACE):
+                        if self.out.exists():
+                            raise FileExistsError(errno.EEXIST, "File exists")
+                        os.rename(self.staged, self.out)
+                except FileExistsError:
+                    raise OutputError(
+                        f"OUT {escape(self.out)} appeared while this run was writing",
+                        hint="Move it away and run the same command again: finished shards are kept.",
+                    ) from None
+            sync_directory(self.out.parent)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove what was staged for this work: it could not be completed by running it again."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        if not self.shared:
+            with contextlib.suppress(OSError):
+                (self.root / "lock").unlink()
+            with contextlib.suppress(OSError):
+                self.root.rmdir()
+
+    def free_bytes(self) -> int:
+        """Bytes free where OUT will lie."""
+        with output_errors(self.out):
+            return shutil.disk_usage(self.out.parent).free

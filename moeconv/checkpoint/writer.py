@@ -1,0 +1,161 @@
+"""Writing one safetensors file: the header first, then tensor after tensor into place, hashed on the way.
+
+No shard is ever held in memory. Every write that can fail ends as an OutputError that says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeconv.checkpoint.header import serialise_header
+from moeconv.errors import OutputError, escape
+
+_READ_BACK = 1 << 22
+
+
+@contextmanager
+def output_errors(path: Path | str) -> Iterator[None]:
+    """Turn an OSError of the block into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        name = escape(Path(path).name)
+        raise OutputError(
+            f"cannot write {name}: {error.strerror or error}",
+            hint="Free space or correct permissions, then run the same command again: finished shards are kept.",
+        ) from error
+
+
+class ShardWriter:
+    """A safetensors file being written. `write` takes the tensors' bytes in any order, `finish` seals the file."""
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        header, self._infos = serialise_header(tensors, metadata=metadata)
+        self._missing = {name: info.nbytes for name, info in self._infos.items()}
+        self._size = max((info.end for info in self._infos.values()), default=len(header))
+        self._digest = hashlib.sha256()
+        self._hashed = 0  # bytes from the file's start that the digest has seen
+        with output_errors(path):
+            # 0o666 so that the modes of what we write follow the umask
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._write_at(0, memoryview(header))
+
+    def _write_at(self, position: int, view: memoryview) -> None:
+        if position == self._hashed:
+            self._digest.update(view)
+            self._hashed += len(view)
+        while len(view):
+            n = os.pwrite(self._fd, view, position)
+            position += n
+            view = view[n:]
+
+    def write(self, name: str, data: bytes | bytearray | memoryview, *, start: int = 0) -> None:
+        """Write bytes of tensor `name` from byte `start` of it on; each byte of each tensor is written once."""
+        view = memoryview(data).cast("B")
+        info = self._infos[name]
+        if start + len(view) > info.nbytes:
+            raise ValueError(f"{len(view)} bytes at {start} do not fit tensor {name!r} of {info.nbytes} bytes")
+        with output_errors(self.path):
+            self._write_at(info.start + start, view)
+        self._missing[name] -= len(view)
+
+    def finish(self) -> tuple[str, int]:
+        """Check that every tensor is whole, hash what was written out of order, fsync. Returns (sha256, bytes)."""
+        unfinished = [name for name, left in self._missing.items() if left]
+        if unfinished:
+            raise ValueError(f"{self.path.name}: tensor {unfinished[0]!r} was not written whole")
+        with output_errors(self.path):
+            buffer = memoryview(bytearray(min(_READ_BACK, max(1, self._size - self._hashed))))
+            while self._hashed < self._size:
+                n = os.preadv(self._fd, [buffer[: self._size - self._hashed]], self._hashed)
+                if n == 0:
+                    raise OSError(5, "the file ended while it was read back")
+                self._digest.update(buffer[:n])
+                self._hashed += n
+            os.fsync(self._fd)
+        self.close()
+        return self._digest.hexdigest(), self._size
+
+    def close(self) -> None:
+        """Release the descriptor; an unfinished file stays for the caller to remove."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole and fsync it."""
+    with output_errors(path):
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            view = memoryview(data)
+            while len(view):
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """fsync a directory, so that the names in it survive a power cut."""
+    with output_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_file(temporary, data)
+        with output_errors(path):
+            os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def writing_artifact(
+    path: Path,
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    *,
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+) -> Iterator[ShardWriter]:
+    """A ShardWriter for a single artifact file, put at `path` in one step when the block ends well.
+
+    Raises OutputError when `path` exists and `overwrite` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = ShardWriter(temporary, tensors, metadata=metadata)
+    try:
+        yield writer
+        writer.finish()
+        with output_errors(path):
+            os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        writer.close()
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

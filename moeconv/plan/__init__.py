@@ -1,0 +1,1 @@
+"""The one pipeline: a Plan says every output tensor and where its bytes come from; one loop applies it."""

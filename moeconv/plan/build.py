@@ -1,0 +1,97 @@
+"""Small builders that every planner uses: carry a tensor over, cut rows out of it, cast it, count parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import UsageError, escape
+from moeconv.families.model import Model
+from moeconv.plan.plan import Input, Item, TensorSpec
+
+# --dtype in the words of torch -> as safetensors names it
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+TORCH_NAMES = {v: k for k, v in DTYPES.items()}
+
+
+def parse_dtype(name: str | None) -> str | None:
+    """`--dtype` as safetensors names it; None keeps the source's. Raises UsageError."""
+    if name is None or name in ("source", "auto"):
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"unknown --dtype {escape(name)}", hint=f"One of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def whole(ref: TensorRef, *, origin: str = "source") -> Input:
+    """The whole of a tensor."""
+    return Input(ref.name, ref.dtype, ref.shape, 0, ref.nbytes, origin)
+
+
+def rows(ref: TensorRef, first: int, count: int, *, origin: str = "source") -> Input:
+    """`count` rows (slices of the first dimension) of a tensor, as one byte range."""
+    shape = (count, *ref.shape[1:])
+    row = tensor_nbytes(ref.dtype, ref.shape[1:])
+    return Input(ref.name, ref.dtype, shape, first * row, count * row, origin)
+
+
+def pick_rows(ref: TensorRef, chosen: Sequence[int], *, origin: str = "source") -> tuple[Input, ...]:
+    """The chosen rows of a tensor in the given order, neighbours joined into one range."""
+    ranges: list[Input] = []
+    start = 0
+    for i in range(1, len(chosen) + 1):
+        if i == len(chosen) or chosen[i] != chosen[i - 1] + 1:
+            ranges.append(rows(ref, chosen[start], i - start, origin=origin))
+            start = i
+    return tuple(ranges)
+
+
+def carry(
+    ref: TensorRef, *, role: str, name: str | None = None, dtype: str | None = None, params: int | None = None,
+    changed: str = "", origin: str = "source",
+) -> Item:  # fmt: skip
+    """The tensor as it is, perhaps under another name; cast when a floating dtype is asked for that it has not."""
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and ref.dtype != dtype
+    out_dtype = dtype if casts and dtype else ref.dtype
+    count = math.prod(ref.shape) if params is None else params
+    spec = TensorSpec(name or ref.name, out_dtype, ref.shape, role, count)
+    kernel = "cast" if casts else "copy"
+    return Item((spec,), kernel, (whole(ref, origin=origin),), {}, changed)
+
+
+def count_params(model: Model) -> tuple[int, int]:
+    """(total, active per token) parameters of a checkpoint. A tied embedding counts once."""
+    refs = model.checkpoint.tensors
+    counted = ((model.roles[name].group, model.numel(ref)) for name, ref in refs.items() if name in model.roles)
+    return _active(counted, model.top_k, model.num_experts)
+
+
+def count_planned(items: Iterable[Item], *, top_k: int, num_experts: int) -> tuple[int, int]:
+    """(total, active per token) parameters of what a plan writes."""
+    counted = ((spec.role.partition(".")[0], spec.params) for item in items for spec in item.outputs)
+    return _active(counted, top_k, num_experts)
+
+
+def _active(counted: Iterable[tuple[str, int]], top_k: int, num_experts: int) -> tuple[int, int]:
+    total = experts = 0
+    for group, params in counted:
+        total += params
+        experts += params if group == "expert" else 0
+    return total, total - experts + (experts * top_k // num_experts if num_experts else 0)
+
+
+def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef], Iterable[Item] | None]) -> list[Item]:
+    """Every source tensor in file order: what `replace` gives for it, or the tensor itself when it gives None."""
+    items: list[Item] = []
+    refs = model.checkpoint.tensors
+    for name in refs:
+        if name not in model.roles:
+            continue
+        made = replace(refs[name])
+        if made is None:
+            role = model.roles[name]
+            made = [carry(refs[name], role=role.key, dtype=dtype, params=model.numel(refs[name]))]
+        items.extend(made)
+    return items

@@ -1,0 +1,279 @@
+"""The only loop: applies a Plan, whatever verb made it. Stage, write shards, check the promises, commit.
+
+Same plan, same bytes: for any number of workers, any order, and any point at which a run was cut off and resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeconv import __version__
+from moeconv.checkpoint.companions import companions
+from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
+from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
+from moeconv.errors import CheckError, InputError, Interrupted, MoeconvError, OutputError, UsageError
+from moeconv.plan.flow import ByteSource, Flow, source_crc, write_items
+from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.plan import Plan, Shard
+
+_READ = 1 << 22
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step did, in the words of the JSON contract. `extra` is what `check` found."""
+
+    output: str
+    complete: bool
+    files: Mapping[str, str]
+    seconds: float
+    peak_rss_bytes: int
+    warnings: list[str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def default_jobs() -> int:
+    """Workers when --jobs is not given: the processors this process may use, at most 4."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def parse_part(text: str | None) -> tuple[int, int] | None:
+    """`--part i/n` -> (i, n), 0 <= i < n. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        i, n = (int(x) for x in text.split("/"))
+    except ValueError:
+        i, n = -1, 0
+    if not 0 <= i < n:
+        raise UsageError(f"--part {text} is not i/n with 0 <= i < n", hint="For four runs: 0/4, 1/4, 2/4, 3/4.")
+    return i, n
+
+
+def execute(
+    plan: Plan,
+    *,
+    source: Checkpoint,
+    out: str | os.PathLike[str],
+    origins: Mapping[str, ByteSource] | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    jobs: int | None = None,
+    part: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+    meter: Meter | None = None,
+) -> Result:
+    """Write the checkpoint that `plan` describes to the directory `out`.
+
+    `origins` are byte sources beside "source" that the plan's inputs name. `check` sees the staged directory before it
+    is committed; what it returns lands in the result, and an error of its own keeps OUT from being written.
+    Raises InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
+    """
+    began = time.monotonic()
+    out = Path(os.path.abspath(out))
+    meter = meter or SilentMeter()
+    flow = Flow({"source": source, **(origins or {})}, meter, strict)
+    jobs = jobs or default_jobs()
+    if jobs < 1:
+        raise UsageError("--jobs must be at least 1")
+    check_target(out, sources=_directories(flow), overwrite=overwrite)
+    key = _resume_key(plan, source, origins or {})
+    with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None) as directory:
+        try:
+            records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
+            files, extra, complete = _complete(plan, source, flow, directory, records, check)
+        except (InputError, CheckError):
+            directory.discard()
+            raise
+    return Result(str(out), complete, files, time.monotonic() - began, peak_rss_bytes(), flow.warnings, extra)
+
+
+def _directories(flow: Flow) -> tuple[Path, ...]:
+    return tuple(o.path for o in flow.origins.values() if isinstance(o, Checkpoint))
+
+
+def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource]) -> str:
+    """Names the exact work: the plan, the version, and the size and mtime of every file that it reads."""
+    state: list[Any] = [__version__, plan.plan_id, source.resume_state()]
+    for name, origin in sorted(origins.items()):
+        if isinstance(origin, Checkpoint):
+            state.append([name, origin.resume_state()])
+        elif isinstance(origin, SafetensorsFile):
+            state.append([name, origin.size, origin.mtime_ns])
+    return hashlib.sha256(canonical_json(state)).hexdigest()
+
+
+# -- shards ----------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(
+    plan: Plan, flow: Flow, directory: OutputDirectory, *, jobs: int, part: tuple[int, int] | None
+) -> dict[str, Finished]:
+    """Write this run's share of the shards, reusing those that an earlier run of the same work finished."""
+    share = [s for i, s in enumerate(plan.shards) if part is None or i % part[1] == part[0]]
+    old = {s.name: directory.finished(s.name) for s in share}
+    missing = sum(s.nbytes for s in share if old[s.name] is None)
+    if missing > directory.free_bytes():
+        raise OutputError(
+            f"{missing} bytes are needed, {directory.free_bytes()} are free",
+            hint="Free some space, or give OUT on another disk. What is finished is kept.",
+        )
+    flow.meter.start(total_bytes=sum(i.nbytes for s in share for i in s.items), shards=len(share))
+    records: dict[str, Finished] = {}
+    threads = max(1, min(jobs, len(share)))
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="moeconv-kernel")
+    writers = ThreadPoolExecutor(threads, thread_name_prefix="moeconv-shard")
+    try:
+        window = -(-jobs // threads)
+        futures = [writers.submit(_one_shard, s, old[s.name], flow, directory, pool, window) for s in share]
+        for future in as_completed(futures):
+            record = future.result()
+            if record is not None:
+                records[record[0]] = record[1]
+    except BaseException as error:
+        flow.stop.set()
+        if isinstance(error, Interrupted):
+            done = sum(directory.finished(s.name) is not None for s in plan.shards)
+            error.hint = f"{done} of {len(plan.shards)} shards are kept: run the same command again to resume."
+        raise
+    finally:
+        writers.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
+    return records
+
+
+def _one_shard(
+    shard: Shard, old: Finished | None, flow: Flow, directory: OutputDirectory, pool: ThreadPoolExecutor, window: int
+) -> tuple[str, Finished] | None:
+    with directory.shard_lock(shard.name) as mine:
+        if not mine:
+            return None
+        path = directory.staged / shard.name
+        if old is not None and source_crc(flow, shard) == old.source_crc and _sha256(path) == old.sha256:
+            flow.meter.advance(sum(i.nbytes for i in shard.items))
+            flow.meter.shard_done(shard.name)
+            return shard.name, old
+        directory.forget(shard.name)
+        writer = ShardWriter(path, ((s.name, s.dtype, s.shape) for s in shard.layout()))
+        try:
+            crc = write_items(flow, shard, writer, pool=pool, window=window)
+            sha256, size = writer.finish()
+        finally:
+            writer.close()
+        record = Finished(sha256, size, crc)
+        directory.mark_finished(shard.name, record)
+        flow.meter.shard_done(shard.name)
+        return shard.name, record
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_READ):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _complete(
+    plan: Plan, source: Checkpoint, flow: Flow, directory: OutputDirectory, records: dict[str, Finished],
+    check: Callable[[Path], Mapping[str, Any]] | None,
+) -> tuple[dict[str, str], Mapping[str, Any], bool]:  # fmt: skip
+    """When every shard is there: write config, index, companions and manifest, check, commit."""
+    with directory.commit_lock() as open_for_commit:
+        if not open_for_commit:  # another part committed while this one waited
+            return {}, {}, True
+        for shard in plan.shards:
+            record = records.get(shard.name) or directory.finished(shard.name)
+            if record is None:
+                return {name: r.sha256 for name, r in records.items()}, {}, False
+            records[shard.name] = record
+        files = {name: {"sha256": r.sha256, "bytes": r.bytes} for name, r in records.items()}
+        for name, data in _small_files(plan, source):
+            write_file(directory.staged / name, data)
+            files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        manifest = _json(_manifest(plan, source, files))
+        write_file(directory.staged / MANIFEST_NAME, manifest)
+        _remove_strangers(directory, {*files, MANIFEST_NAME})
+        _check_promises(plan, directory.staged)
+        extra: Mapping[str, Any] = {}
+        if check is not None:
+            flow.meter.note("checking the staged model against the source")
+            extra = check(directory.staged)
+        directory.commit()
+        return {name: str(entry["sha256"]) for name, entry in sorted(files.items())}, extra, True
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _small_files(plan: Plan, source: Checkpoint):
+    yield "config.json", _json(plan.config)
+    if len(plan.shards) > 1:
+        weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
+        total = sum(item.nbytes for item in plan.items())
+        yield INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+    yield from companions(source)
+
+
+def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance without times or paths, so that the same plan gives the same manifest everywhere."""
+    step = {
+        "moeconv": __version__,
+        "command": plan.command,
+        "parameters": dict(plan.parameters),
+        "plan_id": plan.plan_id,
+        "source": plan.identity,
+        "changed": dict(sorted(plan.changed.items())),
+        "total_parameters": plan.params_total,
+        "active_parameters": plan.params_active,
+    }
+    history = (source.manifest or {}).get("steps", [])
+    return {"manifest_version": 1, "steps": [*(history if isinstance(history, list) else []), step], "files": files}
+
+
+def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
+    """A run that was cut off may have left a companion that the source no longer has."""
+    for entry in os.scandir(directory.staged):
+        if entry.name not in expected:
+            with output_errors(entry.path):
+                os.unlink(entry.path)
+
+
+def _check_promises(plan: Plan, staged: Path) -> None:
+    """Read the written headers back and hold them against the plan, tensor by tensor and role by role."""
+    try:
+        written = Checkpoint(staged)
+    except MoeconvError as error:
+        raise CheckError(f"the written checkpoint does not open: {error.message}") from None
+    planned = {spec.name: spec for item in plan.items() for spec in item.outputs}
+    if set(planned) != set(written.tensors):
+        raise CheckError(f"{len(written.tensors)} tensors were written, the plan says {len(planned)}")
+    for name, ref in written.tensors.items():
+        if (ref.dtype, ref.shape) != (planned[name].dtype, planned[name].shape):
+            raise CheckError(f"tensor {name!r} was written as {ref.dtype} {list(ref.shape)}, against the plan")
+    size = sum((staged / shard.name).stat().st_size for shard in plan.shards)
+    if size != plan.nbytes:
+        raise CheckError(f"{size} bytes were written, the plan says {plan.nbytes}")
+    promised = plan.promise
+    if promised and promised != plan.changed:
+        raise CheckError(f"the plan promised to change {promised} and changed {plan.changed}")

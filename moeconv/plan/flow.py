@@ -1,0 +1,178 @@
+"""From source bytes to output bytes for the items of one shard: copies in chunks, kernels ahead in a pool.
+
+At most `window` computed items are in flight, so memory is a few of the largest items whatever the shard's size.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.writer import ShardWriter
+from moeconv.errors import CheckError, InputError, Interrupted, escape
+from moeconv.plan.kernels import Buffer, load_kernel
+from moeconv.plan.kernels.arrays import all_finite
+from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Input, Item, Shard
+
+CHUNK = 1 << 22  # bytes that a copy moves at a time
+
+
+class ByteSource(Protocol):
+    """What items read from: a Checkpoint, or one safetensors file."""
+
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None: ...
+
+
+@dataclass
+class Flow:
+    """What all shards of a run share. `stop` makes every worker leave at its next chunk."""
+
+    origins: Mapping[str, ByteSource]
+    meter: Meter
+    strict: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    warnings: list[str] = field(default_factory=list)
+    _seen: set[tuple[str, str]] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+
+    def check_source(self, ref: Input, data: Buffer) -> None:
+        """Name a source tensor with NaN or infinity in it, once: a warning, or InputError with --strict."""
+        if ref.dtype not in FLOAT_DTYPES or all_finite(data, ref.dtype):
+            return
+        with self._lock:
+            if (ref.origin, ref.tensor) in self._seen:
+                return
+            self._seen.add((ref.origin, ref.tensor))
+            text = f"tensor {escape(ref.tensor)!r} holds NaN or infinite values"
+            if self.strict:
+                raise InputError(text, hint="The checkpoint is damaged. Without --strict this is only a warning.")
+            self.warnings.append(text)
+
+
+def source_crc(flow: Flow, shard: Shard) -> int:
+    """CRC-32 of every source range behind a shard, read again."""
+    crc, known = 0, set()
+    for item in shard.items:
+        for ref in item.inputs:
+            if ref not in known:
+                known.add(ref)
+                for start, size in _chunks(ref):
+                    flow.check_stop()
+                    buffer = bytearray(size)
+                    flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=start)
+                    crc = zlib.crc32(buffer, crc)
+    return crc
+
+
+def _chunks(ref: Input):
+    for start in range(0, ref.nbytes, CHUNK):
+        yield ref.start + start, min(CHUNK, ref.nbytes - start)
+
+
+class _Checksum:
+    """CRC-32 over the source ranges of a shard in item order, each range once."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._known: set[Input] = set()
+
+    def wants(self, ref: Input) -> bool:
+        if ref in self._known:
+            return False
+        self._known.add(ref)
+        return True
+
+    def add(self, data: Buffer) -> None:
+        self.value = zlib.crc32(data, self.value)
+
+
+def write_items(flow: Flow, shard: Shard, writer: ShardWriter, *, pool: Executor, window: int) -> int:
+    """Write every item of a shard. Returns the CRC-32 of the source bytes that it read."""
+    checksum = _Checksum()
+    ahead: deque[tuple[Item, Future | None]] = deque()
+    computing = 0
+    waiting = iter(shard.items)
+    exhausted = False
+    while ahead or not exhausted:
+        while computing < window and not exhausted:
+            item = next(waiting, None)
+            if item is None:
+                exhausted = True
+            elif item.kernel == "copy":
+                ahead.append((item, None))
+                if len(ahead) == 1:
+                    break  # nothing before it to wait for: move it now
+            else:
+                ahead.append((item, pool.submit(_compute, flow, item)))
+                computing += 1
+        if not ahead:
+            break
+        item, future = ahead.popleft()
+        if future is None:
+            _copy(flow, item, writer, checksum)
+            continue
+        computing -= 1
+        inputs, outputs = future.result()
+        for ref, data in zip(item.inputs, inputs, strict=True):
+            if checksum.wants(ref):
+                checksum.add(data)
+        for spec, data in zip(item.outputs, outputs, strict=True):
+            writer.write(spec.name, data)
+            flow.meter.advance(spec.nbytes)
+    return checksum.value
+
+
+def _copy(flow: Flow, item: Item, writer: ShardWriter, checksum: _Checksum) -> None:
+    """Concatenate the inputs' bytes into the one output, a chunk at a time."""
+    (spec,) = item.outputs
+    buffer = memoryview(bytearray(min(CHUNK, max((r.nbytes for r in item.inputs), default=1) or 1)))
+    written = 0
+    for ref in item.inputs:
+        first = checksum.wants(ref)
+        for start, size in _chunks(ref):
+            flow.check_stop()
+            view = buffer[:size]
+            flow.origins[ref.origin].read_into(ref.tensor, view, start=start)
+            if first:
+                checksum.add(view)
+                flow.check_source(ref, view)
+            writer.write(spec.name, view, start=written)
+            written += size
+            flow.meter.advance(size)
+    if written != spec.nbytes:
+        raise CheckError(f"tensor {spec.name!r}: {written} bytes were copied, the plan says {spec.nbytes}")
+
+
+def _compute(flow: Flow, item: Item) -> tuple[list[bytearray], list[Buffer]]:
+    """Run a kernel on one item: its inputs and its outputs as raw bytes."""
+    flow.check_stop()
+    inputs: list[bytearray] = []
+    clean = True
+    for ref in item.inputs:
+        buffer = bytearray(ref.nbytes)
+        flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=ref.start)
+        flow.check_source(ref, buffer)
+        clean = clean and (ref.origin, ref.tensor) not in flow._seen
+        inputs.append(buffer)
+    outputs = list(load_kernel(item.kernel)(list(zip(item.inputs, inputs)), item.outputs, item.params))
+    for spec, data in zip(item.outputs, outputs, strict=True):
+        if memoryview(data).nbytes != spec.nbytes:
+            raise CheckError(f"kernel {item.kernel} made {memoryview(data).nbytes} bytes of {spec.name!r}, "
+                             f"the plan says {spec.nbytes}")  # fmt: skip
+        if clean and spec.dtype in FLOAT_DTYPES and not all_finite(data, spec.dtype):
+            raise CheckError(
+                f"{item.kernel} made NaN or infinite values in {escape(spec.name)!r} from finite ones",
+                hint="The values do not fit the output dtype; choose a wider --dtype.",
+            )
+    return inputs, outputs

@@ -1,0 +1,37 @@
+"""The pure functions that an Item may name, found by name and imported only when a plan uses them.
+
+A kernel takes the inputs' raw bytes and gives the outputs' raw bytes; it sees dtypes and shapes, never names.
+`copy` is not here: the loop moves those bytes from file to file without making tensors of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from moeconv.plan.plan import Input, TensorSpec
+
+Buffer = bytearray | memoryview | bytes
+Kernel = Callable[[Sequence[tuple[Input, Buffer]], Sequence[TensorSpec], Mapping[str, Any]], Sequence[Buffer]]
+
+# kernel name -> module and function
+_WHERE = {
+    "cast": "moeconv.plan.kernels.elementwise:cast",
+    "fill": "moeconv.plan.kernels.elementwise:fill",
+    "draw_normal": "moeconv.plan.kernels.draw:draw_normal",
+    "add_noise": "moeconv.plan.kernels.draw:add_noise",
+    "redraw_neurons": "moeconv.plan.kernels.draw:redraw_neurons",
+    "pack_int": "moeconv.plan.kernels.quantized:pack_int_kernel",
+    "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
+    "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
+}
+
+
+def load_kernel(name: str) -> Kernel:
+    """The function behind a kernel's name. Raises KeyError for a name that is not in the table."""
+    module, _, function = _WHERE[name].partition(":")
+    return getattr(import_module(module), function)
+
+
+__all__ = ["Buffer", "Kernel", "load_kernel"]

@@ -1,0 +1,23 @@
+"""Kernels that treat every element alike: cast to another floating dtype, and fill with a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels.arrays import from_float, to_float32
+from moeconv.plan.plan import Input, TensorSpec
+
+
+def cast(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """One tensor in another floating dtype, rounded to nearest even."""
+    ((ref, data),) = inputs
+    return [from_float(to_float32(data, ref.dtype, ref.shape), outputs[0].dtype)]
+
+
+def fill(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """A constant tensor of value params["value"]."""
+    return [from_float(np.full(spec.shape, params["value"], np.float32), spec.dtype) for spec in outputs]

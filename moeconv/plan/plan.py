@@ -1,0 +1,171 @@
+"""What will be written: TensorSpec, Item, Shard, Plan. Pure data, decided from headers alone.
+
+A Plan fixes every output byte but those that kernels compute, so its sizes are the sizes that will be written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from moeconv.checkpoint.header import DTYPE_BITS, serialise_header, tensor_nbytes
+from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.errors import UsageError
+
+PLAN_VERSION = 1
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """An output tensor: name and layout on disk, the role it is counted under, parameters that it stands for."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    params: int
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A byte range of one tensor of an origin: the source, an overlay, or a further source ("source:1")."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]  # of the range, when it is whole rows; what a kernel sees
+    start: int
+    nbytes: int
+    origin: str = "source"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One unit of work: a kernel's inputs, parameters and outputs. `copy` concatenates its inputs' bytes.
+
+    `changed` is the role under which the promise counts this item's outputs, "" when bytes only move.
+    """
+
+    outputs: tuple[TensorSpec, ...]
+    kernel: str = "copy"
+    inputs: tuple[Input, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    changed: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its items in the order of work."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    def layout(self) -> list[TensorSpec]:
+        """Tensors in file order: widest element first, so that each tensor is aligned to its element."""
+        specs = [spec for item in self.items for spec in item.outputs]
+        return sorted(specs, key=lambda s: -DTYPE_BITS[s.dtype])
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of the file, header included."""
+        header, _ = serialise_header((s.name, s.dtype, s.shape) for s in self.layout())
+        return len(header) + sum(item.nbytes for item in self.items)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a step will write. `block` is the step's own part of the JSON result."""
+
+    command: str
+    parameters: Mapping[str, Any]
+    identity: str
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    params_total: int
+    params_active: int
+    block: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()  # source tensors that have no part in the output
+    promise: Mapping[str, int] = field(default_factory=dict)  # what `changed` must come to, counted from the geometry
+
+    def items(self) -> Iterable[Item]:
+        for shard in self.shards:
+            yield from shard.items
+
+    @cached_property
+    def changed(self) -> dict[str, int]:
+        """How many tensors of each role are written with other bytes, or under another name, than the source's."""
+        counts: dict[str, int] = {}
+        for item in self.items():
+            if item.changed:
+                counts[item.changed] = counts.get(item.changed, 0) + len(item.outputs)
+        return counts
+
+    @cached_property
+    def tensors(self) -> int:
+        return sum(len(item.outputs) for item in self.items())
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def largest_item(self) -> int:
+        """Bytes of the inputs and outputs of the largest computed item: what one worker holds at a time."""
+        computed = [i.nbytes + sum(n.nbytes for n in i.inputs) for i in self.items() if i.kernel != "copy"]
+        return max(computed, default=0)
+
+    @cached_property
+    def plan_id(self) -> str:
+        """sha256 of the plan: the same work has the same id on every machine."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON, without paths and times."""
+        return {
+            "plan_version": PLAN_VERSION,
+            "command": self.command,
+            "parameters": dict(self.parameters),
+            "identity": self.identity,
+            "config": dict(self.config),
+            "shards": [{"name": s.name, "items": [_item_json(i) for i in s.items]} for s in self.shards],
+        }
+
+
+def _item_json(item: Item) -> list[Any]:
+    return [
+        item.kernel,
+        [[n.origin, n.tensor, n.start, n.nbytes, list(n.shape)] for n in item.inputs],
+        dict(item.params),
+        [[o.name, o.dtype, list(o.shape)] for o in item.outputs],
+    ]
+
+
+def pack_shards(items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE) -> tuple[Shard, ...]:
+    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file."""
+    if shard_size < 1:
+        raise UsageError("--shard-size must be at least 1 byte", hint="Try --shard-size 5GB.")
+    bins: list[list[Item]] = [[]]
+    filled = 0
+    for item in items:
+        if bins[-1] and filled + item.nbytes > shard_size:
+            bins.append([])
+            filled = 0
+        bins[-1].append(item)
+        filled += item.nbytes
+    if len(bins) == 1:
+        return (Shard("model.safetensors", tuple(bins[0])),)
+    total = len(bins)
+    return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(b)) for i, b in enumerate(bins, start=1))

@@ -1,0 +1,210 @@
+"""Every parameter of every step, declared once: flag names, recipe keys and API parameter names are these words.
+
+A group is a frozen dataclass; a field's metadata holds its help text and, where the words are fixed, its choices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from moeconv.errors import UsageError, escape
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str | None = None) -> Any:
+    """A dataclass field with its help text; `flag` overrides the flag's spelling."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What shapes the files of every written checkpoint."""
+
+    seed: int = option(0, "Seed of every random draw.")
+    dtype: str | None = option(
+        None, "Dtype of the weights that are written (default: the source's).", choices=("bfloat16", "float16", "float32")
+    )  # fmt: skip
+    shard_size: str = option("5GB", "Largest size of an output shard.")
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written."""
+
+    dry_run: bool = option(False, "Stop after the plan: print what would be written, write nothing.")
+    no_check: bool = option(False, "Skip the check of the written model against the source.")
+    strict: bool = option(False, "Refuse what would otherwise be a warning (NaN in a source tensor).")
+    jobs: int | None = option(None, "Workers (default: the processors, at most 4).")
+    part: str | None = option(
+        None, "Write only share I of N of the shards, as I/N counted from 0; the last one commits."
+    )
+    overwrite: bool = option(False, "Swap OUT for the new directory once that is complete.")
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How a model is run."""
+
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
+    max_memory: str | None = option(None, "Budget for activations in memory, such as 4GB (default: no limit).")
+    batch_size: int = option(8, "Sequences per forward pass.")
+    seq_len: int | None = option(None, "Tokens per sequence (default: 512, at most the model's).")
+    tokens: int | None = option(None, "Tokens to use, sampled with the seed (default: 65536, evaluate: all).")
+    text_field: str = option("text", "Field of .jsonl records that holds the text, or `messages` for chats.")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text to run a model on."""
+
+    data: tuple[str, ...] = option((), "Text file, .jsonl, directory or - for standard input; repeatable, FILE=WEIGHT.")
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """moeconv upcycle"""
+
+    experts: int = option(8, "Experts per layer.")
+    top_k: int = option(2, "Experts per token.")
+    method: str = option("copy", "How experts are made from the FFN.", choices=("copy", "noise", "drop"))
+    to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
+    layers: str = option("all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15.")
+    router_std: float = option(0.02, "Standard deviation of the router's random rows.")
+    drop_ratio: float = option(0.5, "drop: share of an expert's neurons that are redrawn.")
+    noise_scale: float = option(0.05, "noise: standard deviation, in units of the matrix's own.")
+    noise_fraction: float = option(0.5, "noise: share of an expert's neurons that get noise.")
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """moeconv prune"""
+
+    keep: int | None = option(None, "Experts to keep in every layer.")
+    ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")
+    max_bytes: str | None = option(None, "Largest size of the result, such as 20GB; removes as few as fit.")
+    criterion: str | None = option(
+        None, "What decides which experts go (default: saliency with data, aimer without).",
+        choices=("utilization", "reap", "saliency", "redundancy", "aimer"),
+    )  # fmt: skip
+    stats: str | None = option(None, "Statistics from `moeconv calibrate`.")
+    protect: str | None = option(None, "Experts that stay: LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """moeconv quantize"""
+
+    format: str = option("compressed-tensors", "Layout on disk.", choices=("compressed-tensors", "bitsandbytes"))
+    scheme: str | None = option(None, "Number format (default: int4).", choices=("int4", "int8", "nf4", "fp4"))
+    bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
+    group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
+    method: str = option("rtn", "How codes are chosen.", choices=("rtn",))
+    requantize: bool = option(False, "Allow a source that is quantized already.")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """moeconv calibrate"""
+
+    sample_tokens: int = option(2048, "Tokens per layer on which all experts are compared.")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """moeconv tune"""
+
+    objective: str = option("layerwise", "What is minimised.", choices=("layerwise", "distill", "lm"))
+    teacher: str | None = option(None, "Dense source, or the model before an edit (layerwise and distill need it).")
+    train: str = option("router", "What trains: router, or with more words: router,experts,shared,norms.")
+    steps: int = option(100, "Optimiser steps (per layer with layerwise).")
+    learning_rate: float | None = option(None, "Peak learning rate (default: 1e-3 for the router, 3e-4 for the rest).")
+    balance: float = option(0.01, "Weight of the load-balance loss, taken per layer.")
+    z_loss: float = option(0.0, "Weight of the router z-loss.")
+    straight_through: bool = option(True, "Router gradient through all experts (DenseMixer).")
+    balance_only: bool = option(False, "Train on the balance loss alone, also where experts are identical.")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """moeconv evaluate"""
+
+    reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.")
+    max_loss_increase: float | None = option(None, "Gate: loss at most this much above the reference (nats per token).")
+    max_kl: float | None = option(None, "Gate: KL(reference || model) at most this (nats per token).")
+    min_agreement: float | None = option(None, "Gate: share of tokens with the reference's top-1 at least this.")
+
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str | int, *, flag: str) -> int:
+    """`5GB`, `500MB`, `2GiB`, `1000` -> bytes. Raises UsageError naming the flag."""
+    match = _SIZE.match(str(text))
+    if not match:
+        raise UsageError(f"{flag} {escape(text)}: not a size", hint="Examples: 5GB, 500MB, 2GiB.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+
+
+def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int, ...]:
+    """`all` or `0,2,8-15` -> sorted layer indices. Raises UsageError for one outside the model."""
+    if text.strip() == "all":
+        return tuple(range(layers))
+    chosen: set[int] = set()
+    for word in text.split(","):
+        first, dash, last = word.strip().partition("-")
+        try:
+            a = int(first)
+            b = int(last) if last else (layers - 1 if dash else a)
+        except ValueError:
+            raise UsageError(
+                f"{flag} {escape(text)}: {escape(word)!r} is no number or range", hint="Example: 0,2,8-15."
+            ) from None
+        if not 0 <= a <= b < layers:
+            raise UsageError(f"{flag} {escape(text)}: {escape(word)} is outside layers 0 to {layers - 1}")
+        chosen.update(range(a, b + 1))
+    return tuple(sorted(chosen))
+
+
+def take(group: type[T], values: Mapping[str, Any]) -> T:
+    """The group's dataclass from the values that it names. Raises UsageError for a value outside its choices."""
+    names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
+    made = group(**{k: v for k, v in values.items() if k in names})
+    for f in dataclasses.fields(group):  # type: ignore[arg-type]
+        value, choices = getattr(made, f.name), f.metadata["choices"]
+        if choices and value is not None and value not in choices:
+            raise UsageError(
+                f"{flag_of(f.name)} {escape(value)}: not one of {', '.join(choices)}", hint=did_you_mean(value, choices)
+            )
+    return made
+
+
+def check_names(values: Mapping[str, Any], *groups: type) -> None:
+    """Raises UsageError for a parameter that no group knows."""
+    known = [f.name for g in groups for f in dataclasses.fields(g)]
+    for name in values:
+        if name not in known:
+            raise UsageError(f"unknown parameter {escape(name)!r}", hint=did_you_mean(name, known))
+
+
+def did_you_mean(word: object, known: Any) -> str:
+    """A hint that names the closest known word, or all of them."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(str(k) for k in known))}."
+
+
+def flag_of(name: str) -> str:
+    """The flag of a parameter: top_k -> --top-k."""
+    return "--" + name.replace("_", "-")
+
+
+def parameters_of(*groups: Any) -> dict[str, Any]:
+    """The values that a plan's id depends on, as plain JSON values."""
+    return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}

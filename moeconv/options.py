@@ -28,8 +28,10 @@ class PlanOptions:
 
     seed: int = option(0, "Seed of every random draw.")
     dtype: str | None = option(
-        None, "Dtype of the weights that are written (default: the source's).", choices=("bfloat16", "float16", "float32")
-    )  # fmt: skip
+        None,
+        "Dtype of the weights that are written (default: the source's).",
+        choices=("bfloat16", "float16", "float32"),
+    )
     shard_size: str = option("5GB", "Largest size of an output shard.")
 
 

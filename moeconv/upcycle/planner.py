@@ -50,7 +50,7 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
         params_total=total,
         params_active=active,
         block=block,
-        warnings=tuple([*model.checkpoint.warnings, *warnings]),
+        warnings=(*model.checkpoint.warnings, *warnings),
         dropped=model.dropped,
         promise=_promise(pair, options.experts, len(layers)),
     )

@@ -1,0 +1,41 @@
+"""Kernels that pack a weight: raw bytes to torch and back around the pure functions of pack.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
+from moeconv.plan.plan import Input, TensorSpec
+from moeconv.tensors import to_bytes, to_tensor
+
+# Items run side by side; torch's own threads would only fight them (3 to 20 times slower under load).
+torch.set_num_threads(1)
+
+
+def _weight(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
+    ((ref, data),) = inputs
+    return to_tensor(data, ref.dtype, ref.shape)
+
+
+def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> list[Buffer]:
+    return [to_bytes(parts[name]) for name in params["parts"]]
+
+
+def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """compressed-tensors codes, scales and shape. params: parts, bits, group_size."""
+    return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=params["group_size"]), params)
+
+
+def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size."""
+    parts = pack_nf4(_weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"])
+    return _ordered(parts, params)
+
+
+def pack_bnb8_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """LLM.int8 row-wise codes and scales. params: parts."""
+    return _ordered(pack_int8_rowwise(_weight(inputs)), params)

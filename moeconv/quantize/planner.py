@@ -1,0 +1,107 @@
+"""plan_quantize: an MoE and a scheme in, a Plan with every packed tensor's exact size out. No torch, no bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, parse_size, take
+from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
+from moeconv.plan.plan import Item, Plan, pack_shards
+from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
+
+
+def plan_quantize(model: Model, **parameters: Any) -> Plan:
+    """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
+
+    Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
+    """
+    check_names(parameters, QuantizeOptions, PlanOptions)
+    options, common = take(QuantizeOptions, parameters), take(PlanOptions, parameters)
+    format = FORMATS[options.format]
+    name = choose_scheme(format, scheme=options.scheme, bits=options.bits)
+    if model.quantization:
+        raise InputError(
+            "the source is quantized already", hint="Quantize the unquantized checkpoint that it was made from."
+        )
+    if model.family.kind != "moe":
+        raise InputError(
+            f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
+        )
+    weights = [r for n, r in model.checkpoint.tensors.items() if n in model.roles and model.roles[n].group == "expert"]
+    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]))
+    _check_weights(weights)
+    chosen = {r.name for r in weights}
+    dtype = parse_dtype(common.dtype)
+
+    def replace(ref: TensorRef) -> list[Item] | None:
+        return [format.make(ref, scheme, model.roles[ref.name].key)] if ref.name in chosen else None
+
+    items = carry_all(model, dtype=dtype, replace=replace)
+    config = dict(model.checkpoint.config)
+    config["quantization_config"] = format.config(scheme, _ignored(model, chosen), TORCH_NAMES[dtype or model.dtype])
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = TORCH_NAMES[dtype]
+    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    parts = len(format.make(weights[0], scheme, "expert.gate").outputs)
+    return Plan(
+        command="quantize",
+        parameters=parameters_of(options, common),
+        identity=model.identity,
+        config=config,
+        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        params_total=total,
+        params_active=active,
+        block={
+            "format": format.name,
+            "scheme": scheme.name,
+            "method": options.method,
+            "group_size": scheme.group,
+            "bits_by_layer": {str(layer): scheme.bits for layer in model.moe_layers},
+            "loads": dict(format.loads[scheme.name]),
+        },
+        warnings=tuple(model.checkpoint.warnings),
+        dropped=model.dropped,
+        promise={"expert": len(model.moe_layers) * model.num_experts * _matrices(model) * parts},
+    )
+
+
+def _matrices(model: Model) -> int:
+    """Expert matrices that the family keeps for each expert: gate, up and down."""
+    return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.items())
+
+
+def _group(format: Format, options: QuantizeOptions, weights: list[TensorRef], *, bits: int) -> int | None:
+    if not format.grouped:
+        if options.group_size != "auto":
+            raise UsageError(f"--group-size has no meaning for --format {format.name}", hint="Leave it out.")
+        return None
+    group = choose_group(options.group_size, [ref.shape[1] for ref in weights])
+    if group is None and bits == 4:
+        raise UsageError("--group-size channel is for int8", hint="Use --group-size auto with int4.")
+    return group
+
+
+def _check_weights(weights: list[TensorRef]) -> None:
+    for ref in weights:
+        if ref.dtype not in ("BF16", "F16", "F32") or len(ref.shape) != 2:
+            raise InputError(
+                f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}: not a matrix of 16 or 32 bit floats",
+                hint="Quantize a bf16, fp16 or fp32 checkpoint.",
+            )
+
+
+def _ignored(model: Model, quantized: set[str]) -> list[str]:
+    """Modules whose weight is a matrix that stays as it is: what loaders must not look for packed."""
+    names = []
+    for name, ref in model.checkpoint.tensors.items():
+        role = model.roles.get(name)
+        if role and name.endswith(".weight") and len(ref.shape) == 2 and name not in quantized:
+            if role.key != "embedding.tokens":
+                names.append(name.removesuffix(".weight"))
+    if "lm_head" not in names:
+        names.append("lm_head")
+    return names

@@ -107,7 +107,6 @@ class QuantizeOptions:
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
     method: str = option("rtn", "How codes are chosen.", choices=("rtn",))
-    requantize: bool = option(False, "Allow a source that is quantized already.")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _codes(
     return Item(specs, kernel, (whole(ref),), {"parts": [p[1] for p in parts], **params}, role.partition(".")[0])
 
 
-# -- compressed-tensors, pack-quantized, symmetric ----------------------------------------------------------------------
+# -- compressed-tensors, pack-quantized, symmetric ---------------------------------------------------------------------
 
 
 def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
@@ -96,7 +96,7 @@ def _packed_config(scheme: Scheme, ignore: Sequence[str], dtype: str) -> dict[st
     }
 
 
-# -- bitsandbytes, native per-expert tensors ------------------------------------------------------------------------------
+# -- bitsandbytes, native per-expert tensors ---------------------------------------------------------------------------
 
 
 def quant_state(shape: Sequence[int], *, dtype: str, quant_type: str) -> str:

@@ -99,9 +99,9 @@ def _ignored(model: Model, quantized: set[str]) -> list[str]:
     names = []
     for name, ref in model.checkpoint.tensors.items():
         role = model.roles.get(name)
-        if role and name.endswith(".weight") and len(ref.shape) == 2 and name not in quantized:
-            if role.key != "embedding.tokens":
-                names.append(name.removesuffix(".weight"))
+        matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2
+        if matrix and name not in quantized and name != model.family.name("embedding.tokens"):
+            names.append(name.removesuffix(".weight"))
     if "lm_head" not in names:
         names.append("lm_head")
     return names

@@ -13,9 +13,9 @@ from moeconv.plan.plan import Input, TensorSpec
 
 
 def cast(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """One tensor in another floating dtype, rounded to nearest even."""
-    ((ref, data),) = inputs
-    return [from_float(to_float32(data, ref.dtype, ref.shape), outputs[0].dtype)]
+    """The inputs one after the other in another floating dtype, rounded to nearest even."""
+    parts = [to_float32(data, ref.dtype, ref.shape) for ref, data in inputs]
+    return [from_float(parts[0] if len(parts) == 1 else np.concatenate(parts), outputs[0].dtype)]
 
 
 def fill(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

@@ -12,7 +12,13 @@ from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import (
-    PlanOptions, PruneOptions, check_names, did_you_mean, parameters_of, parse_size, take,
+    PlanOptions,
+    PruneOptions,
+    check_names,
+    did_you_mean,
+    parameters_of,
+    parse_size,
+    take,
 )  # fmt: skip
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype, pick_rows
 from moeconv.plan.plan import Item, Plan, TensorSpec, pack_shards
@@ -52,8 +58,7 @@ def plan_prune(
     left = budget(model, options, common)
     _check_feasible(model, left, protected)
     evidence = evidence or Evidence()
-    name = resolve_criterion(options.criterion, has_data=evidence.statistics is not None or keep_experts is not None
-                             or options.criterion not in (None, "aimer"))  # fmt: skip
+    name = options.criterion or ("aimer" if evidence.statistics is None else "saliency")
     orders = _orders(model, name, evidence, protected) if keep_experts is None else None
     keep: Keep
     if keep_experts is not None:

@@ -1,0 +1,189 @@
+"""The typer app, built from the table of verbs, and the way from an exception to an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import signal
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from moeconv import __version__
+from moeconv.cli.commands import VERBS, Positional, Verb
+from moeconv.cli.progress import make_meter
+from moeconv.cli.sink import Sink, debug
+from moeconv.cli.stdin import model_from_stdin
+from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
+from moeconv.options import flag_of
+
+_SINK = Sink()
+_OUTPUT_FLAGS = (
+    ("json", Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]),
+    ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]),
+    ("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]),
+)
+
+
+def _annotation(kind: Any, name: str, help: str, choices: Sequence[str] = ()) -> Any:
+    """The typer annotation of a flag; a bool that is on by default gets a --no- twin."""
+    if typing.get_origin(kind) in (tuple, list):
+        kind = list[str]
+    text = f"{help} One of: {', '.join(choices)}." if choices else help
+    return Annotated[kind, typer.Option(flag_of(name), help=text)]
+
+
+def _flag_parameters(verb: Verb) -> list[tuple[str, Any, Any]]:
+    """(name, annotation, default) of every flag of a verb."""
+    flags: list[tuple[str, Any, Any]] = []
+    for group in verb.groups:
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            help, choices = field.metadata["help"], field.metadata["choices"]
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            if field.default is True:
+                spelled = f"{flag_of(field.name)}/--no-{field.name.replace('_', '-')}"
+                kind: Any = Annotated[bool, typer.Option(spelled, help=help)]
+            else:
+                kind = _annotation(hints[field.name], field.name, help, choices)
+            flags.append((field.name, kind, default))
+    for name, kind, default, help in verb.extra:
+        nullable = kind | None if default is None and isinstance(kind, type) else kind
+        flags.append((name, _annotation(nullable, name, help), list(default) if default == () else default))
+    return flags
+
+
+def _argument(positional: Positional) -> Any:
+    kind: Any = str if positional.required else str | None
+    return Annotated[kind, typer.Argument(help=positional.help, metavar=positional.name.upper())]
+
+
+def _command(verb: Verb) -> types.FunctionType:
+    """The function that typer sees: the verb's parameters as its signature."""
+    names = [(p.name, _argument(p), inspect.Parameter.empty if p.required else None) for p in verb.positionals]
+    names += _flag_parameters(verb)
+    names += [(name, kind, False) for name, kind in _OUTPUT_FLAGS]
+
+    def command(**values: Any) -> int:
+        return _call(verb, values)
+
+    command.__name__, command.__doc__ = verb.name, verb.help
+    command.__annotations__ = {name: kind for name, kind, _ in names}
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+            for name, kind, default in names
+        ]
+    )
+    return typing.cast(types.FunctionType, command)
+
+
+def _call(verb: Verb, values: dict[str, Any]) -> int:
+    """Run a verb and print its result. Returns the exit code."""
+    _SINK.mode = "json" if values.pop("json") else "quiet" if values.pop("quiet", False) else "human"
+    _SINK.verbose = values.pop("verbose")
+    values.pop("quiet", None)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    _read_stdin(verb, values)
+    meter = make_meter()
+    try:
+        result = verb.run(values, meter)
+    finally:
+        meter.close()
+    failure = verb.failed(result)
+    _SINK.result(result, table=verb.table)
+    if failure is None:
+        return 0
+    if _SINK.mode != "json":
+        _SINK.error(failure)
+    return failure.exit_code
+
+
+def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
+    """Put what standard input names in the place of `-`."""
+    dashes = [p.name for p in verb.positionals if p.model and values[p.name] == "-"]
+    dashes += ["data"] * list(values.get("data", ())).count("-")
+    if len(dashes) > 1:
+        raise UsageError("standard input can be read once: only one argument may be -", hint="Give a path.")
+    if dashes and dashes[0] != "data":
+        values[dashes[0]] = model_from_stdin(sys.stdin.buffer.read())
+
+
+def build_app() -> typer.Typer:
+    """The typer app with every verb."""
+    app = typer.Typer(
+        name="moeconv", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+        help="Convert dense checkpoints to Mixture-of-Experts, tune, prune and quantize them.",
+    )  # fmt: skip
+
+    @app.callback(invoke_without_command=True)
+    def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+        if version:
+            print(f"moeconv {__version__}")
+            raise typer.Exit()
+
+    for verb in VERBS:
+        app.command(verb.name, help=verb.help)(_command(verb))
+    return app
+
+
+def _on_signal(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number,
+                      hint="Run the same command again to resume.")  # fmt: skip
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line. Returns the exit code; prints errors, never a traceback unless MOECONV_DEBUG is set."""
+    _SINK.mode = "json" if "--json" in arguments else "human"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: a caller's business
+            signal.signal(number, _on_signal)
+    try:
+        code = typer.main.get_command(build_app()).main(
+            args=list(arguments), prog_name="moeconv", standalone_mode=False
+        )
+        sys.stdout.flush()
+        return int(code or 0)
+    except BrokenPipeError:
+        # whoever read our standard output has enough; keep the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    known = _as_moeconv_error(error)
+    if debug() and not isinstance(known, UsageError):
+        traceback.print_exception(error)
+    with contextlib.suppress(BrokenPipeError):
+        _SINK.error(known)
+    return known.exit_code
+
+
+def _as_moeconv_error(error: Exception) -> MoeconvError:
+    if isinstance(error, MoeconvError):
+        return error
+    # typer carries its own copy of click, so its usage errors are known by what they can do
+    if hasattr(error, "format_message") and getattr(error, "exit_code", None) is not None:
+        context = getattr(error, "ctx", None)
+        hint = f"See `{context.command_path} --help`." if context is not None else "See `moeconv --help`."
+        return UsageError(escape(error.format_message()), hint=hint)
+    if isinstance(error, MemoryError):
+        return MoeconvError("out of memory", hint="Lower --jobs or --batch-size.")
+    where: Mapping[str, Any] = {}
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames:
+        where = {"file": os.path.basename(frames[-1].filename), "line": frames[-1].lineno}
+    return MoeconvError(
+        f"a bug of moeconv: {type(error).__name__}: {escape(error)} {dict(where) or ''}".strip(),
+        hint="Please report it, with the traceback that MOECONV_DEBUG=1 prints.",
+    )

@@ -1,0 +1,164 @@
+"""The verbs: positionals, option groups and the step that each one calls. Typer functions are built from these rows.
+
+A flag is declared once, as a field in moeconv.options; this table only says which verb takes which group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv import options as o
+from moeconv.cli import tables
+from moeconv.errors import CheckError
+from moeconv.plan.meter import Meter
+
+Run = Callable[[Mapping[str, Any], Meter], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Positional:
+    """An argument without a flag; `model` ones may be `-`, the JSON or path on standard input."""
+
+    name: str
+    help: str
+    model: bool = False
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command. `run` gets all values by name; `failed` turns a result into the error that its exit code needs."""
+
+    name: str
+    help: str
+    positionals: tuple[Positional, ...]
+    groups: tuple[type, ...]
+    run: Run
+    table: Callable[[Mapping[str, Any]], Any]
+    failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda result: None
+    extra: tuple[tuple[str, type, Any, str], ...] = ()  # (name, type, default, help) of flags of this verb alone
+
+
+MODEL = Positional("model", "Checkpoint directory, hf://OWNER/NAME[@REVISION], or - for standard input.", model=True)
+SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or - for standard input.", model=True)
+OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).")
+_PLAN = (o.PlanOptions, o.WriteOptions)
+_MEASURE = (o.DataOptions, o.MeasureOptions)
+_OVERWRITE = ("overwrite", bool, False, "Replace the file when the new one is complete.")
+
+
+def _upcycle(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import convert
+
+    return convert.upcycle(v["source"], v["out"], v, meter=meter)
+
+
+def _tune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import convert
+
+    return convert.tune(v["model"], v["out"], v, meter=meter)
+
+
+def _prune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import convert
+
+    return convert.prune(v["model"], v["out"], v, meter=meter)
+
+
+def _quantize(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import convert
+
+    return convert.quantize(v["model"], v["out"], v, meter=meter)
+
+
+def _inspect(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.inspect(v["model"])
+
+
+def _calibrate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.calibrate(v["model"], v["stats"], v, overwrite=v["overwrite"], meter=meter)
+
+
+def _evaluate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.evaluate(v["model"], v, meter=meter)
+
+
+def _gates_failed(result: Mapping[str, Any]) -> CheckError | None:
+    failed = [f"{name} {g['value']} against {g['limit']}" for name, g in result["gates"].items() if not g["passed"]]
+    return None if result["passed"] else CheckError(f"gate failed: {'; '.join(failed)}")
+
+
+def _verify(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.verify(v["model"], against=v["source"], load=v["load"])
+
+
+def _problems(result: Mapping[str, Any]) -> CheckError | None:
+    return None if result["ok"] else CheckError(f"{len(result['problems'])} problems: {result['problems'][0]}")
+
+
+def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.recipe import run_recipe
+
+    return run_recipe(v["recipe"], settings=v["set"], dry_run=v["dry_run"], meter=meter)
+
+
+def _demo(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.demo import run_demo
+
+    return run_demo(v["dir"], meter=meter)
+
+
+def _families(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.families()
+
+
+def _formats(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.formats()
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), (), _inspect,
+         tables.inspected),
+    Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT), (o.UpcycleOptions, *_PLAN),
+         _upcycle, tables.written),
+    Verb("calibrate", "Run data through a model and keep statistics per expert.",
+         (MODEL, Positional("stats", "Statistics file to write (.safetensors).")),
+         (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,
+         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw."))),
+    Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
+         (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written),
+    Verb("prune", "Remove redundant experts.", (MODEL, OUT),
+         (o.PruneOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _prune, tables.written),
+    Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), (o.QuantizeOptions, *_PLAN), _quantize,
+         tables.written),
+    Verb("evaluate", "Loss on text, alone or against a reference, with gates for CI.", (MODEL,),
+         (o.EvaluateOptions, *_MEASURE), _evaluate, tables.evaluated, _gates_failed,
+         extra=(("seed", int, 0, "Seed of the sample when --tokens is given."),)),
+    Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,), (),
+         _verify, tables.verified, _problems,
+         extra=(("source", str, None, "Compare unchanged tensors with this checkpoint."),
+                ("load", bool, False, "Also load the model in transformers, strictly."))),
+    Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file."),), (), _run_recipe, tables.steps_table,
+         extra=(("set", list[str], (), "Set a variable of the recipe: KEY=VALUE; repeatable."),
+                ("dry_run", bool, False, "Print the steps and sizes, write nothing."))),
+    Verb("families", "The supported families and conversions.", (), (), _families, tables.family_table),
+    Verb("formats", "The quantization formats and the runtimes that load them.", (), (), _formats,
+         tables.format_table),
+    Verb("demo", "The whole pipeline on the small checkpoint that ships with moeconv.",
+         (Positional("dir", "Directory to write to (default: a temporary one).", required=False),), (), _demo,
+         tables.steps_table),
+)  # fmt: skip

@@ -1,0 +1,115 @@
+"""Progress on stderr: a live bar on a terminal, heartbeat lines without control characters on anything else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+from moeconv.errors import escape
+
+HEARTBEAT_SECONDS = 30.0
+
+
+def human_bytes(n: float) -> str:
+    """1234567 -> 1.2 MB"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """190.2 -> 3m10s"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+class LineMeter:
+    """A line per shard, or every 30 s when shards take longer. For pipes, logs and CI."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = self._last = time.monotonic()
+        self._total = self._done = self._shards = self._shards_done = 0
+
+    def start(self, *, total_bytes: int, shards: int) -> None:
+        self._began = self._last = time.monotonic()
+        self._total, self._shards, self._done, self._shards_done = total_bytes, shards, 0, 0
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if time.monotonic() - self._last >= HEARTBEAT_SECONDS:
+                self._print()
+
+    def shard_done(self, name: str) -> None:
+        with self._lock:
+            self._shards_done += 1
+            self._print()
+
+    def note(self, text: str) -> None:
+        print(escape(text), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+    def _print(self) -> None:
+        now = self._last = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate if rate else 0.0
+        share = 100 * self._done // max(self._total, 1)
+        eta = f"eta {human_seconds(left)}" if self._done < self._total else f"in {human_seconds(now - self._began)}"
+        line = f"shard {self._shards_done}/{self._shards}  {share}%  {human_bytes(rate)}/s  {eta}"
+        print(line, file=sys.stderr, flush=True)
+
+
+class BarMeter:
+    """A live bar with bytes, rate and time left. For a terminal."""
+
+    def __init__(self) -> None:
+        self._progress: Any = None
+        self._task: Any = None
+
+    def start(self, *, total_bytes: int, shards: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self.close()
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
+        self._task = self._progress.add_task(f"{shards} shard{'s' * (shards != 1)}", total=total_bytes)
+        self._progress.start()
+
+    def advance(self, nbytes: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task, nbytes)
+
+    def shard_done(self, name: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.close()
+        print(escape(text), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def make_meter() -> LineMeter | BarMeter:
+    """The meter that fits where stderr goes."""
+    return BarMeter() if sys.stderr.isatty() else LineMeter()

@@ -1,0 +1,221 @@
+"""What people see: a short table for each result. Numbers only, no opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from moeconv.cli.progress import human_bytes, human_seconds
+from moeconv.errors import escape
+
+
+def human_count(n: float) -> str:
+    """12345678 -> 12.35M"""
+    for unit in ("", "k", "M", "B"):
+        if abs(n) < 1000:
+            return f"{n:.0f}" if not unit else f"{n:.2f}{unit}"
+        n /= 1000
+    return f"{n:.2f}T"
+
+
+def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
+    """Two columns: a word and its value."""
+    table = Table(title=title, show_header=False, box=None, pad_edge=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        if value is not None:
+            table.add_row(key, escape(value))
+    return table
+
+
+def grid(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> Table:
+    """A plain table; every column but the first is right-aligned."""
+    table = Table(title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    return table
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def written(result: Mapping[str, Any]) -> list[Table]:
+    """A step that writes a checkpoint."""
+    block = result.get(result["command"], {})
+    parameters = result["parameters"]
+    rows: dict[str, Any] = {
+        "output": result["output"] + (" (dry run: nothing written)" if result["dry_run"] else ""),
+        "parameters": f"{human_count(parameters['total'])} total, {human_count(parameters['active'])} active per token",
+        "size": f"{human_bytes(result['bytes'])} in {result['shards']} file{'s' * (result['shards'] != 1)}",
+        "changed": ", ".join(f"{n} {role} tensors" for role, n in result["changed"].items()) or "nothing",
+    }
+    rows |= {"upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune}[result["command"]](block)
+    if result.get("complete") is False:
+        rows["part"] = f"{result['part']} is done, others are not"
+    if not result["dry_run"]:
+        rows["time"] = f"{human_seconds(result['seconds'])}, peak memory {human_bytes(result['peak_rss_bytes'])}"
+    tables = [pairs(rows)]
+    if result["command"] == "tune":
+        tables.append(_tune_layers(block))
+    return tables
+
+
+def _upcycle(block: Mapping[str, Any]) -> dict[str, Any]:
+    check = block.get("equivalence") or {}
+    rows = {
+        "conversion": f"{block['from']} -> {block['to']}, {block['num_experts']} experts, top-{block['top_k']}, "
+        f"method {block['method']}",
+    }
+    if check.get("checked"):
+        exact = "promised exact" if block["exact"] else "not exact by design"
+        rows["against source"] = (
+            f"logits differ by at most {check['max_abs_logit_diff']:.2e} "
+            f"({check['relative']:.2e} of their spread, {check['tokens']} tokens; {exact})"
+        )
+    return rows
+
+
+def _prune(block: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer, by {block['criterion']}"}
+    for layer, kept in (block.get("keep") or {}).items():
+        rows[f"layer {layer}"] = "keeps " + ", ".join(map(str, kept))
+    return rows
+
+
+def _quantize(block: Mapping[str, Any]) -> dict[str, Any]:
+    group = f", {block['group_size']} weights a scale" if block.get("group_size") else ""
+    rows = {"packing": f"{block['format']} {block['scheme']}{group}, method {block['method']}"}
+    if block.get("error"):
+        error = block["error"]["relative_rms"]
+        rows["error"] = f"relative RMS {error['mean']:.4f} mean, {error['max']:.4f} max (decoded sample)"
+    rows["loads in"] = ", ".join(f"{name}: {how}" for name, how in block["loads"].items())
+    return rows
+
+
+def _tune(block: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {"objective": f"{block['objective']}, {block['steps']} steps"}
+    for name in ("loss", "kl"):
+        if block.get(f"{name}_before") is not None:
+            rows[name] = f"{block[f'{name}_before']:.4f} -> {block[f'{name}_after']:.4f}"
+    return rows
+
+
+def _tune_layers(block: Mapping[str, Any]) -> Table:
+    rows = [
+        [r["layer"], _number(r.get("entropy"), 3), _number(r.get("max_over_mean"), 2), r.get("dead", 0)]
+        for r in block.get("layers", [])
+    ]
+    return grid(["layer", "router entropy", "max/mean load", "dead experts"], rows)
+
+
+def inspected(result: Mapping[str, Any]) -> list[Table]:
+    """A checkpoint."""
+    parameters = result["parameters"]
+    moe = result["kind"] == "moe"
+    rows = {
+        "family": f"{result['model_type']} ({result['kind']}, {result['architecture']})",
+        "parameters": f"{human_count(parameters['total'])} total, {human_count(parameters['active'])} active per token",
+        "layers": f"{result['layers']}" + (f", {len(result['moe_layers'])} with experts" if moe else ""),
+        "experts": f"{result['num_experts']} per layer, top-{result['top_k']}" if moe else None,
+        "FLOPs per token": human_count(result["flops_per_token"]),
+        "size": f"{human_bytes(result['bytes'])}, {result['tensors']} tensors, {result['shards']} shards",
+        "dtypes": ", ".join(f"{d} {human_bytes(n)}" for d, n in result["dtypes"].items()),
+        "quantization": None,
+    }
+    if result["quantization"]:
+        q = result["quantization"]
+        rows["quantization"] = f"{q['format']}, {q['bits']} bits" + (f" ({q['scheme']})" if q["scheme"] else "")
+    roles = result["parameters_by_role"]
+    by_role = [[r, human_count(n), human_bytes(result["bytes_by_role"].get(r, 0))] for r, n in roles.items()]
+    return [pairs(rows), grid(["role", "parameters", "bytes"], by_role)]
+
+
+def evaluated(result: Mapping[str, Any]) -> list[Table]:
+    """Loss, comparison and gates."""
+    reference = result.get("reference") or {}
+    rows: dict[str, Any] = {
+        "tokens": result["tokens"],
+        "loss": f"{_number(result['loss'])} nats per token, perplexity {_number(result['perplexity'], 3)}",
+    }
+    if reference:
+        rows["reference"] = f"{_number(reference['loss'])} nats, perplexity {_number(reference['perplexity'], 3)}"
+        rows["KL"] = f"{_number(result['kl'])} nats"
+        rows["same top-1"] = f"{100 * (result['top1_agreement'] or 0):.2f} %"
+    rows["speed"] = f"{result['tokens_per_second']:.0f} tokens/s"
+    tables = [pairs(rows)]
+    if result.get("sources"):
+        rows_by_source = [[s["name"], s["tokens"], _number(s["loss"])] for s in result["sources"]]
+        tables.append(grid(["source", "tokens", "loss"], rows_by_source))
+    if result.get("gates"):
+        gates = [
+            [name, _number(g["value"], 5), _number(g["limit"], 5), "passed" if g["passed"] else "FAILED"]
+            for name, g in result["gates"].items()
+        ]
+        tables.append(grid(["gate", "value", "limit", ""], gates))
+    return tables
+
+
+def calibrated(result: Mapping[str, Any]) -> list[Table]:
+    """Statistics: load per layer."""
+    rows = {"output": result["output"], "tokens": result["tokens"]}
+    layers = [
+        [r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]] for r in result["layers"]
+    ]
+    return [pairs(rows), grid(["layer", "router entropy", "max/mean load", "dead experts"], layers)]
+
+
+def verified(result: Mapping[str, Any]) -> list[Table]:
+    """Whether a checkpoint is whole."""
+    checked = result["checked"]
+    loads = result["loads"]["transformers"]
+    rows = {
+        "verdict": "whole" if result["ok"] else f"{len(result['problems'])} problems",
+        "checked": f"{checked['tensors']} tensors in {checked['shards']} shards, {human_bytes(checked['bytes'])}",
+        "manifest": "every file hashed" if result["manifest"] else "none: moeconv did not write this checkpoint",
+        "transformers": None if loads is None else ("loads strictly" if loads else "does not load"),
+    }
+    tables = [pairs(rows)]
+    if result["problems"]:
+        tables.append(grid(["problem"], [[p] for p in result["problems"]]))
+    return tables
+
+
+def family_table(result: Mapping[str, Any]) -> list[Table]:
+    """Conversions."""
+    rows = [
+        [p["from"], p["to"], "exact" if p["exact"] else "near", "yes" if p["default"] else "", p["note"]]
+        for p in result["pairs"]
+    ]
+    lists = {"dense": ", ".join(result["dense"]), "MoE": ", ".join(result["moe"])}
+    return [pairs(lists), grid(["from", "to", "", "default", "note"], rows)]
+
+
+def format_table(result: Mapping[str, Any]) -> Table:
+    """Formats and runtimes."""
+    runtimes = list(result["formats"][0]["loads"])
+    rows = [[f["name"], f["bits"], *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
+    return grid(["format", "bits", *runtimes], rows)
+
+
+def steps_table(result: Mapping[str, Any]) -> list[Table]:
+    """A recipe or the demo: a row a step."""
+    rows = [
+        [
+            r["step"],
+            human_count(r["total"]) if r.get("total") else "-",
+            human_count(r["active"]) if r.get("active") else "-",
+            human_bytes(r["bytes"]) if r.get("bytes") else "-",
+            _number(r.get("loss")),
+            _number(r.get("kl")),
+            human_seconds(r.get("seconds") or 0),
+        ]
+        for r in result["steps"]
+    ]
+    columns = ["step", "parameters", "active", "bytes", "loss", "KL to dense", "time"]
+    return [grid(columns, rows), pairs({"output": result["output"]})]

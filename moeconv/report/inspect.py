@@ -1,0 +1,67 @@
+"""What a checkpoint is, from its headers and config alone: sizes, experts, dtypes, quantization. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families import packed
+from moeconv.families.model import Model
+from moeconv.plan.build import count_params
+
+
+def inspect(model: Model) -> dict[str, Any]:
+    """The JSON object of `moeconv inspect`. `flops_per_token` are 2 per active parameter that multiplies, without
+    the attention's dependence on context length."""
+    refs = model.checkpoint.tensors
+    dtypes: dict[str, int] = {}
+    by_role: dict[str, int] = {}
+    bytes_by_role: dict[str, int] = {}
+    lookup = 0
+    for name, ref in refs.items():
+        dtypes[ref.dtype] = dtypes.get(ref.dtype, 0) + ref.nbytes
+        role = model.roles.get(name)
+        if role is None:
+            continue
+        by_role[role.group] = by_role.get(role.group, 0) + model.numel(ref)
+        bytes_by_role[role.group] = bytes_by_role.get(role.group, 0) + ref.nbytes
+        lookup += model.numel(ref) if role.key == "embedding.tokens" else 0
+    total, active = count_params(model)
+    tied = not any(role.key == "embedding.lm_head" for role in model.roles.values())
+    return {
+        "path": str(model.checkpoint.path),
+        "model_type": model.family.model_type,
+        "kind": model.family.kind,
+        "architecture": model.family.architecture,
+        "layers": model.num_layers,
+        "moe_layers": list(model.moe_layers),
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "shared_experts": int(by_role.get("shared", 0) > 0),
+        "parameters": {
+            "total": total,
+            "active": active,
+            "experts": by_role.get("expert", 0),
+            "router": by_role.get("router", 0),
+        },
+        "parameters_by_role": dict(sorted(by_role.items())),
+        "bytes_by_role": dict(sorted(bytes_by_role.items())),
+        "bytes": model.checkpoint.nbytes,
+        "dtypes": dict(sorted(dtypes.items())),
+        "flops_per_token": 2 * (active if tied else active - lookup),
+        "quantization": _quantization(model),
+        "tensors": len(refs),
+        "shards": len(model.checkpoint.shards),
+        "identity": model.identity,
+        "warnings": list(model.checkpoint.warnings),
+    }
+
+
+def _quantization(model: Model) -> dict[str, Any] | None:
+    value = model.quantization
+    if value is None:
+        return None
+    return {
+        "format": value.get("quant_method"),
+        "bits": packed.bits_of(model.checkpoint.config),
+        "scheme": (value.get("moeconv") or {}).get("scheme"),
+    }

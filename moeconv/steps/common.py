@@ -1,0 +1,116 @@
+"""What every step that writes shares: resolving MODEL, running a plan, and the common JSON fields."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.output import check_target
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model, open_model
+from moeconv.options import WriteOptions, take
+from moeconv.plan.execute import execute, parse_part, peak_rss_bytes
+from moeconv.plan.flow import ByteSource
+from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Plan
+
+_HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
+_HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def resolve(model: str) -> str:
+    """A local directory for MODEL: itself, or the hub's cached snapshot for hf://OWNER/NAME[@REVISION].
+
+    Raises UsageError for a malformed hub name, InputError when the hub cannot give it.
+    """
+    if not model.startswith("hf://"):
+        return model
+    match = _HUB.match(model)
+    if not match:
+        raise UsageError(f"{escape(model)} is not hf://OWNER/NAME[@REVISION]")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(match[1], revision=match[2], allow_patterns=list(_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot get {escape(model)} from the hub: {escape(reason)}",
+            hint="Check the name, the network, and HF_TOKEN for gated models.",
+        ) from None
+
+
+def open_resolved(model: str) -> Model:
+    """`open_model` on a resolved MODEL."""
+    return open_model(resolve(model))
+
+
+def run_plan(
+    plan: Plan,
+    model: Model,
+    out: str,
+    values: Mapping[str, Any],
+    *,
+    meter: Meter,
+    origins: Mapping[str, ByteSource] | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON."""
+    write = take(WriteOptions, values)
+    result = planned_json(plan, out, dry_run=write.dry_run)
+    part = parse_part(write.part)
+    if write.dry_run:
+        check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+        return result
+    done = execute(
+        plan,
+        source=model.checkpoint,
+        out=out,
+        origins=origins,
+        check=None if write.no_check else check,
+        jobs=write.jobs,
+        part=part,
+        overwrite=write.overwrite,
+        strict=write.strict,
+        meter=meter,
+    )
+    result |= {"seconds": round(done.seconds, 3), "peak_rss_bytes": done.peak_rss_bytes, "files": dict(done.files)}
+    result["warnings"] += done.warnings + list(done.extra.get("warnings", ()))
+    result[plan.command] |= {k: v for k, v in done.extra.items() if k != "warnings"}
+    if part is not None:
+        result |= {"part": write.part, "complete": done.complete}
+    return result
+
+
+def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
+    """The fields that a plan alone decides."""
+    return {
+        "command": plan.command,
+        "output": out,
+        "plan_id": plan.plan_id,
+        "dry_run": dry_run,
+        "tensors": plan.tensors,
+        "shards": len(plan.shards),
+        "bytes": plan.nbytes,
+        "parameters": {"total": plan.params_total, "active": plan.params_active},
+        "changed": plan.changed,
+        "seconds": 0.0,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "warnings": list(plan.warnings),
+        "files": {},
+        plan.command: dict(plan.block),
+    }

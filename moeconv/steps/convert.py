@@ -1,0 +1,198 @@
+"""Steps that write a checkpoint by a plan: upcycle, prune, quantize, and applying what tune trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.output import check_target
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.errors import CheckError, UsageError, escape
+from moeconv.families.model import Model, open_model
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    PruneOptions,
+    QuantizeOptions,
+    TuneOptions,
+    UpcycleOptions,
+    WriteOptions,
+    parameters_of,
+    take,
+)
+from moeconv.plan.execute import default_jobs
+from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Plan
+from moeconv.steps.common import open_resolved, resolve, run_plan
+
+EXACT_RELATIVE = 1e-5  # of the spread of the logits, float32
+
+
+def _named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """The values of these groups, as keyword arguments."""
+    return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
+
+
+# -- upcycle -----------------------------------------------------------------------------------------------------------
+
+
+def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
+    from moeconv.upcycle.planner import plan_upcycle
+
+    model = open_resolved(source)
+    plan = plan_upcycle(model, **_named(values, UpcycleOptions, PlanOptions))
+
+    def check(staged: Path) -> dict[str, Any]:
+        return _equivalence(model, staged, plan)
+
+    result = run_plan(plan, model, out, values, meter=meter, check=check)
+    result["upcycle"].setdefault(
+        "equivalence", {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
+    )
+    return result
+
+
+def _equivalence(model: Model, staged: Path, plan: Plan) -> dict[str, Any]:
+    """Compare logits in a child process, so that a conversion itself never imports transformers."""
+    needed, free = plan.nbytes + model.checkpoint.nbytes, _free_memory()
+    if needed > free // 2:
+        text = f"not checked against the source: both models take {needed} bytes, {free} are free"
+        return {"equivalence": {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0},
+                "warnings": [text]}  # fmt: skip
+    command = [sys.executable, "-m", "moeconv.evaluate.equivalence", str(model.checkpoint.path), str(staged)]
+    child = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    try:
+        found = json.loads(child.stdout)
+    except ValueError:
+        found = {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
+    if "error" in found or not found.get("strict_load"):
+        raise CheckError(
+            f"transformers cannot run the written model: {escape(found.get('error', 'its tensors do not fit'))}",
+            hint="Nothing was written. Please report it with this message.",
+        )
+    if plan.block["exact"] and not found["relative"] <= EXACT_RELATIVE:
+        raise CheckError(
+            f"the written model differs from its source by {found['relative']:.2e} of the logits' spread",
+            hint="Nothing was written. This method promises exactness; please report it.",
+        )
+    return {"equivalence": {"checked": True, **found}}
+
+
+def _free_memory() -> int:
+    """Bytes that Linux says are available to a new process."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+# -- prune -------------------------------------------------------------------------------------------------------------
+
+
+def prune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone."""
+    from moeconv.prune.criteria import CRITERIA, Evidence
+    from moeconv.prune.planner import plan_prune, resolve_criterion
+
+    model = open_resolved(source)
+    options, data = take(PruneOptions, values), take(DataOptions, values).data
+    named = _named(values, PruneOptions, PlanOptions)
+    if options.stats and data:
+        raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
+    named["criterion"] = resolve_criterion(options.criterion, has_data=bool(options.stats or data))
+    needs = CRITERIA[named["criterion"]].needs
+    write = take(WriteOptions, values)
+    plan_prune(model, **named)  # feasibility, before anything is measured
+    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    evidence = Evidence()
+    if options.stats:
+        evidence = Evidence(statistics=_statistics(model, options.stats))
+    elif data and not write.dry_run:
+        evidence = Evidence(statistics=_calibrated(model, values, meter=meter))
+    if needs == "weights" and not write.dry_run:
+        from moeconv.calibrate.weights import aimer
+
+        meter.note("reading the experts' weights")
+        evidence = Evidence(evidence.statistics, aimer(model, jobs=write.jobs or default_jobs()))
+    return run_plan(plan_prune(model, evidence=evidence, **named), model, out, values, meter=meter)
+
+
+def _statistics(model: Model, path: str):
+    from moeconv.calibrate.artifact import load_statistics
+
+    statistics = load_statistics(path)
+    statistics.check_belongs(model)
+    return statistics
+
+
+def _calibrated(model: Model, values: Mapping[str, Any], *, meter: Meter):
+    from moeconv.calibrate.artifact import load_statistics
+    from moeconv.calibrate.run import calibrate
+
+    with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
+        path = os.path.join(folder, "statistics.safetensors")
+        named = _named(values, DataOptions, MeasureOptions, CalibrateOptions)
+        calibrate(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
+        return load_statistics(path)
+
+
+# -- quantize ----------------------------------------------------------------------------------------------------------
+
+
+def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Pack every expert, then decode a sample of what was written and compare it with the source."""
+    from moeconv.quantize.planner import plan_quantize
+
+    model = open_resolved(source)
+    plan = plan_quantize(model, **_named(values, QuantizeOptions, PlanOptions))
+
+    def check(staged: Path) -> dict[str, Any]:
+        from moeconv.report.proof import packing_error
+
+        return {"error": packing_error(model, open_model(staged), scheme=plan.block["scheme"])}
+
+    return run_plan(plan, model, out, values, meter=meter, check=check)
+
+
+# -- tune --------------------------------------------------------------------------------------------------------------
+
+
+def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Train the router (and what --train names) into an overlay, then apply the overlay."""
+    from moeconv.tune.planner import plan_overlay
+
+    write = take(WriteOptions, values)
+    if write.dry_run:
+        raise UsageError(
+            "--dry-run never measures, and what tune writes is decided by training",
+            hint="The result has the size of its input: see `moeconv inspect`.",
+        )
+    model = open_resolved(source)
+    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    from moeconv.tune.run import tune as train
+
+    named = _named(values, TuneOptions, DataOptions, MeasureOptions)
+    if named["teacher"]:
+        named["teacher"] = resolve(named["teacher"])
+    with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
+        path = os.path.join(folder, "overlay.safetensors")
+        block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
+        overlay = SafetensorsFile(Path(path))
+        plan = plan_overlay(model, overlay, **_named(values, PlanOptions))
+        result = run_plan(plan, model, out, values, meter=meter, origins={"overlay": overlay})
+    result["warnings"] += block.pop("warnings", [])
+    result["tune"] |= block
+    return result
+
+
+__all__ = ["prune", "quantize", "tune", "upcycle"]

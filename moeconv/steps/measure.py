@@ -1,0 +1,75 @@
+"""Steps that only measure or look: inspect, calibrate, evaluate, verify, and the tables of what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    EvaluateOptions,
+    MeasureOptions,
+    PlanOptions,
+    parameters_of,
+    take,
+)
+from moeconv.plan.meter import Meter
+from moeconv.steps.common import open_resolved, resolve
+
+
+def inspect(source: str) -> dict[str, Any]:
+    """What a checkpoint is, from its headers."""
+    from moeconv.report.inspect import inspect as look
+
+    return look(open_resolved(source))
+
+
+def calibrate(source: str, stats: str, values: Mapping[str, Any], *, overwrite: bool, meter: Meter) -> dict[str, Any]:
+    """Run data through a model and write its statistics to a file."""
+    from moeconv.calibrate.run import calibrate as measure
+
+    named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), take(MeasureOptions, values))
+    seed = take(PlanOptions, values).seed
+    return measure(resolve(source), stats, seed=seed, overwrite=overwrite, meter=meter, **named)
+
+
+def evaluate(source: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Loss on data, alone or against a reference, with gates."""
+    from moeconv.evaluate.run import evaluate as measure
+
+    options = take(EvaluateOptions, values)
+    named = parameters_of(options, take(DataOptions, values), take(MeasureOptions, values))
+    if options.reference:
+        named["reference"] = resolve(options.reference)
+    return measure(resolve(source), meter=meter, **named)
+
+
+def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:
+    """Check every byte of a checkpoint against its manifest, and its structure against its family."""
+    from moeconv.report.verify import verify as check
+
+    return check(resolve(source), source=resolve(against) if against else None, load=load)
+
+
+def families() -> dict[str, Any]:
+    """The supported families and conversions."""
+    from moeconv.families.dense import DENSE
+    from moeconv.families.moe import MOE
+    from moeconv.families.pairs import PAIRS
+
+    pairs = [{"from": p.source, "to": p.target, "exact": p.exact, "default": p.default, "note": p.note} for p in PAIRS]
+    return {"dense": sorted(DENSE), "moe": sorted(MOE), "pairs": pairs}
+
+
+def formats() -> dict[str, Any]:
+    """The quantization formats and which runtime loads them."""
+    from moeconv.quantize.formats import BITS, FORMATS
+
+    rows = [
+        {"name": f"{f.name} {scheme}", "format": f.name, "scheme": scheme, "bits": BITS[scheme],
+         "loads": dict(f.loads[scheme])}
+        for f in FORMATS.values()
+        for scheme in f.schemes
+    ]  # fmt: skip
+    return {"formats": rows}

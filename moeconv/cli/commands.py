@@ -107,7 +107,7 @@ def _problems(result: Mapping[str, Any]) -> CheckError | None:
 
 
 def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.recipe import run_recipe
+    from moeconv.steps.pipeline import run_recipe
 
     return run_recipe(v["recipe"], settings=v["set"], dry_run=v["dry_run"], meter=meter)
 

@@ -161,7 +161,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
 
     Raises InputError for an unknown architecture, a missing or unexpected tensor, or a shape that contradicts config.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
+    checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
     roles, dropped = _assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)

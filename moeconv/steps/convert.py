@@ -41,15 +41,34 @@ def _named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
 
 
+def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
+    """The plan of a step without measuring anything; None for tune, which keeps every size."""
+    if command == "upcycle":
+        from moeconv.upcycle.planner import plan_upcycle
+
+        return plan_upcycle(model, **_named(values, UpcycleOptions, PlanOptions))
+    if command == "prune":
+        from moeconv.prune.planner import plan_prune, resolve_criterion
+
+        named = _named(values, PruneOptions, PlanOptions)
+        has_data = bool(values.get("stats") or values.get("data"))
+        named["criterion"] = resolve_criterion(named["criterion"], has_data=has_data)
+        return plan_prune(model, **named)
+    if command == "quantize":
+        from moeconv.quantize.planner import plan_quantize
+
+        return plan_quantize(model, **_named(values, QuantizeOptions, PlanOptions))
+    return None
+
+
 # -- upcycle -----------------------------------------------------------------------------------------------------------
 
 
 def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
-    from moeconv.upcycle.planner import plan_upcycle
-
     model = open_resolved(source)
-    plan = plan_upcycle(model, **_named(values, UpcycleOptions, PlanOptions))
+    plan = plan_step("upcycle", model, values)
+    assert plan is not None
 
     def check(staged: Path) -> dict[str, Any]:
         return _equivalence(model, staged, plan)
@@ -151,10 +170,9 @@ def _calibrated(model: Model, values: Mapping[str, Any], *, meter: Meter):
 
 def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
-    from moeconv.quantize.planner import plan_quantize
-
     model = open_resolved(source)
-    plan = plan_quantize(model, **_named(values, QuantizeOptions, PlanOptions))
+    plan = plan_step("quantize", model, values)
+    assert plan is not None
 
     def check(staged: Path) -> dict[str, Any]:
         from moeconv.report.proof import packing_error
@@ -193,6 +211,3 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
     result["warnings"] += block.pop("warnings", [])
     result["tune"] |= block
     return result
-
-
-__all__ = ["prune", "quantize", "tune", "upcycle"]

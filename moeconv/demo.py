@@ -1,0 +1,21 @@
+"""`moeconv demo`: the whole pipeline on the small trained checkpoint that ships with moeconv, as an ordinary recipe."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+from moeconv.errors import OutputError
+from moeconv.plan.meter import Meter
+from moeconv.recipe import DEMO_DATA, load_recipe
+from moeconv.steps.pipeline import run_all
+
+
+def run_demo(directory: str | None, *, meter: Meter) -> dict[str, Any]:
+    """Upcycle, tune, prune and quantize the demo checkpoint under `directory`. Returns the recipe's JSON."""
+    folder = os.path.abspath(directory) if directory else tempfile.mkdtemp(prefix="moeconv-demo-")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise OutputError(f"{folder} is not a directory", hint="Give a directory for the demo's models.")
+    recipe = load_recipe(str(DEMO_DATA / "pipeline.yaml"), settings=[f"work={folder}"])
+    return run_all(recipe, meter=meter) | {"command": "demo"}

@@ -1,0 +1,44 @@
+"""A Plan seen as the checkpoint that it will write, so that the next step can be planned before it exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.families.model import Model, open_model
+from moeconv.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class _PlannedCheckpoint:
+    """The part of Checkpoint's face that planners use. It has no bytes to read."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorRef]
+    shards: tuple[str, ...]
+    plan_id: str
+    warnings: list[str] = field(default_factory=list)
+    manifest: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    def identity(self, whole: object = ()) -> str:
+        return self.plan_id
+
+
+def planned_model(plan: Plan) -> Model:
+    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError."""
+    tensors = {
+        spec.name: TensorRef(spec.name, spec.dtype, spec.shape, shard.name, 0, spec.nbytes)
+        for shard in plan.shards
+        for item in shard.items
+        for spec in item.outputs
+    }
+    shards = tuple(shard.name for shard in plan.shards)
+    planned = _PlannedCheckpoint(Path("(planned)"), dict(plan.config), tensors, shards, plan.plan_id)
+    return open_model(cast(Checkpoint, planned))

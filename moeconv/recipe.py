@@ -1,0 +1,231 @@
+"""YAML -> typed steps, strictly: an unknown key or a value of the wrong kind is an error with its line.
+
+    name: dense-to-int4
+    vars: {model: demo, work: build}
+    evaluate: {data: [heldout.txt], reference: "${model}"}    # optional: measured after every step that writes
+    steps:
+      - step: upcycle
+        from: ${model}
+        to: ${work}/moe
+        with: {experts: 8, top_k: 2, method: drop}
+
+`with` takes the words of the command's flags. ${NAME} is a variable of the recipe, of --set, or of the environment;
+${demo} is the folder of the data that ships with moeconv. Relative paths are relative to the recipe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from moeconv import options as o
+from moeconv.errors import UsageError, escape
+
+DEMO_DATA = Path(__file__).parent / "demo_data"
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
+_PATH_KEYS = ("stats", "teacher", "reference")
+_COMMON = (o.PlanOptions, o.WriteOptions)
+_MEASURE = (o.DataOptions, o.MeasureOptions)
+
+# step -> option groups whose fields `with` may name
+GROUPS: dict[str, tuple[type, ...]] = {
+    "upcycle": (o.UpcycleOptions, *_COMMON),
+    "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
+    "prune": (o.PruneOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
+    "quantize": (o.QuantizeOptions, *_COMMON),
+    "calibrate": (o.CalibrateOptions, *_MEASURE),
+    "evaluate": (o.EvaluateOptions, *_MEASURE),
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StepSpec(_Strict):
+    """One step as it stands in the file."""
+
+    step: str
+    source: str = Field(alias="from")
+    to: str | None = None
+    name: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict, alias="with")
+
+
+class RecipeSpec(_Strict):
+    """A recipe as it stands in the file."""
+
+    name: str = "recipe"
+    vars: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    evaluate: dict[str, Any] | None = None
+    steps: list[StepSpec] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, variables filled in, paths absolute, parameters of the right kinds."""
+
+    command: str
+    name: str
+    source: str
+    to: str | None
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `moeconv run` runs. `evaluate` are parameters of an evaluation after every step that writes a model."""
+
+    name: str
+    steps: tuple[Step, ...]
+    evaluate: Mapping[str, Any] | None
+
+
+def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `settings` are KEY=VALUE. Raises UsageError that names file and line."""
+    file = Path(path)
+    try:
+        text = file.read_text("utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {escape(path)}: {error.strerror}", hint="Give a YAML file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{escape(path)} is not UTF-8 text", hint="Give a YAML file.") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UsageError(f"{escape(file.name)}{where}: {escape(problem)}", hint="Correct the YAML.") from None
+    lines: dict[tuple[Any, ...], int] = {}
+    _note_lines(node, (), lines)
+    checker = _Checker(file, lines)
+    spec = checker.parse(value)
+    variables = _variables(spec, settings)
+    return Recipe(
+        spec.name,
+        tuple(checker.step(i, s, variables) for i, s in enumerate(spec.steps)),
+        None if spec.evaluate is None else checker.typed("evaluate", spec.evaluate, ("evaluate",), variables),
+    )
+
+
+def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
+    """Remember at which line each key and item stands."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            at = (*path, key.value)
+            if at in lines:
+                raise UsageError(f"line {key.start_mark.line + 1}: key {escape(key.value)!r} appears twice")
+            lines[at] = key.start_mark.line + 1
+            _note_lines(value, at, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*path, i)] = value.start_mark.line + 1
+            _note_lines(value, (*path, i), lines)
+
+
+def _variables(spec: RecipeSpec, settings: Sequence[str]) -> dict[str, str]:
+    variables = {"demo": str(DEMO_DATA), **{k: str(v) for k, v in spec.vars.items()}}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or key not in spec.vars:
+            raise UsageError(f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe",
+                             hint=o.did_you_mean(key, spec.vars or ["(the recipe has no vars)"]))  # fmt: skip
+        variables[key] = value
+    return variables
+
+
+@dataclass(frozen=True)
+class _Checker:
+    """Turns what YAML gave into typed steps; every complaint names the file and the line."""
+
+    file: Path
+    lines: Mapping[tuple[Any, ...], int]
+
+    def fail(self, path: tuple[Any, ...], message: str, hint: str = "") -> UsageError:
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
+        return UsageError(f"{escape(self.file.name)}:{line}: {message}", hint=hint)
+
+    def parse(self, value: Any) -> RecipeSpec:
+        if not isinstance(value, dict):
+            raise UsageError(f"{escape(self.file.name)} is not a recipe", hint="It needs a list of `steps`.")
+        try:
+            return RecipeSpec.model_validate(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = tuple(first["loc"])
+            if first["type"] == "extra_forbidden":
+                known = ("step", "from", "to", "name", "with") if "steps" in path else tuple(RecipeSpec.model_fields)
+                raise self.fail(path, f"unknown key {escape(path[-1])!r}", o.did_you_mean(path[-1], known)) from None
+            where = ".".join(str(p) for p in path)
+            raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
+
+    def step(self, index: int, spec: StepSpec, variables: Mapping[str, str]) -> Step:
+        path = ("steps", index)
+        if spec.step not in GROUPS:
+            raise self.fail((*path, "step"), f"unknown step {escape(spec.step)!r}", o.did_you_mean(spec.step, GROUPS))
+        if (spec.to is None) != (spec.step == "evaluate"):
+            text = "evaluate writes nothing: leave out `to`" if spec.to else f"{spec.step} needs `to`"
+            raise self.fail(path, text)
+        source = self.path(self.fill(spec.source, (*path, "from"), variables))
+        to = None if spec.to is None else self.path(self.fill(spec.to, (*path, "to"), variables))
+        parameters = self.typed(spec.step, spec.parameters, (*path, "with"), variables)
+        name = spec.name or _label(spec.step, parameters)
+        return Step(spec.step, name, source, to, parameters)
+
+    def typed(
+        self, command: str, values: Mapping[str, Any], path: tuple[Any, ...], variables: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """`with` values by the fields of the command's option groups: known, of the right kind, paths resolved."""
+        groups = GROUPS[command]
+        fields = {name: group for group in groups for name in group.__dataclass_fields__}  # type: ignore[attr-defined]
+        typed: dict[str, Any] = {}
+        for key, value in values.items():
+            at = (*path, key)
+            if key not in fields:
+                raise self.fail(at, f"{command} has no parameter {escape(key)!r}", o.did_you_mean(key, fields))
+            filled = self.fill_all(value, at, variables)
+            if key == "data":
+                filled = tuple(self.path(v) for v in (filled if isinstance(filled, list) else [filled]))
+            elif key in _PATH_KEYS and isinstance(filled, str):
+                filled = self.path(filled)
+            try:
+                checked = TypeAdapter(fields[key]).validate_python({key: filled})
+                o.take(fields[key], {key: getattr(checked, key)})
+            except ValidationError as error:
+                raise self.fail(at, f"{escape(key)}: {escape(error.errors()[0]['msg'])}") from None
+            except UsageError as error:
+                raise self.fail(at, error.message, error.hint) from None
+            typed[key] = getattr(checked, key)
+        return typed
+
+    def fill_all(self, value: Any, path: tuple[Any, ...], variables: Mapping[str, str]) -> Any:
+        if isinstance(value, list):
+            return [self.fill_all(v, path, variables) for v in value]
+        return self.fill(value, path, variables) if isinstance(value, str) else value
+
+    def fill(self, text: str, path: tuple[Any, ...], variables: Mapping[str, str]) -> str:
+        def value(match: re.Match[str]) -> str:
+            name = match[1]
+            if name not in variables and name not in os.environ:
+                raise self.fail(path, f"no variable ${{{escape(name)}}}", o.did_you_mean(name, variables))
+            return variables.get(name, os.environ.get(name, ""))
+
+        return _VARIABLE.sub(value, text)
+
+    def path(self, text: str) -> str:
+        """A path relative to the recipe's folder; hub names and absolute paths stay."""
+        return text if text.startswith("hf://") or text == "-" else str(self.file.parent / text)
+
+
+def _label(command: str, parameters: Mapping[str, Any]) -> str:
+    words = [str(parameters[k]) for k in ("method", "objective", "criterion", "scheme") if parameters.get(k)]
+    return " ".join([command, *words])

@@ -1,0 +1,186 @@
+"""Running a recipe: each step reads what an earlier one wrote. Finished steps of an unchanged recipe are kept.
+
+A ledger beside a step's output remembers what made it (parameters, inputs, version) and what it came to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeconv import __version__
+from moeconv.checkpoint.reader import MANIFEST_NAME
+from moeconv.checkpoint.strictjson import canonical_json, read_json_object
+from moeconv.checkpoint.writer import replace_file
+from moeconv.errors import CheckError, MoeconvError, escape
+from moeconv.families.model import Model, open_model
+from moeconv.plan.build import count_params
+from moeconv.plan.meter import Meter
+from moeconv.plan.planned import planned_model
+from moeconv.recipe import Recipe, Step, load_recipe
+from moeconv.steps import convert, measure
+from moeconv.steps.common import open_resolved
+
+_LEDGER = ".moeconv-ledger.json"
+_WRITERS = {"upcycle": convert.upcycle, "tune": convert.tune, "prune": convert.prune, "quantize": convert.quantize}
+
+
+def run_recipe(
+    path: str, *, meter: Meter, settings: tuple[str, ...] = (), dry_run: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Run (or plan) every step of a recipe file. The JSON: output, and a row a step."""
+    recipe = load_recipe(path, settings=settings)
+    return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)
+
+
+def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
+    """Run the steps in order; the first that fails ends the run with its error."""
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    first = open_resolved(recipe.steps[0].source)
+    rows.append(_row("source", first, seconds=0.0, evaluation=_evaluation(recipe, recipe.steps[0].source, meter)))
+    for step in recipe.steps:
+        meter.note(f"== {step.name}")
+        began = time.monotonic()
+        result, kept = _one(step, meter)
+        seconds = time.monotonic() - began
+        warnings += [f"{step.name}: {text}" for text in result.get("warnings", ())]
+        if step.command in _WRITERS:
+            assert step.to is not None
+            evaluation = _evaluation(recipe, step.to, meter)
+            row = _row(step.name, open_model(step.to), seconds=seconds, evaluation=evaluation)
+        else:
+            row = {"step": step.name, "seconds": round(seconds, 3)}
+            row |= {k: result[k] for k in ("loss", "kl", "passed") if k in result}
+        rows.append(row | {"output": step.to, "kept": kept, "result": result})
+        if result.get("passed") is False:
+            raise CheckError(f"{step.name}: a gate failed: {json.dumps(result['gates'])}")
+    return _summary(recipe, rows, warnings, dry_run=False)
+
+
+def plan_all(recipe: Recipe) -> dict[str, Any]:
+    """Every step's exact sizes, each planned on the plan of the one before it; nothing is read but headers."""
+    models: dict[str, Model] = {}
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    for step in recipe.steps:
+        source = models.get(step.source) or open_resolved(step.source)
+        if not rows:
+            rows.append(_row("source", source, seconds=0.0, evaluation={}))
+        if step.command in _WRITERS:
+            assert step.to is not None
+            plan = convert.plan_step(step.command, source, step.parameters)
+            models[step.to] = source if plan is None else planned_model(plan)
+            row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
+            peak = None if plan is None else plan.largest_item
+            rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
+                               "largest_item_bytes": peak})  # fmt: skip
+            warnings += [f"{step.name}: {text}" for text in (plan.warnings if plan else ())]
+        else:
+            rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
+    result = _summary(recipe, rows, warnings, dry_run=True)
+    result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:])
+    return result
+
+
+def _summary(recipe: Recipe, rows: list[dict[str, Any]], warnings: list[str], *, dry_run: bool) -> dict[str, Any]:
+    written = [s.to for s in recipe.steps if s.command in _WRITERS]
+    return {
+        "command": "run",
+        "recipe": recipe.name,
+        "dry_run": dry_run,
+        "output": written[-1] if written else recipe.steps[-1].source,
+        "steps": rows,
+        "warnings": warnings,
+    }
+
+
+def _row(name: str, model: Model, *, seconds: float, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    total, active = count_params(model)
+    return {
+        "step": name,
+        "total": total,
+        "active": active,
+        "bytes": model.checkpoint.nbytes,
+        "loss": evaluation.get("loss"),
+        "kl": evaluation.get("kl"),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:
+    """The recipe's evaluation of one model; the reference itself is not compared with itself."""
+    if recipe.evaluate is None:
+        return {}
+    parameters = dict(recipe.evaluate)
+    if parameters.get("reference") == path:
+        parameters = {k: v for k, v in parameters.items() if not k.startswith(("max_", "min_")) and k != "reference"}
+    result = measure.evaluate(path, parameters, meter=meter)
+    if not result["passed"]:
+        raise CheckError(f"{escape(path)}: a gate failed: {json.dumps(result['gates'])}")
+    return result
+
+
+def _one(step: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
+    """Run one step, or take its result from the ledger when nothing that made it has changed."""
+    if step.command == "evaluate":
+        return measure.evaluate(step.source, step.parameters, meter=meter), False
+    assert step.to is not None
+    key = _key(step)
+    ledger = _read_ledger(step.to)
+    entry = ledger.get(Path(step.to).name)
+    if isinstance(entry, dict) and entry.get("key") == key and entry.get("came_to") == _came_to(step.to):
+        return dict(entry["result"]), True
+    os.makedirs(os.path.dirname(os.path.abspath(step.to)), exist_ok=True)
+    if step.command == "calibrate":
+        result = measure.calibrate(step.source, step.to, step.parameters, overwrite=False, meter=meter)
+    else:
+        result = _WRITERS[step.command](step.source, step.to, step.parameters, meter=meter)
+    ledger = _read_ledger(step.to) | {Path(step.to).name: {"key": key, "came_to": _came_to(step.to), "result": result}}
+    replace_file(_ledger_path(step.to), json.dumps(ledger, default=str).encode())
+    return result, False
+
+
+def _key(step: Step) -> str:
+    """What makes a step's output: command, parameters, version, and the bytes of its inputs."""
+    inputs = [open_resolved(step.source).identity]
+    for name in ("teacher", "reference"):
+        if step.parameters.get(name):
+            inputs.append(open_resolved(step.parameters[name]).identity)
+    files = [*step.parameters.get("data", ()), *filter(None, [step.parameters.get("stats")])]
+    state = [__version__, step.command, dict(step.parameters), inputs, [_file_state(f) for f in files]]
+    return hashlib.sha256(canonical_json(json.loads(json.dumps(state)))).hexdigest()
+
+
+def _file_state(path: str) -> list[Any]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [path]
+    return [path, status.st_size, status.st_mtime_ns]
+
+
+def _came_to(path: str) -> str | None:
+    """What stands at an output now: the manifest's hash for a model, size and time for a file."""
+    try:
+        if os.path.isdir(path):
+            return hashlib.sha256((Path(path) / MANIFEST_NAME).read_bytes()).hexdigest()
+        return json.dumps(_file_state(path)) if os.path.exists(path) else None
+    except OSError:
+        return None
+
+
+def _ledger_path(output: str) -> Path:
+    return Path(os.path.abspath(output)).parent / _LEDGER
+
+
+def _read_ledger(output: str) -> dict[str, Any]:
+    try:
+        return read_json_object(_ledger_path(output), what=_LEDGER)
+    except MoeconvError:
+        return {}

@@ -24,6 +24,7 @@ from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
 from moeconv.errors import CheckError, InputError, Interrupted, MoeconvError, OutputError, UsageError
 from moeconv.plan.flow import ByteSource, Flow, source_crc, write_items
+from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Plan, Shard
 
@@ -86,6 +87,7 @@ def execute(
     Raises InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
     """
     began = time.monotonic()
+    lean_malloc()
     out = Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)

@@ -61,18 +61,19 @@ class Flow:
 
 
 def source_crc(flow: Flow, shard: Shard) -> int:
-    """CRC-32 of every source range behind a shard, read again."""
-    crc, known = 0, set()
+    """The checksum of every source range behind a shard, read again."""
+    checksum = _Checksum()
     for item in shard.items:
         for ref in item.inputs:
-            if ref not in known:
-                known.add(ref)
+            if checksum.wants(ref):
+                crc = 0
                 for start, size in _chunks(ref):
                     flow.check_stop()
                     buffer = bytearray(size)
                     flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=start)
                     crc = zlib.crc32(buffer, crc)
-    return crc
+                checksum.add(crc)
+    return checksum.value
 
 
 def _chunks(ref: Input):
@@ -81,7 +82,7 @@ def _chunks(ref: Input):
 
 
 class _Checksum:
-    """CRC-32 over the source ranges of a shard in item order, each range once."""
+    """CRC-32 over the CRC-32s of a shard's source ranges in item order, each range once."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -93,12 +94,12 @@ class _Checksum:
         self._known.add(ref)
         return True
 
-    def add(self, data: Buffer) -> None:
-        self.value = zlib.crc32(data, self.value)
+    def add(self, crc: int) -> None:
+        self.value = zlib.crc32(crc.to_bytes(4, "little"), self.value)
 
 
 def write_items(flow: Flow, shard: Shard, writer: ShardWriter, *, pool: Executor, window: int) -> int:
-    """Write every item of a shard. Returns the CRC-32 of the source bytes that it read."""
+    """Write every item of a shard. Returns the checksum of the source bytes that it read."""
     checksum = _Checksum()
     ahead: deque[tuple[Item, Future | None]] = deque()
     computing = 0
@@ -123,10 +124,10 @@ def write_items(flow: Flow, shard: Shard, writer: ShardWriter, *, pool: Executor
             _copy(flow, item, writer, checksum)
             continue
         computing -= 1
-        inputs, outputs = future.result()
-        for ref, data in zip(item.inputs, inputs, strict=True):
+        crcs, outputs = future.result()
+        for ref, crc in zip(item.inputs, crcs, strict=True):
             if checksum.wants(ref):
-                checksum.add(data)
+                checksum.add(crc)
         for spec, data in zip(item.outputs, outputs, strict=True):
             writer.write(spec.name, data)
             flow.meter.advance(spec.nbytes)
@@ -139,23 +140,25 @@ def _copy(flow: Flow, item: Item, writer: ShardWriter, checksum: _Checksum) -> N
     buffer = memoryview(bytearray(min(CHUNK, max((r.nbytes for r in item.inputs), default=1) or 1)))
     written = 0
     for ref in item.inputs:
-        first = checksum.wants(ref)
+        first, crc = checksum.wants(ref), 0
         for start, size in _chunks(ref):
             flow.check_stop()
             view = buffer[:size]
             flow.origins[ref.origin].read_into(ref.tensor, view, start=start)
             if first:
-                checksum.add(view)
+                crc = zlib.crc32(view, crc)
                 flow.check_source(ref, view)
             writer.write(spec.name, view, start=written)
             written += size
             flow.meter.advance(size)
+        if first:
+            checksum.add(crc)
     if written != spec.nbytes:
         raise CheckError(f"tensor {spec.name!r}: {written} bytes were copied, the plan says {spec.nbytes}")
 
 
-def _compute(flow: Flow, item: Item) -> tuple[list[bytearray], list[Buffer]]:
-    """Run a kernel on one item: its inputs and its outputs as raw bytes."""
+def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:
+    """Run a kernel on one item: the CRC-32 of each input, and the outputs as raw bytes."""
     flow.check_stop()
     inputs: list[bytearray] = []
     clean = True
@@ -175,4 +178,4 @@ def _compute(flow: Flow, item: Item) -> tuple[list[bytearray], list[Buffer]]:
                 f"{item.kernel} made NaN or infinite values in {escape(spec.name)!r} from finite ones",
                 hint="The values do not fit the output dtype; choose a wider --dtype.",
             )
-    return inputs, outputs
+    return [zlib.crc32(data) for data in inputs], outputs

@@ -7,14 +7,17 @@ the order of work, the number of workers or where a run resumed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
 from moeconv.plan.plan import Input, TensorSpec
+
+_BLOCK = 1 << 18  # elements in float32 at a time
 
 
 def generator(key: Sequence[Any]) -> np.random.Generator:
@@ -35,17 +38,14 @@ def add_noise(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSp
     Sparse Upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055) adds noise to break the symmetry of copies.
     """
     ((ref, data),) = inputs
-    weight = to_float32(data, ref.dtype, ref.shape)
-    axis = params["axis"]
-    chosen = choose_neurons(params["neurons_key"], weight.shape[axis], params["fraction"])
-    std = float(weight.std(dtype=np.float64)) * params["scale"]
-    shape = (len(chosen), ref.shape[1]) if axis == 0 else (ref.shape[0], len(chosen))
-    noise = generator(params["key"]).standard_normal(shape, np.float32) * np.float32(std)
-    if axis == 0:
-        weight[chosen] += noise
-    else:
-        weight[:, chosen] += noise
-    return [from_float(weight, outputs[0].dtype)]
+    everything = np.arange(ref.shape[params["axis"]])
+    _, std = _moments(ref, data, everything, params["axis"])
+    draw = generator(params["key"])
+
+    def noisy(values: np.ndarray) -> np.ndarray:
+        return values + draw.standard_normal(values.shape, np.float32) * np.float32(std * params["scale"])
+
+    return [_edit(ref, data, outputs[0].dtype, params, noisy)]
 
 
 def redraw_neurons(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
@@ -55,18 +55,67 @@ def redraw_neurons(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Ten
     decides. params: key, neurons_key, fraction, axis (the neurons' axis: 0 in gate and up, 1 in down).
     """
     ((ref, data),) = inputs
-    weight = to_float32(data, ref.dtype, ref.shape)
-    axis = params["axis"]
-    chosen = choose_neurons(params["neurons_key"], weight.shape[axis], params["fraction"])
-    if len(chosen):
-        old = weight[chosen] if axis == 0 else weight[:, chosen]
-        mean, std = np.float32(old.mean(dtype=np.float64)), np.float32(old.std(dtype=np.float64))
-        new = generator(params["key"]).standard_normal(old.shape, np.float32) * std + mean
-        if axis == 0:
-            weight[chosen] = new
+    chosen = choose_neurons(params["neurons_key"], ref.shape[params["axis"]], params["fraction"])
+    mean, std = _moments(ref, data, chosen, params["axis"])
+    draw = generator(params["key"])
+
+    def redrawn(values: np.ndarray) -> np.ndarray:
+        return draw.standard_normal(values.shape, np.float32) * np.float32(std) + np.float32(mean)
+
+    return [_edit(ref, data, outputs[0].dtype, params, redrawn)]
+
+
+def _row_blocks(ref: Input, data: Buffer) -> Iterator[tuple[slice, np.ndarray]]:
+    """(byte range, float32 rows) of a matrix, a few rows at a time: temporaries stay small whatever its size."""
+    row = ref.nbytes // ref.shape[0]
+    step = max(1, _BLOCK // max(1, ref.shape[1]))
+    view = memoryview(data)
+    for first in range(0, ref.shape[0], step):
+        count = min(step, ref.shape[0] - first)
+        where = slice(first * row, (first + count) * row)
+        yield where, to_float32(view[where], ref.dtype, (count, ref.shape[1]))
+
+
+def _moments(ref: Input, data: Buffer, chosen: np.ndarray, axis: int) -> tuple[float, float]:
+    """Mean and standard deviation of the chosen neurons' values, accumulated in float64."""
+    total = square = 0.0
+    row = 0
+    for _, values in _row_blocks(ref, data):
+        part = _chosen_part(values, row, chosen, axis)[1]
+        total += float(part.sum(dtype=np.float64))
+        square += float(np.square(part, dtype=np.float64).sum())
+        row += len(values)
+    count = len(chosen) * ref.shape[1 - axis]
+    mean = total / count if count else 0.0
+    return mean, max(0.0, square / count - mean * mean) ** 0.5 if count else 0.0
+
+
+def _chosen_part(values: np.ndarray, first: int, chosen: np.ndarray, axis: int) -> tuple[Any, np.ndarray]:
+    """The chosen neurons' values within a block of rows that starts at row `first`, and where they stand in it."""
+    if axis == 1:
+        return (slice(None), chosen), values[:, chosen]
+    inside = chosen[(chosen >= first) & (chosen < first + len(values))] - first
+    return (inside, slice(None)), values[inside]
+
+
+def _edit(
+    ref: Input, data: Buffer, dtype: str, params: Mapping[str, Any], change: Callable[[np.ndarray], np.ndarray]
+) -> bytearray:
+    """A copy in which the chosen neurons' values went through `change`, block by block in row order."""
+    chosen = choose_neurons(params["neurons_key"], ref.shape[params["axis"]], params["fraction"])
+    result = bytearray(tensor_nbytes(dtype, ref.shape))
+    row = done = 0
+    for where, values in _row_blocks(ref, data):
+        place, part = _chosen_part(values, row, chosen, params["axis"])
+        if dtype == ref.dtype and not part.size:
+            made = memoryview(data)[where]
         else:
-            weight[:, chosen] = new
-    return [from_float(weight, outputs[0].dtype)]
+            values[place] = change(part)
+            made = from_float(values, dtype)
+        result[done : done + len(made)] = made
+        done += len(made)
+        row += len(values)
+    return result
 
 
 def choose_neurons(key: Sequence[Any], width: int, fraction: float) -> np.ndarray:

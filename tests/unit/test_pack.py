@@ -1,4 +1,4 @@
-"""The pack kernels against compressed-tensors, which must decode ours, and bitsandbytes, which must give the same bits."""
+"""The pack kernels against compressed-tensors, which must decode ours, and bitsandbytes, whose bits they must give."""
 
 from __future__ import annotations
 

@@ -1,0 +1,378 @@
+"""moeconv.hf: stock from_pretrained keeps experts packed, and computes what the stock model of decoded weights does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+import moeconv.hf
+from moeconv.errors import InputError
+from moeconv.plan.kernels import pack
+
+COMMON = {
+    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_experts_per_tok": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 8},
+    "qwen2_moe": {
+        "intermediate_size": 96, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 48, "num_experts": 8,
+        "decoder_sparse_step": 1, "norm_topk_prob": True,
+    },
+    "qwen3_moe": {
+        "intermediate_size": 96, "moe_intermediate_size": 96, "num_experts": 8, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True, "head_dim": 16,
+    },
+    "olmoe": {"intermediate_size": 96, "num_experts": 8},
+}  # fmt: skip
+SCHEMES = ["nf4", "fp4", "int8"]
+EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def encode(weight: torch.Tensor, name: str, scheme: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors that replace `name` on disk, and the weight that they decode to."""
+    if scheme == "int8":
+        parts = pack.pack_int8_rowwise(weight)
+        stored = {name: parts[""], name.removesuffix("weight") + "SCB": parts["SCB"]}
+        return stored, pack.unpack_int8_rowwise(parts, dtype=weight.dtype)
+    parts = pack.pack_nf4(weight, quant_type=scheme)
+    return {f"{name}.{key}".rstrip("."): tensor for key, tensor in parts.items()}, pack.unpack_nf4(parts)
+
+
+def quantization_config(scheme: str) -> dict:
+    four = scheme != "int8"
+    return {
+        "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
+        "bnb_4bit_quant_type": scheme if four else "fp4", "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": ["lm_head"],
+        "moeconv": {"format": "bitsandbytes", "scheme": scheme, "block_size": 64, "scope": "experts"},
+    }  # fmt: skip
+
+
+def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, **changes) -> tuple[Path, Path]:
+    """A tiny random model, saved twice: experts packed, and the stock model of what they decode to.
+
+    `scheme` is a name, or a function from a layer's number to a name or None (left unpacked)."""
+    scheme_of = scheme if callable(scheme) else lambda layer: scheme
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # livelier logits than the initial 0.02 gives
+    plain, packed = folder / "plain", folder / "packed"
+    model.save_pretrained(plain)
+    weights = load_file(plain / "model.safetensors")
+    assert any(EXPERT.search(name) for name in weights)  # the hub's per-expert layout
+    stored, decoded = {}, {}
+    for name, weight in weights.items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        chosen = scheme_of(int(layer[1])) if layer and EXPERT.search(name) else None
+        if chosen:
+            tensors, decoded[name] = encode(weight, name, chosen)
+            stored.update(tensors)
+        else:
+            stored[name] = decoded[name] = weight
+    save_file(decoded, plain / "model.safetensors", metadata={"format": "pt"})
+    packed.mkdir()
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((plain / "config.json").read_text())
+    fields["quantization_config"] = quantization_config(scheme_of(0) or "nf4")
+    (packed / "config.json").write_text(json.dumps(fields))
+    return packed, plain
+
+
+def load(folder: Path, **options):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    return model
+
+
+def experts_of(model) -> list[torch.nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith(".experts")]
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made = {}
+
+    def get(family: str, scheme: str) -> tuple[Path, Path]:
+        if (family, scheme) not in made:
+            made[family, scheme] = make(tmp_path_factory.mktemp(f"{family}-{scheme}"), family, scheme)
+        return made[family, scheme]
+
+    return get
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_the_decoded_stock_model(checkpoints, family, scheme):
+    packed, plain = checkpoints(family, scheme)
+    for implementation in (None, "eager", "batched_mm"):
+        options = {"experts_implementation": implementation} if implementation else {}
+        ours, stock = load(packed, **options), load(plain, **options)
+        assert ours.config._experts_implementation == stock.config._experts_implementation
+        for ids in (tokens(3, 9), tokens(1, 1)):  # all experts hit; two of eight
+            with torch.no_grad():
+                mine, theirs = ours(ids).logits, stock(ids).logits
+            assert mine.dtype == torch.bfloat16
+            assert torch.equal(mine, theirs), implementation
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+    mine, theirs = (m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, stock))
+    assert mine.shape[1] > 5
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("scheme,limit", [("nf4", 0.30), ("fp4", 0.30), ("int8", 0.53)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_stay_packed_and_the_rest_does_not(checkpoints, family, scheme, limit):
+    packed, plain = checkpoints(family, scheme)
+    ours, stock = load(packed), load(plain)
+    pairs = list(zip(experts_of(ours), experts_of(stock), strict=True))
+    assert len(pairs) == 2
+    for mine, theirs in pairs:
+        assert isinstance(mine, type(theirs))
+        assert held_bytes(mine) <= limit * held_bytes(theirs)
+        for name, parameter in mine.named_parameters():
+            assert parameter.dtype == (torch.int8 if scheme == "int8" else torch.uint8), name
+            assert not parameter.requires_grad
+    left = {name: p for name, p in ours.named_parameters() if ".experts." not in name}
+    assert left.keys() == {name for name, _ in stock.named_parameters() if ".experts." not in name}
+    for name, parameter in left.items():
+        assert torch.equal(parameter, stock.get_parameter(name)), name
+    if family == "qwen2_moe":
+        assert any("shared_expert.gate_proj" in name for name in left)
+
+
+def test_config_comes_back_word_for_word_and_saving_is_refused(checkpoints, tmp_path):
+    packed, _ = checkpoints("mixtral", "nf4")
+    model = load(packed)
+    model.config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["quantization_config"] == quantization_config("nf4")
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields,expected",
+    [({"load_in_4bit": True}, Bnb4BitHfQuantizer), ({"load_in_8bit": True}, Bnb8BitHfQuantizer)],
+)
+def test_ordinary_bitsandbytes_configs_still_reach_the_stock_quantizer(fields, expected):
+    stored = {"quant_method": "bitsandbytes", **fields}
+    from_args = BitsAndBytesConfig(**fields)
+    assert type(AutoHfQuantizer.from_config(dict(stored))) is expected
+    assert type(AutoHfQuantizer.from_config(from_args, pre_quantized=False)) is expected
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        merged = AutoHfQuantizer.merge_quantization_configs(dict(stored), from_args)
+    assert type(merged) is BitsAndBytesConfig
+    ours = AutoHfQuantizer.from_config({**quantization_config("nf4"), "load_in_4bit": False, **stored})
+    assert type(ours) is moeconv.hf.PackedExpertsQuantizer
+
+
+def test_registering_twice_changes_nothing():
+    moeconv.hf.register()
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert type(AutoHfQuantizer.from_config(stored)) is Bnb4BitHfQuantizer
+
+
+def test_schemes_may_differ_by_layer(tmp_path):
+    schemes = ["nf4", None, "int8"]
+    packed, plain = make(tmp_path, "qwen3_moe", schemes.__getitem__, num_hidden_layers=3)
+    ours, stock = load(packed), load(plain)
+    kinds = [module.gate_up_proj.dtype for module in experts_of(ours)]
+    assert kinds == [torch.uint8, torch.bfloat16, torch.int8]
+    ids = tokens(2, 8)
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+
+
+def test_dense_layers_and_tied_embeddings(tmp_path):
+    packed, plain = make(tmp_path, "qwen2_moe", "nf4", mlp_only_layers=[0], tie_word_embeddings=True)
+    ours, stock = load(packed), load(plain)
+    assert len(experts_of(ours)) == 1
+    ids = tokens(2, 8)
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+
+
+def test_projections_that_end_in_a_short_block(tmp_path):
+    """20 * 36 weights are 11 blocks and a quarter: gate and up must not share a block.
+
+    Eager, because grouped_mm takes only rows of a multiple of 16 bytes."""
+    packed, plain = make(tmp_path, "mixtral", "nf4", hidden_size=36, intermediate_size=20, num_attention_heads=2)
+    ours, stock = (load(folder, experts_implementation="eager") for folder in (packed, plain))
+    ids = tokens(2, 8)
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_float16_and_float32_models(tmp_path, scheme):
+    for dtype in (torch.float16, torch.float32):
+        packed, plain = make(tmp_path / str(dtype), "olmoe", scheme, dtype=dtype)
+        ids = tokens(2, 8)
+        mine = load(packed)(ids).logits
+        assert mine.dtype == dtype
+        assert torch.equal(mine, load(plain)(ids).logits)
+
+
+def test_shards_and_the_headless_model(checkpoints, tmp_path):
+    packed, _ = checkpoints("qwen3_moe", "nf4")
+    weights = load_file(packed / "model.safetensors")
+    index: dict = {"metadata": {}, "weight_map": {}}
+    for part in range(3):  # experts of one layer in several files
+        names = sorted(weights)[part::3]
+        file = f"model-0000{part + 1}-of-00003.safetensors"
+        save_file({name: weights[name] for name in names}, tmp_path / file, metadata={"format": "pt"})
+        index["weight_map"].update(dict.fromkeys(names, file))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text((packed / "config.json").read_text())
+    ids = tokens(2, 8)
+    whole = load(packed)
+    assert torch.equal(load(tmp_path)(ids).logits, whole(ids).logits)
+    body, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == set()
+    assert info["unexpected_keys"] == {"lm_head.weight"}
+    assert torch.equal(body(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
+def test_casting_the_model_leaves_the_scales_exact(checkpoints):
+    packed, _ = checkpoints("mixtral", "nf4")
+    model = load(packed)
+    before = experts_of(model)[0].gate_up_proj_absmax.clone()
+    model.to(torch.float16)
+    after = experts_of(model)[0].gate_up_proj_absmax
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
+    assert model(tokens(1, 4)).logits.dtype == torch.float16
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(tokens(1, 4)).logits, model(tokens(1, 4)).logits)
+
+
+def test_gradients_flow_through_packed_experts(checkpoints):
+    packed, plain = checkpoints("olmoe", "nf4")
+    ours, stock = (load(folder, dtype=torch.float32, experts_implementation="eager") for folder in (packed, plain))
+    ids = tokens(2, 8)
+    for model in (ours, stock):
+        model(ids, labels=ids).loss.backward()
+    gates = [name for name, _ in stock.named_parameters() if name.endswith("mlp.gate.weight")]
+    assert gates
+    for name in [*gates, "model.embed_tokens.weight"]:
+        mine, theirs = ours.get_parameter(name).grad, stock.get_parameter(name).grad
+        assert theirs.abs().max() > 0
+        # The stock model rounds its decoded weights to bfloat16 on disk, ours decodes straight to float32.
+        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
+    assert all(parameter.grad is None for module in experts_of(ours) for parameter in module.parameters())
+
+
+# --------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def damaged(source: Path, target: Path, change) -> Path:
+    weights = load_file(source / "model.safetensors")
+    change(weights)
+    target.mkdir(parents=True)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text((source / "config.json").read_text())
+    return target
+
+
+def test_whatever_is_missing_or_misshapen_raises(checkpoints, tmp_path):
+    nf4, int8 = checkpoints("mixtral", "nf4")[0], checkpoints("mixtral", "int8")[0]
+    one = "model.layers.1.block_sparse_moe.experts.3.w1"
+
+    def without(*names):
+        return lambda weights: [weights.pop(name) for name in names]
+
+    def all_without(ending):
+        return lambda weights: [weights.pop(name) for name in list(weights) if name.endswith(ending)]
+
+    def of_one(weights):
+        for name in [name for name in weights if name.startswith(one + ".")]:
+            del weights[name]
+
+    def of_layer(weights):
+        for name in [name for name in weights if ".layers.1.block_sparse_moe.experts." in name]:
+            del weights[name]
+
+    def nested(weights):
+        weights.update({f"{name}.nested_absmax": torch.ones(1) for name in list(weights) if EXPERT.search(name)})
+
+    cases = [
+        (nf4, without(f"{one}.weight.absmax"), "absmax is missing"),
+        (nf4, all_without(".absmax"), "absmax is missing"),
+        (nf4, without(f"{one}.weight.quant_map"), "quant_map is missing"),
+        (nf4, without(f"{one}.weight.quant_state.bitsandbytes__nf4"), "quant_state.bitsandbytes__nf4 is missing"),
+        (nf4, all_without("__nf4"), "quant_state.bitsandbytes__nf4"),
+        (nf4, of_one, "7 of its 8 experts"),
+        (nf4, of_layer, "experts are missing"),
+        (nf4, lambda w: w.update({f"{one}.weight.absmax": torch.ones(7)}), "expected F32"),
+        (nf4, lambda w: w.update({f"{one}.weight": torch.zeros(9, 1, dtype=torch.uint8)}), "expected U8"),
+        (nf4, nested, "double quantized"),
+        (nf4, lambda w: w.update({f"{one}.weight.unknown": torch.ones(1)}), None),
+        (nf4, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.uint8)}), "no experts of that name"),
+        (int8, without(f"{one}.SCB"), "SCB is missing"),
+        (int8, all_without(".SCB"), "SCB is missing"),
+        (int8, lambda w: w.update({f"{one}.SCB": torch.ones(7)}), "expected F32"),
+        (int8, lambda w: [w.pop(n) for n in list(w) if "experts" in n], "no tensor of the checkpoint is"),
+    ]
+    for number, (source, change, words) in enumerate(cases):
+        folder = damaged(source, tmp_path / str(number), change)
+        if words is None:  # a foreign tensor beside a complete set is reported, as transformers does
+            _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            assert info["unexpected_keys"], number
+        else:
+            with pytest.raises(InputError, match=re.escape(words)):
+                AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_states_that_contradict_the_tensors_raise(checkpoints, tmp_path):
+    source = checkpoints("mixtral", "nf4")[0]
+    stem = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
+    key = f"{stem}.quant_state.bitsandbytes__nf4"
+
+    def state(**changes):
+        fields = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [96, 64], **changes}
+        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    same = damaged(source, tmp_path / "same", lambda w: w.update({key: state()}))
+    load(same)
+    for number, value in enumerate(
+        [state(shape=[64, 96]), state(quant_type="fp4"), state(blocksize=32), state(nested_blocksize=256)]
+    ):
+        folder = damaged(source, tmp_path / str(number), lambda w, value=value: w.update({key: value}))
+        with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    other_map = damaged(source, tmp_path / "map", lambda w: w.update({f"{stem}.quant_map": torch.ones(16)}))
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        AutoModelForCausalLM.from_pretrained(other_map)
+
+
+def test_a_config_of_a_later_version_is_refused(checkpoints, tmp_path):
+    source = checkpoints("mixtral", "nf4")[0]
+    folder = damaged(source, tmp_path / "later", lambda w: None)
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"]["moeconv"]["scope"] = "all"
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match="scope experts"):
+        AutoModelForCausalLM.from_pretrained(folder)

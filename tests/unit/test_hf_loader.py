@@ -35,6 +35,15 @@ FAMILIES = {
     },
     "olmoe": {"intermediate_size": 96, "num_experts": 8},
 }  # fmt: skip
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+OTHERS = {  # other names on disk, dense first layers, shared experts, correction biases
+    "deepseek_v3": {**MLA, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
+    "minimax_m2": {"num_local_experts": 8, "head_dim": 16},
+    "phimoe": {"num_local_experts": 8},
+    "lfm2_moe": {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
+}
 SCHEMES = ["nf4", "fp4", "int8"]
 EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
@@ -69,7 +78,7 @@ def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, **changes) 
 
     `scheme` is a name, or a function from a layer's number to a name or None (left unpacked)."""
     scheme_of = scheme if callable(scheme) else lambda layer: scheme
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():
@@ -143,6 +152,16 @@ def test_logits_and_greedy_tokens_are_those_of_the_decoded_stock_model(checkpoin
     mine, theirs = (m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, stock))
     assert mine.shape[1] > 5
     assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_with_experts_by_name(family, tmp_path):
+    widths = {"intermediate_size": 96, "moe_intermediate_size": 96, "num_key_value_heads": 4}
+    packed, plain = make(tmp_path, family, "nf4", **widths, **OTHERS[family])
+    ours, stock = load(packed), load(plain)
+    assert all(isinstance(module, moeconv.hf.PackedExperts) for module in experts_of(ours))
+    ids = tokens(2, 8)
+    assert torch.equal(ours(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
 
 
 @pytest.mark.parametrize("scheme,limit", [("nf4", 0.30), ("fp4", 0.30), ("int8", 0.53)])

@@ -58,6 +58,7 @@ QWEN2_MOE = Family(
     config=BASE_CONFIG
     | {
         "num_key_value_heads": 16,
+        "head_dim": None,
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
         "sliding_window": 4096,

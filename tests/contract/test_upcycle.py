@@ -1,0 +1,126 @@
+"""Contract: every dense row and every pair, converted by the real command and run by stock transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moeconv.families.pairs import PAIRS
+from tests.contract.stock import DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock
+
+torch.set_num_threads(1)
+CASES = [
+    pytest.param(case, pair.target, id=f"{case}->{pair.target}")
+    for case, (model_type, _) in DENSE_CASES.items()
+    for pair in PAIRS
+    if pair.source == model_type
+]
+
+
+@pytest.mark.parametrize(("case", "target"), CASES)
+def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, case, target):
+    model_type, config = DENSE_CASES[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "--json")
+    assert done.code == 0, done.out
+    dense, moe = load(source), load(tmp_path / "moe")
+    assert moe.config.model_type == target
+    assert relative_difference(logits(dense), logits(moe)) <= 1e-5
+
+
+def _bf16_logits(tmp_path, cli, case, *flags):
+    """Logits of a dense bf16 model and of its upcycled twin, the experts run by grouped_mm."""
+    model_type, config = DENSE_CASES[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.bfloat16)
+    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--no-check", "-q", *flags).code == 0
+    moe = load(tmp_path / "moe", dtype=torch.bfloat16, experts="grouped_mm")
+    return logits(load(source, dtype=torch.bfloat16)), logits(moe)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "mistral-sliding", "qwen2-sliding", "qwen3"])
+def test_bf16_logits_are_bit_equal_at_top_1(tmp_path, cli, case):
+    dense, moe = _bf16_logits(tmp_path, cli, case, "--top-k", 1)
+    assert torch.equal(dense, moe)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama-tied", "mistral", "mistral-sliding"])
+def test_bf16_logits_are_bit_equal_at_top_2_where_weights_stay_float32(tmp_path, cli, case):
+    dense, moe = _bf16_logits(tmp_path, cli, case, "--top-k", 2)
+    assert torch.equal(dense, moe)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen2-sliding", "qwen3", "qwen3-tied"])
+def test_bf16_logits_are_bit_equal_at_top_2_with_a_small_router(tmp_path, cli, case):
+    # transformers rounds these families' expert weights to bf16; only equal weights (1/2) survive that exactly
+    dense, moe = _bf16_logits(tmp_path, cli, case, "--top-k", 2, "--router-std", 1e-4)
+    assert torch.equal(dense, moe)
+
+
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_bf16_logits_differ_by_rounding_alone_with_the_default_router(tmp_path, cli, case):
+    dense, moe = _bf16_logits(tmp_path, cli, case, "--top-k", 2)
+    assert relative_difference(dense.float(), moe.float()) < 0.05
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_the_target_cannot_express_is_refused_by_name(tmp_path, cli, case):
+    model_type, config, target, word = REFUSED[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", *(["--to", target] if target else []), "--json")
+    assert done.code == 3
+    assert word in done.json["error"]["message"]
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(("case", "target"), [("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("llama", "qwen2_moe")])
+def test_chosen_layers_stay_dense_through_native_config(tmp_path, cli, case, target):
+    model_type, config = DENSE_CASES[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.float32)
+    arguments = ("--experts", 4, "--layers", "0,2", "--to", target, "--no-check", "--json")
+    done = cli("upcycle", source, tmp_path / "moe", *arguments)
+    assert done.code == 0, done.out
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["mlp_only_layers"] == [1]
+    assert relative_difference(logits(load(source)), logits(load(tmp_path / "moe"))) <= 1e-5
+
+
+def test_a_target_without_dense_layers_refuses_to_leave_one(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--layers", "0", "--no-check", "--json")
+    assert done.code == 3
+    assert "dense" in done.json["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["noise", "drop"])
+def test_methods_that_change_the_function_load_and_differ_between_experts(tmp_path, cli, method):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
+    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--method", method, "--no-check", "-q").code == 0
+    dense, moe = load(source), load(tmp_path / "moe")
+    assert relative_difference(logits(dense), logits(moe)) > 1e-3
+    experts = moe.model.layers[0].mlp.experts.down_proj
+    assert not torch.equal(experts[0], experts[1])
+
+
+def test_drop_redraws_the_same_neurons_in_gate_up_and_down(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
+    arguments = ("--experts", 2, "--method", "drop", "--drop-ratio", 0.25, "--no-check", "-q")
+    assert cli("upcycle", source, tmp_path / "moe", *arguments).code == 0
+    mlp = load(source).model.layers[1].mlp
+    experts = load(tmp_path / "moe").model.layers[1].mlp.experts
+    for e in range(2):
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        changed = (gate != mlp.gate_proj.weight).any(1)
+        assert changed.sum() == 24  # a quarter of 96
+        assert torch.equal(changed, (up != mlp.up_proj.weight).any(1))
+        assert torch.equal(changed, (experts.down_proj[e] != mlp.down_proj.weight).any(0))
+
+
+def test_the_check_before_the_commit_runs_and_reports(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--json")
+    assert done.code == 0, done.out
+    check = done.json["upcycle"]["equivalence"]
+    assert check["checked"] is True
+    assert check["tokens"] > 0
+    assert check["relative"] <= 1e-5

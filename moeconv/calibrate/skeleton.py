@@ -1,0 +1,162 @@
+"""The stock transformers class of a checkpoint on the meta device, and filling or emptying parts of it.
+
+transformers' own converter puts tensors in place (it renames, stacks experts, fuses gate and up), so nothing here knows
+a family. It uses interfaces that transformers calls internal: pyproject.toml pins the version, tests load each family.
+"""
+
+from __future__ import annotations
+
+import os
+
+# oneDNN keeps packed weights per shape; without a limit that is a second copy of the layers. Read at its first use.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.calibrate.quiet import quiet
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What transformers said of tensors that it was given: names in memory, but `unexpected` as on disk."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+
+class Skeleton:
+    """A stock model without weights. `module` is the ForCausalLM, `layers` its decoder layers."""
+
+    def __init__(
+        self, model: Model, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: str = "eager"
+    ) -> None:
+        self.model, self.dtype, self.device = model, dtype, torch.device(device)
+        with quiet():
+            self.module = _build(model, dtype, experts)
+            _fill_buffers(self.module, self.device)
+            self._mapping = _mapping(self.module)
+        decoder = self.module.get_decoder()
+        lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
+        if len(lists) != 1:
+            raise InputError(
+                f"the {model.family.model_type} class of transformers has no list of {model.num_layers} layers",
+                hint="Is the installed transformers in the range that moeconv's requirements name?",
+            )
+        self.decoder, self.layers = decoder, lists[0]
+        self._names = {id(m): name for name, m in self.module.named_modules()}
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Names and shapes of every parameter and persistent buffer, in memory."""
+        return dict(self.module.state_dict())
+
+    def name_of(self, module: nn.Module) -> str:
+        return self._names[id(module)]
+
+    def place(self, name: str) -> str:
+        """The name in memory of the parameter that takes (a part of) tensor `name` of the disk."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+        return rename_source_key(name, renamings, converters, self.module.base_model_prefix, self.state)[0]
+
+    def owner(self, name: str) -> nn.Module:
+        """The module that holds the parameter of tensor `name` of the disk."""
+        return self.module.get_submodule(self.place(name).rpartition(".")[0])
+
+    def load(self, tensors: Mapping[str, Tensor], *, device: torch.device | None = None) -> Loaded:
+        """Put tensors (named as on disk) in place, converted to the skeleton's dtype and device."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.module._get_dtype_plan(self.dtype),
+            device_map={"": device or self.device},
+            weight_mapping=self._mapping,
+        )
+        with quiet(), torch.no_grad():
+            info, _ = convert_and_load_state_dict_in_model(self.module, dict(tensors), config)
+        broken = sorted(set(info.conversion_errors))
+        mismatched = sorted({str(m[0]) for m in info.mismatched_keys})
+        return Loaded(tuple(sorted(info.missing_keys)), tuple(sorted(info.unexpected_keys)), (*mismatched, *broken))
+
+    def fill(self, tensors: Mapping[str, Tensor], *, under: str) -> None:
+        """Put tensors in place; with them everything whose name starts with `under` must be there.
+
+        Raises InputError when transformers would leave a parameter random or a tensor unused.
+        """
+        loaded = self.load(tensors)
+        missing = [name for name in loaded.missing if under and name.startswith(under)]
+        for names, what in ((missing, "lacks"), (loaded.unexpected, "has"), (loaded.mismatched, "has a misshapen")):
+            if names:
+                raise InputError(
+                    f"transformers does not load this checkpoint strictly: it {what} {escape(names[0])}"
+                    f" ({len(names)} such)",
+                    hint="config.json and the tensors do not belong together.",
+                )
+
+    def tie(self) -> None:
+        """Tie output and input embeddings as the config says, from whichever of the two is filled."""
+        missing = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.is_meta}
+        with quiet():
+            self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    @staticmethod
+    def empty(module: nn.Module) -> None:
+        """Let go of the parameters of `module` and everything in it."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+
+
+def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    path = model.checkpoint.path
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # weights arrive decoded
+        config.output_router_logits = config.output_hidden_states = config.output_attentions = False
+        # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
+        with torch.device("meta"), no_init_weights():
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts, trust_remote_code=False
+            )
+    except Exception as error:
+        # Any value of config.json may make a class of transformers fail in its own way: it is the input's fault.
+        raise InputError(
+            f"transformers cannot build {escape(path.name)} from its config.json: {escape(error)[:300]}",
+            hint="Correct config.json; see `moeconv families` for what is supported.",
+        ) from error
+    return module.eval()
+
+
+def _fill_buffers(module: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), as from_pretrained does."""
+    for part in module.modules():
+        names = [n for n in part._non_persistent_buffers_set if part._buffers.get(n) is not None]
+        for name in names:
+            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)
+        if names:
+            with torch.no_grad():
+                module._init_weights(part)
+
+
+def _mapping(module: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(module)

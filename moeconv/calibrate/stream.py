@@ -1,0 +1,349 @@
+"""The layer stream: run a checkpoint of any size a decoder layer at a time, one layer's weights in memory.
+
+Masks, rotary embeddings and layer types come from the stock forward itself: it runs once over layers that only write
+down what they are called with. The next layer's bytes are read while this one computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeconv.calibrate.skeleton import Skeleton
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import Model
+from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_names, read_parts
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One forward pass of one layer over windows `rows`; b windows of S tokens, T = b * S tokens.
+
+    `inputs`, `outputs` [b, S, H] are the residual stream in front of the layer and behind it. `residual` [T, H] is what
+    the norm in front of the FFN reads, `ffn_input`, `ffn_output` [T, H] what the FFN block (shared expert included)
+    takes and gives. MoE layers: `router_logits` [T, E], `top_k_index` int64 [T, k], `top_k_weights` [T, k], the weights
+    that the model really gives to its experts.
+    """
+
+    rows: slice
+    inputs: Tensor
+    outputs: Tensor
+    residual: Tensor
+    ffn_input: Tensor
+    ffn_output: Tensor
+    router_logits: Tensor | None = None
+    top_k_index: Tensor | None = None
+    top_k_weights: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Layer:
+    """A decoder layer with its weights in place. `router` and `experts` are None in a dense layer.
+
+    `norm` is the module in front of the FFN; `experts(x [T, H], top_k_index [T, k], top_k_weights [T, k])` is the
+    stock experts module, so that `experts(x, e, 1)` is expert e's output in any family.
+    """
+
+    index: int
+    module: nn.Module
+    norm: nn.Module
+    ffn: nn.Module
+    router: nn.Module | None
+    experts: nn.Module | None
+    _stream: LayerStream = field(repr=False)
+    advanced: bool = False
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The layer's output for inputs [b, S, H] of the stream's batch sizes; follows the caller's grad mode."""
+        args, kwargs = self._stream._calls[len(hidden)][self.index]
+        out = self.module(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def batches(self, *, advance: bool = True) -> Iterator[Batch]:
+        """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
+        consumed, and is possible once; without it the pass can be repeated."""
+        if self.advanced:
+            raise ValueError(f"layer {self.index} has been passed already")
+        self.advanced = advance
+        for rows in self._stream.rows():
+            inputs = self._stream.hidden[rows].to(self._stream.device)
+            with torch.no_grad(), _capture(self) as seen:
+                outputs = self.run(inputs)
+            yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
+            if advance:
+                self._stream.hidden[rows].copy_(outputs)
+
+
+class LayerStream:
+    """A model's pass over `windows` int64 [n, S], a layer at a time; holds the activations `hidden` [n, S, H] (on the
+    CPU, in `dtype`) and one layer's weights.
+
+    Iterate `layers()` once, then `logits()` as often as needed. `dtype` None is float32 on the CPU, elsewhere the
+    checkpoint's own. Activations of more than `max_memory` bytes lie in an unnamed file that is mapped into memory.
+    `meter` hears of every layer that is done. Raises InputError for token ids outside the vocabulary or a checkpoint
+    that does not load strictly.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        windows: np.ndarray | Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        experts: str = "eager",
+        max_memory: int | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise UsageError("--batch-size must be at least 1")
+        self.model, self.batch_size, self._max_memory = model, batch_size, max_memory
+        self._meter = meter or SilentMeter()
+        self.device = torch.device(device)
+        self.dtype = dtype or default_dtype(model, self.device)
+        self.windows = torch.as_tensor(windows, dtype=torch.int64)
+        self.skeleton = Skeleton(model, dtype=self.dtype, device=self.device, experts=experts)
+        self._names: dict[int | None, list[str]] = {}
+        for name, layer in plain_names(model):
+            self._names.setdefault(layer, []).append(name)
+        self._check_ids()
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.hidden = self._embed()
+        self._next_layer = 0
+
+    def rows(self) -> Iterator[slice]:
+        """The batches, as slices of the windows."""
+        for start in range(0, len(self.windows), self.batch_size):
+            yield slice(start, min(start + self.batch_size, len(self.windows)))
+
+    def layers(self) -> Iterator[Layer]:
+        """Every decoder layer in order, its weights in place until the next one is asked for.
+
+        A layer that the consumer did not advance is run then.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="moeconv-read") as pool:
+            ahead: Future[Parts] = pool.submit(self._read, self._names[0])
+            for index, module in enumerate(self.skeleton.layers):
+                parts = ahead.result()
+                self._fill(parts, under=self.skeleton.name_of(module) + ".")
+                del parts
+                if index + 1 < self.model.num_layers:
+                    ahead = pool.submit(self._read, self._names[index + 1])
+                layer = self._layer(index, module)
+                yield layer
+                if not layer.advanced:
+                    for _ in layer.batches():
+                        pass
+                self.skeleton.empty(module)
+                release_memory()
+                self._next_layer = index + 1
+                self._meter.advance(layer_bytes(self.model, index))
+                self._meter.shard_done(f"layer {index}")
+
+    def run(self) -> LayerStream:
+        """Pass all layers without looking."""
+        for _ in self.layers():
+            pass
+        return self
+
+    @torch.no_grad()
+    def logits(self, *, batch_size: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits [b, S, vocabulary]) of the stock tail: final norm and output embeddings, tied or not."""
+        if self._next_layer != self.model.num_layers:
+            raise ValueError("logits need all layers to be passed first")
+        embedding = self._embedding_names()
+        tied = bool(self.skeleton.module.all_tied_weights_keys)
+        names = [n for n in self._names[None] if tied or n not in embedding]
+        self._fill(self._read(names), under="")
+        self.skeleton.tie()
+        missing = [n for n, p in self.skeleton.module.get_output_embeddings().named_parameters() if p.is_meta]
+        if missing:
+            raise InputError("the checkpoint has no output embeddings", hint="A shard is missing.")
+        try:
+            for start in range(0, len(self.hidden), batch_size):
+                rows = slice(start, min(start + batch_size, len(self.hidden)))
+                hidden = self.hidden[rows].to(self.device)
+                with _replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):  # noqa: B023
+                    yield rows, self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            for child in (self.skeleton.module.get_output_embeddings(), *self.skeleton.decoder.children()):
+                self.skeleton.empty(child)
+            release_memory()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _check_ids(self) -> None:
+        size = self.skeleton.module.get_input_embeddings().weight.shape[0]
+        if self.windows.ndim != 2 or self.windows.numel() == 0:
+            raise InputError("no tokens to run the model on", hint="Give more text.")
+        low, high = int(self.windows.min()), int(self.windows.max())
+        if low < 0 or high >= size:
+            raise InputError(
+                f"token id {high if high >= size else low} is outside the model's vocabulary of {size}",
+                hint="The tokenizer in the checkpoint's directory belongs to another model.",
+            )
+
+    def _read(self, names: list[str]) -> Parts:
+        return {name: read_parts(self.model, name) for name in names}
+
+    def _fill(self, parts: Parts, *, under: str) -> None:
+        tensors = {name: decode_parts(stored, name=name) for name, stored in parts.items()}
+        self.skeleton.fill(tensors, under=under)
+
+    def _embedding_names(self) -> list[str]:
+        place = self.skeleton.name_of(self.skeleton.module.get_input_embeddings()) + "."
+        return [name for name in self._names[None] if self.skeleton.place(name).startswith(place)]
+
+    @torch.no_grad()
+    def _embed(self) -> Tensor:
+        """The first layer's inputs [n, S, H]; notes on the way what every layer is called with, per batch size."""
+        embedding = self.skeleton.module.get_input_embeddings()
+        self._fill(self._read(self._embedding_names()), under=self.skeleton.name_of(embedding) + ".")
+        hidden = _allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self._max_memory)
+        for rows in self.rows():
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+            first = _record_calls(self.skeleton, self.windows[rows].to(self.device), calls)
+            hidden[rows].copy_(first)
+            # Nothing but the shape decides masks and positions: windows are whole, none is padded.
+            self._calls.setdefault(len(first), calls)
+        self.skeleton.empty(embedding)
+        release_memory()
+        return hidden
+
+    def _layer(self, index: int, module: nn.Module) -> Layer:
+        family, skeleton = self.model.family, self.skeleton
+        norm = skeleton.owner(family.name("norm.ffn", layer=index))
+        if index not in self.model.moe_layers:
+            ffn = _parent(skeleton, self.model.ffn_name("gate", layer=index))
+            return Layer(index, module, norm, ffn, None, None, self)
+        router = skeleton.owner(self.model.router_name(index))
+        experts = skeleton.owner(self.model.expert_name("gate", layer=index, expert=0))
+        block = skeleton.module.get_submodule(skeleton.name_of(experts).rpartition(".")[0])
+        return Layer(index, module, norm, block, router, experts, self)
+
+
+def default_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """float32 on the CPU, elsewhere the checkpoint's own dtype."""
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[model.dtype]
+
+
+def pick_device(word: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> a device. Raises UsageError for cuda where there is none."""
+    if word == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if word == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device", hint="Pass --device cpu.")
+    return torch.device(word)
+
+
+def layer_bytes(model: Model, layer: int) -> int:
+    """Bytes on disk of one decoder layer."""
+    return sum(model.checkpoint.tensors[name].nbytes for name, role in model.roles.items() if role.layer == layer)
+
+
+def start_meter(meter: Meter, *models: Model) -> None:
+    """Announce the layers of every model that will be streamed."""
+    total = sum(layer_bytes(model, layer) for model in models for layer in range(model.num_layers))
+    meter.start(total_bytes=total, shards=sum(model.num_layers for model in models))
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:
+    """Room for activations: memory, or beyond `limit` bytes a file in the temporary directory, gone with the tensor."""
+    if limit is None or math.prod(shape) * dtype.itemsize <= limit:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="moeconv-activations-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it otherwise, twice a layer's size in the end."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _parent(skeleton: Skeleton, name: str) -> nn.Module:
+    """The module that contains the linear layer of tensor `name`."""
+    return skeleton.module.get_submodule(skeleton.name_of(skeleton.owner(name)).rpartition(".")[0])
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]):
+    """Inside the block every layer's forward is `forward(index, hidden, args, kwargs)`."""
+    for index, layer in enumerate(layers):
+        layer.forward = lambda hidden, *args, _index=index, **kwargs: forward(_index, hidden, args, kwargs)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class _Enough(Exception):
+    """The last layer has been called: what comes behind it is not needed."""
+
+
+def _record_calls(skeleton: Skeleton, ids: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Tensor:
+    """Run the stock forward over ids [b, S]; `calls` gets (args, kwargs) of every layer. Returns the first's inputs."""
+    first: list[Tensor] = []
+
+    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        first.append(hidden)
+        calls.append((args, kwargs))
+        if index + 1 == len(skeleton.layers):
+            raise _Enough
+        return hidden
+
+    with _replaced(skeleton.layers, record):
+        with suppress(_Enough):
+            skeleton.decoder(input_ids=ids, use_cache=False)
+    return first[0]
+
+
+@contextmanager
+def _capture(layer: Layer) -> Iterator[dict[str, Any]]:
+    """Forward hooks on the layer's norm, FFN, router and experts; the block's value holds a Batch's fields after it."""
+    seen: dict[str, Any] = {}
+
+    def flat(value: Any) -> Tensor:
+        tensor = value[0] if isinstance(value, tuple) else value
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def on_norm(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["residual"] = flat(args or tuple(kwargs.values()))
+
+    def on_ffn(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
+
+    def on_router(module: nn.Module, args: Any, out: Any) -> None:
+        seen["router_logits"] = flat(out)
+
+    def on_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
+
+    handles = [
+        layer.norm.register_forward_pre_hook(on_norm, with_kwargs=True),
+        layer.ffn.register_forward_hook(on_ffn, with_kwargs=True),
+    ]
+    if layer.router is not None and layer.experts is not None:
+        handles.append(layer.router.register_forward_hook(on_router))
+        handles.append(layer.experts.register_forward_pre_hook(on_experts, with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -17,6 +17,7 @@ from moeconv.errors import InputError, escape
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 MAX_RANK = 16
+MAX_SIZE = 2**63 - 1  # of a dimension or an offset, as in every file system
 _ALIGN = 8
 
 # dtype name in the file -> bits per element
@@ -51,6 +52,10 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
+def _is_size(n: Any) -> bool:
+    return type(n) is int and 0 <= n <= MAX_SIZE
+
+
 def _tensor_info(name: str, entry: Any, base: int, file: str) -> TensorInfo:
     def fail(why: str) -> InputError:
         return InputError(f"{file}: tensor {escape(name)!r}: {why}", hint="The header is damaged; download it again.")
@@ -62,9 +67,9 @@ def _tensor_info(name: str, entry: Any, base: int, file: str) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise fail(f"unknown dtype {escape(dtype)!r}")
-    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(type(n) is int and n >= 0 for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(n) for n in shape):
         raise fail("shape must be a list of non-negative integers")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise fail("data_offsets must be two non-negative integers")
     start, end = offsets
     try:

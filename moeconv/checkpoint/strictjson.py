@@ -1,8 +1,9 @@
-"""JSON as moeconv accepts it from files it did not write: bounded, no duplicate keys, no NaN."""
+"""JSON as moeconv accepts it from files it did not write: bounded, no duplicate keys, no NaN, no half characters."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,23 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999: JSON by its grammar, and infinite once read
+        raise ValueError(f"{text[:40]} is out of range")
+    return value
+
+
 def parse_json(data: bytes | bytearray | memoryview, *, what: str, hint: str = "") -> Any:
     """Parse UTF-8 JSON strictly. Raises InputError that names `what`."""
     try:
-        return json.loads(bytes(data).decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        text = bytes(data).decode("utf-8")
+        value = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
+        )  # fmt: skip
+        if "\\u" in text:  # an escaped half of a surrogate pair is no character: it could not be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise InputError(f"{what}: nested too deeply", hint=hint or "The file is damaged or hostile.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors

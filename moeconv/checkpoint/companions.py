@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.strictjson import parse_json
@@ -41,14 +42,22 @@ def _without_code(name: str, data: bytes) -> bytes:
     return data
 
 
+def check_companions(checkpoint: Checkpoint) -> None:
+    """Raises InputError when a companion file cannot come along; reads none of them."""
+    for path in checkpoint.companions(_wanted):
+        _check_size(path)
+
+
+def _check_size(path: Path) -> None:
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(f"{escape(path.name)} is too large to be a tokenizer file", hint="Remove it.")
+
+
 def companions(checkpoint: Checkpoint) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every companion file, in name order. Raises InputError for one that is too large."""
-    for path in checkpoint.companions():
-        if not _wanted(path.name):
-            continue
+    for path in checkpoint.companions(_wanted):
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise InputError(f"{escape(path.name)} is too large to be a tokenizer file", hint="Remove it.")
+            _check_size(path)
             data = path.read_bytes()
         except OSError as error:
             raise InputError(f"cannot read {escape(path.name)}: {error.strerror}", hint="Check permissions.") from None

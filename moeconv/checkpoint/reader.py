@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,7 +145,7 @@ def _confined(directory: Path, root: Path, name: str, *, what: str) -> Path:
             f"{escape(name)} is a link that leaves the checkpoint's directory",
             hint="Copy the file into the directory if you trust it.",
         )
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{escape(name)} is not a regular file", hint="The checkpoint is damaged or hostile.")
     return path
 
@@ -156,12 +156,12 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.warnings: list[str] = []
-        if not self.path.exists():
+        if not os.path.exists(path):  # False also for a name that no file system can hold
             raise InputError(
                 f"{escape(path)} does not exist",
                 hint="Give a local checkpoint directory, or hf://OWNER/NAME for the hub.",
             )
-        if not self.path.is_dir():
+        if not os.path.isdir(path):
             raise InputError(f"{escape(path)} is not a directory", hint="Give the directory that holds config.json.")
         self._root = _allowed_root(self.path)
         self._lock = threading.Lock()
@@ -264,10 +264,11 @@ class Checkpoint:
         self.read_into(name, memoryview(buffer), start=start)
         return buffer
 
-    def companions(self) -> Iterator[Path]:
-        """Every regular file beside the shards, by name (the caller decides which come along)."""
+    def companions(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
+        """The regular files beside the shards whose names are wanted, by name. Raises InputError for a link that
+        leaves the directory."""
         for entry in sorted(os.scandir(self.path), key=lambda e: e.name):
-            if entry.is_file() and entry.name not in self.shards and entry.name not in (INDEX_NAME, "config.json"):
+            if entry.is_file() and entry.name not in self.shards and wanted(entry.name):
                 yield _confined(self.path, self._root, entry.name, what="the directory")
 
     # -- fingerprints --------------------------------------------------------------------------------------------

@@ -60,8 +60,9 @@ def _quantization(model: Model) -> dict[str, Any] | None:
     value = model.quantization
     if value is None:
         return None
+    ours = value.get("moeconv")
     return {
         "format": value.get("quant_method"),
         "bits": packed.bits_of(model.checkpoint.config),
-        "scheme": (value.get("moeconv") or {}).get("scheme"),
+        "scheme": ours.get("scheme") if isinstance(ours, dict) else None,
     }

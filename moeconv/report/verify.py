@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
-from moeconv.errors import InputError, MoeconvError, escape
+from moeconv.errors import InputError, escape
 from moeconv.families.model import Model, open_model
 
 _CHUNK = 1 << 22
@@ -61,7 +62,7 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
             problems.append(f"{MANIFEST_NAME}: bad entry {escape(name)!r}")
             continue
         path = checkpoint.path / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             problems.append(f"{escape(name)} is missing")
         elif (found := _sha256(path)) != entry.get("sha256"):
             problems.append(f"{escape(name)} has changed since it was written (sha256 {found[:12]}...)")
@@ -81,12 +82,13 @@ def _sha256(path: Path) -> str:
 
 def _compare(model: Model, source: Model) -> list[str]:
     """Tensors of roles that the last step did not change must hold the source's bytes."""
-    steps = (model.checkpoint.manifest or {}).get("steps") or []
-    if not steps:
+    steps = (model.checkpoint.manifest or {}).get("steps")
+    if not isinstance(steps, list) or not steps or not isinstance(steps[-1], dict):
         return ["--source needs a checkpoint that moeconv wrote: it has no manifest"]
     if steps[-1].get("source") != source.identity:
         return ["the source given is not the one that this checkpoint was made from"]
-    changed = set(steps[-1].get("changed", {}))
+    listed = steps[-1].get("changed")
+    changed = set(listed) if isinstance(listed, dict) else set()
     problems = []
     theirs, keys = source.checkpoint.tensors, {(r.key, r.layer, r.expert): n for n, r in source.roles.items()}
     for name, role in model.roles.items():
@@ -96,7 +98,7 @@ def _compare(model: Model, source: Model) -> list[str]:
             continue
         try:
             same = theirs[origin].nbytes == ref.nbytes and _same_bytes(model, name, source, origin)
-        except MoeconvError as error:
+        except InputError as error:
             problems.append(error.message)
             continue
         if not same:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,14 +61,14 @@ def check_target(out: Path, *, sources: tuple[Path, ...], overwrite: bool) -> No
                 f"OUT {escape(out)} and the source {escape(source)} share a directory",
                 hint="The source is never modified: choose another OUT.",
             )
-    if out.is_symlink():
+    if os.path.islink(out):
         raise OutputError(f"OUT {escape(out)} is a symbolic link", hint="Give the directory that it should become.")
-    if out.exists():
-        if not out.is_dir():
+    if os.path.exists(out):
+        if not os.path.isdir(out):
             raise OutputError(f"OUT {escape(out)} exists and is not a directory", hint="Choose another OUT.")
         if not overwrite:
             raise OutputError(f"OUT {escape(out)} exists already", hint="Choose another OUT, or pass --overwrite.")
-    if not out.parent.is_dir():
+    if not os.path.isdir(out.parent):
         raise OutputError(f"{escape(out.parent)} does not exist", hint="Create it first.")
 
 
@@ -166,7 +167,8 @@ class OutputDirectory:
         path = self._done / f"{name}.json"
         try:
             record = Finished(**read_json_object(path, what="journal"))
-            if (self.staged / name).stat().st_size == record.bytes:
+            status = (self.staged / name).lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_size == record.bytes:
                 return record
         except (OSError, InputError, TypeError):
             pass
@@ -208,12 +210,13 @@ class OutputDirectory:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove what was staged for this work: it could not be completed by running it again."""
-        shutil.rmtree(self.work, ignore_errors=True)
-        if not self.shared:
-            with contextlib.suppress(OSError):
+        """Remove what was staged for this work, which running it again could not complete. While other parts are at
+        work in it, it stays."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(self.work, ignore_errors=True)
+            if os.listdir(self.root) == ["lock"]:
                 (self.root / "lock").unlink()
-            with contextlib.suppress(OSError):
                 self.root.rmdir()
 
     def free_bytes(self) -> int:

@@ -31,6 +31,14 @@ def output_errors(path: Path | str) -> Iterator[None]:
         ) from error
 
 
+def _create(path: Path) -> int:
+    """Open a new file. What stands at `path` is unlinked, never truncated: it may be a link, or have a second name."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    # 0o666 so that the modes of what we write follow the umask
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
 class ShardWriter:
     """A safetensors file being written. `write` takes the tensors' bytes in any order, `finish` seals the file."""
 
@@ -48,9 +56,12 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._hashed = 0  # bytes from the file's start that the digest has seen
         with output_errors(path):
-            # 0o666 so that the modes of what we write follow the umask
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            self._write_at(0, memoryview(header))
+            self._fd = _create(path)
+            try:
+                self._write_at(0, memoryview(header))
+            except BaseException:
+                self.close()
+                raise
 
     def _write_at(self, position: int, view: memoryview) -> None:
         if position == self._hashed:
@@ -85,20 +96,20 @@ class ShardWriter:
                 self._digest.update(buffer[:n])
                 self._hashed += n
             os.fsync(self._fd)
-        self.close()
+            self.close()
         return self._digest.hexdigest(), self._size
 
     def close(self) -> None:
         """Release the descriptor; an unfinished file stays for the caller to remove."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole and fsync it."""
     with output_errors(path):
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        fd = _create(path)
         try:
             view = memoryview(data)
             while len(view):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
-from moeconv.checkpoint.companions import companions
+from moeconv.checkpoint.companions import check_companions, companions
 from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
-from moeconv.errors import CheckError, InputError, Interrupted, MoeconvError, OutputError, UsageError
+from moeconv.errors import CheckError, InputError, Interrupted, OutputError, UsageError, escape
 from moeconv.plan.flow import ByteSource, Flow, source_crc, write_items
 from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
@@ -63,7 +64,7 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         i, n = -1, 0
     if not 0 <= i < n:
-        raise UsageError(f"--part {text} is not i/n with 0 <= i < n", hint="For four runs: 0/4, 1/4, 2/4, 3/4.")
+        raise UsageError(f"--part {escape(text)} is not i/n with 0 <= i < n", hint="For four runs: 0/4, 1/4, 2/4, 3/4.")
     return i, n
 
 
@@ -91,9 +92,10 @@ def execute(
     out = Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
-    jobs = jobs or default_jobs()
+    jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
-        raise UsageError("--jobs must be at least 1")
+        raise UsageError(f"--jobs {jobs} must be at least 1")
+    check_companions(source)  # now, not when hours of work are done
     check_target(out, sources=_directories(flow), overwrite=overwrite)
     key = _resume_key(plan, source, origins or {})
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None) as directory:
@@ -186,7 +188,7 @@ def _one_shard(
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with output_errors(path), open(path, "rb") as file:
         while data := file.read(_READ):
             digest.update(data)
     return digest.hexdigest()
@@ -254,18 +256,21 @@ def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[
 
 
 def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
-    """A run that was cut off may have left a companion that the source no longer has."""
+    """What a run that was cut off left: a companion that the source no longer has, or the old OUT after a swap."""
     for entry in os.scandir(directory.staged):
         if entry.name not in expected:
             with output_errors(entry.path):
-                os.unlink(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
 
 
 def _check_promises(plan: Plan, staged: Path) -> None:
     """Read the written headers back and hold them against the plan, tensor by tensor and role by role."""
     try:
         written = Checkpoint(staged)
-    except MoeconvError as error:
+    except InputError as error:
         raise CheckError(f"the written checkpoint does not open: {error.message}") from None
     planned = {spec.name: spec for item in plan.items() for spec in item.outputs}
     if set(planned) != set(written.tensors):

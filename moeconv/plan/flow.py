@@ -71,6 +71,7 @@ def source_crc(flow: Flow, shard: Shard) -> int:
                     flow.check_stop()
                     buffer = bytearray(size)
                     flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=start)
+                    flow.check_source(ref, buffer)  # a resumed run warns and refuses as one that was never cut off
                     crc = zlib.crc32(buffer, crc)
                 checksum.add(crc)
     return checksum.value

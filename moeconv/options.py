@@ -151,7 +151,10 @@ def parse_size(text: str | int, *, flag: str) -> int:
     if not match:
         raise UsageError(f"{flag} {escape(text)}: not a size", hint="Examples: 5GB, 500MB, 2GiB.")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()])
+    size = float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()]
+    if size >= 2**63:
+        raise UsageError(f"{flag} {escape(text)}: too large", hint="Examples: 5GB, 500MB, 2GiB.")
+    return int(size)
 
 
 def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int, ...]:

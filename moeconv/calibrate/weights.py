@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
@@ -21,6 +22,12 @@ def aimer(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
     """
     if model.quantization:
         raise InputError("aimer reads plain weights; this checkpoint is quantized", hint="Prune before you quantize.")
+    for name, role in model.roles.items():
+        if role.group == "expert" and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}: aimer reads floating weights",
+                hint="Prune the unquantized checkpoint.",
+            )
     pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.num_experts)]
     with ThreadPoolExecutor(jobs) as pool:
         scores = list(pool.map(lambda pair: _aimer_of(model, *pair), pairs))

@@ -22,6 +22,8 @@ from moeconv.families.spec import FFN_PARTS, Family, Role
 FAMILIES: dict[str, Family] = DENSE | MOE
 _MAX_LAYERS = 4096
 _MAX_EXPERTS = 65536
+_MAX_IN_ALL = 1 << 20  # experts of all layers
+_MAX_WIDTH = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class Model:
         """Indices of the layers whose FFN is a Mixture-of-Experts."""
         return _moe_layers(self.family, self.config, self.num_layers)
 
-    @property
+    @cached_property
     def hidden_size(self) -> int:
-        return int(self.value("hidden_size"))
+        return _count(self.config, ("hidden_size",), limit=_MAX_WIDTH)
 
     @property
     def dtype(self) -> str:
@@ -123,10 +125,13 @@ def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -
             f"config.json contradicts itself: {', '.join(f'{k} = {escape(v)}' for k, v in found.items())}",
             hint="Correct config.json.",
         )
-    value = next(iter(found.values()), None)
+    return _whole(next(iter(found.values()), None), " or ".join(aliases), limit=limit)
+
+
+def _whole(value: Any, key: str, *, limit: int) -> int:
     if type(value) is not int or not 0 < value <= limit:
         raise InputError(
-            f"config.json: {' or '.join(aliases)} must be a whole number from 1 to {limit}, found {escape(value)}",
+            f"config.json: {key} must be a whole number from 1 to {limit}, found {escape(value)}",
             hint="Correct config.json, or download it again.",
         )
     return value
@@ -135,11 +140,14 @@ def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -
 def _moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if family.kind != "moe":
         return ()
-    dense = set(config.get(family.dense_layers) or ()) if family.dense_layers else set()
+    dense = (config.get(family.dense_layers) or []) if family.dense_layers else []
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise InputError(f"config.json: {family.dense_layers} must be a list of layer numbers", hint="Correct it.")
     step = config.get(family.sparse_step, 1) if family.sparse_step else 1
     if type(step) is not int or step < 1:
         raise InputError(f"config.json: {family.sparse_step} must be a positive whole number", hint="Correct it.")
-    return tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
+    left_dense = set(dense)
+    return tuple(i for i in range(layers) if (i + 1) % step == 0 and i not in left_dense)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -175,6 +183,14 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
     config = _text_config(checkpoint.config, family)
     layers = _count(config, ("num_hidden_layers",), limit=_MAX_LAYERS)
     experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
+    # before every name is spelled out: a config of a few bytes must not cost gigabytes
+    least = max(layers, len(_moe_layers(family, config, layers)) * experts)
+    if least > len(checkpoint.tensors) or layers * experts > _MAX_IN_ALL:
+        raise InputError(
+            f"config.json asks for {layers} layers" + (f" of {experts} experts" if experts else "")
+            + f", which {len(checkpoint.tensors)} tensors cannot be",
+            hint="config.json and the shards do not belong together, or a shard is missing.",
+        )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))
     useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
     quantized = packed.quantization(checkpoint.config) is not None
@@ -225,11 +241,13 @@ def _check_complete(model: Model) -> None:
 def _check_shapes(model: Model) -> None:
     """Experts, routers and FFNs have the sizes that config.json states."""
     hidden, tensors = model.hidden_size, model.checkpoint.tensors
-    wide = {
-        "ffn": model.value("intermediate_size"),
-        "expert": model.value(model.family.expert_width),
-        "shared": model.value("shared_expert_intermediate_size"),
+    keys = {
+        "ffn": "intermediate_size",
+        "expert": model.family.expert_width,
+        "shared": "shared_expert_intermediate_size",
     }
+    groups = {role.group for role in model.roles.values()}
+    wide = {g: _whole(model.value(key), key, limit=_MAX_WIDTH) for g, key in keys.items() if g in groups}
     for name, role in model.roles.items():
         group, _, part = role.key.partition(".")
         if group in wide and part in FFN_PARTS:

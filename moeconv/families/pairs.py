@@ -111,6 +111,7 @@ def target_config(pair: Pair, config: Mapping[str, Any], *, layers: int) -> tupl
         if key in target.config and key not in sliding.KEYS and value is not None and not key.startswith("rope_"):
             result[key] = copy.deepcopy(value)
     _fill_rope(result, source.config["rope_theta"])
+    sliding.check_keys({key: value for key, value in config.items() if key in source.config}, layers)
     pattern = source.sliding.read({**_sliding_defaults(source), **config}, layers)
     words = target.sliding.write(pattern)
     if words is None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeconv.errors import InputError, escape
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -90,6 +92,17 @@ def _read_never(config: Mapping[str, Any], layers: int) -> Pattern:
 
 def _write_never(pattern: Pattern) -> dict[str, Any] | None:
     return {} if pattern.kind == "none" else None
+
+
+def check_keys(config: Mapping[str, Any], layers: int) -> None:
+    """Raises InputError for a value that is not of the kind that its key takes."""
+    for key, needed in (("sliding_window", False), ("max_window_layers", bool(config.get("use_sliding_window")))):
+        value = config.get(key, 0)
+        if (needed or value is not None) and (type(value) is not int or value < 0):
+            raise InputError(f"config.json: {key} must be a whole number, found {escape(value)}", hint="Correct it.")
+    types = config.get("layer_types")
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
+        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct it.")
 
 
 NEVER = Sliding(_read_never, _write_never)

@@ -54,6 +54,8 @@ def plan_prune(
         raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
     if model.quantization:
         raise InputError("the source is quantized", hint="Prune first, then quantize.")
+    if not model.moe_layers:
+        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
     protected = parse_protect(options.protect, model)
     left = budget(model, options, common)
     _check_feasible(model, left, protected)
@@ -177,7 +179,7 @@ def _checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
     if set(keep) != set(model.moe_layers):
         raise UsageError("keep_experts must name every MoE layer", hint=f"Layers: {list(model.moe_layers)}.")
     for layer, kept in keep.items():
-        if len(set(kept)) != left or not all(0 <= e < model.num_experts for e in kept):
+        if len(kept) != left or len(set(kept)) != left or not all(0 <= e < model.num_experts for e in kept):
             raise UsageError(f"keep_experts of layer {layer} must name {left} different experts")
     return {layer: sorted(keep[layer]) for layer in model.moe_layers}
 

@@ -31,8 +31,10 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
     weights = [r for n, r in model.checkpoint.tensors.items() if n in model.roles and model.roles[n].group == "expert"]
-    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]))
+    if not weights:
+        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
     _check_weights(weights)
+    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]))
     chosen = {r.name for r in weights}
     dtype = parse_dtype(common.dtype)
 
@@ -82,6 +84,12 @@ def _group(format: Format, options: QuantizeOptions, weights: list[TensorRef], *
     group = choose_group(options.group_size, [ref.shape[1] for ref in weights])
     if group is None and bits == 4:
         raise UsageError("--group-size channel is for int8", hint="Use --group-size auto with int4.")
+    ragged = [ref for ref in weights if ref.shape[1] * bits % 32]
+    if ragged:
+        raise InputError(
+            f"tensor {escape(ragged[0].name)!r}: {ragged[0].shape[1]} columns of {bits} bits do not fill 32-bit words",
+            hint="Use --format bitsandbytes.",
+        )
     return group
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.moe import MOE
@@ -110,6 +111,11 @@ def _items(
             continue
         group, _, part = role.key.partition(".")
         if group == "ffn" and role.layer in chosen and part in FFN_PARTS:
+            if ref.dtype not in FLOAT_DTYPES:
+                raise InputError(
+                    f"tensor {escape(name)!r} is {ref.dtype}: experts are made of {', '.join(FLOAT_DTYPES)} weights",
+                    hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.",
+                )
             if part == "gate":
                 items += _routing(model, pair, target, options, role.layer, dtype or ref.dtype, common.seed)
             for expert in range(options.experts):

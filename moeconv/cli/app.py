@@ -19,7 +19,7 @@ import typer
 from moeconv import __version__
 from moeconv.cli.commands import VERBS, Positional, Verb
 from moeconv.cli.progress import make_meter
-from moeconv.cli.sink import Sink, debug
+from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import flag_of
@@ -67,7 +67,9 @@ def _argument(positional: Positional) -> Any:
 
 def _command(verb: Verb) -> types.FunctionType:
     """The function that typer sees: the verb's parameters as its signature."""
-    names = [(p.name, _argument(p), inspect.Parameter.empty if p.required else None) for p in verb.positionals]
+    names: list[tuple[str, Any, Any]] = [
+        (p.name, _argument(p), inspect.Parameter.empty if p.required else None) for p in verb.positionals
+    ]
     names += _flag_parameters(verb)
     names += [(name, kind, False) for name, kind in _OUTPUT_FLAGS]
 
@@ -142,20 +144,20 @@ def _on_signal(number: int, frame: Any) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line. Returns the exit code; prints errors, never a traceback unless MOECONV_DEBUG is set."""
-    _SINK.mode = "json" if "--json" in arguments else "human"
+    _SINK.mode, _SINK.deaf = "json" if "--json" in arguments else "human", False
+    open_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread: a caller's business
             signal.signal(number, _on_signal)
     try:
-        code = typer.main.get_command(build_app()).main(
-            args=list(arguments), prog_name="moeconv", standalone_mode=False
-        )
-        sys.stdout.flush()
+        code = 0
+        with contextlib.suppress(BrokenPipeError):  # of help: what the sink prints ends there
+            code = typer.main.get_command(build_app()).main(
+                args=list(arguments), prog_name="moeconv", standalone_mode=False
+            )
+        with _SINK.printing():  # what help left in the buffer
+            pass
         return int(code or 0)
-    except BrokenPipeError:
-        # whoever read our standard output has enough; keep the interpreter from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         return _failed(error)
 
@@ -164,8 +166,7 @@ def _failed(error: Exception) -> int:
     known = _as_moeconv_error(error)
     if debug() and not isinstance(known, UsageError):
         traceback.print_exception(error)
-    with contextlib.suppress(BrokenPipeError):
-        _SINK.error(known)
+    _SINK.error(known)
     return known.exit_code
 
 

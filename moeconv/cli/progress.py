@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+from moeconv.cli.sink import say
 from moeconv.errors import escape
 
 HEARTBEAT_SECONDS = 30.0
@@ -54,7 +55,7 @@ class LineMeter:
             self._print()
 
     def note(self, text: str) -> None:
-        print(escape(text), file=sys.stderr, flush=True)
+        say(escape(text))
 
     def close(self) -> None:
         pass
@@ -65,8 +66,7 @@ class LineMeter:
         left = (self._total - self._done) / rate if rate else 0.0
         share = 100 * self._done // max(self._total, 1)
         eta = f"eta {human_seconds(left)}" if self._done < self._total else f"in {human_seconds(now - self._began)}"
-        line = f"shard {self._shards_done}/{self._shards}  {share}%  {human_bytes(rate)}/s  {eta}"
-        print(line, file=sys.stderr, flush=True)
+        say(f"shard {self._shards_done}/{self._shards}  {share}%  {human_bytes(rate)}/s  {eta}")
 
 
 class BarMeter:
@@ -102,7 +102,7 @@ class BarMeter:
 
     def note(self, text: str) -> None:
         self.close()
-        print(escape(text), file=sys.stderr, flush=True)
+        say(escape(text))
 
     def close(self) -> None:
         if self._progress is not None:

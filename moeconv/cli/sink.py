@@ -5,23 +5,39 @@ Three modes: a table for people, one JSON object with --json, the output path al
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.errors import MoeconvError, escape
+from moeconv.errors import MoeconvError, OutputError, escape
+
+
+def open_streams() -> None:
+    """A standard stream that our caller closed reads as empty, and what is written to it goes nowhere."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the life of the process)
+
+
+def say(text: str) -> None:
+    """One line on stderr. That nobody reads it must not end the work."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Sink:
-    """How this run speaks. `mode` is "human", "json" or "quiet"."""
+    """How this run speaks. `mode` is "human", "json" or "quiet"; `deaf` once stdout has refused a write."""
 
     mode: str = "human"
     verbose: bool = False
+    deaf: bool = False
 
     def result(self, value: Mapping[str, Any], *, table: Callable[[Mapping[str, Any]], Any]) -> None:
         """Print a step's result in this run's mode, its warnings on stderr."""
@@ -30,30 +46,54 @@ class Sink:
         if self.mode == "json":
             self._out(json.dumps(_finite(value), ensure_ascii=True, allow_nan=False))
         elif self.mode == "quiet":
-            self._out(str(value.get("output") or value.get("path") or ""))
+            # a path's bytes as they are, also those that are no characters
+            self._out(str(value.get("output") or value.get("path") or ""), errors="surrogateescape")
         else:
             from rich.console import Console
 
-            console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
-            made = table(value)
-            for part in made if isinstance(made, list) else [made]:
-                console.print(part)
-            sys.stdout.flush()
+            with self.printing():
+                # names from files are text, not markup
+                console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False,
+                                  soft_wrap=not sys.stdout.isatty())  # fmt: skip
+                made = table(value)
+                for part in made if isinstance(made, list) else [made]:
+                    console.print(part)
 
     def error(self, error: MoeconvError) -> None:
         """Print an error: one JSON object on stdout with --json, else one or two lines on stderr."""
-        if self.mode == "json":
-            self._out(json.dumps({"error": {"code": error.exit_code, "message": error.message, "hint": error.hint}}))
-            return
-        print(f"moeconv: {error.message}", file=sys.stderr)
+        if self.mode == "json" and not self.deaf:
+            fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            return self._out(json.dumps({"error": fields}))
+        say(f"moeconv: {error.message}")
         if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)
+            say(f"  {error.hint}")
 
     def warn(self, text: str) -> None:
-        print(f"warning: {escape(text)}", file=sys.stderr)
+        say(f"warning: {escape(text)}")
 
-    def _out(self, text: str) -> None:
-        print(text, flush=True)
+    def _out(self, text: str, *, errors: str = "backslashreplace") -> None:
+        with self.printing(errors=errors):
+            print(text)
+
+    @contextlib.contextmanager
+    def printing(self, *, errors: str = "backslashreplace") -> Iterator[None]:
+        """Writes to stdout. A reader that has had enough ends it quietly; raises OutputError for a full disk.
+
+        `errors` is what becomes of characters that stdout's encoding lacks.
+        """
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors=errors)
+        try:
+            yield
+            sys.stdout.flush()
+        except OSError as error:
+            # what is still buffered must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.deaf = True
+                raise OutputError(
+                    f"cannot write to standard output: {error.strerror}", hint="The result itself is not affected."
+                ) from None
 
 
 def _finite(value: Any) -> Any:

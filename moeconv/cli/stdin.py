@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 
 from moeconv.errors import InputError, escape
 
 
 def model_from_stdin(data: bytes) -> str:
     """The model's path from standard input. Raises InputError when it is empty or the previous step failed."""
-    text = data.decode("utf-8", "replace").strip()
+    text = os.fsdecode(data).strip()  # a path may hold bytes that are no UTF-8
     if not text:
         raise InputError("standard input is empty: the previous step gave no result", hint="See its messages above.")
     if not text.startswith("{"):
         return text.splitlines()[-1].strip()
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(
             "standard input is neither a path nor JSON", hint="Pass --json to the previous step."
         ) from None

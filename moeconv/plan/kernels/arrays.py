@@ -41,7 +41,7 @@ def all_finite(data: bytes | bytearray | memoryview, dtype: str, *, block: int =
     """Whether no element is infinite or NaN. Works in blocks that stay in the processor's cache."""
     kind, exponent = _EXPONENT[dtype]
     bits = np.frombuffer(data, kind)
-    scratch = np.empty(min(block, len(bits)), kind)
+    scratch: np.ndarray = np.empty(min(block, len(bits)), kind)
     for start in range(0, len(bits), block):
         part = bits[start : start + block]
         masked = np.bitwise_and(part, kind(exponent), out=scratch[: len(part)])

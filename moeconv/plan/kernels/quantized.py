@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 def _weight(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
     ((ref, data),) = inputs
-    return to_tensor(data, ref.dtype, ref.shape)
+    return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 
 def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> list[Buffer]:

@@ -1,7 +1,7 @@
 """Tiny random checkpoints for tests, made without torch and without the writer that the tests judge.
 
-    make_dense(path, "llama")                       2 layers, hidden 32, BF16, one file
-    make_moe(path, "mixtral", experts=4, shards=3)  further keywords go into config.json
+make_dense(path, "llama")                       2 layers, hidden 32, BF16, one file
+make_moe(path, "mixtral", experts=4, shards=3)  further keywords go into config.json
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     _note_lines(node, (), lines)
     checker = _Checker(file, lines)
     spec = checker.parse(value)
-    variables = _variables(spec, settings)
+    variables = _variables(checker, spec, settings)
     return Recipe(
         spec.name,
         tuple(checker.step(i, s, variables) for i, s in enumerate(spec.steps)),
@@ -128,19 +128,40 @@ def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], i
             _note_lines(value, at, lines)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            lines[(*path, i)] = value.start_mark.line + 1
-            _note_lines(value, (*path, i), lines)
+            at = (*path, i)
+            lines[at] = value.start_mark.line + 1
+            _note_lines(value, at, lines)
 
 
-def _variables(spec: RecipeSpec, settings: Sequence[str]) -> dict[str, str]:
-    variables = {"demo": str(DEMO_DATA), **{k: str(v) for k, v in spec.vars.items()}}
+@dataclass(frozen=True)
+class _Variables:
+    """Values by name. In a path, a value given with --set is relative to where the command runs, not to the recipe."""
+
+    values: Mapping[str, str]
+    given: frozenset[str]
+
+    def get(self, name: str, *, in_path: bool) -> str | None:
+        value = self.values.get(name, os.environ.get(name))
+        if in_path and name in self.given and value is not None and not value.startswith("hf://"):
+            return os.path.abspath(value)
+        return value
+
+
+def _variables(checker: _Checker, spec: RecipeSpec, settings: Sequence[str]) -> _Variables:
+    values = {"demo": str(DEMO_DATA)}
+    given = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or key not in spec.vars:
-            raise UsageError(f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe",
-                             hint=o.did_you_mean(key, spec.vars or ["(the recipe has no vars)"]))  # fmt: skip
-        variables[key] = value
-    return variables
+            known = spec.vars or ["(the recipe has no vars)"]
+            raise UsageError(
+                f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe", hint=o.did_you_mean(key, known)
+            )
+        given[key] = value
+    for key, default in spec.vars.items():  # a variable may use those above it
+        text = checker.fill(str(default), ("vars", key), _Variables(values, frozenset()), in_path=False)
+        values[key] = given.get(key, text)
+    return _Variables(values, frozenset(given))
 
 
 @dataclass(frozen=True)
@@ -168,21 +189,21 @@ class _Checker:
             where = ".".join(str(p) for p in path)
             raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
 
-    def step(self, index: int, spec: StepSpec, variables: Mapping[str, str]) -> Step:
+    def step(self, index: int, spec: StepSpec, variables: _Variables) -> Step:
         path = ("steps", index)
         if spec.step not in GROUPS:
             raise self.fail((*path, "step"), f"unknown step {escape(spec.step)!r}", o.did_you_mean(spec.step, GROUPS))
         if (spec.to is None) != (spec.step == "evaluate"):
             text = "evaluate writes nothing: leave out `to`" if spec.to else f"{spec.step} needs `to`"
             raise self.fail(path, text)
-        source = self.path(self.fill(spec.source, (*path, "from"), variables))
-        to = None if spec.to is None else self.path(self.fill(spec.to, (*path, "to"), variables))
+        source = self.path(spec.source, (*path, "from"), variables)
+        to = None if spec.to is None else self.path(spec.to, (*path, "to"), variables)
         parameters = self.typed(spec.step, spec.parameters, (*path, "with"), variables)
         name = spec.name or _label(spec.step, parameters)
         return Step(spec.step, name, source, to, parameters)
 
     def typed(
-        self, command: str, values: Mapping[str, Any], path: tuple[Any, ...], variables: Mapping[str, str]
+        self, command: str, values: Mapping[str, Any], path: tuple[Any, ...], variables: _Variables
     ) -> dict[str, Any]:
         """`with` values by the fields of the command's option groups: known, of the right kind, paths resolved."""
         groups = GROUPS[command]
@@ -192,13 +213,15 @@ class _Checker:
             at = (*path, key)
             if key not in fields:
                 raise self.fail(at, f"{command} has no parameter {escape(key)!r}", o.did_you_mean(key, fields))
-            filled = self.fill_all(value, at, variables)
+            filled: Any = value
             if key == "data":
-                filled = tuple(self.path(v) for v in (filled if isinstance(filled, list) else [filled]))
-            elif key in _PATH_KEYS and isinstance(filled, str):
-                filled = self.path(filled)
+                listed = value if isinstance(value, list) else [value]
+                filled = tuple(self.path(v, at, variables) if isinstance(v, str) else v for v in listed)
+            elif isinstance(value, str):
+                in_path = key in _PATH_KEYS
+                filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
             try:
-                checked = TypeAdapter(fields[key]).validate_python({key: filled})
+                checked: Any = TypeAdapter(fields[key]).validate_python({key: filled})
                 o.take(fields[key], {key: getattr(checked, key)})
             except ValidationError as error:
                 raise self.fail(at, f"{escape(key)}: {escape(error.errors()[0]['msg'])}") from None
@@ -207,23 +230,25 @@ class _Checker:
             typed[key] = getattr(checked, key)
         return typed
 
-    def fill_all(self, value: Any, path: tuple[Any, ...], variables: Mapping[str, str]) -> Any:
-        if isinstance(value, list):
-            return [self.fill_all(v, path, variables) for v in value]
-        return self.fill(value, path, variables) if isinstance(value, str) else value
+    def scalar(self, text: str, path: tuple[Any, ...], variables: _Variables) -> Any:
+        """A value with its variables filled in; what stood as one ${variable} is read as YAML reads it."""
+        filled = self.fill(text, path, variables, in_path=False)
+        return yaml.safe_load(filled) if _VARIABLE.fullmatch(text) else filled
 
-    def fill(self, text: str, path: tuple[Any, ...], variables: Mapping[str, str]) -> str:
+    def fill(self, text: str, path: tuple[Any, ...], variables: _Variables, *, in_path: bool) -> str:
         def value(match: re.Match[str]) -> str:
-            name = match[1]
-            if name not in variables and name not in os.environ:
-                raise self.fail(path, f"no variable ${{{escape(name)}}}", o.did_you_mean(name, variables))
-            return variables.get(name, os.environ.get(name, ""))
+            found = variables.get(match[1], in_path=in_path)
+            if found is None:
+                hint = o.did_you_mean(match[1], variables.values)
+                raise self.fail(path, f"no variable ${{{escape(match[1])}}}", hint)
+            return found
 
         return _VARIABLE.sub(value, text)
 
-    def path(self, text: str) -> str:
+    def path(self, text: str, path: tuple[Any, ...], variables: _Variables) -> str:
         """A path relative to the recipe's folder; hub names and absolute paths stay."""
-        return text if text.startswith("hf://") or text == "-" else str(self.file.parent / text)
+        filled = self.fill(text, path, variables, in_path=True)
+        return filled if filled.startswith("hf://") or filled == "-" else str(self.file.parent / filled)
 
 
 def _label(command: str, parameters: Mapping[str, Any]) -> str:

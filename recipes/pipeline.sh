@@ -19,7 +19,7 @@ step() { # NAME COMMAND...: run a step, keep its JSON, fail when it is not JSON
 
 step 1-upcycle upcycle "$model" "$work/upcycled" --method drop --experts 8 --top-k 2
 step 2-tune tune "$work/upcycled" "$work/tuned" --objective distill --train router,experts \
-    --teacher "$model" --data "$calibration" --seq-len 256
+    --teacher "$model" --data "$calibration" --seq-len 256 ${STEPS:+--steps "$STEPS"}
 step 3-calibrate calibrate "$work/tuned" "$work/statistics.safetensors" --data "$calibration" --tokens 32768 --seq-len 256
 step 4-prune prune "$work/tuned" "$work/pruned" --ratio 0.5 --criterion saliency --stats "$work/statistics.safetensors"
 step 5-quantize quantize "$work/pruned" "$work/int4" --scheme int4

@@ -1,0 +1,121 @@
+"""The statistics file: one safetensors with provenance, written in one step, read without torch.
+
+F64 tensors per MoE layer L; S data sources, E experts, H hidden size. `g` is the weight that the model really gives an
+expert, `f` the expert's output, `c` = 1 - cos(residual stream in front of the FFN, behind it). Sums run over routed
+tokens only.
+
+    layer.L.count              [S, E]  tokens routed to the expert
+    layer.L.gate_sum, gate_sq_sum, norm_sum, norm_sq_sum, gate_norm_sum, gate_norm_sq_sum, easy_ep_sum
+                               [S, E]  sums of g, g^2, ||f||, ||f||^2, g ||f||, (g ||f||)^2, g ||f|| c
+    layer.L.out_mean           [E, H]  F32, mean of f; out_var [E] = mean of ||f - out_mean||^2
+    layer.L.coactivation       [E, E]  tokens routed to both; the diagonal is the count
+    layer.L.output_cosine      [E, E]  mean cosine of two experts' outputs on a token sample, every expert evaluated
+    layer.L.router_cosine      [E, E]  cosine of router rows; logit_correlation [E, E] Pearson, over all tokens
+    layer.L.entropy_sum        [S]     sum of the entropy of softmax(router logits), nats; tokens [S]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
+from moeconv.checkpoint.writer import writing_artifact
+from moeconv.errors import InputError, OutputError, escape
+from moeconv.families.model import Model
+
+KIND = "statistics"
+VERSION = 1
+PER_SOURCE = (
+    "count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum", "easy_ep_sum",
+)  # fmt: skip
+FIELDS = (
+    *PER_SOURCE, "out_mean", "out_var", "coactivation", "output_cosine", "router_cosine", "logit_correlation",
+    "entropy_sum", "tokens",
+)  # fmt: skip
+_NUMPY = {"F64": np.float64, "F32": np.float32}
+_REQUIRED = ("version", "identity", "model_type", "layers", "num_experts", "top_k", "tokens", "sources")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """A statistics file; `metadata` is its provenance."""
+
+    metadata: Mapping[str, Any]
+    file: SafetensorsFile
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.metadata["layers"])
+
+    def layer(self, layer: int, field: str) -> np.ndarray:
+        """A field of one MoE layer, in the shape that the file has it. Raises InputError when it is not there."""
+        name = f"layer.{layer}.{field}"
+        info = self.file.tensors.get(name)
+        if info is None or info.dtype not in _NUMPY:
+            raise InputError(
+                f"{self.file.label} has no {field} for layer {layer}",
+                hint="It was written for another model or by another version; calibrate again.",
+            )
+        return np.frombuffer(self.file.read(name), _NUMPY[info.dtype]).reshape(info.shape)
+
+    def check_belongs(self, model: Model) -> None:
+        """Raises InputError unless these are statistics of exactly this model."""
+        if self.metadata["identity"] != model.identity:
+            theirs = self.metadata
+            raise InputError(
+                f"{self.file.label} holds statistics of another model ({escape(theirs['model_type'])}, "
+                f"{len(theirs['layers'])} MoE layers of {escape(theirs['num_experts'])} experts)",
+                hint="Run `moeconv calibrate` on this model: any edit of a model changes its statistics.",
+            )
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Statistics:
+    """Open a statistics file. Raises InputError when it is missing, damaged or something else."""
+    if not Path(path).exists():
+        raise InputError(
+            f"{escape(path)} does not exist", hint="Make it with `moeconv calibrate MODEL STATS --data FILE`."
+        )
+    file = SafetensorsFile(Path(path))
+    metadata = read_metadata_json(file, kind=KIND)
+    if metadata.get("version") != VERSION or any(key not in metadata for key in _REQUIRED):
+        raise InputError(
+            f"{file.label} is a statistics file of format {escape(metadata.get('version'))}, not {VERSION}",
+            hint="Calibrate again with this version.",
+        )
+    return Statistics(metadata, file)
+
+
+def check_stats_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a path where the file could not be put. Raises OutputError."""
+    if path.is_dir():
+        raise OutputError(f"{escape(path)} is a directory", hint="Give the name of the statistics file.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{escape(path.parent)} does not exist", hint="Create it first.")
+
+
+def write_statistics(
+    path: str | os.PathLike[str],
+    fields: Mapping[int, Mapping[str, np.ndarray]],
+    *,
+    metadata: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write {layer: {field: float64 array, out_mean float32}}; the file appears whole or not at all.
+
+    Raises OutputError when `path` exists and `overwrite` is not set, or cannot be written.
+    """
+    arrays = {f"layer.{layer}.{name}": a for layer, of_layer in fields.items() for name, a in of_layer.items()}
+    kinds = {np.dtype(numpy): name for name, numpy in _NUMPY.items()}
+    specs = [(name, kinds[array.dtype], array.shape) for name, array in arrays.items()]
+    provenance = artifact_metadata(KIND, version=VERSION, **metadata)
+    with writing_artifact(Path(path), specs, metadata=provenance, overwrite=overwrite) as writer:
+        for name, array in arrays.items():
+            writer.write(name, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,126 @@
+"""calibrate: data through a Mixture-of-Experts, a layer at a time, into a statistics file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeconv.calibrate.artifact import check_stats_target, write_statistics
+from moeconv.calibrate.data import TokenData, load_tokens
+from moeconv.calibrate.routing import load_of_layer
+from moeconv.calibrate.statistics import layer_statistics
+from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import Model, open_model
+from moeconv.options import parse_size
+from moeconv.plan.meter import Meter, SilentMeter
+
+TOKENS = 65536
+SEQ_LEN = 512
+
+
+def calibrate(
+    model_path: str | os.PathLike[str],
+    stats_path: str | os.PathLike[str],
+    *,
+    data: Sequence[str],
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    text_field: str = "text",
+    sample_tokens: int = 2048,
+    max_memory: str | int | None = None,
+    overwrite: bool = False,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    """Write the statistics of every MoE layer to `stats_path` and return a summary.
+
+    `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
+    the model's). Of each layer `sample_tokens` tokens go through all experts, for their similarity.
+    The summary: output, tokens, sources, seconds, layers [{layer, load, entropy, max_over_mean, dead}].
+    Raises InputError for a dense model or unusable data, OutputError when the file exists and `overwrite` is not set.
+    """
+    began = time.monotonic()
+    meter = meter or SilentMeter()
+    path, target = Path(stats_path), pick_device(device)
+    budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
+    if sample_tokens < 1:
+        raise UsageError("--sample-tokens must be at least 1")
+    model = open_model(model_path)
+    if not model.moe_layers:
+        raise InputError(f"{model.family.model_type} has no experts to calibrate", hint="Give a Mixture-of-Experts.")
+    check_stats_target(path, overwrite=overwrite)
+    length = sequence_length(model, seq_len, default=SEQ_LEN)
+    meter.note("reading the data")
+    read = load_tokens(
+        data, model.checkpoint.path, tokens=tokens or TOKENS, seq_len=length, seed=seed, text_field=text_field
+    )
+    start_meter(meter, model)
+    stream = LayerStream(
+        model, read.windows, dtype=dtype, device=target, batch_size=batch_size, max_memory=budget, meter=meter
+    )
+    fields = _all_layers(stream, read, seed=seed, sample_tokens=sample_tokens)
+    write_statistics(
+        path, fields, metadata=_provenance(model, read, seed=seed, sample_tokens=sample_tokens), overwrite=overwrite
+    )
+    return {
+        "output": str(path),
+        "tokens": read.tokens,
+        "sources": [{"name": s.name, "tokens": s.tokens} for s in read.sources],
+        "layers": [_summary(layer, of_layer) for layer, of_layer in fields.items()],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def sequence_length(model: Model, asked: int | None, *, default: int) -> int:
+    """`asked`, or `default` shortened to what the model was made for. Raises UsageError for more than that."""
+    most = model.value("max_position_embeddings")
+    if asked is not None and most and asked > most:
+        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions", hint=f"At most {most}.")
+    return asked if asked is not None else min(default, most or default)
+
+
+def _all_layers(
+    stream: LayerStream, read: TokenData, *, seed: int, sample_tokens: int
+) -> dict[int, dict[str, np.ndarray]]:
+    fields = {}
+    for layer in stream.layers():
+        if layer.experts is not None:
+            fields[layer.index] = layer_statistics(
+                layer,
+                source=torch.from_numpy(read.source),
+                num_sources=len(read.sources),
+                num_experts=stream.model.num_experts,
+                seed=seed,
+                sample_tokens=sample_tokens,
+            )
+    return fields
+
+
+def _provenance(model: Model, read: TokenData, *, seed: int, sample_tokens: int) -> dict[str, Any]:
+    return {
+        "identity": model.identity,
+        "model_type": model.family.model_type,
+        "layers": list(model.moe_layers),
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "tokens": read.tokens,
+        "sources": [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources],
+        "seq_len": read.seq_len,
+        "seed": seed,
+        "sample_tokens": sample_tokens,
+    }
+
+
+def _summary(layer: int, fields: dict[str, np.ndarray]) -> dict[str, Any]:
+    entropy, tokens = fields["entropy_sum"].sum(), fields["tokens"].sum()
+    return load_of_layer(layer, fields["count"].sum(axis=0), entropy_sum=entropy, tokens=tokens)

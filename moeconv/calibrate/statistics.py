@@ -1,0 +1,180 @@
+"""The statistics of one MoE layer, summed in float64 while the stream passes through it; artifact.py lists them.
+
+Expert outputs are taken on routed tokens only, out of the pass itself: the stock experts module is called with weight 1
+for one expert at a time, and the outputs are then weighted and summed as the module itself does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeconv.calibrate.artifact import PER_SOURCE
+from moeconv.calibrate.routing import router_entropy
+from moeconv.calibrate.stream import Batch, Layer
+from moeconv.errors import InputError
+from moeconv.plan.kernels.draw import generator
+
+_SAMPLE_BYTES = 1 << 26  # outputs of all experts held at a time
+
+OnExpert = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, token [n], slot [n], output [n, H]
+
+
+@torch.no_grad()
+def layer_statistics(
+    layer: Layer, *, source: Tensor, num_sources: int, num_experts: int, seed: int, sample_tokens: int
+) -> dict[str, np.ndarray]:
+    """Advance `layer` over all windows and return its fields.
+
+    `source` int64 [n] is the data source of every window. Raises InputError for NaN or infinite values.
+    """
+    assert layer.experts is not None and layer.router is not None
+    sums = _Sums(layer, source, num_sources, num_experts)
+    sample: list[Tensor] = []
+    chosen: Tensor | None = None
+    with each_expert(layer.experts, sums.on_expert):
+        for batch in layer.batches():
+            length = batch.inputs.shape[1]
+            if chosen is None:
+                chosen = _sample(len(source) * length, sample_tokens, seed=seed, layer=layer.index)
+            start, stop = batch.rows.start * length, batch.rows.stop * length
+            here = chosen[(chosen >= start) & (chosen < stop)] - start
+            sample.append(batch.ffn_input[here.to(batch.ffn_input.device)])
+            sums.add(batch)
+    fields = sums.fields()
+    fields["output_cosine"] = output_cosine(layer.experts, torch.cat(sample), num_experts=num_experts)
+    for name, values in fields.items():
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"layer {layer.index} computes NaN or infinite values ({name})",
+                hint="The checkpoint is damaged, or its weights overflow in this dtype.",
+            )
+    return fields
+
+
+@contextmanager
+def each_expert(experts: nn.Module, on_expert: OnExpert) -> Iterator[None]:
+    """Inside the block the experts module shows every expert's unweighted output; what it returns stays the same."""
+    stock = experts.forward
+
+    def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        total = torch.zeros_like(hidden)
+        for expert in torch.unique(top_k_index).tolist():
+            slot, token = (expert == top_k_index.T).nonzero(as_tuple=True)
+            output = one_expert(stock, hidden[token], expert, like=top_k_weights)
+            on_expert(expert, token, slot, output)
+            weighted = output * top_k_weights[token, slot, None]
+            total.index_add_(0, token, weighted.to(total.dtype))
+        return total
+
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        del experts.forward
+
+
+def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
+    """Output [n, H] of one expert for `hidden` [n, H], through the stock experts' `forward`, whatever its layout."""
+    index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
+    ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
+    return forward(hidden, index, ones)
+
+
+def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np.ndarray:
+    """Mean over tokens of the cosine of two experts' outputs, [E, E]; `hidden` [n, H], every expert evaluated on each.
+
+    A zero output has cosine 0 with everything.
+    """
+    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=hidden.device)
+    step = max(1, _SAMPLE_BYTES // (4 * num_experts * hidden.shape[1]))
+    for start in range(0, len(hidden), step):
+        chunk = hidden[start : start + step]
+        outputs = torch.stack([one_expert(experts.forward, chunk, e).float() for e in range(num_experts)])
+        units = torch.nn.functional.normalize(outputs, dim=-1, eps=1e-30).flatten(1)  # [E, n * H]
+        total += (units @ units.T).double()
+    return (total / max(1, len(hidden))).clamp(-1, 1).cpu().numpy()
+
+
+def row_cosine(rows: Tensor) -> np.ndarray:
+    """Cosine of every two rows of [E, H], in float64: [E, E]."""
+    units = torch.nn.functional.normalize(rows.double(), dim=-1, eps=1e-300)
+    return (units @ units.T).clamp(-1, 1).cpu().numpy()
+
+
+def _sample(total: int, count: int, *, seed: int, layer: int) -> Tensor:
+    """Sorted positions of `count` of `total` tokens (all, where there are fewer)."""
+    draw = generator((seed, "sample", layer))
+    return torch.from_numpy(np.sort(draw.choice(total, size=min(count, total), replace=False, shuffle=False)))
+
+
+class _Sums:
+    """Running float64 sums of one layer."""
+
+    def __init__(self, layer: Layer, source: Tensor, num_sources: int, num_experts: int) -> None:
+        assert layer.router is not None
+        self.layer, self.source, self.shape = layer, source, (num_sources, num_experts)
+        self.per_source = {name: self._zeros(num_sources * num_experts) for name in PER_SOURCE}
+        self.entropy, self.tokens = self._zeros(num_sources), self._zeros(num_sources)
+        self.pairs, self.logits = self._zeros(num_experts, num_experts), self._zeros(num_experts)
+        self.logit_products = self._zeros(num_experts, num_experts)
+        self.out = self._zeros(num_experts, layer.router.weight.shape[-1])
+        self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch under way: token, slot, ||f||
+
+    def _zeros(self, *shape: int) -> Tensor:
+        assert self.layer.router is not None
+        return torch.zeros(shape, dtype=torch.float64, device=self.layer.router.weight.device)
+
+    def on_expert(self, expert: int, token: Tensor, slot: Tensor, output: Tensor) -> None:
+        self.norms.append((token, slot, torch.linalg.vector_norm(output.double(), dim=-1)))
+        self.out[expert] += output.sum(0, dtype=torch.float64)
+
+    def add(self, batch: Batch) -> None:
+        index, logits = batch.top_k_index, batch.router_logits
+        assert index is not None and logits is not None and batch.top_k_weights is not None
+        sources, experts = self.shape
+        g, norm = batch.top_k_weights.double(), torch.zeros(index.shape, dtype=torch.float64, device=index.device)
+        for token, slot, values in self.norms:
+            norm[token, slot] = values
+        self.norms.clear()
+        before, after = batch.residual.double(), batch.outputs.flatten(0, 1).double()
+        moved = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-300)
+        of_token = self.source[batch.rows].to(index.device).repeat_interleave(batch.inputs.shape[1])  # [T]
+        key = (of_token[:, None] * experts + index).reshape(-1)
+        product = g * norm
+        values = (torch.ones_like(g), g, g * g, norm, norm * norm, product, product * product, product * moved[:, None])
+        for name, value in zip(PER_SOURCE, values):
+            self.per_source[name].index_add_(0, key, value.reshape(-1))
+        self.entropy.index_add_(0, of_token, router_entropy(logits))
+        self.tokens += torch.bincount(of_token, minlength=sources)
+        routed = torch.zeros(len(index), experts, dtype=torch.float64, device=index.device).scatter_(1, index, 1.0)
+        self.pairs += routed.T @ routed
+        self.logits += logits.sum(0, dtype=torch.float64)
+        self.logit_products += logits.double().T @ logits.double()
+
+    def fields(self) -> dict[str, np.ndarray]:
+        assert self.layer.router is not None
+        fields = {name: total.view(self.shape) for name, total in self.per_source.items()}
+        count = fields["count"].sum(0).clamp(min=1)
+        mean = self.out / count[:, None]
+        fields["out_mean"] = mean.float()
+        fields["out_var"] = (fields["norm_sq_sum"].sum(0) / count - mean.square().sum(1)).clamp(min=0)
+        fields |= {"coactivation": self.pairs, "logit_correlation": self._correlation()}
+        fields |= {"entropy_sum": self.entropy, "tokens": self.tokens}
+        result = {name: value.cpu().numpy() for name, value in fields.items()}
+        result["router_cosine"] = row_cosine(self.layer.router.weight)
+        return result
+
+    def _correlation(self) -> Tensor:
+        """Pearson correlation of router logits over tokens; 0 for a constant logit, 1 on the diagonal."""
+        tokens = self.tokens.sum()
+        mean = self.logits / tokens
+        covariance = self.logit_products / tokens - torch.outer(mean, mean)
+        spread = covariance.diagonal().clamp(min=0).sqrt()
+        scale = torch.outer(spread, spread)
+        correlation = torch.where(scale > 0, covariance / scale, 0.0).clamp(-1, 1)
+        return correlation.fill_diagonal_(1.0)

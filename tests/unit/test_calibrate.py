@@ -207,7 +207,7 @@ def test_same_seed_same_bytes_and_the_sample_is_a_sample(tmp_path: Path) -> None
     calibrate(
         path, tmp_path / "all", data=texts(tmp_path), tokens=160, seq_len=SEQ_LEN, batch_size=2, sample_tokens=160
     )
-    few, all_ = load_statistics(tmp_path / "a"), load_statistics(whole)
+    few, all_ = load_statistics(tmp_path / "a"), load_statistics(tmp_path / "all")
     assert np.array_equal(few.layer(0, "count"), all_.layer(0, "count"))
     assert not np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"))
     assert np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"), atol=0.3)

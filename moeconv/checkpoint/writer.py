@@ -6,16 +6,14 @@ No shard is ever held in memory. Every write that can fail ends as an OutputErro
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from moeconv.checkpoint.blocks import BlockFile, create
 from moeconv.checkpoint.header import serialise_header
 from moeconv.errors import OutputError, escape
-
-_READ_BACK = 1 << 22
 
 
 @contextmanager
@@ -29,14 +27,6 @@ def output_errors(path: Path | str) -> Iterator[None]:
             f"cannot write {name}: {error.strerror or error}",
             hint="Free space or correct permissions, then run the same command again: finished shards are kept.",
         ) from error
-
-
-def _create(path: Path) -> int:
-    """Open a new file. What stands at `path` is unlinked, never truncated: it may be a link, or have a second name."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    # 0o666 so that the modes of what we write follow the umask
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 class ShardWriter:
@@ -53,24 +43,13 @@ class ShardWriter:
         header, self._infos = serialise_header(tensors, metadata=metadata)
         self._missing = {name: info.nbytes for name, info in self._infos.items()}
         self._size = max((info.end for info in self._infos.values()), default=len(header))
-        self._digest = hashlib.sha256()
-        self._hashed = 0  # bytes from the file's start that the digest has seen
         with output_errors(path):
-            self._fd = _create(path)
+            self._file = BlockFile(path)
             try:
-                self._write_at(0, memoryview(header))
+                self._file.write(0, memoryview(header))
             except BaseException:
-                self.close()
+                self._file.close()
                 raise
-
-    def _write_at(self, position: int, view: memoryview) -> None:
-        if position == self._hashed:
-            self._digest.update(view)
-            self._hashed += len(view)
-        while len(view):
-            n = os.pwrite(self._fd, view, position)
-            position += n
-            view = view[n:]
 
     def write(self, name: str, data: bytes | bytearray | memoryview, *, start: int = 0) -> None:
         """Write bytes of tensor `name` from byte `start` of it on; each byte of each tensor is written once."""
@@ -79,7 +58,7 @@ class ShardWriter:
         if start + len(view) > info.nbytes:
             raise ValueError(f"{len(view)} bytes at {start} do not fit tensor {name!r} of {info.nbytes} bytes")
         with output_errors(self.path):
-            self._write_at(info.start + start, view)
+            self._file.write(info.start + start, view)
         self._missing[name] -= len(view)
 
     def finish(self) -> tuple[str, int]:
@@ -88,28 +67,19 @@ class ShardWriter:
         if unfinished:
             raise ValueError(f"{self.path.name}: tensor {unfinished[0]!r} was not written whole")
         with output_errors(self.path):
-            buffer = memoryview(bytearray(min(_READ_BACK, max(1, self._size - self._hashed))))
-            while self._hashed < self._size:
-                n = os.preadv(self._fd, [buffer[: self._size - self._hashed]], self._hashed)
-                if n == 0:
-                    raise OSError(5, "the file ended while it was read back")
-                self._digest.update(buffer[:n])
-                self._hashed += n
-            os.fsync(self._fd)
-            self.close()
-        return self._digest.hexdigest(), self._size
+            sha256 = self._file.finish(self._size)
+            self._file.close()
+        return sha256, self._size
 
     def close(self) -> None:
         """Release the descriptor; an unfinished file stays for the caller to remove."""
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+        self._file.close()
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole and fsync it."""
     with output_errors(path):
-        fd = _create(path)
+        fd = create(path)
         try:
             view = memoryview(data)
             while len(view):

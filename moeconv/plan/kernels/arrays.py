@@ -32,9 +32,10 @@ def from_float(array: np.ndarray, dtype: str) -> memoryview:
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
         if nan.any():
             rounded[nan] = (bits[nan] >> 16) | 0x40
-        return memoryview(np.ascontiguousarray(rounded)).cast("B")
+        return memoryview(rounded.reshape(-1)).cast("B")
     with np.errstate(over="ignore"):
-        return memoryview(np.ascontiguousarray(array, _NUMPY[dtype])).cast("B")
+        # flat, because a memoryview of shape (0, n) cannot be cast
+        return memoryview(np.ascontiguousarray(array, _NUMPY[dtype]).reshape(-1)).cast("B")
 
 
 def all_finite(data: bytes | bytearray | memoryview, dtype: str, *, block: int = 1 << 17) -> bool:

@@ -1,0 +1,116 @@
+"""What `tune` was asked for, checked before anything heavy runs: models that fit together, routers that can learn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moeconv.calibrate.tokenizer import same_tokenizer
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model, open_model
+from moeconv.options import TuneOptions
+from moeconv.tune.parameters import parse_train, tensors_of
+from moeconv.tune.symmetry import check_symmetry
+
+# Peak learning rates: measured on small models upcycled with `drop`, see benchmarks.
+RATES = {"router": 1e-3, "experts": 3e-4, "shared": 3e-4, "norms": 3e-4}
+
+
+@dataclass(frozen=True)
+class Job:
+    """The student, its teacher, what is minimised and what trains. `objective` is "balance" with --balance-only."""
+
+    student: Model
+    teacher: Model | None
+    objective: str
+    train: tuple[str, ...]
+    steps: int
+    rates: Mapping[str, float]  # peak, by word of --train
+    balance: float
+    z_loss: float
+    straight_through: bool
+    seed: int
+    batch_size: int
+    warnings: tuple[str, ...] = ()
+
+
+def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: int, batch_size: int) -> Job:
+    """Open and check. Raises UsageError for parameters, InputError for models that cannot be tuned so."""
+    train = parse_train(options.train)
+    _check_numbers(options, batch_size)
+    if options.balance_only and train != ("router",):
+        raise UsageError("--balance-only trains routers alone", hint="Leave out --train.")
+    objective = "balance" if options.balance_only else options.objective
+    if objective == "layerwise" and "norms" in train:
+        raise UsageError("--train norms: layerwise takes the FFN's inputs after the norm", hint="--objective distill.")
+    student = open_model(model_path)
+    _check_student(student)
+    teacher = _open_teacher(options.teacher, student, objective)
+    if not tensors_of(student, train):
+        raise InputError(
+            f"{student.family.model_type} has nothing that --train {options.train} opens",
+            hint="router and experts are in every Mixture-of-Experts; shared is not.",
+        )
+    warnings = []
+    if objective != "balance":
+        warnings = check_symmetry(
+            student, objective=objective, train=train, straight_through=options.straight_through, teacher=teacher
+        )
+    return Job(
+        student, teacher, objective, train, options.steps,
+        {word: RATES[word] if options.learning_rate is None else options.learning_rate for word in train},
+        1.0 if objective == "balance" else options.balance, options.z_loss, options.straight_through, seed, batch_size,
+        tuple(warnings),
+    )  # fmt: skip
+
+
+def _check_numbers(options: TuneOptions, batch_size: int) -> None:
+    if options.steps < 1:
+        raise UsageError(f"--steps {options.steps}: at least 1")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: at least 1")
+    if options.learning_rate is not None and not (options.learning_rate > 0 and math.isfinite(options.learning_rate)):
+        raise UsageError(f"--learning-rate {options.learning_rate}: a number above 0")
+    for name in ("balance", "z_loss"):
+        value = getattr(options, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: a number from 0 up")
+
+
+def _check_student(model: Model) -> None:
+    if not model.moe_layers:
+        raise InputError(
+            f"{model.family.model_type} is dense: there is no router to tune",
+            hint="Make a Mixture-of-Experts of it first with `moeconv upcycle`.",
+        )
+    if model.quantization:
+        raise InputError(
+            f"{escape(model.checkpoint.path)} is quantized, and packed weights do not train",
+            hint="Tune the unquantized model, then quantize it.",
+        )
+
+
+def _open_teacher(path: str | None, student: Model, objective: str) -> Model | None:
+    if path is None:
+        if objective in ("distill", "layerwise"):
+            raise UsageError(
+                f"--objective {objective} needs a teacher",
+                hint="Pass --teacher with the dense source or the model before the edit, or --objective lm.",
+            )
+        return None
+    teacher = open_model(path)
+    sizes = {"vocab_size": "tokens in the vocabulary"}
+    if objective == "layerwise":
+        sizes |= {"num_hidden_layers": "layers", "hidden_size": "wide"}
+    for key, what in sizes.items():
+        ours, theirs = student.value(key), teacher.value(key)
+        if ours != theirs:
+            raise InputError(
+                f"the teacher does not fit: {theirs} {what}, the model {ours}",
+                hint="The teacher is the dense source of this model, or the model before an edit.",
+            )
+    if not same_tokenizer(student.checkpoint.path, teacher.checkpoint.path):
+        raise InputError("the teacher has another tokenizer than the model", hint="Its tokens would mean other text.")
+    return teacher

@@ -1,0 +1,116 @@
+"""Training a layer at a time: each Mixture-of-Experts layer learns the teacher's FFN on the teacher's own inputs to it.
+
+Minimises ||MoE(x) - FFN(x)||^2 / ||FFN(x)||^2. In memory at a time: a layer of each model and the activations in front
+of and behind one FFN, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.calibrate.skeleton import Skeleton
+from moeconv.calibrate.stream import LayerStream, _allocate, release_memory
+from moeconv.families.model import Model
+from moeconv.families.spec import Routing
+from moeconv.plan.meter import Meter
+from moeconv.tune import losses
+from moeconv.tune.losses import Load
+from moeconv.tune.network import FilledBlock, fill_block
+from moeconv.tune.routing import Routed
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Held-out tokens: error relative to the teacher's output, and the layer's load."""
+
+    error: float
+    load: Load
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer to be fitted. inputs and outputs: the teacher's FFN's, [T, H]; the last `held` rows are held out."""
+
+    filled: FilledBlock
+    inputs: Tensor
+    outputs: Tensor
+    held: int
+    rule: Routing
+    take: Callable[[], list[Routed]]
+    balance: float
+    z_loss: float
+    device: torch.device
+
+    @property
+    def training(self) -> int:
+        """Rows to train on."""
+        return len(self.inputs) - self.held
+
+    def _run(self, rows: Any) -> tuple[Tensor, Tensor, list[Routed]]:
+        """Squared error and squared norm of the target over some rows, and the routing."""
+        inputs, wanted = self.inputs[rows].to(self.device), self.outputs[rows].to(self.device)
+        made = self.filled.module(inputs[None])[0]
+        return (made - wanted).square().sum(), wanted.square().sum(), self.take()
+
+    def step(self, rows: np.ndarray) -> bool:
+        """Gradients of a batch of rows. Returns whether the loss is finite."""
+        error, norm, routed = self._run(torch.from_numpy(rows))
+        loss = error / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        if self.balance:
+            loss = loss + self.balance * losses.balance_loss(routed, self.rule)
+        if self.z_loss:
+            loss = loss + self.z_loss * losses.z_loss(routed)
+        loss.backward()
+        return bool(loss.isfinite())
+
+    @torch.no_grad()
+    def measure(self, *, batch: int) -> Fitted:
+        """The held-out rows, `batch` at a time."""
+        error = norm = 0.0
+        load = Load(self.filled.block.layer, self.filled.block.num_experts, self.rule)
+        for first in range(self.training, len(self.inputs), batch):
+            part, whole, routed = self._run(slice(first, min(first + batch, len(self.inputs))))
+            error, norm = error + float(part), norm + float(whole)
+            load.add(routed[0])
+        return Fitted(error / norm if norm else error, load)
+
+
+def each_layer(
+    student: Model,
+    teacher: Model,
+    windows: np.ndarray,
+    *,
+    batch_size: int,
+    device: torch.device,
+    max_memory: int | None,
+    meter: Meter,
+) -> Iterator[tuple[FilledBlock, Tensor, Tensor]]:
+    """For every MoE layer: the student's block, and the teacher's FFN inputs and outputs [T, H].
+
+    Activations beyond `max_memory` bytes lie in files that are mapped into memory.
+    """
+    share = None if max_memory is None else max_memory // 3  # the residual stream, inputs and outputs
+    skeleton = Skeleton(student, dtype=torch.float32, device=device)
+    stream = LayerStream(
+        teacher, windows, dtype=torch.float32, device=device, batch_size=batch_size, max_memory=share, meter=meter
+    )
+    shape = (windows.size, student.hidden_size)
+    for layer in stream.layers():
+        if layer.index not in student.moe_layers:
+            continue
+        inputs, outputs = (_allocate(shape, torch.float32, share) for _ in range(2))
+        for batch in layer.batches():
+            rows = slice(batch.rows.start * windows.shape[1], batch.rows.stop * windows.shape[1])
+            inputs[rows].copy_(batch.ffn_input)
+            outputs[rows].copy_(batch.ffn_output)
+        filled = fill_block(skeleton, layer.index)
+        yield filled, inputs, outputs
+        skeleton.empty(filled.module)
+        del inputs, outputs
+        release_memory()

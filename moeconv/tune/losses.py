@@ -1,0 +1,113 @@
+"""What training minimises, and how the load is counted: next-token loss, KL, balance, router z-loss.
+
+Logits are made a few rows at a time, so that a large vocabulary never stands in memory for a whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from moeconv.calibrate.routing import LoadCounter
+from moeconv.families.spec import Routing
+from moeconv.tune.routing import Routed
+
+_LOGITS = 1 << 23  # logits that are made at a time
+
+Rows = Callable[[Tensor, slice], Tensor]  # final hidden states of some rows [R, H] -> the loss of each row [R]
+
+
+def next_token(head: Callable[[Tensor], Tensor], labels: Tensor) -> Rows:
+    """Cross-entropy in nats. labels: [T]."""
+    return lambda hidden, at: cross_entropy(head(hidden).float(), labels[at], reduction="none")
+
+
+def divergence(head: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], target: Tensor) -> Rows:
+    """KL(teacher || student) in nats. target: the teacher's final hidden states [T, H']."""
+
+    def rows(hidden: Tensor, at: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = log_softmax(teacher(target[at]).float(), dim=-1)
+        return (wanted.exp() * (wanted - log_softmax(head(hidden).float(), dim=-1))).sum(-1)
+
+    return rows
+
+
+def in_slices(count: int, vocabulary: int) -> list[slice]:
+    """Cuts of the rows in which their logits fit."""
+    size = max(1, _LOGITS // vocabulary)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def total(hidden: Tensor, rows: Rows, *, vocabulary: int) -> float:
+    """Sum of the rows' losses, without a gradient. hidden: [T, H]."""
+    with torch.no_grad():
+        return sum(float(rows(hidden[at], at).double().sum()) for at in in_slices(len(hidden), vocabulary))
+
+
+def mean_and_gradient(hidden: Tensor, rows: Rows, *, vocabulary: int) -> tuple[float, Tensor]:
+    """Mean of the rows' losses, and its gradient with respect to `hidden` [T, H]."""
+    leaf = hidden.detach().requires_grad_()
+    value = 0.0
+    for at in in_slices(len(hidden), vocabulary):
+        part = rows(leaf[at], at).sum() / len(hidden)
+        part.backward()
+        value += float(part.detach())
+    assert leaf.grad is not None
+    return value, leaf.grad
+
+
+# -- routers ---------------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: Tensor, rule: Routing) -> Tensor:
+    """Router probabilities [T, E] that sum to one, whatever the score function."""
+    if rule.score == "sigmoid":
+        scores = torch.sigmoid(logits.float())
+        return scores / scores.sum(-1, keepdim=True)
+    return torch.softmax(logits.float(), dim=-1)
+
+
+def balance_loss(routed: Sequence[Routed], rule: Routing) -> Tensor:
+    """E * sum_e f_e P_e of each layer, the mean over layers; 1 when balanced, E when one expert takes all.
+
+    f: share of the chosen slots, P: mean probability (Switch Transformer, arXiv 2101.03961). Layers are not pooled:
+    pooled, layers that each collapse on another expert look balanced.
+    """
+    losses = []
+    for layer in routed:
+        p = probabilities(layer.logits, rule)
+        share = torch.bincount(layer.chosen.reshape(-1), minlength=p.shape[1]).to(p.dtype) / layer.chosen.numel()
+        losses.append(p.shape[1] * (share * p.mean(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def z_loss(routed: Sequence[Routed]) -> Tensor:
+    """Mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)."""
+    return torch.stack([layer.logits.float().logsumexp(-1).square().mean() for layer in routed]).mean()
+
+
+class Load:
+    """One layer's routing counted over batches: how even it is, and its balance loss over all of them."""
+
+    def __init__(self, layer: int, experts: int, rule: Routing) -> None:
+        self._counter = LoadCounter(layer, experts)
+        self._probability = torch.zeros(experts, dtype=torch.float64)
+        self._rule = rule
+
+    def add(self, routed: Routed) -> None:
+        self._counter.add(router_logits=routed.logits, top_k_index=routed.chosen)
+        self._probability += probabilities(routed.logits, self._rule).double().sum(0).cpu()
+
+    def balance(self) -> float:
+        """The balance loss of everything that was counted."""
+        share = torch.from_numpy(self._counter.counts / self._counter.counts.sum())
+        return float(len(share) * (share * self._probability / self._counter.tokens).sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """layer, load, entropy, max_over_mean, dead: the words of the JSON contract."""
+        return self._counter.result()

@@ -1,0 +1,117 @@
+"""plan_overlay: a model and an overlay's header in, a Plan out. Reads no model bytes and imports no torch.
+
+What the overlay names takes the overlay's bytes; every other tensor is carried over as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.options import PlanOptions, check_names, parameters_of, parse_size, take
+from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
+from moeconv.plan.plan import Item, Plan, pack_shards
+
+ORIGIN = "overlay"  # what the plan's inputs call the overlay: execute(..., origins={ORIGIN: overlay})
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+
+def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> Plan:
+    """Plan the model with the overlay's tensors in the place of its own; parameters are the fields of PlanOptions.
+
+    Run it with `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`.
+    Raises InputError for an overlay of another model, or one with a name, shape or dtype that the model does not have.
+    """
+    check_names(parameters, PlanOptions)
+    common = take(PlanOptions, parameters)
+    made_with = read_metadata_json(overlay, kind="overlay")
+    _check(model, overlay, made_with)
+    dtype = parse_dtype(common.dtype)
+    replaced = overlay.tensors
+
+    def replace(ref: TensorRef) -> list[Item] | None:
+        if ref.name not in replaced:
+            return None
+        role = model.roles[ref.name]
+        return [
+            carry(
+                _ref(replaced[ref.name]), role=role.key, dtype=dtype, params=model.numel(ref), changed=role.group,
+                origin=ORIGIN,
+            )
+        ]  # fmt: skip
+
+    items = carry_all(model, dtype=dtype, replace=replace)
+    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    return Plan(
+        command="tune",
+        parameters=parameters_of(common) | {"overlay": fingerprint(overlay), "made_with": made_with},
+        identity=model.identity,
+        config=_config(model, dtype),
+        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        params_total=total,
+        params_active=active,
+        block={"objective": made_with.get("objective")},
+        warnings=tuple(model.checkpoint.warnings),
+        dropped=model.dropped,
+        promise=_promise(model, overlay),
+    )
+
+
+def _check(model: Model, overlay: SafetensorsFile, made_with: dict[str, Any]) -> None:
+    if made_with.get("identity") != model.identity:
+        raise InputError(
+            f"{overlay.label} was made for another checkpoint than {escape(model.checkpoint.path)}",
+            hint="Apply it to the model that it was trained on, or run `moeconv tune` on this one.",
+        )
+    if not overlay.tensors:
+        raise InputError(f"{overlay.label} holds no tensor", hint="Run `moeconv tune` again.")
+    for name, info in overlay.tensors.items():
+        ref = model.checkpoint.tensors.get(name)
+        if ref is None or name not in model.roles:
+            raise InputError(
+                f"{overlay.label}: the model has no tensor {escape(name)!r}", hint="Run `moeconv tune` again."
+            )
+        floats = info.dtype in FLOAT_DTYPES and ref.dtype in FLOAT_DTYPES
+        if info.shape != ref.shape or not (floats or info.dtype == ref.dtype):
+            raise InputError(
+                f"{overlay.label}: tensor {escape(name)!r} is {info.dtype} {list(info.shape)}, "
+                f"in the model {ref.dtype} {list(ref.shape)}",
+                hint="Run `moeconv tune` again.",
+            )
+
+
+def _ref(info: TensorInfo) -> TensorRef:
+    return TensorRef(info.name, info.dtype, info.shape, "", info.start, info.nbytes)
+
+
+def _config(model: Model, dtype: str | None) -> dict[str, Any]:
+    """The source's config.json; only `--dtype` changes it."""
+    config = dict(model.checkpoint.config)
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = TORCH_NAMES[dtype]
+    return config
+
+
+def _promise(model: Model, overlay: SafetensorsFile) -> dict[str, int]:
+    promise: dict[str, int] = {}
+    for name in overlay.tensors:
+        group = model.roles[name].group
+        promise[group] = promise.get(group, 0) + 1
+    return promise
+
+
+def fingerprint(overlay: SafetensorsFile) -> str:
+    """hex sha256 of the overlay's header and of fixed samples of its bytes, so that a plan's id follows its content."""
+    digest = hashlib.sha256(overlay.header_bytes)
+    size = min(overlay.size, _SAMPLE_BYTES)
+    view = memoryview(bytearray(size))
+    for i in range(_SAMPLES):
+        overlay.read_at((overlay.size - size) * i // (_SAMPLES - 1), view)
+        digest.update(view)
+    return digest.hexdigest()

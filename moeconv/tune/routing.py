@@ -1,0 +1,165 @@
+"""The Mixture-of-Experts blocks of a stock model while they train: what the router said, and its gradient.
+
+transformers' blocks of every family call `experts(hidden, top_k_index, top_k_weights)` with what a router module
+returned as (logits, weights, indices); experts are fused into two parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from moeconv.families.spec import Routing
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer's router (`weight: [E, H]`) and fused experts (`gate_up_proj: [E, 2I, H]`, `down_proj: [E, H, I]`)."""
+
+    layer: int
+    router: Any
+    experts: Any
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.experts.gate_up_proj.shape[0])
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's router did with a batch: logits [T, E] with their gradient, chosen experts [T, k]."""
+
+    layer: int
+    logits: Tensor
+    chosen: Tensor
+
+
+# -- the gradient --------------------------------------------------------------------------------------------------
+
+
+def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, rule: Routing, renormalise: bool):
+    """Expert weights [T, E]: the family's own where an expert was chosen, else zero; the gradient reaches all experts.
+
+    The top-k choice u = score * chosen passes its gradient through as if it were the identity, then the family's rule
+    follows: w = u, or w = u / sum(u). So dw_i/ds_j is that of the mixture over all experts, at the point that the
+    sparse forward pass computes. With softmax scores and w = u / sum(u) it is the dense mixture's gradient over the
+    chosen experts' total score: it vanishes, as it must, where all experts are alike. DenseMixer (Yao et al., 2025).
+    """
+    scores = torch.sigmoid(logits) if rule.score == "sigmoid" else torch.softmax(logits.float(), dim=-1)
+    sparse = torch.zeros_like(scores).scatter(1, chosen, scores.detach().gather(1, chosen))
+    through = sparse + scores - scores.detach()
+    if renormalise:
+        through = through / through.sum(-1, keepdim=True)
+    exact = torch.zeros_like(through).scatter(1, chosen, weights.detach().to(through.dtype))
+    return exact + (through - through.detach())
+
+
+class _Unchosen(torch.autograd.Function):
+    """Zero in the forward pass; in the backward pass, what each expert that a token did not choose would have given.
+
+    Keeps only the layer's input: the hidden activations of all experts are computed again, one expert at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, hidden: Tensor, chosen: Tensor, experts: Any) -> Tensor:
+        """weights: [T, E], hidden: [T, H], chosen: [T, k] -> zeros [T, H]."""
+        ctx.save_for_backward(weights, hidden, chosen)
+        ctx.experts = experts
+        return torch.zeros_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        weights, hidden, chosen = ctx.saved_tensors
+        missed = torch.ones(weights.shape, dtype=torch.bool, device=weights.device).scatter_(1, chosen, False)
+        slope = torch.zeros_like(weights)
+        for e in range(weights.shape[1]):
+            rows = missed[:, e].nonzero().squeeze(1)
+            inner = _activations(ctx.experts, e, hidden.index_select(0, rows))
+            # <grad, f_e(x)> = <down^T grad, inner>: no need for the expert's output
+            back = grad.index_select(0, rows) @ ctx.experts.down_proj[e].detach()
+            slope[rows, e] = (back * inner).sum(-1).to(slope.dtype)
+        return slope, None, None, None
+
+
+def _activations(experts: Any, e: int, hidden: Tensor) -> Tensor:
+    gate, up = linear(hidden, experts.gate_up_proj[e].detach()).chunk(2, dim=-1)
+    return experts.act_fn(gate) * up
+
+
+def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The chosen experts only. hidden: [T, H], chosen and weights: [T, k] -> [T, H]. Differentiable in all of them.
+
+    Rows are sorted by expert once. unbind and index_select rather than indexing: their backward passes stack and add,
+    where those of indexing fill a tensor of the full size for each expert.
+    """
+    k = chosen.shape[1]
+    flat = chosen.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=experts.gate_up_proj.shape[0]).tolist()
+    rows = order // k
+    wide = zip(hidden.index_select(0, rows).split(counts), experts.gate_up_proj.unbind(0))
+    gate, up = torch.cat([linear(x, w) for x, w in wide]).chunk(2, dim=-1)
+    inner = zip((experts.act_fn(gate) * up).split(counts), experts.down_proj.unbind(0))
+    made = torch.cat([linear(a, w) for a, w in inner])
+    made = made * weights.reshape(-1).index_select(0, order)[:, None].to(made.dtype)
+    return torch.zeros_like(hidden).index_add_(0, rows, made)
+
+
+# -- the blocks at work ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def watching(
+    blocks: Sequence[Block], rule: Routing, *, renormalise: bool, straight_through: bool
+) -> Iterator[Callable[[], list[Routed]]]:
+    """Replace the experts' forward passes; yields a function that takes what the routers did since the last call.
+
+    With `straight_through` the routers' gradient goes through all experts, else through the chosen ones alone.
+    """
+    seen: dict[int, Routed] = {}
+    handles = []
+    for block in blocks:
+        handles.append(block.router.register_forward_hook(_note(block, seen)))
+        block.experts.forward = _forward(block, seen, rule, renormalise, straight_through)
+
+    def take() -> list[Routed]:
+        routed = [seen[layer] for layer in sorted(seen)]
+        seen.clear()
+        return routed
+
+    try:
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks:
+            del block.experts.forward  # the class's own comes back
+
+
+def _note(block: Block, seen: dict[int, Routed]) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+        logits, _, chosen = output
+        seen[block.layer] = Routed(block.layer, logits, chosen)
+
+    return hook
+
+
+def _forward(
+    block: Block, seen: dict[int, Routed], rule: Routing, renormalise: bool, straight_through: bool
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        logits = seen[block.layer].logits
+        if not (straight_through and logits.requires_grad):
+            return experts_forward(block.experts, hidden, chosen, weights)
+        through = straight_through_weights(logits, chosen, weights, rule, renormalise)
+        out = experts_forward(block.experts, hidden, chosen, through.gather(1, chosen))
+        return out + _Unchosen.apply(through, hidden.detach(), chosen, block.experts)
+
+    return forward

@@ -1,0 +1,283 @@
+"""`tune`: train the router (and what --train opens) of a Mixture-of-Experts, and write the result as an overlay.
+
+The model itself is never written here: `plan_overlay` and `execute` apply the overlay.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.calibrate.data import TokenData, load_tokens
+from moeconv.calibrate.run import SEQ_LEN as DEFAULT_SEQ_LEN
+from moeconv.calibrate.run import TOKENS, sequence_length
+from moeconv.calibrate.stream import pick_device, start_meter
+from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.checkpoint.writer import ShardWriter, writing_artifact
+from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
+from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.tensors import to_bytes
+from moeconv.tune.job import Job, make_job
+from moeconv.tune.layerwise import Fit, Fitted, each_layer
+from moeconv.tune.losses import Load
+from moeconv.tune.network import load_network
+from moeconv.tune.optimise import Outcome, optimise
+from moeconv.tune.parameters import pieces_of, tensors_of
+from moeconv.tune.routing import Block, Routed, watching
+from moeconv.tune.whole import Whole
+from moeconv.tune.windows import HELD_OUT, batches, split
+
+OVERLAY_VERSION = 1
+_HEARTBEAT = 30.0  # seconds between notes
+
+
+def tune(
+    model_path: str | os.PathLike[str],
+    overlay_path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    meter: Meter | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Train and write an overlay of what trained; parameters: fields of TuneOptions, DataOptions and MeasureOptions.
+
+    distill: KL(teacher || student) of the logits. lm: next-token loss. layerwise: the teacher's FFN outputs on its own
+    inputs, a layer at a time; `loss` is then the squared error relative to the output's, a mean over the layers.
+    A tenth of the windows is held out and judges: what is written is the best of a few looks or, where none was better
+    (`improved` is false), the source's own bytes.
+
+    Returns {objective, train, steps, learning_rate, loss_before, loss_after, kl_before, kl_after, improved, layers
+    [{layer, load, entropy, max_over_mean, dead, before}], tokens {trained, held_out}, seconds, warnings}.
+    Raises InputError for models or data that do not go together, or routers that have no gradient.
+    """
+    began = time.monotonic()
+    check_names(parameters, TuneOptions, DataOptions, MeasureOptions)
+    options, measure = take(TuneOptions, parameters), take(MeasureOptions, parameters)
+    budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
+    device, path = pick_device(measure.device), Path(overlay_path)
+    job = make_job(model_path, options, seed=seed, batch_size=measure.batch_size)
+    meter = meter or SilentMeter()
+    meter.note("reading the data")
+    data = _read(job, take(DataOptions, parameters).data, measure)
+    metadata = artifact_metadata("overlay", **_provenance(job, data))
+    with _overlay(job, path, metadata=metadata, overwrite=overwrite) as put:
+        train = _layerwise if job.objective == "layerwise" else _whole
+        block = train(Run(job, data, device, budget, meter, put))
+    return block | {"seconds": time.monotonic() - began}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job on its data. `put` writes tensors to the overlay: the given ones, or the source's where they are None."""
+
+    job: Job
+    data: TokenData
+    device: torch.device
+    max_memory: int | None
+    meter: Meter
+    put: Callable[[Iterable[str], Mapping[str, Tensor] | None], None]
+
+    def watching(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
+        model, through = self.job.student, self.job.straight_through
+        assert model.family.routing is not None
+        return watching(blocks, model.family.routing, renormalise=model.renormalises, straight_through=through)
+
+
+def _read(job: Job, paths: Sequence[str], measure: MeasureOptions) -> TokenData:
+    """The windows: as many as are drawn or, layer by layer, as calibration uses, unless --tokens says otherwise."""
+    models = [m for m in (job.student, job.teacher) if m is not None]
+    length = min(sequence_length(m, measure.seq_len, default=DEFAULT_SEQ_LEN) for m in models)
+    drawn = round(job.steps * job.batch_size / (1 - HELD_OUT)) + job.batch_size
+    tokens = measure.tokens or (TOKENS if job.objective == "layerwise" else max(drawn, 2) * length)
+    return load_tokens(
+        paths, job.student.checkpoint.path, tokens=max(tokens, length), seq_len=length, seed=job.seed,
+        text_field=measure.text_field,
+    )  # fmt: skip
+
+
+def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
+    return {
+        "version": OVERLAY_VERSION,
+        "identity": job.student.identity,
+        "teacher": job.teacher.identity if job.teacher else None,
+        "objective": job.objective,
+        "train": list(job.train),
+        "steps": job.steps,
+        "batch_size": job.batch_size,
+        "learning_rate": dict(job.rates),
+        "balance": job.balance,
+        "z_loss": job.z_loss,
+        "straight_through": job.straight_through,
+        "seed": job.seed,
+        "seq_len": data.seq_len,
+        "sources": [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources],
+    }
+
+
+@contextmanager
+def _overlay(
+    job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bool
+) -> Iterator[Callable[[Iterable[str], Mapping[str, Tensor] | None], None]]:
+    """The overlay file: header first, then tensors as they come, in place when all are there."""
+    source = job.student.checkpoint
+    header = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in tensors_of(job.student, job.train)]
+    with writing_artifact(path, header, metadata=metadata, overwrite=overwrite) as writer:
+        written: ShardWriter = writer
+
+        def put(names: Iterable[str], values: Mapping[str, Tensor] | None) -> None:
+            for name in names:
+                written.write(name, source.read(name) if values is None else to_bytes(values[name]))
+
+        yield put
+
+
+# -- through the whole model -----------------------------------------------------------------------------------------
+
+
+def _whole(run: Run) -> dict[str, Any]:
+    job = run.job
+    run.meter.note("loading the model" + (" and its teacher" if job.teacher else ""))
+    student = load_network(job.student, device=run.device)
+    teacher = load_network(job.teacher, device=run.device) if job.teacher else None
+    training, held = split(run.data, batch_size=job.batch_size)
+    pieces = pieces_of(job.student, job.train, blocks=student.blocks, named=student.named)
+    order = batches(len(training), job.batch_size, key=(job.seed, "tune", "windows"))
+    routing = job.student.family.routing
+    assert routing is not None
+    with run.watching(student.blocks) as take_routed:
+        task = Whole(student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device)
+        outcome = optimise(
+            pieces,
+            steps=job.steps,
+            rates=job.rates,
+            step=lambda i: task.step(training[next(order)]),
+            measure=lambda: task.measure(held, batch_size=job.batch_size),
+            score=task.score,
+            note=_noting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
+        )
+    run.put([p.name for p in pieces], outcome.values)
+    before, after = outcome.before, outcome.after
+    loads = [(before.loads[at], after.loads[at]) for at in job.student.moe_layers]
+    block = _block(run, [outcome], loads, trained=training, held=held)
+    block |= {"loss_before": before.loss, "loss_after": after.loss, "kl_before": before.kl, "kl_after": after.kl}
+    return block | {"warnings": [*job.warnings, *_remarks(outcome, _JUDGED[job.objective])]}
+
+
+# -- a layer at a time -----------------------------------------------------------------------------------------------
+
+
+def _layerwise(run: Run) -> dict[str, Any]:
+    job = run.job
+    assert job.teacher is not None and job.student.family.routing is not None
+    training, held = split(run.data, batch_size=job.batch_size)
+    windows = np.concatenate([training, held])
+    warnings, outcomes = list(job.warnings), []
+    start_meter(run.meter, job.teacher)
+    layers = each_layer(
+        job.student, job.teacher, windows, batch_size=job.batch_size, device=run.device, max_memory=run.max_memory,
+        meter=run.meter,
+    )  # fmt: skip
+    for filled, inputs, outputs in layers:
+        with run.watching([filled.block]) as take_routed:
+            fit = Fit(
+                filled, inputs, outputs, held.size, job.student.family.routing, take_routed, job.balance,
+                job.z_loss, run.device,
+            )  # fmt: skip
+            outcome = _fit(run, fit)
+        outcomes.append(outcome)
+        warnings += _remarks(outcome, f"layer {filled.block.layer}: {_JUDGED['layerwise']}")
+    loads = [(o.before.load, o.after.load) for o in outcomes]
+    block_json = _block(run, outcomes, loads, trained=training, held=held)
+    for row, o in zip(block_json["layers"], outcomes):
+        row |= {"error": o.after.error, "improved": o.values is not None}
+        row["before"]["error"] = o.before.error
+    losses = {
+        "loss_before": float(np.mean([o.before.error for o in outcomes])),
+        "loss_after": float(np.mean([o.after.error for o in outcomes])),
+        "kl_before": None,
+        "kl_after": None,
+    }
+    return block_json | losses | {"warnings": warnings}
+
+
+def _fit(run: Run, fit: Fit) -> Outcome[Fitted]:
+    """Fit one layer and write its tensors."""
+    job, layer = run.job, fit.filled.block.layer
+    pieces = pieces_of(job.student, job.train, blocks=[fit.filled.block], named=fit.filled.named)
+    size = job.batch_size * run.data.seq_len
+    order = batches(fit.training, size, key=(job.seed, "tune", "rows", layer))
+    outcome = optimise(
+        pieces,
+        steps=job.steps,
+        rates=job.rates,
+        step=lambda i: fit.step(next(order)),
+        measure=lambda: fit.measure(batch=size),
+        score=lambda measured: measured.error,
+        note=_noting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
+    )
+    run.put([p.name for p in pieces], outcome.values)
+    return outcome
+
+
+# -- telling ---------------------------------------------------------------------------------------------------------
+
+_JUDGED = {
+    "distill": "held-out KL",
+    "lm": "held-out loss",
+    "balance": "held-out balance loss",
+    "layerwise": "held-out relative error",
+}
+
+
+def _noting(run: Run, prefix: str, describe: Callable[[Any], str]) -> Callable[[int, Any], None]:
+    """Notes for the meter: every measure, and in between a sign of life."""
+    last = time.monotonic()
+
+    def note(done: int, measured: Any) -> None:
+        nonlocal last
+        if measured is None and time.monotonic() - last < _HEARTBEAT:
+            return
+        last = time.monotonic()
+        tail = "" if measured is None else f"  {describe(measured)}"
+        run.meter.note(f"{prefix}step {done}/{run.job.steps}{tail}")
+
+    return note
+
+
+def _remarks(outcome: Outcome[Any], judged: str) -> list[str]:
+    remarks = []
+    if outcome.diverged_at is not None:
+        remarks.append(f"{judged}: training stopped at step {outcome.diverged_at}, where the loss was not finite")
+    if outcome.values is None:
+        remarks.append(f"{judged} did not improve: the source's own tensors are kept (try a lower --learning-rate)")
+    return remarks
+
+
+def _block(
+    run: Run, outcomes: Sequence[Outcome[Any]], loads: Sequence[tuple[Load, Load]], *, trained: np.ndarray,
+    held: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
+    """The part of the JSON that all objectives share."""
+    layers = []
+    for before, after in loads:
+        was = before.to_json()
+        layers.append(after.to_json() | {"before": {k: v for k, v in was.items() if k != "layer"}})
+    return {
+        "objective": run.job.objective,
+        "train": list(run.job.train),
+        "steps": run.job.steps,
+        "learning_rate": dict(run.job.rates),
+        "improved": any(o.values is not None for o in outcomes),
+        "layers": layers,
+        "tokens": {"trained": int(trained.size), "held_out": int(held.size)},
+    }

@@ -1,0 +1,47 @@
+"""Which windows train and which judge, and in what order they train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from moeconv.calibrate.data import TokenData, share_out
+from moeconv.errors import InputError
+from moeconv.plan.kernels.draw import generator
+
+HELD_OUT = 0.1
+
+
+def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training windows, held-out windows), both int64 [n, S]: the end of every source is held out.
+
+    Held out are a tenth and at least a batch, but never more than half. Raises InputError for a single window.
+    """
+    total = len(data.windows)
+    if total < 2:
+        raise InputError(
+            f"the data fills {total} sequence of {data.seq_len} tokens; one must train and another judge",
+            hint="Give more text, or a smaller --seq-len.",
+        )
+    held = min(max(math.ceil(total * HELD_OUT), batch_size), total // 2)
+    counts = np.bincount(data.source, minlength=len(data.sources))
+    # sources come one after another, in the order of their positions
+    last: np.ndarray = np.zeros(total, bool)
+    for end, share in zip(np.cumsum(counts), share_out(counts.tolist(), counts.tolist(), held)):
+        last[end - share : end] = True
+    return data.windows[~last], data.windows[last]
+
+
+def batches(count: int, size: int, *, key: tuple[object, ...]) -> Iterator[np.ndarray]:
+    """Endless batches of indices below `count`, each pass over them in an order of its own that `key` decides."""
+    size = min(size, count)
+    queue: np.ndarray = np.empty(0, np.int64)
+    epoch = 0
+    while True:
+        while len(queue) < size:
+            queue = np.concatenate([queue, generator((*key, epoch)).permutation(count)])
+            epoch += 1
+        yield queue[:size]
+        queue = queue[size:]

@@ -81,6 +81,14 @@ def _fill_rope(config: dict[str, Any], theta: float) -> None:
         config.setdefault("rope_theta", theta)
 
 
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Null asks the source's class to derive a value; not every target's class does, so it is said or left out."""
+    result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
+    if "num_key_value_heads" in result and result["num_key_value_heads"] is None:
+        result["num_key_value_heads"] = config.get("num_attention_heads")
+    return result
+
+
 def _same(value: Any, neutral: tuple[Any, ...]) -> bool:
     return any(value == n and type(value) is type(n) for n in neutral)
 
@@ -92,6 +100,7 @@ def target_config(pair: Pair, config: Mapping[str, Any], *, layers: int) -> tupl
     warnings: list[str] = []
     if config.get("quantization_config"):
         raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
+    config = _without_nulls(config)
     for key, value in config.items():
         if key in LEFT_OUT or key in sliding.KEYS:
             continue

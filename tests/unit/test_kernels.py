@@ -17,7 +17,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def run(kernel: str, data: list[tuple[bytes, str, tuple[int, ...]]], dtype: str, shape: tuple[int, ...], **params) -> bytes:
+def run(
+    kernel: str, data: list[tuple[bytes, str, tuple[int, ...]]], dtype: str, shape: tuple[int, ...], **params
+) -> bytes:
     inputs = [(Input(f"x{i}", d, s, 0, len(raw)), bytearray(raw)) for i, (raw, d, s) in enumerate(data)]
     (made,) = load_kernel(kernel)(inputs, [TensorSpec("y", dtype, shape, "r", 0)], params)
     return bytes(made)
@@ -123,7 +125,14 @@ def test_fill(dtype):
 
 
 def test_a_generator_is_its_key():
-    keys = [[0, "router", 1], [0, "router", 2], [1, "router", 1], [0, "drop", 1], [0, "router", 1, 0], [0, "router", "1"]]
+    keys = [
+        [0, "router", 1],
+        [0, "router", 2],
+        [1, "router", 1],
+        [0, "drop", 1],
+        [0, "router", 1, 0],
+        [0, "router", "1"],
+    ]
     first = [generator(k).standard_normal(4).tobytes() for k in keys]
     assert len(set(first)) == len(keys)
     assert first == [generator(tuple(k)).standard_normal(4).tobytes() for k in keys]

@@ -37,7 +37,9 @@ def test_sizes(text, size):
     assert parse_size(text, flag="--x") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1", "1e9", "5 G B", "5PB", "1,5GB", "nan", "inf", "5GB5", "9" * 400, "9e9"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1", "1e9", "5 G B", "5PB", "1,5GB", "nan", "inf", "5GB5", "9" * 400, "9e9"]
+)
 def test_what_is_no_size(text):
     with pytest.raises(UsageError, match="--x") as caught:
         parse_size(text, flag="--x")
@@ -55,7 +57,9 @@ def test_layers(text, chosen):
     assert parse_layers(text, layers=10) == tuple(chosen)
 
 
-@pytest.mark.parametrize("text", ["", "10", "-1", "-", "3-2", "0-10", "a", "1,,2", "1.5", "0-99999999999999", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "10", "-1", "-", "3-2", "0-10", "a", "1,,2", "1.5", "0-99999999999999", "9" * 5000]
+)
 def test_what_are_no_layers(text):
     with pytest.raises(UsageError, match="--layers"):
         parse_layers(text, layers=10)
@@ -105,7 +109,9 @@ def test_every_parameter_has_help_and_a_default_among_its_choices():
     assert len(GROUPS) >= 10
     for group in GROUPS:
         for field in dataclasses.fields(group):
-            assert field.metadata["help"].strip().endswith(")") or field.metadata["help"].strip().endswith("."), field.name
+            assert field.metadata["help"].strip().endswith(")") or field.metadata["help"].strip().endswith("."), (
+                field.name
+            )
             choices = field.metadata["choices"]
             assert not choices or field.default is None or field.default in choices, field.name
             assert flag_of(field.name) == "--" + field.name.replace("_", "-")

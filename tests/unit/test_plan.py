@@ -77,7 +77,14 @@ def test_tensors_are_aligned_to_their_elements(tmp_path):
 def test_the_id_depends_on_the_work_and_on_nothing_else(model, tmp_path):
     plan = plan_upcycle(model)
     assert plan_upcycle(open_model(model.checkpoint.path)).plan_id == plan.plan_id
-    for change in ({"seed": 1}, {"experts": 4}, {"top_k": 1}, {"shard_size": "1MB"}, {"dtype": "float32"}, {"to": "qwen2_moe"}):
+    for change in (
+        {"seed": 1},
+        {"experts": 4},
+        {"top_k": 1},
+        {"shard_size": "1MB"},
+        {"dtype": "float32"},
+        {"to": "qwen2_moe"},
+    ):
         assert plan_upcycle(model, **change).plan_id != plan.plan_id, change
     assert dataclasses.replace(plan, warnings=("x",), block={}).plan_id == plan.plan_id
     edit_json(model.checkpoint.path / "config.json", eos_token_id=3)
@@ -87,7 +94,11 @@ def test_the_id_depends_on_the_work_and_on_nothing_else(model, tmp_path):
 
 def test_largest_item_counts_what_a_kernel_holds():
     source = Input("x", "U8", (7,), 0, 7)
-    items = (item("a", 100, inputs=(source,)), item("b", 5, kernel="cast", inputs=(source,)), item("c", 9, kernel="fill"))
+    items = (
+        item("a", 100, inputs=(source,)),
+        item("b", 5, kernel="cast", inputs=(source,)),
+        item("c", 9, kernel="fill"),
+    )
     plan = Plan("c", {}, "i", {}, (Shard("model.safetensors", items),), 0, 0)
     assert plan.largest_item == 12
     assert plan.tensors == 3

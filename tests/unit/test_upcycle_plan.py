@@ -139,7 +139,10 @@ def test_mixtral_has_no_dense_layers(tmp_path):
 def test_what_a_config_leaves_out_is_said_with_the_sources_default(tmp_path, source, target):
     """Families assume different values for a missing key, so each must be spelled out."""
     path = make_dense(tmp_path / "m", source, heads=4, kv_heads=4)
-    edit_json(path / "config.json", drop=["rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "tie_word_embeddings"])
+    edit_json(
+        path / "config.json",
+        drop=["rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "tie_word_embeddings"],
+    )
     model = open_model(path)
     config = plan_upcycle(model, to=target).config
     for key in ("rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "tie_word_embeddings"):
@@ -149,7 +152,10 @@ def test_what_a_config_leaves_out_is_said_with_the_sources_default(tmp_path, sou
 def test_rope_parameters_get_their_base(tmp_path):
     for parameters, expected in (
         ({"rope_type": "default"}, {"rope_type": "default", "rope_theta": 10000.0}),
-        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}),
+        (
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+        ),
     ):
         path = make_dense(tmp_path / expected["rope_type"], rope_parameters=parameters)
         edit_json(path / "config.json", drop=["rope_theta"])
@@ -211,7 +217,9 @@ def test_sliding_windows_mean_the_same_layers_in_the_target(tmp_path, source, ta
 
 
 def test_unknown_keys_are_carried_with_a_warning_and_code_is_left_behind(tmp_path):
-    model = open_model(make_dense(tmp_path / "m", invented=5, auto_map={"AutoModel": "evil.Model"}, _name_or_path="/home"))
+    model = open_model(
+        make_dense(tmp_path / "m", invented=5, auto_map={"AutoModel": "evil.Model"}, _name_or_path="/home")
+    )
     plan = plan_upcycle(model)
     assert plan.config["invented"] == 5 and not {"auto_map", "_name_or_path"} & set(plan.config)
     assert [w for w in plan.warnings if "invented" in w] and not [w for w in plan.warnings if "auto_map" in w]

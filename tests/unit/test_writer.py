@@ -49,7 +49,10 @@ def test_any_order_gives_the_same_file_and_hash(tmp_path, order, size):
 def test_a_file_without_tensors(tmp_path):
     sha256, size = ShardWriter(tmp_path / "f", []).finish()
     assert read_file(tmp_path / "f") == {}
-    assert (hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest(), os.path.getsize(tmp_path / "f")) == (sha256, size)
+    assert (hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest(), os.path.getsize(tmp_path / "f")) == (
+        sha256,
+        size,
+    )
 
 
 def test_bytes_beyond_a_tensor_are_refused(tmp_path):

@@ -1,0 +1,212 @@
+"""plan_quantize: exact sizes of every format, group sizes, names for loaders, and kernels that keep to the plan."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from tiny import edit_json, make_dense, make_moe, read_tensors, write_shards
+
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import open_model
+from moeconv.families.moe import MOE
+from moeconv.plan.build import count_params
+from moeconv.plan.planned import planned_model
+from moeconv.quantize.formats import BITS, FORMATS, choose_group, choose_scheme
+from moeconv.quantize.planner import plan_quantize
+
+EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s) for f in FORMATS.values() for s in f.schemes])
+
+
+@pytest.fixture
+def model(tmp_path):
+    return open_model(make_moe(tmp_path / "m", hidden=64, intermediate=128))
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("family", sorted(MOE))
+def test_experts_are_packed_and_everything_else_is_carried(tmp_path, family, format, scheme):
+    model = open_model(make_moe(tmp_path / "m", family, hidden=64, intermediate=128))
+    plan = plan_quantize(model, format=format, scheme=scheme)
+    packed = {n for n, r in model.roles.items() if r.group == "expert"}
+    copied = {s.name for i in plan.items() if i.kernel == "copy" for s in i.outputs}
+    assert copied == set(model.roles) - packed
+    made = {i.inputs[0].tensor: i for i in plan.items() if i.kernel != "copy"}
+    assert set(made) == packed
+    for name, item in made.items():
+        stem = name.removesuffix(".weight")
+        assert all(s.name.startswith(stem + ".") for s in item.outputs)
+        assert sum(s.params for s in item.outputs) == math.prod(model.checkpoint.tensors[name].shape)
+    assert (plan.params_total, plan.params_active) == count_params(model)
+    assert plan.promise == plan.changed
+    assert plan.block["bits_by_layer"] == {"0": BITS[scheme], "1": BITS[scheme]}
+    again = planned_model(plan)
+    assert again.quantization and count_params(again) == count_params(model)
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_kernels_make_the_planned_bytes(tmp_path, format, scheme, dtype):
+    from moeconv.plan.kernels import load_kernel
+
+    model = open_model(make_moe(tmp_path / "m", hidden=96, intermediate=160, layers=1, dtype=dtype))
+    plan = plan_quantize(model, format=format, scheme=scheme)
+    seen = set()
+    for item in plan.items():
+        if item.kernel == "copy" or (item.kernel, item.inputs[0].shape) in seen:
+            continue
+        seen.add((item.kernel, item.inputs[0].shape))
+        data = model.checkpoint.read(item.inputs[0].tensor)
+        made = load_kernel(item.kernel)([(item.inputs[0], data)], item.outputs, item.params)
+        assert [memoryview(m).nbytes for m in made] == [s.nbytes for s in item.outputs]
+    assert len(seen) == 2  # gate and up have one shape, down the other
+
+
+def test_int4_layout(model):
+    plan = plan_quantize(model)
+    assert (plan.block["format"], plan.block["scheme"], plan.block["group_size"]) == ("compressed-tensors", "int4", 64)
+    down = next(i for i in plan.items() if i.inputs[0].tensor.endswith("experts.0.w2.weight"))
+    assert [(s.name.rpartition(".")[2], s.dtype, s.shape) for s in down.outputs] == [
+        ("weight_packed", "I32", (64, 16)), ("weight_scale", "BF16", (64, 2)), ("weight_shape", "I64", (2,)),
+    ]  # fmt: skip
+    group = plan.config["quantization_config"]["config_groups"]["group_0"]
+    assert group["weights"]["num_bits"] == 4 and group["weights"]["group_size"] == 64
+
+
+def test_bitsandbytes_layout(model):
+    plan = plan_quantize(model, format="bitsandbytes")
+    down = next(i for i in plan.items() if i.inputs[0].tensor.endswith("experts.0.w2.weight"))
+    shapes = {s.name.partition("w2")[2]: (s.dtype, s.shape) for s in down.outputs}
+    state = shapes.pop(".weight.quant_state.bitsandbytes__nf4")
+    assert shapes == {
+        ".weight": ("U8", (4096, 1)),
+        ".weight.absmax": ("F32", (128,)),
+        ".weight.quant_map": ("F32", (16,)),
+    }
+    text = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [64, 128]}
+    assert state == ("U8", (len(json.dumps(text)),))
+    eight = plan_quantize(model, format="bitsandbytes", bits=8)
+    down = next(i for i in eight.items() if i.inputs[0].tensor.endswith("experts.0.w2.weight"))
+    assert [(s.dtype, s.shape) for s in down.outputs] == [("I8", (64, 128)), ("F32", (64,))]
+
+
+@EVERY_SCHEME
+def test_loaders_are_told_what_stays_plain(tmp_path, format, scheme):
+    model = open_model(
+        make_moe(tmp_path / "m", "qwen2_moe", hidden=64, intermediate=128, layers=3, mlp_only_layers=[1])
+    )
+    plan = plan_quantize(model, format=format, scheme=scheme)
+    config = plan.config["quantization_config"]
+    ignored = set(config["ignore"] if format == "compressed-tensors" else config["llm_int8_skip_modules"])
+    plain = {
+        n.removesuffix(".weight")
+        for n, r in model.roles.items()
+        if r.group != "expert" and n.endswith(".weight") and len(model.checkpoint.tensors[n].shape) == 2
+    }
+    assert ignored == plain - {"model.embed_tokens"}
+    assert {
+        "lm_head",
+        "model.layers.0.mlp.gate",
+        "model.layers.0.mlp.shared_expert.up_proj",
+        "model.layers.1.mlp.up_proj",
+    } <= ignored
+
+
+def test_a_tied_head_is_named_too(tmp_path):
+    model = open_model(make_moe(tmp_path / "m", tied=True, hidden=64, intermediate=128))
+    assert "lm_head" in plan_quantize(model).config["quantization_config"]["ignore"]
+
+
+def test_dtype_reaches_what_stays_plain(model):
+    plan = plan_quantize(model, format="bitsandbytes", dtype="float32")
+    plain = {s.dtype for i in plan.items() if i.kernel in ("copy", "cast") for s in i.outputs}
+    assert plain == {"F32"} and plan.config["dtype"] == "float32"
+    assert plan.config["quantization_config"]["bnb_4bit_compute_dtype"] == "float32"
+
+
+# -- choices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "widths", "group"),
+    [
+        ("auto", [256, 128], 128), ("auto", [256, 192], 64), ("auto", [96, 64], 32), ("32", [64], 32), ("128", [128], 128),
+        ("channel", [7], None),
+    ],
+)  # fmt: skip
+def test_group_sizes(text, widths, group):
+    assert choose_group(text, widths) == group
+
+
+def test_group_sizes_that_do_not_fit():
+    for text, error in (
+        ("auto", InputError),
+        ("64", InputError),
+        ("48", UsageError),
+        ("0", UsageError),
+        ("x", UsageError),
+        ("-1", UsageError),
+    ):
+        with pytest.raises(error):
+            choose_group(text, [96, 80])
+
+
+@pytest.mark.parametrize(
+    ("format", "scheme", "bits", "chosen"),
+    [
+        ("compressed-tensors", None, None, "int4"), ("compressed-tensors", None, 8, "int8"),
+        ("bitsandbytes", None, None, "nf4"), ("bitsandbytes", None, 4, "nf4"), ("bitsandbytes", None, 8, "int8"),
+        ("bitsandbytes", "fp4", 4, "fp4"), ("compressed-tensors", "int8", None, "int8"),
+    ],
+)  # fmt: skip
+def test_schemes(format, scheme, bits, chosen):
+    assert choose_scheme(FORMATS[format], scheme=scheme, bits=bits) == chosen
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"bits": 3}, "--bits 3"), ({"bits": 8, "scheme": "int4"}, "contradicts"), ({"scheme": "nf4"}, "has no scheme nf4"),
+        ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"scheme": "int3"}, "--scheme int3"),
+        ({"format": "awq"}, "--format awq"), ({"group_size": "channel"}, "is for int8"), ({"group_size": "7"}, "--group-size 7"),
+        ({"format": "bitsandbytes", "group_size": "64"}, "has no meaning"), ({"groupsize": "64"}, "unknown parameter"),
+    ],
+)  # fmt: skip
+def test_contradictory_parameters(model, parameters, says):
+    with pytest.raises(UsageError, match=says):
+        plan_quantize(model, **parameters)
+
+
+def test_what_cannot_be_quantized(tmp_path):
+    with pytest.raises(InputError, match="has no experts to quantize"):
+        plan_quantize(open_model(make_dense(tmp_path / "dense")))
+    with pytest.raises(InputError, match="no layer a Mixture-of-Experts"):
+        plan_quantize(open_model(make_moe(tmp_path / "none", "qwen3_moe", mlp_only_layers=[0, 1])))
+    with pytest.raises(InputError, match="is F64"):
+        plan_quantize(open_model(make_moe(tmp_path / "f64", dtype="F64")))
+    with pytest.raises(InputError, match="divides the widths"):
+        plan_quantize(open_model(make_moe(tmp_path / "odd", hidden=36, intermediate=30)))
+    with pytest.raises(InputError, match="do not fill 32-bit words"):
+        plan_quantize(
+            open_model(make_moe(tmp_path / "odd8", hidden=36, intermediate=30)), scheme="int8", group_size="channel"
+        )
+    packed = make_moe(tmp_path / "packed")
+    edit_json(packed / "config.json", quantization_config={"quant_method": "awq"})
+    with pytest.raises(InputError, match="quantized already"):
+        plan_quantize(open_model(packed))
+    flat = make_moe(tmp_path / "flat")
+    tensors = read_tensors(flat)
+    name = next(n for n in tensors if ".experts.0.w1" in n)
+    tensors[name] = ("I8", tensors[name][1], bytes(math.prod(tensors[name][1])))
+    write_shards(flat, tensors)
+    with pytest.raises(InputError, match=r"is I8 \[64, 32\]"):
+        plan_quantize(open_model(flat))
+
+
+def test_every_scheme_says_who_loads_it():
+    words = {"ok", "dequantized", "no", "unknown"}
+    for format in FORMATS.values():
+        assert set(format.loads) == set(format.schemes)
+        runtimes = {tuple(sorted(l)) for l in format.loads.values()}
+        assert len(runtimes) == 1 and all(set(l.values()) <= words for l in format.loads.values())

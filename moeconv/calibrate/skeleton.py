@@ -134,7 +134,11 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
             module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", experts_implementation=experts, trust_remote_code=False
+                config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                experts_implementation=experts if model.family.kind == "moe" else "eager",
+                trust_remote_code=False,
             )
     except Exception as error:
         # Any value of config.json may make a class of transformers fail in its own way: it is the input's fault.

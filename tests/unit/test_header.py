@@ -38,7 +38,7 @@ def test_a_file_made_by_hand_is_read_in_file_order():
     file = safetensors_bytes(made, format="pt", made="by hand")
     tensors, metadata = parse(file)
     assert metadata == {"format": "pt", "made": "by hand"}
-    assert list(tensors)[0] == "b" and set(tensors) == set(made)
+    assert next(iter(tensors)) == "b" and set(tensors) == set(made)
     for name, (dtype, shape, data) in made.items():
         info = tensors[name]
         assert (info.dtype, info.shape, info.nbytes) == (dtype, shape, len(data))

@@ -1,4 +1,4 @@
-"""The numpy kernels: casts against exact arithmetic, draws that only their key decides, edits that touch what they should."""
+"""The numpy kernels: casts against exact arithmetic, draws that only their key decides, edits of chosen neurons."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def test_chosen_neurons():
 
 
 def edit(kernel: str, weight: np.ndarray, *, axis: int, fraction: float, dtype: str = "F32", **params) -> np.ndarray:
-    made = run(kernel, [(encode(weight, dtype), dtype, weight.shape)], dtype, weight.shape, axis=axis, fraction=fraction,
-               **({"key": [7, axis], "neurons_key": [7], "scale": 0.1} | params))  # fmt: skip
+    params = {"key": [7, axis], "neurons_key": [7], "scale": 0.1, "axis": axis, "fraction": fraction} | params
+    made = run(kernel, [(encode(weight, dtype), dtype, weight.shape)], dtype, weight.shape, **params)
     return decode(made, dtype, weight.shape)
 
 

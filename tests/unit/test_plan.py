@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 
@@ -138,7 +139,7 @@ def test_picked_rows_join_neighbours_and_keep_the_order(chosen):
     listed = [r for n in ranges for r in range(n.start // 20, (n.start + n.nbytes) // 20)]
     assert listed == chosen
     assert all(n.shape == (n.nbytes // 20, 5) for n in ranges)
-    joints = zip(ranges, ranges[1:])
+    joints = itertools.pairwise(ranges)
     assert all(a.start + a.nbytes != b.start for a, b in joints)
 
 

@@ -131,8 +131,8 @@ def test_dtype_reaches_what_stays_plain(model):
 @pytest.mark.parametrize(
     ("text", "widths", "group"),
     [
-        ("auto", [256, 128], 128), ("auto", [256, 192], 64), ("auto", [96, 64], 32), ("32", [64], 32), ("128", [128], 128),
-        ("channel", [7], None),
+        ("auto", [256, 128], 128), ("auto", [256, 192], 64), ("auto", [96, 64], 32), ("32", [64], 32),
+        ("128", [128], 128), ("channel", [7], None),
     ],
 )  # fmt: skip
 def test_group_sizes(text, widths, group):
@@ -167,9 +167,10 @@ def test_schemes(format, scheme, bits, chosen):
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"bits": 3}, "--bits 3"), ({"bits": 8, "scheme": "int4"}, "contradicts"), ({"scheme": "nf4"}, "has no scheme nf4"),
-        ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"scheme": "int3"}, "--scheme int3"),
-        ({"format": "awq"}, "--format awq"), ({"group_size": "channel"}, "is for int8"), ({"group_size": "7"}, "--group-size 7"),
+        ({"bits": 3}, "--bits 3"), ({"bits": 8, "scheme": "int4"}, "contradicts"),
+        ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int3"}, "--scheme int3"),
+        ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"format": "awq"}, "--format awq"),
+        ({"group_size": "channel"}, "is for int8"), ({"group_size": "7"}, "--group-size 7"),
         ({"format": "bitsandbytes", "group_size": "64"}, "has no meaning"), ({"groupsize": "64"}, "unknown parameter"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""plan_upcycle: every pair gives the tensors that the target's config asks for, and refuses what it cannot say exactly."""
+"""plan_upcycle: every pair gives the tensors that the target's config asks for, and the inexact is refused."""
 
 from __future__ import annotations
 
@@ -252,11 +252,13 @@ def test_a_target_nobody_knows_and_a_source_that_is_an_moe(tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"experts": 0}, "--experts 0"), ({"experts": 5000}, "--experts 5000"), ({"experts": 2, "top_k": 3}, "--top-k 3"),
+        ({"experts": 0}, "--experts 0"), ({"experts": 5000}, "--experts 5000"),
+        ({"experts": 2, "top_k": 3}, "--top-k 3"),
         ({"top_k": 0}, "--top-k 0"), ({"method": "clone"}, "--method clone"), ({"drop_ratio": 1.5}, "--drop-ratio"),
         ({"drop_ratio": float("nan")}, "--drop-ratio"), ({"noise_fraction": -0.1}, "--noise-fraction"),
         ({"router_std": float("inf")}, "--router-std"), ({"router_std": -1.0}, "--router-std"),
-        ({"noise_scale": float("nan")}, "--noise-scale"), ({"layers": "2"}, "--layers"), ({"dtype": "int8"}, "--dtype int8"),
+        ({"noise_scale": float("nan")}, "--noise-scale"), ({"layers": "2"}, "--layers"),
+        ({"dtype": "int8"}, "--dtype int8"),
         ({"shard_size": "big"}, "--shard-size big"), ({"topk": 1}, "unknown parameter 'topk'"),
     ],
 )  # fmt: skip
@@ -283,7 +285,7 @@ def test_ffns_that_are_no_floats(tmp_path, dtype, method):
 def test_biases_without_a_place_in_the_target(tmp_path):
     path = make_dense(tmp_path / "m", attention_bias=True)
     edit_json(path / "config.json", drop=["attention_bias"])
-    with pytest.raises(InputError, match="no place for tensor .*q_proj.bias"):
+    with pytest.raises(InputError, match=r"no place for tensor .*q_proj\.bias"):
         plan_upcycle(open_model(path))
 
 

@@ -1,4 +1,4 @@
-"""ShardWriter and the small files: any order of writes gives one file and its hash, and every failure is an OutputError."""
+"""ShardWriter and the small files: any order of writes gives one file, every failure is an OutputError."""
 
 from __future__ import annotations
 

@@ -1,0 +1,192 @@
+"""Who may know whom, read from the imports; and that looking and planning never load torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import make_dense, make_moe
+
+import moeconv
+from moeconv.families.model import FAMILIES
+
+ROOT = Path(moeconv.__file__).parent
+FILES = {
+    ".".join(("moeconv", *f.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): f
+    for f in ROOT.rglob("*.py")
+}
+
+ABOVE_FAMILIES = ("plan.build", "plan.planned")  # what the planners share; the loop must not know it
+# room -> rooms that it may know beside itself
+DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
+MEASURE = DECIDE | {"tensors", "calibrate"}
+MAY_KNOW: dict[str, set[str]] = {
+    "errors": set(),
+    "checkpoint": {"errors"},
+    "families": {"errors", "checkpoint"},
+    "options": {"errors"},
+    "plan": {"errors", "checkpoint"},
+    "plan.build": {"errors", "checkpoint", "families"},
+    "plan.planned": {"errors", "checkpoint", "families"},
+    "plan.kernels": {"errors", "checkpoint", "tensors"},
+    "upcycle": DECIDE,
+    "prune": DECIDE,
+    "quantize": DECIDE,
+    "tensors": {"errors", "checkpoint", "families", "plan"},
+    "calibrate": MEASURE,
+    "tune": MEASURE,
+    "evaluate": MEASURE | {"hf"},
+    "hf": MEASURE,
+    "report": MEASURE | {"evaluate"},
+    "recipe": {"errors", "options"},
+    "steps": MEASURE | {"upcycle", "prune", "quantize", "tune", "evaluate", "report", "recipe"},
+    "demo": {"errors", "plan", "recipe", "steps"},
+    "cli": {"errors", "options", "plan", "steps", "demo"},
+    "__main__": {"cli"},
+}
+TRANSFORMERS = ("calibrate", "tune", "evaluate", "hf")
+TORCH_AT_IMPORT = (*TRANSFORMERS, "tensors", "plan.kernels.pack", "plan.kernels.quantized")
+
+
+def room(module: str) -> str:
+    """moeconv.plan.kernels.draw -> plan.kernels: the longest name in the table."""
+    parts = module.split(".")[1:]
+    while parts and ".".join(parts) not in MAY_KNOW:
+        parts.pop()
+    return ".".join(parts)
+
+
+def inside(module: str, rooms: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"moeconv.{r}.") for r in rooms)
+
+
+def imports(tree: ast.AST, *, at_import_only: bool = False) -> Iterator[str]:
+    """Names of the modules that a file imports, in functions too unless `at_import_only`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (at_import_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            yield from imports(node, at_import_only=at_import_only)
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text())
+
+
+MODULES = pytest.mark.parametrize("module", sorted(FILES))
+
+
+def test_every_room_has_its_rule():
+    assert {m for m in FILES if m != "moeconv" and not room(m)} == set()
+    assert {r for r in MAY_KNOW if not any(inside(m, (r,)) for m in FILES)} == set()
+
+
+@MODULES
+def test_layers(module):
+    mine = room(module)
+    own = mine.partition(".")[0]
+    for name in imports(parsed(module)):
+        if name in FILES and name != "moeconv" and mine:
+            theirs = room(name)
+            same_room = theirs.partition(".")[0] == own and not (mine == "plan" and theirs in ABOVE_FAMILIES)
+            assert same_room or theirs.partition(".")[0] in MAY_KNOW[mine], f"{module} imports {name}"
+
+
+@MODULES
+def test_transformers_is_for_the_rooms_that_run_models(module):
+    found = [n for n in imports(parsed(module)) if n.partition(".")[0] == "transformers"]
+    assert not found or inside(module, TRANSFORMERS), found
+
+
+@MODULES
+def test_torch_is_not_imported_by_importing(module):
+    heavy = ("torch", "transformers", "bitsandbytes", "compressed_tensors")
+    found = [n for n in imports(parsed(module), at_import_only=True) if n.partition(".")[0] in heavy]
+    assert not found or inside(module, TORCH_AT_IMPORT), found
+
+
+@pytest.mark.parametrize("module", sorted(m for m in FILES if inside(m, ("upcycle", "prune", "quantize"))))
+def test_deciding_never_reaches_for_torch_or_bytes(module):
+    tree = parsed(module)
+    assert not [n for n in imports(tree) if n.partition(".")[0] in ("torch", "transformers")]
+    reads = {"read", "read_into", "read_at"}
+    assert not [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in reads]
+
+
+@MODULES
+def test_no_file_branches_on_a_models_name(module):
+    """A family is a row of data."""
+    names = set(FAMILIES) | {f.architecture for f in FAMILIES.values()}
+    for node in ast.walk(parsed(module)):
+        operands: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("swith"):
+            operands = list(node.args)
+        elif isinstance(node, ast.MatchValue):
+            operands = [node.value]
+        words = [c.value for o in operands for c in ast.walk(o) if isinstance(c, ast.Constant)]
+        assert not names & {w for w in words if isinstance(w, str)}, f"{module}:{node.lineno}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("module", ["moeconv.plan.execute", "moeconv.plan.flow", "moeconv.plan.plan"])
+def test_the_loop_knows_no_verb(module):
+    words = FILES[module].read_text().lower()
+    assert not [v for v in ("upcycle", "prune", "quantize", "calibrate", "expert", "router") if v in words]
+
+
+SCRIPT = """
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
+heavy = ("torch", "transformers", "bitsandbytes", "compressed_tensors")
+loaded = lambda: [m for m in heavy if m in sys.modules]
+import moeconv
+found = [["import moeconv", 0, loaded(), ""]]
+from moeconv.cli.app import run
+for words in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run(words)
+    found.append([" ".join(words), code, loaded(), out.getvalue() + err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def test_looking_and_planning_never_load_torch(tmp_path):
+    dense, moe = str(make_dense(tmp_path / "dense")), str(make_moe(tmp_path / "moe", hidden=64, intermediate=128))
+    out = str(tmp_path / "out")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"steps": [
+        {"step": "upcycle", "from": "dense", "to": "a", "with": {"experts": 4}},
+        {"step": "prune", "from": "a", "to": "b", "with": {"keep": 2}},
+        {"step": "quantize", "from": "b", "to": "c", "with": {"format": "bitsandbytes"}},
+    ]}))  # fmt: skip
+    commands = [
+        ["--help"], ["--version"], ["inspect", "--help"], ["upcycle", "--help"], ["calibrate", "--help"],
+        ["evaluate", "--help"], ["tune", "--help"], ["families"], ["formats"], ["inspect", dense],
+        ["inspect", moe, "--json"], ["verify", dense],
+        ["upcycle", dense, out, "--dry-run"], ["upcycle", dense, out, "--method", "drop", "--dry-run"],
+        ["prune", moe, out, "--keep", "2", "--dry-run"], ["prune", moe, out, "--max-bytes", "1MB", "--dry-run"],
+        ["quantize", moe, out, "--dry-run"], ["quantize", moe, out, "--bits", "8", "--dry-run", "--json"],
+        ["run", str(recipe), "--dry-run"],
+        ["upcycle", dense, str(tmp_path / "real"), "--no-check"],
+        ["prune", moe, str(tmp_path / "real2"), "--keep", "2"],
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(commands)], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert len(found) == len(commands) + 1
+    for words, code, heavy, said in found:
+        assert code == 0, f"{words}: {said}"
+        assert heavy == [], words
+    assert not (tmp_path / "out").exists()

@@ -51,7 +51,8 @@ def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, ru
     sparse forward pass computes. With softmax scores and w = u / sum(u) it is the dense mixture's gradient over the
     chosen experts' total score: it vanishes, as it must, where all experts are alike. DenseMixer (Yao et al., 2025).
     """
-    scores = torch.sigmoid(logits) if rule.score == "sigmoid" else torch.softmax(logits.float(), dim=-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scores = torch.sigmoid(wide) if rule.score == "sigmoid" else torch.softmax(wide, dim=-1)
     sparse = torch.zeros_like(scores).scatter(1, chosen, scores.detach().gather(1, chosen))
     through = sparse + scores - scores.detach()
     if renormalise:

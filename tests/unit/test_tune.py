@@ -1,0 +1,479 @@
+"""tune: the straight-through gradient, the objectives, the balance loss, and the overlay that comes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from words import WORDS, add_tokenizer, text
+
+from moeconv.calibrate.skeleton import Skeleton
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
+from moeconv.errors import InputError, OutputError, UsageError
+from moeconv.families.model import Model, open_model
+from moeconv.families.spec import Routing
+from moeconv.plan.execute import execute
+from moeconv.quantize.planner import plan_quantize
+from moeconv.tune.losses import Load, balance_loss
+from moeconv.tune.network import fill_block, load_network
+from moeconv.tune.optimise import looks, rate_at
+from moeconv.tune.parameters import pieces_of, snapshot
+from moeconv.tune.planner import plan_overlay
+from moeconv.tune.routing import Routed, watching
+from moeconv.tune.run import tune
+from moeconv.tune.windows import batches
+from moeconv.upcycle.planner import plan_upcycle
+
+EXPERTS, HIDDEN, SEQ_LEN = 4, 32, 16
+ROUTED = {
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": True}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_moe-plain": ("qwen3_moe", {"norm_topk_prob": False}),
+    "olmoe": ("olmoe", {"norm_topk_prob": False}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def scale(path: Path, factor: float, *, only: str = "") -> Path:
+    """Multiply matrices, so that a random model's FFNs and logits say something."""
+    tensors = tiny.read_tensors(path)
+    for name, (dtype, shape, data) in tensors.items():
+        if len(shape) == 2 and only in name:
+            tensors[name] = (dtype, shape, tiny.encode(tiny.decode(data, dtype, shape) * factor, dtype))
+    tiny.write_shards(path, tensors)
+    return path
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return add_tokenizer(scale(tiny.make_dense(tmp_path / "dense", "llama"), 5))
+
+
+def upcycled(dense: Path, out: Path, **parameters: Any) -> Path:
+    model = open_model(dense)
+    plan = plan_upcycle(model, **({"experts": EXPERTS, "top_k": 2, "method": "drop"} | parameters))
+    execute(plan, source=model.checkpoint, out=out)
+    return out
+
+
+@pytest.fixture
+def moe(dense: Path, tmp_path: Path) -> Path:
+    return upcycled(dense, tmp_path / "moe")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[str, ...]:
+    (tmp_path / "text.txt").write_text(text(2000))
+    return (str(tmp_path / "text.txt"),)
+
+
+def overlay_of(path: Path) -> SafetensorsFile:
+    return SafetensorsFile(path)
+
+
+def train(moe: Path, out: Path, data: tuple[str, ...], **parameters: Any) -> dict[str, Any]:
+    return tune(moe, out, **({"data": data, "seq_len": SEQ_LEN, "batch_size": 4, "steps": 12} | parameters))
+
+
+# -- the gradient ------------------------------------------------------------------------------------------------------
+
+
+def dense_reference(block: Any, x: torch.Tensor, slope: torch.Tensor, *, top_k: int, renormalise: bool) -> np.ndarray:
+    """d<slope, y>/d(router weight) in float64, y the mixture of all experts with the weights that the top-k gives them.
+
+    Weights are probabilities, over the chosen experts' sum where the family renormalises. That sum has no gradient:
+    straight through the top-k it is the sum over all experts, which is one.
+    """
+    router = block.router.weight.detach().double().requires_grad_()
+    x, slope = x.double(), slope.double()
+    p = torch.softmax(x @ router.T, -1)
+    weights = p / p.detach().topk(top_k, -1).values.sum(-1, keepdim=True) if renormalise else p
+    made = []
+    for e in range(EXPERTS):
+        gate, up = (x @ block.experts.gate_up_proj[e].double().T).chunk(2, -1)
+        made.append((torch.nn.functional.silu(gate) * up) @ block.experts.down_proj[e].double().T)
+    y = torch.einsum("te,eth->th", weights, torch.stack(made))
+    (y * slope).sum().backward()
+    assert router.grad is not None
+    return router.grad.numpy()
+
+
+@pytest.mark.parametrize(("family", "config"), ROUTED.values(), ids=ROUTED)
+def test_straight_through_gradient_is_that_of_the_dense_mixture(tmp_path, family, config):
+    path = scale(tiny.make_moe(tmp_path / "moe", family, experts=EXPERTS, dtype="F32", **config), 4)
+    model = open_model(path)
+    filled = fill_block(Skeleton(model, dtype=torch.float32), 1)
+    torch.manual_seed(0)
+    x, slope = torch.randn(40, HIDDEN), torch.randn(40, HIDDEN)
+    stock = filled.module(x[None])[0]
+    filled.block.router.weight.requires_grad_(True)
+    assert model.family.routing is not None
+    with watching([filled.block], model.family.routing, renormalise=model.renormalises, straight_through=True) as take:
+        out = filled.module(x[None])[0]
+        assert [r.layer for r in take()] == [1]
+    torch.testing.assert_close(out, stock, rtol=1e-5, atol=1e-6)
+    (out * slope).sum().backward()
+    wanted = dense_reference(filled.block, x, slope, top_k=2, renormalise=model.renormalises)
+    found = filled.block.router.weight.grad.numpy()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+
+
+def test_without_straight_through_gradients_are_those_of_the_stock_model(tmp_path):
+    path = scale(tiny.make_moe(tmp_path / "moe", "mixtral", experts=EXPERTS, dtype="F32"), 4)
+    model = open_model(path)
+    filled = fill_block(Skeleton(model, dtype=torch.float32), 0)
+    filled.module.requires_grad_(True)
+    x = torch.randn(30, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    found = []
+    for watched in (False, True):
+        filled.module.zero_grad()
+        x.grad = None
+        if watched:
+            with watching([filled.block], Routing(), renormalise=True, straight_through=False):
+                filled.module(x[None])[0].square().sum().backward()
+        else:
+            filled.module(x[None])[0].square().sum().backward()
+        assert x.grad is not None
+        found.append([x.grad.clone(), *(p.grad.clone() for p in filled.module.parameters())])
+    for stock, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+    assert "forward" not in vars(filled.block.experts)  # the class's own is back
+
+
+def test_experts_get_a_gradient_only_from_tokens_that_chose_them(tmp_path):
+    path = scale(tiny.make_moe(tmp_path / "moe", "mixtral", experts=EXPERTS, dtype="F32"), 4)
+    filled = fill_block(Skeleton(open_model(path), dtype=torch.float32), 0)
+    x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(2))
+    filled.module.requires_grad_(True)
+    with watching([filled.block], Routing(), renormalise=True, straight_through=True) as take:
+        out = filled.module(x[None])[0]
+        (routed,) = take()
+    out.sum().backward()
+    moved = filled.block.experts.gate_up_proj.grad.abs().sum((1, 2)) > 0
+    assert set(moved.nonzero().flatten().tolist()) == set(routed.chosen[0].tolist())
+
+
+def test_balance_loss_is_taken_per_layer_and_not_pooled():
+    """Four layers that each collapse on another expert pool to a perfect balance, and are none."""
+    logits = [torch.full((8, 4), -20.0).index_fill_(1, torch.tensor([e]), 20.0) for e in range(4)]
+    routed = [Routed(e, x, x.topk(1).indices) for e, x in enumerate(logits)]
+    assert float(balance_loss(routed, Routing())) == pytest.approx(4.0)
+    even = Routed(0, torch.eye(4).repeat(2, 1) * 50, torch.arange(4).repeat(2)[:, None])
+    assert float(balance_loss([even], Routing())) == pytest.approx(1.0)
+    load = Load(0, 4, Routing())
+    load.add(even)
+    load.add(Routed(0, logits[1], routed[1].chosen))
+    share = np.array([2, 10, 2, 2]) / 16  # 8 tokens spread evenly, 8 on expert 1
+    assert load.balance() == pytest.approx(4 * (share * share).sum(), rel=1e-5)
+    assert load.to_json()["max_over_mean"] == pytest.approx(2.5)
+
+
+# -- objectives --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["router", "router,experts", "norms"])
+def test_distill_lowers_the_divergence_from_the_teacher(moe, dense, data, tmp_path, words):
+    block = train(
+        moe, tmp_path / "o", data, objective="distill", teacher=str(dense), train=words, learning_rate=3e-3, steps=20
+    )  # fmt: skip
+    assert block["improved"] and block["kl_after"] < block["kl_before"]
+    assert block["tokens"]["held_out"] >= 4 * SEQ_LEN
+    assert [row["layer"] for row in block["layers"]] == [0, 1]
+    for row in (*block["layers"], *(row["before"] for row in block["layers"])):
+        assert sum(row["load"]) == pytest.approx(1) and 0 < row["entropy"] <= np.log(EXPERTS) + 1e-6
+
+
+def test_lm_lowers_the_next_token_loss(moe, data, tmp_path):
+    block = train(moe, tmp_path / "o", data, objective="lm", train="router,experts", learning_rate=3e-3, z_loss=1e-3)
+    assert block["improved"] and block["loss_after"] < block["loss_before"]
+    assert block["kl_before"] is None and block["objective"] == "lm"
+
+
+def test_layerwise_lowers_every_layers_error(moe, dense, data, tmp_path):
+    block = train(
+        moe, tmp_path / "o", data, objective="layerwise", teacher=str(dense), train="router,experts",
+        learning_rate=1e-2, max_memory="1KB",
+    )  # fmt: skip
+    for row in block["layers"]:
+        assert row["improved"] and row["error"] < 0.8 * row["before"]["error"], row
+    assert block["loss_after"] < block["loss_before"]
+    whole = train(
+        applied(moe, tmp_path / "o", tmp_path / "fitted"), tmp_path / "o2", data, objective="distill",
+        teacher=str(dense), steps=1,
+    )  # fmt: skip
+    before = train(moe, tmp_path / "o3", data, objective="distill", teacher=str(dense), steps=1)
+    assert whole["kl_before"] < before["kl_before"]
+
+
+def test_layerwise_takes_an_unedited_moe_as_teacher(tmp_path, data):
+    teacher = add_tokenizer(scale(tiny.make_moe(tmp_path / "t", "qwen2_moe", experts=EXPERTS, dtype="F32"), 4))
+    student = add_tokenizer(scale(tiny.make_moe(tmp_path / "s", "qwen2_moe", experts=EXPERTS, dtype="F32"), 4))
+    scale(student, 0.5, only="mlp.experts.1.down")
+    block = train(
+        student, tmp_path / "o", data, objective="layerwise", teacher=str(teacher), train="router,experts,shared",
+        learning_rate=3e-3,
+    )  # fmt: skip
+    assert block["improved"] and block["loss_after"] < block["loss_before"]
+
+
+def collapse(path: Path, *, experts: int = 2) -> None:
+    """Make every token of every layer choose the first experts: a direction that all inputs share leads to them."""
+    tensors = tiny.read_tensors(path)
+    for name, (dtype, shape, data) in tensors.items():
+        values = tiny.decode(data, dtype, shape).copy()
+        if name.endswith("embed_tokens.weight"):
+            values[:, 0] = 3
+        elif shape == (EXPERTS * 2, HIDDEN):
+            values *= 2
+            values[:, 0] = 0
+            values[:experts, 0] = 1
+        else:
+            continue
+        tensors[name] = (dtype, shape, tiny.encode(values, dtype))
+    tiny.write_shards(path, tensors)
+    (path / "moeconv_manifest.json").unlink()
+
+
+def test_balance_alone_spreads_a_collapsed_router_over_identical_experts(dense, data, tmp_path):
+    moe = upcycled(dense, tmp_path / "moe", experts=EXPERTS * 2, method="copy")
+    collapse(moe)
+    block = train(moe, tmp_path / "o", data, balance_only=True, learning_rate=3e-3, steps=120)
+    assert block["objective"] == "balance" and block["improved"]
+    for row in block["layers"]:
+        assert row["before"]["max_over_mean"] == 4 and row["before"]["dead"] >= 4
+    assert min(row["max_over_mean"] for row in block["layers"]) < 1.5
+    assert all(row["max_over_mean"] < 2.5 and row["dead"] == 0 for row in block["layers"])
+    assert block["loss_after"] == pytest.approx(block["loss_before"], abs=1e-3)  # the experts are the same
+
+
+# -- guards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"objective": "lm"}, {"objective": "distill"}, {"objective": "layerwise"},
+     {"objective": "distill", "train": "router,experts"}],
+    ids=str,
+)  # fmt: skip
+def test_identical_experts_stop_before_the_data_is_read(dense, tmp_path, parameters):
+    moe = upcycled(dense, tmp_path / "copies", method="copy")
+    if parameters["objective"] != "lm":
+        parameters = parameters | {"teacher": str(dense)}
+    with pytest.raises(InputError, match="identical copies") as caught:
+        train(moe, tmp_path / "o", ("/nowhere/text.txt",), **parameters)
+    for remedy in ("noise", "drop", "--balance-only"):
+        assert remedy in caught.value.hint
+    assert not (tmp_path / "o").exists()
+
+
+def test_next_token_loss_tells_copies_apart_when_experts_train(dense, data, tmp_path):
+    moe = upcycled(dense, tmp_path / "copies", method="copy")
+    block = train(moe, tmp_path / "o", data, objective="lm", train="router,experts", learning_rate=3e-3)
+    assert block["improved"]
+    overlay, model = overlay_of(tmp_path / "o"), open_model(moe)
+    names = [model.expert_name("gate", layer=0, expert=e) for e in range(2)]
+    assert overlay.read(names[0]) != overlay.read(names[1])
+
+
+def test_one_layer_of_copies_is_a_warning(moe, dense, data, tmp_path):
+    tensors = tiny.read_tensors(moe)
+    model = open_model(moe)
+    for part in ("gate", "up", "down"):
+        first = tensors[model.expert_name(part, layer=0, expert=0)]
+        for e in range(EXPERTS):
+            tensors[model.expert_name(part, layer=0, expert=e)] = first
+    tiny.write_shards(moe, tensors)
+    block = train(moe, tmp_path / "o", data, objective="distill", teacher=str(dense), learning_rate=3e-3)
+    assert any("layer 0" in text and "identical" in text for text in block["warnings"])
+
+
+def test_top_1_renormalised_without_straight_through_has_no_gradient(dense, data, tmp_path):
+    moe = upcycled(dense, tmp_path / "one", top_k=1)
+    with pytest.raises(InputError, match="always 1"):
+        train(moe, tmp_path / "o", data, objective="lm", straight_through=False)
+    with_it = train(moe, tmp_path / "o", data, objective="distill", teacher=str(dense), learning_rate=3e-3, steps=30)
+    assert with_it["improved"]
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e30])
+def test_never_worse(moe, dense, data, tmp_path, rate):
+    block = train(
+        moe, tmp_path / "o", data, objective="distill", teacher=str(dense), train="router,experts", learning_rate=rate
+    )  # fmt: skip
+    assert not block["improved"] and block["kl_after"] == block["kl_before"]
+    assert any("did not improve" in text for text in block["warnings"])
+    overlay, source = overlay_of(tmp_path / "o"), open_model(moe).checkpoint
+    assert len(overlay.tensors) == 2 * (1 + 3 * EXPERTS)
+    assert all(overlay.read(name) == source.read(name) for name in overlay.tensors)
+
+
+def test_refusals(moe, dense, data, tmp_path):
+    out = tmp_path / "o"
+    with pytest.raises(UsageError, match="teacher"):
+        train(moe, out, data)
+    with pytest.raises(UsageError, match="--train"):
+        train(moe, out, data, objective="lm", train="router,head")
+    with pytest.raises(UsageError, match="--steps"):
+        train(moe, out, data, objective="lm", steps=0)
+    with pytest.raises(UsageError, match="--balance-only"):
+        train(moe, out, data, train="experts", balance_only=True)
+    with pytest.raises(UsageError, match="norms"):
+        train(moe, out, data, train="norms", teacher=str(dense))
+    with pytest.raises(InputError, match="nothing that --train"):
+        train(moe, out, data, objective="lm", train="shared")
+    with pytest.raises(InputError, match="dense"):
+        train(dense, out, data, objective="lm")
+    other = add_tokenizer(tiny.make_dense(tmp_path / "other", "llama", layers=3))
+    with pytest.raises(InputError, match="3 layers"):
+        train(moe, out, data, teacher=str(other))
+    foreign = add_tokenizer(tiny.make_dense(tmp_path / "foreign", "llama"), words=WORDS[::-1])
+    with pytest.raises(InputError, match="tokenizer"):
+        train(moe, out, data, objective="distill", teacher=str(foreign))
+    out.write_bytes(b"here")
+    with pytest.raises(OutputError, match="exists"):
+        train(moe, out, data, objective="lm")
+
+
+def test_a_quantized_student_is_refused_and_a_quantized_teacher_is_not(dense, data, tmp_path):
+    wide = add_tokenizer(scale(tiny.make_dense(tmp_path / "wide", "llama", hidden=64, intermediate=64), 2))
+    copies, moe = open_model(upcycled(wide, tmp_path / "copies", method="copy")), upcycled(wide, tmp_path / "moe")
+    packed = tmp_path / "int8"
+    execute(plan_quantize(copies, scheme="int8"), source=copies.checkpoint, out=packed)
+    with pytest.raises(InputError, match="quantized"):
+        train(packed, tmp_path / "o", data, objective="lm")
+    parameters = {"teacher": str(packed), "learning_rate": 1e-3, "train": "router,experts"}
+    for objective in ("distill", "layerwise"):
+        assert train(moe, tmp_path / objective, data, objective=objective, **parameters)["improved"]
+
+
+# -- the overlay -------------------------------------------------------------------------------------------------------
+
+
+def applied(moe: Path, overlay_path: Path, out: Path, **parameters: Any) -> Path:
+    model, overlay = open_model(moe), overlay_of(overlay_path)
+    plan = plan_overlay(model, overlay, **parameters)
+    execute(plan, source=model.checkpoint, out=out, origins={"overlay": overlay})
+    return out
+
+
+def test_applying_an_overlay_changes_its_tensors_and_no_others(moe, dense, data, tmp_path):
+    train(moe, tmp_path / "o", data, objective="distill", teacher=str(dense), learning_rate=3e-3)
+    overlay, before = overlay_of(tmp_path / "o"), tiny.read_tensors(moe)
+    assert set(overlay.tensors) == {open_model(moe).router_name(layer) for layer in range(2)}
+    after = tiny.read_tensors(applied(moe, tmp_path / "o", tmp_path / "out"))
+    assert list(after) == list(before)
+    for name, (dtype, shape, value) in after.items():
+        assert (dtype, shape) == before[name][:2]
+        assert value == (bytes(overlay.read(name)) if name in overlay.tensors else before[name][2])
+    assert after != before
+    plan = plan_overlay(open_model(moe), overlay)
+    assert plan.promise == plan.changed == {"router": 2} and plan.command == "tune"
+    with torch.no_grad():  # what was measured is what the applied model computes
+        tokens = torch.arange(2, 50).reshape(3, 16)
+        loaded = load_network(open_model(tmp_path / "out"), device=torch.device("cpu"))
+        assert bool(loaded.hidden(tokens).isfinite().all())
+
+
+def test_measured_after_is_measured_before_of_the_applied_model(moe, dense, data, tmp_path):
+    first = train(moe, tmp_path / "o", data, objective="distill", teacher=str(dense), train="router,experts,norms",
+                  learning_rate=3e-3)  # fmt: skip
+    tuned = applied(moe, tmp_path / "o", tmp_path / "out")
+    second = train(tuned, tmp_path / "o2", data, objective="distill", teacher=str(dense), steps=12)
+    assert second["kl_before"] == pytest.approx(first["kl_after"], rel=1e-5)
+    assert second["loss_before"] == pytest.approx(first["loss_after"], rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "olmoe"])
+def test_pieces_are_the_tensors_on_disk(tmp_path, family):
+    path = tiny.make_moe(tmp_path / "moe", family, experts=EXPERTS, norm_topk_prob=True)
+    model = open_model(path)
+    network = load_network(model, device=torch.device("cpu"))
+    words = ("router", "experts", "shared", "norms")
+    pieces = pieces_of(model, words, blocks=network.blocks, named=network.named)
+    stored = tiny.read_tensors(path)
+    wanted = {n for n, r in model.roles.items() if r.group in ("router", "expert", "shared", "norm")}
+    assert {p.name for p in pieces} == wanted
+    for name, value in snapshot(pieces).items():
+        assert value.contiguous().view(torch.uint8).numpy().tobytes() == stored[name][2], name
+
+
+def test_the_same_seed_gives_the_same_bytes(moe, dense, data, tmp_path):
+    def overlay(name: str, **parameters: Any) -> bytes:
+        train(moe, tmp_path / name, data, objective="distill", teacher=str(dense), learning_rate=3e-3, **parameters)
+        return (tmp_path / name).read_bytes()
+
+    assert overlay("a", seed=1) == overlay("b", seed=1) != overlay("c", seed=2)
+
+
+def write_overlay(path: Path, model: Model, **tensors: tuple[str, tuple[int, ...], bytes]) -> SafetensorsFile:
+    metadata = artifact_metadata("overlay", identity=model.identity, objective="lm")
+    named = {name.replace("__", "."): value for name, value in tensors.items()}
+    path.write_bytes(tiny.safetensors_bytes(named, **metadata))
+    return overlay_of(path)
+
+
+def test_overlays_that_do_not_fit_are_refused(moe, dense, data, tmp_path):
+    train(moe, tmp_path / "o", data, objective="distill", teacher=str(dense))
+    other = open_model(upcycled(dense, tmp_path / "other", seed=5))
+    with pytest.raises(InputError, match="another checkpoint"):
+        plan_overlay(other, overlay_of(tmp_path / "o"))
+    model = open_model(moe)
+    router = model.router_name(0)
+    with pytest.raises(InputError, match="no tensor 'nothing'"):
+        plan_overlay(model, write_overlay(tmp_path / "1", model, nothing=("F32", (1,), bytes(4))))
+    with pytest.raises(InputError, match=r"\[2, 32\]"):
+        plan_overlay(model, write_overlay(tmp_path / "2", model, **{router: ("BF16", (2, HIDDEN), bytes(128))}))
+    with pytest.raises(InputError, match="U8"):
+        plan_overlay(model, write_overlay(tmp_path / "3", model, **{router: ("U8", (EXPERTS, HIDDEN), bytes(128))}))
+    with pytest.raises(InputError, match="not a moeconv overlay"):
+        plan_overlay(model, SafetensorsFile(moe / "model.safetensors"))
+    with pytest.raises(UsageError, match="unknown parameter"):
+        plan_overlay(model, overlay_of(tmp_path / "o"), steps=3)
+
+
+def test_dtype_casts_overlay_and_source_alike_and_the_plan_follows_the_overlays_bytes(moe, tmp_path):
+    model = open_model(moe)
+    router = model.router_name(0)
+    half = np.arange(EXPERTS * HIDDEN, dtype=np.float32).reshape(EXPERTS, HIDDEN) / 8
+    overlays = [
+        write_overlay(tmp_path / str(i), model, **{router: ("F32", half.shape, tiny.encode(half + i, "F32"))})
+        for i in range(2)
+    ]
+    plans = [plan_overlay(model, overlay) for overlay in overlays]
+    assert plans[0].plan_id != plans[1].plan_id and plans[0].promise == {"router": 1}
+    out = applied(moe, tmp_path / "0", tmp_path / "out", dtype="float16")
+    tensors = tiny.read_tensors(out)
+    assert {dtype for dtype, _, _ in tensors.values()} == {"F16"}
+    np.testing.assert_array_equal(tiny.decode(tensors[router][2], "F16", half.shape), half.astype(np.float16))
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+
+
+# -- schedule ----------------------------------------------------------------------------------------------------------
+
+
+def test_schedule_warms_up_and_ends_at_a_tenth():
+    shares = [rate_at(i, 100) for i in range(100)]
+    assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and max(shares) == 1
+    assert shares[10:] == sorted(shares[10:], reverse=True) and shares[-1] == pytest.approx(0.1, abs=1e-3)
+    assert looks(100) == {25, 50, 75, 100} and looks(1) == {1} and looks(2) >= {1, 2}
+
+
+def test_batches_visit_everything_once_before_anything_twice():
+    order = batches(10, 4, key=(0, "x"))
+    drawn = np.concatenate([next(order) for _ in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    again = batches(10, 4, key=(0, "x"))
+    np.testing.assert_array_equal(drawn[:4], next(again))

@@ -91,12 +91,14 @@ class Skeleton:
         mismatched = sorted({str(m[0]) for m in info.mismatched_keys})
         return Loaded(tuple(sorted(info.missing_keys)), tuple(sorted(info.unexpected_keys)), (*mismatched, *broken))
 
-    def fill(self, tensors: Mapping[str, Tensor], *, under: str) -> None:
-        """Put tensors in place; with them everything whose name starts with `under` must be there.
+    def fill(self, tensors: dict[str, Tensor], *, under: str) -> None:
+        """Put tensors in place; with them everything whose name starts with `under` must be there. Empties `tensors`.
 
         Raises InputError when transformers would leave a parameter random or a tensor unused.
         """
+        self._narrow(tensors)
         loaded = self.load(tensors)
+        tensors.clear()
         missing = [name for name in loaded.missing if under and name.startswith(under)]
         for names, what in ((missing, "lacks"), (loaded.unexpected, "has"), (loaded.mismatched, "has a misshapen")):
             if names:
@@ -105,6 +107,28 @@ class Skeleton:
                     f" ({len(names)} such)",
                     hint="config.json and the tensors do not belong together.",
                 )
+        self._widen()
+
+    def _narrow(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the places of tensors their dtype on disk where that is smaller: stacking and fusing the experts then
+        takes half the memory, and `_widen` casts one parameter at a time."""
+        stored: dict[str, set[torch.dtype]] = {}
+        for name, tensor in tensors.items():
+            stored.setdefault(self.place(name), set()).add(tensor.dtype)
+        for name, dtypes in stored.items():
+            owner, _, leaf = name.rpartition(".")
+            if len(dtypes) != 1 or name not in self.state or leaf not in self.module.get_submodule(owner)._parameters:
+                continue
+            (dtype,) = dtypes
+            if dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize:
+                meta = torch.empty(self.state[name].shape, dtype=dtype, device="meta")
+                self.module.get_submodule(owner)._parameters[leaf] = nn.Parameter(meta, False)
+
+    def _widen(self) -> None:
+        for part in self.module.modules():
+            for name, p in part._parameters.items():
+                if p is not None and not p.is_meta and p.dtype.itemsize < self.dtype.itemsize:
+                    part._parameters[name] = nn.Parameter(p.detach().to(self.dtype), p.requires_grad)
 
     def tie(self) -> None:
         """Tie output and input embeddings as the config says, from whichever of the two is filled."""

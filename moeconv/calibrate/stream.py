@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from moeconv.families.model import Model
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_names, read_parts
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+Parts = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +136,11 @@ class LayerStream:
         A layer that the consumer did not advance is run then.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="moeconv-read") as pool:
-            ahead: Future[Parts] = pool.submit(self._read, self._names[0])
+            ahead: Future[Parts] | None = pool.submit(self._read, self._names[0])
             for index, module in enumerate(self.skeleton.layers):
-                parts = ahead.result()
+                assert ahead is not None
+                parts, ahead = ahead.result(), None  # a future would keep the bytes
                 self._fill(parts, under=self.skeleton.name_of(module) + ".")
-                del parts
                 if index + 1 < self.model.num_layers:
                     ahead = pool.submit(self._read, self._names[index + 1])
                 layer = self._layer(index, module)
@@ -201,7 +201,8 @@ class LayerStream:
         return {name: read_parts(self.model, name) for name in names}
 
     def _fill(self, parts: Parts, *, under: str) -> None:
-        tensors = {name: decode_parts(stored, name=name) for name, stored in parts.items()}
+        """Decode and place what `_read` gave, which is let go on the way."""
+        tensors = {name: decode_parts(parts.pop(name), name=name) for name in list(parts)}
         self.skeleton.fill(tensors, under=under)
 
     def _embedding_names(self) -> list[str]:

@@ -152,7 +152,7 @@ class LayerStream:
                 release_memory()
                 self._next_layer = index + 1
                 self._meter.advance(layer_bytes(self.model, index))
-                self._meter.shard_done(f"layer {index}")
+                self._meter.part_done()
 
     def run(self) -> LayerStream:
         """Pass all layers without looking."""
@@ -214,7 +214,7 @@ class LayerStream:
         """The first layer's inputs [n, S, H]; notes on the way what every layer is called with, per batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
         self._fill(self._read(self._embedding_names()), under=self.skeleton.name_of(embedding) + ".")
-        hidden = _allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self._max_memory)
+        hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self._max_memory)
         for rows in self.rows():
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             first = _record_calls(self.skeleton, self.windows[rows].to(self.device), calls)
@@ -259,10 +259,10 @@ def layer_bytes(model: Model, layer: int) -> int:
 def start_meter(meter: Meter, *models: Model) -> None:
     """Announce the layers of every model that will be streamed."""
     total = sum(layer_bytes(model, layer) for model in models for layer in range(model.num_layers))
-    meter.start(total_bytes=total, shards=sum(model.num_layers for model in models))
+    meter.start(total_bytes=total, parts=sum(model.num_layers for model in models), unit="layer")
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:
     """Room for activations: memory, or beyond `limit` bytes a file in the temporary directory, gone with the tensor."""
     if limit is None or math.prod(shape) * dtype.itemsize <= limit:
         return torch.empty(shape, dtype=dtype)

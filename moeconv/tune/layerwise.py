@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeconv.calibrate.skeleton import Skeleton
-from moeconv.calibrate.stream import LayerStream, _allocate, release_memory
+from moeconv.calibrate.stream import LayerStream, allocate, release_memory
 from moeconv.families.model import Model
 from moeconv.families.spec import Routing
 from moeconv.plan.meter import Meter
@@ -104,7 +104,7 @@ def each_layer(
     for layer in stream.layers():
         if layer.index not in student.moe_layers:
             continue
-        inputs, outputs = (_allocate(shape, torch.float32, share) for _ in range(2))
+        inputs, outputs = (allocate(shape, torch.float32, share) for _ in range(2))
         for batch in layer.batches():
             rows = slice(batch.rows.start * windows.shape[1], batch.rows.stop * windows.shape[1])
             inputs[rows].copy_(batch.ffn_input)

@@ -37,11 +37,12 @@ class LineMeter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._began = self._last = time.monotonic()
-        self._total = self._done = self._shards = self._shards_done = 0
+        self._total = self._done = self._parts = self._parts_done = 0
+        self._unit = "shard"
 
-    def start(self, *, total_bytes: int, shards: int) -> None:
+    def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
         self._began = self._last = time.monotonic()
-        self._total, self._shards, self._done, self._shards_done = total_bytes, shards, 0, 0
+        self._total, self._parts, self._unit, self._done, self._parts_done = total_bytes, parts, unit, 0, 0
 
     def advance(self, nbytes: int) -> None:
         with self._lock:
@@ -49,9 +50,9 @@ class LineMeter:
             if time.monotonic() - self._last >= HEARTBEAT_SECONDS:
                 self._print()
 
-    def shard_done(self, name: str) -> None:
+    def part_done(self) -> None:
         with self._lock:
-            self._shards_done += 1
+            self._parts_done += 1
             self._print()
 
     def note(self, text: str) -> None:
@@ -66,7 +67,7 @@ class LineMeter:
         left = (self._total - self._done) / rate if rate else 0.0
         share = 100 * self._done // max(self._total, 1)
         eta = f"eta {human_seconds(left)}" if self._done < self._total else f"in {human_seconds(now - self._began)}"
-        say(f"shard {self._shards_done}/{self._shards}  {share}%  {human_bytes(rate)}/s  {eta}")
+        say(f"{self._unit} {self._parts_done}/{self._parts}  {share}%  {human_bytes(rate)}/s  {eta}")
 
 
 class BarMeter:
@@ -76,7 +77,7 @@ class BarMeter:
         self._progress: Any = None
         self._task: Any = None
 
-    def start(self, *, total_bytes: int, shards: int) -> None:
+    def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -90,14 +91,14 @@ class BarMeter:
         self.close()
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._progress = Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True))
-        self._task = self._progress.add_task(f"{shards} shard{'s' * (shards != 1)}", total=total_bytes)
+        self._task = self._progress.add_task(f"{parts} {unit}{'s' * (parts != 1)}", total=total_bytes)
         self._progress.start()
 
     def advance(self, nbytes: int) -> None:
         if self._progress is not None:
             self._progress.advance(self._task, nbytes)
 
-    def shard_done(self, name: str) -> None:
+    def part_done(self) -> None:
         pass
 
     def note(self, text: str) -> None:

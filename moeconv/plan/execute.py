@@ -138,7 +138,7 @@ def _write_shards(
             f"{missing} bytes are needed, {directory.free_bytes()} are free",
             hint="Free some space, or give OUT on another disk. What is finished is kept.",
         )
-    flow.meter.start(total_bytes=sum(i.nbytes for s in share for i in s.items), shards=len(share))
+    flow.meter.start(total_bytes=sum(i.nbytes for s in share for i in s.items), parts=len(share))
     records: dict[str, Finished] = {}
     threads = max(1, min(jobs, len(share)))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="moeconv-kernel")
@@ -171,7 +171,7 @@ def _one_shard(
         path = directory.staged / shard.name
         if old is not None and source_crc(flow, shard) == old.source_crc and _sha256(path) == old.sha256:
             flow.meter.advance(sum(i.nbytes for i in shard.items))
-            flow.meter.shard_done(shard.name)
+            flow.meter.part_done()
             return shard.name, old
         directory.forget(shard.name)
         writer = ShardWriter(path, ((s.name, s.dtype, s.shape) for s in shard.layout()))
@@ -182,7 +182,7 @@ def _one_shard(
             writer.close()
         record = Finished(sha256, size, crc)
         directory.mark_finished(shard.name, record)
-        flow.meter.shard_done(shard.name)
+        flow.meter.part_done()
         return shard.name, record
 
 

@@ -6,13 +6,13 @@ from typing import Protocol
 
 
 class Meter(Protocol):
-    """What the loop calls, from any thread."""
+    """What a long step calls, from any thread. It has `parts` of a `unit`: shards when writing, layers when measuring."""
 
-    def start(self, *, total_bytes: int, shards: int) -> None: ...
+    def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None: ...
 
     def advance(self, nbytes: int) -> None: ...
 
-    def shard_done(self, name: str) -> None: ...
+    def part_done(self) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -20,13 +20,13 @@ class Meter(Protocol):
 class SilentMeter:
     """Says nothing."""
 
-    def start(self, *, total_bytes: int, shards: int) -> None:
+    def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
         pass
 
     def advance(self, nbytes: int) -> None:
         pass
 
-    def shard_done(self, name: str) -> None:
+    def part_done(self) -> None:
         pass
 
     def note(self, text: str) -> None:

@@ -94,8 +94,9 @@ def _equivalence(model: Model, staged: Path, plan: Plan) -> dict[str, Any]:
     except ValueError:
         found = {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
     if "error" in found or not found.get("strict_load"):
+        why = found.get("error") or "; ".join(found["problems"][:3])
         raise CheckError(
-            f"transformers cannot run the written model: {escape(found.get('error', 'its tensors do not fit'))}",
+            f"transformers cannot run the written model: {escape(why)}",
             hint="Nothing was written. Please report it with this message.",
         )
     if plan.block["exact"] and not found["relative"] <= EXACT_RELATIVE:

@@ -171,12 +171,12 @@ def test_the_summary_tells_the_load(tmp_path: Path) -> None:
     heard: list[Any] = []
 
     class Meter:
-        def start(self, *, total_bytes: int, shards: int) -> None:
+        def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
             heard.append(shards)
 
         def note(self, text: str) -> None: ...
         def advance(self, nbytes: int) -> None: ...
-        def shard_done(self, name: str) -> None:
+        def part_done(self) -> None:
             heard.append(name)
 
     out = tmp_path / "stats"

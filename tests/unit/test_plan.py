@@ -293,13 +293,13 @@ def test_the_meter_hears_of_every_byte(model, tmp_path):
     class Counting:
         total = done = shards = finished = 0
 
-        def start(self, *, total_bytes, shards):
+        def start(self, *, total_bytes, parts, unit="shard"):
             self.total, self.shards = total_bytes, shards
 
         def advance(self, nbytes):
             self.done += nbytes
 
-        def shard_done(self, name):
+        def part_done(self):
             self.finished += 1
 
         def note(self, text):

@@ -167,7 +167,7 @@ def test_meter_hears_of_layers_and_bytes(tmp_path: Path) -> None:
         def advance(self, nbytes: int) -> None:
             heard.append(nbytes)
 
-        def shard_done(self, name: str) -> None:
+        def part_done(self) -> None:
             heard.append(name)
 
     LayerStream(model, windows(), meter=Meter()).run()

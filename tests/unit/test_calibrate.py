@@ -172,16 +172,16 @@ def test_the_summary_tells_the_load(tmp_path: Path) -> None:
 
     class Meter:
         def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
-            heard.append(shards)
+            heard.append((parts, unit))
 
         def note(self, text: str) -> None: ...
         def advance(self, nbytes: int) -> None: ...
         def part_done(self) -> None:
-            heard.append(name)
+            heard.append("done")
 
     out = tmp_path / "stats"
     summary = calibrate(path, out, data=texts(tmp_path), seq_len=SEQ_LEN, meter=Meter())
-    assert heard == [2, "layer 0", "layer 1"]
+    assert heard == [(2, "layer"), "done", "done"]
     statistics = load_statistics(out)
     json.dumps(summary, allow_nan=False)
     assert summary["output"] == str(out)

@@ -294,7 +294,7 @@ def test_the_meter_hears_of_every_byte(model, tmp_path):
         total = done = shards = finished = 0
 
         def start(self, *, total_bytes, parts, unit="shard"):
-            self.total, self.shards = total_bytes, shards
+            self.total, self.shards = total_bytes, parts
 
         def advance(self, nbytes):
             self.done += nbytes

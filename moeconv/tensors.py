@@ -14,6 +14,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
 from moeconv.families.model import Model
+from moeconv.families.spec import Role
 
 # dtype as safetensors names it -> torch's. F4 and F6 have no torch twin.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -51,11 +52,16 @@ def plain_names(model: Model) -> Iterator[tuple[str, int | None]]:
     """Every tensor of the unquantized model, by name, with its layer: a packed weight's parts count once."""
     seen: set[str] = set()
     for name, role in model.roles.items():
-        split = packed.split_part(name) if role.part else None
-        plain = split[0] if split else name
+        plain = plain_name(name, role)
         if plain not in seen:
             seen.add(plain)
             yield plain, role.layer
+
+
+def plain_name(name: str, role: Role) -> str:
+    """The name that a stored tensor has in the unquantized model."""
+    split = packed.split_part(name) if role.part else None
+    return split[0] if split else name
 
 
 def read_parts(model: Model, name: str) -> dict[str, Tensor]:

@@ -74,6 +74,10 @@ class Skeleton:
         """The module that holds the parameter of tensor `name` of the disk."""
         return self.module.get_submodule(self.place(name).rpartition(".")[0])
 
+    def parent(self, module: nn.Module) -> nn.Module:
+        """The module that contains `module`."""
+        return self.module.get_submodule(self.name_of(module).rpartition(".")[0])
+
     def load(self, tensors: Mapping[str, Tensor], *, device: torch.device | None = None) -> Loaded:
         """Put tensors (named as on disk) in place, converted to the skeleton's dtype and device."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -148,6 +152,7 @@ class Skeleton:
 def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = model.checkpoint.path
     try:
@@ -160,7 +165,7 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
             module = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager",
                 experts_implementation=experts if model.family.kind == "moe" else "eager",
                 trust_remote_code=False,
             )

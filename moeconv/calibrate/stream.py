@@ -23,7 +23,7 @@ from moeconv.calibrate.skeleton import Skeleton
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.meter import Meter, SilentMeter
-from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_names, read_parts
+from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_name, plain_names, read_parts
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -32,10 +32,10 @@ Parts = dict[str, dict[str, Tensor]]
 class Batch:
     """One forward pass of one layer over windows `rows`; b windows of S tokens, T = b * S tokens.
 
-    `inputs`, `outputs` [b, S, H] are the residual stream in front of the layer and behind it. `residual` [T, H] is what
-    the norm in front of the FFN reads, `ffn_input`, `ffn_output` [T, H] what the FFN block (shared expert included)
-    takes and gives. MoE layers: `router_logits` [T, E], `top_k_index` int64 [T, k], `top_k_weights` [T, k], the weights
-    that the model really gives to its experts.
+    `inputs`, `outputs` [b, S, H] are the residual stream in front of the layer and behind it; `residual` [T, H] is what
+    the norm in front of the FFN reads (the FFN itself, in families without a norm there); `ffn_input`, `ffn_output`
+    [T, H] are what the FFN block (shared expert included) takes and gives. MoE layers: `router_logits` [T, E],
+    `top_k_index` int64 [T, k], `top_k_weights` [T, k], the weights that the model really gives to its experts.
     """
 
     rows: slice
@@ -53,13 +53,13 @@ class Batch:
 class Layer:
     """A decoder layer with its weights in place. `router` and `experts` are None in a dense layer.
 
-    `norm` is the module in front of the FFN; `experts(x [T, H], top_k_index [T, k], top_k_weights [T, k])` is the
-    stock experts module, so that `experts(x, e, 1)` is expert e's output in any family.
+    `norm` is the one in front of the FFN, None where the family has none there. `experts(x [T, H], top_k_index [T, k],
+    top_k_weights [T, k])` is the stock experts module: `experts(x, e, 1)` is expert e's output in any family.
     """
 
     index: int
     module: nn.Module
-    norm: nn.Module
+    norm: nn.Module | None
     ffn: nn.Module
     router: nn.Module | None
     experts: nn.Module | None
@@ -226,15 +226,17 @@ class LayerStream:
         return hidden
 
     def _layer(self, index: int, module: nn.Module) -> Layer:
-        family, skeleton = self.model.family, self.skeleton
-        norm = skeleton.owner(family.name("norm.ffn", layer=index))
+        """The modules of a layer, found through the places of its tensors."""
+        first: dict[str, str] = {}
+        for name, role in self.model.roles.items():
+            if role.layer == index:
+                first.setdefault(role.group if role.key != "norm.ffn" else role.key, plain_name(name, role))
+        norm = self.skeleton.owner(first["norm.ffn"]) if "norm.ffn" in first else None
         if index not in self.model.moe_layers:
-            ffn = _parent(skeleton, self.model.ffn_name("gate", layer=index))
-            return Layer(index, module, norm, ffn, None, None, self)
-        router = skeleton.owner(self.model.router_name(index))
-        experts = skeleton.owner(self.model.expert_name("gate", layer=index, expert=0))
-        block = skeleton.module.get_submodule(skeleton.name_of(experts).rpartition(".")[0])
-        return Layer(index, module, norm, block, router, experts, self)
+            return Layer(index, module, norm, self.skeleton.parent(self.skeleton.owner(first["ffn"])), None, None, self)
+        router = self.skeleton.owner(first["router"])
+        experts = self.skeleton.owner(first["expert"])
+        return Layer(index, module, norm, self.skeleton.parent(experts), router, experts, self)
 
 
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -275,11 +277,6 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _parent(skeleton: Skeleton, name: str) -> nn.Module:
-    """The module that contains the linear layer of tensor `name`."""
-    return skeleton.module.get_submodule(skeleton.name_of(skeleton.owner(name)).rpartition(".")[0])
 
 
 @contextmanager
@@ -325,10 +322,11 @@ def _capture(layer: Layer) -> Iterator[dict[str, Any]]:
         return tensor.reshape(-1, tensor.shape[-1])
 
     def on_norm(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen["residual"] = flat(args or tuple(kwargs.values()))
+        seen.setdefault("residual", flat(args or tuple(kwargs.values())))
 
     def on_ffn(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
+        seen.setdefault("residual", seen["ffn_input"])  # families that normalise behind the FFN
 
     def on_router(module: nn.Module, args: Any, out: Any) -> None:
         seen["router_logits"] = flat(out)
@@ -336,10 +334,9 @@ def _capture(layer: Layer) -> Iterator[dict[str, Any]]:
     def on_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
         _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
 
-    handles = [
-        layer.norm.register_forward_pre_hook(on_norm, with_kwargs=True),
-        layer.ffn.register_forward_hook(on_ffn, with_kwargs=True),
-    ]
+    handles = [layer.ffn.register_forward_hook(on_ffn, with_kwargs=True)]
+    if layer.norm is not None:
+        handles.append(layer.norm.register_forward_pre_hook(on_norm, with_kwargs=True))
     if layer.router is not None and layer.experts is not None:
         handles.append(layer.router.register_forward_hook(on_router))
         handles.append(layer.experts.register_forward_pre_hook(on_experts, with_kwargs=True))

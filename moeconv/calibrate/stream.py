@@ -219,8 +219,13 @@ class LayerStream:
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             first = _record_calls(self.skeleton, self.windows[rows].to(self.device), calls)
             hidden[rows].copy_(first)
-            # Nothing but the shape decides masks and positions: windows are whole, none is padded.
-            self._calls.setdefault(len(first), calls)
+            # Windows are whole, so nothing but the batch's shape decides masks and positions: kept once per shape.
+            kept = self._calls.setdefault(len(first), calls)
+            if not all(map(torch.equal, _tensors(kept), _tensors(calls))):
+                raise InputError(
+                    f"{self.model.family.model_type} cannot be streamed: its layers look at the tokens themselves",
+                    hint="This family is not supported by the commands that run a model.",
+                )
         self.skeleton.empty(embedding)
         release_memory()
         return hidden
@@ -310,6 +315,23 @@ def _record_calls(skeleton: Skeleton, ids: Tensor, calls: list[tuple[tuple[Any, 
         with suppress(_Enough):
             skeleton.decoder(input_ids=ids, use_cache=False)
     return first[0]
+
+
+def _tensors(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
+    """The different tensors among the arguments, in order; layers share most of them."""
+    found: dict[int, Tensor] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), value)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                look(part)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+
+    look(calls)
+    return list(found.values())
 
 
 @contextmanager

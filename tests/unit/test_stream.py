@@ -35,6 +35,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"norm_topk_prob": False, "clip_qkv": 0.2, "output_router_logits": True}),
 }
 
+CASES |= {family: (family, {}) for family in (*tiny.DENSE, *tiny.MOE) if family not in CASES}
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -202,6 +204,21 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="no CUDA"):
             pick_device("cuda")
     assert pick_device("cpu").type == "cpu"
+
+
+def test_layers_that_look_at_the_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    stock_forward = LlamaModel.forward
+
+    def forward(self: Any, input_ids: Any = None, **keywords: Any) -> Any:
+        return stock_forward(self, input_ids=input_ids, tokens=input_ids, **keywords)
+
+    model = open_model(make(tmp_path / "model", "llama"))
+    LayerStream(model, windows(), batch_size=2)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    with pytest.raises(InputError, match="cannot be streamed"):
+        LayerStream(model, windows(), batch_size=2)
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def run(arguments: Sequence[str]) -> int:
             signal.signal(number, _on_signal)
     try:
         code = 0
-        with contextlib.suppress(BrokenPipeError):  # of help: what the sink prints ends there
+        with contextlib.suppress(BrokenPipeError, SystemExit):  # of help, raised by rich: the sink catches its own
             code = typer.main.get_command(build_app()).main(
                 args=list(arguments), prog_name="moeconv", standalone_mode=False
             )

@@ -18,6 +18,9 @@ from typing import Any
 from moeconv.errors import MoeconvError, OutputError, escape
 
 
+_WIDE = 4096  # columns of a pipe or file: a path stays on one line
+
+
 def open_streams() -> None:
     """A standard stream that our caller closed reads as empty, and what is written to it goes nowhere."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -51,10 +54,11 @@ class Sink:
         else:
             from rich.console import Console
 
-            with self.printing():
+            # rich ends the program when a reader has had enough; the exit code is not its business
+            with self.printing(), contextlib.suppress(SystemExit):
                 # names from files are text, not markup
-                console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False,
-                                  soft_wrap=not sys.stdout.isatty())  # fmt: skip
+                wide = None if sys.stdout.isatty() else _WIDE
+                console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=wide)
                 made = table(value)
                 for part in made if isinstance(made, list) else [made]:
                     console.print(part)

@@ -17,7 +17,6 @@ from typing import Any
 
 from moeconv.errors import MoeconvError, OutputError, escape
 
-
 _WIDE = 4096  # columns of a pipe or file: a path stays on one line
 
 

@@ -20,6 +20,7 @@ from moeconv.errors import InputError
 from moeconv.plan.kernels.draw import generator
 
 _SAMPLE_BYTES = 1 << 26  # outputs of all experts held at a time
+_ROWS = 256  # tokens widened to float64 at a time
 
 OnExpert = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, token [n], slot [n], output [n, H]
 
@@ -100,6 +101,12 @@ def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np
     return (total / max(1, len(hidden))).clamp(-1, 1).cpu().numpy()
 
 
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Cosine of rows [T, H] in float64, a block of them at a time: [T]."""
+    pairs = zip(one.split(_ROWS), other.split(_ROWS))
+    return torch.cat([torch.nn.functional.cosine_similarity(a.double(), b.double(), eps=1e-300) for a, b in pairs])
+
+
 def row_cosine(rows: Tensor) -> np.ndarray:
     """Cosine of every two rows of [E, H], in float64: [E, E]."""
     units = torch.nn.functional.normalize(rows.double(), dim=-1, eps=1e-300)
@@ -141,8 +148,7 @@ class _Sums:
         for token, slot, values in self.norms:
             norm[token, slot] = values
         self.norms.clear()
-        before, after = batch.residual.double(), batch.outputs.flatten(0, 1).double()
-        moved = 1 - torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-300)
+        moved = 1 - _cosine(batch.residual, batch.outputs.flatten(0, 1))
         of_token = self.source[batch.rows].to(index.device).repeat_interleave(batch.inputs.shape[1])  # [T]
         key = (of_token[:, None] * experts + index).reshape(-1)
         product = g * norm

@@ -6,19 +6,16 @@ down what they are called with. The next layer's bytes are read while this one c
 
 from __future__ import annotations
 
-import ctypes
-import math
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moeconv.calibrate.hooks import Calls, captured, distinct_tensors, record_calls, replaced
+from moeconv.calibrate.memory import allocate, release_memory
 from moeconv.calibrate.skeleton import Skeleton
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
@@ -80,7 +77,7 @@ class Layer:
         self.advanced = advance
         for rows in self._stream.rows():
             inputs = self._stream.hidden[rows].to(self._stream.device)
-            with torch.no_grad(), _capture(self) as seen:
+            with torch.no_grad(), captured(self.norm, self.ffn, self.router, self.experts) as seen:
                 outputs = self.run(inputs)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
@@ -121,7 +118,7 @@ class LayerStream:
         for name, layer in plain_names(model):
             self._names.setdefault(layer, []).append(name)
         self._check_ids()
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._calls: dict[int, Calls] = {}
         self.hidden = self._embed()
         self._next_layer = 0
 
@@ -177,7 +174,7 @@ class LayerStream:
             for start in range(0, len(self.hidden), batch_size):
                 rows = slice(start, min(start + batch_size, len(self.hidden)))
                 hidden = self.hidden[rows].to(self.device)
-                with _replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):  # noqa: B023
+                with replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):  # noqa: B023
                     yield rows, self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
         finally:
             for child in (self.skeleton.module.get_output_embeddings(), *self.skeleton.decoder.children()):
@@ -216,12 +213,12 @@ class LayerStream:
         self._fill(self._read(self._embedding_names()), under=self.skeleton.name_of(embedding) + ".")
         hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self._max_memory)
         for rows in self.rows():
-            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            first = _record_calls(self.skeleton, self.windows[rows].to(self.device), calls)
+            ids = self.windows[rows].to(self.device)
+            first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids)
             hidden[rows].copy_(first)
             # Windows are whole, so nothing but the batch's shape decides masks and positions: kept once per shape.
             kept = self._calls.setdefault(len(first), calls)
-            if not all(map(torch.equal, _tensors(kept), _tensors(calls))):
+            if not all(map(torch.equal, distinct_tensors(kept), distinct_tensors(calls))):
                 raise InputError(
                     f"{self.model.family.model_type} cannot be streamed: its layers look at the tokens themselves",
                     hint="This family is not supported by the commands that run a model.",
@@ -267,103 +264,3 @@ def start_meter(meter: Meter, *models: Model) -> None:
     """Announce the layers of every model that will be streamed."""
     total = sum(layer_bytes(model, layer) for model in models for layer in range(model.num_layers))
     meter.start(total_bytes=total, parts=sum(model.num_layers for model in models), unit="layer")
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:
-    """Room for activations: memory, or beyond `limit` bytes a file in the temporary directory, gone with the tensor."""
-    if limit is None or math.prod(shape) * dtype.itemsize <= limit:
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="moeconv-activations-") as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it otherwise, twice a layer's size in the end."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-@contextmanager
-def _replaced(layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]):
-    """Inside the block every layer's forward is `forward(index, hidden, args, kwargs)`."""
-    for index, layer in enumerate(layers):
-        layer.forward = lambda hidden, *args, _index=index, **kwargs: forward(_index, hidden, args, kwargs)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-class _Enough(Exception):
-    """The last layer has been called: what comes behind it is not needed."""
-
-
-def _record_calls(skeleton: Skeleton, ids: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Tensor:
-    """Run the stock forward over ids [b, S]; `calls` gets (args, kwargs) of every layer. Returns the first's inputs."""
-    first: list[Tensor] = []
-
-    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        first.append(hidden)
-        calls.append((args, kwargs))
-        if index + 1 == len(skeleton.layers):
-            raise _Enough
-        return hidden
-
-    with _replaced(skeleton.layers, record):
-        with suppress(_Enough):
-            skeleton.decoder(input_ids=ids, use_cache=False)
-    return first[0]
-
-
-def _tensors(calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Tensor]:
-    """The different tensors among the arguments, in order; layers share most of them."""
-    found: dict[int, Tensor] = {}
-
-    def look(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.setdefault(id(value), value)
-        elif isinstance(value, (tuple, list)):
-            for part in value:
-                look(part)
-        elif isinstance(value, dict):
-            look(list(value.values()))
-
-    look(calls)
-    return list(found.values())
-
-
-@contextmanager
-def _capture(layer: Layer) -> Iterator[dict[str, Any]]:
-    """Forward hooks on the layer's norm, FFN, router and experts; the block's value holds a Batch's fields after it."""
-    seen: dict[str, Any] = {}
-
-    def flat(value: Any) -> Tensor:
-        tensor = value[0] if isinstance(value, tuple) else value
-        return tensor.reshape(-1, tensor.shape[-1])
-
-    def on_norm(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.setdefault("residual", flat(args or tuple(kwargs.values())))
-
-    def on_ffn(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
-        seen.setdefault("residual", seen["ffn_input"])  # families that normalise behind the FFN
-
-    def on_router(module: nn.Module, args: Any, out: Any) -> None:
-        seen["router_logits"] = flat(out)
-
-    def on_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
-        _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
-
-    handles = [layer.ffn.register_forward_hook(on_ffn, with_kwargs=True)]
-    if layer.norm is not None:
-        handles.append(layer.norm.register_forward_pre_hook(on_norm, with_kwargs=True))
-    if layer.router is not None and layer.experts is not None:
-        handles.append(layer.router.register_forward_hook(on_router))
-        handles.append(layer.experts.register_forward_pre_hook(on_experts, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -134,17 +134,19 @@ def prune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> 
     write = take(WriteOptions, values)
     plan_prune(model, **named)  # feasibility, before anything is measured
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-    evidence = Evidence()
-    if options.stats:
-        evidence = Evidence(statistics=_statistics(model, options.stats))
-    elif data and not write.dry_run:
-        evidence = Evidence(statistics=_calibrated(model, values, meter=meter))
-    if needs == "weights" and not write.dry_run:
-        from moeconv.calibrate.weights import aimer
+    with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
+        path = options.stats
+        if data and not write.dry_run:
+            path = os.path.join(folder, "statistics.safetensors")
+            _calibrate(model, path, values, meter=meter)
+        evidence = Evidence(statistics=_statistics(model, path) if path else None)
+        if needs == "weights" and not write.dry_run:
+            from moeconv.calibrate.weights import aimer
 
-        meter.note("reading the experts' weights")
-        evidence = Evidence(evidence.statistics, aimer(model, jobs=write.jobs or default_jobs()))
-    return run_plan(plan_prune(model, evidence=evidence, **named), model, out, values, meter=meter)
+            meter.note("reading the experts' weights")
+            evidence = Evidence(evidence.statistics, aimer(model, jobs=write.jobs or default_jobs()))
+        plan = plan_prune(model, evidence=evidence, **named)
+    return run_plan(plan, model, out, values, meter=meter)
 
 
 def _statistics(model: Model, path: str):
@@ -155,15 +157,11 @@ def _statistics(model: Model, path: str):
     return statistics
 
 
-def _calibrated(model: Model, values: Mapping[str, Any], *, meter: Meter):
-    from moeconv.calibrate.artifact import load_statistics
+def _calibrate(model: Model, path: str, values: Mapping[str, Any], *, meter: Meter) -> None:
     from moeconv.calibrate.run import calibrate
 
-    with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
-        path = os.path.join(folder, "statistics.safetensors")
-        named = _named(values, DataOptions, MeasureOptions, CalibrateOptions)
-        calibrate(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
-        return load_statistics(path)
+    named = _named(values, DataOptions, MeasureOptions, CalibrateOptions)
+    calibrate(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------

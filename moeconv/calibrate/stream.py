@@ -62,6 +62,7 @@ class Layer:
     experts: nn.Module | None
     _stream: LayerStream = field(repr=False)
     advanced: bool = False
+    _halfway: bool = False
 
     def run(self, hidden: Tensor) -> Tensor:
         """The layer's output for inputs [b, S, H] of the stream's batch sizes; follows the caller's grad mode."""
@@ -71,10 +72,10 @@ class Layer:
 
     def batches(self, *, advance: bool = True) -> Iterator[Batch]:
         """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
-        consumed, and is possible once; without it the pass can be repeated."""
-        if self.advanced:
+        consumed, and is possible once and to the end; without it the pass can be repeated."""
+        if self.advanced or self._halfway:
             raise ValueError(f"layer {self.index} has been passed already")
-        self.advanced = advance
+        self._halfway = advance
         for rows in self._stream.rows():
             inputs = self._stream.hidden[rows].to(self._stream.device)
             with torch.no_grad(), captured(self.norm, self.ffn, self.router, self.experts) as seen:
@@ -82,6 +83,7 @@ class Layer:
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 self._stream.hidden[rows].copy_(outputs)
+        self.advanced, self._halfway = advance, False
 
 
 class LayerStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import tiny
 import torch
 
 from moeconv.calibrate.stream import LayerStream, layer_bytes, pick_device
-from moeconv.errors import InputError, UsageError
+from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
@@ -134,6 +135,15 @@ def test_a_pass_can_be_repeated_until_it_advances(tmp_path: Path) -> None:
     assert torch.equal(repeated, streamed_logits(path, windows()))
 
 
+def test_a_pass_left_halfway_is_no_silent_damage(tmp_path: Path) -> None:
+    stream = LayerStream(open_model(make(tmp_path / "model", "mixtral")), windows(), batch_size=2)
+    layers = stream.layers()
+    for _ in next(layers).batches():
+        break
+    with pytest.raises(ValueError, match="passed already"):
+        next(layers)
+
+
 def test_weights_changed_in_place_take_effect(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "mixtral")
     stream = LayerStream(open_model(path), windows(), batch_size=2)
@@ -184,6 +194,14 @@ def test_activations_beyond_the_budget_lie_in_a_file(tmp_path: Path, monkeypatch
     assert not list(tmp_path.glob("moeconv-*"))  # its name is gone, so that nothing can be left behind
     logits = torch.cat([logits for _, logits in stream.run().logits(batch_size=2)])
     assert torch.equal(logits, streamed_logits(path, windows()))
+
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OutputError, match="no room for 15360 bytes"):
+        LayerStream(open_model(path), windows(), max_memory=1000)
+    assert not list(tmp_path.glob("moeconv-*"))
 
 
 def test_refusals(tmp_path: Path) -> None:

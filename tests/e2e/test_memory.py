@@ -1,0 +1,42 @@
+"""Peak memory does not grow with the checkpoint: the same bounds hold for 150 MB and for 600 MB of weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MEGABYTE = 1_000_000
+
+
+def _synthetic(path: Path, family: str, gigabytes: float) -> Path:
+    script = ROOT / "benchmarks" / "synthetic.py"
+    words = [sys.executable, script, path, "--family", family, "--gigabytes", gigabytes, "--shards", 3]
+    subprocess.run([str(w) for w in words], check=True, capture_output=True)
+    return path
+
+
+@pytest.mark.parametrize("gigabytes", [0.15, 0.6])
+def test_copies_need_no_torch_and_under_100_mb(tmp_path, command, gigabytes):
+    source = _synthetic(tmp_path / "dense", "llama", gigabytes)
+    done = command("upcycle", source, tmp_path / "out", "--experts", 2, "--no-check", "--json")
+    assert done.code == 0, done.err
+    assert done.json["peak_rss_bytes"] < 100 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "limit"),
+    [
+        ("prune", ("--ratio", 0.5), 130),
+        ("quantize", ("--scheme", "int4"), 300),
+        ("quantize", ("--format", "bitsandbytes"), 300),
+    ],
+)
+def test_compressing_stays_under_its_bound(tmp_path, command, verb, flags, limit):
+    source = _synthetic(tmp_path / "moe", "qwen3_moe", 0.6)
+    done = command(verb, source, tmp_path / "out", *flags, "--json")
+    assert done.code == 0, done.err
+    assert done.json["peak_rss_bytes"] < limit * MEGABYTE

@@ -28,7 +28,7 @@ _SINK = Sink()
 _OUTPUT_FLAGS = (
     ("json", Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]),
     ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]),
-    ("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]),
+    ("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Identities, hashes and sizes on stderr.")]),
 )
 
 

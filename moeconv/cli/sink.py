@@ -45,6 +45,8 @@ class Sink:
         """Print a step's result in this run's mode, its warnings on stderr."""
         for text in value.get("warnings", ()):
             self.warn(text)
+        if self.verbose:
+            self._details(value)
         if self.mode == "json":
             self._out(json.dumps(_finite(value), ensure_ascii=True, allow_nan=False))
         elif self.mode == "quiet":
@@ -61,6 +63,14 @@ class Sink:
                 made = table(value)
                 for part in made if isinstance(made, list) else [made]:
                     console.print(part)
+
+    def _details(self, value: Mapping[str, Any]) -> None:
+        """What -v adds on stderr: identities and hashes, which nobody wants to read but to compare."""
+        for key in ("plan_id", "identity", "tensors", "seconds", "peak_rss_bytes"):
+            if key in value:
+                say(f"{key}: {value[key]}")
+        for name, digest in sorted((value.get("files") or {}).items()):
+            say(f"sha256 {digest}  {escape(name)}")
 
     def error(self, error: MoeconvError) -> None:
         """Print an error: one JSON object on stdout with --json, else one or two lines on stderr."""

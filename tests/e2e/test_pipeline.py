@@ -112,3 +112,10 @@ def test_demo_runs_the_whole_pipeline_and_ends_with_its_table(tmp_path, environm
     assert pruned["total"] < 0.6 * tuned["total"]
     assert packed["bytes"] < 0.6 * pruned["bytes"]
     assert packed["loss"] < upcycled["loss"]
+
+
+def test_verbose_tells_hashes_on_stderr_and_leaves_stdout_alone(tmp_path, command):
+    plain = command("upcycle", DEMO / "model", tmp_path / "a", "--no-check", "-q")
+    verbose = command("upcycle", DEMO / "model", tmp_path / "b", "--no-check", "-q", "-v")
+    assert plain.out == f"{tmp_path / 'a'}\n" and verbose.out == f"{tmp_path / 'b'}\n"
+    assert "model.safetensors" in verbose.err and "plan_id" in verbose.err

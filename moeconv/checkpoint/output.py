@@ -149,9 +149,12 @@ class OutputDirectory:
     @contextmanager
     def commit_lock(self) -> Iterator[bool]:
         """Serialises commits of parts. False when another part has committed already."""
-        try:
-            fd = os.open(self._done / "commit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
+        with output_errors(self.out):
+            try:
+                fd = os.open(self._done / "commit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                fd = -1
+        if fd < 0:
             yield False
             return
         try:
@@ -181,8 +184,8 @@ class OutputDirectory:
 
     def forget(self, name: str) -> None:
         """Strike a shard from the journal: its bytes or its source are no longer what was recorded."""
-        with contextlib.suppress(FileNotFoundError):
-            (self._done / f"{name}.json").unlink()
+        with output_errors(self.out):
+            (self._done / f"{name}.json").unlink(missing_ok=True)
 
     # -- the end -------------------------------------------------------------------------------------------------
 

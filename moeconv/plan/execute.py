@@ -144,21 +144,23 @@ def _write_shards(
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="moeconv-kernel")
     writers = ThreadPoolExecutor(threads, thread_name_prefix="moeconv-shard")
     try:
-        window = -(-jobs // threads)
-        futures = [writers.submit(_one_shard, s, old[s.name], flow, directory, pool, window) for s in share]
-        for future in as_completed(futures):
-            record = future.result()
-            if record is not None:
-                records[record[0]] = record[1]
-    except BaseException as error:
-        flow.stop.set()
-        if isinstance(error, Interrupted):
-            done = sum(directory.finished(s.name) is not None for s in plan.shards)
-            error.hint = f"{done} of {len(plan.shards)} shards are kept: run the same command again to resume."
+        try:
+            window = -(-jobs // threads)
+            futures = [writers.submit(_one_shard, s, old[s.name], flow, directory, pool, window) for s in share]
+            for future in as_completed(futures):
+                record = future.result()
+                if record is not None:
+                    records[record[0]] = record[1]
+        except BaseException:
+            flow.stop.set()
+            raise
+        finally:
+            writers.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
+    except Interrupted as error:  # counted when no worker finishes another one
+        done = sum(directory.finished(s.name) is not None for s in plan.shards)
+        error.hint = f"{done} of {len(plan.shards)} shards are kept: run the same command again to resume."
         raise
-    finally:
-        writers.shutdown(wait=True, cancel_futures=True)
-        pool.shutdown(wait=True, cancel_futures=True)
     return records
 
 

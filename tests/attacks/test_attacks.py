@@ -159,7 +159,7 @@ BAD: dict[str, tuple[Ruin, str]] = {
     "config holds NaN": (text("config.json", "1e-06", "NaN"), "NaN is not JSON"),
     "config holds infinity": (text("config.json", "1e-06", "1e999"), "out of range"),
     "config holds half a character": (text("config.json", '"silu"', '"\\ud83d"'), "surrogates not allowed"),
-    "index says a key twice": (text(INDEX_NAME, '"weight_map": {', '"weight_map": {"x": "", "x": "",'), "duplicate key"),
+    "index says a key twice": (text(INDEX_NAME, '_map": {', '_map": {"x": "", "x": "",'), "duplicate key"),
     "index names a parent's file": (index_entry("../x.safetensors"), "not a plain file name"),
     "index names an absolute path": (index_entry("/etc/passwd"), "not a plain file name"),
     "index names a file in a folder": (index_entry("a/x.safetensors"), "not a plain file name"),

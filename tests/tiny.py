@@ -15,9 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.families.dense import DENSE
-from moeconv.families.moe import MOE
+from moeconv.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
+from moeconv.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
 from moeconv.families.spec import Family, Role
+
+# the families whose tensors this file can shape; tests/contract makes all of them with transformers
+DENSE = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+MOE = {family.model_type: family for family in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name -> dtype, shape, bytes
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeconv.families import sliding
+from moeconv.families.placement import Get
 from moeconv.families.sliding import LAYER_TYPES, WINDOW_KEY
 from moeconv.families.spec import Family
 
@@ -94,4 +96,521 @@ QWEN3 = Family(
     sliding=LAYER_TYPES,
 )
 
-DENSE: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+# -- building blocks of the rows below -----------------------------------------------------------------------------
+
+_NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+_ATTENTION_BIAS = QKV_BIAS | O_BIAS
+NORM_BIAS = {
+    f"norm.{part}_bias": BLOCK[f"norm.{part}"].replace(".weight", ".bias") for part in ("attention", "ffn", "final")
+}
+FUSED_QKV = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
+FUSED_FFN = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
+FFN_GATE_UP = {"ffn.gate_up": _LAYER + "mlp.gate_up_proj.weight", "ffn.down": _LAYER + "mlp.down_proj.weight"}
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+}  # fmt: skip
+SINKS = {"attention.sinks": _LAYER + "self_attn.sinks"}
+MLA = {
+    "attention.q_whole": _LAYER + "self_attn.q_proj.weight",
+    "attention.q_a": _LAYER + "self_attn.q_a_proj.weight",
+    "attention.q_a_norm": _LAYER + "self_attn.q_a_layernorm.weight",
+    "attention.q_b": _LAYER + "self_attn.q_b_proj.weight",
+    "attention.kv_a": _LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_a_norm": _LAYER + "self_attn.kv_a_layernorm.weight",
+    "attention.kv_b": _LAYER + "self_attn.kv_b_proj.weight",
+    "attention.o": _LAYER + "self_attn.o_proj.weight",
+}
+MLA_CONFIG: dict[str, Any] = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "attention_bias": False,
+}  # fmt: skip
+WITHOUT_QKVO = {k: v for k, v in BLOCK.items() if not k.startswith("attention.")}
+POST_NORM = {
+    "norm.attention": _LAYER + "post_attention_layernorm.weight",
+    "norm.ffn": _LAYER + "post_feedforward_layernorm.weight",
+}
+LFM2 = {
+    "embedding.tokens": "model.embed_tokens.weight",
+    "embedding.lm_head": "lm_head.weight",
+    "norm.final": "model.embedding_norm.weight",
+    "norm.attention": _LAYER + "operator_norm.weight",
+    "norm.ffn": _LAYER + "ffn_norm.weight",
+    **{f"attention.{p}": _LAYER + f"self_attn.{p}_proj.weight" for p in "qkv"},
+    "attention.o": _LAYER + "self_attn.out_proj.weight",
+    **{f"attention.{p}_norm": _LAYER + f"self_attn.{p}_layernorm.weight" for p in "qk"},
+    "conv.kernel": _LAYER + "conv.conv.weight",
+    "conv.kernel_bias": _LAYER + "conv.conv.bias",
+    **{f"conv.{p}": _LAYER + f"conv.{p}_proj.weight" for p in ("in", "out")},
+    **{f"conv.{p}_bias": _LAYER + f"conv.{p}_proj.bias" for p in ("in", "out")},
+    **{f"ffn.{p}": _LAYER + f"feed_forward.{w}.weight" for p, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
+}
+LFM2_OPTIONAL = frozenset({"embedding.lm_head", "conv.kernel_bias", "conv.in_bias", "conv.out_bias"})
+LFM2_CONFIG: dict[str, Any] = {
+    "vocab_size": 65536, "hidden_size": None, "num_hidden_layers": None, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "max_position_embeddings": 128000, "initializer_range": 0.02, "norm_eps": 1e-5,
+    "rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None, "tie_word_embeddings": True,
+    "conv_bias": False, "conv_L_cache": 3, "layer_types": None,
+}  # fmt: skip
+FULL_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+
+
+def _lfm2_kinds(get: Get, layers: int) -> list[str]:
+    full = get("full_attn_idxs")
+    chosen = range(layers) if full is None else full
+    return get("layer_types") or ["full_attention" if i in chosen else "conv" for i in range(layers)]
+
+
+def _lfm2_width(get: Get) -> int:
+    """Lfm2MLP: two thirds of the stated size, times a multiplier, rounded up to a multiple."""
+    size = get("block_ff_dim") or get("intermediate_size")
+    if not get("block_auto_adjust_ff_dim"):
+        return size
+    size = int(2 * size / 3)
+    if get("block_ffn_dim_multiplier") is not None:
+        multiple = get("block_multiple_of")
+        size = multiple * -(-int(get("block_ffn_dim_multiplier") * size) // multiple)
+    return size
+
+
+def _llama_like(
+    model_type: str, architecture: str, config: dict[str, Any], *, tensors: dict[str, str] | None = None, **row: Any
+) -> Family:
+    """A row for Llama's block, or for `tensors` in its place."""
+    named = BLOCK | DENSE_FFN if tensors is None else tensors
+    row_without = {"rms_norm_eps"} if config.keys() & {"layer_norm_eps", "norm_eps"} else set()
+    optional = {"embedding.lm_head", *(k for k in named if k.endswith("_bias"))}
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        kind="dense",
+        tensors=named,
+        optional=frozenset(row.pop("optional", frozenset()) | optional),
+        dropped=ROTARY_BUFFERS,
+        config={k: v for k, v in (BASE_CONFIG | config).items() if k not in row_without},
+        **row,
+    )
+
+
+PHI3 = _llama_like(
+    "phi3",
+    "Phi3ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": None,
+        "partial_rotary_factor": None,
+    },
+    tensors=WITHOUT_QKVO
+    | {"attention.qkv": _LAYER + "self_attn.qkv_proj.weight", "attention.o": BLOCK["attention.o"]}
+    | FFN_GATE_UP,
+    fused=FUSED_QKV | FUSED_FFN,
+    partial=1.0,
+    sliding=WINDOW_KEY,
+)
+GEMMA = _llama_like(
+    "gemma",
+    "GemmaForCausalLM",
+    {
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": None,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN,
+    neutral=_NO_BIAS | {"use_bidirectional_attention": (None, False)},
+    norm_offset=1.0,
+)
+GRANITE = _llama_like(
+    "granite",
+    "GraniteForCausalLM",
+    {"attention_bias": False, "mlp_bias": False, **MULTIPLIERS},
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS,
+)
+GRANITE_SWA = _llama_like(
+    "granite_swa",
+    "GraniteSWAForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": 128,
+        "layer_types": None,
+        "layer_rope_theta": None,
+        **MULTIPLIERS,
+    },
+    tensors=BLOCK | SINKS | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS,
+    sliding=sliding.ALL_BUT_EVERY_FOURTH,
+    rope="per_layer",
+)
+SEED_OSS = _llama_like(
+    "seed_oss",
+    "SeedOssForCausalLM",
+    {
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS | {"attention_out_bias": (False,), "pretraining_tp": (1, None)},
+)
+GLM = _llama_like(
+    "glm",
+    "GlmForCausalLM",
+    {
+        "head_dim": 128,
+        "rms_norm_eps": 1.5625e-07,
+        "max_position_embeddings": 131072,
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": None,
+    },
+    tensors=BLOCK | QKV_BIAS | FFN_GATE_UP,
+    neutral=_NO_BIAS,
+    fused=FUSED_FFN,
+    rotary="interleaved",
+    partial=0.5,
+)
+HELIUM = _llama_like(
+    "helium",
+    "HeliumForCausalLM",
+    {
+        "head_dim": 128,
+        "rms_norm_eps": 1e-8,
+        "max_position_embeddings": 4096,
+        "rope_theta": 100000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    tensors=BLOCK | QKV_BIAS | DENSE_FFN,
+    neutral=_NO_BIAS,
+    rotary="interleaved",
+)
+ARCEE = _llama_like(
+    "arcee",
+    "ArceeForCausalLM",
+    {
+        "head_dim": None,
+        "hidden_act": "relu2",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k},
+    neutral=_NO_BIAS,
+)
+MINISTRAL = _llama_like(
+    "ministral",
+    "MinistralForCausalLM",
+    {
+        "num_key_value_heads": 8,
+        "head_dim": None,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    sliding=sliding.ALL_LAYERS,
+)
+MINISTRAL3 = _llama_like(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 262144,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+    },
+    sliding=WINDOW_KEY,
+)
+CWM = _llama_like(
+    "cwm",
+    "CwmForCausalLM",
+    {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 131072,
+        "sliding_window": 8192,
+        "layer_types": None,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "pretraining_tp": 1,
+    },
+    neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
+    sliding=sliding.ALL_BUT_EVERY_FOURTH,
+)
+INTERNLM3 = _llama_like(
+    "internlm3",
+    "InternLM3ForCausalLM",
+    {
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "qkv_bias": False,
+        "bias": False,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS | {"qkv_bias": (False,), "bias": (False,)},
+)
+IQUESTCODER = _llama_like(
+    "iquestcoder",
+    "IQuestCoderForCausalLM",
+    {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS,
+)
+_COHERE_CONFIG: dict[str, Any] = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
+PARALLEL_BLOCK = {k: v for k, v in BLOCK.items() if k != "norm.ffn"}
+COHERE = _llama_like(
+    "cohere",
+    "CohereForCausalLM",
+    _COHERE_CONFIG | {"rope_theta": 500000.0, "use_qk_norm": False},
+    tensors=PARALLEL_BLOCK | _ATTENTION_BIAS | QK_NORM | DENSE_FFN,
+    optional=frozenset(QK_NORM),
+    neutral=_NO_BIAS | {"use_qk_norm": (False,)},
+    rotary="interleaved",
+)
+COHERE2 = _llama_like(
+    "cohere2",
+    "Cohere2ForCausalLM",
+    _COHERE_CONFIG | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None, "head_dim": None},
+    tensors=PARALLEL_BLOCK | _ATTENTION_BIAS | DENSE_FFN,
+    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
+    rotary="interleaved",
+    neutral={"sliding_window_pattern": (4, None)},
+)
+# HunYuan normalises queries and keys after the rotation, the others before it
+QK_LAYERNORM = {
+    f"attention.{p}_norm_after_rope": _LAYER + f"self_attn.{w}_layernorm.weight"
+    for p, w in (("q", "query"), ("k", "key"))
+}
+HUNYUAN = _llama_like(
+    "hunyuan_v1_dense",
+    "HunYuanDenseV1ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "eod_token_id": None,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | QK_LAYERNORM | DENSE_FFN,
+    neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
+)
+ERNIE4_5 = _llama_like(
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "head_dim": 128,
+        "use_bias": False,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral={"use_bias": (False,)},
+    rotary="interleaved",
+)
+OLMO = _llama_like(
+    "olmo",
+    "OlmoForCausalLM",
+    {"rms_norm_eps": None, "attention_bias": False, "clip_qkv": None},
+    tensors={k: v for k, v in (BLOCK | _ATTENTION_BIAS | DENSE_FFN).items() if not k.startswith("norm.")},
+    neutral=_NO_BIAS | {"clip_qkv": (None,)},
+)
+OLMO2 = _llama_like(
+    "olmo2",
+    "Olmo2ForCausalLM",
+    {"rms_norm_eps": 1e-5, "attention_bias": False},
+    tensors=BLOCK | POST_NORM | _ATTENTION_BIAS | QK_NORM | DENSE_FFN,
+)
+OLMO3 = _llama_like(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    tensors=BLOCK | POST_NORM | _ATTENTION_BIAS | QK_NORM | DENSE_FFN,
+    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
+    rope="per_type",
+)
+LFM2_DENSE = Family(
+    model_type="lfm2",
+    architecture="Lfm2ForCausalLM",
+    kind="dense",
+    tensors=LFM2,
+    optional=LFM2_OPTIONAL,
+    config=LFM2_CONFIG
+    | {
+        "intermediate_size": 12288,
+        "block_ff_dim": None,
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+        "full_attn_idxs": None,
+        "tie_embedding": True,
+    },
+    ffn_width=_lfm2_width,
+    layer_kinds=_lfm2_kinds,
+    where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
+)
+SMOLLM3 = _llama_like(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": None,
+        "layer_types": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    },
+    tensors=BLOCK | _ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
+    neutral=_NO_BIAS | {"pretraining_tp": (1, 2, None)},
+    sliding=sliding.SWITCHED_TYPES,
+    rope="no_rope",
+)
+HYPERCLOVAX = _llama_like(
+    "hyperclovax",
+    "HyperCLOVAXForCausalLM",
+    {"head_dim": None, "attention_bias": False, "mlp_bias": False, "use_post_norm": True, **MULTIPLIERS},
+    tensors=BLOCK
+    | {f"norm.post{i}": _LAYER + f"post_norm{i}.weight" for i in (1, 2)}
+    | _ATTENTION_BIAS
+    | DENSE_FFN
+    | FFN_BIAS,
+    optional=frozenset({"norm.post1", "norm.post2"}),
+    neutral=_NO_BIAS | {"use_post_norm": (False,)},
+)
+YOUTU = _llama_like(
+    "youtu",
+    "YoutuForCausalLM",
+    MLA_CONFIG
+    | {"max_position_embeddings": 131072, "tie_word_embeddings": True, "rope_interleave": True, "head_dim": None},
+    tensors=WITHOUT_QKVO | MLA | DENSE_FFN,
+    optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+)
+MINICPM3 = _llama_like(
+    "minicpm3",
+    "MiniCPM3ForCausalLM",
+    MLA_CONFIG
+    | {
+        "q_lora_rank": 768,
+        "kv_lora_rank": 256,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "head_dim": None,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    },
+    tensors=WITHOUT_QKVO | {k: v for k, v in MLA.items() if k != "attention.q_whole"} | DENSE_FFN,
+    neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
+)
+STABLELM = _llama_like(
+    "stablelm",
+    "StableLmForCausalLM",
+    {
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "use_qkv_bias": False,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+        "partial_rotary_factor": None,
+        "rotary_scaling_factor": None,
+    },
+    tensors=BLOCK | NORM_BIAS | QKV_BIAS | DENSE_FFN,
+    neutral={"qk_layernorm": (False,), "use_parallel_residual": (False,), "rotary_scaling_factor": (None, 1.0)},
+    partial=0.25,
+)
+UNGATED_FFN = {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k}
+JAIS2 = _llama_like(
+    "jais2",
+    "Jais2ForCausalLM",
+    {
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 8192,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 128,
+    },
+    tensors=BLOCK | NORM_BIAS | _ATTENTION_BIAS | UNGATED_FFN,
+    neutral=_NO_BIAS,
+)
+NEMOTRON = _llama_like(
+    "nemotron",
+    "NemotronForCausalLM",
+    {
+        "norm_eps": 1e-5,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": None,
+        "partial_rotary_factor": None,
+    },
+    tensors=BLOCK | NORM_BIAS | _ATTENTION_BIAS | UNGATED_FFN,
+    neutral=_NO_BIAS,
+    partial=0.5,
+    norm_offset=1.0,
+)
+
+DENSE: dict[str, Family] = {
+    f.model_type: f
+    for f in (
+        LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
+        MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
+        SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
+    )
+}  # fmt: skip

@@ -64,6 +64,21 @@ class Model:
         return _moe_layers(self.family, self.config, self.num_layers)
 
     @cached_property
+    def layer_kinds(self) -> tuple[str, ...] | None:
+        """The kind of each layer in a family that mixes kinds (attention, convolution, ...), else None."""
+        return _layer_kinds(self.family, self.config, self.num_layers)
+
+    @cached_property
+    def ffn_width(self) -> int:
+        """Neurons of a dense FFN."""
+        return _whole(self.family.ffn_width(self.value), "intermediate_size", limit=_MAX_WIDTH)
+
+    @property
+    def packed_experts(self) -> bool:
+        """Whether one tensor on disk holds all experts of a layer."""
+        return bool(self.family.packed)
+
+    @cached_property
     def hidden_size(self) -> int:
         return _count(self.config, ("hidden_size",), limit=_MAX_WIDTH)
 
@@ -90,8 +105,27 @@ class Model:
         return self.family.name("router.weight", layer=layer)
 
     def expert_name(self, part: str, *, layer: int, expert: int) -> str:
-        """Name on disk of an expert's gate, up or down matrix."""
+        """Name on disk of an expert's gate, up or down matrix. Raises InputError where experts are packed."""
+        if self.packed_experts:
+            raise InputError(
+                f"{self.family.model_type} keeps all experts of a layer in one tensor; this command needs one tensor "
+                "an expert",
+                hint="`moeconv inspect` and `verify` read it; `moeconv families` shows families with separate experts.",
+            )
         return self.family.name(f"expert.{part}", layer=layer, expert=expert)
+
+    def check_separate_experts(self, *, router_rows: bool = False) -> None:
+        """Raises InputError where one tensor holds all experts of a layer, or (`router_rows`) where the router has more
+        tensors than its weight, whose entries belong to experts too."""
+        if self.moe_layers and self.packed_experts:
+            self.expert_name("gate", layer=self.moe_layers[0], expert=0)
+        extra = [key for key in self.family.tensors if key.startswith("router.") and key != "router.weight"]
+        if router_rows and extra:
+            raise InputError(
+                f"the router of {self.family.model_type} has a bias for every expert ({extra[0]}), which this command "
+                "does not cut yet",
+                hint="`moeconv families` shows families whose routers are a weight alone.",
+            )
 
     def ffn_name(self, part: str, *, layer: int) -> str:
         return self.family.name(f"ffn.{part}", layer=layer)
@@ -140,14 +174,16 @@ def _whole(value: Any, key: str, *, limit: int) -> int:
 def _moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if family.kind != "moe":
         return ()
-    dense = (config.get(family.dense_layers) or []) if family.dense_layers else []
-    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
-        raise InputError(f"config.json: {family.dense_layers} must be a list of layer numbers", hint="Correct it.")
-    step = config.get(family.sparse_step, 1) if family.sparse_step else 1
-    if type(step) is not int or step < 1:
-        raise InputError(f"config.json: {family.sparse_step} must be a positive whole number", hint="Correct it.")
-    left_dense = set(dense)
-    return tuple(i for i in range(layers) if (i + 1) % step == 0 and i not in left_dense)
+    return family.placement.read(lambda key: family.default(key, config), layers)
+
+
+def _layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tuple[str, ...] | None:
+    if family.layer_kinds is None:
+        return None
+    kinds = family.layer_kinds(lambda key: family.default(key, config), layers)
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
+        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct config.json.")
+    return tuple(kinds)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -184,7 +220,8 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
     layers = _count(config, ("num_hidden_layers",), limit=_MAX_LAYERS)
     experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
     # before every name is spelled out: a config of a few bytes must not cost gigabytes
-    least = max(layers, len(_moe_layers(family, config, layers)) * experts)
+    each = experts if any("{E}" in template for template in family.tensors.values()) else 1
+    least = max(layers, len(_moe_layers(family, config, layers)) * each)
     if least > len(checkpoint.tensors) or layers * experts > _MAX_IN_ALL:
         raise InputError(
             f"config.json asks for {layers} layers" + (f" of {experts} experts" if experts else "")
@@ -220,6 +257,8 @@ def _check_complete(model: Model) -> None:
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
         in_moe = role.layer in moe
         belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
+        if role.group in family.where and model.layer_kinds and role.layer is not None:
+            belongs = model.layer_kinds[role.layer] in family.where[role.group]
         wanted = belongs and role.key not in family.optional
         present = (role.key, role.layer, role.expert) in there
         if wanted and not present:
@@ -229,6 +268,8 @@ def _check_complete(model: Model) -> None:
             )
         if present and not belongs:
             kind = "Mixture-of-Experts" if in_moe else "dense"
+            if role.group in family.where and model.layer_kinds and role.layer is not None:
+                kind = model.layer_kinds[role.layer]
             raise InputError(
                 f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
                 hint="config.json and the shards do not belong together.",
@@ -240,24 +281,43 @@ def _check_complete(model: Model) -> None:
 
 def _check_shapes(model: Model) -> None:
     """Experts, routers and FFNs have the sizes that config.json states."""
-    hidden, tensors = model.hidden_size, model.checkpoint.tensors
-    keys = {
-        "ffn": "intermediate_size",
-        "expert": model.family.expert_width,
-        "shared": "shared_expert_intermediate_size",
-    }
+    tensors, family = model.checkpoint.tensors, model.family
     groups = {role.group for role in model.roles.values()}
-    wide = {g: _whole(model.value(key), key, limit=_MAX_WIDTH) for g, key in keys.items() if g in groups}
+    wide: dict[str, int] = {}
+    if "ffn" in groups:
+        wide["ffn"] = model.ffn_width
+    if "expert" in groups:
+        wide["expert"] = _whole(model.value(family.expert_width), family.expert_width, limit=_MAX_WIDTH)
+    if "shared" in groups and family.shared_width:
+        parts = [_whole(model.value(key), key, limit=_MAX_WIDTH) for key in family.shared_width]
+        wide["shared"] = math.prod(parts)
     for name, role in model.roles.items():
-        group, _, part = role.key.partition(".")
-        if group in wide and part in FFN_PARTS:
-            want: tuple[int, ...] = (hidden, wide[group]) if part == "down" else (wide[group], hidden)
-        elif role.key == "router.weight":
-            want = (model.num_experts, hidden)
-        else:
-            continue
-        if tensors[name].shape != want:
+        want = _expected_shape(model, role, wide)
+        if want is not None and tensors[name].shape != want:
             raise InputError(
                 f"tensor {escape(name)!r} has shape {list(tensors[name].shape)}, config.json says {list(want)}",
                 hint="config.json and the shards do not belong together.",
             )
+
+
+def _expected_shape(model: Model, role: Role, wide: Mapping[str, int]) -> tuple[int, ...] | None:
+    """The shape of an FFN's or expert's matrix, or of a router; None for a tensor that no rule here is about."""
+    group, _, part = role.key.partition(".")
+    hidden = model.hidden_size
+    if role.key == "router.weight":
+        return (model.num_experts, hidden)
+    if group not in wide:
+        return None
+    width = wide[group]
+    layout = model.family.packed.get(role.key)
+    if layout is not None:
+        outside = hidden if "down" in layout.parts[0] else width * len(layout.parts)
+        if layout.parts[0].endswith("_bias"):
+            return (model.num_experts, outside)
+        inside = width if "down" in layout.parts[0] else hidden
+        return (model.num_experts, inside, outside) if layout.transposed else (model.num_experts, outside, inside)
+    if role.key in model.family.fused:
+        return (width * len(model.family.fused[role.key]), hidden)
+    if part in FFN_PARTS:
+        return (hidden, width) if part == "down" else (width, hidden)
+    return None

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.families.dense import BASE_CONFIG, BLOCK, DENSE_FFN, O_BIAS, QK_NORM, QKV_BIAS, ROTARY_BUFFERS
+from moeconv.families import placement, sliding
+from moeconv.families.dense import (
+    BASE_CONFIG,
+    BLOCK,
+    DENSE_FFN,
+    FFN_BIAS,
+    FULL_LAYERS,
+    LFM2,
+    LFM2_CONFIG,
+    LFM2_OPTIONAL,
+    MLA,
+    MLA_CONFIG,
+    MULTIPLIERS,
+    NORM_BIAS,
+    O_BIAS,
+    PARALLEL_BLOCK,
+    POST_NORM,
+    QK_LAYERNORM,
+    QK_NORM,
+    QKV_BIAS,
+    ROTARY_BUFFERS,
+    SINKS,
+    WITHOUT_QKVO,
+)
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
-from moeconv.families.spec import Family, Routing
+from moeconv.families.spec import Family, Packed, Routing
 
 _LAYER = "model.layers.{L}."
 _W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -74,8 +97,8 @@ QWEN2_MOE = Family(
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
     expert_width="moe_intermediate_size",
-    dense_layers="mlp_only_layers",
-    sparse_step="decoder_sparse_step",
+    shared_width=("shared_expert_intermediate_size",),
+    placement=placement.LIST,
     routing=Routing("softmax", "norm_topk_prob"),
 )
 
@@ -102,8 +125,7 @@ QWEN3_MOE = Family(
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
     expert_width="moe_intermediate_size",
-    dense_layers="mlp_only_layers",
-    sparse_step="decoder_sparse_step",
+    placement=placement.LIST,
     routing=Routing("softmax", "norm_topk_prob"),
 )
 
@@ -129,4 +151,508 @@ OLMOE = Family(
     routing=Routing("softmax", "norm_topk_prob"),
 )
 
-MOE: dict[str, Family] = {f.model_type: f for f in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE)}
+
+# -- building blocks of the rows below -----------------------------------------------------------------------------
+
+_SHARED = {f"shared.{p}": _LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
+_SHARED_MLP = {f"shared.{p}": _LAYER + f"mlp.shared_mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+_CORRECTION = {"router.correction": _LAYER + "mlp.gate.e_score_correction_bias"}
+_GRANITE_BLOCK = _LAYER + "block_sparse_moe."
+_GRANITE_EXPERTS = {
+    "router.weight": _GRANITE_BLOCK + "router.layer.weight",
+    "expert.gate_up": _GRANITE_BLOCK + "input_linear.weight",
+    "expert.down": _GRANITE_BLOCK + "output_linear.weight",
+}
+_GRANITE_SHARED = {
+    "shared.gate_up": _LAYER + "shared_mlp.input_linear.weight",
+    "shared.down": _LAYER + "shared_mlp.output_linear.weight",
+}
+_FUSED_SHARED = {"shared.gate_up": ("shared.gate", "shared.up")}
+_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
+_QKVO = ("attention.q_bias", "attention.k_bias", "attention.v_bias", "attention.o_bias")
+_SIGMOID: dict[str, Any] = {
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
+    "output_router_logits": False,
+}  # fmt: skip
+_NO_INERT_BIAS = dict.fromkeys(_QKVO, 0.0)
+
+
+def _row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
+    """A row whose biases, language-model head and correction are optional."""
+    base = row.pop("base", BASE_CONFIG)
+    optional = {"embedding.lm_head", *(k for k in tensors if k.endswith("_bias"))}
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        kind="moe",
+        tensors=tensors,
+        optional=frozenset(row.pop("optional", frozenset()) | optional),
+        dropped=ROTARY_BUFFERS,
+        config=base | config,
+        num_experts=row.pop("num_experts", _EXPERT_COUNT),
+        top_k=row.pop("top_k", _TOP_K),
+        **row,
+    )
+
+
+GLM4_MOE = _row(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "head_dim": None,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        **_SIGMOID,
+    },
+    BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    optional=frozenset(QK_NORM),
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    placement=placement.FIRST_K,
+    routing=Routing("sigmoid", "norm_topk_prob"),
+    partial=0.5,
+    float32=frozenset({"router.correction"}),
+)
+SOLAR_OPEN = _row(
+    "solar_open",
+    "SolarOpenForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "head_dim": 128,
+        "attention_bias": False,
+        "moe_intermediate_size": 1280,
+        **_SIGMOID,
+    },
+    BLOCK | QKV_BIAS | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED,
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    routing=Routing("sigmoid", "norm_topk_prob"),
+    float32=frozenset({"router.correction"}),
+)
+DOTS1 = _row(
+    "dots1",
+    "Dots1ForCausalLM",
+    {
+        "head_dim": None,
+        "attention_bias": False,
+        "sliding_window": 4096,
+        "max_window_layers": 62,
+        "layer_types": None,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 0,
+        **_SIGMOID,
+        "norm_topk_prob": False,
+        "n_shared_experts": None,
+    },
+    BLOCK | QK_NORM | QKV_BIAS | O_BIAS | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    placement=placement.FIRST_K,
+    routing=Routing("sigmoid", "norm_topk_prob"),
+    sliding=sliding.FROM_MAX_WINDOW,
+    float32=frozenset({"router.correction"}),
+)
+MELLUM = _row(
+    "mellum",
+    "MellumForCausalLM",
+    {
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "attention_bias": False,
+        "sliding_window": 1024,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "moe_intermediate_size": 896,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": None,
+        **_ROUTER_LOSS,
+    },
+    BLOCK | QK_NORM | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | DENSE_FFN,
+    expert_width="moe_intermediate_size",
+    placement=placement.WORDS,
+    routing=Routing("softmax", "norm_topk_prob"),
+    sliding=sliding.NO_LAYER,
+    rope="per_type",
+)
+HY_V3 = _row(
+    "hy_v3",
+    "HYV3ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 11158840.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "mlp_layer_types": None,
+        "moe_intermediate_size": 1536,
+        "num_shared_experts": 1,
+        "router_scaling_factor": 2.826,
+        "enable_moe_fp32_combine": True,
+        "output_router_logits": False,
+    },
+    BLOCK
+    | QK_NORM
+    | QKV_BIAS
+    | O_BIAS
+    | {"router.weight": _LAYER + "mlp.router.gate.weight", "router.correction": _LAYER + "mlp.expert_bias"}
+    | MLP_EXPERTS
+    | _SHARED_MLP
+    | DENSE_FFN
+    | FFN_BIAS,
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "num_shared_experts"),
+    placement=placement.WORDS_FIRST_DENSE,
+    routing=Routing("sigmoid", "always"),
+    float32=frozenset({"router.correction"}),
+)
+_GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | _ROUTER_LOSS
+GRANITEMOE = _row(
+    "granitemoe",
+    "GraniteMoeForCausalLM",
+    _GRANITE_CONFIG,
+    BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS,
+    num_experts=("num_local_experts",),
+    packed=_PACKED,
+    routing=Routing("softmax_topk", "always"),
+)
+GRANITEMOESHARED = _row(
+    "granitemoeshared",
+    "GraniteMoeSharedForCausalLM",
+    _GRANITE_CONFIG | {"shared_intermediate_size": 0},
+    BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS | _GRANITE_SHARED,
+    optional=frozenset(_GRANITE_SHARED),
+    num_experts=("num_local_experts",),
+    packed=_PACKED,
+    fused=_FUSED_SHARED,
+    shared_width=("shared_intermediate_size",),
+    routing=Routing("softmax_topk", "always"),
+)
+_MAMBA = {
+    f"mamba.{key}": _LAYER + f"mamba.{name}"
+    for key, name in (
+        ("A", "A_log"), ("D", "D"), ("conv", "conv1d.weight"), ("conv_bias", "conv1d.bias"), ("dt", "dt_bias"),
+        ("in", "in_proj.weight"), ("in_bias", "in_proj.bias"), ("norm", "norm.weight"), ("out", "out_proj.weight"),
+        ("out_bias", "out_proj.bias"),
+    )
+}  # fmt: skip
+_MAMBA_CONFIG: dict[str, Any] = {
+    "layer_types": None, "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1,
+    "mamba_d_state": 256, "mamba_d_head": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
+    "mamba_conv_bias": True, "mamba_proj_bias": False,
+}  # fmt: skip
+
+
+def _hybrid_kinds(get: placement.Get, layers: int) -> list[str]:
+    return get("layer_types") or ["linear_attention"] * layers
+
+
+GRANITEMOEHYBRID = _row(
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
+    _GRANITE_CONFIG | _MAMBA_CONFIG | {"shared_intermediate_size": 1024},
+    BLOCK | QKV_BIAS | O_BIAS | _MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
+    num_experts=("num_local_experts",),
+    packed=_PACKED,
+    fused=_FUSED_SHARED,
+    shared_width=("shared_intermediate_size",),
+    routing=Routing("softmax_topk", "always"),
+    layer_kinds=_hybrid_kinds,
+    where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba", "linear_attention"})},
+)
+GRANITEMOE_SWA = _row(
+    "granitemoe_swa",
+    "GraniteMoeSWAForCausalLM",
+    _GRANITE_CONFIG
+    | {"shared_intermediate_size": 0, "sliding_window": 128, "layer_types": None, "layer_rope_theta": None},
+    BLOCK
+    | SINKS
+    | QKV_BIAS
+    | O_BIAS
+    | {
+        "router.weight": _GRANITE_BLOCK + "router.weight",
+        "expert.gate_up": _GRANITE_BLOCK + "experts.gate_up_proj",
+        "expert.down": _GRANITE_BLOCK + "experts.down_proj",
+    }
+    | _GRANITE_SHARED,
+    optional=frozenset(_GRANITE_SHARED),
+    num_experts=("num_local_experts",),
+    packed=_PACKED,
+    fused=_FUSED_SHARED,
+    shared_width=("shared_intermediate_size",),
+    routing=Routing("softmax_topk", "always"),
+    sliding=sliding.ALL_BUT_EVERY_FOURTH,
+    rope="per_layer",
+    inert={"attention.sinks": -1e30},
+)
+ARIA_TEXT = _row(
+    "aria_text",
+    "AriaTextForCausalLM",
+    {
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "moe_num_shared_experts": 2,
+    },
+    BLOCK
+    | QKV_BIAS
+    | O_BIAS
+    | {
+        "router.weight": _LAYER + "mlp.router.weight",
+        "expert.gate_up": _LAYER + "mlp.experts.fc1.weight",
+        "expert.down": _LAYER + "mlp.experts.fc2.weight",
+    }
+    | _SHARED,
+    num_experts=("moe_num_experts",),
+    top_k=("moe_topk",),
+    packed={
+        "expert.gate_up": Packed(("gate", "up"), transposed=True),
+        "expert.down": Packed(("down",), transposed=True),
+    },
+    shared_width=("intermediate_size", "moe_num_shared_experts"),
+    routing=Routing("softmax_topk", "always"),
+)
+GPT_OSS = _row(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000.0,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+        **_ROUTER_LOSS,
+    },
+    BLOCK
+    | SINKS
+    | QKV_BIAS
+    | O_BIAS
+    | {
+        "router.weight": _LAYER + "mlp.router.weight",
+        "router.bias": _LAYER + "mlp.router.bias",
+        "expert.gate_up": _LAYER + "mlp.experts.gate_up_proj",
+        "expert.gate_up_bias": _LAYER + "mlp.experts.gate_up_proj_bias",
+        "expert.down": _LAYER + "mlp.experts.down_proj",
+        "expert.down_bias": _LAYER + "mlp.experts.down_proj_bias",
+    },
+    num_experts=("num_local_experts",),
+    packed={
+        "expert.gate_up": Packed(("gate", "up"), interleaved=True, transposed=True),
+        "expert.gate_up_bias": Packed(("gate_bias", "up_bias"), interleaved=True),
+        "expert.down": Packed(("down",), transposed=True),
+        "expert.down_bias": Packed(("down_bias",)),
+    },
+    routing=Routing("softmax_topk", "always"),
+    sliding=sliding.EVERY_SECOND,
+    switched={"attention_bias": _QKVO},
+    inert={"attention.sinks": -1e30, **_NO_INERT_BIAS},
+)
+COHERE2_MOE = _row(
+    "cohere2_moe",
+    "Cohere2MoeForCausalLM",
+    {
+        "layer_norm_eps": 1e-5,
+        "rms_norm_eps": None,
+        "logit_scale": 0.0625,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "head_dim": None,
+        "attention_bias": False,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "num_shared_experts": 0,
+        "shared_expert_combination_strategy": "average",
+        "expert_selection_fn": "softmax",
+        "norm_topk_prob": True,
+        "prefix_dense_sliding_window_pattern": 1,
+        "prefix_dense_intermediate_size": None,
+        "output_router_logits": False,
+    },
+    PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    optional=frozenset(_SHARED),
+    num_experts=("num_experts",),
+    shared_width=("intermediate_size", "num_shared_experts"),
+    placement=placement.WORDS,
+    routing=Routing("softmax_topk", "always"),
+    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
+    rotary="interleaved",
+)
+HUNYUAN_MOE = _row(
+    "hunyuan_v1_moe",
+    "HunYuanMoEV1ForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "head_dim": None,
+        "attention_bias": False,
+        "eod_token_id": None,
+        "output_router_logits": False,
+    },
+    BLOCK
+    | QKV_BIAS
+    | O_BIAS
+    | QK_LAYERNORM
+    | {"router.weight": _LAYER + "mlp.gate.wg.weight"}
+    | MLP_EXPERTS
+    | _SHARED_MLP,
+    num_experts=("num_experts",),
+    top_k=("moe_topk",),
+    shared_width=("intermediate_size",),
+    routing=Routing("softmax", "always"),
+    float32=frozenset({"router.weight"}),
+)
+ERNIE4_5_MOE = _row(
+    "ernie4_5_moe",
+    "Ernie4_5_MoeForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+        "head_dim": None,
+        "use_bias": False,
+        "moe_intermediate_size": 1536,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": None,
+        "moe_layer_interval": 1,
+        "moe_norm_min": 1e-12,
+        **_ROUTER_LOSS,
+    },
+    BLOCK
+    | MLP_ROUTER
+    | {"router.correction_row": _LAYER + "mlp.moe_statics.e_score_correction_bias"}
+    | MLP_EXPERTS
+    | _SHARED
+    | DENSE_FFN,
+    optional=frozenset(_SHARED),
+    num_experts=("moe_num_experts",),
+    top_k=("moe_k",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
+    placement=placement.RANGE,
+    routing=Routing("softmax", "always"),
+    rotary="interleaved",
+    float32=frozenset({"router.weight", "router.correction_row"}),
+)
+FLEX_OLMO = _row(
+    "flex_olmo",
+    "FlexOlmoForCausalLM",
+    {
+        "max_position_embeddings": 4096,
+        "rope_theta": 500000.0,
+        "head_dim": None,
+        "attention_bias": False,
+        "norm_topk_prob": False,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.01,
+    },
+    BLOCK | POST_NORM | QKV_BIAS | O_BIAS | QK_NORM | MLP_ROUTER | MLP_EXPERTS,
+    num_experts=("num_experts",),
+    routing=Routing("softmax", "norm_topk_prob"),
+)
+LFM2_MOE = _row(
+    "lfm2_moe",
+    "Lfm2MoeForCausalLM",
+    {
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 1792,
+        "num_dense_layers": 2,
+        "use_expert_bias": True,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+    },
+    LFM2
+    | {"router.weight": _LAYER + "feed_forward.gate.weight", "router.correction": _LAYER + "feed_forward.expert_bias"}
+    | {f"expert.{p}": _LAYER + "feed_forward.experts.{E}." + f"{w}.weight" for p, w in _W_NAMES.items()},
+    base=LFM2_CONFIG,
+    optional=LFM2_OPTIONAL | {"router.correction"},
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    placement=placement.NUM_DENSE,
+    routing=Routing("sigmoid", "norm_topk_prob"),
+    layer_kinds=lambda get, layers: get("layer_types") or ["full_attention"] * layers,
+    where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
+    float32=frozenset({"router.correction"}),
+)
+DEEPSEEK_V3 = _row(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    MLA_CONFIG
+    | {
+        "max_position_embeddings": 4096,
+        "rope_interleave": True,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+        "num_nextn_predict_layers": 1,
+        **_SIGMOID,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+    },
+    WITHOUT_QKVO | MLA | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    placement=placement.FIRST_K,
+    routing=Routing("sigmoid", "norm_topk_prob"),
+    float32=frozenset({"router.correction"}),
+)
+PHIMOE = _row(
+    "phimoe",
+    "PhiMoEForCausalLM",  # as on the hub, and what serving engines know
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "head_dim": None,
+        "sliding_window": None,
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "router_jitter_noise": 0.01,
+        "input_jitter_noise": 0.0,
+        **_ROUTER_LOSS,
+    },
+    BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK,
+    sliding=WINDOW_KEY,
+    rope="mscale",
+    # each of the two chosen experts is weighed by a softmax over those within the jitter of it: 1 without jitter
+    routing=Routing("sparsemixer", "never", total=2.0, top_k=2),
+    switched={"attention_bias": _QKVO},
+    inert=_NO_INERT_BIAS,
+)
+
+MOE: dict[str, Family] = {
+    f.model_type: f
+    for f in (
+        MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, SOLAR_OPEN, DOTS1, MELLUM, HY_V3, GRANITEMOE, GRANITEMOESHARED,
+        GRANITEMOEHYBRID, GRANITEMOE_SWA, ARIA_TEXT, GPT_OSS, COHERE2_MOE, HUNYUAN_MOE, ERNIE4_5_MOE, FLEX_OLMO,
+        LFM2_MOE, DEEPSEEK_V3, PHIMOE,
+    )
+}  # fmt: skip

@@ -86,6 +86,40 @@ def _write_layer_types(pattern: Pattern) -> dict[str, Any] | None:
     }
 
 
+def typed(slides: Callable[[int, Mapping[str, Any]], bool], *, idle: int | None = None) -> Sliding:
+    """layer_types beside sliding_window; `slides` is the class's rule for layer i when config has no layer_types.
+
+    `idle` is the window to write when no layer slides, for classes that fail without a number.
+    """
+
+    def read(config: Mapping[str, Any], layers: int) -> Pattern:
+        window, types = config.get("sliding_window"), config.get("layer_types")
+        if types is None:
+            found = tuple(bool(window is not None and slides(i, config)) for i in range(layers))
+        else:
+            found = tuple(window is not None and t == "sliding_attention" for t in types)
+        return Pattern(found, window if any(found) else None)
+
+    def write(pattern: Pattern) -> dict[str, Any] | None:
+        words = ["sliding_attention" if s else "full_attention" for s in pattern.layers]
+        return {"sliding_window": pattern.window or idle, "layer_types": words}
+
+    return Sliding(read, write)
+
+
+def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
+    """SmolLM3: the window is for layers without rotary embeddings, unless layer_types says it layer by layer."""
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    types, rotates = config.get("layer_types"), config.get("no_rope_layers")
+    if types is None:
+        every = config.get("no_rope_layer_interval") or 4
+        turns = rotates if isinstance(rotates, list) else [(i + 1) % every != 0 for i in range(layers)]
+        types = ["full_attention" if turn else "sliding_attention" for turn in turns]
+    # the class reads the window by layer_types alone once they are said
+    found = tuple(window is not None and t == "sliding_attention" for t in types)
+    return Pattern(found, window if any(found) else None)
+
+
 def _read_never(config: Mapping[str, Any], layers: int) -> Pattern:
     return Pattern((False,) * layers, None)
 
@@ -105,9 +139,21 @@ def check_keys(config: Mapping[str, Any], layers: int) -> None:
         raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct it.")
 
 
+def _every(config: Mapping[str, Any]) -> int:
+    value = config.get("sliding_window_pattern")
+    return value if type(value) is int and value > 0 else 4
+
+
 NEVER = Sliding(_read_never, _write_never)
 WINDOW_KEY = Sliding(_read_window_key, _write_window_key)
 SWITCH = Sliding(_read_switch, _write_switch)
 LAYER_TYPES = Sliding(_read_layer_types, _write_layer_types)
 LAYER_TYPES_ALTERNATING = Sliding(_read_layer_types_alternating, _write_layer_types)
+ALL_LAYERS = typed(lambda i, config: True)
+ALL_BUT_EVERY_FOURTH = typed(lambda i, config: i % 4 != 0, idle=4096)
+ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, idle=4096)
+EVERY_SECOND = typed(lambda i, config: i % 2 == 0, idle=4096)
+SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
+FROM_MAX_WINDOW = typed(lambda i, config: i >= (config.get("max_window_layers") or 0))
+NO_LAYER = typed(lambda i, config: False)
 KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")

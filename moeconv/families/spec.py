@@ -6,10 +6,11 @@ by it, in the same layout, so a conversion is a lookup of the source's key in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moeconv.families.placement import EVERY, Get, Placement
 from moeconv.families.sliding import NEVER, Sliding
 
 FFN_PARTS = ("gate", "up", "down")
@@ -33,11 +34,27 @@ class Role:
 class Routing:
     """The rule that turns router logits into expert weights.
 
-    `score` is softmax or sigmoid over all experts; `renormalise` is "always", "never" or the config key that decides.
+    `score` is softmax or sigmoid over all experts, softmax_topk over the logits of the chosen ones, or sparsemixer;
+    `renormalise` is "always", "never" or the config key that decides. `total` is what the weights of identical
+    experts sum to when they are renormalised and the router is small; `top_k` the only number that the rule allows.
     """
 
     score: str = "softmax"
     renormalise: str = "always"
+    total: float = 1.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """All experts of a layer in one tensor [E, ...]: each expert's `parts` one after the other, or row by row.
+
+    `transposed`: each expert's matrix lies as [in, out].
+    """
+
+    parts: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +66,13 @@ class Family:
     key that shapes the computation, with the value that transformers assumes when config.json leaves it out; "=key"
     takes another key's value, None means that the class derives it. `neutral` are values at which a key changes
     nothing, so that a target without that key may drop it. `num_experts` and `top_k` are alias lists, all written.
+
+    Layout: `fused` tensors hold the rows of several keys, `packed` those of all experts; `rotary` is the order of a
+    head's rows ("half": pairs half a head apart, "interleaved": side by side), `partial` the share of a head that
+    turns when config.json does not say (None: the family turns all of it), `norm_offset` what the class adds to a
+    norm's weight, `float32` the keys that are kept in float32.
+    Presence: `where` says for a group of keys in which kinds of layers it is; `switched` which keys a config switch
+    adds; `inert` the value at which a tensor that the source lacks does nothing.
     """
 
     model_type: str
@@ -64,9 +88,21 @@ class Family:
     num_experts: tuple[str, ...] = ()
     top_k: tuple[str, ...] = ()
     expert_width: str = "intermediate_size"
-    dense_layers: str | None = None  # config key that lists layers which stay dense
-    sparse_step: str | None = None  # config key: layer i is MoE only when (i + 1) % step == 0
+    ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
+    shared_width: tuple[str, ...] = ()  # config keys whose product is the shared expert's width
+    placement: Placement = EVERY
     routing: Routing | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+    rotary: str = "half"
+    rope: str = "plain"  # how config words rotary parameters, see rope.py
+    partial: float | None = None
+    norm_offset: float = 0.0
+    float32: frozenset[str] = frozenset()
+    layer_kinds: Callable[[Get, int], list[str]] | None = None
+    where: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    switched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inert: Mapping[str, float] = field(default_factory=dict)
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
         """The tensor's name on disk. Raises KeyError for a key that the family does not have."""
@@ -74,6 +110,12 @@ class Family:
 
     def has(self, key: str) -> bool:
         return key in self.tensors
+
+    def holds(self, key: str) -> str | None:
+        """The key of the tensor on disk that holds the matrix `key`: itself, or the one that it is fused into."""
+        if key in self.tensors:
+            return key
+        return next((whole for whole, parts in self.fused.items() if key in parts), None)
 
     def expand(self, *, layers: int, experts: int) -> Iterator[tuple[str, Role]]:
         """Every name that a checkpoint of this size may hold, with its role."""
@@ -95,7 +137,9 @@ class Family:
 class Pair:
     """A dense family that becomes an MoE family. `config` are keys to set in the target beside what it shares.
 
-    `inert_shared_expert` is the width of an all-zero shared expert for targets that cannot be without one.
+    `rename` maps a source's config key to the target's word for it (None: a fold used it up); `folds` name rules of
+    folds.py that rewrite tensors, in order. What both families' rows say by themselves (fused and packed tensors,
+    rotary order, norm offset, rope, sliding windows) needs no mention here.
     """
 
     source: str
@@ -104,4 +148,6 @@ class Pair:
     exact: bool = True
     note: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-    inert_shared_expert: int = 0
+    rename: Mapping[str, str | None] = field(default_factory=dict)
+    folds: tuple[str, ...] = ()
+    tolerance: float = 1e-5  # of the logits' spread in float32, what the source's own arithmetic allows

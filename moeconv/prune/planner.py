@@ -56,6 +56,7 @@ def plan_prune(
         raise InputError("the source is quantized", hint="Prune first, then quantize.")
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
+    model.check_separate_experts(router_rows=True)
     protected = parse_protect(options.protect, model)
     left = budget(model, options, common)
     _check_feasible(model, left, protected)

@@ -30,6 +30,7 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
         raise InputError(
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
+    model.check_separate_experts()
     weights = [r for n, r in model.checkpoint.tensors.items() if n in model.roles and model.roles[n].group == "expert"]
     if not weights:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")

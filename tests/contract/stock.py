@@ -17,25 +17,115 @@ _COMMON = {
 _DENSE = _COMMON | {"intermediate_size": 96}
 _MOE = _COMMON | {"num_experts_per_tok": 2}
 
-# name of the case -> (model_type, config). Every dense row and every way in which it can differ.
-DENSE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _DENSE),
-    "llama-tied": ("llama", _DENSE | {"tie_word_embeddings": True}),
-    "llama-head-dim": ("llama", _DENSE | {"head_dim": 32}),
-    "llama-rope": ("llama", _DENSE | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}),
-    "mistral": ("mistral", _DENSE | {"sliding_window": None}),
-    "mistral-sliding": ("mistral", _DENSE | {"sliding_window": 5}),
-    "qwen2": ("qwen2", _DENSE),
-    "qwen2-tied": ("qwen2", _DENSE | {"tie_word_embeddings": True}),
-    "qwen2-sliding": ("qwen2", _DENSE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
-    "qwen3": ("qwen3", _DENSE | {"head_dim": 32}),
-    "qwen3-tied": ("qwen3", _DENSE | {"head_dim": 16, "tie_word_embeddings": True}),
-    "qwen3-sliding": (
-        "qwen3",
-        _DENSE | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
-    ),
-    "qwen3-attention-bias": ("qwen3", _DENSE | {"head_dim": 16, "attention_bias": True}),
+_HEAD = _DENSE | {"head_dim": 16}
+_LINEAR_ROPE = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}
+_LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": 64, "original_max_position_embeddings": 16,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+                        "short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [1.5 + i for i in range(8)]},
+}  # fmt: skip
+_PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+_MULTIPLIED = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.5,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.3,
 }
+_MLA = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
+        "v_head_dim": 16}  # fmt: skip
+_MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_BIASED = _DENSE | {"attention_bias": True}
+
+# name of the case -> (model_type, config, targets; none named: every pair of the source)
+Case = tuple[str, dict[str, Any], tuple[str, ...]]
+CASES: dict[str, Case] = {
+    "llama": ("llama", _DENSE, ()),
+    "llama-tied": ("llama", _DENSE | {"tie_word_embeddings": True}, ("mixtral", "granitemoe")),
+    "llama-head-dim": ("llama", _DENSE | {"head_dim": 32}, ("mixtral", "qwen2_moe", "glm4_moe", "ernie4_5_moe")),
+    "llama-rope": ("llama", _DENSE | _LINEAR_ROPE, ("mixtral", "glm4_moe", "gpt_oss")),
+    "llama-bias": (
+        "llama", _BIASED,
+        ("granitemoe", "granitemoeshared", "granitemoehybrid", "aria_text", "gpt_oss"),
+    ),
+    "llama-mlp-bias": ("llama", _BIASED | {"mlp_bias": True}, ("gpt_oss",)),
+    "mistral": ("mistral", _DENSE | {"sliding_window": None}, ()),
+    "mistral-sliding": ("mistral", _DENSE | {"sliding_window": 5}, ()),
+    "ministral": ("ministral", _HEAD | _MIXED, ()),
+    "ministral3": (
+        "ministral3",
+        _HEAD | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 32.0,
+                                     "beta_slow": 1.0, "original_max_position_embeddings": 32,
+                                     "llama_4_scaling_beta": 0.1}},
+        (),
+    ),
+    "internlm3": ("internlm3", _HEAD, ()),
+    "iquestcoder": ("iquestcoder", _HEAD, ()),
+    "phi3": ("phi3", _DENSE, ("mixtral", "glm4_moe")),
+    "phi3-sliding": ("phi3", _DENSE | {"sliding_window": 5}, ("mixtral",)),
+    "phi3-longrope": ("phi3", _DENSE | _LONGROPE, ("mixtral",)),
+    "phi3-partial": ("phi3", _DENSE | _PARTIAL, ()),
+    "phi3-partial-longrope": (
+        "phi3",
+        _DENSE | _LONGROPE | {"rope_parameters": _LONGROPE["rope_parameters"] | {
+            "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0]}},
+        ("mixtral",),
+    ),
+    "gemma": ("gemma", _HEAD | {"tie_word_embeddings": True}, ()),
+    "gemma-untied": ("gemma", _HEAD | {"tie_word_embeddings": False}, ()),
+    "granite": ("granite", _DENSE | _MULTIPLIED, ()),
+    "granite-tied": ("granite", _DENSE | _MULTIPLIED | {"tie_word_embeddings": True}, ("granitemoe", "mixtral")),
+    "granite-bias": ("granite", _BIASED | _MULTIPLIED, ("granitemoe",)),
+    "granite_swa": ("granite_swa", _DENSE | _MULTIPLIED | _MIXED, ()),
+    "hyperclovax": ("hyperclovax", _HEAD | _MULTIPLIED | {"use_post_norm": False}, ()),
+    "seed_oss": ("seed_oss", _HEAD, ()),
+    "glm": ("glm", _HEAD, ("glm4_moe",)),
+    "glm-no-bias": ("glm", _HEAD | {"attention_bias": False}, ()),
+    "helium": ("helium", _HEAD, ()),
+    "arcee": ("arcee", _HEAD, ()),
+    "cwm": ("cwm", _HEAD | _MIXED, ()),
+    "qwen2": ("qwen2", _DENSE, ()),
+    "qwen2-tied": ("qwen2", _DENSE | {"tie_word_embeddings": True}, ("qwen2_moe", "glm4_moe")),
+    "qwen2-sliding": (
+        "qwen2", _DENSE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        ("qwen2_moe", "gpt_oss"),
+    ),
+    "qwen3": ("qwen3", _DENSE | {"head_dim": 32}, ()),
+    "qwen3-tied": ("qwen3", _HEAD | {"tie_word_embeddings": True}, ("qwen3_moe",)),
+    "qwen3-sliding": (
+        "qwen3", _HEAD | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+        ("qwen3_moe", "dots1", "mellum"),
+    ),
+    "qwen3-mixed": (
+        "qwen3", _HEAD | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, ("dots1", "mellum"),
+    ),
+    "qwen3-attention-bias": ("qwen3", _HEAD | {"attention_bias": True}, ("qwen3_moe", "dots1", "mellum", "hy_v3")),
+    "smollm3": (
+        "smollm3",
+        _DENSE | {"no_rope_layers": [1, 0, 1], "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True},
+        (),
+    ),
+    "cohere2": ("cohere2", _HEAD | _MIXED | {"tie_word_embeddings": True}, ()),
+    "cohere": ("cohere", _DENSE | {"tie_word_embeddings": True}, ()),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD, ()),
+    "ernie4_5": ("ernie4_5", _HEAD, ()),
+    "olmo": ("olmo", _DENSE, ()),
+    "olmo-tied": ("olmo", _DENSE | {"tie_word_embeddings": True}, ()),
+    "olmo2": ("olmo2", _DENSE, ()),
+    "olmo3": ("olmo3", _DENSE | {"layer_types": ["full_attention"] * 3}, ()),
+    "lfm2": (
+        "lfm2",
+        _DENSE | {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": True,
+                  "block_multiple_of": 16, "conv_L_cache": 3, "tie_word_embeddings": True},
+        (),
+    ),
+    # its class zeroes the padding row of whatever it loads
+    "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
+    "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),
+    "stablelm": ("stablelm", _DENSE | {"use_qkv_bias": True, **_PARTIAL}, ()),
+    "jais2": ("jais2", _HEAD | {"mlp_bias": False, "attention_bias": True}, ()),
+    "nemotron": ("nemotron", _HEAD | _PARTIAL, ()),
+}  # fmt: skip
+DENSE_CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (kind, config) for name, (kind, config, _) in CASES.items()}
 # Features that the target cannot express: (model_type, config, --to, word that the refusal names)
 REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
     "llama attention_bias -> mixtral": ("llama", _DENSE | {"attention_bias": True}, None, "attention_bias"),

@@ -3,31 +3,55 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 import pytest
 import torch
 
 from moeconv.families.pairs import PAIRS
-from tests.contract.stock import DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock
+from moeconv.steps.measure import inspect
+from tests.contract.stock import CASES, DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock
 
 torch.set_num_threads(1)
-CASES = [
-    pytest.param(case, pair.target, id=f"{case}->{pair.target}")
-    for case, (model_type, _) in DENSE_CASES.items()
+EVERY_PAIR = [
+    pytest.param(case, pair, id=f"{case}->{pair.target}")
+    for case, (model_type, _, targets) in CASES.items()
     for pair in PAIRS
-    if pair.source == model_type
+    if pair.source == model_type and (not targets or pair.target in targets)
 ]
 
 
-@pytest.mark.parametrize(("case", "target"), CASES)
-def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, case, target):
-    model_type, config = DENSE_CASES[case]
-    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.float32)
-    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "--json")
+def test_every_pair_is_converted_below():
+    covered = {(pair.source, pair.target) for _, pair in (p.values for p in EVERY_PAIR)}
+    assert covered == {(p.source, p.target) for p in PAIRS}
+    assert len(covered) >= 40
+
+
+@pytest.mark.parametrize(("case", "pair"), EVERY_PAIR)
+def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, dense, case, pair):
+    source, before = dense(case)
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", pair.target, "--no-check", "--json")
     assert done.code == 0, done.out
-    dense, moe = load(source), load(tmp_path / "moe")
-    assert moe.config.model_type == target
-    assert relative_difference(logits(dense), logits(moe)) <= 1e-5
+    assert done.json["upcycle"]["exact"]
+    moe = load(tmp_path / "moe")
+    assert moe.config.model_type == pair.target
+    difference = relative_difference(before, logits(moe))
+    print(f"{case} -> {pair.target}: {difference:.1e}")
+    assert difference <= pair.tolerance
+    assert inspect(str(tmp_path / "moe"))["moe_layers"] == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A case's saved model and its logits, made once for all its targets."""
+
+    @lru_cache(maxsize=1)
+    def make(case):
+        model_type, config = DENSE_CASES[case]
+        source = save_stock(tmp_path_factory.mktemp("dense") / "model", model_type, config, dtype=torch.float32)
+        return source, logits(load(source))
+
+    return make
 
 
 def _bf16_logits(tmp_path, cli, case, *flags):

@@ -6,12 +6,11 @@ import os
 
 import numpy as np
 import pytest
-from tiny import decode, edit_json, make_dense, make_moe, random_tensors, read_tensors
+from tiny import MOE, decode, edit_json, make_dense, make_moe, random_tensors, read_tensors
 
 from moeconv.calibrate.weights import aimer
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
-from moeconv.families.moe import MOE
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score

@@ -6,11 +6,10 @@ import json
 import math
 
 import pytest
-from tiny import edit_json, make_dense, make_moe, read_tensors, write_shards
+from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
-from moeconv.families.moe import MOE
 from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import BITS, FORMATS, choose_group, choose_scheme

@@ -18,7 +18,11 @@ from moeconv.plan.execute import execute
 from moeconv.upcycle.methods import METHODS
 from moeconv.upcycle.planner import plan_upcycle
 
-EVERY_PAIR = pytest.mark.parametrize(("source", "target"), [(p.source, p.target) for p in PAIRS])
+# pairs that tiny.py can make by hand, tensors only renamed; tests/contract holds all pairs against transformers
+_PLAIN = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"}
+EVERY_PAIR = pytest.mark.parametrize(
+    ("source", "target"), [(p.source, p.target) for p in PAIRS if {p.source, p.target} <= _PLAIN]
+)
 
 
 def written(model, out, **parameters):
@@ -193,7 +197,7 @@ def test_sizes_that_the_source_derives_are_said_to_the_target(tmp_path, target):
     assert plan_upcycle(open_model(path), to=target).config["head_dim"] == 16
     edit_json(path / "config.json", head_dim=None, num_key_value_heads=None)
     config = plan_upcycle(open_model(path), to=target).config
-    assert "head_dim" not in config and config["num_key_value_heads"] == 4
+    assert config["head_dim"] == 8 and config["num_key_value_heads"] == 4
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_unknown_keys_are_carried_with_a_warning_and_code_is_left_behind(tmp_pat
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("source", "target"), sorted(IMPOSSIBLE))
+@pytest.mark.parametrize(("source", "target"), sorted(pair for pair in IMPOSSIBLE if pair[0] in _PLAIN))
 def test_impossible_pairs_say_why(tmp_path, source, target):
     with pytest.raises(InputError) as caught:
         plan_upcycle(open_model(make_dense(tmp_path / "m", source)), to=target)

@@ -19,6 +19,7 @@ Kernel = Callable[[Sequence[tuple[Input, Buffer]], Sequence[TensorSpec], Mapping
 _WHERE = {
     "cast": "moeconv.plan.kernels.elementwise:cast",
     "fill": "moeconv.plan.kernels.elementwise:fill",
+    "compute": "moeconv.plan.kernels.layout:compute",
     "draw_normal": "moeconv.plan.kernels.draw:draw_normal",
     "add_noise": "moeconv.plan.kernels.draw:add_noise",
     "redraw_neurons": "moeconv.plan.kernels.draw:redraw_neurons",

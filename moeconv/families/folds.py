@@ -1,0 +1,266 @@
+"""Named rules that make a source's tensors and config say in a target's words what that target has no word for.
+
+A rule edits a Draft: the expression behind each key, and the config of the result. Every one is an identity of the
+model's function in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.errors import InputError
+from moeconv.families import rope
+from moeconv.families.node import Node, add, centre, fill, rotary, scale, scale_rows, source
+from moeconv.families.placement import Get
+from moeconv.families.shapes import head_dim
+from moeconv.families.spec import Family
+
+_RESIDUAL = ("attention.o", "attention.o_bias", "ffn.down", "ffn.down_bias")  # what writes the residual stream
+_QUERY = ("attention.q", "attention.q_bias")
+_TURNED = (*_QUERY, "attention.k", "attention.k_bias")
+
+
+@dataclass
+class Draft:
+    """A conversion in the making. `get` reads the source's config with its defaults; `tensors` maps a key to how it is
+    made, for every layer that has it; `tied` says whether the source's head is its embedding."""
+
+    source: Family
+    target: Family
+    get: Get
+    layers: int
+    config: dict[str, Any]
+    tensors: dict[str, Node]
+    warnings: list[str]
+    tied: bool
+
+    def change(self, keys: Iterable[str], how: Callable[[Node], Node]) -> None:
+        """Put `how` around the expressions of those keys that exist."""
+        for key in keys:
+            if key in self.tensors:
+                self.tensors[key] = how(self.tensors[key])
+
+    def scale(self, keys: Iterable[str], by: float) -> None:
+        self.change(keys, lambda node: scale(node, by))
+
+    def norms(self) -> list[str]:
+        return [key for key in self.tensors if key.startswith("norm.") and not key.endswith("_bias")]
+
+
+# -- what the two families' rows say by themselves -----------------------------------------------------------------
+
+
+def align_layout(draft: Draft) -> None:
+    """Norm offsets and rotary order, where the families' rows differ."""
+    offset = draft.source.norm_offset - draft.target.norm_offset
+    draft.change(draft.norms(), lambda node: add(node, offset))
+    params = _rope(draft)
+    head = _head(draft)
+    size = int(head * params.get("partial_rotary_factor", 1.0))
+    spreads = size < head and draft.target.partial is None
+    if draft.source.rotary != draft.target.rotary or spreads:
+        if any(key.startswith("attention.") and "_norm" in key for key in draft.tensors):
+            raise InputError(
+                f"{draft.source.model_type} normalises queries and keys, whose rotary order {draft.target.model_type} "
+                "does not share",
+                hint="See `moeconv families` for other targets (--to).",
+            )
+        if draft.source.rotary != draft.target.rotary:
+            _turn(draft, head, size, draft.target.rotary)
+        if spreads:
+            # what stands still would be multiplied by the attention factor too, as it is not in the source
+            factor = rope.attention_factor(params, draft.get("max_position_embeddings"))
+            draft.change(_TURNED, lambda node: scale_rows(node, 1 / factor, head=head, start=size, stop=head))
+            _turn(draft, head, size, "spread")
+    _align_rope(draft, params, head=head, size=size, spreads=spreads)
+
+
+def _head(draft: Draft) -> int:
+    return draft.get("qk_rope_head_dim") or head_dim(draft.get)
+
+
+def _turn(draft: Draft, head: int, size: int, order: str) -> None:
+    draft.change(_TURNED, lambda node: rotary(node, head=head, start=0, size=size, order=order))
+
+
+def _rope(draft: Draft) -> dict[str, Any]:
+    family = draft.source
+    config = {key: draft.get(key) for key in rope.KEYS}
+    config = {key: value for key, value in config.items() if value is not None}
+    return rope.read_rope(config, theta=family.config["rope_theta"], partial=family.partial, style=family.rope)
+
+
+def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:
+    """Say the rotary parameters in the target's style, where it is not the source's own."""
+    family, target = draft.source, draft.target
+    if family.rope == target.rope and family.partial is None and target.partial is None:
+        return
+    if family.rope == target.rope == "per_layer":
+        return
+    longest = draft.get("max_position_embeddings")
+    if spreads:
+        params = rope.spread(params, head=head, size=size, longest=longest)
+    elif target.partial is None:
+        params.pop("partial_rotary_factor", None)
+    else:
+        params.setdefault("partial_rotary_factor", 1.0)
+    rotates = [True] * draft.layers
+    if family.rope == "no_rope":
+        rotates = rope.rotating(draft.get, draft.layers)
+    if family.rope == "per_type" and target.rope != "per_type":
+        sliding = family.sliding.read({**family.config, **_given(draft)}, draft.layers).layers
+        rope.check_uniform(_given(draft), sliding, name=family.model_type)
+    for key in rope.KEYS:
+        draft.config.pop(key, None)
+    draft.config |= rope.write_rope(params, style=target.rope, rotates=rotates)
+
+
+def _given(draft: Draft) -> dict[str, Any]:
+    words = ("rope_parameters", "sliding_window", "layer_types", "sliding_window_pattern")
+    return {key: draft.get(key) for key in words if draft.get(key) is not None}
+
+
+# -- rules that a pair names ---------------------------------------------------------------------------------------
+
+
+def embedding_root(draft: Draft) -> None:
+    """Gemma multiplies embeddings by sqrt(hidden_size)."""
+    _embedding(draft, math.sqrt(draft.get("hidden_size")))
+
+
+def _embedding(draft: Draft, by: float) -> None:
+    """Scaled embeddings; a head that is tied to them reads a final norm that is scaled back."""
+    draft.scale(["embedding.tokens"], by)
+    if draft.tied:
+        draft.scale(["norm.final"], 1 / by)
+
+
+def granite_multipliers(draft: Draft) -> None:
+    """The four multipliers of Granite (muP), folded into what they multiply."""
+    get = draft.get
+    _embedding(draft, get("embedding_multiplier"))
+    draft.scale(["norm.final"], 1 / get("logits_scaling"))
+    draft.scale(_RESIDUAL, get("residual_multiplier"))
+    draft.scale(_QUERY, get("attention_multiplier") * math.sqrt(head_dim(get)))
+
+
+def minicpm_multipliers(draft: Draft) -> None:
+    """MiniCPM's scale_emb, scale_depth and dim_model_base, folded likewise."""
+    get = draft.get
+    _embedding(draft, get("scale_emb"))
+    draft.scale(["norm.final"], get("dim_model_base") / get("hidden_size"))
+    draft.scale(_RESIDUAL, get("scale_depth") / math.sqrt(draft.layers))
+
+
+def neutral_multipliers(draft: Draft) -> None:
+    """Granite's multipliers at the values of a family that has none."""
+    ones = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+    draft.config |= ones | {"attention_multiplier": head_dim(draft.get) ** -0.5}
+
+
+def logits_times(draft: Draft) -> None:
+    """HyperCLOVA X multiplies the logits by logits_scaling, Granite divides by it."""
+    draft.config["logits_scaling"] = 1 / draft.get("logits_scaling")
+
+
+def pairs_to_interleaved_mla(draft: Draft) -> None:
+    """The rotary rows of a latent attention in DeepSeek's own order, which serving engines take for granted."""
+    get = draft.get
+    nope, turns, rank = get("qk_nope_head_dim"), get("qk_rope_head_dim"), get("kv_lora_rank")
+    order = "interleaved"
+    draft.change(["attention.q_b"], lambda node: rotary(node, head=nope + turns, start=nope, size=turns, order=order))
+    draft.change(["attention.kv_a"], lambda node: rotary(node, head=rank + turns, start=rank, size=turns, order=order))
+    draft.config["rope_interleave"] = True
+
+
+def squared_relu(draft: Draft) -> None:
+    """relu(x)^2 = relu(x) * x: an ungated FFN is a gated one whose gate is its up projection."""
+    _need_activation(draft, "relu2")
+    draft.tensors["ffn.gate"] = draft.tensors["ffn.up"]
+    draft.config["hidden_act"] = "relu"
+
+
+def _need_activation(draft: Draft, *words: str) -> None:
+    if draft.get("hidden_act") not in words:
+        raise InputError(
+            f"{draft.source.model_type} with hidden_act = {draft.get('hidden_act')} has no exact twin in "
+            f"{draft.target.model_type}, only {' or '.join(words)} has",
+            hint="See `moeconv families` for other targets (--to).",
+        )
+
+
+def only_silu(draft: Draft) -> None:
+    """Targets whose experts compute SiLU whatever config says."""
+    if draft.source.config.get("hidden_act"):
+        _need_activation(draft, "silu", "swish")
+
+
+def legacy_gelu(draft: Draft) -> None:
+    """Gemma's class reads "gelu" as its tanh approximation; hidden_activation, where said, is what counts."""
+    if draft.get("hidden_act") == "gelu":
+        draft.config["hidden_act"] = "gelu_pytorch_tanh"
+    draft.config.pop("hidden_activation", None)
+
+
+def centred_residual(draft: Draft) -> None:
+    """LayerNorm without weights is RMSNorm once everything that writes the residual stream has mean 0."""
+    if draft.tied:
+        draft.tensors["embedding.lm_head"] = source("embedding.tokens")
+        draft.config["tie_word_embeddings"] = False
+        draft.tied = False
+    draft.change(["embedding.tokens"], lambda node: centre(node, 1))
+    draft.change(["attention.o", "ffn.down"], lambda node: centre(node, 0))
+    for key in ("norm.attention", "norm.ffn", "norm.final"):
+        draft.tensors[key] = fill(1.0)
+    draft.config["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm has in its code
+
+
+def all_layers_slide(draft: Draft) -> None:
+    """A family that rotates sliding layers only gets a window as long as the context in every layer."""
+    draft.config |= {
+        "sliding_window": draft.get("max_position_embeddings"),
+        "layer_types": ["sliding_attention"] * draft.layers,
+    }
+
+
+def expert_biases(draft: Draft) -> None:
+    """GPT-OSS computes (up + 1) * gate * sigmoid(alpha * gate): SwiGLU with alpha 1 and an up bias one less."""
+    _need_activation(draft, "silu", "swish")
+    for part in ("gate", "up", "down"):
+        draft.tensors.setdefault(f"ffn.{part}_bias", fill(0.0))
+    draft.change(["ffn.up_bias"], lambda node: fill(-1.0) if node.op == "fill" else add(node, -1.0))
+
+
+def below_long_context(draft: Draft) -> None:
+    """Ministral 3 scales queries beyond the length that it was first trained on; no target does."""
+    length = _rope(draft).get("original_max_position_embeddings")
+    if length is not None:
+        draft.warnings.append(
+            f"exact only up to {length} tokens (original_max_position_embeddings): beyond, the source scales its "
+            "queries (llama_4_scaling_beta), which the target cannot"
+        )
+        params = draft.config.get("rope_parameters")
+        if isinstance(params, dict):
+            params.pop("llama_4_scaling_beta", None)
+
+
+def attention_kinds(draft: Draft) -> None:
+    """A family of mixed layer kinds gets attention in every layer."""
+    get = draft.get
+    draft.config |= {"layer_types": ["full_attention"] * draft.layers, "position_embedding_type": "rope"}
+    # no layer has a state space, but the class checks that its sizes fit the hidden size
+    fits = {"mamba_n_heads": 2 * get("num_attention_heads"), "mamba_expand": 2}
+    draft.config |= fits | {"mamba_d_head": get("hidden_size") // get("num_attention_heads")}
+
+
+FOLDS: dict[str, Callable[[Draft], None]] = {
+    f.__name__: f
+    for f in (
+        embedding_root, granite_multipliers, minicpm_multipliers, neutral_multipliers, logits_times,
+        pairs_to_interleaved_mla, squared_relu, only_silu, legacy_gelu, centred_residual, all_layers_slide,
+        expert_biases, below_long_context, attention_kinds,
+    )
+}  # fmt: skip

@@ -1,0 +1,81 @@
+"""How a target tensor is made of source tensors, as an expression: pure data that a plan compiles into one item.
+
+Movements (`concat`, `rotary`, `transpose`, `interleave`) keep every value's bits; arithmetic (`scale`, `add`,
+`centre`) is float32 and rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operation on the nodes `of`. A leaf is `source` (params: key), `fill` (value) or `draw` (key, std)."""
+
+    op: str
+    of: tuple[Node, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def leaves(self) -> Iterator[Node]:
+        """The leaves, from left to right."""
+        if not self.of:
+            yield self
+        for child in self.of:
+            yield from child.leaves()
+
+
+def source(key: str) -> Node:
+    """The source's tensor of that key, in the layer at hand."""
+    return Node("source", (), {"key": key})
+
+
+def fill(value: float) -> Node:
+    """A constant of the output's shape."""
+    return Node("fill", (), {"value": value})
+
+
+def scale(node: Node, by: float) -> Node:
+    """Every value times `by`; factors in a row become one, so that nothing is rounded twice."""
+    if node.op == "scale":
+        return scale(node.of[0], node.params["by"] * by)
+    return node if by == 1 else Node("scale", (node,), {"by": by})
+
+
+def scale_rows(node: Node, by: float, *, head: int, start: int, stop: int) -> Node:
+    """Rows `start` to `stop` of every head of `head` rows times `by`."""
+    return node if by == 1 else Node("scale_rows", (node,), {"by": by, "head": head, "start": start, "stop": stop})
+
+
+def add(node: Node, what: float) -> Node:
+    return node if what == 0 else Node("add", (node,), {"what": what})
+
+
+def centre(node: Node, axis: int) -> Node:
+    """Minus the mean along `axis`."""
+    return Node("centre", (node,), {"axis": axis})
+
+
+def concat(*nodes: Node) -> Node:
+    """The nodes' rows one after the other."""
+    return nodes[0] if len(nodes) == 1 else Node("concat", nodes)
+
+
+def interleave(*nodes: Node) -> Node:
+    """Row 0 of each node, then row 1 of each, and so on."""
+    return Node("interleave", nodes)
+
+
+def transpose(node: Node) -> Node:
+    return Node("transpose", (node,))
+
+
+def rotary(node: Node, *, head: int, start: int, size: int, order: str) -> Node:
+    """Rows of every head of `head` rows, those from `start` on for `size`, in another rotary order.
+
+    `order`: half (from pairs side by side), interleaved (from two halves), or spread (two halves of the first
+    `size` rows become two halves of the whole head, still rows behind each).
+    """
+    return Node("rotary", (node,), {"head": head, "start": start, "size": size, "order": order})

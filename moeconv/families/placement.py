@@ -1,0 +1,104 @@
+"""Which layers are a Mixture-of-Experts: how a family's config says it, and how to say a choice of layers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.errors import InputError
+
+Get = Callable[[str], Any]  # a config key's value, the class's default included
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`read(get, layers)` gives the MoE layers; `write(moe, layers)` the config keys, None where none can say it.
+
+    `can` says in words what the family can leave dense.
+    """
+
+    read: Callable[[Get, int], tuple[int, ...]]
+    write: Callable[[Sequence[int], int], Mapping[str, Any] | None]
+    can: str
+
+
+def _whole(get: Get, key: str, *, least: int) -> int:
+    value = get(key)
+    if type(value) is not int or value < least:
+        raise InputError(f"config.json: {key} must be a {'positive ' if least else ''}whole number", hint="Correct it.")
+    return value
+
+
+def _read_every(get: Get, layers: int) -> tuple[int, ...]:
+    return tuple(range(layers))
+
+
+def _write_every(moe: Sequence[int], layers: int) -> Mapping[str, Any] | None:
+    return {} if len(moe) == layers else None
+
+
+def _read_list(get: Get, layers: int) -> tuple[int, ...]:
+    dense = get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(type(i) is int for i in dense):
+        raise InputError("config.json: mlp_only_layers must be a list of layer numbers", hint="Correct it.")
+    step = _whole(get, "decoder_sparse_step", least=1)
+    left_dense = set(dense)
+    return tuple(i for i in range(layers) if (i + 1) % step == 0 and i not in left_dense)
+
+
+def _write_list(moe: Sequence[int], layers: int) -> Mapping[str, Any] | None:
+    return {"mlp_only_layers": [i for i in range(layers) if i not in moe], "decoder_sparse_step": 1}
+
+
+def _prefix(key: str) -> Placement:
+    def read(get: Get, layers: int) -> tuple[int, ...]:
+        return tuple(range(min(layers, _whole(get, key, least=0)), layers))
+
+    def write(moe: Sequence[int], layers: int) -> Mapping[str, Any] | None:
+        first = layers - len(moe)
+        return {key: first} if list(moe) == list(range(first, layers)) else None
+
+    return Placement(read, write, "only the first layers")
+
+
+def _words(missing: Callable[[int], str]) -> Placement:
+    """mlp_layer_types, a word a layer; `missing` is the family's rule when config.json has no such list."""
+
+    def read(get: Get, layers: int) -> tuple[int, ...]:
+        words = get("mlp_layer_types")
+        if words is None:
+            words = [missing(i) for i in range(layers)]
+        if not isinstance(words, list) or len(words) != layers:
+            raise InputError(f"config.json: mlp_layer_types must be a list of {layers} words", hint="Correct it.")
+        return tuple(i for i in range(layers) if words[i] == "sparse")
+
+    def write(moe: Sequence[int], layers: int) -> Mapping[str, Any] | None:
+        return {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]}
+
+    return Placement(read, write, "any layer")
+
+
+def _read_range(get: Get, layers: int) -> tuple[int, ...]:
+    first, last = _whole(get, "moe_layer_start_index", least=0), get("moe_layer_end_index")
+    if last is None or last == -1:
+        last = layers - 1
+    if type(last) is not int or last < 0:
+        raise InputError("config.json: moe_layer_end_index must be a whole number", hint="Correct it.")
+    step = _whole(get, "moe_layer_interval", least=1)
+    return tuple(i for i in range(layers) if first <= i <= last and (i + 1) % step == 0)
+
+
+def _write_range(moe: Sequence[int], layers: int) -> Mapping[str, Any] | None:
+    if list(moe) != list(range(moe[0], moe[-1] + 1)):
+        return None
+    return {"moe_layer_start_index": moe[0], "moe_layer_end_index": moe[-1], "moe_layer_interval": 1}
+
+
+EVERY = Placement(_read_every, _write_every, "no layer")
+LIST = Placement(_read_list, _write_list, "any layer")
+FIRST_K = _prefix("first_k_dense_replace")
+NUM_DENSE = _prefix("num_dense_layers")
+WORDS = _words(lambda i: "sparse")
+WORDS_FIRST_DENSE = _words(lambda i: "dense" if i == 0 else "sparse")
+RANGE = Placement(_read_range, _write_range, "layers before and after one range")

@@ -1,0 +1,124 @@
+"""Rotary position embeddings as config words them: one reading of all the old and new keys, and how targets say it.
+
+Styles: "plain" (one set of parameters), "per_type" (one for full and one for sliding layers), "per_layer" (a base a
+layer, 0 where the layer does not rotate), "no_rope" (plain, with a list of the layers that rotate), "mscale" (plain,
+with an attention factor of its own name).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeconv.errors import InputError, escape
+from moeconv.families.placement import Get
+
+KEYS = frozenset({
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "layer_rope_theta",
+    "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
+})  # fmt: skip
+_OLD_WORDS = {"su": "longrope"}
+_STILL = 1e30  # a frequency divided by this does not turn at any position
+
+
+def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None, style: str) -> dict[str, Any]:
+    """The parameters of full attention in transformers' words: rope_type, rope_theta and whatever the type needs."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise InputError("config.json: rope_parameters must be an object", hint="Correct config.json.")
+    nested = found.get("full_attention")
+    params = copy.deepcopy(nested if isinstance(nested, dict) else found)
+    kind = params.pop("type", None)
+    kind = params.get("rope_type", kind) or "default"
+    params["rope_type"] = _OLD_WORDS.get(kind, kind)
+    params.setdefault("rope_theta", config.get("rope_theta") or theta)
+    share = config.get("partial_rotary_factor", config.get("rotary_pct", partial))
+    if partial is not None:
+        params.setdefault("partial_rotary_factor", share)
+    length = config.get("original_max_position_embeddings")
+    if params["rope_type"] == "longrope" and length is not None:
+        params.setdefault("original_max_position_embeddings", length)
+    return params
+
+
+def check_uniform(config: Mapping[str, Any], sliding: Sequence[bool], *, name: str) -> None:
+    """Raises InputError when sliding layers turn otherwise than full ones: one set of parameters cannot say it."""
+    found = config.get("rope_parameters")
+    if isinstance(found, dict) and any(sliding) and found.get("sliding_attention") != found.get("full_attention"):
+        raise InputError(
+            f"{name} turns sliding and full layers by different rotary parameters, which the target cannot express",
+            hint="See `moeconv families` for other targets (--to).",
+        )
+
+
+def rotating(get: Get, layers: int) -> list[bool]:
+    """Which layers rotate, where config lists those that do not (no_rope_layers, or every n-th)."""
+    listed = get("no_rope_layers")
+    if listed is None:
+        every = get("no_rope_layer_interval")
+        return [not every or (i + 1) % every != 0 for i in range(layers)]
+    if not isinstance(listed, list) or len(listed) != layers:
+        raise InputError(f"config.json: no_rope_layers must be a list of {layers} numbers", hint="Correct it.")
+    return [bool(word) for word in listed]
+
+
+def spread(params: Mapping[str, Any], *, head: int, size: int, longest: int) -> dict[str, Any]:
+    """Parameters that turn the first `size` of a head's `head` dimensions as `params` do, and leave the rest still.
+
+    A frequency of the whole head is theta^(-2i/head) / factor[i], so factors give any frequency: the source's own for
+    the pairs that turn, 1e30 for those that stand still.
+    """
+    kind, theta = params["rope_type"], params["rope_theta"]
+    if kind not in ("default", "longrope"):
+        raise InputError(
+            f"partial rotary embeddings with rope type {escape(kind)} have no exact twin in the target",
+            hint="See `moeconv families` for other targets (--to).",
+        )
+    ratio = [theta ** (2 * i / size - 2 * i / head) for i in range(size // 2)]
+    still = [_STILL] * ((head - size) // 2)
+    result: dict[str, Any] = {"rope_type": "longrope", "rope_theta": theta}
+    for word in ("short_factor", "long_factor"):
+        own = params.get(word) or [1.0] * len(ratio)
+        if len(own) != len(ratio):
+            raise InputError(f"config.json: {word} must have {len(ratio)} numbers", hint="Correct config.json.")
+        result[word] = [a * b for a, b in zip(ratio, own, strict=True)] + still
+    result["original_max_position_embeddings"] = params.get("original_max_position_embeddings") or longest
+    result["attention_factor"] = attention_factor(params, longest)
+    return result
+
+
+def attention_factor(params: Mapping[str, Any], longest: int) -> float:
+    """What cosines and sines are multiplied by; for longrope (Ding et al. 2024, arXiv 2402.13753) as transformers
+    derives it where config does not say it."""
+    if params["rope_type"] != "longrope":
+        return 1.0
+    if params.get("attention_factor") is not None:
+        return params["attention_factor"]
+    length = params.get("original_max_position_embeddings") or longest
+    factor = params.get("factor") or longest / length
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+
+
+def write_rope(params: Mapping[str, Any], *, style: str, rotates: Sequence[bool]) -> dict[str, Any]:
+    """The target's config keys in its own style. Raises InputError for layers that do not rotate where all must."""
+    theta = params["rope_theta"]
+    if style == "mscale" and params["rope_type"] == "longrope":
+        factor = params.get("attention_factor", 1.0)
+        params = {**params, "short_mscale": factor, "long_mscale": factor}
+    if style == "per_layer":
+        thetas = [theta if turns else 0 for turns in rotates]
+        return {"rope_parameters": dict(params), "rope_theta": theta, "layer_rope_theta": thetas}
+    if not all(rotates):
+        raise InputError(
+            f"layer {list(rotates).index(False)} has no rotary embedding (no_rope_layers), which the target cannot "
+            "express",
+            hint="See `moeconv families` for other targets (--to).",
+        )
+    if style == "per_type":
+        return {"rope_parameters": {word: dict(params) for word in ("full_attention", "sliding_attention")}}
+    result = {"rope_parameters": dict(params), "rope_theta": theta}
+    if "partial_rotary_factor" in params:
+        result["partial_rotary_factor"] = params["partial_rotary_factor"]
+    return result

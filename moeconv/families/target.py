@@ -1,0 +1,160 @@
+"""A dense model in a target family's words: config.json and the expression behind each tensor, or why it cannot be.
+
+A source key that the target does not have must stand at a neutral value, else the conversion is refused by name:
+silent damage is what the best-known peers do here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.errors import InputError, escape
+from moeconv.families import rope, sliding
+from moeconv.families.folds import FOLDS, Draft, align_layout
+from moeconv.families.model import Model
+from moeconv.families.moe import MOE
+from moeconv.families.node import source as source_node
+from moeconv.families.shapes import head_dim
+from moeconv.families.spec import Family, Pair
+
+# Keys of config.json that describe the file or generation, not the computation of a layer: they come along.
+CARRIED = frozenset({
+    "architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id",
+    "unk_token_id", "use_cache", "model_type", "output_router_logits", "output_hidden_states", "output_attentions",
+    "return_dict", "task_specific_params", "id2label", "label2id", "chunk_size_feed_forward", "is_encoder_decoder",
+    "problem_type",
+})  # fmt: skip
+LEFT_OUT = frozenset({"_name_or_path", "auto_map", "_attn_implementation_autoset", "_attn_implementation"})
+# Keys that only training reads: a target without them loses nothing.
+TRAINING = frozenset({
+    "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout",
+    "embedding_initializer_range", "initializer_factor",
+})  # fmt: skip
+_TARGETS = "See `moeconv families` for other targets (--to)."
+
+
+def draft_target(model: Model, pair: Pair) -> Draft:
+    """The target's config (without expert counts and sizes) and tensors. Raises InputError when inexact."""
+    target = MOE[pair.target]
+    config, warnings = _target_config(model, pair, target)
+    draft = Draft(
+        source=model.family,
+        target=target,
+        get=model.value,
+        layers=model.num_layers,
+        config=config,
+        tensors={key: source_node(key) for key in _source_keys(model)},
+        warnings=warnings,
+        tied=bool(model.value("tie_word_embeddings")),
+    )
+    align_layout(draft)
+    for name in pair.folds:
+        FOLDS[name](draft)
+    if draft.tied and draft.tensors["embedding.tokens"].op != "source":
+        draft.tensors.pop("embedding.lm_head", None)  # a tied head that is stored would keep the old embedding
+    return draft
+
+
+def _source_keys(model: Model) -> list[str]:
+    """The matrices that the checkpoint has in any layer, fused ones by their parts."""
+    keys: dict[str, None] = {}
+    for role in model.roles.values():
+        for key in model.family.fused.get(role.key, (role.key,)):
+            keys[key] = None
+    return list(keys)
+
+
+def _fill_rope(config: dict[str, Any], theta: float) -> None:
+    """Say the rotary base explicitly: families assume different ones when it is missing."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict):
+        nested = [v for v in parameters.values() if isinstance(v, dict)]
+        for entry in nested or [parameters]:
+            entry.setdefault("rope_theta", config.get("rope_theta", theta))
+    else:
+        config.setdefault("rope_theta", theta)
+
+
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Null asks the source's class to derive a value; not every target's class does, so it is said or left out."""
+    result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
+    if "num_key_value_heads" in result and result["num_key_value_heads"] is None:
+        result["num_key_value_heads"] = config.get("num_attention_heads")
+    return result
+
+
+def _same(value: Any, neutral: tuple[Any, ...]) -> bool:
+    return any(value == n and type(value) is type(n) for n in neutral)
+
+
+def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, Any], list[str]]:
+    family, layers = model.family, model.num_layers
+    result: dict[str, Any] = {}
+    warnings: list[str] = []
+    if model.config.get("quantization_config"):
+        raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
+    given = _without_nulls(model.config)
+    # what config.json leaves out counts as the source's default, since the target's may be another
+    said = dict.fromkeys(family.config) | given
+    windows = () if family.sliding is sliding.NEVER else sliding.KEYS
+    for key in said:
+        word = pair.rename.get(key, key)
+        if key in LEFT_OUT or word is None or (key in sliding.KEYS and (key in windows or key not in family.config)):
+            continue
+        value = given[key] if key in given else family.default(key, given)
+        if key in family.config and word not in target.config and key not in TRAINING and key not in rope.KEYS:
+            if (key in given or value is not None) and not _same(value, family.neutral.get(key, ())):
+                raise InputError(
+                    f"{pair.source} with {escape(key)} = {escape(value)} has no exact twin in {pair.target}, "
+                    f"which has no such setting",
+                    hint=_TARGETS,
+                )
+            continue
+        if key in TRAINING and word not in target.config:
+            continue
+        if key not in family.config and word in target.config and key not in CARRIED:
+            warnings.append(f"config key {escape(key)!r} means nothing for {pair.source}: left out")
+            continue
+        if key not in family.config and key not in CARRIED:
+            warnings.append(f"config key {escape(key)!r} is not known for {pair.source}: carried over unchanged")
+        if key in given or (value is not None and key not in rope.KEYS):
+            result[word] = copy.deepcopy(value)
+    if "num_key_value_heads" in target.config:
+        result.setdefault("num_key_value_heads", model.value("num_attention_heads"))
+    if "head_dim" in target.config:  # said, since classes differ in what they take a missing one for
+        result["head_dim"] = head_dim(model.value)
+    _fill_rope(result, family.config["rope_theta"])
+    result |= _windows(model, pair, target, layers)
+    if family.layer_kinds and target.layer_kinds:
+        result["layer_types"] = family.layer_kinds(model.value, layers)
+    for key, value in target.config.items():
+        if value is None or key in result or key in rope.KEYS or key in sliding.KEYS or key in _sizes(target):
+            continue
+        if not str(value).startswith("="):
+            result[key] = copy.deepcopy(value)
+    result |= pair.config
+    result["model_type"], result["architectures"] = target.model_type, [target.architecture]
+    return result, warnings
+
+
+def _sizes(target: Family) -> set[str]:
+    """Keys that the planner sets from the method's choice of experts."""
+    return {target.expert_width, *target.num_experts, *target.top_k, "intermediate_size"}
+
+
+def _windows(model: Model, pair: Pair, target: Family, layers: int) -> dict[str, Any]:
+    family = model.family
+    sliding.check_keys({key: value for key, value in model.config.items() if key in family.config}, layers)
+    defaults = {key: family.config[key] for key in (*sliding.KEYS, "no_rope_layers", "no_rope_layer_interval")
+                if key in family.config}  # fmt: skip
+    pattern = family.sliding.read({**defaults, **model.config}, layers)
+    words = target.sliding.write(pattern)
+    if words is None:
+        raise InputError(
+            f"{pair.source} with a sliding window in {'some' if pattern.kind == 'mixed' else 'all'} layers has no "
+            f"exact twin in {pair.target}, which cannot express it",
+            hint=_TARGETS,
+        )
+    return words

@@ -1,0 +1,175 @@
+"""The kernel that evaluates an expression: moves rows and columns bit by bit, computes in float32, rounds once.
+
+An expression is [op, params, children] as JSON; ["input", {"index": i}, []] is an item's i-th input. Arithmetic runs
+over blocks of rows, so that its temporaries stay small whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.header import tensor_nbytes
+from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels.arrays import from_float, to_float32
+from moeconv.plan.kernels.draw import add_noise, redraw_neurons
+from moeconv.plan.plan import Input, TensorSpec
+
+_BLOCK = 1 << 18  # elements in float32 at a time
+_BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
+_ARITHMETIC = ("scale", "scale_rows", "add", "centre")
+_EDITS: dict[str, Callable[..., Sequence[Buffer]]] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
+
+Tree = Sequence[Any]
+Bits = tuple[np.ndarray, str]  # raw values as unsigned integers, and the dtype that they stand for
+
+
+def compute(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """The one output that params["tree"] describes, in the output's dtype."""
+    (spec,) = outputs
+    evaluate = _Evaluation(inputs, spec.dtype)
+    result = bytearray(tensor_nbytes(spec.dtype, spec.shape))
+    tree = params["tree"]
+    done = size = 0
+    previous: Tree | None = None
+    for piece in tree[2] if tree[0] == "concat" else [tree]:
+        if piece == previous:  # copies of one expert are computed once
+            result[done : done + size] = result[done - size : done]
+            done += size
+            continue
+        start, previous = done, piece
+        for data in evaluate.encoded(piece):
+            result[done : done + len(data)] = data
+            done += len(data)
+        size = done - start
+    if done != len(result):
+        raise ValueError(f"{done} bytes computed for {len(result)}")
+    return [result]
+
+
+class _Evaluation:
+    """One item's inputs, and how each operation reads them."""
+
+    def __init__(self, inputs: Sequence[tuple[Input, Buffer]], dtype: str) -> None:
+        self.inputs, self.dtype = inputs, dtype
+
+    def encoded(self, tree: Tree) -> Iterator[memoryview]:
+        """The raw bytes of a node in the output's dtype, block after block."""
+        if tree[0] not in _ARITHMETIC:
+            array, dtype = self.whole(tree)
+            if dtype == self.dtype:
+                yield memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+                return
+        for block in self.blocks(tree):
+            yield from_float(block, self.dtype)
+
+    def blocks(self, tree: Tree) -> Iterator[np.ndarray]:
+        """A node's rows in float32 (float64 stays), a few at a time."""
+        op, params, of = tree
+        if op not in _ARITHMETIC:
+            array, dtype = self.whole(tree)
+            step = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
+            for start in range(0, len(array), step):
+                part = np.ascontiguousarray(array[start : start + step])
+                yield to_float32(memoryview(part.reshape(-1)).cast("B"), dtype, part.shape)
+            return
+        change = self._arithmetic(op, params, of)
+        row = 0
+        for block in self.blocks(of[0]):
+            yield change(block, row)
+            row += len(block)
+
+    def _arithmetic(self, op: str, params: Mapping[str, Any], of: Sequence[Tree]):
+        """The function (rows, number of the first) -> rows of one operation."""
+        if op == "scale":
+            return lambda x, row: (x * np.float64(params["by"])).astype(x.dtype)
+        if op == "add":
+            return lambda x, row: (x + np.float64(params["what"])).astype(x.dtype)
+        if op == "scale_rows":
+
+            def scaled(x: np.ndarray, row: int) -> np.ndarray:
+                inside = np.arange(row, row + len(x)) % params["head"]
+                factor = np.where((inside >= params["start"]) & (inside < params["stop"]), params["by"], 1.0)
+                return (x * factor.reshape(-1, *[1] * (x.ndim - 1))).astype(x.dtype)
+
+            return scaled
+        if params["axis"] == 1:
+            return lambda x, row: (x - x.mean(1, keepdims=True, dtype=np.float64)).astype(x.dtype)
+        total: Any = 0.0
+        rows = 0
+        for block in self.blocks(of[0]):
+            total = total + block.sum(0, dtype=np.float64)
+            rows += len(block)
+        mean = total / max(1, rows)
+        return lambda x, row: (x - mean).astype(x.dtype)
+
+    def whole(self, tree: Tree) -> Bits:
+        """A node's values at once; in the source's own bits when only moved, else in float32."""
+        op, params, of = tree
+        if op == "input":
+            ref, data = self.inputs[params["index"]]
+            return np.frombuffer(data, _BITS[ref.dtype]).reshape(ref.shape), ref.dtype
+        if op == "fill":
+            data = from_float(np.full(params["shape"], params["value"], np.float32), self.dtype)
+            return np.frombuffer(data, _BITS[self.dtype]).reshape(params["shape"]), self.dtype
+        if op in _ARITHMETIC:
+            parts = list(self.blocks(tree))
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            dtype = "F64" if array.dtype == np.float64 else "F32"
+            return array.view(_BITS[dtype]), dtype
+        if op in _EDITS:
+            return self._edited(op, params, of[0])
+        children = self._alike([self.whole(child) for child in of])
+        return _MOVES[op]([array for array, _ in children], params), children[0][1]
+
+    def _edited(self, op: str, params: Mapping[str, Any], child: Tree) -> Bits:
+        """A matrix through one of the drawing kernels, which round to the output's dtype."""
+        array, dtype = self.whole(child)
+        data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+        ref = Input("", dtype, array.shape, 0, len(data))
+        spec = TensorSpec("", self.dtype, array.shape, "", 0)
+        (made,) = _EDITS[op]([(ref, data)], [spec], params)
+        return np.frombuffer(made, _BITS[self.dtype]).reshape(array.shape), self.dtype
+
+    def _alike(self, parts: list[Bits]) -> list[Bits]:
+        """The parts in one dtype: their own where it is the same, else the output's."""
+        if len({dtype for _, dtype in parts}) == 1:
+            return parts
+        result: list[Bits] = []
+        for array, dtype in parts:
+            flat = np.ascontiguousarray(array).reshape(-1)
+            data = from_float(to_float32(memoryview(flat).cast("B"), dtype, array.shape), self.dtype)
+            result.append((np.frombuffer(data, _BITS[self.dtype]).reshape(array.shape), self.dtype))
+        return result
+
+
+def rotary_order(head: int, start: int, size: int, order: str) -> np.ndarray:
+    """new[i] = old[result[i]] within one head of `head` rows, see `families.node.rotary`."""
+    rows = np.arange(head)
+    turning = rows[start : start + size]
+    if order == "half":
+        rows[start : start + size] = np.concatenate([turning[0::2], turning[1::2]])
+    elif order == "interleaved":
+        rows[start : start + size] = np.stack(np.split(turning, 2), 1).reshape(-1)
+    else:  # spread: halves of the turning rows and of the still rows side by side
+        (a, b), (c, d) = np.split(turning, 2), np.split(np.delete(rows, np.arange(start, start + size)), 2)
+        rows = np.concatenate([a, c, b, d])
+    return rows
+
+
+def _rotary(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+    (array,) = of
+    inside = rotary_order(params["head"], params["start"], params["size"], params["order"])
+    heads = array.reshape(-1, params["head"], *array.shape[1:])
+    return heads[:, inside].reshape(array.shape)
+
+
+_MOVES: dict[str, Callable[[Sequence[np.ndarray], Mapping[str, Any]], np.ndarray]] = {
+    "concat": lambda of, params: np.concatenate(of),
+    "interleave": lambda of, params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
+    "transpose": lambda of, params: of[0].T,
+    "rotary": _rotary,
+}

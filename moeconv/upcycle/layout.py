@@ -1,0 +1,298 @@
+"""The items of an upcycled checkpoint: every target tensor of every layer, in the order of the source's tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import InputError, escape
+from moeconv.families.folds import Draft
+from moeconv.families.model import Model
+from moeconv.families.node import Node, concat, fill, interleave, scale, transpose
+from moeconv.families.shapes import fused_rows, shape_of, shared_width
+from moeconv.families.spec import Family, Packed
+from moeconv.options import UpcycleOptions
+from moeconv.plan.build import rows, whole
+from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.upcycle.expression import item_of
+from moeconv.upcycle.methods import METHODS, Matrix
+
+_MADE = ("ffn", "expert", "router", "shared")  # groups that depend on whether a layer is a Mixture-of-Experts
+_F16_LOWEST = -6e4
+_TARGETS = "See `moeconv families` for other targets (--to)."
+
+Made = tuple[str, int | None, Node, str]  # key, layer, expression, name of the role under which a change counts
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A draft, spelled out: layers, experts, names, shapes and dtypes. `chosen` layers become Mixtures-of-Experts."""
+
+    model: Model
+    draft: Draft
+    options: UpcycleOptions
+    chosen: frozenset[int]
+    dtype: str | None
+    seed: int
+    dropped: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> Family:
+        return self.draft.target
+
+    @cached_property
+    def _refs(self) -> dict[tuple[str, int | None], TensorRef]:
+        tensors = self.model.checkpoint.tensors
+        return {(role.key, role.layer): tensors[name] for name, role in self.model.roles.items()}
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.model.checkpoint.tensors)}
+
+    def items(self) -> list[Item]:
+        """Every tensor's item. Raises InputError for a tensor that the target has no place for, or lacks."""
+        made: list[tuple[int, Item]] = []
+        for key, node in self.draft.tensors.items():
+            if not key.startswith("ffn."):
+                made += self._plain(key, node)
+        for layer in range(self.model.num_layers):
+            made += self._ffn(layer)
+        for key in self.target.tensors:
+            made += self._missing(key)
+        made.sort(key=lambda pair: pair[0])
+        self._note_dropped([item for _, item in made])
+        return [item for _, item in made]
+
+    def _note_dropped(self, items: list[Item]) -> None:
+        """Name the source tensors that nothing reads, such as the stored copy of a tied head."""
+        read = {ref.tensor for item in items for ref in item.inputs}
+        self.dropped.extend(name for name in self.model.roles if name not in read)
+
+    def promise(self) -> dict[str, int]:
+        """How many tensors change, counted from the geometry and not from the items."""
+        layers, options, target = len(self.chosen), self.options, self.target
+        count = {
+            "router": layers * sum(key.startswith("router.") for key in target.tensors),
+            "expert": layers * sum(
+                options.experts if "{E}" in name else 1
+                for key, name in target.tensors.items() if key.startswith("expert.")
+            ),
+        }  # fmt: skip
+        if self._shared_width():
+            count["shared"] = layers * sum(key.startswith("shared.") for key in target.tensors)
+        for key, node in self.draft.tensors.items():
+            group = key.partition(".")[0]
+            if group not in _MADE and (node.op != "source" or self._is_fused(node)):
+                count[group] = count.get(group, 0) + len(list(self._where(key, node)))
+        for key in target.tensors:
+            if missing := list(self._missing(key)):
+                group = key.partition(".")[0]
+                count[group] = count.get(group, 0) + len(missing)
+        return count
+
+    # -- tensors outside the FFN ---------------------------------------------------------------------------------------
+
+    def _plain(self, key: str, node: Node) -> Iterator[tuple[int, Item]]:
+        if not self.target.has(key):
+            name = next((self._ref(leaf, layer).name for layer in (None, *range(self.model.num_layers))
+                         for leaf in node.leaves() if self._has(leaf, layer)), key)  # fmt: skip
+            raise InputError(
+                f"{self.target.model_type} has no place for tensor {escape(name)!r} ({key}) of "
+                f"{self.model.family.model_type}",
+                hint=_TARGETS,
+            )
+        changes = node.op != "source" or self._is_fused(node)
+        for layer in self._where(key, node):
+            yield self._item(key, layer, node, changed=key.partition(".")[0] if changes else "")
+
+    def _where(self, key: str, node: Node) -> Iterator[int | None]:
+        """The layers that get this tensor: those whose source tensors exist, and all for one that is made of none."""
+        for layer in range(self.model.num_layers) if "{L}" in self.target.tensors[key] else (None,):
+            if all(self._has(leaf, layer) for leaf in node.leaves()):
+                yield layer
+
+    def _missing(self, key: str) -> Iterator[tuple[int, Item]]:
+        """A tensor that the target must have and the source lacks: at the value at which it does nothing."""
+        target, config = self.target, self.draft.config
+        group = key.partition(".")[0]
+        switched = any(config.get(switch) and key in keys for switch, keys in target.switched.items())
+        if group in _MADE or key in self.draft.tensors or (key in target.optional and not switched):
+            return
+        kinds = target.layer_kinds(config.get, self.model.num_layers) if target.layer_kinds else None
+        for layer in range(self.model.num_layers) if "{L}" in target.tensors[key] else (None,):
+            if kinds is not None and layer is not None and kinds[layer] not in target.where.get(group, {kinds[layer]}):
+                continue
+            if key not in target.inert:
+                raise InputError(
+                    f"{target.model_type} needs a tensor that {self.model.family.model_type} does not have ({key})",
+                    hint=_TARGETS,
+                )
+            yield self._item(key, layer, fill(target.inert[key]), changed=group)
+
+    # -- FFN, experts, routers -----------------------------------------------------------------------------------------
+
+    def _ffn(self, layer: int) -> Iterator[tuple[int, Item]]:
+        parts = {
+            key.partition(".")[2]: node for key, node in self.draft.tensors.items()
+            if key.startswith("ffn.") and all(self._has(leaf, layer) for leaf in node.leaves())
+        }  # fmt: skip
+        if layer not in self.chosen:
+            for part, node in parts.items():
+                yield from self._dense(f"ffn.{part}", layer, node)
+            return
+        for part, node in parts.items():
+            self._check_weights(node, layer)
+            if not any(part == p or part in layout.parts for p, layout in self._expert_layouts()):
+                name = next(self._ref(leaf, layer).name for leaf in node.leaves() if leaf.op == "source")
+                raise InputError(
+                    f"{self.target.model_type} has no place for tensor {escape(name)!r} (ffn.{part}) of "
+                    f"{self.model.family.model_type}",
+                    hint=_TARGETS,
+                )
+        yield from self._routing(layer, parts["gate"])
+        for key, template in self.target.tensors.items():
+            if key.startswith("expert."):
+                yield from self._experts(key, template, layer, parts)
+
+    def _expert_layouts(self) -> Iterator[tuple[str, Packed]]:
+        """Each expert tensor's part of the key, and the FFN parts that it holds."""
+        for key in self.target.tensors:
+            if key.startswith("expert."):
+                part = key.partition(".")[2]
+                yield part, self.target.packed.get(key, Packed((part,)))
+
+    def _check_weights(self, node: Node, layer: int) -> None:
+        for leaf in node.leaves():
+            if leaf.op == "source" and (ref := self._ref(leaf, layer)).dtype not in FLOAT_DTYPES:
+                raise InputError(
+                    f"tensor {escape(ref.name)!r} is {ref.dtype}: experts are made of {', '.join(FLOAT_DTYPES)} "
+                    "weights",
+                    hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.",
+                )
+
+    def _dense(self, key: str, layer: int, node: Node) -> Iterator[tuple[int, Item]]:
+        if not self.target.has(key):
+            raise InputError(
+                f"{self.target.model_type} has no place for {key} of a dense layer ({layer})", hint=_TARGETS
+            )
+        yield self._item(key, layer, node, changed="ffn" if node.op != "source" or self._is_fused(node) else "")
+
+    def _experts(self, key: str, template: str, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
+        method, experts = METHODS[self.options.method], range(self.options.experts)
+        total = self.target.routing.total if self.target.routing else 1.0
+
+        def matrix(part: str, expert: int) -> Node:
+            node = scale(parts[part], 1 / total) if part.startswith("down") else parts[part]
+            return method.make(Matrix(self._shaped(f"ffn.{part}", node), part, layer, expert, self.seed), self.options)
+
+        layout = self.target.packed.get(key)
+        if layout is None:
+            for expert in experts:
+                node = matrix(key.partition(".")[2], expert)
+                yield self._item(key, layer, node, expert=expert, changed="expert")
+            return
+        made = []
+        for expert in experts:
+            each = [matrix(part, expert) for part in layout.parts]
+            one = interleave(*each) if layout.interleaved else concat(*each)
+            made.append(transpose(one) if layout.transposed else one)
+        one_shape = self._shape(made[0], layer)
+        yield self._item(key, layer, concat(*made), shape=(len(made), *one_shape), changed="expert")
+
+    def _routing(self, layer: int, gate: Node) -> Iterator[tuple[int, Item]]:
+        """A layer's new tensors: the router, random in its weight, and a shared expert of zero where there is one."""
+        anchor = self._anchor(gate, layer)
+        for key in self.target.tensors:
+            group, _, part = key.partition(".")
+            if group == "router":
+                node = fill(0.0)
+                if part == "weight":
+                    node = Node("draw", (), {"key": [self.seed, "router", layer], "std": self.options.router_std})
+                yield anchor, self._item(key, layer, node, changed="router", like=gate)[1]
+            elif group == "shared" and self._shared_width():
+                shape = self._made_shape(key)
+                yield anchor, self._item(key, layer, fill(0.0), shape=shape, changed="shared", like=gate)[1]
+
+    def _shared_width(self) -> int:
+        return shared_width(self.target.shared_width, self.draft.config.get)
+
+    def _made_shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor that is made from nothing."""
+        parts = [
+            shape_of(part, self.draft.config.get, experts=self.options.experts, width=self.model.ffn_width,
+                     shared=self._shared_width())
+            for part in self.target.fused.get(key, (key,))
+        ]  # fmt: skip
+        return (sum(shape[0] for shape in parts), *parts[0][1:])
+
+    # -- one item ------------------------------------------------------------------------------------------------------
+
+    def _item(
+        self, key: str, layer: int | None, node: Node, *, expert: int | None = None,
+        shape: tuple[int, ...] | None = None, changed: str = "", like: Node | None = None,
+    ) -> tuple[int, Item]:  # fmt: skip
+        """(position in the source's order, item) of one target tensor. `like` lends a made tensor its dtype."""
+        node = node if shape is not None and node.op == "fill" else self._shaped(key, node)
+        out = shape or (self._made_shape(key) if node.op == "draw" else self._shape(node, layer))
+        dtype = self._dtype(key, like or node, layer)
+        if node.op == "fill" and dtype == "F16":
+            node = fill(max(node.params["value"], _F16_LOWEST))
+        spec = TensorSpec(self.target.name(key, layer=layer, expert=expert), dtype, out, key, math.prod(out))
+        item = item_of(node, spec, resolve=lambda leaf: self._input(leaf, layer), changed=changed)
+        return self._anchor(node, layer), item
+
+    def _shaped(self, key: str, node: Node) -> Node:
+        """Constants within an expression, with their shape."""
+        if node.op == "fill":
+            return Node("fill", (), {"value": node.params["value"], "shape": list(self._made_shape(key))})
+        return node
+
+    def _dtype(self, key: str, node: Node, layer: int | None) -> str:
+        own = next((self._ref(leaf, layer).dtype for leaf in node.leaves() if leaf.op == "source"), self.model.dtype)
+        if own not in FLOAT_DTYPES:
+            if node.op != "source":
+                raise InputError(
+                    f"tensor behind {key} is {own}: it takes {', '.join(FLOAT_DTYPES)} to compute with",
+                    hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.",
+                )
+            return own
+        return "F32" if key in self.target.float32 else self.dtype or own
+
+    def _ref(self, leaf: Node, layer: int | None) -> TensorRef:
+        key = leaf.params["key"]
+        return self._refs[self.model.family.holds(key) or key, layer]
+
+    def _has(self, leaf: Node, layer: int | None) -> bool:
+        if leaf.op != "source":
+            return True
+        key = leaf.params["key"]
+        return (self.model.family.holds(key) or key, layer) in self._refs
+
+    def _is_fused(self, leaf: Node) -> bool:
+        return leaf.op == "source" and not self.model.family.has(leaf.params["key"])
+
+    def _input(self, leaf: Node, layer: int | None) -> Input:
+        ref, key = self._ref(leaf, layer), leaf.params["key"]
+        holder = self.model.family.holds(key)
+        if holder is None or holder == key:
+            return whole(ref)
+        return rows(ref, *fused_rows(key, self.model.family.fused[holder], ref.shape[0], self.model.value))
+
+    def _anchor(self, node: Node, layer: int | None) -> int:
+        """Where in the source's order the first tensor behind an expression stands."""
+        found = [self._position[self._ref(leaf, layer).name] for leaf in node.leaves() if leaf.op == "source"]
+        return min(found, default=0)
+
+    def _shape(self, node: Node, layer: int | None) -> tuple[int, ...]:
+        if node.op == "source":
+            return self._input(node, layer).shape
+        if node.op == "fill":
+            return tuple(node.params["shape"])
+        shapes = [self._shape(child, layer) for child in node.of]
+        if node.op in ("concat", "interleave"):
+            return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return shapes[0][::-1] if node.op == "transpose" else shapes[0]

@@ -46,15 +46,21 @@ def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: b
     moe = family.kind == "moe"
     hidden, width, experts = 2048, 768 if moe else 5632, 32 if moe else 0
     shapes = sizes(family, hidden, width, experts)
-    groups = ("embedding", "norm", "attention", "expert", "router") if moe else ("embedding", "norm", "attention", "ffn")
+    groups = (
+        ("embedding", "norm", "attention", "expert", "router") if moe else ("embedding", "norm", "attention", "ffn")
+    )
     keys = [k for k in shapes if k in family.tensors and k.partition(".")[0] in groups]
     per_layer = sum(
-        math.prod(shapes[k]) * 2 * (experts if "{E}" in family.tensors[k] else 1) for k in keys if "{L}" in family.tensors[k]
+        math.prod(shapes[k]) * 2 * (experts if "{E}" in family.tensors[k] else 1)
+        for k in keys
+        if "{L}" in family.tensors[k]
     )
     fixed = sum(math.prod(shapes[k]) * 2 for k in keys if "{L}" not in family.tensors[k])
     layers = max(1, round((gigabytes * 1e9 - fixed) / per_layer))
     names = [
-        (name, "BF16", shapes[role.key]) for name, role in family.expand(layers=layers, experts=experts) if role.key in keys
+        (name, "BF16", shapes[role.key])
+        for name, role in family.expand(layers=layers, experts=experts)
+        if role.key in keys
     ]
     names.sort(key=lambda entry: [int(w) if w.isdigit() else -1 for w in entry[0].split(".")])
     out.mkdir(parents=True)

@@ -66,10 +66,10 @@ def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: b
     out.mkdir(parents=True)
     generator = np.random.Generator(np.random.Philox(0))
     block = bytes(from_float(generator.standard_normal(1 << 22, np.float32) * np.float32(0.02), "BF16"))
-    weight_map, total = {}, sum(tensor_nbytes(d, s) for _, d, s in names)
-    step = -(-len(names) // shards)
+    weight_map, total = {}, sum(tensor_nbytes(d, s) for _, d, s in tensors)
+    step = -(-len(tensors) // shards)
     for i in range(shards):
-        part = names[i * step : (i + 1) * step]
+        part = tensors[i * step : (i + 1) * step]
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
         writer = ShardWriter(out / file, part)
         for name, dtype, shape in part:
@@ -93,7 +93,7 @@ def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: b
         config |= dict.fromkeys(family.num_experts, experts) | dict.fromkeys(family.top_k, 8)
         config |= {family.expert_width: width, "norm_topk_prob": True}
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    print(f"{out}: {model_type}, {layers} layers, {len(names)} tensors, {total / 1e9:.2f} GB in {shards} shards")
+    print(f"{out}: {model_type}, {layers} layers, {len(tensors)} tensors, {total / 1e9:.2f} GB in {shards} shards")
 
 
 def main() -> None:

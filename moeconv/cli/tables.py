@@ -32,10 +32,11 @@ def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
 
 
 def grid(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> Table:
-    """A plain table; every column but the first is right-aligned."""
+    """A plain table; columns of numbers are right-aligned."""
     table = Table(title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        numbers = i > 0 and any(str(row[i])[:1].isdigit() for row in rows)
+        table.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     return table

@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Meter(Protocol):
-    """What a long step calls, from any thread. It has `parts` of a `unit`: shards when writing, layers when measuring."""
+    """What a long step calls, from any thread. Its `parts` are shards when it writes, layers when it measures."""
 
     def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None: ...
 

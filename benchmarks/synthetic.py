@@ -46,23 +46,15 @@ def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: b
     moe = family.kind == "moe"
     hidden, width, experts = 2048, 768 if moe else 5632, 32 if moe else 0
     shapes = sizes(family, hidden, width, experts)
-    groups = (
-        ("embedding", "norm", "attention", "expert", "router") if moe else ("embedding", "norm", "attention", "ffn")
-    )
-    keys = [k for k in shapes if k in family.tensors and k.partition(".")[0] in groups]
-    per_layer = sum(
-        math.prod(shapes[k]) * 2 * (experts if "{E}" in family.tensors[k] else 1)
-        for k in keys
-        if "{L}" in family.tensors[k]
-    )
-    fixed = sum(math.prod(shapes[k]) * 2 for k in keys if "{L}" not in family.tensors[k])
+    groups = {"embedding", "norm", "attention"} | ({"expert", "router"} if moe else {"ffn"})
+    names = {k: n for k, n in family.tensors.items() if k in shapes and k.partition(".")[0] in groups}
+    nbytes = {k: math.prod(shapes[k]) * 2 * (experts if "{E}" in names[k] else 1) for k in names}
+    per_layer = sum(n for k, n in nbytes.items() if "{L}" in names[k])
+    fixed = sum(nbytes.values()) - per_layer
     layers = max(1, round((gigabytes * 1e9 - fixed) / per_layer))
-    names = [
-        (name, "BF16", shapes[role.key])
-        for name, role in family.expand(layers=layers, experts=experts)
-        if role.key in keys
-    ]
-    names.sort(key=lambda entry: [int(w) if w.isdigit() else -1 for w in entry[0].split(".")])
+    expanded = family.expand(layers=layers, experts=experts)
+    tensors = [(name, "BF16", shapes[role.key]) for name, role in expanded if role.key in names]
+    tensors.sort(key=lambda entry: [int(w) if w.isdigit() else -1 for w in entry[0].split(".")])
     out.mkdir(parents=True)
     generator = np.random.Generator(np.random.Philox(0))
     block = bytes(from_float(generator.standard_normal(1 << 22, np.float32) * np.float32(0.02), "BF16"))

@@ -571,6 +571,7 @@ STABLELM = _llama_like(
     },
     tensors=BLOCK | NORM_BIAS | QKV_BIAS | DENSE_FFN,
     neutral={"qk_layernorm": (False,), "use_parallel_residual": (False,), "rotary_scaling_factor": (None, 1.0)},
+    optional=frozenset({"norm.ffn"}),  # a parallel residual has none
     partial=0.25,
 )
 UNGATED_FFN = {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k}

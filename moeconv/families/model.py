@@ -17,6 +17,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families import packed
 from moeconv.families.dense import DENSE
 from moeconv.families.moe import MOE
+from moeconv.families.pairs import HOMELESS
 from moeconv.families.spec import FFN_PARTS, Family, Role
 
 FAMILIES: dict[str, Family] = DENSE | MOE
@@ -194,6 +195,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in FAMILIES:
             return FAMILIES[candidate]
+    for candidate in candidates:
+        if isinstance(candidate, str) and candidate in HOMELESS:
+            raise InputError(
+                f"{candidate} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[candidate]}",
+                hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",
+            )
     raise InputError(
         f"unknown architecture: model_type {escape(model_type)!r}",
         hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",

@@ -29,6 +29,7 @@ _ERNIE: dict[str, Any] = {"moe_num_shared_experts": 0, "use_bias": False, "moe_n
 _COHERE: dict[str, Any] = {
     "expert_selection_fn": "softmax", "num_shared_experts": 0, "shared_expert_combination_strategy": "sum",
     "norm_topk_prob": True, "prefix_dense_intermediate_size": None,
+    "prefix_dense_sliding_window_pattern": 4,  # 1 would make dense layers rotate whatever their kind
 }  # fmt: skip
 _GPT_OSS: dict[str, Any] = {"swiglu_alpha": 1.0, "swiglu_limit": 1e30}
 _PHIMOE: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}

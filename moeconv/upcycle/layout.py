@@ -39,6 +39,7 @@ class Assembly:
     dtype: str | None
     seed: int
     dropped: list[str] = field(default_factory=list)
+    rounded: list[str] = field(default_factory=list)  # keys whose folds do not fit the output's dtype exactly
 
     @property
     def target(self) -> Family:
@@ -86,8 +87,15 @@ class Assembly:
             count["shared"] = layers * sum(key.startswith("shared.") for key in target.tensors)
         for key, node in self.draft.tensors.items():
             group = key.partition(".")[0]
-            if group not in _MADE and (node.op != "source" or self._is_fused(node)):
-                count[group] = count.get(group, 0) + len(list(self._where(key, node)))
+            if node.op == "source" and not self._is_fused(node):
+                continue
+            if group == "ffn":
+                dense = [i for i in range(self.model.num_layers) if i not in self.chosen]
+                found = sum(all(self._has(leaf, i) for leaf in node.leaves()) for i in dense)
+            else:
+                found = len(list(self._where(key, node)))
+            if found:
+                count[group] = count.get(group, 0) + found
         for key in target.tensors:
             if missing := list(self._missing(key)):
                 group = key.partition(".")[0]
@@ -241,6 +249,8 @@ class Assembly:
         dtype = self._dtype(key, like or node, layer)
         if node.op == "fill" and dtype == "F16":
             node = fill(max(node.params["value"], _F16_LOWEST))
+        if dtype in ("BF16", "F16") and _rounds(node):
+            self.rounded.append(key)
         spec = TensorSpec(self.target.name(key, layer=layer, expert=expert), dtype, out, key, math.prod(out))
         item = item_of(node, spec, resolve=lambda leaf: self._input(leaf, layer), changed=changed)
         return self._anchor(node, layer), item
@@ -296,3 +306,12 @@ class Assembly:
         if node.op in ("concat", "interleave"):
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return shapes[0][::-1] if node.op == "transpose" else shapes[0]
+
+
+def _rounds(node: Node) -> bool:
+    """Whether an expression's values may need more bits than its source's: all but powers of two and movements do."""
+    if node.op in ("add", "centre"):
+        return True
+    if node.op in ("scale", "scale_rows") and math.frexp(node.params["by"])[0] not in (0.5, -0.5):
+        return True
+    return any(_rounds(child) for child in node.of)

@@ -39,6 +39,11 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
         draft.config["dtype"] = TORCH_NAMES[dtype]
     assembly = Assembly(model, draft, options, frozenset(layers), dtype, common.seed)
     items = assembly.items()
+    if assembly.rounded:
+        draft.warnings.append(
+            f"{', '.join(sorted(set(assembly.rounded)))}: what is folded into these weights is rounded to their dtype; "
+            "--dtype float32 keeps it exact"
+        )
     total, active = count_planned(items, top_k=options.top_k, num_experts=options.experts)
     return Plan(
         command="upcycle",
@@ -48,7 +53,7 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
         shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
         params_total=total,
         params_active=active,
-        block=_block(model, pair, options, layers, dtype),
+        block=_block(model, pair, options, layers, exact=not assembly.rounded and dtype in (None, model.dtype, "F32")),
         warnings=(*model.checkpoint.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
@@ -56,9 +61,9 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
 
 
 def _block(
-    model: Model, pair: Pair, options: UpcycleOptions, layers: tuple[int, ...], dtype: str | None
+    model: Model, pair: Pair, options: UpcycleOptions, layers: tuple[int, ...], *, exact: bool
 ) -> dict[str, Any]:
-    exact = METHODS[options.method].exact and pair.exact and dtype in (None, model.dtype)
+    """The step's part of the JSON. `exact` promises float32 logits equal to rounding, and the run checks it."""
     return {
         "method": options.method,
         "from": pair.source,
@@ -66,7 +71,7 @@ def _block(
         "num_experts": options.experts,
         "top_k": options.top_k,
         "moe_layers": list(layers),
-        "exact": exact,
+        "exact": exact and METHODS[options.method].exact and pair.exact,
     }
 
 

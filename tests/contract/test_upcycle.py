@@ -98,15 +98,93 @@ def test_what_the_target_cannot_express_is_refused_by_name(tmp_path, cli, case):
     assert not (tmp_path / "moe").exists()
 
 
-@pytest.mark.parametrize(("case", "target"), [("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("llama", "qwen2_moe")])
-def test_chosen_layers_stay_dense_through_native_config(tmp_path, cli, case, target):
-    model_type, config = DENSE_CASES[case]
-    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.float32)
-    arguments = ("--experts", 4, "--layers", "0,2", "--to", target, "--no-check", "--json")
+@pytest.mark.parametrize(
+    ("case", "target", "layers", "said"),
+    [
+        ("qwen2", "qwen2_moe", "0,2", {"mlp_only_layers": [1]}),
+        ("qwen3", "qwen3_moe", "0,2", {"mlp_only_layers": [1]}),
+        ("llama", "qwen2_moe", "0,2", {"mlp_only_layers": [1]}),
+        ("qwen3", "mellum", "0,2", {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
+        ("qwen3", "hy_v3", "1", {"mlp_layer_types": ["dense", "sparse", "dense"]}),
+        ("cohere2", "cohere2_moe", "0,2", {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
+        ("glm", "glm4_moe", "1,2", {"first_k_dense_replace": 1}),
+        ("qwen3", "dots1", "2", {"first_k_dense_replace": 2}),
+        ("lfm2", "lfm2_moe", "1,2", {"num_dense_layers": 1}),
+        ("minicpm3", "deepseek_v3", "1,2", {"first_k_dense_replace": 1}),
+        ("ernie4_5", "ernie4_5_moe", "0,1", {"moe_layer_start_index": 0, "moe_layer_end_index": 1}),
+    ],
+)
+def test_chosen_layers_stay_dense_through_native_config(tmp_path, cli, dense, case, target, layers, said):
+    source, before = dense(case)
+    arguments = ("--experts", 4, "--layers", layers, "--to", target, "--no-check", "--json")
     done = cli("upcycle", source, tmp_path / "moe", *arguments)
     assert done.code == 0, done.out
-    assert json.loads((tmp_path / "moe" / "config.json").read_text())["mlp_only_layers"] == [1]
-    assert relative_difference(logits(load(source)), logits(load(tmp_path / "moe"))) <= 1e-5
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert {key: config[key] for key in said} == said
+    assert relative_difference(before, logits(load(tmp_path / "moe"))) <= 1e-5
+    assert inspect(str(tmp_path / "moe"))["moe_layers"] == [int(i) for i in layers.split(",")]
+
+
+@pytest.mark.parametrize("case", ["phi3-partial-longrope", "helium", "stablelm", "llama-mlp-bias", "hunyuan_v1_dense"])
+def test_movements_and_halves_are_exact_in_bfloat16(tmp_path, cli, case):
+    """The written weights hold the source's values bit for bit, so float32 arithmetic sees the same function."""
+    model_type, config, targets = CASES[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.bfloat16)
+    to = ("--to", targets[0]) if targets else ()
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, *to, "--no-check", "--json").json
+    difference = relative_difference(logits(load(source)), logits(load(tmp_path / "moe")))
+    assert done["upcycle"]["exact"] == (difference <= 1e-5)
+    assert done["upcycle"]["exact"] or any("float32" in text for text in done["warnings"])
+
+
+@pytest.mark.parametrize("case", ["gemma", "minicpm3", "olmo", "nemotron"])
+def test_folds_round_in_bfloat16_and_say_so_and_are_exact_in_float32(tmp_path, cli, case):
+    model_type, config = DENSE_CASES[case]
+    source = save_stock(tmp_path / "dense", model_type, config, dtype=torch.bfloat16)
+    before = logits(load(source))
+    for dtype in ("bfloat16", "float32"):
+        out = tmp_path / dtype
+        done = cli("upcycle", source, out, "--experts", 4, "--dtype", dtype, "--no-check", "--json").json
+        difference = relative_difference(before, logits(load(out)))
+        assert done["upcycle"]["exact"] == (dtype == "float32") == (difference <= 1e-5)
+        assert any("--dtype float32" in text for text in done["warnings"]) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("command", ["prune", "quantize"])
+@pytest.mark.parametrize(("case", "target"), [("llama", "granitemoe"), ("llama", "gpt_oss"), ("llama", "aria_text")])
+def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, cli, command, case, target):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES[case], dtype=torch.bfloat16)
+    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "-q").code == 0
+    seen = inspect(str(tmp_path / "moe"))
+    dense = 3 * 96 * 64 * 3  # gate, up and down of three layers
+    biases = 3 * (2 * 96 + 64) if target == "gpt_oss" else 0
+    assert seen["num_experts"] == 4
+    assert seen["parameters"]["experts"] == 4 * (dense + biases)
+    flags = ("--keep", 2) if command == "prune" else ()
+    done = cli(command, tmp_path / "moe", tmp_path / "out", *flags, "--json")
+    assert done.code == 3
+    assert "one tensor" in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_routers_with_a_bias_for_every_expert_are_not_pruned_by_halves(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.bfloat16)
+    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", "glm4_moe", "--no-check", "-q").code == 0
+    done = cli("prune", tmp_path / "moe", tmp_path / "out", "--keep", 2, "--json")
+    assert done.code == 3
+    assert "router.correction" in done.json["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["noise", "drop"])
+@pytest.mark.parametrize("target", ["mixtral", "granitemoe", "gpt_oss"])
+def test_packed_experts_are_drawn_as_separate_ones_are(tmp_path, cli, dense, method, target):
+    source, before = dense("llama")
+    arguments = ("--experts", 4, "--method", method, "--to", target, "--no-check", "-q")
+    assert cli("upcycle", source, tmp_path / target, *arguments).code == 0
+    assert cli("upcycle", source, tmp_path / "apart", *arguments, "--to", "mixtral").code == 0
+    apart, packed = logits(load(tmp_path / "apart")), logits(load(tmp_path / target))
+    assert relative_difference(apart, packed) <= 1e-5
+    assert relative_difference(before, packed) > 1e-3
 
 
 def test_a_target_without_dense_layers_refuses_to_leave_one(tmp_path, cli):

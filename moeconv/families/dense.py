@@ -607,11 +607,45 @@ NEMOTRON = _llama_like(
     norm_offset=1.0,
 )
 
+LINEAR_ATTENTION = {
+    f"linear.{key}": _LAYER + f"linear_attn.{name}"
+    for key, name in (
+        ("A", "A_log"), ("conv", "conv1d.weight"), ("dt", "dt_bias"), ("a", "in_proj_a.weight"),
+        ("b", "in_proj_b.weight"), ("qkv", "in_proj_qkv.weight"), ("z", "in_proj_z.weight"), ("norm", "norm.weight"),
+        ("out", "out_proj.weight"),
+    )
+}  # fmt: skip
+QWEN3_5_CONFIG: dict[str, Any] = {
+    "head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": None, "attention_bias": False,
+    "layer_types": None, "full_attention_interval": None, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+QWEN3_5_WHERE = {"attention": FULL_LAYERS, "linear": frozenset({"linear_attention"})}
+
+
+def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
+    every = get("full_attention_interval") or 4
+    words = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
+    return get("layer_types") or words
+
+
+# q holds an output gate beside the queries; norms add 1 in both families, so nothing needs an offset
+QWEN3_5 = _llama_like(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    QWEN3_5_CONFIG | {"num_key_value_heads": 4},
+    tensors=BLOCK | _ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN,
+    partial=0.25,
+    layer_kinds=qwen3_5_kinds,
+    where=QWEN3_5_WHERE,
+)
+
 DENSE: dict[str, Family] = {
     f.model_type: f
     for f in (
         LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
         MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
         SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
+        QWEN3_5,
     )
 }  # fmt: skip

@@ -14,6 +14,7 @@ from moeconv.families.dense import (
     LFM2,
     LFM2_CONFIG,
     LFM2_OPTIONAL,
+    LINEAR_ATTENTION,
     MLA,
     MLA_CONFIG,
     MULTIPLIERS,
@@ -24,9 +25,12 @@ from moeconv.families.dense import (
     QK_LAYERNORM,
     QK_NORM,
     QKV_BIAS,
+    QWEN3_5_CONFIG,
+    QWEN3_5_WHERE,
     ROTARY_BUFFERS,
     SINKS,
     WITHOUT_QKVO,
+    qwen3_5_kinds,
 )
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
 from moeconv.families.spec import Family, Packed, Routing
@@ -647,12 +651,32 @@ PHIMOE = _row(
     switched={"attention_bias": _QKVO},
     inert=_NO_INERT_BIAS,
 )
+QWEN3_5_MOE = _row(
+    "qwen3_5_moe_text",
+    "Qwen3_5MoeForCausalLM",
+    QWEN3_5_CONFIG
+    | {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        **_ROUTER_LOSS,
+    },
+    BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
+    base={key: value for key, value in BASE_CONFIG.items() if key != "intermediate_size"},
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("shared_expert_intermediate_size",),
+    routing=Routing("softmax", "always"),
+    partial=0.25,
+    layer_kinds=qwen3_5_kinds,
+    where=QWEN3_5_WHERE,
+)
 
 MOE: dict[str, Family] = {
     f.model_type: f
     for f in (
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, SOLAR_OPEN, DOTS1, MELLUM, HY_V3, GRANITEMOE, GRANITEMOESHARED,
         GRANITEMOEHYBRID, GRANITEMOE_SWA, ARIA_TEXT, GPT_OSS, COHERE2_MOE, HUNYUAN_MOE, ERNIE4_5_MOE, FLEX_OLMO,
-        LFM2_MOE, DEEPSEEK_V3, PHIMOE,
+        LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE,
     )
 }  # fmt: skip

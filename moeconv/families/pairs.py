@@ -162,6 +162,14 @@ PAIRS: tuple[Pair, ...] = (
         ),
         tolerance=1e-3,
     ),
+    Pair(
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+        default=True,
+        note=_ZERO_128,
+        config={"shared_expert_intermediate_size": 128},
+        rename={"intermediate_size": None},
+    ),
     # -- latent attention
     Pair(
         "youtu", "deepseek_v3", default=True, note=_ZERO_FULL, config=_SIGMOID | {"num_nextn_predict_layers": 0},

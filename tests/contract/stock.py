@@ -118,6 +118,12 @@ CASES: dict[str, Case] = {
                   "block_multiple_of": 16, "conv_L_cache": 3, "tie_word_embeddings": True},
         (),
     ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        _HEAD | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
+                 "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        (),
+    ),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),

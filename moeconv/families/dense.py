@@ -640,12 +640,51 @@ QWEN3_5 = _llama_like(
     where=QWEN3_5_WHERE,
 )
 
+MAMBA = {
+    f"mamba.{key}": _LAYER + f"mamba.{name}"
+    for key, name in (
+        ("A", "A_log"), ("D", "D"), ("conv", "conv1d.weight"), ("conv_bias", "conv1d.bias"), ("dt", "dt_bias"),
+        ("in", "in_proj.weight"), ("in_bias", "in_proj.bias"), ("norm", "norm.weight"), ("out", "out_proj.weight"),
+        ("out_bias", "out_proj.bias"),
+    )
+}  # fmt: skip
+MAMBA_CONFIG: dict[str, Any] = {
+    "layer_types": None, "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1,
+    "mamba_d_state": 256, "mamba_d_head": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
+    "mamba_conv_bias": True, "mamba_proj_bias": False, "time_step_limit": None,
+}  # fmt: skip
+
+
+def hybrid_kinds(get: Get, layers: int) -> list[str]:
+    return get("layer_types") or ["linear_attention"] * layers
+
+
+HYBRID_WHERE = {"attention": FULL_LAYERS, "mamba": frozenset({"mamba", "linear_attention"})}
+GRANITE_HYBRID = _llama_like(
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
+    {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
+    | {"shared_intermediate_size": 1024, "num_local_experts": 0, "num_experts_per_tok": None},
+    tensors=BLOCK
+    | _ATTENTION_BIAS
+    | MAMBA
+    | {
+        "ffn.gate_up": _LAYER + "shared_mlp.input_linear.weight",
+        "ffn.down": _LAYER + "shared_mlp.output_linear.weight",
+    },
+    fused=FUSED_FFN,
+    ffn_width=lambda get: get("shared_intermediate_size"),
+    layer_kinds=hybrid_kinds,
+    where=HYBRID_WHERE,
+    no_experts="num_local_experts",
+)
+
 DENSE: dict[str, Family] = {
     f.model_type: f
     for f in (
         LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
         MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
         SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
-        QWEN3_5,
+        QWEN3_5, GRANITE_HYBRID,
     )
 }  # fmt: skip

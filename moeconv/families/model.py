@@ -16,6 +16,7 @@ from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
 from moeconv.families.dense import DENSE
+from moeconv.families.kinds import check_kinds
 from moeconv.families.moe import MOE
 from moeconv.families.pairs import HOMELESS
 from moeconv.families.spec import FFN_PARTS, Family, Role
@@ -194,6 +195,9 @@ def find_family(config: Mapping[str, Any]) -> Family:
     candidates += [v.get("model_type") for v in config.values() if isinstance(v, dict)]
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in FAMILIES:
+            plain = DENSE.get(candidate)
+            if plain is not None and plain.no_experts and config.get(plain.no_experts, 1) == 0:
+                return plain
             return FAMILIES[candidate]
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in HOMELESS:
@@ -214,6 +218,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     """
     checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
+    check_kinds(family, _text_config(checkpoint.config, family))
     roles, dropped = _assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)
     _check_complete(model)

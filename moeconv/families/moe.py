@@ -11,10 +11,13 @@ from moeconv.families.dense import (
     DENSE_FFN,
     FFN_BIAS,
     FULL_LAYERS,
+    HYBRID_WHERE,
     LFM2,
     LFM2_CONFIG,
     LFM2_OPTIONAL,
     LINEAR_ATTENTION,
+    MAMBA,
+    MAMBA_CONFIG,
     MLA,
     MLA_CONFIG,
     MULTIPLIERS,
@@ -30,6 +33,7 @@ from moeconv.families.dense import (
     ROTARY_BUFFERS,
     SINKS,
     WITHOUT_QKVO,
+    hybrid_kinds,
     qwen3_5_kinds,
 )
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
@@ -347,37 +351,18 @@ GRANITEMOESHARED = _row(
     shared_width=("shared_intermediate_size",),
     routing=Routing("softmax_topk", "always"),
 )
-_MAMBA = {
-    f"mamba.{key}": _LAYER + f"mamba.{name}"
-    for key, name in (
-        ("A", "A_log"), ("D", "D"), ("conv", "conv1d.weight"), ("conv_bias", "conv1d.bias"), ("dt", "dt_bias"),
-        ("in", "in_proj.weight"), ("in_bias", "in_proj.bias"), ("norm", "norm.weight"), ("out", "out_proj.weight"),
-        ("out_bias", "out_proj.bias"),
-    )
-}  # fmt: skip
-_MAMBA_CONFIG: dict[str, Any] = {
-    "layer_types": None, "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1,
-    "mamba_d_state": 256, "mamba_d_head": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
-    "mamba_conv_bias": True, "mamba_proj_bias": False,
-}  # fmt: skip
-
-
-def _hybrid_kinds(get: placement.Get, layers: int) -> list[str]:
-    return get("layer_types") or ["linear_attention"] * layers
-
-
 GRANITEMOEHYBRID = _row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    _GRANITE_CONFIG | _MAMBA_CONFIG | {"shared_intermediate_size": 1024},
-    BLOCK | QKV_BIAS | O_BIAS | _MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
+    _GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024},
+    BLOCK | QKV_BIAS | O_BIAS | MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
     num_experts=("num_local_experts",),
     packed=_PACKED,
     fused=_FUSED_SHARED,
     shared_width=("shared_intermediate_size",),
     routing=Routing("softmax_topk", "always"),
-    layer_kinds=_hybrid_kinds,
-    where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba", "linear_attention"})},
+    layer_kinds=hybrid_kinds,
+    where=HYBRID_WHERE,
 )
 GRANITEMOE_SWA = _row(
     "granitemoe_swa",

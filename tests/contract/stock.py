@@ -124,6 +124,14 @@ CASES: dict[str, Case] = {
                  "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
         (),
     ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _DENSE | _MULTIPLIED | {
+            "num_local_experts": 0, "shared_intermediate_size": 96, "position_embedding_type": "rope",
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"], "mamba_n_heads": 8,
+            "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16},
+        (),
+    ),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),

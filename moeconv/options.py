@@ -127,7 +127,9 @@ class TuneOptions:
     learning_rate: float | None = option(None, "Peak learning rate (default: 1e-3 for the router, 3e-4 for the rest).")
     balance: float = option(0.01, "Weight of the load-balance loss, taken per layer.")
     z_loss: float = option(0.0, "Weight of the router z-loss.")
-    straight_through: bool = option(True, "Router gradient through all experts (DenseMixer).")
+    straight_through: bool | None = option(
+        None, "Router gradient through all experts, DenseMixer (default: unless experts train too)."
+    )
     balance_only: bool = option(False, "Train on the balance loss alone, also where experts are identical.")
 
 
@@ -155,6 +157,11 @@ def parse_size(text: str | int, *, flag: str) -> int:
     if size >= 2**63:
         raise UsageError(f"{flag} {escape(text)}: too large", hint="Examples: 5GB, 500MB, 2GiB.")
     return int(size)
+
+
+def parse_index(text: str) -> int | None:
+    """A whole number from 0 up in plain digits, else None."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int, ...]:

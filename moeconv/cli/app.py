@@ -33,7 +33,7 @@ _OUTPUT_FLAGS = (
 
 
 def _annotation(kind: Any, name: str, help: str, choices: Sequence[str] = ()) -> Any:
-    """The typer annotation of a flag; a bool that is on by default gets a --no- twin."""
+    """The typer annotation of a flag; a bool that is not off by default gets a --no- twin."""
     if typing.get_origin(kind) in (tuple, list):
         kind = list[str]
     text = f"{help} One of: {', '.join(choices)}." if choices else help
@@ -48,9 +48,9 @@ def _flag_parameters(verb: Verb) -> list[tuple[str, Any, Any]]:
         for field in dataclasses.fields(group):
             help, choices = field.metadata["help"], field.metadata["choices"]
             default = list(field.default) if isinstance(field.default, tuple) else field.default
-            if field.default is True:
+            if field.default is True or hints[field.name] == (bool | None):
                 spelled = f"{flag_of(field.name)}/--no-{field.name.replace('_', '-')}"
-                kind: Any = Annotated[bool, typer.Option(spelled, help=help)]
+                kind: Any = Annotated[hints[field.name], typer.Option(spelled, help=help)]
             else:
                 kind = _annotation(hints[field.name], field.name, help, choices)
             flags.append((field.name, kind, default))

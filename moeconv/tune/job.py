@@ -11,11 +11,13 @@ from moeconv.calibrate.tokenizer import same_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import TuneOptions
+from moeconv.tensors import decode_weight
 from moeconv.tune.parameters import parse_train, tensors_of
 from moeconv.tune.symmetry import check_symmetry
 
 # Peak learning rates: measured on small models upcycled with `drop`, see benchmarks.
 RATES = {"router": 1e-3, "experts": 3e-4, "shared": 3e-4, "norms": 3e-4}
+_SAME = 0.02  # relative difference of a matrix that only its dtype or packing to 8 bits changed
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,13 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
             f"{student.family.model_type} has nothing that --train {options.train} opens",
             hint="router and experts are in every Mixture-of-Experts; shared is not.",
         )
-    warnings = []
+    through, warnings = _straight_through(options.straight_through, student, train)
     if objective != "balance":
-        warnings = check_symmetry(
-            student, objective=objective, train=train, straight_through=options.straight_through, teacher=teacher
-        )
+        warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
     return Job(
         student, teacher, objective, train, options.steps,
         {word: RATES[word] if options.learning_rate is None else options.learning_rate for word in train},
-        1.0 if objective == "balance" else options.balance, options.z_loss, options.straight_through, seed, batch_size,
+        1.0 if objective == "balance" else options.balance, options.z_loss, through, seed, batch_size,
         tuple(warnings),
     )  # fmt: skip
 
@@ -79,12 +79,30 @@ def _check_numbers(options: TuneOptions, batch_size: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: a number from 0 up")
 
 
+def _straight_through(asked: bool | None, model: Model, train: tuple[str, ...]) -> tuple[bool, list[str]]:
+    """Whether the router's gradient goes through all experts, and a warning where it cannot as asked.
+
+    Experts that train win back more without it, and each step costs two thirds (measured). Where the top-1 weight is
+    always 1, there is no other gradient.
+    """
+    assert model.family.routing is not None
+    if model.family.routing.score not in ("softmax", "softmax_topk", "sigmoid"):
+        text = f"{model.family.model_type} routes by a rule that --straight-through does not know: it is off"
+        return False, [text] if asked else []
+    return ("experts" not in train or _always_one(model)) if asked is None else asked, []
+
+
+def _always_one(model: Model) -> bool:
+    return model.top_k == 1 and model.renormalises
+
+
 def _check_student(model: Model) -> None:
     if not model.moe_layers:
         raise InputError(
             f"{model.family.model_type} is dense: there is no router to tune",
             hint="Make a Mixture-of-Experts of it first with `moeconv upcycle`.",
         )
+    model.check_separate_experts()
     if model.quantization:
         raise InputError(
             f"{escape(model.checkpoint.path)} is quantized, and packed weights do not train",
@@ -111,6 +129,25 @@ def _open_teacher(path: str | None, student: Model, objective: str) -> Model | N
                 f"the teacher does not fit: {theirs} {what}, the model {ours}",
                 hint="The teacher is the dense source of this model, or the model before an edit.",
             )
+    if objective == "layerwise":
+        _check_same_stream(student, teacher)
     if not same_tokenizer(student.checkpoint.path, teacher.checkpoint.path):
         raise InputError("the teacher has another tokenizer than the model", hint="Its tokens would mean other text.")
     return teacher
+
+
+def _check_same_stream(student: Model, teacher: Model) -> None:
+    """An FFN of the one must mean the same in the other: a conversion may have folded a factor into all that writes the
+    residual stream (Granite's multipliers), or centred it (OLMo). The attention's output tells, in a layer's place."""
+    key, layer = "attention.o", student.moe_layers[0]
+    if not (student.family.has(key) and teacher.family.has(key)):
+        return
+    name, other = (model.family.name(key, layer=layer) for model in (student, teacher))
+    if name not in student.roles or other not in teacher.roles:
+        return
+    ours, theirs = decode_weight(student, name).float(), decode_weight(teacher, other).float()
+    if ours.shape != theirs.shape or float((ours - theirs).norm()) > _SAME * float(theirs.norm()):
+        raise InputError(
+            f"the teacher's FFNs do not stand for this model's: {escape(name)} is not the teacher's {escape(other)}",
+            hint="The conversion changed what writes the residual stream. Use --objective distill.",
+        )

@@ -55,7 +55,8 @@ class Fit:
     def _run(self, rows: Any) -> tuple[Tensor, Tensor, list[Routed]]:
         """Squared error and squared norm of the target over some rows, and the routing."""
         inputs, wanted = self.inputs[rows].to(self.device), self.outputs[rows].to(self.device)
-        made = self.filled.module(inputs[None])[0]
+        made = self.filled.module(inputs[None])
+        made = (made[0] if isinstance(made, tuple) else made).reshape(inputs.shape)
         return (made - wanted).square().sum(), wanted.square().sum(), self.take()
 
     def step(self, rows: np.ndarray) -> bool:

@@ -20,18 +20,29 @@ from moeconv.tune.routing import Block
 class Network:
     """A causal language model in two halves: tokens -> final hidden states -> logits."""
 
-    body: nn.Module
-    head: Any
+    module: Any
     blocks: Sequence[Block]
     named: dict[str, nn.Parameter]  # by name on disk; experts, which are fused, are in `blocks`
 
     @property
     def vocabulary(self) -> int:
-        return int(self.head.weight.shape[0])
+        return int(self.module.get_output_embeddings().weight.shape[0])
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens: [B, S] -> final hidden states [B, S, H]."""
-        return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.module.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [R, H] -> logits [R, V], by the stock forward: some classes scale or cap what the output
+        embeddings give. The decoder is left out of it: it answers with `hidden`."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        decoder = self.module.get_decoder()
+        decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        try:
+            return self.module(inputs_embeds=hidden[None], use_cache=False).logits[0]
+        finally:
+            del decoder.forward  # the class's own comes back
 
 
 def load_network(model: Model, *, device: torch.device) -> Network:
@@ -49,18 +60,25 @@ def load_network(model: Model, *, device: torch.device) -> Network:
         raise InputError(f"the checkpoint has nothing for {empty[0]}", hint="A shard is missing.")
     names = [n for n, _ in plain_names(model) if model.roles.get(n) and model.roles[n].group in ("norm", "shared")]
     return Network(
-        skeleton.decoder,
-        skeleton.module.get_output_embeddings(),
+        skeleton.module,
         [block_of(skeleton, layer) for layer in model.moe_layers],
-        {name: skeleton.module.get_parameter(skeleton.place(name)) for name in names},
+        _named(skeleton, names),
     )
+
+
+def _named(skeleton: Skeleton, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters behind tensors that stand alone in memory as on disk, not joined with others."""
+    found = {name: skeleton.module.get_parameter(skeleton.place(name)) for name in names}
+    shapes = skeleton.model.checkpoint.tensors
+    return {name: p for name, p in found.items() if tuple(p.shape) == shapes[name].shape}
 
 
 def block_of(skeleton: Skeleton, layer: int) -> Block:
     """The router and experts of a layer, found through the names of its tensors on disk."""
     model = skeleton.model
     experts: Any = skeleton.owner(model.expert_name("gate", layer=layer, expert=0))
-    if not (hasattr(experts, "gate_up_proj") and hasattr(experts, "down_proj") and hasattr(experts, "act_fn")):
+    plain = not (getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False))
+    if not (plain and hasattr(experts, "gate_up_proj") and hasattr(experts, "down_proj")):
         raise InputError(
             f"the {model.family.model_type} class of transformers does not fuse its experts as this version expects",
             hint="Is the installed transformers in the range that moeconv's requirements name?",
@@ -87,8 +105,7 @@ def fill_block(skeleton: Skeleton, layer: int) -> FilledBlock:
     skeleton.fill(_decoded(model, wanted), under=name + ".")
     module = skeleton.module.get_submodule(name)
     module.requires_grad_(False)
-    named = {n: skeleton.module.get_parameter(skeleton.place(n)) for n in wanted if model.roles[n].group == "shared"}
-    return FilledBlock(block, module, named)
+    return FilledBlock(block, module, _named(skeleton, [n for n in wanted if model.roles[n].group == "shared"]))
 
 
 def _decoded(model: Model, names: Iterable[str]) -> dict[str, Tensor]:

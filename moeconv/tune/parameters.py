@@ -46,7 +46,10 @@ def parse_train(text: str) -> tuple[str, ...]:
 
 
 def word_of(role: Role) -> str | None:
-    """The word of --train that opens a tensor, None for one that never trains."""
+    """The word of --train that opens a tensor, None for one that never trains: a router's correction bias has no
+    gradient, the balance of the load moves it."""
+    if role.group == "router" and role.key != "router.weight":
+        return None
     return {"router": "router", "expert": "experts", "shared": "shared", "norm": "norms"}.get(role.group)
 
 
@@ -56,28 +59,32 @@ def tensors_of(model: Model, train: tuple[str, ...]) -> list[str]:
 
 
 def pieces_of(
-    model: Model, train: tuple[str, ...], *, blocks: Iterable[Block], named: Mapping[str, nn.Parameter]
-) -> list[Piece]:
-    """The pieces of the given blocks, and of every other parameter in `named` (names on disk) that trains."""
+    model: Model, train: tuple[str, ...], *, blocks: Iterable[Block], named: Mapping[str, nn.Parameter],
+    layer: int | None = None,
+) -> list[Piece]:  # fmt: skip
+    """The pieces of everything that trains, in one layer or all: of `blocks`, and of `named` by name on disk.
+
+    Raises InputError for a tensor that is joined with others in memory.
+    """
     by_layer = {block.layer: block for block in blocks}
     pieces = []
     for name in tensors_of(model, train):
         role = model.roles[name]
+        if layer is not None and role.layer != layer:
+            continue
         word, dtype = word_of(role), model.checkpoint.tensors[name].dtype
-        block = by_layer.get(role.layer) if role.layer is not None else None
-        if word in ("router", "experts"):
-            if block is not None:
-                pieces.append(Piece(name, dtype, word, *_within(block, role)))
+        if word in ("router", "experts") and role.layer is not None:
+            pieces.append(Piece(name, dtype, word, *_within(by_layer[role.layer], role)))
         elif name in named:
             pieces.append(Piece(name, dtype, str(word), named[name]))
+        else:
+            raise InputError(f"{escape(name)!r} cannot be trained alone", hint=f"Leave {word} out of --train.")
     return pieces
 
 
 def _within(block: Block, role: Role) -> tuple[nn.Parameter, tuple[Any, ...]]:
     part = role.key.partition(".")[2]
     if role.group == "router":
-        if part != "weight":
-            raise InputError(f"the router's {escape(part)} cannot be trained yet", hint="Train with --train experts.")
         return block.router.weight, ()
     if part == "down":
         return block.experts.down_proj, (role.expert,)

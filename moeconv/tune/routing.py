@@ -1,7 +1,7 @@
 """The Mixture-of-Experts blocks of a stock model while they train: what the router said, and its gradient.
 
-transformers' blocks of every family call `experts(hidden, top_k_index, top_k_weights)` with what a router module
-returned as (logits, weights, indices); experts are fused into two parameters.
+transformers' blocks of every family call `experts(hidden, top_k_index, top_k_weights)`, experts being fused into two
+parameters; the module that holds the router's weight returns its logits, alone or first.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, ru
     """Expert weights [T, E]: the family's own where an expert was chosen, else zero; the gradient reaches all experts.
 
     The top-k choice u = score * chosen passes its gradient through as if it were the identity, then the family's rule
-    follows: w = u, or w = u / sum(u). So dw_i/ds_j is that of the mixture over all experts, at the point that the
-    sparse forward pass computes. With softmax scores and w = u / sum(u) it is the dense mixture's gradient over the
-    chosen experts' total score: it vanishes, as it must, where all experts are alike. DenseMixer (Yao et al., 2025).
+    follows: w = u, or w = u / sum(u), times what the family scales by. So dw_i/ds_j is that of the mixture over all
+    experts, at the point that the sparse forward pass computes. With softmax scores and w = u / sum(u) it is the dense
+    mixture's gradient over the chosen experts' total score: it vanishes, as it must, where all experts are alike.
+    DenseMixer (Yao et al., 2025).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = torch.sigmoid(wide) if rule.score == "sigmoid" else torch.softmax(wide, dim=-1)
@@ -58,7 +59,8 @@ def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, ru
     if renormalise:
         through = through / through.sum(-1, keepdim=True)
     exact = torch.zeros_like(through).scatter(1, chosen, weights.detach().to(through.dtype))
-    return exact + (through - through.detach())
+    scale = exact.sum(-1, keepdim=True) / through.detach().sum(-1, keepdim=True)
+    return exact + scale * (through - through.detach())
 
 
 class _Unchosen(torch.autograd.Function):
@@ -90,8 +92,7 @@ class _Unchosen(torch.autograd.Function):
 
 
 def _activations(experts: Any, e: int, hidden: Tensor) -> Tensor:
-    gate, up = linear(hidden, experts.gate_up_proj[e].detach()).chunk(2, dim=-1)
-    return experts.act_fn(gate) * up
+    return experts._apply_gate(linear(hidden, experts.gate_up_proj[e].detach()))
 
 
 def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -106,8 +107,8 @@ def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
     counts = torch.bincount(flat, minlength=experts.gate_up_proj.shape[0]).tolist()
     rows = order // k
     wide = zip(hidden.index_select(0, rows).split(counts), experts.gate_up_proj.unbind(0))
-    gate, up = torch.cat([linear(x, w) for x, w in wide]).chunk(2, dim=-1)
-    inner = zip((experts.act_fn(gate) * up).split(counts), experts.down_proj.unbind(0))
+    made = experts._apply_gate(torch.cat([linear(x, w) for x, w in wide]))
+    inner = zip(made.split(counts), experts.down_proj.unbind(0))
     made = torch.cat([linear(a, w) for a, w in inner])
     made = made * weights.reshape(-1).index_select(0, order)[:, None].to(made.dtype)
     return torch.zeros_like(hidden).index_add_(0, rows, made)
@@ -124,11 +125,12 @@ def watching(
 
     With `straight_through` the routers' gradient goes through all experts, else through the chosen ones alone.
     """
+    logits: dict[int, Tensor] = {}
     seen: dict[int, Routed] = {}
     handles = []
     for block in blocks:
-        handles.append(block.router.register_forward_hook(_note(block, seen)))
-        block.experts.forward = _forward(block, seen, rule, renormalise, straight_through)
+        handles.append(block.router.register_forward_hook(_note(block, logits)))
+        block.experts.forward = _forward(block, logits, seen, rule, renormalise, straight_through)
 
     def take() -> list[Routed]:
         routed = [seen[layer] for layer in sorted(seen)]
@@ -144,22 +146,23 @@ def watching(
             del block.experts.forward  # the class's own comes back
 
 
-def _note(block: Block, seen: dict[int, Routed]) -> Callable[..., None]:
+def _note(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
-        logits, _, chosen = output
-        seen[block.layer] = Routed(block.layer, logits, chosen)
+        value = output[0] if isinstance(output, tuple) else output
+        logits[block.layer] = value.reshape(-1, value.shape[-1])
 
     return hook
 
 
 def _forward(
-    block: Block, seen: dict[int, Routed], rule: Routing, renormalise: bool, straight_through: bool
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    block: Block, logits: dict[int, Tensor], seen: dict[int, Routed], rule: Routing, renormalise: bool,
+    straight_through: bool,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        logits = seen[block.layer].logits
-        if not (straight_through and logits.requires_grad):
+        routed = seen[block.layer] = Routed(block.layer, logits.pop(block.layer), chosen)
+        if not (straight_through and routed.logits.requires_grad):
             return experts_forward(block.experts, hidden, chosen, weights)
-        through = straight_through_weights(logits, chosen, weights, rule, renormalise)
+        through = straight_through_weights(routed.logits, chosen, weights, rule, renormalise)
         out = experts_forward(block.experts, hidden, chosen, through.gather(1, chosen))
         return out + _Unchosen.apply(through, hidden.detach(), chosen, block.experts)
 

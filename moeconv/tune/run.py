@@ -213,7 +213,7 @@ def _layerwise(run: Run) -> dict[str, Any]:
 def _fit(run: Run, fit: Fit) -> Outcome[Fitted]:
     """Fit one layer and write its tensors."""
     job, layer = run.job, fit.filled.block.layer
-    pieces = pieces_of(job.student, job.train, blocks=[fit.filled.block], named=fit.filled.named)
+    pieces = pieces_of(job.student, job.train, blocks=[fit.filled.block], named=fit.filled.named, layer=layer)
     size = job.batch_size * run.data.seq_len
     order = batches(fit.training, size, key=(job.seed, "tune", "rows", layer))
     outcome = optimise(

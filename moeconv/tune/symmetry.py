@@ -54,7 +54,7 @@ def check_symmetry(
     if model.top_k == 1 and not straight_through:
         raise InputError(
             "top-k is 1 and its weight is always 1: the router's gradient is zero",
-            hint="Keep the straight-through gradient on (the default), or pass --balance-only.",
+            hint="Leave out --no-straight-through, or pass --balance-only.",
         )
     stuck = identical_layers(model)
     if "experts" in train and not (teacher is not None and _is_teacher(model, teacher, stuck)):
@@ -71,8 +71,10 @@ def check_symmetry(
 
 def _is_teacher(model: Model, teacher: Model, layers: tuple[int, ...]) -> bool:
     """Whether in each of these layers the experts are copies of the dense teacher's FFN: the loss is at its minimum."""
-    if teacher.num_experts or teacher.num_layers != model.num_layers or not layers:
+    if teacher.moe_layers or teacher.num_layers != model.num_layers or not layers:
         return False
+    if not all(teacher.family.has(f"ffn.{part}") for part in FFN_PARTS):
+        return False  # fused: never worse than before is then the guard
     return all(
         same_tensor(model, model.expert_name(p, layer=at, expert=0), teacher, teacher.ffn_name(p, layer=at))
         for at in layers

@@ -212,6 +212,10 @@ class OutputDirectory:
             sync_directory(self.out.parent)
         shutil.rmtree(self.root, ignore_errors=True)
 
+    def superseded(self) -> bool:
+        """Whether other parts have committed while this one was starting, so that what it staged is of no use."""
+        return self.shared and not self.overwrite and self.out.exists()
+
     def discard(self) -> None:
         """Remove what was staged for this work, which running it again could not complete. While other parts are at
         work in it, it stays."""

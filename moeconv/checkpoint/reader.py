@@ -189,8 +189,16 @@ class Checkpoint:
             raise InputError(f"{INDEX_NAME}: weight_map is empty", hint="Download it again.")
         return weight_map
 
+    def _entries(self) -> list[os.DirEntry[str]]:
+        """What the directory holds, by name."""
+        try:
+            with os.scandir(self.path) as entries:
+                return sorted(entries, key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"cannot list {escape(self.path)}: {error.strerror}", hint="Check permissions.") from None
+
     def _refuse_other_formats(self) -> None:
-        names = sorted(entry.name for entry in os.scandir(self.path))
+        names = [entry.name for entry in self._entries()]
         pickles = [n for n in names if n.endswith(_PICKLES)]
         if pickles:
             raise InputError(
@@ -232,9 +240,7 @@ class Checkpoint:
                     f"{escape(self._weight_map[lost[0]])} does not hold it",
                     hint="Index and shards are of different versions; download the checkpoint again.",
                 )
-        stray = sorted(
-            e.name for e in os.scandir(self.path) if e.name.endswith(".safetensors") and e.name not in self.shards
-        )
+        stray = [e.name for e in self._entries() if e.name.endswith(".safetensors") and e.name not in self.shards]
         if stray:
             self.warnings.append(f"not named by the index, left out: {', '.join(escape(n) for n in stray[:4])}")
         return tensors
@@ -267,7 +273,7 @@ class Checkpoint:
     def companions(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
         """The regular files beside the shards whose names are wanted, by name. Raises InputError for a link that
         leaves the directory."""
-        for entry in sorted(os.scandir(self.path), key=lambda e: e.name):
+        for entry in self._entries():
             if entry.is_file() and entry.name not in self.shards and wanted(entry.name):
                 yield _confined(self.path, self._root, entry.name, what="the directory")
 

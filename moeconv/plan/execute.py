@@ -105,7 +105,7 @@ def execute(
         except (InputError, CheckError):
             directory.discard()
             raise
-    return Result(str(out), complete, files, time.monotonic() - began, peak_rss_bytes(), flow.warnings, extra)
+    return Result(str(out), complete, files, time.monotonic() - began, peak_rss_bytes(), sorted(flow.warnings), extra)
 
 
 def _directories(flow: Flow) -> tuple[Path, ...]:
@@ -210,7 +210,9 @@ def _complete(
         for shard in plan.shards:
             record = records.get(shard.name) or directory.finished(shard.name)
             if record is None:
-                return {name: r.sha256 for name, r in records.items()}, {}, False
+                if part_came_late := directory.superseded():
+                    directory.discard()
+                return {name: r.sha256 for name, r in records.items()}, {}, part_came_late
             records[shard.name] = record
         files = {name: {"sha256": r.sha256, "bytes": r.bytes} for name, r in records.items()}
         for name, data in _small_files(plan, source):

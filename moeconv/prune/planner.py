@@ -17,6 +17,7 @@ from moeconv.options import (
     check_names,
     did_you_mean,
     parameters_of,
+    parse_index,
     parse_size,
     take,
 )  # fmt: skip
@@ -131,14 +132,15 @@ def parse_protect(text: str | None, model: Model) -> dict[int, frozenset[int]]:
     """`0:3,5:1,*:0` -> {layer: protected experts}. Raises UsageError."""
     protected: dict[int, set[int]] = {layer: set() for layer in model.moe_layers}
     for word in text.split(",") if text else ():
-        layer, colon, expert = word.strip().partition(":")
-        layers = model.moe_layers if layer == "*" else ((int(layer),) if layer.isdigit() else ())
-        if not colon or not expert.isdigit() or not layers or not set(layers) <= set(model.moe_layers):
+        first, _, second = word.strip().partition(":")
+        layer, expert = parse_index(first), parse_index(second)
+        layers = model.moe_layers if first == "*" else (layer,) if layer in protected else ()
+        if not layers or expert is None:
             raise UsageError(f"--protect {escape(word)!r}: not LAYER:EXPERT of this model", hint="Example: 0:3,*:0.")
-        if int(expert) >= model.num_experts:
+        if expert >= model.num_experts:
             raise UsageError(f"--protect {escape(word)!r}: the model has experts 0 to {model.num_experts - 1}")
         for at in layers:
-            protected[at].add(int(expert))
+            protected[at].add(expert)
     return {layer: frozenset(chosen) for layer, chosen in protected.items()}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.options import parse_index
 from moeconv.plan.build import TORCH_NAMES, whole
 from moeconv.plan.plan import Item, TensorSpec
 
@@ -192,9 +193,10 @@ def choose_group(text: str, widths: Sequence[int]) -> int | None:
             f"no group size of {', '.join(map(str, GROUP_SIZES))} divides the widths {sorted(set(widths))}",
             hint="Use --scheme int8 --group-size channel, or --format bitsandbytes.",
         )
-    if not text.isdigit() or int(text) not in GROUP_SIZES:
+    given = parse_index(text)
+    if given is None or given not in GROUP_SIZES:
         raise UsageError(f"--group-size {escape(text)}: not auto, channel, {', '.join(map(str, GROUP_SIZES))}")
-    bad = sorted({width for width in widths if width % int(text)})
+    bad = sorted({width for width in widths if width % given})
     if bad:
-        raise InputError(f"--group-size {text} does not divide width {bad[0]}", hint="Try --group-size auto.")
-    return int(text)
+        raise InputError(f"--group-size {given} does not divide width {bad[0]}", hint="Try --group-size auto.")
+    return given

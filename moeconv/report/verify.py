@@ -74,9 +74,12 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(_CHUNK):
-            digest.update(data)
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(_CHUNK):
+                digest.update(data)
+    except OSError as error:
+        raise InputError(f"cannot read {escape(path.name)}: {error.strerror}", hint="Check permissions.") from None
     return digest.hexdigest()
 
 

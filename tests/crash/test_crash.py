@@ -494,6 +494,19 @@ def test_parts_at_the_same_time_are_the_whole(server, works, tmp_path, n):
     assert hashes(out) == work.expected and complete(out) and not staging(out).exists()
 
 
+def test_a_part_that_comes_when_the_others_have_committed(cli, works, tmp_path, monkeypatch):
+    """It looked at OUT before the commit, and locks the staging directory after it."""
+    work, out = works["upcycle"], tmp_path / "out"
+    shards = sum(name.endswith(".safetensors") for name in work.expected)
+    for part in range(shards):
+        assert cli(*work.words(out, "--part", f"{part}/{shards + 1}")).code == 0
+    assert complete(out)
+    monkeypatch.setattr("moeconv.plan.execute.check_target", lambda *_, **__: None)
+    outcome = cli(*work.words(out, "--part", f"{shards}/{shards + 1}", "--json"))
+    assert outcome.code == 0 and outcome.json["complete"] is True
+    assert os.listdir(tmp_path) == ["out"] and hashes(out) == work.expected
+
+
 def test_a_part_that_was_killed_is_run_again(server, works, tmp_path):
     work, out, log = works["prune"], tmp_path / "out", tmp_path / "log"
     for part in (1, 0):

@@ -235,7 +235,23 @@ def test_parse_protect(tmp_path):
     model = open_model(make_moe(tmp_path / "m", "qwen3_moe", layers=3, mlp_only_layers=[0]))
     assert parse_protect(None, model) == {1: frozenset(), 2: frozenset()}
     assert parse_protect("1:3, *:0,2:0", model) == {1: frozenset({0, 3}), 2: frozenset({0})}
-    for text in ("0:0", "3:0", "1", "1:", ":1", "a:1", "1:a", "1:-1", "-1:1", "**:1", "1:2:3", ","):
+    for text in (
+        "0:0",
+        "3:0",
+        "1",
+        "1:",
+        ":1",
+        "a:1",
+        "1:a",
+        "1:-1",
+        "-1:1",
+        "**:1",
+        "1:2:3",
+        ",",
+        "1:²",
+        "²:1",
+        "1:" + "9" * 5000,
+    ):
         with pytest.raises(UsageError, match="--protect"):
             parse_protect(text, model)
     with pytest.raises(UsageError, match="experts 0 to 3"):

@@ -146,6 +146,7 @@ def test_group_sizes_that_do_not_fit():
         ("0", UsageError),
         ("x", UsageError),
         ("-1", UsageError),
+        ("³²", UsageError),
     ):
         with pytest.raises(error):
             choose_group(text, [96, 80])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from contract.stock import DENSE_CASES, load, logits, relative_difference, save_stock
 from words import WORDS, add_tokenizer, text
 
 from moeconv.calibrate.skeleton import Skeleton
@@ -24,7 +25,7 @@ from moeconv.tune.network import fill_block, load_network
 from moeconv.tune.optimise import looks, rate_at
 from moeconv.tune.parameters import pieces_of, snapshot
 from moeconv.tune.planner import plan_overlay
-from moeconv.tune.routing import Routed, watching
+from moeconv.tune.routing import Routed, straight_through_weights, watching
 from moeconv.tune.run import tune
 from moeconv.tune.windows import batches
 from moeconv.upcycle.planner import plan_upcycle
@@ -131,6 +132,38 @@ def test_straight_through_gradient_is_that_of_the_dense_mixture(tmp_path, family
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
 
 
+RULES = {
+    "softmax": (Routing("softmax"), False, 1.0),
+    "softmax renormalised": (Routing("softmax"), True, 1.0),
+    "softmax of the chosen": (Routing("softmax_topk"), True, 1.0),
+    "sigmoid": (Routing("sigmoid"), False, 2.5),
+    "sigmoid renormalised and scaled": (Routing("sigmoid"), True, 2.5),
+}
+
+
+@pytest.mark.parametrize(("rule", "renormalise", "scale"), RULES.values(), ids=RULES)
+def test_straight_through_weights_have_the_gradient_of_their_rule(rule, renormalise, scale):
+    """Against the derivative by hand: of w_i = c u_i / sum(u) by u_j it is c (delta_ij - w_i / c) / sum(u)."""
+    rng = np.random.default_rng(0)
+    z, slope = rng.standard_normal((5, 6)), rng.standard_normal((5, 6))
+    s = 1 / (1 + np.exp(-z)) if rule.score == "sigmoid" else np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    chosen = np.argsort(-s, -1)[:, :2]
+    u = np.zeros_like(s)
+    np.put_along_axis(u, chosen, np.take_along_axis(s, chosen, -1), -1)
+    total = u.sum(-1, keepdims=True)
+    w = scale * (u / total if renormalise else u)
+    by_u = (scale * slope - (slope * w).sum(-1, keepdims=True)) / total if renormalise else scale * slope
+    by_z = by_u * s * (1 - s) if rule.score == "sigmoid" else s * (by_u - (by_u * s).sum(-1, keepdims=True))
+
+    logits = torch.tensor(z, requires_grad=True)
+    weights = torch.tensor(np.take_along_axis(w, chosen, -1))
+    made = straight_through_weights(logits, torch.tensor(chosen), weights, rule, renormalise)
+    np.testing.assert_allclose(made.detach().numpy(), w, rtol=1e-12)
+    (made * torch.tensor(slope)).sum().backward()
+    assert logits.grad is not None
+    np.testing.assert_allclose(logits.grad.numpy(), by_z, rtol=1e-9, atol=1e-12)
+
+
 def test_without_straight_through_gradients_are_those_of_the_stock_model(tmp_path):
     path = scale(tiny.make_moe(tmp_path / "moe", "mixtral", experts=EXPERTS, dtype="F32"), 4)
     model = open_model(path)
@@ -227,6 +260,54 @@ def test_layerwise_takes_an_unedited_moe_as_teacher(tmp_path, data):
         learning_rate=3e-3,
     )  # fmt: skip
     assert block["improved"] and block["loss_after"] < block["loss_before"]
+
+
+# dense case of the contract suite -> target, and whether the FFN means the same in both
+FAMILIES = {
+    "qwen2->glm4_moe": ("qwen2", "glm4_moe", True),
+    "lfm2->lfm2_moe": ("lfm2", "lfm2_moe", True),
+    "cohere->cohere2_moe": ("cohere", "cohere2_moe", True),
+    "stablelm->phimoe": ("stablelm", "phimoe", True),
+    "granite->mixtral": ("granite", "mixtral", False),
+    "olmo->mixtral": ("olmo", "mixtral", False),
+}
+
+
+@pytest.mark.parametrize(("case", "target", "same"), FAMILIES.values(), ids=FAMILIES)
+def test_families(tmp_path, data, case, target, same):
+    """Router score functions, shared experts, scaled logits, and FFNs that a conversion rescaled."""
+    dense = add_tokenizer(save_stock(tmp_path / "dense", *DENSE_CASES[case], dtype=torch.float32))
+    moe = upcycled(dense, tmp_path / "moe", to=target)
+    for path in (dense, moe):
+        network = load_network(open_model(path), device=torch.device("cpu"))
+        tokens = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            made = network.head(network.hidden(tokens).flatten(0, 1)).view(2, 24, -1)
+        assert relative_difference(logits(load(path)), made) < 1e-5
+    parameters = {"teacher": str(dense), "train": "router,experts", "learning_rate": 1e-3, "steps": 20}
+    assert train(moe, tmp_path / "a", data, objective="distill", **parameters)["improved"]
+    if same:
+        block = train(moe, tmp_path / "b", data, objective="layerwise", **parameters)
+        assert block["loss_after"] < 0.8 * block["loss_before"]
+    else:
+        with pytest.raises(InputError, match="do not stand for"):
+            train(moe, tmp_path / "b", data, objective="layerwise", **parameters)
+
+
+def test_packed_experts_are_refused(tmp_path, data):
+    dense = add_tokenizer(save_stock(tmp_path / "dense", *DENSE_CASES["granite"], dtype=torch.float32))
+    with pytest.raises(InputError, match="one tensor"):
+        train(upcycled(dense, tmp_path / "moe", to="granitemoe"), tmp_path / "o", data, objective="lm")
+
+
+def test_a_routing_rule_without_straight_through_says_so_when_asked(tmp_path, data):
+    dense = add_tokenizer(save_stock(tmp_path / "dense", *DENSE_CASES["stablelm"], dtype=torch.float32))
+    moe = upcycled(dense, tmp_path / "moe", to="phimoe")
+    asked = train(moe, tmp_path / "a", data, objective="lm", straight_through=True, steps=1)
+    assert any("--straight-through" in text for text in asked["warnings"])
+    assert not any(
+        "--straight-through" in text for text in train(moe, tmp_path / "b", data, objective="lm", steps=1)["warnings"]
+    )
 
 
 def collapse(path: Path, *, experts: int = 2) -> None:

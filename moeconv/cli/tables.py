@@ -101,7 +101,7 @@ def _quantize(block: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tune(block: Mapping[str, Any]) -> dict[str, Any]:
     rows = {"objective": f"{block['objective']}, {block['steps']} steps"}
-    for name in ("loss", "kl"):
+    for name in ("loss", "kl", "error"):
         if block.get(f"{name}_before") is not None:
             rows[name] = f"{block[f'{name}_before']:.4f} -> {block[f'{name}_after']:.4f}"
     return rows

@@ -52,7 +52,8 @@ def tune(
     """Train and write an overlay of what trained; parameters: fields of TuneOptions, DataOptions and MeasureOptions.
 
     distill: KL(teacher || student) of the logits. lm: next-token loss. layerwise: the teacher's FFN outputs on its own
-    inputs, a layer at a time; `loss` is then the squared error relative to the output's, a mean over the layers.
+    inputs, a layer at a time, with no logits: it returns error_before and error_after, the squared error relative to
+    the output's square, a mean over the layers, in the place of losses.
     A tenth of the windows is held out and judges: what is written is the best of a few looks or, where none was better
     (`improved` is false), the source's own bytes.
 
@@ -201,13 +202,12 @@ def _layerwise(run: Run) -> dict[str, Any]:
     for row, o in zip(block_json["layers"], outcomes):
         row |= {"error": o.after.error, "improved": o.values is not None}
         row["before"]["error"] = o.before.error
-    losses = {
-        "loss_before": float(np.mean([o.before.error for o in outcomes])),
-        "loss_after": float(np.mean([o.after.error for o in outcomes])),
-        "kl_before": None,
-        "kl_after": None,
+    errors = {
+        "error_before": float(np.mean([o.before.error for o in outcomes])),
+        "error_after": float(np.mean([o.after.error for o in outcomes])),
     }
-    return block_json | losses | {"warnings": warnings}
+    unknown = dict.fromkeys(("loss_before", "loss_after", "kl_before", "kl_after"))  # no logits were computed
+    return block_json | unknown | errors | {"warnings": warnings}
 
 
 def _fit(run: Run, fit: Fit) -> Outcome[Fitted]:

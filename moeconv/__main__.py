@@ -7,9 +7,13 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from moeconv.cli.app import run
+    try:
+        from moeconv.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while importing: run has not taken over the signal yet
+        code = 130
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,16 @@ class CheckError(MoeconvError):
     exit_code = 5
 
 
-class Interrupted(MoeconvError):
-    """SIGINT or SIGTERM stopped the work; finished shards are kept (exit 130 or 143)."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM stopped the work; finished shards are kept (exit 130 or 143).
+
+    It can arise in any line, also of a library, so it is no Exception that one on the way would take for its own.
+    """
 
     def __init__(self, message: str, *, hint: str = "", signal_number: int = 2) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
         self.exit_code = 128 + signal_number
 
 

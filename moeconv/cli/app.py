@@ -158,11 +158,11 @@ def run(arguments: Sequence[str]) -> int:
         with _SINK.printing():  # what help left in the buffer
             pass
         return int(code or 0)
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         return _failed(error)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: Exception | Interrupted) -> int:
     known = _as_moeconv_error(error)
     if debug() and not isinstance(known, UsageError):
         traceback.print_exception(error)
@@ -170,8 +170,8 @@ def _failed(error: Exception) -> int:
     return known.exit_code
 
 
-def _as_moeconv_error(error: Exception) -> MoeconvError:
-    if isinstance(error, MoeconvError):
+def _as_moeconv_error(error: Exception | Interrupted) -> MoeconvError | Interrupted:
+    if isinstance(error, MoeconvError | Interrupted):
         return error
     # typer carries its own copy of click, so its usage errors are known by what they can do
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) is not None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.errors import MoeconvError, OutputError, escape
+from moeconv.errors import Interrupted, MoeconvError, OutputError, escape
 
 _WIDE = 4096  # columns of a pipe or file: a path stays on one line
 
@@ -72,7 +72,7 @@ class Sink:
         for name, digest in sorted((value.get("files") or {}).items()):
             say(f"sha256 {digest}  {escape(name)}")
 
-    def error(self, error: MoeconvError) -> None:
+    def error(self, error: MoeconvError | Interrupted) -> None:
         """Print an error: one JSON object on stdout with --json, else one or two lines on stderr."""
         if self.mode == "json" and not self.deaf:
             fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}

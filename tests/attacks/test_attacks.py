@@ -257,7 +257,7 @@ MOE_BAD: dict[str, tuple[str, Ruin, str]] = {
     "65536 experts": ("mixtral", config(num_experts=65536, num_local_experts=65536), "of 65536 experts"),
     "no top-k": ("qwen3_moe", config(num_experts_per_tok=0), "num_experts_per_tok must be"),
     "a layer both ways": ("qwen3_moe", config(mlp_only_layers=[1]), "although config.json makes layer 1 dense"),
-    "dense layers in words": ("qwen3_moe", config(mlp_only_layers="none"), "must be a list of layer numbers"),
+    "dense layers in words": ("qwen3_moe", config(mlp_only_layers="none"), "must be a list, found none"),
     "dense layers in lists": ("qwen3_moe", config(mlp_only_layers=[[0]]), "must be a list of layer numbers"),
     "a step of zero": ("qwen3_moe", config(decoder_sparse_step=0), "must be a positive whole number"),
     "another expert width": ("qwen2_moe", config(moe_intermediate_size=33), "config.json says [33, 32]"),

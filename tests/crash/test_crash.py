@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -83,7 +82,7 @@ def works(tmp_path_factory, server) -> dict[str, Work]:
             seconds.append(time.monotonic() - began)
         expected = hashes(folder / f"{verb}0")
         assert expected == hashes(folder / f"{verb}2") and sum(n.endswith(".safetensors") for n in expected) >= 4
-        made[verb] = Work(verb, source, flags, expected, statistics.median(seconds))
+        made[verb] = Work(verb, source, flags, expected, min(seconds))
     return made
 
 
@@ -122,17 +121,19 @@ def finishes(server: ForkServer, work: Work, out: Path, *more: object) -> None:
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_at_random_moments(server, works, tmp_path, verb, jobs):
     rng = random.Random(f"{verb}{jobs}")
-    work = works[verb]
+    work, seconds = works[verb], works[verb].seconds
     killed = 0
     for run in range(RUNS // 4 or 7):
         out = tmp_path / str(run) / "out"
         out.parent.mkdir()
         for _ in range(rng.choice([1, 1, 3])):  # some are killed over and over
             pid = server.start(*work.words(out, "--jobs", jobs), log=out.parent / "log")
-            server.signal(pid, signal.SIGKILL, after=rng.uniform(0.0, 1.1 * work.seconds))
+            server.signal(pid, signal.SIGKILL, after=rng.uniform(0.0, seconds))
             killed += server.wait(pid) == -signal.SIGKILL
             complete(out)
+        began = time.monotonic()
         finishes(server, work, out, "--jobs", rng.choice([1, 2]))
+        seconds = min(seconds, time.monotonic() - began)  # a machine that is busy by turns
     assert killed, "every run was over before it was killed"
 
 
@@ -317,6 +318,15 @@ def test_signals_at_random_moments(server, works, tmp_path):
             early = code in (-number, 1) and not staging(out).exists()
             assert code == 128 + number or early, (code, said)
         finishes(server, work, out)
+
+
+def test_a_signal_before_moeconv_has_taken_over(monkeypatch):
+    from moeconv.__main__ import main
+
+    monkeypatch.setattr("moeconv.cli.app.run", lambda words: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 # -- what is used again and what is not ----------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does, before torch is imported
+
 
 @dataclass(frozen=True)
 class Outcome:

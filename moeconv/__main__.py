@@ -8,10 +8,10 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    try:
-        # OpenMP threads that spin while they wait made training on a shared machine nine times slower; read at torch's import
+    # OpenMP threads that spin while they wait made training on a shared machine nine times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from moeconv.cli.app import run
+    try:
+        from moeconv.cli.app import run
 
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # while importing: run has not taken over the signal yet

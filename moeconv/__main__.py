@@ -8,7 +8,7 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    # OpenMP threads that spin while they wait made training on a shared machine nine times slower; read when torch loads
+    # Threads that spin while they wait made training on a shared machine nine times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         from moeconv.cli.app import run

@@ -34,7 +34,8 @@ def run(command: str, folder: str) -> str:
     )
     if done.returncode:
         sys.exit(f"{command}\nended with {done.returncode}:\n{done.stderr}")
-    return "\n".join(line.rstrip() for line in done.stdout.splitlines()) + "\n"
+    lines = done.stdout.replace(f"{folder}/", "").splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def refreshed(text: str, *, folder: str, only: str | None = None) -> str:

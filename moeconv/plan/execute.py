@@ -52,6 +52,14 @@ def default_jobs() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held, in bytes."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # counts what a large parent held when it forked us, so only where /proc is missing
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

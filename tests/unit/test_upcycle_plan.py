@@ -184,9 +184,9 @@ def test_rope_parameters_get_their_base(tmp_path):
     ],
 )  # fmt: skip
 def test_what_the_target_cannot_say_is_refused_by_name(tmp_path, source, target, config, says):
-    model = open_model(make_dense(tmp_path / "m", source, **config))
+    path = make_dense(tmp_path / "m", source, **config)
     with pytest.raises(InputError, match=says) as caught:
-        plan_upcycle(model, to=target)
+        plan_upcycle(open_model(path), to=target)
     assert caught.value.hint
 
 

@@ -24,21 +24,61 @@ _DERIVED = {
     "layer_types": _LIST, "mlp_layer_types": _LIST, "no_rope_layers": _LIST, "full_attn_idxs": _LIST,
     "rope_parameters": _OBJECT, "rope_scaling": _OBJECT, "hidden_activation": _WORD, "position_embedding_type": _WORD,
 }  # fmt: skip
-# what every size is computed from: neither null nor zero
-_NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")
+_NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must say them
+# what other numbers are computed from: when it is said, it is neither null nor zero
+_COMPUTED = (
+    *_NEEDED, "intermediate_size", "max_position_embeddings", "block_multiple_of", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+    "logits_scaling", "logit_scale", "scale_emb", "scale_depth", "dim_model_base",
+)  # fmt: skip
+_LARGEST = 1 << 40
+_LARGEST_OF_A_HEAD = 1 << 16  # rows of a head are spelled out one by one
+_ROPE = ("rope_parameters", "rope_scaling")
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "partial_rotary_factor",
+    "attention_factor",
+    "original_max_position_embeddings",
+)
+_ROPE_LISTS = ("short_factor", "long_factor")
 
 
 def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
-    """Raises InputError for a value of another kind than its key takes, and for a missing or negative size."""
+    """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
     for key, default in family.config.items():
         value, kind = config.get(key), _kind_of(key, default)
-        if value is None and not (key in _NEEDED and (key in config or default is None)):
+        missing = key not in config and not (key in _NEEDED and default is None)
+        if kind is None or missing or (value is None and key not in _COMPUTED):
             continue
-        if (kind and not _is(kind, value)) or (key in _NEEDED and value == 0):
-            raise InputError(
-                f"config.json: {key} must be {kind}, found {escape(value)[:200]}",
-                hint="Correct config.json, or download it again.",
-            )
+        least = 1 if key in _COMPUTED else 0
+        most = _LARGEST_OF_A_HEAD if key.endswith(("head_dim", "_heads")) else _LARGEST
+        if not _is(kind, value) or (least and value == 0) or (isinstance(value, int) and value > most):
+            raise _wrong(key, f"{kind} from {least} to {most}" if kind == _WHOLE else kind, value)
+    for key in _ROPE:
+        found = config.get(key)
+        for params in (found, *found.values()) if isinstance(found, dict) else ():
+            _check_rope(key, params)
+
+
+def _check_rope(key: str, params: Any) -> None:
+    """Rotary parameters, or those of one kind of layers; what has no business in them is the class's affair."""
+    if not isinstance(params, dict):
+        return
+    for name, value in params.items():
+        if name in _ROPE_NUMBERS and value is not None and (not _is(_NUMBER, value) or value <= 0):
+            raise _wrong(f"{key}.{name}", "a number above 0", value)
+        if name in _ROPE_LISTS and not (isinstance(value, list) and all(_is(_NUMBER, v) for v in value)):
+            raise _wrong(f"{key}.{name}", "a list of numbers", value)
+        if name in ("rope_type", "type") and not isinstance(value, str | None):
+            raise _wrong(f"{key}.{name}", "a word", value)
+
+
+def _wrong(key: str, wanted: str, value: Any) -> InputError:
+    return InputError(
+        f"config.json: {key} must be {wanted}, found {escape(value)[:200]}",
+        hint="Correct config.json, or download it again.",
+    )
 
 
 def _kind_of(key: str, default: Any) -> str | None:

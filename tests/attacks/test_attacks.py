@@ -650,3 +650,34 @@ def test_debug_prints_the_traceback(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("MOECONV_DEBUG", "1")
     outcome = cli("inspect", tmp_path / "gone")
     assert outcome.code == 3 and "Traceback" in outcome.err and "does not exist" in outcome.err
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "heads beyond reason": ({"head_dim": 2**70}, "head_dim must be a whole number from 0 to 65536"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1"),
+    "heads that are null": ({"num_attention_heads": None}, "num_attention_heads must be a whole number from 1"),
+    "a vocabulary in words": ({"vocab_size": "64"}, "vocab_size must be a whole number"),
+    "an epsilon in words": ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number"),
+    "ties that are a number": ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+    "an activation that is none": ({"hidden_act": 5}, "hidden_act must be a word"),
+    "rope that is a list": ({"rope_parameters": [1]}, "rope_parameters must be an object"),
+    "a base in words": (
+        {"rope_parameters": {"rope_theta": "x"}},
+        "rope_parameters.rope_theta must be a number above 0",
+    ),
+    "a base of zero": ({"rope_scaling": {"rope_theta": 0}}, "rope_scaling.rope_theta must be a number above 0"),
+    "a rope type that is none": ({"rope_parameters": {"rope_type": 5}}, "rope_parameters.rope_type must be a word"),
+    "factors in words": (
+        {"rope_scaling": {"long_factor": ["x"]}},
+        "rope_scaling.long_factor must be a list of numbers",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_config_values_of_the_wrong_kind(refused, tmp_path, out, what):
+    changes, says = CONFIGS[what]
+    source = make_dense(tmp_path / "source")
+    edit_json(source / "config.json", **changes)
+    refused(3, says, "inspect", source)
+    refused(3, says, "upcycle", source, out, "--no-check")

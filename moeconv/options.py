@@ -124,7 +124,9 @@ class TuneOptions:
     teacher: str | None = option(None, "Dense source, or the model before an edit (layerwise and distill need it).")
     train: str = option("router", "What trains: router, or with more words: router,experts,shared,norms.")
     steps: int = option(100, "Optimiser steps (per layer with layerwise).")
-    learning_rate: float | None = option(None, "Peak learning rate (default: 1e-3 for the router, 3e-4 for the rest).")
+    learning_rate: float | None = option(
+        None, "Peak learning rate of everything that trains (default: by width, objective and --train)."
+    )
     balance: float = option(0.01, "Weight of the load-balance loss, taken per layer.")
     z_loss: float = option(0.0, "Weight of the router z-loss.")
     straight_through: bool | None = option(

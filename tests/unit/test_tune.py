@@ -389,6 +389,18 @@ def test_top_1_renormalised_without_straight_through_has_no_gradient(dense, data
     assert with_it["improved"]
 
 
+def test_default_rates_follow_width_objective_and_what_trains(moe, dense, data, tmp_path):
+    def rates(name: str, **parameters: Any) -> dict[str, float]:
+        return train(moe, tmp_path / name, data, steps=1, **parameters)["learning_rate"]
+
+    assert rates("a", objective="lm") == {"router": 0.01}  # 1.28 / 32, and at most 0.01
+    assert rates("b", objective="lm", train="experts,router,norms") == {
+        "router": 0.004, "experts": 0.008, "norms": 0.001,
+    }  # fmt: skip
+    assert rates("c", teacher=str(dense), train="router,experts") == {"router": 0.004, "experts": 0.01}
+    assert rates("d", objective="lm", learning_rate=0.5) == {"router": 0.5}
+
+
 @pytest.mark.parametrize("rate", [1e4, 1e30])
 def test_never_worse(moe, dense, data, tmp_path, rate):
     block = train(

@@ -60,8 +60,9 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
             f"{student.family.model_type} has nothing that --train {options.train} opens",
             hint="router and experts are in every Mixture-of-Experts; shared is not.",
         )
-    through, warnings = _straight_through(options.straight_through, student, train)
+    through, warnings = False, list[str]()  # the balance loss reads the router's probabilities alone
     if objective != "balance":
+        through, warnings = _straight_through(options.straight_through, student, train)
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
     return Job(
         student, teacher, objective, train, options.steps,

@@ -75,7 +75,7 @@ def optimise(
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(
         [{"params": found, "lr": rates[word], "peak": rates[word]} for word, found in groups.items()],
-        betas=_BETAS, weight_decay=0.0, fused=all(p.is_floating_point() for p in parameters),
+        betas=_BETAS, weight_decay=0.0, fused=True,
     )  # fmt: skip
     for p in parameters:
         p.requires_grad_(True)

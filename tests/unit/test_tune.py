@@ -20,6 +20,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.families.spec import Routing
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
+from moeconv.tune import losses
 from moeconv.tune.losses import Load, balance_loss
 from moeconv.tune.network import fill_block, load_network
 from moeconv.tune.optimise import looks, rate_at
@@ -212,6 +213,27 @@ def test_balance_loss_is_taken_per_layer_and_not_pooled():
     share = np.array([2, 10, 2, 2]) / 16  # 8 tokens spread evenly, 8 on expert 1
     assert load.balance() == pytest.approx(4 * (share * share).sum(), rel=1e-5)
     assert load.to_json()["max_over_mean"] == pytest.approx(2.5)
+
+
+def test_losses_in_slices_are_the_losses_at_once(monkeypatch):
+    torch.manual_seed(0)
+    hidden, target = torch.randn(11, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    head, teacher = torch.nn.Linear(8, 5, dtype=torch.float64), torch.nn.Linear(8, 5, dtype=torch.float64)
+    found = []
+    for logits_at_once in (1, 15, 1 << 20):  # one row, three rows, all rows
+        monkeypatch.setattr(losses, "_LOGITS", logits_at_once)
+        rows = losses.divergence(head, teacher, target)
+        value, gradient = losses.mean_and_gradient(hidden, rows, vocabulary=5)
+        assert losses.total(hidden, rows, vocabulary=5) == pytest.approx(11 * value, rel=1e-5)
+        found.append((value, gradient))
+    leaf = hidden.clone().requires_grad_()
+    wanted = torch.nn.functional.kl_div(
+        head(leaf).log_softmax(-1), teacher(target).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    wanted.backward()
+    for value, gradient in found:
+        assert value == pytest.approx(float(wanted), rel=1e-5)
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 # -- objectives --------------------------------------------------------------------------------------------------------

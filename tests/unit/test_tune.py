@@ -232,7 +232,7 @@ def test_losses_in_slices_are_the_losses_at_once(monkeypatch):
     )
     wanted.backward()
     for value, gradient in found:
-        assert value == pytest.approx(float(wanted), rel=1e-5)
+        assert value == pytest.approx(wanted.item(), rel=1e-5)
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-6)
 
 

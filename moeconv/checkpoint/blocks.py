@@ -89,7 +89,7 @@ class BlockFile:
         hashing = None
         if stream.base + stream.first == self._hashed and stream.fill > stream.first:
             self._hashed = stream.end
-            hashing = self._hasher.submit(self._digest.update, stream.view[stream.first : stream.fill])
+            hashing = self._hasher.submit(self._hash, stream.view[stream.first : stream.fill])
         try:
             start = -(-stream.first // ALIGN) * ALIGN
             stop = stream.fill // ALIGN * ALIGN
@@ -106,6 +106,10 @@ class BlockFile:
                 hashing.result()
         stream.base, stream.first = stream.end - stream.end % ALIGN, stream.end % ALIGN
         stream.fill = stream.first
+
+    def _hash(self, view: memoryview) -> None:
+        with view:  # released before the result is there: while a view is left, its buffer cannot be closed
+            self._digest.update(view)
 
     def _write_blocks(self, view: memoryview, position: int) -> None:
         """Write whole blocks, past the cache as long as the file system takes it."""

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import random
+import time
+from concurrent.futures import thread
 
 import pytest
 from tiny import read_file
@@ -176,3 +178,18 @@ def test_an_artifact_appears_whole_or_not_at_all(tmp_path):
         with writing_artifact(file, LAYOUT, metadata={}):
             pytest.fail("the block must not run")
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_hashing_thread_that_is_slow_to_let_go(tmp_path, monkeypatch):
+    """Its result is there a moment before its arguments are gone; the buffer that they view is closed in between."""
+    run = thread._WorkItem.run
+
+    def slow(self):
+        run(self)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(thread._WorkItem, "run", slow)
+    writer = ShardWriter(tmp_path / "f", [("a", "U8", (5000,))])
+    writer.write("a", bytes(5000))
+    sha256, _ = writer.finish()
+    assert sha256 == hashlib.sha256((tmp_path / "f").read_bytes()).hexdigest()

@@ -9,26 +9,9 @@ from typing import Any
 
 from moeconv.cli.sink import say
 from moeconv.errors import escape
+from moeconv.units import human_bytes, human_seconds
 
 HEARTBEAT_SECONDS = 30.0
-
-
-def human_bytes(n: float) -> str:
-    """1234567 -> 1.2 MB"""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """190.2 -> 3m10s"""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 class LineMeter:

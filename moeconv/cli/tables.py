@@ -7,17 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from moeconv.cli.progress import human_bytes, human_seconds
 from moeconv.errors import escape
-
-
-def human_count(n: float) -> str:
-    """12345678 -> 12.35M"""
-    for unit in ("", "k", "M", "B"):
-        if abs(n) < 1000:
-            return f"{n:.0f}" if not unit else f"{n:.2f}{unit}"
-        n /= 1000
-    return f"{n:.2f}T"
+from moeconv.units import human_bytes, human_count, human_seconds
 
 
 def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
@@ -61,6 +52,8 @@ def written(result: Mapping[str, Any]) -> list[Table]:
         rows["part"] = f"{result['part']} is done, others are not"
     if not result["dry_run"]:
         rows["time"] = f"{human_seconds(result['seconds'])}, peak memory {human_bytes(result['peak_rss_bytes'])}"
+    if not result["dry_run"] and result.get("complete") is not False:
+        rows["to share"] = f"hf upload OWNER/NAME {result['output']}"
     tables = [pairs(rows)]
     if result["command"] == "tune":
         tables.append(_tune_layers(block))

@@ -31,6 +31,8 @@ from moeconv.plan.plan import Plan, Shard
 
 _READ = 1 << 22
 
+Describe = Callable[[list[dict[str, Any]], Mapping[str, Any]], Mapping[str, bytes]]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -83,6 +85,7 @@ def execute(
     out: str | os.PathLike[str],
     origins: Mapping[str, ByteSource] | None = None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
+    describe: Describe | None = None,
     jobs: int | None = None,
     part: tuple[int, int] | None = None,
     overwrite: bool = False,
@@ -92,7 +95,8 @@ def execute(
     """Write the checkpoint that `plan` describes to the directory `out`.
 
     `origins` are byte sources beside "source" that the plan's inputs name. `check` sees the staged directory before it
-    is committed; what it returns lands in the result, and an error of its own keeps OUT from being written.
+    is committed; what it returns lands in the result, and an error of its own keeps OUT from being written. `describe`
+    turns the manifest's steps and what `check` found into files for people, which the manifest does not name.
     Raises InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
     """
     began = time.monotonic()
@@ -109,7 +113,7 @@ def execute(
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None) as directory:
         try:
             records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
-            files, extra, complete = _complete(plan, source, flow, directory, records, check)
+            files, extra, complete = _complete(plan, source, flow, directory, records, check, describe)
         except (InputError, CheckError):
             directory.discard()
             raise
@@ -209,7 +213,7 @@ def _sha256(path: Path) -> str:
 
 def _complete(
     plan: Plan, source: Checkpoint, flow: Flow, directory: OutputDirectory, records: dict[str, Finished],
-    check: Callable[[Path], Mapping[str, Any]] | None,
+    check: Callable[[Path], Mapping[str, Any]] | None, describe: Describe | None,
 ) -> tuple[dict[str, str], Mapping[str, Any], bool]:  # fmt: skip
     """When every shard is there: write config, index, companions and manifest, check, commit."""
     with directory.commit_lock() as open_for_commit:
@@ -226,14 +230,16 @@ def _complete(
         for name, data in _small_files(plan, source):
             write_file(directory.staged / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest = _json(_manifest(plan, source, files))
-        write_file(directory.staged / MANIFEST_NAME, manifest)
+        manifest = _manifest(plan, source, files)
+        write_file(directory.staged / MANIFEST_NAME, _json(manifest))
         _remove_strangers(directory, {*files, MANIFEST_NAME})
         _check_promises(plan, directory.staged)
         extra: Mapping[str, Any] = {}
         if check is not None:
             flow.meter.note("checking the staged model against the source")
             extra = check(directory.staged)
+        for name, data in (describe(manifest["steps"], extra) if describe else {}).items():
+            write_file(directory.staged / name, data)
         directory.commit()
         return {name: str(entry["sha256"]) for name, entry in sorted(files.items())}, extra, True
 

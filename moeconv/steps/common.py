@@ -16,6 +16,7 @@ from moeconv.plan.execute import execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
+from moeconv.report.card import CARD_NAME, model_card
 
 _HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _HUB_FILES = (
@@ -68,20 +69,29 @@ def run_plan(
     meter: Meter,
     origins: Mapping[str, ByteSource] | None = None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON."""
+    """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON.
+
+    `figures` were measured before the plan was made, and stand in the model card.
+    """
     write = take(WriteOptions, values)
     result = planned_json(plan, out, dry_run=write.dry_run)
     part = parse_part(write.part)
     if write.dry_run:
         check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
         return result
+
+    def describe(steps: list[dict[str, Any]], found: Mapping[str, Any]) -> dict[str, bytes]:
+        return {CARD_NAME: model_card(plan, model.checkpoint, steps, {**(figures or {}), **found})}
+
     done = execute(
         plan,
         source=model.checkpoint,
         out=out,
         origins=origins,
         check=None if write.no_check else check,
+        describe=describe,
         jobs=write.jobs,
         part=part,
         overwrite=write.overwrite,

@@ -219,7 +219,7 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
         block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
         overlay = SafetensorsFile(Path(path))
         plan = plan_overlay(model, overlay, **_named(values, PlanOptions))
-        result = run_plan(plan, model, out, values, meter=meter, origins={"overlay": overlay})
+        result = run_plan(plan, model, out, values, meter=meter, origins={"overlay": overlay}, figures=block)
     result["warnings"] += block.pop("warnings", [])
     result["tune"] |= block
     return result

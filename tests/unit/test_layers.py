@@ -27,6 +27,7 @@ DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
 MEASURE = DECIDE | {"tensors", "calibrate"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
+    "units": set(),
     "checkpoint": {"errors"},
     "families": {"errors", "checkpoint"},
     "options": {"errors"},
@@ -42,11 +43,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "tune": MEASURE,
     "evaluate": MEASURE | {"hf"},
     "hf": MEASURE,
-    "report": MEASURE | {"evaluate"},
+    "report": MEASURE | {"evaluate", "units"},
     "recipe": {"errors", "options"},
     "steps": MEASURE | {"upcycle", "prune", "quantize", "tune", "evaluate", "report", "recipe"},
     "demo": {"errors", "plan", "recipe", "steps"},
-    "cli": {"errors", "options", "plan", "steps", "demo"},
+    "cli": {"errors", "options", "plan", "steps", "demo", "units"},
     "__main__": {"cli"},
 }
 TRANSFORMERS = ("calibrate", "tune", "evaluate", "hf")

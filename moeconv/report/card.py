@@ -1,0 +1,215 @@
+"""The model card: README.md of every output, with the hub's metadata, what was done, how to load it, what was measured.
+
+It is not part of the manifest, so that people may edit it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv import __version__
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.errors import escape
+from moeconv.plan.plan import Plan
+from moeconv.report.history import command_line
+from moeconv.units import human_bytes, human_count
+
+CARD_NAME = "README.md"
+_MOST = 1 << 16  # bytes of a source's card that are looked at
+_HUB_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")
+_CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+_TUNED = {"loss": "nats per token", "kl": "nats per token of KL to the teacher", "error": "of layer error"}
+_TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
+
+
+def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> bytes:
+    """README.md of an output. `steps` are the manifest's, the last one is this plan's; `found` is what the check of
+    the written model measured. Nothing of it depends on times or paths."""
+    import yaml
+
+    meta = yaml.safe_dump(_metadata(plan, source, steps), sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{meta}---",
+        f"# {_title(plan, source)}",
+        _what(plan),
+        "## What was done",
+        _done(steps),
+        "## How to load it",
+        _loading(plan),
+    ]
+    if measured := _measured(plan, found):
+        sections += ["## Measured", measured]
+    if plan.warnings or _caveats(plan):
+        sections += ["## Caveats", "\n".join(f"- {escape(text)}" for text in (*_caveats(plan), *plan.warnings))]
+    sections.append(
+        f"Made with moeconv {__version__}. `moeconv_manifest.json` holds every parameter, the fingerprint of the "
+        "source and the hash of every file; `moeconv verify` checks them."
+    )
+    return ("\n\n".join(sections) + "\n").encode()
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def _metadata(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    theirs = source_metadata(source)
+    base = hub_name(source.path) or (theirs.get("base_model") if source.manifest is not None else None)
+    meta: dict[str, Any] = {}
+    if base:
+        meta["base_model"] = base
+        meta["base_model_relation"] = _relation(steps)
+    meta |= {key: theirs[key] for key in ("license", "license_name", "license_link", "language") if key in theirs}
+    done = {str(step.get("command")) for step in steps}
+    meta["library_name"] = "transformers"
+    meta["pipeline_tag"] = "text-generation"
+    meta["tags"] = ["moe", "mixture-of-experts", "moeconv", *(tag for word, tag in _TAGS.items() if word in done)]
+    return meta
+
+
+def _relation(steps: Sequence[Mapping[str, Any]]) -> str:
+    """How the hub calls what became of the base model: quantized when nothing else was done to it."""
+    commands = {str(step.get("command")) for step in steps}
+    methods = {
+        str(parameters.get("method")) for step in steps if isinstance(parameters := step.get("parameters"), dict)
+    }
+    if "experts-from" in methods:
+        return "merge"
+    return "quantized" if commands == {"quantize"} else "finetune"
+
+
+def hub_name(path: Path) -> str | None:
+    """OWNER/NAME of a snapshot in the hub's cache, else None."""
+    for part in path.absolute().parts:
+        if match := _HUB_CACHE.match(part):
+            return f"{match[1]}/{match[2]}"
+    return None
+
+
+def source_metadata(source: Checkpoint) -> dict[str, Any]:
+    """Licence, language and base model of the source's card; what it cannot read it leaves out."""
+    import yaml
+
+    text = ""
+    for path in source.companions(lambda name: name == CARD_NAME):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read(_MOST)
+    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    if not found:
+        return {}
+    try:
+        value = yaml.safe_load(found[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {key: words for key in _CARRIED if (words := _words(value.get(key))) is not None}
+
+
+def _words(value: Any) -> str | list[str] | None:
+    """A short printable string or a list of such, else None."""
+    if isinstance(value, list):
+        words = [w for item in value[:50] if isinstance(w := _words(item), str)]
+        return words or None
+    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200 else None
+
+
+# -- text --------------------------------------------------------------------------------------------------------------
+
+
+def _title(plan: Plan, source: Checkpoint) -> str:
+    name = hub_name(source.path)
+    what = {"upcycle": "as a Mixture-of-Experts", "prune": "with fewer experts", "quantize": "with packed experts",
+            "tune": "with a tuned router"}.get(plan.command, "converted")  # fmt: skip
+    return f"{name} {what}" if name else f"{plan.config.get('model_type', 'model')} {what}"
+
+
+def _what(plan: Plan) -> str:
+    size = f"{human_count(plan.params_total)} parameters, {human_count(plan.params_active)} active per token"
+    packed = f" Packed as {plan.block['format']} {plan.block['scheme']}." if plan.block.get("scheme") else ""
+    return f"{size}, {plan.tensors} tensors, {human_bytes(plan.nbytes)}. Architecture: {_architecture(plan)}.{packed}"
+
+
+def _architecture(plan: Plan) -> str:
+    names = plan.config.get("architectures")
+    return f"`{escape(names[0])}`" if isinstance(names, list) and names else escape(plan.config.get("model_type"))
+
+
+def _done(steps: Sequence[Mapping[str, Any]]) -> str:
+    rows = ["| step | parameters | active |", "|---|---|---|"]
+    for step in steps:
+        counts = (step.get(f"{kind}_parameters") for kind in ("total", "active"))
+        total, active = (human_count(n) if isinstance(n, int) else "-" for n in counts)
+        rows.append(f"| `{command_line(step).replace('|', '/').replace('`', '')}` | {total} | {active} |")
+    return "\n".join(rows)
+
+
+def _loading(plan: Plan) -> str:
+    loads = plan.block.get("loads")
+    own = plan.block.get("format") == "bitsandbytes"
+    first = "import moeconv.hf  # registers the loader of packed experts\n" if own else ""
+    code = (
+        f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n```'
+    )
+    parts = []
+    if not isinstance(loads, Mapping) or loads.get("transformers") in ("ok", "dequantized"):
+        note = (
+            " (experts are expanded to the model's dtype in memory)"
+            if _says(loads, "transformers", "dequantized")
+            else ""
+        )
+        parts.append(f"transformers{note}:\n\n{code}")
+    if _says(loads, "vllm", "ok"):
+        parts.append("vLLM:\n\n```sh\nvllm serve PATH\n```")
+    if _says(loads, "sglang", "ok"):
+        parts.append("SGLang:\n\n```sh\npython -m sglang.launch_server --model-path PATH\n```")
+    if _says(loads, "llama.cpp", "ok"):
+        parts.append("llama.cpp:\n\n```sh\nllama-cli -m PATH/model.gguf\n```")
+    return "\n\n".join(parts)
+
+
+def _says(loads: Any, runtime: str, word: str) -> bool:
+    return isinstance(loads, Mapping) and loads.get(runtime) == word
+
+
+def _measured(plan: Plan, found: Mapping[str, Any]) -> str:
+    lines = []
+    check = found.get("equivalence")
+    if isinstance(check, Mapping) and check.get("checked"):
+        promise = "promised exact" if plan.block.get("exact") else "not exact by design"
+        lines.append(
+            f"- Logits differ from the source's by at most {_ceiling(check['relative'])} of their spread "
+            f"({check['tokens']} tokens; {promise})."
+        )
+    error = found.get("error")
+    if isinstance(error, Mapping) and isinstance(rms := error.get("relative_rms"), Mapping):
+        lines.append(
+            f"- Decoded weights against the source's: relative RMS error {rms['mean']:.3f} mean, {rms['max']:.3f} max."
+        )
+    for name, unit in (
+        ("loss", "nats per token"),
+        ("kl", "nats per token, KL to the teacher"),
+        ("error", "layer error"),
+    ):
+        before, after = found.get(f"{name}_before"), found.get(f"{name}_after")
+        if isinstance(before, float) and isinstance(after, float):
+            lines.append(f"- Tuning: {before:.4f} -> {after:.4f} {unit}, on text held out from it.")
+    return "\n".join(lines)
+
+
+def _caveats(plan: Plan) -> list[str]:
+    if plan.command == "upcycle" and not plan.block.get("exact"):
+        return ["The conversion changes the model's function on purpose: train it before use."]
+    return []
+
+
+def _ceiling(value: float) -> str:
+    """One significant digit, rounded up: the same on machines whose last bits differ."""
+    if not math.isfinite(value) or value <= 0:
+        return f"{value:g}"
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / unit) * unit:.0e}" if value < 0.01 else f"{math.ceil(value / unit) * unit:g}"

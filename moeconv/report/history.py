@@ -1,0 +1,64 @@
+"""What was done to a checkpoint, in words: the steps of its manifest, each as the command that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeconv import options as o
+from moeconv.errors import escape
+
+_OPTIONS: dict[str, type] = {
+    "upcycle": o.UpcycleOptions, "prune": o.PruneOptions, "quantize": o.QuantizeOptions, "tune": o.TuneOptions,
+}  # fmt: skip
+_ALWAYS = {"upcycle": ("method", "experts", "top_k"), "tune": ("objective", "train", "steps"),
+           "prune": ("criterion",), "quantize": ("format", "scheme", "method")}  # fmt: skip
+_FINGERPRINT = re.compile("[0-9a-f]{64}")
+
+
+def steps_of(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The manifest's steps that can be read, oldest first; a manifest is a file, and may hold anything."""
+    steps = (manifest or {}).get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def command_line(step: Mapping[str, Any]) -> str:
+    """The step as a command with the flags that matter: those that always do, and those that are not the default."""
+    command = str(step.get("command", "?"))
+    words = ["moeconv", escape(command)]
+    for name, value in flags(step).items():
+        if isinstance(value, bool):
+            words.append(o.flag_of(name if value else f"no_{name}"))
+        else:
+            words += [o.flag_of(name), escape(value)]
+    return " ".join(words)
+
+
+def flags(step: Mapping[str, Any]) -> dict[str, str | bool]:
+    """{parameter: word} of a step: what always matters, then what differs from the default. Paths are file names."""
+    command = str(step.get("command", ""))
+    given = step.get("parameters")
+    values = dict(given) if isinstance(given, Mapping) else {}
+    if isinstance(made_with := values.get("made_with"), Mapping):
+        values |= made_with
+    group = _OPTIONS.get(command)
+    if group is None:
+        return {}
+    fields = {f.name: f for f in dataclasses.fields(group)}
+    chosen = [n for n in _ALWAYS[command] if values.get(n) is not None]
+    chosen += [n for n, f in fields.items() if n not in chosen and n in values and values[n] not in (None, f.default)]
+    return {name: _word(name, values[name]) for name in chosen if not isinstance(values[name], Mapping)}
+
+
+def _word(name: str, value: Any) -> str | bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and name in ("stats", "teacher", "reference") and not value.startswith("hf://"):
+        # the manifest names a model by its fingerprint
+        return value[:12] if _FINGERPRINT.fullmatch(value) else os.path.basename(value.rstrip("/"))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ",".join(str(v) for v in value)
+    return str(value)

@@ -148,7 +148,8 @@ def test_several_blocks_and_strided_rows_give_the_bytes_of_one_block(monkeypatch
     clipped = pack.clip_scales(weight, bits=4, group_size=32)
     nf4, rows = pack.pack_nf4(weight), pack.pack_int8_rowwise(weight)
     decoded = pack.unpack_nf4(nf4)
-    monkeypatch.setattr(pack, "BLOCK", 7 * 256)  # 96 rows end in a short block
+    for module in (pack.common, pack.fourbit, pack.rowwise):
+        monkeypatch.setattr(module, "BLOCK", 7 * 256)  # 96 rows end in a short block
     for w in (weight, strided):
         for bits, expected in zip((4, 8), whole, strict=True):
             assert same(pack.pack_int(w, bits=bits, group_size=32)["weight_packed"], expected["weight_packed"])
@@ -204,7 +205,7 @@ def test_4bit_is_bit_equal_to_bitsandbytes(bnb, dtype, quant_type):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_4bit_midpoints_and_their_neighbours_are_bit_equal(bnb, quant_type):
     """The values at which a lookup table without the exact search would fail."""
-    table = pack._table_4bit(quant_type)
+    table = pack.fourbit._table_4bit(quant_type)
     middle = table.midpoints
     near = torch.cat([middle, torch.nextafter(middle, torch.tensor(2.0)), torch.nextafter(middle, torch.tensor(-2.0))])
     near = torch.cat([near, torch.tensor([0.0, 1e-44, -1e-44]), torch.ones(16)])  # 64 values, absmax 1

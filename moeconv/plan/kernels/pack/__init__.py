@@ -1,0 +1,35 @@
+"""Pack and unpack quantized weights, a file a layout: pure tensor functions, streamed in blocks that stay in cache.
+
+Every layout is bit-equal to its own library's.
+"""
+
+from moeconv.plan.kernels.pack.common import relative_rms
+from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unpack_nf4
+from moeconv.plan.kernels.pack.integer import (
+    clip_scales,
+    int_scales,
+    pack_int,
+    pack_words,
+    quantize_int,
+    unpack_int,
+    unpack_words,
+)
+from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise, unpack_int8_rowwise
+
+__all__ = [
+    "clip_scales",
+    "decode_4bit",
+    "decode_int8_rowwise",
+    "int_scales",
+    "pack_int",
+    "pack_int8_rowwise",
+    "pack_nf4",
+    "pack_words",
+    "quantize_int",
+    "read_quant_state",
+    "relative_rms",
+    "unpack_int",
+    "unpack_int8_rowwise",
+    "unpack_nf4",
+    "unpack_words",
+]

@@ -1,0 +1,218 @@
+"""INT4 and INT8 words of compressed-tensors' pack-quantized layout, bit-equal to that library's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.errors import UsageError
+from moeconv.plan.kernels.pack.common import ROUND, RowBuffers, check_finite, check_matrix, row_blocks
+
+_WORDS_HINT = "Choose bits and a group size that divide the matrix's input width, or leave this projection unquantized."
+
+
+def pack_int(
+    weight: Tensor,
+    *,
+    bits: int,
+    group_size: int | None,
+    scales: Tensor | None = None,
+    clip: bool = False,
+) -> dict[str, Tensor]:
+    """Quantize and pack one matrix as compressed-tensors `pack-quantized`, symmetric.
+
+    `weight` [out, in] bfloat16, float16 or float32; `group_size` divides `in`, None is one scale a row (channel).
+    `scales` [out, groups] overrides the round-to-nearest scales (GPTQ and friends); `clip` searches them for the least
+    squared error instead (`clip_scales`). Returns `weight_packed` int32 [out, in * bits / 32], `weight_scale` of the
+    weight's dtype [out, groups], `weight_shape` int64 [2].
+
+    Raises UsageError for sizes that do not divide, InputError for NaN or infinity in the weight.
+    """
+    group = _check_int(weight, bits=bits, group_size=group_size)
+    rows, columns = weight.shape
+    if scales is None and clip:
+        scales = clip_scales(weight, bits=bits, group_size=group_size)
+    given = scales is not None
+    if scales is None:
+        scales = torch.empty(rows, columns // group, dtype=weight.dtype)
+    scales = _usable_scales(scales, weight, group) if given else scales
+    words = torch.empty(rows, columns * bits // 32, dtype=torch.int32)
+    work = RowBuffers(rows, columns)
+    for start, stop in work.blocks:
+        x = work.load(weight, start, stop)  # float32 [r, in]
+        if not given:
+            _absmax_scales(x.view(-1, group), work, bits=bits, out=scales[start:stop].view(-1))
+        _to_levels(x.view(-1, group), scales[start:stop].reshape(-1, 1), bits=bits, zero=1 << (bits - 1))
+        _levels_to_words(x, words[start:stop], work, bits=bits)
+    if not given:
+        check_finite(scales)
+    return {"weight_packed": words, "weight_scale": scales, "weight_shape": torch.tensor([rows, columns])}
+
+
+def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+    """Round-to-nearest scales amax / 7.5 (bits 4) or amax / 127.5 (bits 8): [out, groups] in the weight's dtype."""
+    group = _check_int(weight, bits=bits, group_size=group_size)
+    rows, columns = weight.shape
+    scales = torch.empty(rows, columns // group, dtype=weight.dtype)
+    work = RowBuffers(rows, columns)
+    for start, stop in work.blocks:
+        x = work.load(weight, start, stop)
+        _absmax_scales(x.view(-1, group), work, bits=bits, out=scales[start:stop].view(-1))
+    check_finite(scales)
+    return scales
+
+
+def clip_scales(weight: Tensor, *, bits: int, group_size: int | None, steps: int = 20) -> Tensor:
+    """Scales of least squared error, [out, groups] in the weight's dtype.
+
+    Tries r * amax / 7.5 (127.5) for `steps` ratios r in (0.5, 1], then the least-squares fit of the scale to the levels
+    of the best ratio, kept where it helps."""
+    group = _check_int(weight, bits=bits, group_size=group_size)
+    rows, columns = weight.shape
+    result = torch.empty(rows, columns // group, dtype=weight.dtype)
+    work = RowBuffers(rows, columns)
+    for start, stop in work.blocks:
+        x = work.load(weight, start, stop).view(-1, group)  # [groups here, group]
+        top = torch.empty(x.shape[0], dtype=weight.dtype)
+        _absmax_scales(x, work, bits=bits, out=top)
+        best, least, levels = top, torch.full(top.shape, math.inf), torch.empty_like(x)
+        fitted = top
+        for step in range(steps, -1, -1):
+            # The last round tries the fit of the scale to the levels that the winning ratio chose.
+            trial = (top.float() * (0.5 + 0.5 * step / steps)).to(top.dtype) if step else fitted
+            trial = trial.masked_fill(trial == 0, torch.finfo(trial.dtype).eps)
+            levels.copy_(x)
+            _to_levels(levels, trial.view(-1, 1), bits=bits, zero=0)
+            levels.sub_(ROUND)
+            correlation, energy = (levels * x).sum(-1), levels.square().sum(-1)
+            size = trial.float()
+            # sum (x - s q)^2 less the constant sum x^2
+            error = size * size * energy - 2 * size * correlation
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, trial, best)
+            if step:
+                fit = (correlation / energy).to(top.dtype)
+                fitted = torch.where(better & (energy > 0) & (fit > 0), fit, torch.where(better, trial, fitted))
+        result[start:stop].view(-1).copy_(best)
+    check_finite(result)
+    return result
+
+
+def quantize_int(weight: Tensor, *, scales: Tensor, bits: int) -> Tensor:
+    """Levels clamp(round(w / scale)) in [-8, 7] (bits 4) or [-128, 127] (bits 8) as int8 [out, in].
+
+    `scales` [out, groups], groups divides `in`; the quotient is taken in float32 and halves go to the even level.
+    """
+    rows, columns = weight.shape
+    group = _check_int(weight, bits=bits, group_size=columns // max(1, scales.shape[-1]))
+    scales = _usable_scales(scales, weight, group)
+    levels = torch.empty(rows, columns, dtype=torch.int8)
+    work = RowBuffers(rows, columns)
+    for start, stop in work.blocks:
+        x = work.load(weight, start, stop)
+        _to_levels(x.view(-1, group), scales[start:stop].reshape(-1, 1), bits=bits, zero=0)
+        levels[start:stop].copy_(x.view(torch.int32))  # the low byte is the level in two's complement
+    return levels
+
+
+def pack_words(levels: Tensor, *, bits: int) -> Tensor:
+    """int8 levels [out, in] -> int32 words [out, in * bits / 32], level + 8 (+ 128), least significant nibble first."""
+    rows, columns = levels.shape
+    if columns * bits % 32:
+        raise UsageError(f"{columns} columns of {bits} bits do not fill whole 32-bit words", hint=_WORDS_HINT)
+    if bits == 8:
+        return (levels.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
+    words = torch.empty(rows, columns // 8, dtype=torch.int32)
+    work = RowBuffers(rows, columns)
+    for start, stop in work.blocks:
+        nibbles = work.bytes_[: (stop - start) * columns]
+        torch.add(levels[start:stop].reshape(-1), 8, out=nibbles.view(torch.int8))
+        _join_nibbles(nibbles, words[start:stop], work)
+    return words
+
+
+def unpack_words(words: Tensor, *, bits: int, columns: int) -> Tensor:
+    """int32 words [out, in * bits / 32] -> int8 levels [out, in]."""
+    rows = words.shape[0]
+    octets = words.contiguous().view(torch.uint8)  # [out, 4 * words]
+    if bits == 8:
+        return (octets ^ 0x80).view(torch.int8)[:, :columns]
+    levels = torch.empty(rows, octets.shape[1], 2, dtype=torch.int8)
+    levels[..., 0].copy_((octets & 0x0F).view(torch.int8)).sub_(8)
+    levels[..., 1].copy_((octets >> 4).view(torch.int8)).sub_(8)
+    return levels.view(rows, -1)[:, :columns]
+
+
+def unpack_int(packed: Mapping[str, Tensor], *, bits: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Decode `pack_int`'s tensors to [out, in]: level * scale in float32, rounded once to `dtype` (the scale's if None,
+    which is what compressed-tensors itself returns)."""
+    rows, columns = (int(size) for size in packed["weight_shape"])
+    words, scales = packed["weight_packed"], packed["weight_scale"]
+    result = torch.empty(rows, columns, dtype=dtype or scales.dtype)
+    group = columns // scales.shape[1]
+    for start, stop in row_blocks(rows, columns):
+        levels = unpack_words(words[start:stop], bits=bits, columns=columns).float()
+        levels.view(-1, group).mul_(scales[start:stop].reshape(-1, 1).float())
+        result[start:stop].copy_(levels)
+    return result
+
+
+def _absmax_scales(x: Tensor, work: RowBuffers, *, bits: int, out: Tensor) -> None:
+    """`x` float32 [groups, group] -> `out` [groups]; a zero scale becomes eps, as in compressed-tensors."""
+    magnitudes = torch.abs(x, out=work.magnitudes[: x.numel()].view(x.shape))
+    out.copy_(magnitudes.amax(-1).div_(7.5 if bits == 4 else 127.5))
+    out.masked_fill_(out == 0, torch.finfo(out.dtype).eps)
+
+
+def _to_levels(x: Tensor, scales: Tensor, *, bits: int, zero: int) -> None:
+    """In place: `x` float32 [groups, group] becomes ROUND + zero + clamp(round(x / scales)); `scales` [groups, 1]."""
+    half = 1 << (bits - 1)
+    x.div_(scales.float()).add_(ROUND + zero).clamp_(ROUND + zero - half, ROUND + zero + half - 1)
+
+
+def _levels_to_words(x: Tensor, words: Tensor, work: RowBuffers, *, bits: int) -> None:
+    """`x` as left by `_to_levels` with zero = half, so that its low byte is the unsigned level; `words` [r, ...]."""
+    if bits == 8:
+        words.view(torch.uint8).copy_(x.view(torch.int32))
+        return
+    nibbles = work.bytes_[: x.numel()]
+    nibbles.copy_(x.view(torch.int32).view(-1))
+    _join_nibbles(nibbles, words, work)
+
+
+def _join_nibbles(nibbles: Tensor, words: Tensor, work: RowBuffers) -> None:
+    """uint8 values below 16, two to a byte, the first in the low nibble, into `words` (contiguous int32)."""
+    twos = nibbles.view(torch.int16)  # first | second << 8
+    pairs = work.pairs[: twos.numel()]
+    np.right_shift(twos.numpy(), 4, out=pairs.numpy())  # numpy shifts 16-bit integers six times faster than torch
+    words.view(torch.uint8).view(-1).copy_(pairs.bitwise_or_(twos))  # keeps the low byte: first | second << 4
+
+
+def _check_int(weight: Tensor, *, bits: int, group_size: int | None) -> int:
+    """The group size in columns, after the checks that would otherwise give a silently wrong layout."""
+    if bits not in (4, 8):
+        raise UsageError(f"pack-quantized weights have 4 or 8 bits, not {bits}", hint="Pass bits=4 or bits=8.")
+    check_matrix(weight)
+    columns = weight.shape[1]
+    group = columns if group_size is None else group_size
+    if group < 1 or columns % group:
+        raise UsageError(f"a group size of {group} does not divide the input width {columns}", hint=_WORDS_HINT)
+    if columns * bits % 32:
+        raise UsageError(f"{columns} columns of {bits} bits do not fill whole 32-bit words", hint=_WORDS_HINT)
+    return group
+
+
+def _usable_scales(scales: Tensor, weight: Tensor, group: int) -> Tensor:
+    rows, columns = weight.shape
+    if tuple(scales.shape) != (rows, columns // group):
+        raise UsageError(
+            f"scales of shape {tuple(scales.shape)} do not fit a weight of shape {(rows, columns)}, groups of {group}",
+            hint=f"Pass scales of shape {(rows, columns // group)}.",
+        )
+    check_finite(scales)
+    return scales.masked_fill(scales == 0, torch.finfo(scales.dtype).eps)

@@ -1,0 +1,49 @@
+"""What a quantization format is: a number format, a layout on disk, what config.json says, and who loads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.plan.build import whole
+from moeconv.plan.plan import Item, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A number format. `group` is weights per scale, None for one scale a row."""
+
+    name: str
+    bits: int
+    group: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ...)` is quantization_config."""
+
+    name: str
+    schemes: tuple[str, ...]  # the first of a width is what --bits means
+    grouped: bool
+    make: Callable[[TensorRef, Scheme, str], Item]
+    config: Callable[[Scheme, Sequence[str], str], dict[str, Any]]
+    loads: Mapping[str, Mapping[str, str]]  # scheme -> runtime -> ok | dequantized | no | unknown
+
+
+def _stem(ref: TensorRef) -> str:
+    return ref.name.removesuffix(".weight")
+
+
+def codes(
+    ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: Any
+) -> Item:
+    """An item of one weight: `parts` are (suffix, name that the kernel gives it, dtype, shape); the first has codes."""
+    numel = math.prod(ref.shape)
+    specs = tuple(
+        TensorSpec(_stem(ref) + suffix, dtype, shape, role, numel if i == 0 else 0)
+        for i, (suffix, _, dtype, shape) in enumerate(parts)
+    )
+    return Item(specs, kernel, (whole(ref),), {"parts": [p[1] for p in parts], **params}, role.partition(".")[0])

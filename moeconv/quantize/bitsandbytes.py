@@ -1,4 +1,4 @@
-"""bitsandbytes: the native tensors of NF4, FP4 and row-wise INT8, which transformers 5 loads with `import moeconv.hf`."""
+"""bitsandbytes: native tensors of NF4, FP4 and row-wise INT8, which transformers 5 loads with `import moeconv.hf`."""
 
 from __future__ import annotations
 

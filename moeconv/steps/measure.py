@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from moeconv.errors import escape
 from moeconv.options import (
     CalibrateOptions,
     DataOptions,
@@ -50,6 +52,27 @@ def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:
     from moeconv.report.verify import verify as check
 
     return check(resolve(source), source=resolve(against) if against else None, load=load)
+
+
+def report(source: str, out: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the HTML report of a checkpoint. The JSON: the figures that it shows."""
+    from moeconv.calibrate.artifact import check_artifact_target, load_statistics
+    from moeconv.checkpoint.writer import replace_file
+    from moeconv.report.figures import gather, load_results
+    from moeconv.report.html import render
+
+    path = Path(out)
+    check_artifact_target(path, what="report", overwrite=values["overwrite"])
+    model = open_resolved(source)
+    figures = gather(
+        model,
+        statistics=load_statistics(values["stats"]) if values["stats"] else None,
+        results=[load_results(file) for file in values["results"]],
+        reference=open_resolved(values["reference"]) if values["reference"] else None,
+    )
+    page = render(figures, title=escape(values["title"] or model.checkpoint.path.resolve().name)).encode()
+    replace_file(path, page)
+    return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
 
 
 def families() -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""The report: figures of what was measured, on one page without scripts or outside references."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tiny import make_dense, make_moe
+
+from moeconv.calibrate.artifact import load_statistics, write_statistics
+from moeconv.families.model import open_model
+from moeconv.report import svg
+from moeconv.report.figures import dendrogram, gather
+from moeconv.report.html import render
+from moeconv.report.inspect import inspect
+
+
+def write_random_statistics(path, model, *, seed=0):
+    draw = np.random.default_rng(seed)
+    e, fields = model.num_experts, {}
+    for layer in model.moe_layers:
+        cosine = np.clip(draw.normal(0.3, 0.3, (e, e)), -1, 1)
+        count = draw.integers(1, 100, (2, e)).astype(np.float64)
+        fields[layer] = {
+            "count": count, "tokens": count.sum(1) / model.top_k, "entropy_sum": count.sum(1) * 0.5,
+            "output_cosine": (cosine + cosine.T) / 2, "router_cosine": cosine, "logit_correlation": cosine,
+        }  # fmt: skip
+    metadata = {
+        "identity": model.identity, "model_type": "mixtral", "layers": list(model.moe_layers), "num_experts": e,
+        "top_k": model.top_k, "tokens": 100,
+        "sources": [{"name": "<b>a", "sha256": "", "tokens": 50}, {"name": "b", "sha256": "", "tokens": 50}],
+    }  # fmt: skip
+    write_statistics(path, fields, metadata=metadata)
+    return load_statistics(path)
+
+
+class Page(HTMLParser):
+    """Tags are balanced, and what refers to somewhere else is written down."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.outside, self.tags = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.outside += [v for k, v in attrs if k in ("src", "href") and not (v or "").startswith("data:")]
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_page_shows_what_was_measured_and_nothing_from_elsewhere(tmp_path, cli):
+    dense, moe = make_dense(tmp_path / "dense", "llama", layers=3), tmp_path / "moe"
+    results = [cli("upcycle", dense, moe, "--experts", "4", "--method", "drop", "--json").json]
+    results.append(cli("prune", moe, tmp_path / "small", "--keep", "2", "--json").json)
+    results[1]["warnings"].append("<script>alert(1)</script>")
+    statistics = write_random_statistics(tmp_path / "s.safetensors", open_model(moe))
+    for i, result in enumerate(results):
+        (tmp_path / f"{i}.json").write_text(json.dumps(result))
+    done = cli(
+        "report", tmp_path / "small", tmp_path / "r.html", "--stats", tmp_path / "s.safetensors", "--reference", dense,
+        "--results", tmp_path / "0.json", "--results", tmp_path / "1.json", "--title", "<i>mine", "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    figures, text = done.json["figures"], (tmp_path / "r.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and page.outside == []
+    assert "&lt;script&gt;" in text and "&lt;i&gt;mine" in text and "<b>a" not in text
+    assert [s["command"].split()[1] for s in figures["history"]] == ["upcycle", "prune"]
+    assert figures["model"]["num_experts"] == 2 and figures["reference"]["kind"] == "dense"
+    load = statistics.layer(0, "count").sum(0)
+    assert figures["utilization"][0]["load"] == pytest.approx(load / load.sum())
+    assert figures["statistics"]["of_this_model"] is False
+    # a heat map for all text and one a source; a matrix and a tree a layer; scores; entropy
+    assert page.tags.count("svg") == 3 + 1 + 2 * 3 + 1
+    kept = [len(r["kept"]) for r in figures["pruning"]["layers"]]
+    assert kept == [2, 2, 2]
+
+
+def test_a_model_without_anything_measured_still_has_a_page(tmp_path):
+    model = open_model(make_dense(tmp_path / "dense", "llama"))
+    figures = gather(model)
+    page = Page(render(figures, title="x"))
+    assert page.tags.count("svg") == 0 and figures["model"] == inspect(model)
+
+
+def test_statistics_of_a_stranger_are_refused_and_a_page_is_not_replaced_unasked(tmp_path, cli):
+    model, other = make_moe(tmp_path / "a", seed=1), make_moe(tmp_path / "b", seed=2)
+    write_random_statistics(tmp_path / "s.safetensors", open_model(other))
+    done = cli("report", model, tmp_path / "r.html", "--stats", tmp_path / "s.safetensors", "--json")
+    assert done.code == 3 and not (tmp_path / "r.html").exists()
+    (tmp_path / "r.html").write_text("mine")
+    assert cli("report", model, tmp_path / "r.html", "--json").code == 4
+    assert (tmp_path / "r.html").read_text() == "mine"
+    assert cli("report", model, tmp_path / "r.html", "--overwrite", "--json").code == 0
+    (tmp_path / "wrong.json").write_text('{"error": {"code": 3, "message": "x", "hint": ""}}')
+    assert cli("report", model, tmp_path / "q.html", "--results", tmp_path / "wrong.json", "--json").code == 3
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, [1, None, "a"], {"a": None}, float("inf")])
+@pytest.mark.parametrize(
+    "path", ["steps", "steps.0", "tune", "tune.layers", "tune.layers.0", "prune", "prune.keep", "prune.scores",
+             "quantize", "quantize.error", "prune.curve", "upcycle.equivalence", "warnings", "reference", "sources",
+             "gates"],
+)  # fmt: skip
+def test_a_result_of_any_shape_is_shown_or_left_out(tmp_path, path, value):
+    model = open_model(make_moe(tmp_path / "moe"))
+    result = {
+        "command": "run", "tokens_per_second": 1.0, "perplexity": 2.0, "warnings": [],
+        "tune": {"layers": [{"layer": 0, "max_over_mean": 1.0, "before": {}}]}, "quantize": {"error": {"layers": []}},
+        "prune": {"keep": {"0": [1]}, "scores": {"0": [1.0, 2.0]}, "curve": []}, "upcycle": {"equivalence": {}},
+    }  # fmt: skip
+    at, words = result, path.split(".")
+    if words[0] == "steps" and len(words) == 2:
+        result["steps"] = [value]
+    else:
+        for word in words[:-1]:
+            at = at[int(word)] if isinstance(at, list) else at[word]
+        at[int(words[-1]) if isinstance(at, list) else words[-1]] = value
+    Page(render(gather(model, results=[result]), title="x"))
+
+
+def test_the_tree_joins_the_closest_first():
+    cosine = np.array([[1.0, 0.9, 0.1], [0.9, 1.0, 0.2], [0.1, 0.2, 1.0]])
+    tree = dendrogram(cosine)
+    assert set(tree["order"][:2]) == {0, 1} or set(tree["order"][1:]) == {0, 1}
+    heights = sorted(max(ys) for _, ys in tree["joins"])
+    assert heights == pytest.approx([0.1, (0.9 + 0.8) / 2])
+    assert dendrogram(np.ones((1, 1))) is None
+
+
+def test_axis_ticks_are_round_and_cover_the_values():
+    for low, high in ((0, 1), (3.24, 3.41), (-2, 7), (0.0001, 0.0003), (5, 5)):
+        found = svg.ticks(low, high, 5)
+        assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 8
+        assert len({round(b - a, 9) for a, b in pairwise(found)}) == 1
+
+
+def test_a_large_matrix_becomes_one_image():
+    markup = svg.heatmap(np.random.default_rng(0).normal(size=(64, 64)), rows=range(64), columns=range(64), label="x")
+    assert markup.count("<rect") == 1 and "data:image/png;base64," in markup
+    assert re.search(r"<image [^>]*/>", markup)

@@ -11,6 +11,8 @@ tokens only.
     layer.L.coactivation       [E, E]  tokens routed to both; the diagonal is the count
     layer.L.output_cosine      [E, E]  mean cosine of two experts' outputs on a token sample, every expert evaluated
     layer.L.router_cosine      [E, E]  cosine of router rows; logit_correlation [E, E] Pearson, over all tokens
+    layer.L.logit_sum          [E]     sum of the router logits; logit_product [E, E] of their products: what the
+                                       correlation of two added files needs
     layer.L.entropy_sum        [S]     sum of the entropy of softmax(router logits), nats; tokens [S]
 """
 
@@ -36,7 +38,7 @@ PER_SOURCE = (
 )  # fmt: skip
 FIELDS = (
     *PER_SOURCE, "out_mean", "out_var", "coactivation", "output_cosine", "router_cosine", "logit_correlation",
-    "entropy_sum", "tokens",
+    "logit_sum", "logit_product", "entropy_sum", "tokens",
 )  # fmt: skip
 _NUMPY = {"F64": np.float64, "F32": np.float32}
 _REQUIRED = ("version", "identity", "model_type", "layers", "num_experts", "top_k", "tokens", "sources")

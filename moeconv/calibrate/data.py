@@ -22,11 +22,16 @@ _BATCH = 256  # texts tokenized in one call
 
 @dataclass(frozen=True)
 class Source:
-    """Where windows came from: a base name, the hash of its bytes, and the tokens of its that are used."""
+    """Where windows came from: a base name, the hash of its bytes, its weight, and the tokens of its that are used."""
 
     name: str
     sha256: str
     tokens: int
+    weight: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the provenance of an artifact."""
+        return {"name": self.name, "sha256": self.sha256, "tokens": self.tokens, "weight": self.weight}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +88,7 @@ def load_tokens(
     return TokenData(
         np.concatenate(kept),
         np.repeat(np.arange(len(kept)), counts),
-        tuple(Source(s.name, s.sha256, n * seq_len) for s, n in zip(texts, counts)),
+        tuple(Source(s.name, s.sha256, n * seq_len, s.weight) for s, n in zip(texts, counts)),
     )
 
 

@@ -14,12 +14,14 @@ import torch
 from moeconv.calibrate.artifact import check_artifact_target, write_statistics
 from moeconv.calibrate.data import TokenData, load_tokens
 from moeconv.calibrate.routing import load_of_layer
+from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.world import World, current, first
 
 TOKENS = 65536
 SEQ_LEN = 512
@@ -40,9 +42,14 @@ def calibrate(
     sample_tokens: int = 2048,
     max_memory: str | int | None = None,
     overwrite: bool = False,
+    save_every: float | None = EVERY,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Write the statistics of every MoE layer to `stats_path` and return a summary.
+
+    A run that was cut off goes on, when it is called again, at the last layer boundary that it kept beside
+    `stats_path`, at most every `save_every` seconds (None: never). Of several processes (torchrun) each runs its share
+    of the windows, and the first one writes.
 
     `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
     the model's). Of each layer `sample_tokens` tokens go through all experts, for their similarity.
@@ -61,17 +68,23 @@ def calibrate(
     check_artifact_target(path, what="statistics", overwrite=overwrite)
     length = sequence_length(model, seq_len, default=SEQ_LEN)
     meter.note("reading the data")
-    read = load_tokens(
-        data, model.checkpoint.path, tokens=tokens or TOKENS, seq_len=length, seed=seed, text_field=text_field
+    read = first(
+        lambda: load_tokens(
+            data, model.checkpoint.path, tokens=tokens or TOKENS, seq_len=length, seed=seed, text_field=text_field
+        )
     )
     start_meter(meter, model)
+    mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
     stream = LayerStream(
-        model, read.windows, dtype=dtype, device=target, batch_size=batch_size, max_memory=budget, meter=meter
+        model, read.windows[mine], dtype=dtype, device=target, batch_size=size, max_memory=budget, meter=meter
     )
-    fields = _all_layers(stream, read, seed=seed, sample_tokens=sample_tokens)
-    write_statistics(
-        path, fields, metadata=_provenance(model, read, seed=seed, sample_tokens=sample_tokens), overwrite=overwrite
-    )
+    key = run_key(stream, read, seed=seed, sample_tokens=sample_tokens)
+    progress = Progress(path, key=key, every=save_every, meter=meter)
+    fields = _all_layers(stream, read, mine, progress, seed=seed, sample_tokens=sample_tokens)
+    if current().leads:
+        about = _provenance(stream, read, seed=seed, sample_tokens=sample_tokens)
+        write_statistics(path, fields, metadata=about, overwrite=overwrite)
+    progress.remove()
     return {
         "output": str(path),
         "tokens": read.tokens,
@@ -89,10 +102,22 @@ def sequence_length(model: Model, asked: int | None, *, default: int) -> int:
     return asked if asked is not None else min(default, most or default)
 
 
+def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]:
+    """(the windows of this process int64 [n], the batch size): whole batches in turn, so that a batch holds the same
+    windows whoever runs it. Raises InputError where there are fewer windows than processes."""
+    if count < world.size:
+        raise InputError(
+            f"the data fills {count} sequences, fewer than the {world.size} processes",
+            hint="Give more text, a smaller --seq-len, or start fewer processes.",
+        )
+    size = max(1, min(batch_size, count // world.size))
+    return np.flatnonzero(np.arange(count) // size % world.size == world.rank), size
+
+
 def _all_layers(
-    stream: LayerStream, read: TokenData, *, seed: int, sample_tokens: int
-) -> dict[int, dict[str, np.ndarray]]:
-    fields = {}
+    stream: LayerStream, read: TokenData, mine: np.ndarray, progress: Progress, *, seed: int, sample_tokens: int
+) -> Fields:
+    fields = progress.resume(stream)
     for layer in stream.layers():
         if layer.experts is not None:
             fields[layer.index] = layer_statistics(
@@ -102,11 +127,17 @@ def _all_layers(
                 num_experts=stream.model.num_experts,
                 seed=seed,
                 sample_tokens=sample_tokens,
+                mine=torch.from_numpy(mine),
             )
+        else:
+            layer.pass_on()
+        if layer.index + 1 < stream.model.num_layers:
+            progress.save(stream, layer.index + 1, fields)
     return fields
 
 
-def _provenance(model: Model, read: TokenData, *, seed: int, sample_tokens: int) -> dict[str, Any]:
+def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_tokens: int) -> dict[str, Any]:
+    model = stream.model
     return {
         "identity": model.identity,
         "model_type": model.family.model_type,
@@ -114,10 +145,12 @@ def _provenance(model: Model, read: TokenData, *, seed: int, sample_tokens: int)
         "num_experts": model.num_experts,
         "top_k": model.top_k,
         "tokens": read.tokens,
-        "sources": [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources],
+        "sources": [source.to_json() for source in read.sources],
         "seq_len": read.seq_len,
         "seed": seed,
         "sample_tokens": sample_tokens,
+        "sampled_tokens": min(sample_tokens, read.tokens),
+        "dtype": str(stream.dtype).removeprefix("torch."),
     }
 
 

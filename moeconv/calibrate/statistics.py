@@ -18,6 +18,7 @@ from moeconv.calibrate.routing import router_entropy
 from moeconv.calibrate.stream import Batch, Layer
 from moeconv.errors import InputError
 from moeconv.plan.kernels.draw import generator
+from moeconv.world import summed
 
 _SAMPLE_BYTES = 1 << 26  # outputs of all experts held at a time
 _ROWS = 256  # tokens widened to float64 at a time
@@ -27,27 +28,33 @@ OnExpert = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, token [n], s
 
 @torch.no_grad()
 def layer_statistics(
-    layer: Layer, *, source: Tensor, num_sources: int, num_experts: int, seed: int, sample_tokens: int
-) -> dict[str, np.ndarray]:
-    """Advance `layer` over all windows and return its fields.
+    layer: Layer, *, source: Tensor, num_sources: int, num_experts: int, seed: int, sample_tokens: int,
+    mine: Tensor | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Advance `layer` over the stream's windows and return its fields, summed over the processes.
 
-    `source` int64 [n] is the data source of every window. Raises InputError for NaN or infinite values.
+    `source` int64 [n] is the data source of every window of the data; the stream's are those at `mine` (all of them
+    when None). Raises InputError for NaN or infinite values.
     """
     assert layer.experts is not None and layer.router is not None
-    sums = _Sums(layer, source, num_sources, num_experts)
+    mine = torch.arange(len(source)) if mine is None else mine
+    sums = _Sums(layer, source[mine], num_sources, num_experts)
     sample: list[Tensor] = []
     chosen: Tensor | None = None
+    taken = 0
     with each_expert(layer.experts, sums.on_expert):
         for batch in layer.batches():
             length = batch.inputs.shape[1]
             if chosen is None:
-                chosen = _sample(len(source) * length, sample_tokens, seed=seed, layer=layer.index)
+                drawn = _sample(len(source) * length, sample_tokens, seed=seed, layer=layer.index)
+                chosen, taken = _within(drawn, mine, length), len(drawn)
             start, stop = batch.rows.start * length, batch.rows.stop * length
             here = chosen[(chosen >= start) & (chosen < stop)] - start
             sample.append(batch.ffn_input[here.to(batch.ffn_input.device)])
             sums.add(batch)
     fields = sums.fields()
-    fields["output_cosine"] = output_cosine(layer.experts, torch.cat(sample), num_experts=num_experts)
+    similar = output_cosine(layer.experts, torch.cat(sample), num_experts=num_experts)
+    fields["output_cosine"] = np.clip(summed(torch.from_numpy(similar)).numpy() / max(1, taken), -1, 1)
     for name, values in fields.items():
         if not np.isfinite(values).all():
             raise InputError(
@@ -87,7 +94,7 @@ def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, l
 
 
 def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np.ndarray:
-    """Mean over tokens of the cosine of two experts' outputs, [E, E]; `hidden` [n, H], every expert evaluated on each.
+    """Sum over tokens of the cosine of two experts' outputs, [E, E]; `hidden` [n, H], every expert evaluated on each.
 
     A zero output has cosine 0 with everything.
     """
@@ -98,7 +105,7 @@ def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np
         outputs = torch.stack([one_expert(experts.forward, chunk, e).float() for e in range(num_experts)])
         units = torch.nn.functional.normalize(outputs, dim=-1, eps=1e-30).flatten(1)  # [E, n * H]
         total += (units @ units.T).double()
-    return (total / max(1, len(hidden))).clamp(-1, 1).cpu().numpy()
+    return total.cpu().numpy()
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
@@ -117,6 +124,14 @@ def _sample(total: int, count: int, *, seed: int, layer: int) -> Tensor:
     """Sorted positions of `count` of `total` tokens (all, where there are fewer)."""
     draw = generator((seed, "sample", layer))
     return torch.from_numpy(np.sort(draw.choice(total, size=min(count, total), replace=False, shuffle=False)))
+
+
+def _within(tokens: Tensor, windows: Tensor, length: int) -> Tensor:
+    """Sorted places, among the tokens of these `windows`, of those of all `tokens` that lie in them."""
+    at = torch.full((int(max(windows.max(), tokens.max() // length)) + 1,), -1)
+    at[windows] = torch.arange(len(windows))
+    places = at[tokens // length]
+    return (places * length + tokens % length)[places >= 0].sort().values
 
 
 class _Sums:
@@ -164,23 +179,28 @@ class _Sums:
 
     def fields(self) -> dict[str, np.ndarray]:
         assert self.layer.router is not None
+        whole = (self.entropy, self.tokens, self.pairs, self.logits, self.logit_products, self.out)
+        for total in (*self.per_source.values(), *whole):
+            summed(total)
         fields = {name: total.view(self.shape) for name, total in self.per_source.items()}
         count = fields["count"].sum(0).clamp(min=1)
         mean = self.out / count[:, None]
         fields["out_mean"] = mean.float()
         fields["out_var"] = (fields["norm_sq_sum"].sum(0) / count - mean.square().sum(1)).clamp(min=0)
-        fields |= {"coactivation": self.pairs, "logit_correlation": self._correlation()}
+        fields |= {"coactivation": self.pairs, "logit_sum": self.logits, "logit_product": self.logit_products}
+        fields["logit_correlation"] = logit_correlation(self.logits, self.logit_products, self.tokens.sum())
         fields |= {"entropy_sum": self.entropy, "tokens": self.tokens}
         result = {name: value.cpu().numpy() for name, value in fields.items()}
         result["router_cosine"] = row_cosine(self.layer.router.weight)
         return result
 
-    def _correlation(self) -> Tensor:
-        """Pearson correlation of router logits over tokens; 0 for a constant logit, 1 on the diagonal."""
-        tokens = self.tokens.sum()
-        mean = self.logits / tokens
-        covariance = self.logit_products / tokens - torch.outer(mean, mean)
-        spread = covariance.diagonal().clamp(min=0).sqrt()
-        scale = torch.outer(spread, spread)
-        correlation = torch.where(scale > 0, covariance / scale, 0.0).clamp(-1, 1)
-        return correlation.fill_diagonal_(1.0)
+
+def logit_correlation(total: Tensor, products: Tensor, tokens: Tensor) -> Tensor:
+    """Pearson correlation of router logits over tokens from their sums [E] and products' sums [E, E]; 0 for a constant
+    logit, 1 on the diagonal."""
+    mean = total / tokens
+    covariance = products / tokens - torch.outer(mean, mean)
+    spread = covariance.diagonal().clamp(min=0).sqrt()
+    scale = torch.outer(spread, spread)
+    correlation = torch.where(scale > 0, covariance / scale, 0.0).clamp(-1, 1)
+    return correlation.fill_diagonal_(1.0)

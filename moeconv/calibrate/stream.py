@@ -85,6 +85,11 @@ class Layer:
                 self._stream.hidden[rows].copy_(outputs)
         self.advanced, self._halfway = advance, False
 
+    def pass_on(self) -> None:
+        """Advance without looking."""
+        for _ in self.batches():
+            pass
+
 
 class LayerStream:
     """A model's pass over `windows` int64 [n, S], a layer at a time; holds the activations `hidden` [n, S, H] (on the
@@ -124,6 +129,10 @@ class LayerStream:
         self.hidden = self._embed()
         self._next_layer = 0
 
+    def skip_to(self, layer: int) -> None:
+        """Begin at this layer: the caller has put what goes into it in `hidden`."""
+        self._next_layer = layer
+
     def rows(self) -> Iterator[slice]:
         """The batches, as slices of the windows."""
         for start in range(0, len(self.windows), self.batch_size):
@@ -134,9 +143,17 @@ class LayerStream:
 
         A layer that the consumer did not advance is run then.
         """
+        first = self._next_layer
+        for index in range(first):
+            self._meter.advance(layer_bytes(self.model, index))
+            self._meter.part_done()
+        if first == self.model.num_layers:
+            return
         with ThreadPoolExecutor(1, thread_name_prefix="moeconv-read") as pool:
-            ahead: Future[Parts] | None = pool.submit(self._read, self._names[0])
+            ahead: Future[Parts] | None = pool.submit(self._read, self._names[first])
             for index, module in enumerate(self.skeleton.layers):
+                if index < first:
+                    continue
                 assert ahead is not None
                 parts, ahead = ahead.result(), None  # a future would keep the bytes
                 self._fill(parts, under=self.skeleton.name_of(module) + ".")
@@ -145,8 +162,7 @@ class LayerStream:
                 layer = self._layer(index, module)
                 yield layer
                 if not layer.advanced:
-                    for _ in layer.batches():
-                        pass
+                    layer.pass_on()
                 self.skeleton.empty(module)
                 release_memory()
                 self._next_layer = index + 1

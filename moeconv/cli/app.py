@@ -23,8 +23,11 @@ from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import flag_of
+from moeconv.plan.meter import SilentMeter
+from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
+_LOST = ("gloo", "NCCL", "Connection", "TCPStore")  # what a collective's error speaks of when a peer has died
 _OUTPUT_FLAGS = (
     ("json", Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]),
     ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]),
@@ -90,15 +93,19 @@ def _command(verb: Verb) -> types.FunctionType:
 def _call(verb: Verb, values: dict[str, Any]) -> int:
     """Run a verb and print its result. Returns the exit code."""
     _SINK.mode = "json" if values.pop("json") else "quiet" if values.pop("quiet", False) else "human"
+    _meet(verb, launched())
     _SINK.verbose = values.pop("verbose")
     values.pop("quiet", None)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     _read_stdin(verb, values)
-    meter = make_meter()
+    meter = SilentMeter() if _SINK.mute else make_meter()
     try:
         result = verb.run(values, meter)
     finally:
-        meter.close()
+        if not isinstance(meter, SilentMeter):
+            meter.close()
+    if (lost := settle(None)) is not None:
+        raise lost
     failure = verb.failed(result)
     _SINK.result(result, table=verb.table)
     if failure is None:
@@ -108,6 +115,20 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     return failure.exit_code
 
 
+def _meet(verb: Verb, world: World) -> None:
+    """Under a launcher: join the other processes, and let the first one speak. Raises UsageError for other verbs."""
+    _SINK.mute = not world.leads
+    if world.size == 1:
+        return
+    if not verb.distributed:
+        able = ", ".join(v.name for v in VERBS if v.distributed)
+        raise UsageError(
+            f"{verb.name} runs in one process, and the launcher started {world.size}",
+            hint=f"Run it without torchrun; these share their work: {able}.",
+        )
+    join()
+
+
 def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
     """Put what standard input names in the place of `-`."""
     dashes = [p.name for p in verb.positionals if p.model and values[p.name] == "-"]
@@ -115,7 +136,7 @@ def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
     if len(dashes) > 1:
         raise UsageError("standard input can be read once: only one argument may be -", hint="Give a path.")
     if dashes and dashes[0] != "data":
-        values[dashes[0]] = model_from_stdin(sys.stdin.buffer.read())
+        values[dashes[0]] = first(lambda: model_from_stdin(sys.stdin.buffer.read()))
 
 
 def build_app() -> typer.Typer:
@@ -145,6 +166,7 @@ def _on_signal(number: int, frame: Any) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run the command line. Returns the exit code; prints errors, never a traceback unless MOECONV_DEBUG is set."""
     _SINK.mode, _SINK.deaf = "json" if "--json" in arguments else "human", False
+    _SINK.mute = not launched().leads
     open_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread: a caller's business
@@ -163,7 +185,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _failed(error: Exception | Interrupted) -> int:
-    known = _as_moeconv_error(error)
+    known = settle(_as_moeconv_error(error))
+    assert known is not None  # of several processes, the first one's
     if debug() and not isinstance(known, UsageError):
         traceback.print_exception(error)
     _SINK.error(known)
@@ -178,6 +201,8 @@ def _as_moeconv_error(error: Exception | Interrupted) -> MoeconvError | Interrup
         context = getattr(error, "ctx", None)
         hint = f"See `{context.command_path} --help`." if context is not None else "See `moeconv --help`."
         return UsageError(escape(error.format_message()), hint=hint)
+    if isinstance(error, RuntimeError) and current().size > 1 and any(word in str(error) for word in _LOST):
+        return MoeconvError("another process of this command is gone", hint="See its messages, and the system's log.")
     if isinstance(error, MemoryError):
         return MoeconvError("out of memory", hint="Lower --jobs or --batch-size.")
     where: Mapping[str, Any] = {}

@@ -39,6 +39,7 @@ class Verb:
     table: Callable[[Mapping[str, Any]], Any]
     failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda result: None
     extra: tuple[tuple[str, type, Any, str], ...] = ()  # (name, type, default, help) of flags of this verb alone
+    distributed: bool = False  # may be started several times by torchrun
 
 
 MODEL = Positional("model", "Checkpoint directory, hf://OWNER/NAME[@REVISION], or - for standard input.", model=True)
@@ -144,7 +145,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
          (MODEL, Positional("stats", "Statistics file to write (.safetensors).")),
          (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,
-         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw."))),
+         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw.")), distributed=True),
     Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
          (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written),
     Verb("prune", "Remove redundant experts.", (MODEL, OUT),

@@ -35,14 +35,18 @@ def say(text: str) -> None:
 
 @dataclass
 class Sink:
-    """How this run speaks. `mode` is "human", "json" or "quiet"; `deaf` once stdout has refused a write."""
+    """How this run speaks. `mode` is "human", "json" or "quiet"; `deaf` once stdout has refused a write; `mute` in all
+    processes but the first of a command that several share."""
 
     mode: str = "human"
     verbose: bool = False
     deaf: bool = False
+    mute: bool = False
 
     def result(self, value: Mapping[str, Any], *, table: Callable[[Mapping[str, Any]], Any]) -> None:
         """Print a step's result in this run's mode, its warnings on stderr."""
+        if self.mute:
+            return
         for text in value.get("warnings", ()):
             self.warn(text)
         if self.verbose:
@@ -74,6 +78,8 @@ class Sink:
 
     def error(self, error: MoeconvError | Interrupted) -> None:
         """Print an error: one JSON object on stdout with --json, else one or two lines on stderr."""
+        if self.mute:
+            return None
         if self.mode == "json" and not self.deaf:
             fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}
             return self._out(json.dumps({"error": fields}))

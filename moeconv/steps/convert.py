@@ -174,7 +174,8 @@ def _calibrate(model: Model, path: str, values: Mapping[str, Any], *, meter: Met
     from moeconv.calibrate.run import calibrate
 
     named = _named(values, DataOptions, MeasureOptions, CalibrateOptions)
-    calibrate(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
+    seed = take(PlanOptions, values).seed
+    calibrate(str(model.checkpoint.path), path, seed=seed, save_every=None, meter=meter, **named)
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------

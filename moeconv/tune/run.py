@@ -121,7 +121,7 @@ def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
         "straight_through": job.straight_through,
         "seed": job.seed,
         "seq_len": data.seq_len,
-        "sources": [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources],
+        "sources": [source.to_json() for source in data.sources],
     }
 
 

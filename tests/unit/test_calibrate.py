@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from moeconv.calibrate.stream import LayerStream
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.plan.execute import execute
+from moeconv.plan.meter import SilentMeter
 from moeconv.quantize.planner import plan_quantize
 
 EXPERTS, TOP_K, SEQ_LEN = 6, 2, 16
@@ -137,6 +139,7 @@ def fields_by_loops(
     out["output_cosine"] = similar / len(x)
     out["router_cosine"] = np.array([[cosine(a, b) for b in router] for a in router])
     out["logit_correlation"] = np.corrcoef(logits.T)
+    out["logit_sum"], out["logit_product"] = logits.sum(0), logits.T @ logits
     return out
 
 
@@ -211,6 +214,62 @@ def test_same_seed_same_bytes_and_the_sample_is_a_sample(tmp_path: Path) -> None
     assert np.array_equal(few.layer(0, "count"), all_.layer(0, "count"))
     assert not np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"))
     assert np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"), atol=0.3)
+
+
+KILLED = """
+import os, signal, sys, torch
+from moeconv.calibrate import run, state
+torch.set_num_threads(1)
+keep = state.Progress.save
+def save(self, stream, passed, fields):
+    if passed == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(self, stream, passed, fields)
+state.Progress.save = save
+run.calibrate(sys.argv[1], sys.argv[2], data=sys.argv[4:], seq_len=16, batch_size=4, save_every=0)
+"""
+
+
+def test_killed_at_a_random_layer_and_run_again_the_file_is_the_same(tmp_path: Path) -> None:
+    layers = 5
+    path = make(tmp_path / "model", "qwen3_moe", layers=layers, mlp_only_layers=[1])
+    paths, out, state = texts(tmp_path), tmp_path / "stats", tmp_path / ".stats.moeconv-state"
+    killed_at = int(np.random.default_rng().integers(2, layers))  # layers passed; what was saved is one less
+    done = subprocess.run([sys.executable, "-c", KILLED, path, out, str(killed_at), *paths], check=False)
+    assert done.returncode == -9 and not out.exists()
+    assert (state / f"hidden-{killed_at - 1}.0").exists()
+
+    class Notes(SilentMeter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    shutil.copytree(state, tmp_path / "copy")
+    parameters: dict[str, Any] = {"data": paths, "seq_len": SEQ_LEN, "batch_size": 4, "meter": Notes()}
+    again = calibrate(path, out, **parameters)
+    assert f"resuming behind layer {killed_at - 2}" in said and not state.exists()
+    calibrate(path, tmp_path / "whole", **parameters)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes(), killed_at
+    assert [row["layer"] for row in again["layers"]] == [0, 2, 3, 4]
+
+    for changed in ({"seed": 1}, {"batch_size": 3}, {"sample_tokens": 5}, {"data": paths[:1]}):  # anew
+        shutil.copytree(tmp_path / "copy", state)
+        said.clear()
+        calibrate(path, out, overwrite=True, **(parameters | changed))
+        assert not any("resuming" in text for text in said) and not state.exists(), changed
+    shutil.copytree(tmp_path / "copy", state)
+    os.truncate(state / f"hidden-{killed_at - 1}.0", 100)
+    calibrate(path, out, overwrite=True, **parameters)
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_disk_that_keeps_no_resume_point_does_not_end_the_work(tmp_path: Path, monkeypatch) -> None:
+    path = make(tmp_path / "model")
+    monkeypatch.setattr("moeconv.calibrate.state.os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space")))
+    parameters: dict[str, Any] = {"data": texts(tmp_path), "seq_len": SEQ_LEN}
+    monkeypatch.setattr("moeconv.calibrate.run.write_statistics", lambda *a, **k: None)
+    assert calibrate(path, tmp_path / "stats", save_every=0, **parameters)["tokens"] == 15 * SEQ_LEN
+    assert not (tmp_path / ".stats.moeconv-state").exists()
 
 
 def test_watching_the_experts_changes_nothing(tmp_path: Path) -> None:

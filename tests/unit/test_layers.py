@@ -24,9 +24,10 @@ FILES = {
 ABOVE_FAMILIES = ("plan.build", "plan.planned")  # what the planners share; the loop must not know it
 # room -> rooms that it may know beside itself
 DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
-MEASURE = DECIDE | {"tensors", "calibrate"}
+MEASURE = DECIDE | {"tensors", "calibrate", "world"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
+    "world": {"errors"},
     "units": set(),
     "checkpoint": {"errors"},
     "families": {"errors", "checkpoint"},
@@ -47,7 +48,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "recipe": {"errors", "options"},
     "steps": MEASURE | {"upcycle", "prune", "quantize", "tune", "evaluate", "report", "recipe"},
     "demo": {"errors", "plan", "recipe", "steps"},
-    "cli": {"errors", "options", "plan", "steps", "demo", "units"},
+    "cli": {"errors", "options", "plan", "steps", "demo", "units", "world"},
     "__main__": {"cli"},
 }
 TRANSFORMERS = ("calibrate", "tune", "evaluate", "hf")

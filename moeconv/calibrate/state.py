@@ -1,0 +1,174 @@
+"""Where a calibration that is cut off goes on: the activations at a layer boundary and the fields of the layers before.
+
+Kept in a hidden directory beside the statistics file: one layer's activations, whatever the model's size. They are the
+stream's own bytes, so what follows is bit for bit what an uninterrupted run computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moeconv import __version__
+from moeconv.calibrate.data import TokenData
+from moeconv.calibrate.stream import LayerStream
+from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.checkpoint.writer import replace_file
+from moeconv.errors import OutputError
+from moeconv.plan.meter import Meter
+from moeconv.world import all_agree, current, first, summed
+
+Fields = dict[int, dict[str, np.ndarray]]
+
+EVERY = 30.0  # seconds between two saves
+_SHARE = 20.0  # of the time; so saving costs at most a twentieth
+_BLOCK = 1 << 24
+_KEY, _FIELDS = "key", re.compile(r"layer-(\d+)\.npz")
+
+
+def run_key(stream: LayerStream, read: TokenData, **settings: Any) -> str:
+    """Names the exact computation: files, tokens, arithmetic, settings and versions."""
+    said = {
+        "versions": [__version__, torch.__version__],
+        "files": stream.model.checkpoint.resume_state(),
+        "windows": hashlib.sha256(np.ascontiguousarray(read.windows).tobytes()).hexdigest(),
+        "sources": [[s.name, s.sha256, s.tokens] for s in read.sources],
+        "arithmetic": [str(stream.dtype), stream.device.type, stream.batch_size, current().size],
+        "settings": settings,
+    }
+    return hashlib.sha256(canonical_json(said)).hexdigest()
+
+
+class Progress:
+    """What is kept of a calibration: at most every `every` seconds, 0: at every layer, None: nothing. Each process
+    keeps its own share of the windows."""
+
+    def __init__(self, stats: Path, *, key: str, every: float | None, meter: Meter) -> None:
+        self.folder = stats.absolute().with_name(f".{stats.name}.moeconv-state")
+        self._key, self._every, self._meter = key, every, meter
+        self._saved_at, self._cost, self._written = time.monotonic(), 0.0, set[int]()
+
+    def resume(self, stream: LayerStream) -> Fields:
+        """Put the stream at the last boundary that was saved by all processes. Returns the fields of the layers before
+        it; none, and an unchanged stream, where there is nothing of exactly this computation."""
+        if self._every is None:
+            return {}
+        world = current()
+        fits = self._read(_KEY) == self._key.encode()
+        if not all_agree(fits):
+            first(lambda: shutil.rmtree(self.folder, ignore_errors=True))
+            return {}
+        boundary = self._common_boundary(stream)
+        if not boundary:
+            return {}
+        with open(self._activations(boundary), "rb") as file:
+            file.readinto(_bytes_of(stream.hidden))  # type: ignore[attr-defined]
+        stream.skip_to(boundary)
+        fields = self._fields(boundary) if world.leads else {}
+        self._written = set(fields)
+        self._meter.note(f"resuming behind layer {boundary - 1}")
+        return fields
+
+    def save(self, stream: LayerStream, passed: int, fields: Fields) -> None:
+        """Keep the boundary behind `passed` layers, when it is time. A disk that refuses ends the keeping alone."""
+        if self._every is None:
+            return
+        due = max(self._every, _SHARE * self._cost) if self._every else 0.0
+        if not first(lambda: time.monotonic() - self._saved_at >= due):
+            return
+        began = time.monotonic()
+        problem = ""
+        try:
+            self._write(stream, passed, fields)
+        except (OSError, OutputError) as error:
+            problem = str(error)
+        if not all_agree(not problem):
+            self._every = None
+            self._meter.note(f"no resume point can be kept: {problem or 'another process cannot'}")
+            return
+        self._forget(but=passed)
+        self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
+
+    def remove(self) -> None:
+        """The work is done."""
+        if current().leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def _activations(self, boundary: int) -> Path:
+        return self.folder / f"hidden-{boundary}.{current().rank}"
+
+    def _read(self, name: str) -> bytes | None:
+        with suppress(OSError):
+            return (self.folder / name).read_bytes()
+        return None
+
+    def _common_boundary(self, stream: LayerStream) -> int:
+        """The furthest boundary whose activations every process has, whole, and the first one the fields to; or 0."""
+        layers = stream.model.num_layers
+        here = torch.zeros(layers + 1, dtype=torch.int64)
+        for boundary in range(1, layers + 1):
+            with suppress(OSError):
+                here[boundary] = self._activations(boundary).stat().st_size == _bytes_of(stream.hidden).nbytes
+        if current().leads:
+            done = {int(m[1]) for m in map(_FIELDS.fullmatch, os.listdir(self.folder)) if m}
+            for boundary in range(1, layers + 1):
+                here[boundary] *= all(layer in done for layer in stream.model.moe_layers if layer < boundary)
+        both = (summed(here) == current().size).nonzero().flatten().tolist()
+        return max(both, default=0)
+
+    def _fields(self, boundary: int) -> Fields:
+        fields: Fields = {}
+        for path in sorted(self.folder.glob("layer-*.npz"), key=lambda p: int(p.stem.partition("-")[2])):
+            layer = int(path.stem.partition("-")[2])
+            if layer < boundary:
+                with np.load(path, allow_pickle=False) as arrays:
+                    fields[layer] = {name: arrays[name] for name in arrays.files}
+        return fields
+
+    def _write(self, stream: LayerStream, passed: int, fields: Fields) -> None:
+        self.folder.mkdir(exist_ok=True)
+        if current().leads:
+            for layer in fields.keys() - self._written:
+                replace_file(self.folder / f"layer-{layer}.npz", _packed(fields[layer]))
+                self._written.add(layer)
+        target = self._activations(passed)
+        temporary = target.with_name(f"{target.name}.tmp")
+        view = _bytes_of(stream.hidden)
+        with open(temporary, "wb") as file:
+            for start in range(0, len(view), _BLOCK):
+                file.write(view[start : start + _BLOCK])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        if self._read(_KEY) is None and current().leads:
+            replace_file(self.folder / _KEY, self._key.encode())
+
+    def _forget(self, *, but: int) -> None:
+        for path in self.folder.glob(f"hidden-*.{current().rank}"):
+            if path != self._activations(but):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def _bytes_of(hidden: torch.Tensor) -> memoryview:
+    return memoryview(hidden.view(torch.uint8).reshape(-1).numpy())
+
+
+def _packed(fields: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(fields))  # type: ignore[arg-type]
+    return buffer.getvalue()

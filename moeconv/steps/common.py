@@ -1,15 +1,13 @@
-"""What every step that writes shares: resolving MODEL, running a plan, and the common JSON fields."""
+"""What every step that writes shares: opening MODEL, running a plan, and the common JSON fields."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
-from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import WriteOptions, take
 from moeconv.plan.execute import execute, parse_part, peak_rss_bytes
@@ -17,42 +15,7 @@ from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import CARD_NAME, model_card
-
-_HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
-_HUB_FILES = (
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-
-
-def resolve(model: str) -> str:
-    """A local directory for MODEL: itself, or the hub's cached snapshot for hf://OWNER/NAME[@REVISION].
-
-    Raises UsageError for a malformed hub name, InputError when the hub cannot give it.
-    """
-    if not model.startswith("hf://"):
-        return model
-    match = _HUB.match(model)
-    if not match:
-        raise UsageError(f"{escape(model)} is not hf://OWNER/NAME[@REVISION]")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(match[1], revision=match[2], allow_patterns=list(_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot get {escape(model)} from the hub: {escape(reason)}",
-            hint="Check the name, the network, and HF_TOKEN for gated models.",
-        ) from None
+from moeconv.steps.hub import resolve
 
 
 def open_resolved(model: str) -> Model:

@@ -34,7 +34,8 @@ from moeconv.options import (
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
-from moeconv.steps.common import open_resolved, resolve, run_plan
+from moeconv.steps.common import open_resolved, run_plan
+from moeconv.steps.hub import resolve
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits, float32
 

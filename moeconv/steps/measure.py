@@ -17,7 +17,8 @@ from moeconv.options import (
     take,
 )
 from moeconv.plan.meter import Meter
-from moeconv.steps.common import open_resolved, resolve
+from moeconv.steps.common import open_resolved
+from moeconv.steps.hub import resolve
 
 
 def inspect(source: str) -> dict[str, Any]:

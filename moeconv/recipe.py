@@ -3,6 +3,7 @@
     name: dense-to-int4
     vars: {model: demo, work: build}
     evaluate: {data: [heldout.txt], reference: "${model}"}    # optional: measured after every step that writes
+    report: ${work}/report.html                               # optional: a page about the last model and all steps
     steps:
       - step: upcycle
         from: ${model}
@@ -65,6 +66,7 @@ class RecipeSpec(_Strict):
     name: str = "recipe"
     vars: dict[str, str | int | float | bool] = Field(default_factory=dict)
     evaluate: dict[str, Any] | None = None
+    report: str | None = None
     steps: list[StepSpec] = Field(min_length=1)
 
 
@@ -81,11 +83,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `moeconv run` runs. `evaluate` are parameters of an evaluation after every step that writes a model."""
+    """What `moeconv run` runs.
+
+    `evaluate` are parameters of an evaluation after every step that writes a model, `report` the HTML file to write at
+    the end.
+    """
 
     name: str
     steps: tuple[Step, ...]
     evaluate: Mapping[str, Any] | None
+    report: str | None = None
 
 
 def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
@@ -114,6 +121,7 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
         spec.name,
         tuple(checker.step(i, s, variables) for i, s in enumerate(spec.steps)),
         None if spec.evaluate is None else checker.typed("evaluate", spec.evaluate, ("evaluate",), variables),
+        None if spec.report is None else checker.path(spec.report, ("report",), variables),
     )
 
 

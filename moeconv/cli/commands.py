@@ -110,7 +110,10 @@ def _problems(result: Mapping[str, Any]) -> CheckError | None:
 def _report(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     from moeconv.steps import measure
 
-    return measure.report(v["model"], v["out"], v)
+    return measure.report(
+        v["model"], v["out"], stats=v["stats"], results=measure.load_results(v["results"]),
+        reference=v["reference"], title=v["title"], overwrite=v["overwrite"],
+    )  # fmt: skip
 
 
 def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:

@@ -214,17 +214,20 @@ def format_table(result: Mapping[str, Any]) -> Table:
 
 def steps_table(result: Mapping[str, Any]) -> list[Table]:
     """A recipe or the demo: a row a step."""
-    rows = [
-        [
-            r["step"],
-            human_count(r["total"]) if r.get("total") else "-",
-            human_count(r["active"]) if r.get("active") else "-",
-            human_bytes(r["bytes"]) if r.get("bytes") else "-",
-            _number(r.get("loss")),
-            _number(r.get("kl")),
-            human_seconds(r.get("seconds") or 0),
-        ]
-        for r in result["steps"]
-    ]
-    columns = ["step", "parameters", "active", "bytes", "loss", "KL to dense", "time"]
-    return [grid(columns, rows), pairs({"output": result["output"]})]
+    planned = result.get("dry_run", False)
+    rows = []
+    for r in result["steps"]:
+        sizes = [human_count(r[k]) if r.get(k) else "-" for k in ("total", "active")]
+        sizes.append(human_bytes(r["bytes"]) if r.get("bytes") else "-")
+        if planned:
+            found = [human_bytes(r["memory_bytes"]) if r.get("memory_bytes") else "-"]
+        else:
+            found = [_number(r.get("loss")), _number(r.get("kl")), human_seconds(r.get("seconds") or 0)]
+        rows.append([r["step"], *sizes, *found])
+    columns = ["step", "parameters", "active", "bytes"]
+    columns += ["peak memory, about"] if planned else ["loss", "KL to dense", "time"]
+    words = {"output": result["output"], "report": result.get("report")}
+    if planned:
+        need, free = human_bytes(result["disk_bytes"]), human_bytes(result["disk_free_bytes"])
+        words = {"output": f"{result['output']} (dry run: nothing written)", "disk": f"{need} needed, {free} free"}
+    return [grid(columns, rows), pairs(words)]

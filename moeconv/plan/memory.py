@@ -1,8 +1,16 @@
-"""Keep glibc from hoarding: worker threads share one heap, and large blocks go back to the system when freed."""
+"""Memory: what a plan will take, and how glibc is kept from hoarding it.
+
+Worker threads share one heap, and large blocks go back to the system when freed.
+"""
 
 from __future__ import annotations
 
 import ctypes
+
+from moeconv.plan.kernels import needs_torch
+from moeconv.plan.plan import Plan
+
+_PROCESS, _TORCH = 60_000_000, 200_000_000  # a process with its write buffers, and torch in it
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 
@@ -15,3 +23,9 @@ def lean_malloc() -> None:
         return
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def memory_bytes(plan: Plan, *, jobs: int) -> int:
+    """About the most memory that applying a plan takes: the process, and a computed item a worker with its scratch."""
+    torch = any(needs_torch(item.kernel) for item in plan.items())
+    return _PROCESS + torch * _TORCH + 2 * jobs * plan.largest_item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +55,35 @@ def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:
     return check(resolve(source), source=resolve(against) if against else None, load=load)
 
 
-def report(source: str, out: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the HTML report of a checkpoint. The JSON: the figures that it shows."""
+def report(
+    source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, Any]] = (),
+    reference: str | None = None, title: str | None = None, overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the HTML report of a checkpoint. `results` are JSON objects of other steps. The JSON: its figures."""
     from moeconv.calibrate.artifact import check_artifact_target, load_statistics
     from moeconv.checkpoint.writer import replace_file
-    from moeconv.report.figures import gather, load_results
+    from moeconv.report.figures import gather
     from moeconv.report.html import render
 
     path = Path(out)
-    check_artifact_target(path, what="report", overwrite=values["overwrite"])
+    check_artifact_target(path, what="report", overwrite=overwrite)
     model = open_resolved(source)
     figures = gather(
         model,
-        statistics=load_statistics(values["stats"]) if values["stats"] else None,
-        results=[load_results(file) for file in values["results"]],
-        reference=open_resolved(values["reference"]) if values["reference"] else None,
+        statistics=load_statistics(stats) if stats else None,
+        results=results,
+        reference=open_resolved(reference) if reference else None,
     )
-    page = render(figures, title=escape(values["title"] or model.checkpoint.path.resolve().name)).encode()
+    page = render(figures, title=escape(title or model.checkpoint.path.resolve().name)).encode()
     replace_file(path, page)
     return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+
+
+def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """The JSON objects that commands printed, from files."""
+    from moeconv.report.figures import load_results as load
+
+    return [load(path) for path in paths]
 
 
 def families() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import CheckError, MoeconvError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.plan.build import count_params
+from moeconv.plan.execute import default_jobs
+from moeconv.plan.memory import memory_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.planned import planned_model
 from moeconv.recipe import Recipe, Step, load_recipe
@@ -60,7 +63,21 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
         rows.append(row | {"output": step.to, "kept": kept, "result": result})
         if result.get("passed") is False:
             raise CheckError(f"{step.name}: a gate failed: {json.dumps(result['gates'])}")
-    return _summary(recipe, rows, warnings, dry_run=False)
+    summary = _summary(recipe, rows, warnings, dry_run=False)
+    if recipe.report is not None:
+        summary["report"] = _report(recipe, summary)
+    return summary
+
+
+def _report(recipe: Recipe, summary: Mapping[str, Any]) -> str:
+    """The page about the last model: sizes against the first, every step's result, the newest statistics."""
+    assert recipe.report is not None
+    statistics = [step.to for step in recipe.steps if step.command == "calibrate"]
+    measure.report(
+        summary["output"], recipe.report, results=[summary], stats=statistics[-1] if statistics else None,
+        reference=recipe.steps[0].source, title=recipe.name, overwrite=True,
+    )  # fmt: skip
+    return recipe.report
 
 
 def plan_all(recipe: Recipe) -> dict[str, Any]:
@@ -77,15 +94,22 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
             plan = convert.plan_step(step.command, source, step.parameters)
             models[step.to] = source if plan is None else planned_model(plan)
             row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
-            peak = None if plan is None else plan.largest_item
+            jobs = step.parameters.get("jobs") or default_jobs()
             rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
-                               "largest_item_bytes": peak})  # fmt: skip
+                               "largest_item_bytes": None if plan is None else plan.largest_item,
+                               "memory_bytes": None if plan is None else memory_bytes(plan, jobs=jobs)})  # fmt: skip
             warnings += [f"{step.name}: {text}" for text in (plan.warnings if plan else ())]
         else:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
     result = _summary(recipe, rows, warnings, dry_run=True)
     result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:])
+    result["disk_free_bytes"] = shutil.disk_usage(_existing(Path(os.path.abspath(result["output"])))).free
     return result
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the closest directory above it that is there."""
+    return next(p for p in (path, *path.parents) if p.is_dir())
 
 
 def _summary(recipe: Recipe, rows: list[dict[str, Any]], warnings: list[str], *, dry_run: bool) -> dict[str, Any]:

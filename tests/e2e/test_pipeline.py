@@ -48,6 +48,7 @@ def test_a_gate_that_fails_ends_the_shell_pipeline_with_5(tmp_path, environment)
 RECIPE = """
 name: small
 vars: {work: work, experts: 4}
+report: ${work}/report.html
 steps:
   - step: upcycle
     from: ${demo}/model
@@ -69,9 +70,13 @@ def test_a_recipe_writes_the_sizes_of_its_dry_run_and_keeps_what_is_finished(tmp
     recipe.write_text(RECIPE)
     planned = cli("run", recipe, "--dry-run", "--json").json
     assert not (tmp_path / "work").exists()
+    assert planned["disk_bytes"] < planned["disk_free_bytes"]
+    assert all(s["memory_bytes"] > 50e6 for s in planned["steps"][1:])
     first = cli("run", recipe, "--json").json
     assert [s["bytes"] for s in first["steps"]] == [s["bytes"] for s in planned["steps"]]
     assert [s["kept"] for s in first["steps"][1:]] == [False, False, False]
+    page = Path(first["report"]).read_text()
+    assert page.count("<code>moeconv ") >= 3 and "small" in page
     again = cli("run", recipe, "--json").json
     assert [s["kept"] for s in again["steps"][1:]] == [True, True, True]
     changed = cli("run", recipe, "--set", "experts=8", "--set", f"work={tmp_path / 'other'}", "--json").json
@@ -81,12 +86,12 @@ def test_a_recipe_writes_the_sizes_of_its_dry_run_and_keeps_what_is_finished(tmp
 @pytest.mark.parametrize(
     ("old", "new", "line", "hint"),
     [
-        ("ratio: 0.5", "rato: 0.5", 12, "ratio"),
-        ("method: noise", "method: noize", 8, "noise"),
-        ("step: prune", "step: proon", 9, "prune"),
-        ("    to: ${work}/moe", "    too: ${work}/moe", 7, "to"),
-        ("bits: 8", "bits: eight", 16, ""),
-        ("${work}/int8", "${wrk}/int8", 15, "work"),
+        ("ratio: 0.5", "rato: 0.5", 13, "ratio"),
+        ("method: noise", "method: noize", 9, "noise"),
+        ("step: prune", "step: proon", 10, "prune"),
+        ("    to: ${work}/moe", "    too: ${work}/moe", 8, "to"),
+        ("bits: 8", "bits: eight", 17, ""),
+        ("${work}/int8", "${wrk}/int8", 16, "work"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, cli, old, new, line, hint):

@@ -27,6 +27,7 @@ _WHERE = {
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
 }
+_TORCH = ("moeconv.plan.kernels.quantized",)
 
 
 def load_kernel(name: str) -> Kernel:
@@ -35,4 +36,9 @@ def load_kernel(name: str) -> Kernel:
     return getattr(import_module(module), function)
 
 
-__all__ = ["Buffer", "Kernel", "load_kernel"]
+def needs_torch(name: str) -> bool:
+    """Whether a kernel brings torch into the process, which alone takes some 200 MB."""
+    return name in _WHERE and _WHERE[name].partition(":")[0] in _TORCH
+
+
+__all__ = ["Buffer", "Kernel", "load_kernel", "needs_torch"]

@@ -16,6 +16,8 @@ from moeconv.errors import UsageError, escape
 
 T = TypeVar("T")
 
+SCOPES = ("experts", "experts+shared", "all-linear")
+
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str | None = None) -> Any:
     """A dataclass field with its help text; `flag` overrides the flag's spelling."""
@@ -107,6 +109,11 @@ class QuantizeOptions:
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
     method: str = option("rtn", "How codes are chosen.", choices=("rtn",))
+    scope: str = option("experts", "What is packed; router, embeddings, norms and lm_head stay.", choices=SCOPES)
+    target: tuple[str, ...] = option(
+        (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
+    )
+    double_quant: bool = option(False, "Quantize the scales too (bitsandbytes nf4 and fp4).")
 
 
 @dataclass(frozen=True)

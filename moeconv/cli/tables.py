@@ -208,7 +208,7 @@ def family_table(result: Mapping[str, Any]) -> list[Table]:
 def format_table(result: Mapping[str, Any]) -> Table:
     """Formats and runtimes."""
     runtimes = list(result["formats"][0]["loads"])
-    rows = [[f["name"], f["bits"], *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
+    rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
     return grid(["format", "bits", *runtimes], rows)
 
 

@@ -21,7 +21,7 @@ def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
     return codes(ref, "pack_int", parts, role, bits=scheme.bits, group_size=scheme.group)
 
 
-def _packed_config(scheme: Scheme, ignore: Sequence[str], dtype: str) -> dict[str, Any]:
+def _packed_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group" if scheme.group else "channel",
         "group_size": scheme.group, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
@@ -44,6 +44,11 @@ def _packed_config(scheme: Scheme, ignore: Sequence[str], dtype: str) -> dict[st
 
 
 _LOADS = {"transformers": "dequantized", "vllm": "ok", "sglang": "ok", "llama.cpp": "no"}
+_NOTES = {
+    "transformers": "expands to the dtype of the scales in memory",
+    "vllm": "int4 on CPU and GPU; int8 on a GPU (read in its source), its CPU backend has no kernel",
+    "sglang": "read in its source, not run",
+}
 
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
@@ -51,5 +56,7 @@ COMPRESSED_TENSORS = Format(
     grouped=True,
     make=_make_packed,
     config=_packed_config,
-    loads={"int4": _LOADS, "int8": _LOADS | {"vllm": "unknown"}},
+    loads={"int4": _LOADS, "int8": _LOADS},
+    mixed=_LOADS | {"transformers": "no"},
+    notes=_NOTES,
 )

@@ -11,6 +11,8 @@ from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameter
 from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
 from moeconv.plan.plan import Item, Plan, pack_shards
 from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
+from moeconv.quantize.scope import in_scope
+from moeconv.quantize.targets import check_targets
 
 
 def plan_quantize(model: Model, **parameters: Any) -> Plan:
@@ -22,6 +24,7 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
     options, common = take(QuantizeOptions, parameters), take(PlanOptions, parameters)
     format = FORMATS[options.format]
     name = choose_scheme(format, scheme=options.scheme, bits=options.bits)
+    warnings = check_targets(format, name, options.target, hidden=model.hidden_size)
     if model.quantization:
         raise InputError(
             "the source is quantized already", hint="Quantize the unquantized checkpoint that it was made from."
@@ -31,11 +34,14 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
     model.check_separate_experts()
-    weights = [r for n, r in model.checkpoint.tensors.items() if n in model.roles and model.roles[n].group == "expert"]
-    if not weights:
+    weights = in_scope(model, options.scope)
+    if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
     _check_weights(weights)
-    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]))
+    if options.double_quant and name not in format.nests:
+        fits = ", ".join(f"{f.name} {scheme}" for f in FORMATS.values() for scheme in f.nests)
+        raise UsageError(f"--double-quant has no meaning for {format.name} {name}", hint=f"It goes with {fits}.")
+    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]), options.double_quant)
     chosen = {r.name for r in weights}
     dtype = parse_dtype(common.dtype)
 
@@ -44,7 +50,9 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
 
     items = carry_all(model, dtype=dtype, replace=replace)
     config = dict(model.checkpoint.config)
-    config["quantization_config"] = format.config(scheme, _ignored(model, chosen), TORCH_NAMES[dtype or model.dtype])
+    config["quantization_config"] = format.config(
+        scheme, _ignored(model, chosen), TORCH_NAMES[dtype or model.dtype], options.scope
+    )
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = TORCH_NAMES[dtype]
@@ -64,12 +72,21 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
             "method": options.method,
             "group_size": scheme.group,
             "bits_by_layer": {str(layer): scheme.bits for layer in model.moe_layers},
+            "scope": options.scope,
+            "double_quant": scheme.nested,
             "loads": dict(format.loads[scheme.name]),
         },
-        warnings=tuple(model.checkpoint.warnings),
+        warnings=(*model.checkpoint.warnings, *warnings),
         dropped=model.dropped,
-        promise={"expert": len(model.moe_layers) * model.num_experts * _matrices(model) * parts},
+        promise=_promise(model, weights, parts),
     )
+
+
+def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, int]:
+    """Tensors that are written by role; the experts' are counted from the geometry, not from what was found."""
+    groups = [model.roles[ref.name].group for ref in weights]
+    counts = {group: groups.count(group) * parts for group in sorted(set(groups))}
+    return counts | {"expert": len(model.moe_layers) * model.num_experts * _matrices(model) * parts}
 
 
 def _matrices(model: Model) -> int:

@@ -19,18 +19,23 @@ class Scheme:
     name: str
     bits: int
     group: int | None = None
+    nested: bool = False  # bitsandbytes' double quantization: the scales are quantized too
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ...)` is quantization_config."""
+    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ignore, dtype, scope)` is
+    quantization_config."""
 
     name: str
     schemes: tuple[str, ...]  # the first of a width is what --bits means
     grouped: bool
     make: Callable[[TensorRef, Scheme, str], Item]
-    config: Callable[[Scheme, Sequence[str], str], dict[str, Any]]
+    config: Callable[[Scheme, Sequence[str], str, str], dict[str, Any]]
     loads: Mapping[str, Mapping[str, str]]  # scheme -> runtime -> ok | dequantized | no | unknown
+    mixed: Mapping[str, str]  # the same for bits that differ by layer
+    notes: Mapping[str, str]  # runtime -> what one should know
+    nests: tuple[str, ...] = ()  # schemes that double quantization goes with
 
 
 def _stem(ref: TensorRef) -> str:

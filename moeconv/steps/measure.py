@@ -100,10 +100,12 @@ def formats() -> dict[str, Any]:
     """The quantization formats and which runtime loads them."""
     from moeconv.quantize.formats import BITS, FORMATS
 
-    rows = [
-        {"name": f"{f.name} {scheme}", "format": f.name, "scheme": scheme, "bits": BITS[scheme],
-         "loads": dict(f.loads[scheme])}
-        for f in FORMATS.values()
-        for scheme in f.schemes
-    ]  # fmt: skip
+    rows = []
+    for f in FORMATS.values():
+        kinds = [(scheme, BITS[scheme], f.loads[scheme]) for scheme in f.schemes]
+        for scheme, bits, loads in (*kinds, ("mixed bits by layer", None, f.mixed)):
+            rows.append(
+                {"name": f"{f.name} {scheme}", "format": f.name, "scheme": scheme, "bits": bits, "loads": dict(loads),
+                 "notes": dict(f.notes)}
+            )  # fmt: skip
     return {"formats": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -180,6 +181,29 @@ def plainly_decoded(codes: torch.Tensor, state) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_double_quantization_is_bit_equal_to_bitsandbytes(bnb, quant_type):
+    shapes = [*SHAPES, (128, 256), (96, 700)]  # up to 1050 blocks: five nested ones, the last one short
+    for shape in shapes:
+        for name, weight in samples(shape, torch.bfloat16).items():
+            codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type, compress_statistics=True)
+            if not torch.isfinite(state.offset):  # bitsandbytes writes NaN
+                with pytest.raises(InputError, match="too large for double quantization"):
+                    pack.pack_nf4(weight, quant_type=quant_type, nested=True)
+                continue
+            ours, theirs = pack.pack_nf4(weight, quant_type=quant_type, nested=True), state.as_dict(packed=True)
+            key = f"quant_state.bitsandbytes__{quant_type}"
+            # the state has spaces after the offset, so that its length is known before the weight is
+            assert json.loads(bytes(ours.pop(key))) == json.loads(bytes(theirs.pop(key)))
+            assert sorted(ours) == sorted({"": codes, **theirs})
+            for part, tensor in {"": codes, **theirs}.items():
+                assert same(ours[part], tensor), (shape, name, part)
+            flat = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            mine = pack.unnest_absmax(ours["absmax"], nested_absmax=ours["nested_absmax"],
+                                      nested_quant_map=ours["nested_quant_map"], offset=state.offset)  # fmt: skip
+            assert same(mine, flat), (shape, name)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_4bit_is_bit_equal_to_bitsandbytes(bnb, dtype, quant_type):
     for shape in SHAPES:
@@ -305,6 +329,8 @@ def test_damaged_4bit_states_are_refused():
         with_state("{" + fields.replace("[4, 96]", "[4, -96]") + "}"),
         with_state("{" + fields.replace("[4, 96]", "[400, 96]") + "}"),
         with_state("{" + fields + ', "nested_blocksize": 256}'),
+        with_state("{" + fields + ', "nested_blocksize": 64, "nested_dtype": "float32", "nested_offset": 0.5}'),
+        with_state("{" + fields + ', "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.5}'),
     ):
         with pytest.raises(InputError):
             pack.unpack_nf4(damaged)

@@ -14,6 +14,7 @@ from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import BITS, FORMATS, choose_group, choose_scheme
 from moeconv.quantize.planner import plan_quantize
+from moeconv.quantize.targets import TARGETS
 
 EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s) for f in FORMATS.values() for s in f.schemes])
 
@@ -44,13 +45,24 @@ def test_experts_are_packed_and_everything_else_is_carried(tmp_path, family, for
     assert again.quantization and count_params(again) == count_params(model)
 
 
-@EVERY_SCHEME
+EVERY_KIND = pytest.mark.parametrize(
+    ("format", "scheme", "double_quant"),
+    [
+        (f.name, s, nested)
+        for f in FORMATS.values()
+        for s in f.schemes
+        for nested in (False, True)[: 1 + (s in f.nests)]
+    ],
+)
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_kernels_make_the_planned_bytes(tmp_path, format, scheme, dtype):
+def test_kernels_make_the_planned_bytes(tmp_path, format, scheme, double_quant, dtype):
     from moeconv.plan.kernels import load_kernel
 
     model = open_model(make_moe(tmp_path / "m", hidden=96, intermediate=160, layers=1, dtype=dtype))
-    plan = plan_quantize(model, format=format, scheme=scheme)
+    plan = plan_quantize(model, format=format, scheme=scheme, double_quant=double_quant)
     seen = set()
     for item in plan.items():
         if item.kernel == "copy" or (item.kernel, item.inputs[0].shape) in seen:
@@ -122,6 +134,49 @@ def test_dtype_reaches_what_stays_plain(model):
     plain = {s.dtype for i in plan.items() if i.kernel in ("copy", "cast") for s in i.outputs}
     assert plain == {"F32"} and plan.config["dtype"] == "float32"
     assert plan.config["quantization_config"]["bnb_4bit_compute_dtype"] == "float32"
+
+
+def test_scope(tmp_path):
+    path = make_moe(tmp_path / "m", "qwen2_moe", hidden=64, intermediate=128, layers=3, mlp_only_layers=[1])
+    model = open_model(path)
+    plain = {"norm", "embedding", "router"}
+    for scope, groups in (
+        ("experts", {"expert"}),
+        ("experts+shared", {"expert", "shared"}),
+        ("all-linear", {"expert", "shared", "attention", "ffn"}),
+    ):
+        plan = plan_quantize(model, scope=scope)
+        assert set(plan.changed) == groups and plan.promise == plan.changed
+        made = {i.inputs[0].tensor for i in plan.items() if i.kernel != "copy"}
+        roles = [model.roles[name] for name in made]
+        assert not any(r.key == "shared.router" or r.group in plain or r.key.endswith("_bias") for r in roles)
+        ignored = set(plan.config["quantization_config"]["ignore"])
+        assert not ignored & {name.removesuffix(".weight") for name in made}
+        assert {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.shared_expert_gate"} <= ignored
+        assert ("model.layers.1.mlp.up_proj" in ignored) == (scope != "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"target": ("llama.cpp",)}, "llama.cpp cannot load compressed-tensors int4"),
+        ({"target": ("transformers", "vllm"), "format": "bitsandbytes", "scheme": "int8"}, "vllm cannot load"),
+        ({"target": ("tgi",)}, "unknown runtime"),
+        ({"double_quant": True}, "no meaning for compressed-tensors int4"),
+        ({"double_quant": True, "format": "bitsandbytes", "bits": 8}, "no meaning for bitsandbytes int8"),
+        ({"scope": "attention"}, "--scope attention"),
+    ],
+)
+def test_what_the_target_cannot_load(model, parameters, says):
+    with pytest.raises(UsageError, match=says):
+        plan_quantize(model, **parameters)
+
+
+def test_targets_that_load_it_pass_and_unproven_ones_warn(model):
+    assert not plan_quantize(model, target=("transformers", "sglang")).warnings
+    assert "multiples of 128" in plan_quantize(model, target=("vllm",)).warnings[0]
+    (warning,) = plan_quantize(model, format="bitsandbytes", target=("vllm", "transformers")).warnings
+    assert "not proven" in warning and "GPU" in warning
 
 
 # -- choices -----------------------------------------------------------------------------------------------------
@@ -209,5 +264,6 @@ def test_every_scheme_says_who_loads_it():
     words = {"ok", "dequantized", "no", "unknown"}
     for format in FORMATS.values():
         assert set(format.loads) == set(format.schemes)
-        runtimes = {tuple(sorted(l)) for l in format.loads.values()}
-        assert len(runtimes) == 1 and all(set(l.values()) <= words for l in format.loads.values())
+        for loads in (*format.loads.values(), format.mixed):
+            assert set(loads) == set(TARGETS) and set(loads.values()) <= words
+        assert set(format.notes) <= set(TARGETS)

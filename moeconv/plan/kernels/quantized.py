@@ -31,8 +31,10 @@ def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Te
 
 
 def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size."""
-    parts = pack_nf4(_weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"])
+    """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size, nested."""
+    parts = pack_nf4(
+        _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
+    )
     return _ordered(parts, params)
 
 

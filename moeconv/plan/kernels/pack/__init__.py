@@ -4,7 +4,7 @@ Every layout is bit-equal to its own library's.
 """
 
 from moeconv.plan.kernels.pack.common import relative_rms
-from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unpack_nf4
+from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax, unpack_nf4
 from moeconv.plan.kernels.pack.integer import (
     clip_scales,
     int_scales,
@@ -28,6 +28,7 @@ __all__ = [
     "quantize_int",
     "read_quant_state",
     "relative_rms",
+    "unnest_absmax",
     "unpack_int",
     "unpack_int8_rowwise",
     "unpack_nf4",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError, UsageError
 from moeconv.plan.kernels.pack.common import BLOCK, check_finite, check_float
+from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 
 _BNB_TINY = 1e-38  # bitsandbytes' floor for absmax
 _BNB_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -26,12 +27,16 @@ _NF4 = (
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
 
 
-def pack_nf4(weight: Tensor, *, block_size: int = 64, quant_type: str = "nf4") -> dict[str, Tensor]:
+def pack_nf4(
+    weight: Tensor, *, block_size: int = BNB_BLOCK, quant_type: str = "nf4", nested: bool = False
+) -> dict[str, Tensor]:
     """Quantize to bitsandbytes' NF4 or FP4, bit-equal to its `quantize_4bit` on the CPU, without importing it.
 
     `weight` of any shape, bfloat16, float16 or float32. Returns, by the suffix that follows `weight` in a checkpoint:
     "" uint8 [ceil(n / 2), 1], first value in the high nibble; "absmax" float32 [ceil(n / block_size)]; "quant_map"
-    float32 [16]; "quant_state.bitsandbytes__nf4" (or __fp4) uint8, JSON.
+    float32 [16]; "quant_state.bitsandbytes__nf4" (or __fp4) uint8, JSON. `nested` is its compress_statistics (double
+    quantization): "absmax" becomes uint8, with "nested_absmax" float32 [ceil(blocks / 256)] and "nested_quant_map"
+    float32 [256] beside it.
 
     Raises UsageError for a bad block size, type or dtype, InputError for NaN or infinity in the weight.
     """
@@ -66,24 +71,58 @@ def pack_nf4(weight: Tensor, *, block_size: int = 64, quant_type: str = "nf4") -
             codes = torch.cat([codes, _codes_by_search(torch.zeros(1), table)])
         packed[whole // 2 :, 0] = (codes[::2] << 4) | codes[1::2]
     check_finite(absmax)
-    state = {
-        "quant_type": quant_type,
-        "blocksize": block_size,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "shape": list(weight.shape),
-    }
+    statistics, offset = {"absmax": absmax}, None
+    if nested:
+        statistics, offset = nest_absmax(absmax)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    state = quant_state(weight.shape, dtype=dtype, quant_type=quant_type, block_size=block_size, nested_offset=offset)
     return {
         "": packed,
-        "absmax": absmax,
+        **statistics,
         "quant_map": table.values.clone(),
-        f"quant_state.bitsandbytes__{quant_type}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+        f"quant_state.bitsandbytes__{quant_type}": torch.tensor(list(state.encode()), dtype=torch.uint8),
     }
+
+
+def nest_absmax(absmax: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Double quantization (QLoRA, arXiv 2305.14314): 8-bit dynamic codes of absmax less its mean, and that mean.
+
+    Equal to bitsandbytes' `quantize_blockwise` on the CPU, which rounds a value to one of 65536 even steps and takes
+    the code that is nearest to the step."""
+    offset = absmax.mean()
+    if not torch.isfinite(offset):
+        raise InputError("a weight is too large for double quantization", hint="Quantize without --double-quant.")
+    values = absmax - offset
+    peaks = torch.stack([block.abs().max() for block in values.split(NESTED_BLOCK)])
+    scaled = values * (1.0 / peaks).repeat_interleave(NESTED_BLOCK)[: values.numel()]
+    steps = scaled.clamp_(-1, 1).add_(1.0).mul_(32767.5).add_(0.5).nan_to_num_(0.0).int()  # a zero block has code 0
+    table = dynamic_map()
+    codes = torch.bucketize(steps.double() * (2 / 65535) - 1, (table[:-1] + table[1:]) / 2).to(torch.uint8)
+    return {"absmax": codes, "nested_absmax": peaks, "nested_quant_map": table.clone()}, offset.item()
+
+
+def unnest_absmax(codes: Tensor, *, nested_absmax: Tensor, nested_quant_map: Tensor, offset: Tensor) -> Tensor:
+    """`codes` uint8 [..., blocks], `nested_absmax` [..., ceil(blocks / 256)], `offset` [...] -> float32, as codes."""
+    values = nested_quant_map[codes.int()]
+    scales = nested_absmax.repeat_interleave(NESTED_BLOCK, dim=-1)[..., : codes.shape[-1]]
+    return values.mul_(scales).add_(offset.unsqueeze(-1))
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """bitsandbytes' signed 8-bit dynamic type (arXiv 1511.04561) as float32 [256], in ascending order."""
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1)
+        means = (10.0 ** (i - 6) * ((bounds[:-1] + bounds[1:]) / 2)).tolist()
+        values += [sign * mean for mean in means for sign in (1, -1)]
+    return torch.tensor(sorted(values))
 
 
 def unpack_nf4(packed: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
     """Decode `pack_nf4`'s tensors to the original shape, equal to bitsandbytes' `dequantize_4bit`.
 
-    `dtype` None is the dtype that was packed. Raises InputError for a missing or nested (double quantized) state."""
+    `dtype` None is the dtype that was packed. Raises InputError for a missing or damaged state."""
     keys = [key for key in packed if key.startswith("quant_state.bitsandbytes__")]
     if len(keys) != 1 or any(key not in packed for key in ("", "absmax", "quant_map")):
         raise InputError(
@@ -93,14 +132,27 @@ def unpack_nf4(packed: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
     state = read_quant_state(packed[keys[0]])
     shape = state["shape"]
     count = math.prod(shape)
-    if packed[""].numel() != (count + 1) // 2 or packed["absmax"].numel() != -(-count // state["blocksize"]):
+    blocks = -(-count // state["blocksize"])
+    whole = packed[""].numel() == (count + 1) // 2 and packed["absmax"].numel() == blocks
+    if "nested_offset" in state:
+        sizes = [packed[key].numel() if key in packed else 0 for key in ("nested_absmax", "nested_quant_map")]
+        whole = whole and sizes == [-(-blocks // NESTED_BLOCK), 256]
+    if not whole:
         raise InputError(
             f"a 4-bit weight of shape {shape} has {packed[''].numel()} bytes and {packed['absmax'].numel()} scales",
             hint="The checkpoint is damaged; quantize it again.",
         )
+    absmax = packed["absmax"]
+    if "nested_offset" in state:
+        absmax = unnest_absmax(
+            absmax,
+            nested_absmax=packed["nested_absmax"],
+            nested_quant_map=packed["nested_quant_map"],
+            offset=torch.tensor(state["nested_offset"], dtype=torch.float32),
+        )
     values = decode_4bit(
         packed[""].reshape(-1),
-        absmax=packed["absmax"],
+        absmax=absmax,
         quant_map=packed["quant_map"],
         count=count,
         block_size=state["blocksize"],
@@ -120,15 +172,15 @@ def read_quant_state(state: Tensor) -> dict:
             raise ValueError("an unknown dtype or blocksize")
         if not all(type(size) is int and size > 0 for size in fields["shape"]):
             raise ValueError("a shape that is not of positive integers")
+        nested = {key: fields[key] for key in fields if key.startswith("nested_")}
+        if nested:
+            offset = nested.pop("nested_offset")
+            if nested != {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"} or type(offset) is not float:
+                raise ValueError("double quantization of another kind")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"a 4-bit weight's quant_state is not bitsandbytes' JSON: {error}", hint="Quantize the checkpoint again."
         ) from None
-    if any(key.startswith("nested") for key in fields):
-        raise InputError(
-            "a 4-bit weight is double quantized (nested_* in its quant_state), which is not supported",
-            hint="Quantize without double quantization (bnb_4bit_use_double_quant: false).",
-        )
     return fields
 
 

@@ -1,0 +1,30 @@
+"""The JSON that bitsandbytes stores beside 4-bit codes, of a length that the shape alone decides. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+BNB_BLOCK = 64
+NESTED_BLOCK = 256  # of double quantization, fixed in bitsandbytes' quantize_4bit
+_OFFSET_WIDTH = 24  # the longest float that repr gives: -2.2250738585072014e-308
+
+
+def quant_state(
+    shape: Sequence[int],
+    *,
+    dtype: str,
+    quant_type: str,
+    block_size: int = BNB_BLOCK,
+    nested_offset: float | None = None,
+) -> str:
+    """What QuantState.as_dict(packed=True) stores, `dtype` in torch's words.
+
+    `nested_offset` is that of double quantization: it depends on the weight, so it is padded with spaces (which JSON
+    allows) and the length stays what a plan can state.
+    """
+    fields = {"quant_type": quant_type, "blocksize": block_size, "dtype": dtype, "shape": list(shape)}
+    if nested_offset is None:
+        return json.dumps(fields)
+    fields |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+    return f'{json.dumps(fields)[:-1]}, "nested_offset": {json.dumps(nested_offset):<{_OFFSET_WIDTH}}}}'

@@ -1,0 +1,26 @@
+"""Which weights --scope names: roles of matrices that multiply activations, never router, embedding, norm or head."""
+
+from __future__ import annotations
+
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.families.model import Model
+
+# The groups of a scope. The shared expert's own router ("shared.router") stays, as every router does: bitsandbytes'
+# CPU kernel needs 32 rows, and a router's few rows decide more than they weigh.
+GROUPS = {
+    "experts": ("expert",),
+    "experts+shared": ("expert", "shared"),
+    "all-linear": ("expert", "shared", "ffn", "attention"),
+}
+
+
+def in_scope(model: Model, scope: str) -> list[TensorRef]:
+    """The weights that a scope packs, in file order."""
+    chosen = []
+    for name, ref in model.checkpoint.tensors.items():
+        role = model.roles.get(name)
+        if role is None or role.group not in GROUPS[scope] or not name.endswith(".weight"):
+            continue
+        if role.key != "shared.router" and (role.group == "expert" or len(ref.shape) == 2):
+            chosen.append(ref)
+    return chosen

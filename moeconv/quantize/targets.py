@@ -1,0 +1,36 @@
+"""Which runtimes load what: the gate behind --target, and the words for what a runtime was not proven to load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeconv.errors import UsageError, escape
+from moeconv.options import did_you_mean
+from moeconv.quantize.spec import Format
+
+TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+_MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
+
+
+def check_targets(
+    format: Format, scheme: str, targets: Sequence[str], *, mixed: bool = False, hidden: int | None = None
+) -> list[str]:
+    """Warnings about targets that were not proven. Raises UsageError for one that is unknown or cannot load this.
+
+    `mixed`: bits differ by layer. `hidden` is the model's width."""
+    loads = format.mixed if mixed else format.loads[scheme]
+    what = f"{format.name} {'with bits that differ by layer' if mixed else scheme}"
+    warnings = []
+    for target in targets:
+        if target not in TARGETS:
+            raise UsageError(f"--target {escape(target)}: unknown runtime", hint=did_you_mean(target, TARGETS))
+        if loads[target] == "no":
+            raise UsageError(f"--target {target} cannot load {what}", hint="`moeconv formats` shows what it loads.")
+        if loads[target] == "unknown":
+            note = format.notes.get(target)
+            warnings.append(f"{target} was not proven to load {what}" + (f": {note}" if note else ""))
+        if target == "vllm" and format.grouped and hidden is not None and hidden % _MARLIN:
+            warnings.append(
+                f"vLLM's fast GPU kernel needs a hidden size of multiples of {_MARLIN}, this one is {hidden}"
+            )
+    return warnings

@@ -76,11 +76,20 @@ class UpcycleOptions:
 
     experts: int = option(8, "Experts per layer.")
     top_k: int = option(2, "Experts per token.")
-    method: str = option("copy", "How experts are made from the FFN.", choices=("copy", "noise", "drop"))
+    method: str = option(
+        "copy", "How experts are made from the FFN.", choices=("copy", "noise", "drop", "granular", "shuffle")
+    )
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
     layers: str = option("all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15.")
+    granularity: int | None = option(
+        None, "Pieces that each copy of the FFN is cut into, an expert each (default: 1; granular and shuffle: 2)."
+    )
+    shared_experts: str | None = option(
+        None, "What an always-on expert holds: full (the whole FFN; routed experts then start by adding nothing), a "
+        "share of its neurons such as 0.25, or a number of the --granularity pieces (default: none of it).",
+    )  # fmt: skip
     router_std: float = option(0.02, "Standard deviation of the router's random rows.")
-    drop_ratio: float = option(0.5, "drop: share of an expert's neurons that are redrawn.")
+    drop_ratio: float = option(0.5, "drop and shuffle: share of an expert's neurons that are redrawn.")
     noise_scale: float = option(0.05, "noise: standard deviation, in units of the matrix's own.")
     noise_fraction: float = option(0.5, "noise: share of an expert's neurons that get noise.")
 

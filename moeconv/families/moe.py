@@ -106,6 +106,7 @@ QWEN2_MOE = Family(
     top_k=_TOP_K,
     expert_width="moe_intermediate_size",
     shared_width=("shared_expert_intermediate_size",),
+    shared_weight=0.5,  # sigmoid(0) of its gate
     placement=placement.LIST,
     routing=Routing("softmax", "norm_topk_prob"),
 )
@@ -182,6 +183,9 @@ _SIGMOID: dict[str, Any] = {
     "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
     "output_router_logits": False,
 }  # fmt: skip
+_GROUPED = Routing(
+    "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
+)
 _NO_INERT_BIAS = dict.fromkeys(_QKVO, 0.0)
 
 
@@ -224,7 +228,7 @@ GLM4_MOE = _row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=Routing("sigmoid", "norm_topk_prob"),
+    routing=_GROUPED,
     partial=0.5,
     float32=frozenset({"router.correction"}),
 )
@@ -245,7 +249,7 @@ SOLAR_OPEN = _row(
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
-    routing=Routing("sigmoid", "norm_topk_prob"),
+    routing=_GROUPED,
     float32=frozenset({"router.correction"}),
 )
 DOTS1 = _row(
@@ -268,7 +272,7 @@ DOTS1 = _row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=Routing("sigmoid", "norm_topk_prob"),
+    routing=_GROUPED,
     sliding=sliding.FROM_MAX_WINDOW,
     float32=frozenset({"router.correction"}),
 )
@@ -326,7 +330,7 @@ HY_V3 = _row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "num_shared_experts"),
     placement=placement.WORDS_FIRST_DENSE,
-    routing=Routing("sigmoid", "always"),
+    routing=Routing("sigmoid", "always", scaling="router_scaling_factor", float32=True),
     float32=frozenset({"router.correction"}),
 )
 _GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | _ROUTER_LOSS
@@ -483,6 +487,8 @@ COHERE2_MOE = _row(
     PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | _SHARED | DENSE_FFN,
     optional=frozenset(_SHARED),
     num_experts=("num_experts",),
+    ffn_width=lambda get: get("prefix_dense_intermediate_size") or get("intermediate_size"),
+    dense_width="prefix_dense_intermediate_size",
     shared_width=("intermediate_size", "num_shared_experts"),
     placement=placement.WORDS,
     routing=Routing("softmax_topk", "always"),
@@ -509,7 +515,7 @@ HUNYUAN_MOE = _row(
     num_experts=("num_experts",),
     top_k=("moe_topk",),
     shared_width=("intermediate_size",),
-    routing=Routing("softmax", "always"),
+    routing=Routing("softmax", "always", float32=True),
     float32=frozenset({"router.weight"}),
 )
 ERNIE4_5_MOE = _row(
@@ -543,7 +549,7 @@ ERNIE4_5_MOE = _row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
     placement=placement.RANGE,
-    routing=Routing("softmax", "always"),
+    routing=Routing("softmax", "always", float32=True),
     rotary="interleaved",
     float32=frozenset({"router.weight", "router.correction_row"}),
 )
@@ -583,7 +589,7 @@ LFM2_MOE = _row(
     num_experts=("num_experts",),
     expert_width="moe_intermediate_size",
     placement=placement.NUM_DENSE,
-    routing=Routing("sigmoid", "norm_topk_prob"),
+    routing=Routing("sigmoid", "norm_topk_prob", scaling="routed_scaling_factor"),
     layer_kinds=lambda get, layers: get("layer_types") or ["full_attention"] * layers,
     where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
     float32=frozenset({"router.correction"}),
@@ -609,7 +615,7 @@ DEEPSEEK_V3 = _row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=Routing("sigmoid", "norm_topk_prob"),
+    routing=_GROUPED,
     float32=frozenset({"router.correction"}),
 )
 PHIMOE = _row(
@@ -632,7 +638,7 @@ PHIMOE = _row(
     sliding=WINDOW_KEY,
     rope="mscale",
     # each of the two chosen experts is weighed by a softmax over those within the jitter of it: 1 without jitter
-    routing=Routing("sparsemixer", "never", total=2.0, top_k=2),
+    routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False),
     switched={"attention_bias": _QKVO},
     inert=_NO_INERT_BIAS,
 )
@@ -651,6 +657,7 @@ QWEN3_5_MOE = _row(
     num_experts=("num_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("shared_expert_intermediate_size",),
+    shared_weight=0.5,  # sigmoid(0) of its gate
     routing=Routing("softmax", "always"),
     partial=0.25,
     layer_kinds=qwen3_5_kinds,

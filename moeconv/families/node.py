@@ -13,7 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operation on the nodes `of`. A leaf is `source` (params: key), `fill` (value) or `draw` (key, std)."""
+    """An operation on the nodes `of`. A leaf is `source` (params: key; where said, rows and origin), `read`
+    (rows of a tensor of another origin), `fill` (value) or `draw` (key, std)."""
 
     op: str
     of: tuple[Node, ...] = ()
@@ -30,6 +31,37 @@ class Node:
 def source(key: str) -> Node:
     """The source's tensor of that key, in the layer at hand."""
     return Node("source", (), {"key": key})
+
+
+def read(tensor: str, *, origin: str = "overlay", first: int = 0, count: int | None = None) -> Node:
+    """`count` rows from `first` on of a tensor, by its name, of an origin that is no model (all rows with None)."""
+    return Node("read", (), {"tensor": tensor, "origin": origin, "first": first, "count": count})
+
+
+def from_origin(node: Node, origin: str) -> Node:
+    """The same expression over another model's tensors ("source:1")."""
+    if node.op == "source":
+        return Node("source", (), {**node.params, "origin": origin})
+    return Node(node.op, tuple(from_origin(child, origin) for child in node.of), node.params)
+
+
+def cut(node: Node, *, axis: int, start: int, stop: int) -> Node:
+    """Rows (axis 0) or columns (1) `start` to `stop`. Rows of a source's tensor stay a plain range of its bytes."""
+    if node.op == "scale":
+        return scale(cut(node.of[0], axis=axis, start=start, stop=stop), node.params["by"])
+    if node.op == "source" and axis == 0 and "rows" not in node.params:
+        return Node("source", (), {**node.params, "rows": [start, stop]})
+    return Node("cut", (node,), {"axis": axis, "start": start, "stop": stop})
+
+
+def take(node: Node, indices: Node, *, axis: int, count: int) -> Node:
+    """The `count` rows (axis 0) or columns (1) that the whole numbers of `indices` name, in that order."""
+    return Node("take", (node, indices), {"axis": axis, "count": count})
+
+
+def deal(node: Node, *, axis: int, key: list[Any], start: int, stop: int) -> Node:
+    """Entries `start` to `stop` of the rows (axis 0) or columns (1) in a random order that `key` decides."""
+    return Node("deal", (node,), {"axis": axis, "key": key, "start": start, "stop": stop})
 
 
 def fill(value: float) -> Node:

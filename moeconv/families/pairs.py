@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.errors import InputError, escape
+from moeconv.families.moe import MOE
 from moeconv.families.spec import Family, Pair
 
 _ZERO_128 = "zero shared expert of 128 neurons: the family cannot be without one"
@@ -89,11 +90,17 @@ PAIRS: tuple[Pair, ...] = (
     Pair("cwm", "qwen2_moe", default=True, note=_ZERO_128, config=_QWEN2_MOE | {"qkv_bias": False}),
     # -- qwen3 and its neighbours: query and key norms
     Pair("qwen3", "qwen3_moe", default=True, config=_QWEN),
-    Pair("qwen3", "dots1", note=_ZERO_FULL, config=_SIGMOID),
+    Pair("qwen3", "dots1", with_shared=True, note=_ZERO_FULL, config=_SIGMOID),
     Pair("qwen3", "mellum", config={"norm_topk_prob": True, "num_nextn_predict_layers": 0}),
     Pair("qwen3", "hy_v3", note=_ZERO_FULL, config=_HY_V3),
     # -- glm4_moe and solar_open: sigmoid routers with a correction bias
-    Pair("llama", "glm4_moe", note=_ZERO_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": False}),
+    Pair(
+        "llama",
+        "glm4_moe",
+        with_shared=True,
+        note=_ZERO_FULL,
+        config=_GLM4 | {"use_qk_norm": False, "attention_bias": False},
+    ),
     Pair("qwen2", "glm4_moe", note=_ZERO_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": True}),
     Pair("qwen3", "glm4_moe", note=_ZERO_FULL, config=_GLM4 | {"use_qk_norm": True}),
     Pair("seed_oss", "glm4_moe", note=_ZERO_FULL, config=_GLM4 | {"use_qk_norm": False}),
@@ -258,14 +265,19 @@ HOMELESS: dict[str, str] = {
 }
 
 
-def find_pair(source: Family, to: str | None) -> Pair:
-    """The row for `source` and the target named `to` (the default target when None). Raises InputError."""
+def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
+    """The row for `source` and the target named `to`; None is the default target, with `shared` one that has a shared
+    expert. Raises InputError."""
     if source.kind != "dense":
         raise InputError(
             f"{source.model_type} is already a Mixture-of-Experts family",
             hint="upcycle takes a dense checkpoint; see `moeconv families`.",
         )
-    rows = [p for p in PAIRS if p.source == source.model_type and (p.default if to is None else p.target == to)]
+    mine = [p for p in PAIRS if p.source == source.model_type]
+    rows = [p for p in mine if (p.default if to is None else p.target == to)]
+    if to is None and shared and rows and not MOE[rows[0].target].shared_width:
+        able = [p for p in mine if MOE[p.target].shared_width]
+        rows = [p for p in able if p.with_shared] or able or rows
     if rows:
         return rows[0]
     can = ", ".join(p.target for p in PAIRS if p.source == source.model_type) or "nothing yet"

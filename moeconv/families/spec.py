@@ -37,12 +37,20 @@ class Routing:
     `score` is softmax or sigmoid over all experts, softmax_topk over the logits of the chosen ones, or sparsemixer;
     `renormalise` is "always", "never" or the config key that decides. `total` is what the weights of identical
     experts sum to when they are renormalised and the router is small; `top_k` the only number that the rule allows.
+    `scaling` is the config key that multiplies the weighted sum. `groups` are the config keys (groups, groups chosen)
+    of a rule that first picks groups of neighbouring experts by the sum of the best two scores in each. `float32` says
+    that logits are float32 whatever the model's dtype, so that rounding makes no ties; `equal` that experts with equal
+    logits get equal weights.
     """
 
     score: str = "softmax"
     renormalise: str = "always"
     total: float = 1.0
     top_k: int | None = None
+    scaling: str | None = None
+    groups: tuple[str, str] | None = None
+    float32: bool = False
+    equal: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +97,9 @@ class Family:
     top_k: tuple[str, ...] = ()
     expert_width: str = "intermediate_size"
     ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
+    dense_width: str = "intermediate_size"  # config key of a dense layer's FFN in a family that may have one
     shared_width: tuple[str, ...] = ()  # config keys whose product is the shared expert's width
+    shared_weight: float = 1.0  # of the shared expert's output, where its gate (if it has one) is zero
     placement: Placement = EVERY
     routing: Routing | None = None
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -146,6 +156,7 @@ class Pair:
     source: str
     target: str
     default: bool = False
+    with_shared: bool = False  # the default where a shared expert is asked for
     exact: bool = True
     note: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)

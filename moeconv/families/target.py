@@ -141,7 +141,7 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, 
 
 def _sizes(target: Family) -> set[str]:
     """Keys that the planner sets from the method's choice of experts."""
-    return {target.expert_width, *target.num_experts, *target.top_k, "intermediate_size"}
+    return {target.expert_width, target.dense_width, *target.num_experts, *target.top_k, "intermediate_size"}
 
 
 def _windows(model: Model, pair: Pair, target: Family, layers: int) -> dict[str, Any]:

@@ -11,21 +11,22 @@ from moeconv.plan.plan import Input, Item, TensorSpec
 
 Resolve = Callable[[Node], Input]
 _DRAWS = {"draw": "draw_normal", "fill": "fill"}
+_INPUTS = ("source", "read")
 _EDITS = ("add_noise", "redraw_neurons")
 
 
 def item_of(node: Node, spec: TensorSpec, *, resolve: Resolve, changed: str = "") -> Item:
-    """The work that makes `spec` of `node`; `resolve` gives the bytes behind a leaf `source`."""
+    """The work that makes `spec` of `node`; `resolve` gives the bytes behind a leaf `source` or `read`."""
     if node.op in _DRAWS:
         return Item((spec,), _DRAWS[node.op], (), dict(node.params), changed)
     pieces = list(_pieces(node))
-    if all(piece.op == "source" for piece in pieces):
+    if all(piece.op in _INPUTS for piece in pieces):
         inputs = tuple(resolve(piece) for piece in pieces)
         if all(ref.dtype == spec.dtype for ref in inputs):
             return Item((spec,), "copy", inputs, {}, changed)
         if len(inputs) == 1 and inputs[0].dtype in FLOAT_DTYPES:
             return Item((spec,), "cast", inputs, {}, changed)
-    if node.op in _EDITS and node.of[0].op == "source":
+    if node.op in _EDITS and node.of[0].op in _INPUTS:
         return Item((spec,), node.op, (resolve(node.of[0]),), dict(node.params), changed)
     inputs_seen: dict[Input, int] = {}
     tree = _tree(node, lambda leaf: inputs_seen.setdefault(resolve(leaf), len(inputs_seen)))
@@ -42,6 +43,6 @@ def _pieces(node: Node) -> Iterator[Node]:
 
 
 def _tree(node: Node, index: Callable[[Node], int]) -> list[Any]:
-    if node.op == "source":
+    if node.op in _INPUTS:
         return ["input", {"index": index(node)}, []]
     return [node.op, dict(node.params), [_tree(child, index) for child in node.of]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
@@ -18,6 +18,7 @@ from moeconv.families.spec import Family, Packed
 from moeconv.options import UpcycleOptions
 from moeconv.plan.build import rows, whole
 from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.expression import item_of
 from moeconv.upcycle.methods import METHODS, Matrix
 
@@ -35,6 +36,7 @@ class Assembly:
     model: Model
     draft: Draft
     options: UpcycleOptions
+    cut: Cut
     chosen: frozenset[int]
     dtype: str | None
     seed: int
@@ -161,7 +163,7 @@ class Assembly:
                     f"{self.model.family.model_type}",
                     hint=_TARGETS,
                 )
-        yield from self._routing(layer, parts["gate"])
+        yield from self._routing(layer, parts)
         for key, template in self.target.tensors.items():
             if key.startswith("expert."):
                 yield from self._experts(key, template, layer, parts)
@@ -190,12 +192,10 @@ class Assembly:
         yield self._item(key, layer, node, changed="ffn" if node.op != "source" or self._is_fused(node) else "")
 
     def _experts(self, key: str, template: str, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
-        method, experts = METHODS[self.options.method], range(self.options.experts)
-        total = self.target.routing.total if self.target.routing else 1.0
+        experts = range(self.options.experts)
 
         def matrix(part: str, expert: int) -> Node:
-            node = scale(parts[part], 1 / total) if part.startswith("down") else parts[part]
-            return method.make(Matrix(self._shaped(f"ffn.{part}", node), part, layer, expert, self.seed), self.options)
+            return self._matrix(part, parts[part], layer, expert)
 
         layout = self.target.packed.get(key)
         if layout is None:
@@ -211,16 +211,45 @@ class Assembly:
         one_shape = self._shape(made[0], layer)
         yield self._item(key, layer, concat(*made), shape=(len(made), *one_shape), changed="expert")
 
-    def _routing(self, layer: int, gate: Node) -> Iterator[tuple[int, Item]]:
-        """A layer's new tensors: the router, random in its weight, and a shared expert of zero where there is one."""
+    def _matrix(self, part: str, node: Node, layer: int, expert: int | None) -> Node:
+        """One matrix of an expert, or of the shared one (None), at the scale at which both together are the FFN."""
+        method, rule = METHODS[self.options.method], self.target.routing
+        matrix = Matrix(self._shaped(f"ffn.{part}", node), part, layer, expert, self.seed, self.cut)
+        chosen = method.select(matrix, self.options)
+        if expert is None:
+            return scale(chosen, 1 / self.target.shared_weight) if part == "down" else chosen
+        if self.cut.idle and part.startswith("down"):
+            return Node("fill", (), {"value": 0.0, "shape": list(self._shape(chosen, layer))})
+        total = rule.total if rule else 1.0
+        if part == "down":
+            folded = 1.0 if rule and rule.scaling else method.scale(self.cut, self.options)
+            chosen = scale(chosen, folded / total)
+        elif part == "down_bias":  # every piece carries it, and the pieces' weights sum to the copy's
+            chosen = scale(chosen, 1 / total)
+        return method.edit(replace(matrix, node=chosen), self.options)
+
+    def _router(self, layer: int) -> Node:
+        method = METHODS[self.options.method]
+        if method.router is not None:
+            return method.router(layer, self.options)
+        params = {"key": [self.seed, "router", layer], "std": self.options.router_std}
+        repeat = self.cut.pieces if method.grouped else 1
+        return Node("draw", (), params if repeat == 1 else {**params, "repeat": repeat})
+
+    def _routing(self, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
+        """A layer's new tensors: the router, random in its weight, and the shared expert where there is one (of zero
+        where it holds nothing)."""
+        gate = parts["gate"]
         anchor = self._anchor(gate, layer)
         for key in self.target.tensors:
             group, _, part = key.partition(".")
             if group == "router":
-                node = fill(0.0)
-                if part == "weight":
-                    node = Node("draw", (), {"key": [self.seed, "router", layer], "std": self.options.router_std})
+                node = self._router(layer) if part == "weight" else fill(0.0)
                 yield anchor, self._item(key, layer, node, changed="router", like=gate)[1]
+            elif group == "shared" and self.cut.shared and part != "router":
+                held = [name.partition(".")[2] for name in self.target.fused.get(key, (key,))]
+                node = concat(*(self._matrix(name, parts[name], layer, None) for name in held))
+                yield anchor, self._item(key, layer, node, changed="shared")[1]
             elif group == "shared" and self._shared_width():
                 shape = self._made_shape(key)
                 yield anchor, self._item(key, layer, fill(0.0), shape=shape, changed="shared", like=gate)[1]
@@ -245,7 +274,8 @@ class Assembly:
     ) -> tuple[int, Item]:  # fmt: skip
         """(position in the source's order, item) of one target tensor. `like` lends a made tensor its dtype."""
         node = node if shape is not None and node.op == "fill" else self._shaped(key, node)
-        out = shape or (self._made_shape(key) if node.op == "draw" else self._shape(node, layer))
+        out = shape or (self._made_shape(key) if node.op == "draw" or key.startswith("router.") else
+                        self._shape(node, layer))  # fmt: skip
         dtype = self._dtype(key, like or node, layer)
         if node.op == "fill" and dtype == "F16":
             node = fill(max(node.params["value"], _F16_LOWEST))
@@ -257,7 +287,7 @@ class Assembly:
 
     def _shaped(self, key: str, node: Node) -> Node:
         """Constants within an expression, with their shape."""
-        if node.op == "fill":
+        if node.op == "fill" and "shape" not in node.params:
             return Node("fill", (), {"value": node.params["value"], "shape": list(self._made_shape(key))})
         return node
 
@@ -289,8 +319,12 @@ class Assembly:
         ref, key = self._ref(leaf, layer), leaf.params["key"]
         holder = self.model.family.holds(key)
         if holder is None or holder == key:
-            return whole(ref)
-        return rows(ref, *fused_rows(key, self.model.family.fused[holder], ref.shape[0], self.model.value))
+            first, count = 0, ref.shape[0]
+        else:
+            first, count = fused_rows(key, self.model.family.fused[holder], ref.shape[0], self.model.value)
+        if (chosen := leaf.params.get("rows")) is not None:
+            first, count = first + chosen[0], chosen[1] - chosen[0]
+        return whole(ref) if count == ref.shape[0] else rows(ref, first, count)
 
     def _anchor(self, node: Node, layer: int | None) -> int:
         """Where in the source's order the first tensor behind an expression stands."""
@@ -302,6 +336,11 @@ class Assembly:
             return self._input(node, layer).shape
         if node.op == "fill":
             return tuple(node.params["shape"])
+        if node.op in ("cut", "deal", "take"):
+            inside = list(self._shape(node.of[0], layer))
+            count = node.params.get("count")
+            inside[node.params["axis"]] = node.params["stop"] - node.params["start"] if count is None else count
+            return tuple(inside)
         shapes = [self._shape(child, layer) for child in node.of]
         if node.op in ("concat", "interleave"):
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])

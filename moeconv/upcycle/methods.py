@@ -1,4 +1,4 @@
-"""Upcycling methods: how one FFN matrix becomes an expert's matrix. A method is one function over expressions."""
+"""Upcycling methods: how one FFN matrix becomes an expert's matrix. A method is a row of functions over expressions."""
 
 from __future__ import annotations
 
@@ -6,36 +6,76 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.families.node import Node
+from moeconv.families.node import Node, cut, deal
 from moeconv.options import UpcycleOptions
+from moeconv.upcycle.cut import Cut
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One expert's matrix to be made of the FFN's `node`. `part` is gate, up or down, or one of their biases."""
+    """One expert's matrix to be made of the FFN's `node`. `part` is gate, up or down, or one of their biases.
+
+    `expert` is None for the shared expert. `cut` says how many neurons each holds.
+    """
 
     node: Node
     part: str
     layer: int
-    expert: int
+    expert: int | None
     seed: int
+    cut: Cut
 
     @property
-    def axis(self) -> int:
-        """The neurons' axis."""
-        return 1 if self.part == "down" else 0
+    def axis(self) -> int | None:
+        """The neurons' axis; None for down_bias, which has none."""
+        return None if self.part == "down_bias" else 1 if self.part == "down" else 0
+
+
+def _range(matrix: Matrix, start: int, stop: int) -> Node:
+    if matrix.axis is None or (start, stop) == (0, matrix.cut.ffn):
+        return matrix.node
+    return cut(matrix.node, axis=matrix.axis, start=start, stop=stop)
+
+
+def in_order(matrix: Matrix, options: UpcycleOptions) -> Node:
+    """The expert's neurons where they lie: the shared expert's first, then piece after piece, copy after copy."""
+    if matrix.expert is None:
+        return _range(matrix, 0, matrix.cut.shared)
+    first = matrix.cut.first(matrix.expert)
+    return _range(matrix, first, first + matrix.cut.width)
+
+
+def shuffled(matrix: Matrix, options: UpcycleOptions) -> Node:
+    """Each copy of what is routed in an order of its own, then cut (Qwen2 report, arXiv 2407.10671)."""
+    if matrix.expert is None or matrix.axis is None:
+        return in_order(matrix, options)
+    first = 0 if matrix.cut.idle else matrix.cut.shared
+    copy, piece = divmod(matrix.expert, matrix.cut.pieces)
+    key = [matrix.seed, "shuffle", matrix.layer, copy]
+    start = piece * matrix.cut.width
+    return deal(_range(matrix, first, matrix.cut.ffn), axis=matrix.axis, key=key, start=start,
+                stop=start + matrix.cut.width)  # fmt: skip
+
+
+def keep(matrix: Matrix, options: UpcycleOptions) -> Node:
+    """The neurons as they are."""
+    return matrix.node
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method's expression for one matrix of one expert; `exact` where the model's function does not change."""
+    """`select` gives an expert's neurons out of the FFN's matrix, `edit` changes them (matrix.node is then what it
+    gave); the shared expert is selected and never edited. `scale` is what the routed sum must be multiplied by to be
+    the FFN's; `grouped` repeats a router row for the pieces of a copy; `router` gives a layer's rows in place of random
+    ones. `exact` where the model's function does not change. `granularity` is the default number of pieces."""
 
-    make: Callable[[Matrix, UpcycleOptions], Node]
-    exact: bool
-
-
-def _copy(matrix: Matrix, options: UpcycleOptions) -> Node:
-    return matrix.node
+    edit: Callable[[Matrix, UpcycleOptions], Node] = keep
+    exact: bool = False
+    select: Callable[[Matrix, UpcycleOptions], Node] = in_order
+    scale: Callable[[Cut, UpcycleOptions], float] = lambda cut, options: cut.pieces
+    grouped: bool = True
+    router: Callable[[int, UpcycleOptions], Node] | None = None
+    granularity: int = 1
 
 
 def _drawn(matrix: Matrix, kernel: str, purpose: str, **params: Any) -> Node:
@@ -58,7 +98,9 @@ def _drop(matrix: Matrix, options: UpcycleOptions) -> Node:
 
 
 METHODS: dict[str, Method] = {
-    "copy": Method(_copy, exact=True),
-    "noise": Method(_noise, exact=False),
-    "drop": Method(_drop, exact=False),
+    "copy": Method(exact=True),
+    "noise": Method(_noise),
+    "drop": Method(_drop),
+    "granular": Method(exact=True, granularity=2),
+    "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2),
 }

@@ -14,6 +14,7 @@ from moeconv.families.target import draft_target
 from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, parse_size, take
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.plan import Plan, pack_shards
+from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS
 
@@ -25,25 +26,29 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
-    pair = find_pair(model.family, options.to)
+    pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
     target = MOE[pair.target]
-    _check(options, target)
+    method = METHODS[options.method]
+    cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
+    _check(options, target, cut)
     layers = parse_layers(options.layers, layers=model.num_layers)
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
     draft = draft_target(model, pair)
-    draft.config |= _sizes(model, target, options, layers)
+    draft.config |= _sizes(model, target, options, cut, layers)
+    draft.warnings += _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)
         draft.config["dtype"] = TORCH_NAMES[dtype]
-    assembly = Assembly(model, draft, options, frozenset(layers), dtype, common.seed)
+    assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed)
     items = assembly.items()
     if assembly.rounded:
         draft.warnings.append(
             f"{', '.join(sorted(set(assembly.rounded)))}: what is folded into these weights is rounded to their dtype; "
             "--dtype float32 keeps it exact"
         )
+    lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
     total, active = count_planned(items, top_k=options.top_k, num_experts=options.experts)
     return Plan(
         command="upcycle",
@@ -53,16 +58,18 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
         shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
         params_total=total,
         params_active=active,
-        block=_block(model, pair, options, layers, exact=not assembly.rounded and dtype in (None, model.dtype, "F32")),
+        block=_block(pair, options, cut, layers, exact=lossless and pair.exact and (method.exact or cut.idle)),
         warnings=(*model.checkpoint.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
     )
 
 
-def _block(
-    model: Model, pair: Pair, options: UpcycleOptions, layers: tuple[int, ...], *, exact: bool
-) -> dict[str, Any]:
+def _granularity(options: UpcycleOptions) -> int:
+    return METHODS[options.method].granularity if options.granularity is None else options.granularity
+
+
+def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], *, exact: bool) -> dict[str, Any]:
     """The step's part of the JSON. `exact` promises float32 logits equal to rounding, and the run checks it."""
     return {
         "method": options.method,
@@ -71,11 +78,48 @@ def _block(
         "num_experts": options.experts,
         "top_k": options.top_k,
         "moe_layers": list(layers),
-        "exact": exact and METHODS[options.method].exact and pair.exact,
+        "expert_width": cut.width,
+        "shared_width": cut.shared,
+        "granularity": cut.pieces,
+        "exact": exact,
     }
 
 
-def _check(options: UpcycleOptions, target: Family) -> None:
+def _ties(options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
+    """Virtual groups fall apart where another copy's logit is equal after rounding: 0.3 to 0.8 % of tokens."""
+    rule = target.routing
+    if cut.pieces == 1 or not METHODS[options.method].grouped or options.experts == options.top_k or rule is None:
+        return []
+    if rule.float32 or rule.groups or dtype not in ("BF16", "F16"):
+        return []
+    return [
+        f"{target.model_type} rounds its router's logits to {TORCH_NAMES[dtype]}: where two copies' logits become "
+        "equal, a token may get pieces of both (0.3 to 0.8 % of tokens in bfloat16); "
+        "with glm4_moe, dots1 and deepseek_v3 that cannot happen"
+    ]
+
+
+def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
+    if cut.pieces == 1:
+        return
+    if target.routing and not target.routing.equal:
+        raise InputError(
+            f"{target.model_type} gives experts with equal logits unequal weights, so the pieces of a copy do not add "
+            "up",
+            hint="See `moeconv families` for other targets (--to), or leave --granularity out.",
+        )
+    for flag, value in (("--experts", options.experts), ("--top-k", options.top_k)):
+        if METHODS[options.method].grouped and value % cut.pieces:
+            more = -(-value // cut.pieces) * cut.pieces
+            raise UsageError(
+                f"{flag} {value} must be a multiple of the {cut.pieces} pieces that make up the routed FFN",
+                hint=f"Try {flag} {more}.",
+            )
+    if options.experts % cut.pieces:
+        raise UsageError(f"--experts {options.experts} must be a multiple of the {cut.pieces} pieces of a copy")
+
+
+def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
     if not 1 <= options.experts <= 4096:
         raise UsageError(f"--experts {options.experts} is outside 1 to 4096")
     if not 1 <= options.top_k <= options.experts:
@@ -83,6 +127,7 @@ def _check(options: UpcycleOptions, target: Family) -> None:
             f"--top-k {options.top_k} must be from 1 to the number of experts ({options.experts})",
             hint="Lower --top-k or raise --experts.",
         )
+    _check_cut(options, target, cut)
     fixed = target.routing.top_k if target.routing else None
     if fixed is not None and options.top_k != fixed:
         raise UsageError(f"--top-k {options.top_k}: {target.model_type} routes every token to {fixed} experts")
@@ -94,13 +139,19 @@ def _check(options: UpcycleOptions, target: Family) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number from 0 up")
 
 
-def _sizes(model: Model, target: Family, options: UpcycleOptions, layers: tuple[int, ...]) -> dict[str, Any]:
+def _sizes(model: Model, target: Family, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
     """Config keys that say how many experts there are, how wide, and in which layers."""
     sizes: dict[str, Any] = dict.fromkeys(target.num_experts, options.experts)
     sizes |= dict.fromkeys(target.top_k, options.top_k)
-    if "intermediate_size" in target.config:
-        sizes["intermediate_size"] = model.ffn_width
-    sizes[target.expert_width] = model.ffn_width
+    if target.dense_width in target.config:
+        sizes[target.dense_width] = model.ffn_width
+    sizes[target.expert_width] = cut.width
+    sizes |= shared_config(target, cut)
+    method, rule = METHODS[options.method], target.routing
+    if method.grouped:
+        sizes |= grouped_config(target, pieces=cut.pieces, experts=options.experts, top_k=options.top_k)
+    if rule and rule.scaling:
+        sizes[rule.scaling] = float(method.scale(cut, options))
     placed = target.placement.write(layers, model.num_layers)
     if placed is None:
         dense = next(i for i in range(model.num_layers) if i not in layers)

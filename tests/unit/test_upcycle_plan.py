@@ -111,7 +111,7 @@ def test_dtype_holds_for_every_tensor_and_for_config(tmp_path, method, dtype):
     want = {None: "BF16", "bfloat16": "BF16", "float32": "F32", "float16": "F16"}[dtype]
     assert {r.dtype for r in moe.checkpoint.tensors.values()} == {want}
     assert moe.config["dtype"] == (dtype or "bfloat16") and "torch_dtype" not in moe.config
-    assert plan.block["exact"] == (method == "copy" and want != "F16")  # float32 holds every bfloat16 exactly
+    assert plan.block["exact"] == (METHODS[method].exact and want != "F16")  # float32 holds every bfloat16 exactly
 
 
 # -- some layers stay dense ----------------------------------------------------------------------------------------

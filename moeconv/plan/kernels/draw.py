@@ -27,9 +27,12 @@ def generator(key: Sequence[Any]) -> np.random.Generator:
 
 
 def draw_normal(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """N(0, std) of the output's shape: a router's rows. params: key, std."""
+    """N(0, std) of the output's shape: a router's rows. params: key, std; repeat (1): each row so often in a row."""
     (spec,) = outputs
-    return [from_float(generator(params["key"]).standard_normal(spec.shape, np.float32) * params["std"], spec.dtype)]
+    repeat = params.get("repeat", 1)
+    shape = (spec.shape[0] // repeat, *spec.shape[1:])
+    drawn = generator(params["key"]).standard_normal(shape, np.float32) * params["std"]
+    return [from_float(np.repeat(drawn, repeat, axis=0), spec.dtype)]
 
 
 def add_noise(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from moeconv.checkpoint.header import tensor_nbytes
+from moeconv.errors import InputError
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
-from moeconv.plan.kernels.draw import add_noise, redraw_neurons
+from moeconv.plan.kernels.draw import add_noise, generator, redraw_neurons
 from moeconv.plan.plan import Input, TensorSpec
 
 _BLOCK = 1 << 18  # elements in float32 at a time
-_BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
+_BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}
 _ARITHMETIC = ("scale", "scale_rows", "add", "centre")
 _EDITS: dict[str, Callable[..., Sequence[Buffer]]] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
 
@@ -122,6 +123,9 @@ class _Evaluation:
             return array.view(_BITS[dtype]), dtype
         if op in _EDITS:
             return self._edited(op, params, of[0])
+        if op == "take":
+            (array, dtype), (indices, _) = self.whole(of[0]), self.whole(of[1])
+            return _taken(array, indices.reshape(-1), params["axis"]), dtype
         children = self._alike([self.whole(child) for child in of])
         return _MOVES[op]([array for array, _ in children], params), children[0][1]
 
@@ -167,9 +171,30 @@ def _rotary(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
     return heads[:, inside].reshape(array.shape)
 
 
+def _cut(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+    where = slice(params["start"], params["stop"])
+    return of[0][where] if params["axis"] == 0 else of[0][:, where]
+
+
+def _deal(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+    order = generator(params["key"]).permutation(of[0].shape[params["axis"]])
+    return np.take(of[0], order[params["start"] : params["stop"]], axis=params["axis"])
+
+
+def _taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
+    if indices.size and not 0 <= indices.min() <= indices.max() < array.shape[axis]:
+        raise InputError(
+            f"neuron {indices.max()} is taken from an FFN of {array.shape[axis]}",
+            hint="The measured choice of neurons belongs to another model.",
+        )
+    return np.take(array, indices, axis=axis)
+
+
 _MOVES: dict[str, Callable[[Sequence[np.ndarray], Mapping[str, Any]], np.ndarray]] = {
     "concat": lambda of, params: np.concatenate(of),
     "interleave": lambda of, params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
     "transpose": lambda of, params: of[0].T,
     "rotary": _rotary,
+    "cut": _cut,
+    "deal": _deal,
 }

@@ -1,0 +1,116 @@
+"""How an FFN's neurons are dealt out: pieces, widths, what the shared expert holds, and the exact scale of the rest.
+
+G pieces of an FFN are a virtual group (arXiv 2410.07524): their router rows are equal, so that top-k = G * j picks
+whole copies, each piece with 1/G of its copy's weight. The routed sum times G is then the FFN's output.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.spec import Family
+
+_SHARE = re.compile(r"^(?:(\d+(?:\.\d+)?)%|(\d*\.\d+|\d+\.\d*))$")
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """`pieces` experts of `width` neurons together hold what is routed of an FFN once; `shared` neurons are always on.
+
+    `idle`: the shared expert is the whole FFN, and what the routed experts add starts at zero.
+    """
+
+    ffn: int
+    pieces: int
+    width: int
+    shared: int = 0
+    idle: bool = False
+
+    def first(self, expert: int) -> int:
+        """The first neuron of an expert whose pieces lie in the FFN's own order."""
+        return (0 if self.idle else self.shared) + (expert % self.pieces) * self.width
+
+
+def cut_ffn(ffn: int, *, granularity: int, shared: str | None) -> Cut:
+    """The cut of an FFN of `ffn` neurons. `shared`: a number of the `granularity` pieces, a share (0.25 or 25%), or
+    full. Raises UsageError for words that mean nothing, and for a cut that does not come out even."""
+    if granularity < 1:
+        raise UsageError(f"--granularity {granularity} must be at least 1")
+    held, idle = _shared_neurons(ffn, granularity, shared)
+    rest = ffn if idle else ffn - held
+    pieces = granularity
+    if shared is not None and shared.isdecimal() and not idle:
+        pieces = granularity - int(shared)
+    if rest % pieces:
+        raise UsageError(
+            f"--granularity {granularity}: {rest} neurons cannot be cut into {pieces} equal pieces",
+            hint=f"Divisors near it: {_near(rest, pieces)}.",
+        )
+    return Cut(ffn, pieces, rest // pieces, held, idle)
+
+
+def _shared_neurons(ffn: int, granularity: int, text: str | None) -> tuple[int, bool]:
+    if text is None or text in ("0", "none"):
+        return 0, False
+    flag = f"--shared-experts {escape(text)}"
+    if text == "full":
+        return ffn, True
+    if text.isascii() and text.isdecimal() and len(text) < 6:
+        if int(text) > granularity:
+            raise UsageError(
+                f"{flag}: the FFN is cut into {granularity} pieces (--granularity)",
+                hint=f"Give a number of pieces up to {granularity}, a share such as 0.25, or full.",
+            )
+        if ffn % granularity:
+            raise UsageError(
+                f"--granularity {granularity} does not divide the FFN's {ffn} neurons",
+                hint=f"Divisors near it: {_near(ffn, granularity)}.",
+            )
+        return ffn // granularity * int(text), int(text) == granularity
+    match = _SHARE.match(text)
+    share = (float(match[1]) / 100 if match[1] else float(match[2])) if match else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(
+            f"{flag}: neither a number of pieces, nor a share of the FFN above 0 up to 1, nor full",
+            hint="Examples: --shared-experts full, --shared-experts 0.25, --granularity 8 --shared-experts 2.",
+        )
+    held = round(share * ffn)
+    if not held:
+        raise UsageError(f"{flag} of {ffn} neurons is none", hint="Give a larger share.")
+    return held, held == ffn
+
+
+def _near(total: int, wish: int) -> str:
+    divisors = sorted((d for d in range(1, min(total, 4096) + 1) if total % d == 0), key=lambda d: abs(d - wish))
+    return ", ".join(map(str, sorted(divisors[:4])))
+
+
+def shared_config(target: Family, cut: Cut) -> dict[str, Any]:
+    """The config keys that give the target's shared expert `cut.shared` neurons. Raises InputError where none can."""
+    if not cut.shared:
+        return {}
+    keys = target.shared_width
+    if not keys:
+        raise InputError(
+            f"{target.model_type} has no shared expert", hint="See `moeconv families`: glm4_moe, dots1 and others do."
+        )
+    own = [key for key in keys if key != target.expert_width]
+    unit = cut.width if target.expert_width in keys else 1
+    if cut.shared % unit or (not own and cut.shared != unit):
+        raise InputError(
+            f"the shared expert of {target.model_type} is {'as wide as' if not own else 'a whole number of'} routed "
+            f"expert{'' if not own else 's'} ({unit} neurons), {cut.shared} neurons are not",
+            hint="Count in pieces, such as --granularity 4 --shared-experts 1, or choose another target (--to).",
+        )
+    return {own[0]: cut.shared // unit} if own else {}
+
+
+def grouped_config(target: Family, *, pieces: int, experts: int, top_k: int) -> dict[str, Any]:
+    """Virtual groups as the router's own groups, where the family has them: ties cannot break a copy apart then."""
+    rule = target.routing.groups if target.routing else None
+    if rule is None or pieces == 1:
+        return {}
+    return {rule[0]: experts // pieces, rule[1]: top_k // pieces}

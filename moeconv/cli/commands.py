@@ -150,7 +150,7 @@ VERBS: tuple[Verb, ...] = (
          (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,
          extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw.")), distributed=True),
     Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
-         (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written),
+         (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written, distributed=True),
     Verb("prune", "Remove redundant experts.", (MODEL, OUT),
          (o.PruneOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _prune, tables.written),
     Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), (o.QuantizeOptions, *_PLAN), _quantize,

@@ -36,6 +36,7 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
+from moeconv.world import current
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits, float32
 
@@ -219,9 +220,12 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
     with _scratch() as folder:
         path = os.path.join(folder, "overlay.safetensors")
         block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
+        if not current().leads:
+            return {"command": "tune", "output": out, "tune": block}
         overlay = SafetensorsFile(Path(path))
         plan = plan_overlay(model, overlay, **_named(values, PlanOptions))
         result = run_plan(plan, model, out, values, meter=meter, origins={"overlay": overlay}, figures=block)
     result["warnings"] += block.pop("warnings", [])
+    result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing
     result["tune"] |= block
     return result

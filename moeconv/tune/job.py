@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moeconv.calibrate.tokenizer import same_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
-from moeconv.options import TuneOptions
+from moeconv.options import TuneOptions, flag_of
 from moeconv.tensors import decode_weight
-from moeconv.tune.parameters import parse_train, tensors_of
+from moeconv.tune.optimise import Plan
+from moeconv.tune.parameters import BIAS, correction_names, parse_train, tensors_of
 from moeconv.tune.symmetry import check_symmetry
 
 # Peak learning rates times the hidden size: Adam's best rate for a matrix goes with 1 / width (Tensor Programs V, arXiv
@@ -33,14 +33,22 @@ class Job:
     teacher: Model | None
     objective: str
     train: tuple[str, ...]
-    steps: int
-    rates: Mapping[str, float]  # peak, by word of --train
+    plan: Plan
     balance: float
     z_loss: float
+    bias_update: float
+    router_noise: float
+    temperature: float
+    capacity_factor: float | None
     straight_through: bool
     seed: int
     batch_size: int
     warnings: tuple[str, ...] = ()
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Words of everything that changes: what has a gradient, and the correction bias when the load moves it."""
+        return (*self.train, BIAS) if self.bias_update else self.train
 
 
 def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: int, batch_size: int) -> Job:
@@ -54,6 +62,7 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
         raise UsageError("--train norms: layerwise takes the FFN's inputs after the norm", hint="--objective distill.")
     student = open_model(model_path)
     _check_student(student)
+    _check_bias(options, student)
     teacher = _open_teacher(options.teacher, student, objective)
     if not tensors_of(student, train):
         raise InputError(
@@ -64,11 +73,12 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
     if objective != "balance":
         through, warnings = _straight_through(options.straight_through, student, train)
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
+    rates = _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size)
+    plan = Plan(options.steps, rates, options.schedule, options.warmup, options.look_every, options.patience)
     return Job(
-        student, teacher, objective, train, options.steps,
-        _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size),
-        1.0 if objective == "balance" else options.balance, options.z_loss, through, seed, batch_size,
-        tuple(warnings),
+        student, teacher, objective, train, plan, 1.0 if objective == "balance" else options.balance, options.z_loss,
+        options.bias_update, options.router_noise, options.temperature, options.capacity_factor, through, seed,
+        batch_size, tuple(warnings),
     )  # fmt: skip
 
 
@@ -87,10 +97,20 @@ def _check_numbers(options: TuneOptions, batch_size: int) -> None:
         raise UsageError(f"--batch-size {batch_size}: at least 1")
     if options.learning_rate is not None and not (options.learning_rate > 0 and math.isfinite(options.learning_rate)):
         raise UsageError(f"--learning-rate {options.learning_rate}: a number above 0")
-    for name in ("balance", "z_loss"):
+    for name in ("look_every", "patience"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{flag_of(name)} {value}: at least 1")
+    for name in ("temperature", "capacity_factor"):
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"{flag_of(name)} {value}: a number above 0")
+    if not 0 <= options.warmup <= 1:
+        raise UsageError(f"--warmup {options.warmup}: a share of the steps, from 0 to 1")
+    for name in ("balance", "z_loss", "bias_update", "router_noise"):
         value = getattr(options, name)
         if not (value >= 0 and math.isfinite(value)):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: a number from 0 up")
+            raise UsageError(f"{flag_of(name)} {value}: a number from 0 up")
 
 
 def _straight_through(asked: bool | None, model: Model, train: tuple[str, ...]) -> tuple[bool, list[str]]:
@@ -121,6 +141,14 @@ def _check_student(model: Model) -> None:
         raise InputError(
             f"{escape(model.checkpoint.path)} is quantized, and packed weights do not train",
             hint="Tune the unquantized model, then quantize it.",
+        )
+
+
+def _check_bias(options: TuneOptions, model: Model) -> None:
+    if options.bias_update and len(correction_names(model)) < len(model.moe_layers):
+        raise UsageError(
+            f"--bias-update: {model.family.model_type} has no correction bias in every router",
+            hint="Balance it with --balance; families with such a bias are DeepSeek-V3's relatives.",
         )
 
 

@@ -20,9 +20,12 @@ from moeconv.families.model import Model
 from moeconv.families.spec import Routing
 from moeconv.plan.meter import Meter
 from moeconv.tune import losses
+from moeconv.tune.disturb import Disturbance
 from moeconv.tune.losses import Load
 from moeconv.tune.network import FilledBlock, fill_block
+from moeconv.tune.rebalance import Rebalance
 from moeconv.tune.routing import Routed
+from moeconv.world import current, summed
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,21 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Fit:
-    """One layer to be fitted. inputs and outputs: the teacher's FFN's, [T, H]; the last `held` rows are held out."""
+    """One layer to be fitted. inputs and outputs: the teacher's FFN's in this process, [T, H]: its windows (`seq_len`
+    tokens; every so many-th of all processes') that train, then its held-out ones, the last `held` rows."""
 
     filled: FilledBlock
     inputs: Tensor
     outputs: Tensor
     held: int
+    seq_len: int
     rule: Routing
     take: Callable[[], list[Routed]]
     balance: float
     z_loss: float
     device: torch.device
-
-    @property
-    def training(self) -> int:
-        """Rows to train on."""
-        return len(self.inputs) - self.held
+    disturbance: Disturbance
+    rebalance: Rebalance | None = None
 
     def _run(self, rows: Any) -> tuple[Tensor, Tensor, list[Routed]]:
         """Squared error and squared norm of the target over some rows, and the routing."""
@@ -59,27 +61,41 @@ class Fit:
         made = (made[0] if isinstance(made, tuple) else made).reshape(inputs.shape)
         return (made - wanted).square().sum(), wanted.square().sum(), self.take()
 
-    def step(self, rows: np.ndarray) -> bool:
-        """Gradients of a batch of rows. Returns whether the loss is finite."""
-        error, norm, routed = self._run(torch.from_numpy(rows))
-        loss = error / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        if self.balance:
-            loss = loss + self.balance * losses.balance_loss(routed, self.rule)
+    def _mine(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows of all training tokens: which of them are here, and where."""
+        world = current()
+        window: np.ndarray = rows // self.seq_len
+        here = np.flatnonzero(window % world.size == world.rank)
+        return here, window[here] // world.size * self.seq_len + rows[here] % self.seq_len
+
+    def step(self, rows: np.ndarray, *, number: int) -> bool:
+        """Gradients of a batch of rows of all training tokens, the `number`-th. Returns whether the loss is finite."""
+        here, local = self._mine(rows)
+        with self.disturbance.training(number, rows=here, total=len(rows)):
+            error, norm, routed = self._run(torch.from_numpy(local))
+        loss = error / summed(norm).clamp_min(torch.finfo(norm.dtype).tiny)
+        if self.balance or self.rebalance:
+            counts = losses.counts_of(routed)
+            if self.balance:
+                loss = loss + self.balance * losses.balance_loss(routed, self.rule, counts)
+            if self.rebalance:
+                self.rebalance(counts)
         if self.z_loss:
-            loss = loss + self.z_loss * losses.z_loss(routed)
+            loss = loss + self.z_loss * losses.z_loss(routed, tokens=len(rows))
         loss.backward()
         return bool(loss.isfinite())
 
     @torch.no_grad()
     def measure(self, *, batch: int) -> Fitted:
         """The held-out rows, `batch` at a time."""
-        error = norm = 0.0
+        sums = torch.zeros(2, dtype=torch.float64)  # squared error, squared norm
         load = Load(self.filled.block.layer, self.filled.block.num_experts, self.rule)
-        for first in range(self.training, len(self.inputs), batch):
+        for first in range(len(self.inputs) - self.held, len(self.inputs), batch):
             part, whole, routed = self._run(slice(first, min(first + batch, len(self.inputs))))
-            error, norm = error + float(part), norm + float(whole)
+            sums += torch.stack([part, whole]).double().cpu()
             load.add(routed[0])
-        return Fitted(error / norm if norm else error, load)
+        error, norm = summed(sums).tolist()
+        return Fitted(error / norm if norm else error, load.together())
 
 
 def each_layer(

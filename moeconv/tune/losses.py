@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from moeconv.calibrate.routing import LoadCounter
 from moeconv.families.spec import Routing
 from moeconv.tune.routing import Routed
+from moeconv.world import summed
 
 _LOGITS = 1 << 23  # logits that are made at a time
 
@@ -49,12 +50,16 @@ def total(hidden: Tensor, rows: Rows, *, vocabulary: int) -> float:
         return sum(float(rows(hidden[at], at).double().sum()) for at in in_slices(len(hidden), vocabulary))
 
 
-def mean_and_gradient(hidden: Tensor, rows: Rows, *, vocabulary: int) -> tuple[float, Tensor]:
-    """Mean of the rows' losses, and its gradient with respect to `hidden` [T, H]."""
+def mean_and_gradient(
+    hidden: Tensor, rows: Rows, *, vocabulary: int, count: int | None = None
+) -> tuple[float, Tensor]:  # fmt: skip
+    """Mean of the rows' losses, and its gradient with respect to `hidden` [T, H]. `count`: the rows of all processes,
+    where these are a share of them."""
+    count = len(hidden) if count is None else count
     leaf = hidden.detach().requires_grad_()
     value = 0.0
     for at in in_slices(len(hidden), vocabulary):
-        part = rows(leaf[at], at).sum() / len(hidden)
+        part = rows(leaf[at], at).sum() / count
         part.backward()
         value += float(part.detach())
     assert leaf.grad is not None
@@ -72,23 +77,31 @@ def probabilities(logits: Tensor, rule: Routing) -> Tensor:
     return torch.softmax(logits.float(), dim=-1)
 
 
-def balance_loss(routed: Sequence[Routed], rule: Routing) -> Tensor:
+def counts_of(routed: Sequence[Routed]) -> Tensor:
+    """How often each expert of each layer was chosen, by all processes: float64 [layers, E]."""
+    counts = [torch.bincount(r.chosen.reshape(-1), minlength=r.logits.shape[1]) for r in routed]
+    return summed(torch.stack(counts).double())
+
+
+def balance_loss(routed: Sequence[Routed], rule: Routing, counts: Tensor) -> Tensor:
     """E * sum_e f_e P_e of each layer, the mean over layers; 1 when balanced, E when one expert takes all.
 
-    f: share of the chosen slots, P: mean probability (Switch Transformer, arXiv 2101.03961). Layers are not pooled:
-    pooled, layers that each collapse on another expert look balanced.
+    f: share of the chosen slots (`counts` [layers, E]), P: mean probability (Switch Transformer, arXiv 2101.03961).
+    Layers are not pooled: pooled, layers that each collapse on another expert look balanced. Of several processes each
+    gets the part of its own tokens.
     """
     losses = []
-    for layer in routed:
+    for layer, count in zip(routed, counts):
         p = probabilities(layer.logits, rule)
-        share = torch.bincount(layer.chosen.reshape(-1), minlength=p.shape[1]).to(p.dtype) / layer.chosen.numel()
-        losses.append(p.shape[1] * (share * p.mean(0)).sum())
+        slots = count.sum()
+        share, tokens = (count / slots).to(p.dtype), slots / layer.chosen.shape[1]
+        losses.append(p.shape[1] * (share * p.sum(0)).sum() / tokens)
     return torch.stack(losses).mean()
 
 
-def z_loss(routed: Sequence[Routed]) -> Tensor:
-    """Mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)."""
-    return torch.stack([layer.logits.float().logsumexp(-1).square().mean() for layer in routed]).mean()
+def z_loss(routed: Sequence[Routed], *, tokens: int) -> Tensor:
+    """Mean over `tokens` and layers of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906)."""
+    return torch.stack([layer.logits.float().logsumexp(-1).square().sum() / tokens for layer in routed]).mean()
 
 
 class Load:
@@ -102,6 +115,15 @@ class Load:
     def add(self, routed: Routed) -> None:
         self._counter.add(router_logits=routed.logits, top_k_index=routed.chosen)
         self._probability += probabilities(routed.logits, self._rule).double().sum(0).cpu()
+
+    def together(self) -> Load:
+        """What all processes counted."""
+        counter = self._counter
+        counter.counts = summed(torch.from_numpy(counter.counts)).numpy()
+        both = summed(torch.tensor([counter.entropy_sum, counter.tokens], dtype=torch.float64))
+        counter.entropy_sum, counter.tokens = float(both[0]), int(both[1])
+        summed(self._probability)
+        return self
 
     def balance(self) -> float:
         """The balance loss of everything that was counted."""

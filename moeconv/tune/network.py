@@ -1,4 +1,7 @@
-"""A whole stock model in float32, filled from its checkpoint and frozen, with its Mixture-of-Experts blocks at hand."""
+"""A whole stock model in float32, filled from its checkpoint and frozen, with its Mixture-of-Experts blocks at hand.
+
+Several processes share its decoder layers (FSDP2, a layer at a time as they are read); the rest each has whole.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from moeconv.calibrate.skeleton import Skeleton
 from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.tensors import decode_weight, plain_names
+from moeconv.tune.parameters import correction_names, tensors_of
 from moeconv.tune.routing import Block
+from moeconv.world import current
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,24 +43,32 @@ class Network:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         decoder = self.module.get_decoder()
-        decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden[None])
+        answer = hidden[None].clone()  # FSDP2 warns of a view
+        decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=answer)
         try:
             return self.module(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
             del decoder.forward  # the class's own comes back
 
 
-def load_network(model: Model, *, device: torch.device) -> Network:
-    """Every weight in float32 on `device`, decoded where it is packed. Raises InputError unless it loads strictly."""
+def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] = ()) -> Network:
+    """Every weight in float32 on `device`, decoded where it is packed. `train`: words of what will have a gradient,
+    which FSDP2 must know when it shards. Raises InputError unless it loads strictly."""
     skeleton = Skeleton(model, dtype=torch.float32, device=device)
+    opened = {skeleton.place(name) for name in tensors_of(model, train) if name in model.roles}
     by_layer: dict[int | None, list[str]] = {}
     for name, layer in plain_names(model):
         by_layer.setdefault(layer, []).append(name)
     for layer, names in by_layer.items():
         under = "" if layer is None else skeleton.name_of(skeleton.layers[layer]) + "."
         skeleton.fill(_decoded(model, names), under=under)
+        if layer is not None and current().size > 1:
+            _shard_layer(skeleton, layer, opened=opened)
     skeleton.tie()
-    skeleton.module.requires_grad_(False)
+    if current().size > 1:
+        _shard_rest(skeleton)
+    else:
+        skeleton.module.requires_grad_(False)
     if empty := [name for name, p in skeleton.module.named_parameters() if p.is_meta]:
         raise InputError(f"the checkpoint has nothing for {empty[0]}", hint="A shard is missing.")
     names = [n for n, _ in plain_names(model) if model.roles.get(n) and model.roles[n].group in ("norm", "shared")]
@@ -64,6 +77,33 @@ def load_network(model: Model, *, device: torch.device) -> Network:
         [block_of(skeleton, layer) for layer in model.moe_layers],
         _named(skeleton, names),
     )
+
+
+def _shard_layer(skeleton: Skeleton, layer: int, *, opened: set[str]) -> None:
+    """Leave a share of each parameter of a layer in this process. Correction biases, which no gradient moves, stay."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    part = skeleton.layers[layer]
+    for name, parameter in part.named_parameters(prefix=skeleton.name_of(part)):
+        parameter.requires_grad_(name in opened)
+    bias = correction_names(skeleton.model).get(layer)
+    kept = {p for n, p in skeleton.module.named_parameters() if bias is not None and n == skeleton.place(bias)}
+    for parameter in kept:
+        parameter.requires_grad_(False)
+    fully_shard(part, mesh=init_device_mesh(skeleton.device.type, (current().size,)), ignored_params=kept)
+
+
+def _shard_rest(skeleton: Skeleton) -> None:
+    """Make the decoder the root that orders its layers' transfers; what is outside of them stays whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole = {p for p in skeleton.module.parameters() if not hasattr(p, "to_local")}
+    for parameter in whole:
+        parameter.requires_grad_(False)
+    mesh = init_device_mesh(skeleton.device.type, (current().size,))
+    fully_shard(skeleton.decoder, mesh=mesh, ignored_params=whole)
 
 
 def _named(skeleton: Skeleton, names: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -83,7 +123,17 @@ def block_of(skeleton: Skeleton, layer: int) -> Block:
             f"the {model.family.model_type} class of transformers does not fuse its experts as this version expects",
             hint="Is the installed transformers in the range that moeconv's requirements name?",
         )
-    return Block(layer, skeleton.owner(model.router_name(layer)), experts)
+    return Block(layer, skeleton.owner(model.router_name(layer)), experts, _correction(skeleton, layer))
+
+
+def _correction(skeleton: Skeleton, layer: int) -> Tensor | None:
+    """A layer's correction bias in memory: a buffer in most families, a parameter in some."""
+    name = correction_names(skeleton.model).get(layer)
+    if name is None:
+        return None
+    owner, _, leaf = skeleton.place(name).rpartition(".")
+    found: Tensor = getattr(skeleton.module.get_submodule(owner), leaf)
+    return found.data
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +155,7 @@ def fill_block(skeleton: Skeleton, layer: int) -> FilledBlock:
     skeleton.fill(_decoded(model, wanted), under=name + ".")
     module = skeleton.module.get_submodule(name)
     module.requires_grad_(False)
+    block = block_of(skeleton, layer)  # its bias is filled now
     return FilledBlock(block, module, _named(skeleton, [n for n in wanted if model.roles[n].group == "shared"]))
 
 

@@ -1,6 +1,7 @@
-"""The training loop that every objective shares: AdamW, warmup and cosine, the best of a few looks at held-out data.
+"""The training loop that every objective shares: AdamW, a schedule, the best of a few looks at held-out data.
 
-What is measured is what will be written: values are rounded to the dtype on disk first.
+What is measured is what will be written: values are rounded to the dtype on disk first. Of several processes each
+computes the gradient of its share of a batch; their sum moves all of them alike.
 """
 
 from __future__ import annotations
@@ -8,55 +9,77 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from moeconv.tune.parameters import Piece, parameters_by_word, restore, snapshot
+from moeconv.tune.parameters import (
+    Piece,
+    exact,
+    own,
+    parameters_by_word,
+    restore,
+    round_in_place,
+    sharded,
+    snapshot,
+)
+from moeconv.world import all_agree, current, summed
 
 M = TypeVar("M")
 
-_LOOKS = 4  # how often the held-out data is measured on the way
-_WARMUP = 0.1
-_FLOOR = 0.1  # of the peak, where the cosine ends
+_LOOKS = 4  # how often the held-out data is measured on the way, unless asked otherwise
+_FLOOR = 0.1  # of the peak, where cosine and linear end
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[M]):
-    """Measures of the held-out data before and after; `values` are the best pieces, None when nothing was better.
+class Plan:
+    """How long and how fast. `schedule`: cosine, linear or constant; `warmup`: share of the steps; `patience`: looks
+    without improvement after which training stops."""
 
-    `diverged_at` is the step at which a loss or gradient was not finite, which ends training.
-    """
+    steps: int
+    rates: Mapping[str, float]  # peak, by word of --train
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    look_every: int | None = None
+    patience: int | None = None
+
+    def rate_at(self, step: int) -> float:
+        """Share of the peak learning rate at a step from 0: linear warmup, then the schedule."""
+        warm = max(1, round(self.steps * self.warmup)) if self.warmup else 0
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return _FLOOR + (1 - _FLOOR) * left
+
+    def looks(self) -> set[int]:
+        """Steps after which the held-out data is measured; the last is one of them."""
+        if self.look_every is None:
+            return {round(self.steps * (i + 1) / _LOOKS) for i in range(_LOOKS)} - {0}
+        return {*range(self.look_every, self.steps, self.look_every), self.steps}
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[M]):
+    """Measures of the held-out data before and after; `improved` says whether the best values are better than the
+    first ones. `diverged_at` is the step at which a loss or gradient was not finite, which ends training; `stopped_at`
+    the one after which patience was out."""
 
     before: M
     after: M
-    values: Mapping[str, Tensor] | None = None
+    improved: bool = False
     diverged_at: int | None = None
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step from 0: linear warmup, then a cosine down to a tenth."""
-    warm = max(1, round(steps * _WARMUP))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def looks(steps: int) -> set[int]:
-    """Steps after which the held-out data is measured; the last is one of them."""
-    return {round(steps * (i + 1) / _LOOKS) for i in range(_LOOKS)} - {0}
+    stopped_at: int | None = None
 
 
 def optimise(
     pieces: Sequence[Piece],
     *,
-    steps: int,
-    rates: Mapping[str, float],
+    plan: Plan,
     step: Callable[[int], bool],
     measure: Callable[[], M],
     score: Callable[[M], float],
@@ -65,49 +88,80 @@ def optimise(
     """Train the pieces' parameters and leave the best values in them (the first ones when none was better).
 
     `step(i)` leaves gradients and says whether they are finite: training ends where they are not. `score` is what the
-    held-out data is judged by, lower is better. `rates`: peak learning rate by word of --train. `note` hears of every
-    step, and of every measure.
+    held-out data is judged by, lower is better. `note` hears of every step, and of every measure.
     """
     groups = parameters_by_word(pieces)
     parameters = [p for found in groups.values() for p in found]
+    leaves = {id(p): nn.Parameter(own(p), requires_grad=False) for p in parameters}  # a shard of some, by themselves
     before = measure()
-    first = snapshot(pieces)
+    best_values, bare = snapshot(pieces), 0  # looks since the best
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(
-        [{"params": found, "lr": rates[word], "peak": rates[word]} for word, found in groups.items()],
+        [
+            {"params": [leaves[id(p)] for p in found], "lr": plan.rates[word], "peak": plan.rates[word]}
+            for word, found in groups.items()
+        ],
         betas=_BETAS, weight_decay=0.0, fused=True,
     )  # fmt: skip
     for p in parameters:
         p.requires_grad_(True)
     try:
-        for i in range(steps):
+        for i in range(plan.steps):
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * rate_at(i, steps)
-            optimiser.zero_grad(set_to_none=True)
-            if not step(i) or not bool(clip_grad_norm_(parameters, _CLIP).isfinite()):
+                group["lr"] = group["peak"] * plan.rate_at(i)
+            for p in parameters:
+                p.grad = None
+            finite = all_agree(step(i))
+            if not finite or not bool(_gather_gradients(parameters, leaves).isfinite()):
                 best = replace(best, diverged_at=i)
                 break
             optimiser.step()
             note(i + 1, None)
-            if i + 1 in looks(steps):
-                best = _look(pieces, best, i + 1, measure, score, note)
+            if i + 1 not in plan.looks():
+                continue
+            measured, rounded = _look(pieces, measure)
+            note(i + 1, measured)
+            if score(measured) < score(best.after):
+                best, best_values, bare = replace(best, after=measured, improved=True), rounded, 0
+                continue
+            bare += 1
+            if plan.patience is not None and bare >= plan.patience and i + 1 < plan.steps:
+                best = replace(best, stopped_at=i + 1)
+                break
     finally:
         for p in parameters:
             p.requires_grad_(False)
             p.grad = None
-    restore(pieces, best.values or first)
+    restore(pieces, best_values)
     return best
 
 
-def _look(
-    pieces: Sequence[Piece], best: Outcome[M], done: int, measure: Callable[[], M], score: Callable[[M], float],
-    note: Callable[[int, M | None], None],
-) -> Outcome[M]:  # fmt: skip
+def _gather_gradients(parameters: Sequence[Tensor], leaves: Mapping[int, nn.Parameter]) -> Tensor:
+    """Give each leaf its gradient, summed over the processes and clipped. Returns the norm before clipping."""
+    size = current().size
+    parts: list[Tensor] = []  # of sharded parameters: the norm is that of all processes' together
+    wholes: list[Tensor] = []
+    for p in parameters:
+        leaf, grad = leaves[id(p)], p.grad
+        if sharded(p):
+            local: Any = grad
+            leaf.grad = None if grad is None else local.to_local() * size  # FSDP2 takes the mean over the processes
+            parts += [] if leaf.grad is None else [leaf.grad]
+        else:
+            leaf.grad = grad if size == 1 else summed(torch.zeros_like(leaf) if grad is None else grad)
+            wholes += [] if leaf.grad is None else [leaf.grad]
+    square = get_total_norm(wholes).square() if wholes else torch.zeros(())
+    if any(sharded(p) for p in parameters):
+        square = square + summed(get_total_norm(parts).square() if parts else torch.zeros((), device=square.device))
+    norm = square.sqrt()
+    clip_grads_with_norm_(leaves.values(), _CLIP, norm)
+    return norm
+
+
+def _look(pieces: Sequence[Piece], measure: Callable[[], M]) -> tuple[M, list[Tensor]]:
     """Measure the values as they would be written, and go on with the unrounded ones."""
-    exact = {p.name: p.value().clone() for p in pieces}
-    rounded = snapshot(pieces)
-    restore(pieces, rounded)
-    measured = measure()
-    restore(pieces, exact)
-    note(done, measured)
-    return replace(best, after=measured, values=rounded) if score(measured) < score(best.after) else best
+    unrounded = exact(pieces)
+    round_in_place(pieces)
+    measured, rounded = measure(), snapshot(pieces)
+    restore(pieces, unrounded)
+    return measured, rounded

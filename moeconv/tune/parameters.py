@@ -1,14 +1,16 @@
 """Which parameters train, and their tensors as they lie on disk: one fused parameter is many tensors there.
 
 The pieces of a parameter are cut in the Hub's layout: gate, up and down of each expert, [I, H], [I, H] and [H, I].
+A parameter may be sharded over processes (FSDP2): each then works on its own rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError, UsageError, escape
@@ -19,6 +21,8 @@ from moeconv.tensors import TORCH_DTYPES
 from moeconv.tune.routing import Block
 
 WORDS = ("router", "experts", "shared", "norms")
+BIAS = "bias"  # the correction bias, which the balance of the load moves: no word of --train
+_CORRECTIONS = ("router.correction", "router.correction_row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,8 @@ class Piece:
     name: str
     dtype: str
     word: str
-    parameter: nn.Parameter
+    parameter: Tensor
     at: tuple[Any, ...] = ()
-
-    def value(self) -> Tensor:
-        """A view of the parameter, in its own dtype."""
-        return self.parameter.detach()[self.at]
 
 
 def parse_train(text: str) -> tuple[str, ...]:
@@ -46,11 +46,18 @@ def parse_train(text: str) -> tuple[str, ...]:
 
 
 def word_of(role: Role) -> str | None:
-    """The word of --train that opens a tensor, None for one that never trains: a router's correction bias has no
-    gradient, the balance of the load moves it."""
+    """The word that opens a tensor, None for one that never changes. A router's correction bias has no gradient."""
+    if role.key in _CORRECTIONS:
+        return BIAS
     if role.group == "router" and role.key != "router.weight":
         return None
     return {"router": "router", "expert": "experts", "shared": "shared", "norm": "norms"}.get(role.group)
+
+
+def correction_names(model: Model) -> dict[int, str]:
+    """Name on disk of every layer's correction bias; empty for a family or checkpoint without one."""
+    found = {role.layer: name for name, role in model.roles.items() if role.key in _CORRECTIONS}
+    return {layer: name for layer, name in found.items() if layer is not None and name in model.checkpoint.tensors}
 
 
 def tensors_of(model: Model, train: tuple[str, ...]) -> list[str]:
@@ -73,7 +80,11 @@ def pieces_of(
         if layer is not None and role.layer != layer:
             continue
         word, dtype = word_of(role), model.checkpoint.tensors[name].dtype
-        if word in ("router", "experts") and role.layer is not None:
+        if word == BIAS and role.layer is not None:
+            bias = by_layer[role.layer].bias
+            assert bias is not None
+            pieces.append(Piece(name, dtype, BIAS, bias))
+        elif word in ("router", "experts") and role.layer is not None:
             pieces.append(Piece(name, dtype, word, *_within(by_layer[role.layer], role)))
         elif name in named:
             pieces.append(Piece(name, dtype, str(word), named[name]))
@@ -82,7 +93,7 @@ def pieces_of(
     return pieces
 
 
-def _within(block: Block, role: Role) -> tuple[nn.Parameter, tuple[Any, ...]]:
+def _within(block: Block, role: Role) -> tuple[Tensor, tuple[Any, ...]]:
     part = role.key.partition(".")[2]
     if role.group == "router":
         return block.router.weight, ()
@@ -92,23 +103,80 @@ def _within(block: Block, role: Role) -> tuple[nn.Parameter, tuple[Any, ...]]:
     return block.experts.gate_up_proj, (role.expert, slice(0, half) if part == "gate" else slice(half, 2 * half))
 
 
-def parameters_by_word(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
-    """Each parameter once, under the word that opens it."""
-    groups: dict[str, dict[int, nn.Parameter]] = {}
+def parameters_by_word(pieces: Iterable[Piece]) -> dict[str, list[Tensor]]:
+    """Each parameter that has a gradient once, under the word that opens it."""
+    groups: dict[str, dict[int, Tensor]] = {}
     for piece in pieces:
-        groups.setdefault(piece.word, {})[id(piece.parameter)] = piece.parameter
+        if piece.word != BIAS:
+            groups.setdefault(piece.word, {})[id(piece.parameter)] = piece.parameter
     return {word: list(found.values()) for word, found in groups.items()}
 
 
 # -- values as they will be written ----------------------------------------------------------------------------------
 
 
-def snapshot(pieces: Iterable[Piece]) -> dict[str, Tensor]:
-    """Every piece in the dtype that it will be written in."""
-    return {p.name: p.value().to(TORCH_DTYPES[p.dtype], copy=True) for p in pieces}
+def sharded(parameter: Tensor) -> bool:
+    """Whether the processes hold a part of it each."""
+    return hasattr(parameter, "to_local")
 
 
-def restore(pieces: Iterable[Piece], values: Mapping[str, Tensor]) -> None:
-    """Put the values of a snapshot into the parameters."""
+def own(parameter: Tensor) -> Tensor:
+    """The rows of a parameter that this process holds, all of a plain one; a view without a gradient."""
+    value: Any = parameter.detach()
+    return value.to_local() if sharded(value) else value
+
+
+def _by_parameter(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, list[Piece]]]:
+    found: dict[int, list[Piece]] = {}
     for piece in pieces:
-        piece.value().copy_(values[piece.name])
+        found.setdefault(id(piece.parameter), []).append(piece)
+    for of_one in found.values():
+        yield of_one[0].parameter, of_one
+
+
+def _dtype(pieces: Iterable[Piece]) -> torch.dtype | None:
+    """The one dtype on disk of a parameter's pieces, None where they differ."""
+    dtypes = {TORCH_DTYPES[piece.dtype] for piece in pieces}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def snapshot(pieces: Iterable[Piece]) -> list[Tensor]:
+    """What this process holds of every parameter, for `restore`; rounded to the dtype on disk where there is one."""
+    return [own(p).to(_dtype(found) or p.dtype, copy=True) for p, found in _by_parameter(pieces)]
+
+
+def exact(pieces: Iterable[Piece]) -> list[Tensor]:
+    """The same, not rounded."""
+    return [own(p).clone() for p, _ in _by_parameter(pieces)]
+
+
+def restore(pieces: Iterable[Piece], values: Sequence[Tensor]) -> None:
+    """Put the values of a snapshot into the parameters."""
+    for (parameter, _), value in zip(_by_parameter(pieces), values, strict=True):
+        own(parameter).copy_(value)
+
+
+def round_in_place(pieces: Iterable[Piece]) -> None:
+    """Give every piece the value that it will have on disk. Raises InputError for a sharded parameter whose pieces
+    have several dtypes there."""
+    for parameter, found in _by_parameter(pieces):
+        value, dtype = own(parameter), _dtype(found)
+        if dtype is not None:
+            value.copy_(value.to(dtype))
+        elif sharded(parameter):
+            raise InputError(
+                f"{escape(found[0].name)} and its likes have several dtypes, and the processes share them",
+                hint="Tune it in one process, or convert it to one dtype first (--dtype).",
+            )
+        else:
+            for piece in found:
+                value[piece.at].copy_(value[piece.at].to(TORCH_DTYPES[piece.dtype]))
+
+
+def written(pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name in the dtype on disk. Gathers sharded parameters one by one: all processes must go along."""
+    for parameter, found in _by_parameter(pieces):
+        value: Any = parameter.detach()
+        whole = value.full_tensor() if sharded(value) else value
+        for piece in found:
+            yield piece.name, whole[piece.at].to(TORCH_DTYPES[piece.dtype])

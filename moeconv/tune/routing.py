@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,20 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moeconv.families.spec import Routing
+from moeconv.tune.disturb import Disturbance, disturbed
 
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's router (`weight: [E, H]`) and fused experts (`gate_up_proj: [E, 2I, H]`, `down_proj: [E, H, I]`)."""
+    """One layer's router (`weight: [E, H]`) and fused experts (`gate_up_proj: [E, 2I, H]`, `down_proj: [E, H, I]`).
+
+    `bias` [E] or [1, E] is added to the scores for the choice alone; None in a layer without one.
+    """
 
     layer: int
     router: Any
     experts: Any
+    bias: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -119,18 +125,23 @@ def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
 
 @contextmanager
 def watching(
-    blocks: Sequence[Block], rule: Routing, *, renormalise: bool, straight_through: bool
-) -> Iterator[Callable[[], list[Routed]]]:
+    blocks: Sequence[Block], rule: Routing, *, renormalise: bool, straight_through: bool,
+    disturbance: Disturbance | None = None,
+) -> Iterator[Callable[[], list[Routed]]]:  # fmt: skip
     """Replace the experts' forward passes; yields a function that takes what the routers did since the last call.
 
     With `straight_through` the routers' gradient goes through all experts, else through the chosen ones alone.
     """
+    disturbance = disturbance or Disturbance()
     logits: dict[int, Tensor] = {}
     seen: dict[int, Routed] = {}
     handles = []
     for block in blocks:
         handles.append(block.router.register_forward_hook(_note(block, logits)))
-        block.experts.forward = _forward(block, logits, seen, rule, renormalise, straight_through)
+        block.experts.forward = _forward(block, logits, seen, rule, renormalise, straight_through, disturbance)
+        if disturbance.on_logits:
+            change = partial(disturbance.logits, block.layer)
+            block.router.forward = disturbed(block.router.forward, change, experts=block.num_experts)
 
     def take() -> list[Routed]:
         routed = [seen[layer] for layer in sorted(seen)]
@@ -143,7 +154,8 @@ def watching(
         for handle in handles:
             handle.remove()
         for block in blocks:
-            del block.experts.forward  # the class's own comes back
+            vars(block.experts).pop("forward", None)  # the class's own comes back
+            vars(block.router).pop("forward", None)
 
 
 def _note(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
@@ -156,14 +168,16 @@ def _note(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
 
 def _forward(
     block: Block, logits: dict[int, Tensor], seen: dict[int, Routed], rule: Routing, renormalise: bool,
-    straight_through: bool,
+    straight_through: bool, disturbance: Disturbance,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         routed = seen[block.layer] = Routed(block.layer, logits.pop(block.layer), chosen)
+        kept = disturbance.kept(chosen, weights, experts=routed.logits.shape[1])
         if not (straight_through and routed.logits.requires_grad):
-            return experts_forward(block.experts, hidden, chosen, weights)
+            return experts_forward(block.experts, hidden, chosen, weights if kept is None else weights * kept)
         through = straight_through_weights(routed.logits, chosen, weights, rule, renormalise)
-        out = experts_forward(block.experts, hidden, chosen, through.gather(1, chosen))
+        picked = through.gather(1, chosen)
+        out = experts_forward(block.experts, hidden, chosen, picked if kept is None else picked * kept)
         return out + _Unchosen.apply(through, hidden.detach(), chosen, block.experts)
 
     return forward

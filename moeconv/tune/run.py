@@ -1,43 +1,49 @@
 """`tune`: train the router (and what --train opens) of a Mixture-of-Experts, and write the result as an overlay.
 
-The model itself is never written here: `plan_overlay` and `execute` apply the overlay.
+The model itself is never written here: `plan_overlay` and `execute` apply the overlay. Of several processes (torchrun)
+each takes its share of every batch, and the first one reads the data and writes.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moeconv.calibrate.data import TokenData, load_tokens
 from moeconv.calibrate.run import SEQ_LEN as DEFAULT_SEQ_LEN
 from moeconv.calibrate.run import TOKENS, sequence_length
 from moeconv.calibrate.stream import pick_device, start_meter
 from moeconv.checkpoint.reader import artifact_metadata
-from moeconv.checkpoint.writer import ShardWriter, writing_artifact
+from moeconv.checkpoint.writer import writing_artifact
+from moeconv.errors import InputError, UsageError
 from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.tensors import to_bytes
+from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
 from moeconv.tune.layerwise import Fit, Fitted, each_layer
 from moeconv.tune.losses import Load
 from moeconv.tune.network import load_network
 from moeconv.tune.optimise import Outcome, optimise
-from moeconv.tune.parameters import pieces_of, tensors_of
+from moeconv.tune.parameters import Piece, pieces_of, tensors_of, written
+from moeconv.tune.rebalance import Rebalance, rebalancing
 from moeconv.tune.routing import Block, Routed, watching
 from moeconv.tune.whole import Whole
 from moeconv.tune.windows import HELD_OUT, batches, split
+from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
 _HEARTBEAT = 30.0  # seconds between notes
+
+Put = Callable[[Sequence[Piece], bool], None]
 
 
 def tune(
@@ -69,36 +75,44 @@ def tune(
     job = make_job(model_path, options, seed=seed, batch_size=measure.batch_size)
     meter = meter or SilentMeter()
     meter.note("reading the data")
-    data = _read(job, take(DataOptions, parameters).data, measure)
+    data = first(lambda: _read(job, take(DataOptions, parameters).data, measure))
     metadata = artifact_metadata("overlay", **_provenance(job, data))
     with _overlay(job, path, metadata=metadata, overwrite=overwrite) as put:
         train = _layerwise if job.objective == "layerwise" else _whole
-        block = train(Run(job, data, device, budget, meter, put))
+        disturbance = Disturbance(job.router_noise, job.temperature, job.capacity_factor, seed)
+        block = train(Run(job, data, device, budget, meter, put, disturbance))
     return block | {"seconds": time.monotonic() - began}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A job on its data. `put` writes tensors to the overlay: the given ones, or the source's where they are None."""
+    """A job on its data. `put` writes pieces to the overlay: their own values, or the source's bytes."""
 
     job: Job
     data: TokenData
     device: torch.device
     max_memory: int | None
     meter: Meter
-    put: Callable[[Iterable[str], Mapping[str, Tensor] | None], None]
+    put: Put
+    disturbance: Disturbance
 
     def watching(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
         model, through = self.job.student, self.job.straight_through
         assert model.family.routing is not None
-        return watching(blocks, model.family.routing, renormalise=model.renormalises, straight_through=through)
+        return watching(
+            blocks, model.family.routing, renormalise=model.renormalises, straight_through=through,
+            disturbance=self.disturbance,
+        )  # fmt: skip
+
+    def rebalance(self, blocks: Sequence[Block]) -> Rebalance | None:
+        return rebalancing(blocks, step=self.job.bias_update) if self.job.bias_update else None
 
 
 def _read(job: Job, paths: Sequence[str], measure: MeasureOptions) -> TokenData:
     """The windows: as many as are drawn or, layer by layer, as calibration uses, unless --tokens says otherwise."""
     models = [m for m in (job.student, job.teacher) if m is not None]
     length = min(sequence_length(m, measure.seq_len, default=DEFAULT_SEQ_LEN) for m in models)
-    drawn = round(job.steps * job.batch_size / (1 - HELD_OUT)) + job.batch_size
+    drawn = round(job.plan.steps * job.batch_size / (1 - HELD_OUT)) + job.batch_size
     tokens = measure.tokens or (TOKENS if job.objective == "layerwise" else max(drawn, 2) * length)
     return load_tokens(
         paths, job.student.checkpoint.path, tokens=max(tokens, length), seq_len=length, seed=job.seed,
@@ -113,12 +127,17 @@ def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
         "teacher": job.teacher.identity if job.teacher else None,
         "objective": job.objective,
         "train": list(job.train),
-        "steps": job.steps,
+        "steps": job.plan.steps,
         "batch_size": job.batch_size,
-        "learning_rate": dict(job.rates),
+        "learning_rate": dict(job.plan.rates),
         "balance": job.balance,
         "z_loss": job.z_loss,
         "straight_through": job.straight_through,
+        "schedule": job.plan.schedule,
+        "bias_update": job.bias_update,
+        "router_noise": job.router_noise,
+        "temperature": job.temperature,
+        "capacity_factor": job.capacity_factor,
         "seed": job.seed,
         "seq_len": data.seq_len,
         "sources": [source.to_json() for source in data.sources],
@@ -126,18 +145,22 @@ def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
 
 
 @contextmanager
-def _overlay(
-    job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bool
-) -> Iterator[Callable[[Iterable[str], Mapping[str, Tensor] | None], None]]:
+def _overlay(job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bool) -> Iterator[Put]:
     """The overlay file: header first, then tensors as they come, in place when all are there."""
     source = job.student.checkpoint
-    header = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in tensors_of(job.student, job.train)]
-    with writing_artifact(path, header, metadata=metadata, overwrite=overwrite) as writer:
-        written: ShardWriter = writer
+    header = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in tensors_of(job.student, job.opened)]
+    leads = current().leads
+    file = writing_artifact(path, header, metadata=metadata, overwrite=overwrite) if leads else nullcontext()
+    with file as writer:
 
-        def put(names: Iterable[str], values: Mapping[str, Tensor] | None) -> None:
-            for name in names:
-                written.write(name, source.read(name) if values is None else to_bytes(values[name]))
+        def put(pieces: Sequence[Piece], improved: bool) -> None:
+            if improved:
+                for name, value in written(pieces):
+                    if writer is not None:
+                        writer.write(name, to_bytes(value))
+            elif writer is not None:
+                for piece in pieces:
+                    writer.write(piece.name, source.read(piece.name))
 
         yield put
 
@@ -148,25 +171,33 @@ def _overlay(
 def _whole(run: Run) -> dict[str, Any]:
     job = run.job
     run.meter.note("loading the model" + (" and its teacher" if job.teacher else ""))
-    student = load_network(job.student, device=run.device)
+    student = load_network(job.student, device=run.device, train=job.opened)
     teacher = load_network(job.teacher, device=run.device) if job.teacher else None
     training, held = split(run.data, batch_size=job.batch_size)
-    pieces = pieces_of(job.student, job.train, blocks=student.blocks, named=student.named)
-    order = batches(len(training), job.batch_size, key=(job.seed, "tune", "windows"))
+    pieces = pieces_of(job.student, job.opened, blocks=student.blocks, named=student.named)
+    size = min(job.batch_size, len(training))
+    if size < current().size:
+        raise UsageError(
+            f"a batch of {size} sequences is less than the {current().size} processes",
+            hint="Raise --batch-size, give more text, or start fewer processes.",
+        )
+    order = batches(len(training), size, key=(job.seed, "tune", "windows"))
     routing = job.student.family.routing
     assert routing is not None
     with run.watching(student.blocks) as take_routed:
-        task = Whole(student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device)
+        task = Whole(
+            student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device,
+            run.disturbance, run.rebalance(student.blocks),
+        )  # fmt: skip
         outcome = optimise(
             pieces,
-            steps=job.steps,
-            rates=job.rates,
-            step=lambda i: task.step(training[next(order)]),
+            plan=job.plan,
+            step=lambda i: task.step(training[next(order)], number=i),
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
             note=_noting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
         )
-    run.put([p.name for p in pieces], outcome.values)
+        run.put(pieces, outcome.improved)
     before, after = outcome.before, outcome.after
     loads = [(before.loads[at], after.loads[at]) for at in job.student.moe_layers]
     block = _block(run, [outcome], loads, trained=training, held=held)
@@ -181,26 +212,32 @@ def _layerwise(run: Run) -> dict[str, Any]:
     job = run.job
     assert job.teacher is not None and job.student.family.routing is not None
     training, held = split(run.data, batch_size=job.batch_size)
-    windows = np.concatenate([training, held])
+    world = current()
+    if len(training) < world.size:
+        raise InputError(
+            f"the data fills {len(training)} sequences to train on, fewer than the {world.size} processes",
+            hint="Give more text, a smaller --seq-len, or start fewer processes.",
+        )
+    mine = [windows[world.rank :: world.size] for windows in (training, held)]
     warnings, outcomes = list(job.warnings), []
     start_meter(run.meter, job.teacher)
     layers = each_layer(
-        job.student, job.teacher, windows, batch_size=job.batch_size, device=run.device, max_memory=run.max_memory,
-        meter=run.meter,
+        job.student, job.teacher, np.concatenate(mine), batch_size=job.batch_size, device=run.device,
+        max_memory=run.max_memory, meter=run.meter,
     )  # fmt: skip
     for filled, inputs, outputs in layers:
         with run.watching([filled.block]) as take_routed:
             fit = Fit(
-                filled, inputs, outputs, held.size, job.student.family.routing, take_routed, job.balance,
-                job.z_loss, run.device,
+                filled, inputs, outputs, mine[1].size, run.data.seq_len, job.student.family.routing, take_routed,
+                job.balance, job.z_loss, run.device, run.disturbance, run.rebalance([filled.block]),
             )  # fmt: skip
-            outcome = _fit(run, fit)
+            outcome = _fit(run, fit, training=training.size)
         outcomes.append(outcome)
         warnings += _remarks(outcome, f"layer {filled.block.layer}: {_JUDGED['layerwise']}")
     loads = [(o.before.load, o.after.load) for o in outcomes]
     block_json = _block(run, outcomes, loads, trained=training, held=held)
     for row, o in zip(block_json["layers"], outcomes):
-        row |= {"error": o.after.error, "improved": o.values is not None}
+        row |= {"error": o.after.error, "improved": o.improved}
         row["before"]["error"] = o.before.error
     errors = {
         "error_before": float(np.mean([o.before.error for o in outcomes])),
@@ -210,22 +247,21 @@ def _layerwise(run: Run) -> dict[str, Any]:
     return block_json | unknown | errors | {"warnings": warnings}
 
 
-def _fit(run: Run, fit: Fit) -> Outcome[Fitted]:
-    """Fit one layer and write its tensors."""
+def _fit(run: Run, fit: Fit, *, training: int) -> Outcome[Fitted]:
+    """Fit one layer on `training` tokens of all processes, and write its tensors."""
     job, layer = run.job, fit.filled.block.layer
-    pieces = pieces_of(job.student, job.train, blocks=[fit.filled.block], named=fit.filled.named, layer=layer)
+    pieces = pieces_of(job.student, job.opened, blocks=[fit.filled.block], named=fit.filled.named, layer=layer)
     size = job.batch_size * run.data.seq_len
-    order = batches(fit.training, size, key=(job.seed, "tune", "rows", layer))
+    order = batches(training, size, key=(job.seed, "tune", "rows", layer))
     outcome = optimise(
         pieces,
-        steps=job.steps,
-        rates=job.rates,
-        step=lambda i: fit.step(next(order)),
+        plan=job.plan,
+        step=lambda i: fit.step(next(order), number=i),
         measure=lambda: fit.measure(batch=size),
         score=lambda measured: measured.error,
         note=_noting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
     )
-    run.put([p.name for p in pieces], outcome.values)
+    run.put(pieces, outcome.improved)
     return outcome
 
 
@@ -249,7 +285,7 @@ def _noting(run: Run, prefix: str, describe: Callable[[Any], str]) -> Callable[[
             return
         last = time.monotonic()
         tail = "" if measured is None else f"  {describe(measured)}"
-        run.meter.note(f"{prefix}step {done}/{run.job.steps}{tail}")
+        run.meter.note(f"{prefix}step {done}/{run.job.plan.steps}{tail}")
 
     return note
 
@@ -258,7 +294,9 @@ def _remarks(outcome: Outcome[Any], judged: str) -> list[str]:
     remarks = []
     if outcome.diverged_at is not None:
         remarks.append(f"{judged}: training stopped at step {outcome.diverged_at}, where the loss was not finite")
-    if outcome.values is None:
+    if outcome.stopped_at is not None:
+        remarks.append(f"{judged}: stopped early at step {outcome.stopped_at}, it no longer improved")
+    if not outcome.improved:
         remarks.append(f"{judged} did not improve: the source's own tensors are kept (try a lower --learning-rate)")
     return remarks
 
@@ -275,9 +313,9 @@ def _block(
     return {
         "objective": run.job.objective,
         "train": list(run.job.train),
-        "steps": run.job.steps,
-        "learning_rate": dict(run.job.rates),
-        "improved": any(o.values is not None for o in outcomes),
+        "steps": run.job.plan.steps,
+        "learning_rate": dict(run.job.plan.rates),
+        "improved": any(o.improved for o in outcomes),
         "layers": layers,
         "tokens": {"trained": int(trained.size), "held_out": int(held.size)},
     }

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from moeconv.families.spec import Routing
 from moeconv.tune import losses
+from moeconv.tune.disturb import Disturbance
 from moeconv.tune.losses import Load
 from moeconv.tune.network import Network
+from moeconv.tune.rebalance import Rebalance
 from moeconv.tune.routing import Routed
+from moeconv.world import current, summed
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Whole:
-    """A student and what it is trained on. `take` gives what the routers did since the last call."""
+    """A student and what it is trained on. `take` gives what the routers did since the last call.
+
+    Of several processes each takes every so many-th window of a batch; losses are parts of the whole batch's.
+    """
 
     student: Network
     teacher: Network | None
@@ -38,25 +44,35 @@ class Whole:
     balance: float
     z_loss: float
     device: torch.device
+    disturbance: Disturbance
+    rebalance: Rebalance | None = None
 
     def tokens(self, windows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(windows, np.int64)).to(self.device)
 
-    def step(self, windows: np.ndarray) -> bool:
-        """Gradients of one batch [B, S]. Returns whether the loss is finite."""
-        tokens = self.tokens(windows)
-        hidden = self.student.hidden(tokens)
+    def step(self, windows: np.ndarray, *, number: int) -> bool:
+        """Gradients of one batch [B, S], the `number`-th. Returns whether the loss is finite."""
+        world = current()
+        tokens = self.tokens(windows[world.rank :: world.size])
+        rows = np.arange(windows.size).reshape(windows.shape)[world.rank :: world.size].reshape(-1)
+        with self.disturbance.training(number, rows=rows, total=windows.size):
+            hidden = self.student.hidden(tokens)
         routed = self.take()
         extra: list[Tensor] = []
-        if self.balance:
-            extra.append(self.balance * losses.balance_loss(routed, self.rule))
+        if self.balance or self.rebalance:
+            counts = losses.counts_of(routed)
+            if self.balance:
+                extra.append(self.balance * losses.balance_loss(routed, self.rule, counts))
+            if self.rebalance:
+                self.rebalance(counts)
         if self.z_loss:
-            extra.append(self.z_loss * losses.z_loss(routed))
+            extra.append(self.z_loss * losses.z_loss(routed, tokens=windows.size))
         grads: list[Tensor | None] = [None] * len(extra)
         finite = all(bool(x.isfinite()) for x in extra)
         if self.objective != "balance":
-            rows, flat = self._rows(hidden, tokens)
-            value, grad = losses.mean_and_gradient(flat, rows, vocabulary=self.student.vocabulary)
+            loss, flat = self._rows(hidden, tokens)
+            count = len(flat) * len(windows) // len(tokens)
+            value, grad = losses.mean_and_gradient(flat, loss, vocabulary=self.student.vocabulary, count=count)
             extra.append(flat)
             grads.append(grad)
             finite = finite and bool(np.isfinite(value))
@@ -79,22 +95,28 @@ class Whole:
 
     def measure(self, windows: np.ndarray, *, batch_size: int) -> Measured:
         """Loss, KL and load over all of the windows [N, S]."""
+        world = current()
         loads = {b.layer: Load(b.layer, b.num_experts, self.rule) for b in self.student.blocks}
-        loss = kl = 0.0
+        sums = torch.zeros(2, dtype=torch.float64)  # next-token loss, KL
         count = windows.shape[0] * (windows.shape[1] - 1)
         for first in range(0, len(windows), batch_size):
-            tokens = self.tokens(windows[first : first + batch_size])
+            mine = windows[first : first + batch_size][world.rank :: world.size]
+            tokens = self.tokens(mine if len(mine) else windows[:1])  # all go along where layers are shared
             with torch.no_grad():
                 hidden = self.student.hidden(tokens)
-            for routed in self.take():
-                loads[routed.layer].add(routed)
+            routed = self.take()
+            kl = self._divergence(tokens) if self.teacher is not None else None
+            if not len(mine):
+                continue
+            for layer in routed:
+                loads[layer.layer].add(layer)
             rows = losses.next_token(self.student.head, tokens[:, 1:].flatten())
-            loss += losses.total(hidden[:, :-1].flatten(0, 1), rows, vocabulary=self.student.vocabulary)
-            if self.teacher is not None:
-                rows = self._divergence(tokens)
-                kl += losses.total(hidden.flatten(0, 1), rows, vocabulary=self.student.vocabulary)
-        balance = float(np.mean([load.balance() for load in loads.values()]))
-        return Measured(loss / count, kl / windows.size if self.teacher is not None else None, balance, loads)
+            sums[0] += losses.total(hidden[:, :-1].flatten(0, 1), rows, vocabulary=self.student.vocabulary)
+            if kl is not None:
+                sums[1] += losses.total(hidden.flatten(0, 1), kl, vocabulary=self.student.vocabulary)
+        loss, kl_sum = summed(sums).tolist()
+        balance = float(np.mean([load.together().balance() for load in loads.values()]))
+        return Measured(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 
     def score(self, measured: Measured) -> float:
         """What the held-out data is judged by."""

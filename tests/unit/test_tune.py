@@ -21,10 +21,10 @@ from moeconv.families.spec import Routing
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
 from moeconv.tune import losses
-from moeconv.tune.losses import Load, balance_loss
+from moeconv.tune.losses import Load, balance_loss, counts_of
 from moeconv.tune.network import fill_block, load_network
-from moeconv.tune.optimise import looks, rate_at
-from moeconv.tune.parameters import pieces_of, snapshot
+from moeconv.tune.optimise import Plan
+from moeconv.tune.parameters import pieces_of, written
 from moeconv.tune.planner import plan_overlay
 from moeconv.tune.routing import Routed, straight_through_weights, watching
 from moeconv.tune.run import tune
@@ -204,9 +204,9 @@ def test_balance_loss_is_taken_per_layer_and_not_pooled():
     """Four layers that each collapse on another expert pool to a perfect balance, and are none."""
     logits = [torch.full((8, 4), -20.0).index_fill_(1, torch.tensor([e]), 20.0) for e in range(4)]
     routed = [Routed(e, x, x.topk(1).indices) for e, x in enumerate(logits)]
-    assert float(balance_loss(routed, Routing())) == pytest.approx(4.0)
+    assert float(balance_loss(routed, Routing(), counts_of(routed))) == pytest.approx(4.0)
     even = Routed(0, torch.eye(4).repeat(2, 1) * 50, torch.arange(4).repeat(2)[:, None])
-    assert float(balance_loss([even], Routing())) == pytest.approx(1.0)
+    assert float(balance_loss([even], Routing(), counts_of([even]))) == pytest.approx(1.0)
     load = Load(0, 4, Routing())
     load.add(even)
     load.add(Routed(0, logits[1], routed[1].chosen))
@@ -521,7 +521,7 @@ def test_pieces_are_the_tensors_on_disk(tmp_path, family):
     stored = tiny.read_tensors(path)
     wanted = {n for n, r in model.roles.items() if r.group in ("router", "expert", "shared", "norm")}
     assert {p.name for p in pieces} == wanted
-    for name, value in snapshot(pieces).items():
+    for name, value in written(pieces):
         assert value.contiguous().view(torch.uint8).numpy().tobytes() == stored[name][2], name
 
 
@@ -580,10 +580,14 @@ def test_dtype_casts_overlay_and_source_alike_and_the_plan_follows_the_overlays_
 
 
 def test_schedule_warms_up_and_ends_at_a_tenth():
-    shares = [rate_at(i, 100) for i in range(100)]
+    shares = [Plan(100, {}).rate_at(i) for i in range(100)]
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and max(shares) == 1
     assert shares[10:] == sorted(shares[10:], reverse=True) and shares[-1] == pytest.approx(0.1, abs=1e-3)
-    assert looks(100) == {25, 50, 75, 100} and looks(1) == {1} and looks(2) >= {1, 2}
+    linear, constant = (Plan(100, {}, schedule, warmup=0.0) for schedule in ("linear", "constant"))
+    assert [linear.rate_at(i) for i in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
+    assert {constant.rate_at(i) for i in range(100)} == {1.0}
+    assert Plan(100, {}).looks() == {25, 50, 75, 100} and Plan(1, {}).looks() == {1} and Plan(2, {}).looks() >= {1, 2}
+    assert Plan(10, {}, look_every=4).looks() == {4, 8, 10}
 
 
 def test_batches_visit_everything_once_before_anything_twice():

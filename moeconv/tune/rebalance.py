@@ -1,0 +1,28 @@
+"""Balance without a loss: a bias on each expert's score, for the choice alone, that falls where the load is high.
+
+DeepSeek-V3 (arXiv 2412.19437) and Wang et al. (arXiv 2408.15664): b_e += u * sign(mean load - load_e) after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from moeconv.tune.routing import Block
+
+Rebalance = Callable[[Tensor], None]  # counts [layers, E] of a batch, in the order of the blocks
+
+
+def rebalancing(blocks: Iterable[Block], *, step: float) -> Rebalance:
+    """A function that moves the correction biases of the blocks by `step` (u) once."""
+    biases = [block.bias for block in blocks]
+
+    @torch.no_grad()
+    def rebalance(counts: Tensor) -> None:
+        for bias, count in zip(biases, counts, strict=True):
+            assert bias is not None
+            bias += step * torch.sign(count.mean() - count).to(bias).view_as(bias)
+
+    return rebalance

@@ -35,6 +35,11 @@ class PlanOptions:
         choices=("bfloat16", "float16", "float32"),
     )
     shard_size: str = option("5GB", "Largest size of an output shard.")
+    shard_by: str = option(
+        "size",
+        "What lies together: shards filled in order, or of their own for each layer or each expert.",
+        choices=("size", "layer", "expert"),
+    )
 
 
 @dataclass(frozen=True)

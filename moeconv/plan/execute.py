@@ -11,9 +11,11 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, Saf
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
 from moeconv.errors import CheckError, InputError, Interrupted, OutputError, UsageError, escape
-from moeconv.plan.flow import ByteSource, Flow, source_crc, write_items
+from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
 from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Plan, Shard
 
 _READ = 1 << 22
+_FAN = 8  # files written at a time from one buffer: each has a write buffer of its own
 
 Describe = Callable[[list[dict[str, Any]], Mapping[str, Any]], Mapping[str, bytes]]
 
@@ -152,17 +155,16 @@ def _write_shards(
         )
     flow.meter.start(total_bytes=sum(i.nbytes for s in share for i in s.items), parts=len(share))
     records: dict[str, Finished] = {}
-    threads = max(1, min(jobs, len(share)))
+    fans = list(_fans(share, old))
+    threads = max(1, min(jobs, len(fans)))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="moeconv-kernel")
     writers = ThreadPoolExecutor(threads, thread_name_prefix="moeconv-shard")
     try:
         try:
-            window = -(-jobs // threads)
-            futures = [writers.submit(_one_shard, s, old[s.name], flow, directory, pool, window) for s in share]
+            write = partial(_write_fan, pool=pool, window=-(-jobs // threads), hold=HOLD // threads)
+            futures = [writers.submit(write, fan, old, flow, directory) for fan in fans]
             for future in as_completed(futures):
-                record = future.result()
-                if record is not None:
-                    records[record[0]] = record[1]
+                records |= future.result()
         except BaseException:
             flow.stop.set()
             raise
@@ -176,28 +178,49 @@ def _write_shards(
     return records
 
 
-def _one_shard(
-    shard: Shard, old: Finished | None, flow: Flow, directory: OutputDirectory, pool: ThreadPoolExecutor, window: int
-) -> tuple[str, Finished] | None:
-    with directory.shard_lock(shard.name) as mine:
+def _fans(share: Sequence[Shard], old: Mapping[str, Finished | None]) -> Iterator[list[Shard]]:
+    """Shards that are written together because they are copies of the same bytes; most shards stand alone."""
+    fan: list[Shard] = []
+    for shard in share:
+        if fan and (len(fan) == _FAN or old[shard.name] or not shard.is_twin(fan[0])):
+            yield fan
+            fan = []
+        fan.append(shard)
+        if old[shard.name]:
+            yield fan
+            fan = []
+    if fan:
+        yield fan
+
+
+def _write_fan(
+    fan: Sequence[Shard], old: Mapping[str, Finished | None], flow: Flow, directory: OutputDirectory, *,
+    pool: ThreadPoolExecutor, window: int, hold: int,
+) -> dict[str, Finished]:  # fmt: skip
+    """Write the shards of a fan, or keep the one that an earlier run finished; those that another part has are left."""
+    with ExitStack() as stack:
+        mine = [shard for shard in fan if stack.enter_context(directory.shard_lock(shard.name))]
         if not mine:
-            return None
-        path = directory.staged / shard.name
-        if old is not None and source_crc(flow, shard) == old.source_crc and _sha256(path) == old.sha256:
-            flow.meter.advance(sum(i.nbytes for i in shard.items))
+            return {}
+        before, lead = old[mine[0].name], mine[0]
+        staged = directory.staged / lead.name
+        if before and source_crc(flow, lead) == before.source_crc and _sha256(staged) == before.sha256:
+            flow.meter.advance(sum(i.nbytes for i in lead.items))
             flow.meter.part_done()
-            return shard.name, old
-        directory.forget(shard.name)
-        writer = ShardWriter(path, ((s.name, s.dtype, s.shape) for s in shard.layout()))
-        try:
-            crc = write_items(flow, shard, writer, pool=pool, window=window)
+            return {lead.name: before}
+        writers = []
+        for shard in mine:
+            directory.forget(shard.name)
+            layout = ((s.name, s.dtype, s.shape) for s in shard.layout())
+            writers.append(stack.enter_context(closing(ShardWriter(directory.staged / shard.name, layout))))
+        crc = write_items(flow, mine, writers, pool=pool, window=window, hold=hold)
+        records = {}
+        for shard, writer in zip(mine, writers, strict=True):
             sha256, size = writer.finish()
-        finally:
-            writer.close()
-        record = Finished(sha256, size, crc)
-        directory.mark_finished(shard.name, record)
-        flow.meter.part_done()
-        return shard.name, record
+            records[shard.name] = Finished(sha256, size, crc)
+            directory.mark_finished(shard.name, records[shard.name])
+            flow.meter.part_done()
+        return records
 
 
 def _sha256(path: Path) -> str:

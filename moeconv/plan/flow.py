@@ -1,6 +1,7 @@
-"""From source bytes to output bytes for the items of one shard: copies in chunks, kernels ahead in a pool.
+"""From source bytes to output bytes for the items of a shard: copies in chunks, kernels ahead in a pool.
 
 At most `window` computed items are in flight, so memory is a few of the largest items whatever the shard's size.
+Bytes that go to several places are read once and written from the same buffer.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,9 +20,10 @@ from moeconv.errors import CheckError, InputError, Interrupted, escape
 from moeconv.plan.kernels import Buffer, load_kernel
 from moeconv.plan.kernels.arrays import all_finite
 from moeconv.plan.meter import Meter
-from moeconv.plan.plan import Input, Item, Shard
+from moeconv.plan.plan import Input, Item, Shard, TensorSpec
 
 CHUNK = 1 << 22  # bytes that a copy moves at a time
+HOLD = 1 << 25  # bytes that all workers together may hold of tensors with several copies in one file
 
 
 class ByteSource(Protocol):
@@ -99,63 +101,125 @@ class _Checksum:
         self.value = zlib.crc32(crc.to_bytes(4, "little"), self.value)
 
 
-def write_items(flow: Flow, shard: Shard, writer: ShardWriter, *, pool: Executor, window: int) -> int:
-    """Write every item of a shard. Returns the checksum of the source bytes that it read."""
+Place = tuple[ShardWriter, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring items that write the same bytes. `places[r]` are the r-th tensors of these in every shard."""
+
+    item: Item
+    places: list[list[Place]]
+
+
+def _runs(shards: Sequence[Shard], writers: Sequence[ShardWriter]) -> Iterator[_Run]:
+    """The items of twin shards (one shard: of itself), copies of the same bytes together."""
+    run: _Run | None = None
+    for items in zip(*(shard.items for shard in shards), strict=True):
+        lead = items[0]
+        places = [(writer, item.outputs[0]) for writer, item in zip(writers, items)] if lead.kernel == "copy" else []
+        if run is not None and lead.kernel == run.item.kernel == "copy" and lead.inputs == run.item.inputs:
+            run.places.append(places)
+            continue
+        if run is not None:
+            yield run
+        run = _Run(lead, [places])
+    if run is not None:
+        yield run
+
+
+def write_items(
+    flow: Flow, shards: Sequence[Shard], writers: Sequence[ShardWriter], *, pool: Executor, window: int, hold: int
+) -> int:
+    """Write every item of a shard, or of several that are twins: copies of the same bytes under other names.
+
+    `hold` is how many bytes of a tensor may be kept for its further copies in the same file. Returns the checksum of
+    the source bytes that were read.
+    """
     checksum = _Checksum()
-    ahead: deque[tuple[Item, Future | None]] = deque()
+    ahead: deque[tuple[_Run, Future | None]] = deque()
     computing = 0
-    waiting = iter(shard.items)
+    waiting = _runs(shards, writers)
     exhausted = False
     while ahead or not exhausted:
         while computing < window and not exhausted:
-            item = next(waiting, None)
-            if item is None:
+            run = next(waiting, None)
+            if run is None:
                 exhausted = True
-            elif item.kernel == "copy":
-                ahead.append((item, None))
+            elif run.item.kernel == "copy":
+                ahead.append((run, None))
                 if len(ahead) == 1:
                     break  # nothing before it to wait for: move it now
             else:
-                ahead.append((item, pool.submit(_compute, flow, item)))
+                ahead.append((run, pool.submit(_compute, flow, run.item)))
                 computing += 1
         if not ahead:
             break
-        item, future = ahead.popleft()
+        run, future = ahead.popleft()
         if future is None:
-            _copy(flow, item, writer, checksum)
+            _copy(flow, run, checksum, hold)
             continue
         computing -= 1
         crcs, outputs = future.result()
-        for ref, crc in zip(item.inputs, crcs, strict=True):
+        for ref, crc in zip(run.item.inputs, crcs, strict=True):
             if checksum.wants(ref):
                 checksum.add(crc)
-        for spec, data in zip(item.outputs, outputs, strict=True):
-            writer.write(spec.name, data)
+        for spec, data in zip(run.item.outputs, outputs, strict=True):
+            writers[0].write(spec.name, data)
             flow.meter.advance(spec.nbytes)
     return checksum.value
 
 
-def _copy(flow: Flow, item: Item, writer: ShardWriter, checksum: _Checksum) -> None:
-    """Concatenate the inputs' bytes into the one output, a chunk at a time."""
-    (spec,) = item.outputs
-    buffer = memoryview(bytearray(min(CHUNK, max((r.nbytes for r in item.inputs), default=1) or 1)))
-    written = 0
+def _copy(flow: Flow, run: _Run, checksum: _Checksum, hold: int) -> None:
+    """Concatenate the inputs' bytes into each place, read once where memory and the order of a file allow it.
+
+    A file is hashed in its order, so that copies side by side in one file need the whole tensor (at most `hold`
+    bytes) in hand; copies in several files, one place in each, are written chunk by chunk.
+    """
+    total = sum(ref.nbytes for ref in run.item.inputs)
+    for _, spec in (place for places in run.places for place in places):
+        if total != spec.nbytes:
+            raise CheckError(f"tensor {spec.name!r}: {total} bytes would be copied, the plan says {spec.nbytes}")
+    if len(run.places) > 1 and total <= hold:
+        buffer = memoryview(bytearray(total))
+        for _, _ in _read(flow, run.item, checksum, buffer):
+            pass
+        for place in (place for places in run.places for place in places):
+            _put(flow, place, buffer, 0)
+        return
+    buffer = memoryview(bytearray(min(CHUNK, max((r.nbytes for r in run.item.inputs), default=1) or 1)))
+    for places in run.places:
+        for start, view in _read(flow, run.item, checksum, buffer):
+            for place in places:
+                _put(flow, place, view, start)
+
+
+def _put(flow: Flow, place: Place, view: memoryview, start: int) -> None:
+    writer, spec = place
+    flow.check_stop()
+    writer.write(spec.name, view, start=start)
+    flow.meter.advance(len(view))
+
+
+def _read(flow: Flow, item: Item, checksum: _Checksum, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The inputs' bytes, a chunk at a time, as (position in the output, bytes); checked and summed the first time.
+
+    A buffer that holds all of them is filled from front to back, a smaller one is used again for every chunk.
+    """
+    position, total = 0, sum(ref.nbytes for ref in item.inputs)
     for ref in item.inputs:
         first, crc = checksum.wants(ref), 0
         for start, size in _chunks(ref):
             flow.check_stop()
-            view = buffer[:size]
+            view = buffer[position : position + size] if len(buffer) == total else buffer[:size]
             flow.origins[ref.origin].read_into(ref.tensor, view, start=start)
             if first:
                 crc = zlib.crc32(view, crc)
                 flow.check_source(ref, view)
-            writer.write(spec.name, view, start=written)
-            written += size
-            flow.meter.advance(size)
+            yield position, view
+            position += size
         if first:
             checksum.add(crc)
-    if written != spec.nbytes:
-        raise CheckError(f"tensor {spec.name!r}: {written} bytes were copied, the plan says {spec.nbytes}")
 
 
 def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:

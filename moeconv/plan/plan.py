@@ -6,7 +6,7 @@ A Plan fixes every output byte but those that kernels compute, so its sizes are 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -75,6 +75,12 @@ class Shard:
         """Tensors in file order: widest element first, so that each tensor is aligned to its element."""
         specs = [spec for item in self.items for spec in item.outputs]
         return sorted(specs, key=lambda s: -DTYPE_BITS[s.dtype])
+
+    def is_twin(self, other: Shard) -> bool:
+        """Whether both are nothing but copies of the same bytes in the same order, under other names."""
+        return len(self.items) == len(other.items) and all(
+            a.kernel == b.kernel == "copy" and a.inputs == b.inputs for a, b in zip(self.items, other.items)
+        )
 
     @cached_property
     def nbytes(self) -> int:
@@ -153,10 +159,26 @@ def _item_json(item: Item) -> list[Any]:
     ]
 
 
-def pack_shards(items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE) -> tuple[Shard, ...]:
-    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file."""
+def pack_shards(
+    items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE, group_of: Callable[[Item], Hashable] | None = None
+) -> tuple[Shard, ...]:
+    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file.
+
+    `group_of` keeps items of different groups in different files; groups come in the order of their first items.
+    """
     if shard_size < 1:
         raise UsageError("--shard-size must be at least 1 byte", hint="Try --shard-size 5GB.")
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(group_of(item) if group_of else None, []).append(item)
+    bins = [packed for group in groups.values() for packed in _fill(group, shard_size)] or [[]]
+    if len(bins) == 1:
+        return (Shard("model.safetensors", tuple(bins[0])),)
+    total = len(bins)
+    return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(b)) for i, b in enumerate(bins, start=1))
+
+
+def _fill(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
     bins: list[list[Item]] = [[]]
     filled = 0
     for item in items:
@@ -165,7 +187,4 @@ def pack_shards(items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE) 
             filled = 0
         bins[-1].append(item)
         filled += item.nbytes
-    if len(bins) == 1:
-        return (Shard("model.safetensors", tuple(bins[0])),)
-    total = len(bins)
-    return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(b)) for i, b in enumerate(bins, start=1))
+    return bins

@@ -21,8 +21,9 @@ from moeconv.options import (
     parse_size,
     take,
 )  # fmt: skip
+from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype, pick_rows
-from moeconv.plan.plan import Item, Plan, TensorSpec, pack_shards
+from moeconv.plan.plan import Item, Plan, TensorSpec
 from moeconv.prune.criteria import CRITERIA, Evidence, Order
 
 Keep = Mapping[int, Sequence[int]]
@@ -79,7 +80,7 @@ def plan_prune(
         parameters=parameters_of(options, common),
         identity=model.identity,
         config=_config(model, left, parse_dtype(common.dtype)),
-        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
         block={
@@ -119,10 +120,9 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int:
             )
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
-    shard_size = parse_size(common.shard_size, flag="--shard-size")
     for left in range(experts - 1, 0, -1):
         keep = {layer: list(range(left)) for layer in model.moe_layers}
-        shards = pack_shards(_items(model, keep, parse_dtype(common.dtype)), shard_size=shard_size)
+        shards = arrange(_items(model, keep, parse_dtype(common.dtype)), common, model.family)
         if sum(s.nbytes for s in shards) <= limit:
             return left
     raise UsageError(f"--max-bytes {escape(options.max_bytes)}: too small even with one expert per layer")

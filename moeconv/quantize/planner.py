@@ -7,9 +7,10 @@ from typing import Any
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, parse_size, take
+from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, take
+from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
-from moeconv.plan.plan import Item, Plan, pack_shards
+from moeconv.plan.plan import Item, Plan
 from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.targets import check_targets
@@ -63,7 +64,7 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
         parameters=parameters_of(options, common),
         identity=model.identity,
         config=config,
-        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
         block={

@@ -12,9 +12,10 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.options import PlanOptions, check_names, parameters_of, parse_size, take
+from moeconv.options import PlanOptions, check_names, parameters_of, take
+from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
-from moeconv.plan.plan import Item, Plan, pack_shards
+from moeconv.plan.plan import Item, Plan
 
 ORIGIN = "overlay"  # what the plan's inputs call the overlay: execute(..., origins={ORIGIN: overlay})
 _SAMPLES = 16
@@ -52,7 +53,7 @@ def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> P
         parameters=parameters_of(common) | {"overlay": fingerprint(overlay), "made_with": made_with},
         identity=model.identity,
         config=_config(model, dtype),
-        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
         block={"objective": made_with.get("objective")},

@@ -11,9 +11,10 @@ from moeconv.families.moe import MOE
 from moeconv.families.pairs import find_pair
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
-from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, parse_size, take
+from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
+from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
-from moeconv.plan.plan import Plan, pack_shards
+from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS
@@ -55,7 +56,7 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
         parameters=parameters_of(options, common),
         identity=model.identity,
         config=draft.config,
-        shards=pack_shards(items, shard_size=parse_size(common.shard_size, flag="--shard-size")),
+        shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
         block=_block(pair, options, cut, layers, exact=lossless and pair.exact and (method.exact or cut.idle)),

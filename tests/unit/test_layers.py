@@ -21,7 +21,7 @@ FILES = {
     for f in ROOT.rglob("*.py")
 }
 
-ABOVE_FAMILIES = ("plan.build", "plan.planned")  # what the planners share; the loop must not know it
+ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
 # room -> rooms that it may know beside itself
 DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
 MEASURE = DECIDE | {"tensors", "calibrate", "world"}
@@ -33,6 +33,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "families": {"errors", "checkpoint"},
     "options": {"errors"},
     "plan": {"errors", "checkpoint"},
+    "plan.arrange": {"errors", "options", "checkpoint", "families"},
     "plan.build": {"errors", "checkpoint", "families"},
     "plan.planned": {"errors", "checkpoint", "families"},
     "plan.kernels": {"errors", "checkpoint", "tensors"},

@@ -122,7 +122,11 @@ class QuantizeOptions:
     scheme: str | None = option(None, "Number format (default: int4).", choices=("int4", "int8", "nf4", "fp4"))
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
-    method: str = option("rtn", "How codes are chosen.", choices=("rtn",))
+    method: str = option(
+        "rtn", "How codes are chosen: nearest, scales of least error, or by data (needs --data).",
+        choices=("rtn", "mse", "gptq"),
+    )  # fmt: skip
+    damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
     scope: str = option("experts", "What is packed; router, embeddings, norms and lm_head stay.", choices=SCOPES)
     target: tuple[str, ...] = option(
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."

@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "upcycle": (o.UpcycleOptions, *_COMMON),
     "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
     "prune": (o.PruneOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
-    "quantize": (o.QuantizeOptions, *_COMMON),
+    "quantize": (o.QuantizeOptions, *_MEASURE, *_COMMON),
     "calibrate": (o.CalibrateOptions, *_MEASURE),
     "evaluate": (o.EvaluateOptions, *_MEASURE),
 }

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
+from moeconv.plan.overlay import fingerprint, from_overlay
 from moeconv.plan.plan import Item, Plan
 from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
+from moeconv.quantize.methods import apply_method
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.targets import check_targets
 
 
-def plan_quantize(model: Model, **parameters: Any) -> Plan:
+def plan_quantize(model: Model, *, overlay: SafetensorsFile | None = None, **parameters: Any) -> Plan:
     """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
 
+    `overlay` holds codes that data chose (--method gptq), named as on disk; run the plan then with
+    `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`.
     Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
@@ -47,7 +51,10 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
     dtype = parse_dtype(common.dtype)
 
     def replace(ref: TensorRef) -> list[Item] | None:
-        return [format.make(ref, scheme, model.roles[ref.name].key)] if ref.name in chosen else None
+        if ref.name not in chosen:
+            return None
+        item = apply_method(format.make(ref, scheme, model.roles[ref.name].key), options.method)
+        return [item] if overlay is None else from_overlay(item, overlay)
 
     items = carry_all(model, dtype=dtype, replace=replace)
     config = dict(model.checkpoint.config)
@@ -61,7 +68,7 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
     parts = len(format.make(weights[0], scheme, "expert.gate").outputs)
     return Plan(
         command="quantize",
-        parameters=parameters_of(options, common),
+        parameters=parameters_of(options, common) | ({} if overlay is None else _made_with(model, overlay)),
         identity=model.identity,
         config=config,
         shards=arrange(items, common, model.family),
@@ -73,6 +80,7 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
             "method": options.method,
             "group_size": scheme.group,
             "bits_by_layer": {str(layer): scheme.bits for layer in model.moe_layers},
+            "scheme_by_layer": {str(layer): scheme.name for layer in model.moe_layers},
             "scope": options.scope,
             "double_quant": scheme.nested,
             "loads": dict(format.loads[scheme.name]),
@@ -81,6 +89,16 @@ def plan_quantize(model: Model, **parameters: Any) -> Plan:
         dropped=model.dropped,
         promise=_promise(model, weights, parts),
     )
+
+
+def _made_with(model: Model, overlay: SafetensorsFile) -> dict[str, Any]:
+    made_with = read_metadata_json(overlay, kind="overlay")
+    if made_with.get("identity") != model.identity:
+        raise InputError(
+            f"{overlay.label} was made for another checkpoint than {escape(model.checkpoint.path)}",
+            hint="Choose the codes again, on this model.",
+        )
+    return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
 def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, int]:

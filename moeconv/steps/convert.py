@@ -33,6 +33,7 @@ from moeconv.options import (
 )
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter
+from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
@@ -186,15 +187,38 @@ def _calibrate(model: Model, path: str, values: Mapping[str, Any], *, meter: Met
 def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
     model = open_resolved(source)
+    options, write = take(QuantizeOptions, values), take(WriteOptions, values)
+    if (options.method == "gptq") != bool(take(DataOptions, values).data):
+        text = (
+            "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
+        )
+        raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
     plan = plan_step("quantize", model, values)
     assert plan is not None
+    schemes = plan.block["scheme_by_layer"]
 
     def check(staged: Path) -> dict[str, Any]:
         from moeconv.report.proof import packing_error
 
-        return {"error": packing_error(model, open_model(staged), scheme=plan.block["scheme"])}
+        return {"error": packing_error(model, open_model(staged), schemes=schemes)}
 
-    return run_plan(plan, model, out, values, meter=meter, check=check)
+    if options.method != "gptq" or write.dry_run:
+        return run_plan(plan, model, out, values, meter=meter, check=check)
+    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    from moeconv.calibrate.codes import choose_codes
+    from moeconv.quantize.planner import plan_quantize
+
+    packed = [i for i in plan.items() if i.inputs and i.kernel != "copy" and i.changed == "expert"]
+    named = _named(values, DataOptions, MeasureOptions)
+    with _scratch() as folder:
+        path = os.path.join(folder, "codes.safetensors")
+        seed = take(PlanOptions, values).seed
+        found = choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **named)
+        overlay = SafetensorsFile(Path(path))
+        plan = plan_quantize(model, overlay=overlay, **_named(values, QuantizeOptions, PlanOptions))
+        result = run_plan(plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay})
+    result["quantize"].setdefault("error", {})["output"] = found
+    return result
 
 
 # -- tune --------------------------------------------------------------------------------------------------------------
@@ -224,7 +248,7 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
             return {"command": "tune", "output": out, "tune": block}
         overlay = SafetensorsFile(Path(path))
         plan = plan_overlay(model, overlay, **_named(values, PlanOptions))
-        result = run_plan(plan, model, out, values, meter=meter, origins={"overlay": overlay}, figures=block)
+        result = run_plan(plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block)
     result["warnings"] += block.pop("warnings", [])
     result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing
     result["tune"] |= block

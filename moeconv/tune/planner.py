@@ -5,7 +5,6 @@ What the overlay names takes the overlay's bytes; every other tensor is carried 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
@@ -15,11 +14,8 @@ from moeconv.families.model import Model
 from moeconv.options import PlanOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
+from moeconv.plan.overlay import ORIGIN, fingerprint
 from moeconv.plan.plan import Item, Plan
-
-ORIGIN = "overlay"  # what the plan's inputs call the overlay: execute(..., origins={ORIGIN: overlay})
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
 
 
 def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> Plan:
@@ -105,14 +101,3 @@ def _promise(model: Model, overlay: SafetensorsFile) -> dict[str, int]:
         group = model.roles[name].group
         promise[group] = promise.get(group, 0) + 1
     return promise
-
-
-def fingerprint(overlay: SafetensorsFile) -> str:
-    """hex sha256 of the overlay's header and of fixed samples of its bytes, so that a plan's id follows its content."""
-    digest = hashlib.sha256(overlay.header_bytes)
-    size = min(overlay.size, _SAMPLE_BYTES)
-    view = memoryview(bytearray(size))
-    for i in range(_SAMPLES):
-        overlay.read_at((overlay.size - size) * i // (_SAMPLES - 1), view)
-        digest.update(view)
-    return digest.hexdigest()

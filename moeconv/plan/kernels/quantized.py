@@ -26,8 +26,9 @@ def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> li
 
 
 def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """compressed-tensors codes, scales and shape. params: parts, bits, group_size."""
-    return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=params["group_size"]), params)
+    """compressed-tensors codes, scales and shape. params: parts, bits, group_size; clip searches the scales."""
+    size, clip = params["group_size"], params.get("clip", False)
+    return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=size, clip=clip), params)
 
 
 def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

@@ -1,0 +1,306 @@
+"""Choosing codes by data: the model is streamed a layer at a time, the layers in front already quantized.
+
+For each expert of a layer: second moments of what it is given, weighted by the router (MoEQuant, arXiv 2505.03804),
+GPTQ of gate and up on them, then of down on the hidden activations behind the quantized gate and up. Codes and scales
+go into an overlay, named as on disk; moments are gone with their layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moeconv.calibrate.data import load_tokens
+from moeconv.calibrate.gptq import Coded, damped, gptq, retarget, round_to_nearest
+from moeconv.calibrate.grids import grid_of, on_disk
+from moeconv.calibrate.memory import allocate
+from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
+from moeconv.calibrate.statistics import one_expert
+from moeconv.calibrate.stream import Layer, LayerStream, pick_device, start_meter
+from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.checkpoint.writer import writing_artifact
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import Model
+from moeconv.options import DataOptions, MeasureOptions, check_names, parse_size, take
+from moeconv.plan.kernels.draw import generator
+from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.plan import Item
+from moeconv.tensors import decode_weight, to_bytes, to_tensor
+
+VERSION = 1
+HELD_OUT = 16  # every 16th window judges and is not looked at
+POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
+PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
+
+Put = Callable[[Mapping[str, Tensor]], None]
+
+
+def choose_codes(
+    model: Model,
+    items: Sequence[Item],
+    path: str | os.PathLike[str],
+    *,
+    damping: float,
+    seed: int = 0,
+    meter: Meter | None = None,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Write an overlay with the outputs of `items`, planned packings of expert weights; returns {layers: [{layer,
+    output_rms, output_rms_rtn, fewest_tokens}], tokens, held_out}.
+
+    `output_rms` is the error of the layer's FFN against the unquantized one on the same inputs, relative, on windows
+    that chose nothing; `output_rms_rtn` what round-to-nearest has there. parameters: DataOptions and MeasureOptions.
+    Raises InputError for unusable data, or activations that are not finite.
+    """
+    check_names(parameters, DataOptions, MeasureOptions)
+    measure = take(MeasureOptions, parameters)
+    if not 0 < damping < 1e6:
+        raise UsageError(f"--damping {damping} must be above 0", hint="0.01 is usual.")
+    budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
+    meter = meter or SilentMeter()
+    meter.note("reading the data")
+    data = load_tokens(
+        take(DataOptions, parameters).data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
+        seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
+    )  # fmt: skip
+    start_meter(meter, model)
+    stream = LayerStream(
+        model, data.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
+        max_memory=None if budget is None else budget // 3, meter=meter,
+    )  # fmt: skip
+    sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
+    metadata = artifact_metadata(
+        "overlay", version=VERSION, identity=model.identity, method="gptq", damping=damping, seed=seed,
+        seq_len=data.seq_len, sources=sources,
+    )  # fmt: skip
+    by_layer: dict[int, list[Item]] = {}
+    for item in items:
+        by_layer.setdefault(_layer_of(model, item), []).append(item)
+    header = [(spec.name, spec.dtype, spec.shape) for item in items for spec in item.outputs]
+    rows = []
+    with writing_artifact(Path(path), header, metadata=metadata) as writer:
+
+        def put(parts: Mapping[str, Tensor]) -> None:
+            for name, tensor in parts.items():
+                writer.write(name, to_bytes(tensor))
+
+        for layer in stream.layers():
+            if layer.index in by_layer:
+                work = _Layer(model, stream, layer, by_layer[layer.index], damping, seed, budget)
+                with torch.no_grad():
+                    rows.append(work.run(put))
+                meter.note(
+                    f"layer {layer.index}: output error {rows[-1]['output_rms']:.4f}, "
+                    f"round-to-nearest {rows[-1]['output_rms_rtn']:.4f}"
+                )
+    return {"layers": rows, "tokens": data.tokens, "held_out": int(_held(len(data.windows)).sum()) * data.seq_len}
+
+
+def _layer_of(model: Model, item: Item) -> int:
+    layer = model.roles[item.inputs[0].tensor].layer
+    assert layer is not None
+    return layer
+
+
+def _held(windows: int) -> Tensor:
+    """Which windows are held out, bool [windows]; none where there are too few."""
+    return torch.arange(windows) % HELD_OUT == HELD_OUT - 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a layer's experts were given. inputs [T, H], index and weights [T, k]; held bool [T]."""
+
+    inputs: Tensor
+    index: Tensor
+    weights: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Expert:
+    """The tokens that shape one expert's codes: rows of _Seen, and weights that sum to 1."""
+
+    rows: Tensor
+    weights: Tensor
+    tokens: int
+
+    def moment(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        """Weighted sum of left right^T over tokens, float64 [in, in]."""
+        right = left if right is None else right
+        total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+        for a, b, c in zip(left.split(4096), right.split(4096), self.weights.split(4096), strict=True):
+            total += ((a * c[:, None]).T @ b).double()
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """The work on one layer. `items` are the packings of its experts' weights."""
+
+    model: Model
+    stream: LayerStream
+    layer: Layer
+    items: Sequence[Item]
+    damping: float
+    seed: int
+    budget: int | None
+
+    def run(self, put: Put) -> dict[str, Any]:
+        """Choose and put the codes of all experts, and advance the layer with them in place."""
+        experts = self.layer.experts
+        assert experts is not None
+        seen = self._look()
+        original = copy.deepcopy(experts)
+        by_expert: dict[int, dict[str, Item]] = {}
+        for item in self.items:
+            role = self.model.roles[item.inputs[0].tensor]
+            by_expert.setdefault(int(role.expert or 0), {})[role.key.partition(".")[2]] = item
+        pool = self._pool(seen)
+        shown = {e: self._shown(seen, e, pool) for e in by_expert}
+        weights: dict[str, Tensor] = {}
+        rounded: dict[str, Tensor] = {}
+        for e, parts in by_expert.items():
+            x = seen.inputs[shown[e].rows].to(self.stream.device)
+            hessian = damped(shown[e].moment(x), self.damping)
+            for part, item in parts.items():
+                weight, (grid, group) = self._weight(item), grid_of(item)
+                rounded[item.inputs[0].tensor] = round_to_nearest(weight, grid, group=group).decoded()
+                if part == "down":
+                    weights[item.inputs[0].tensor] = weight
+                    continue
+                coded = gptq(weight, hessian, grid, group=group)
+                put(on_disk(item, coded))
+                weights[item.inputs[0].tensor] = coded.decoded()
+        held = seen.held if bool(seen.held.any()) else ~seen.held
+        wanted = self._output(seen, held)
+        self._fill(rounded)
+        baseline = _relative(self._output(seen, held), wanted)
+        self._fill(weights)
+        for e, parts in by_expert.items():
+            item = parts["down"]
+            x = seen.inputs[shown[e].rows].to(self.stream.device)
+            coded = self._down(item, weights[item.inputs[0].tensor], shown[e], _hidden(original, x, e),
+                               _hidden(experts, x, e))  # fmt: skip
+            put(on_disk(item, coded))
+            weights[item.inputs[0].tensor] = coded.decoded()
+        del original
+        self._fill(weights)
+        reached = _relative(self._output(seen, held), wanted)
+        for _ in self.layer.batches():  # what the next layer is given
+            pass
+        return {
+            "layer": self.layer.index,
+            "output_rms": reached,
+            "output_rms_rtn": baseline,
+            "fewest_tokens": min(s.tokens for s in shown.values()),
+        }
+
+    def _down(self, item: Item, weight: Tensor, shown: _Expert, wanted: Tensor, given: Tensor) -> Coded:
+        """Codes of a down projection that make up for the gate and up in front of it, where they can."""
+        moment = shown.moment(given)
+        hessian = damped(moment, self.damping)
+        mean = float(moment.diagonal().mean())
+        if mean > 0:
+            weight = retarget(weight, shown.moment(wanted - given, given) / mean, hessian)
+        grid, group = grid_of(item)
+        return gptq(weight, hessian, grid, group=group)
+
+    def _look(self) -> _Seen:
+        tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
+        limit = None if self.budget is None else self.budget // 3
+        inputs = allocate((tokens, self.model.hidden_size), torch.float32, limit)
+        index, weights = [], []
+        for batch in self.layer.batches(advance=False):
+            assert batch.top_k_index is not None and batch.top_k_weights is not None
+            inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.ffn_input)
+            index.append(batch.top_k_index.cpu())
+            weights.append(batch.top_k_weights.float().cpu())
+        held = _held(len(self.stream.windows)).repeat_interleave(length)
+        return _Seen(inputs, torch.cat(index), torch.cat(weights), held)
+
+    def _pool(self, seen: _Seen) -> Tensor:
+        """Positions of tokens that every expert is shown."""
+        free = (~seen.held).nonzero().flatten()
+        draw = generator((self.seed, "codes", self.layer.index))
+        count = min(POOLED, len(free))
+        return free[torch.from_numpy(draw.choice(len(free), size=count, replace=False, shuffle=False)).sort().values]
+
+    def _shown(self, seen: _Seen, expert: int, pool: Tensor) -> _Expert:
+        token, slot = ((seen.index == expert) & ~seen.held[:, None]).nonzero(as_tuple=True)
+        scores = seen.weights[token, slot].clamp(min=0)
+        own, count = float(scores.sum()), len(token)
+        share = count / (count + PRIOR) if own > 0 else 0.0
+        scores = scores * (share / own) if own > 0 else torch.zeros_like(scores)
+        rows = torch.cat([token, pool])
+        weights = torch.cat([scores, torch.full((len(pool),), (1 - share) / max(1, len(pool)))])
+        return _Expert(rows, weights.to(self.stream.device), count)
+
+    def _weight(self, item: Item) -> Tensor:
+        """The source's weight [out, in], float32."""
+        (ref,) = item.inputs
+        data = bytearray(ref.nbytes)
+        self.model.checkpoint.read_into(ref.tensor, memoryview(data), start=ref.start)
+        weight = to_tensor(data, ref.dtype, ref.shape).float()
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                f"tensor {ref.tensor!r} holds NaN or infinite values", hint="Repair or replace the source checkpoint."
+            )
+        return weight.to(self.stream.device)
+
+    def _fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Put weights, by name on disk, into the layer's experts; what else they have comes from the source."""
+        experts, skeleton = self.layer.experts, self.stream.skeleton
+        assert experts is not None
+        names = [n for n, role in self.model.roles.items() if (role.layer, role.group) == (self.layer.index, "expert")]
+        skeleton.empty(experts)
+        filled = {name: weights[name] if name in weights else decode_weight(self.model, name) for name in names}
+        skeleton.fill(filled, under=skeleton.name_of(experts) + ".")
+
+    def _output(self, seen: _Seen, rows: Tensor) -> Tensor:
+        """What the experts make of some tokens together, [n, H]."""
+        assert self.layer.experts is not None
+        made, device = [], self.stream.device
+        for part in rows.nonzero().flatten().split(4096):
+            given = seen.inputs[part].to(device), seen.index[part].to(device), seen.weights[part].to(device)
+            made.append(self.layer.experts(*given))
+        return torch.cat(made)
+
+
+def _relative(made: Tensor, wanted: Tensor) -> float:
+    """sqrt(sum (made - wanted)^2 / sum wanted^2)."""
+    norm = float(wanted.double().square().sum())
+    return (float((made.double() - wanted.double()).square().sum()) / norm) ** 0.5 if norm else 0.0
+
+
+def _hidden(experts: nn.Module, x: Tensor, expert: int) -> Tensor:
+    """What expert `expert`'s down projection is given for inputs x [n, H], in any family: [n, I]."""
+    with _inputs_of(experts.down_proj) as found:
+        one_expert(experts.forward, x, expert)
+    return torch.cat(found)
+
+
+@contextmanager
+def _inputs_of(weight: Any) -> Iterator[list[Tensor]]:
+    """Collects the other factor of every product with (a slice of) `weight` inside the block."""
+    place = weight.untyped_storage().data_ptr()
+    found: list[Tensor] = []
+    products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in products and len(args) > 1 and args[1].untyped_storage().data_ptr() == place:
+                found.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        yield found

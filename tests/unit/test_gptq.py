@@ -1,0 +1,217 @@
+"""GPTQ against a float64 reference that solves the Hessian anew for every column, and through the command."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from words import add_tokenizer, text
+
+from moeconv.calibrate.gptq import (
+    Grid,
+    damped,
+    gptq,
+    loss,
+    retarget,
+    round_to_nearest,
+    search_scales,
+)
+from moeconv.calibrate.grids import grid_of, on_disk
+from moeconv.errors import InputError
+from moeconv.families.model import open_model
+from moeconv.plan.kernels.pack import relative_rms
+from moeconv.quantize.planner import plan_quantize
+from moeconv.tensors import decode_weight
+
+INT4 = Grid(torch.arange(-8.0, 8.0), 7.5, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def inputs(seed: int, *, tokens: int = 400, width: int = 32) -> torch.Tensor:
+    """Correlated inputs [tokens, width]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, width, generator=draw) @ torch.randn(width, width, generator=draw)
+
+
+def reference(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Optimal brain quantization in a fixed order, by its definition: after each column the rest moves to the minimum
+    of the quadratic form over what is still free. All float64; levels [out, in]."""
+    w, levels = weight.copy(), np.zeros_like(weight)
+    for at, column in enumerate(order):
+        free = order[at + 1 :]
+        levels[:, column] = np.clip(np.round(w[:, column] / scales[:, column]), -8, 7)
+        error = w[:, column] - levels[:, column] * scales[:, column]
+        if len(free):
+            move = np.linalg.solve(hessian[np.ix_(free, free)], hessian[free, column])
+            w[:, free] += np.outer(error, move)
+    return levels
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("width", [32, 160])  # 160 crosses the blocks in which feedback is applied
+def test_feedback_is_the_minimum_over_the_free_columns(ordered, width):
+    weight = torch.randn(12, width, generator=torch.Generator().manual_seed(1))
+    x = inputs(2, width=width)
+    hessian = damped((x.T @ x).double(), 0.01)
+    scales = search_scales(weight, hessian.diagonal(), INT4, group=32)
+    order = torch.argsort(hessian.diagonal(), descending=True) if ordered else torch.arange(width)
+    wanted = reference(
+        weight.double().numpy(), hessian.numpy(), scales.repeat_interleave(32, 1).double().numpy(), order.numpy()
+    )
+    found = gptq(weight, hessian, INT4, group=32, sweeps=0, ordered=ordered)
+    assert torch.equal(found.scales, scales)
+    # a value in the middle of two levels may fall to either side in float32, and shifts what comes after it
+    assert (found.levels.double().numpy() == wanted).mean() > 0.995
+
+
+def test_every_part_lowers_the_error():
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    x = inputs(4, width=64)
+    hessian = damped((x.T @ x).double(), 0.01)
+    losses = [loss(weight, hessian, round_to_nearest(weight, INT4, group=32))]
+    losses += [loss(weight, hessian, gptq(weight, hessian, INT4, group=32, sweeps=s)) for s in (0, 1, 3)]
+    assert losses == sorted(losses, reverse=True) and losses[3] < 0.45 * losses[0]
+    # and it is the loss on the inputs that the Hessian is of
+    coded = gptq(weight, hessian, INT4, group=32)
+    given = float(((weight - coded.decoded()).double() @ x.T.double()).square().sum())
+    plain = float(
+        ((weight - round_to_nearest(weight, INT4, group=32).decoded()).double() @ x.T.double()).square().sum()
+    )
+    assert given < 0.5 * plain
+
+
+def test_no_code_of_the_result_can_be_bettered_alone():
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
+    x = inputs(6)
+    hessian = damped((x.T @ x).double(), 0.01)
+    coded = gptq(weight, hessian, INT4, group=32, sweeps=30)
+    least = loss(weight, hessian, coded)
+    for row, column in np.ndindex(4, 32):
+        for step in (-1, 1):
+            levels = coded.levels.clone()
+            levels[row, column] = (levels[row, column] + step).clamp(-8, 7)
+            assert loss(weight, hessian, dataclasses.replace(coded, levels=levels)) >= least * (1 - 1e-5)
+
+
+def test_retarget_solves_for_what_the_lost_inputs_gave():
+    weight, x = torch.randn(8, 32, generator=torch.Generator().manual_seed(7)), inputs(8).double()
+    given = x + 0.1 * inputs(9).double()
+    hessian, gap = given.T @ given, (x - given).T @ given
+    best = torch.linalg.lstsq(given, x @ weight.double().T).solution.T
+    assert torch.allclose(retarget(weight, gap, hessian).double(), best, atol=1e-4)
+
+
+def test_an_unseen_input_is_still_rounded():
+    weight = torch.randn(8, 32)
+    zero = damped(torch.zeros(32, 32), 0.01)
+    coded = gptq(weight, zero, INT4, group=32)
+    assert relative_rms(weight, coded.decoded()) < 0.11
+    with pytest.raises(InputError, match="NaN or infinite"):
+        damped(torch.full((32, 32), torch.nan), 0.01)
+
+
+KINDS = [
+    ("compressed-tensors", "int4"), ("compressed-tensors", "int8"), ("bitsandbytes", "nf4"), ("bitsandbytes", "fp4"),
+    ("bitsandbytes", "int8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format", "scheme"), KINDS)
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype):
+    model = open_model(tiny.make_moe(tmp_path / "m", hidden=64, intermediate=128, layers=1, dtype=dtype))
+    plan = plan_quantize(model, format=format, scheme=scheme, method="gptq")
+    item = next(i for i in plan.items() if i.changed == "expert")
+    ref = item.inputs[0]
+    weight = decode_weight(model, ref.tensor).float()
+    grid, group = grid_of(item)
+    x = inputs(1, width=ref.shape[1])
+    coded = gptq(weight, damped((x.T @ x).double(), 0.01), grid, group=group)
+    parts = on_disk(item, coded)
+    from moeconv.tensors import SAFETENSORS_DTYPES, decode_parts
+
+    for spec in item.outputs:
+        assert tuple(parts[spec.name].shape) == spec.shape and SAFETENSORS_DTYPES[parts[spec.name].dtype] == spec.dtype
+    stem = ref.tensor.removesuffix(".weight")
+    decoded = decode_parts({n.removeprefix(stem): t for n, t in parts.items()}, name=ref.tensor, dtype=torch.float32)
+    assert relative_rms(coded.decoded(), decoded) < 2e-3  # one rounding to bf16 at most
+    assert float(coded.levels.abs().max()) > 0
+
+
+# -- through the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny MoE whose router is decided, so that some experts see few tokens, and a text."""
+    folder = tmp_path_factory.mktemp("gptq")
+    path = tiny.make_moe(folder / "moe", "qwen2_moe", experts=6, top_k=2, dtype="BF16", hidden=32, intermediate=64,
+                         mlp_only_layers=[1], layers=3)  # fmt: skip
+    tensors = tiny.read_tensors(path)
+    for name, (dtype, shape, data) in tensors.items():
+        if shape == (6, 32):
+            tensors[name] = (dtype, shape, tiny.encode(tiny.decode(data, dtype, shape) * 40, dtype))
+    tiny.write_shards(path, tensors)
+    (folder / "text.txt").write_text(text(900, seed=1))
+    return add_tokenizer(path), folder / "text.txt"
+
+
+def quantized(cli, case, out, *flags):
+    path, data = case
+    done = cli("quantize", path, out, "--data", data, "--seq-len", 16, "--method", "gptq", "--json", *flags)
+    assert done.code == 0, done.out
+    return done.json
+
+
+@pytest.mark.parametrize("flags", [(), ("--format", "bitsandbytes", "--scheme", "int8")])
+def test_every_expert_is_packed_and_layers_err_less(cli, case, tmp_path, flags):
+    result = quantized(cli, case, tmp_path / "out", *flags)
+    block = result["quantize"]
+    assert block["method"] == "gptq" and [row["layer"] for row in block["error"]["layers"]] == [0, 2]
+    rows = block["error"]["output"]["layers"]
+    assert [row["layer"] for row in rows] == [0, 2] and all(r["output_rms"] < r["output_rms_rtn"] for r in rows)
+    model, source = open_model(tmp_path / "out"), open_model(case[0])
+    dry = cli(
+        "quantize", case[0], tmp_path / "dry", "--data", case[1], "--method", "gptq", "--dry-run", "--json", *flags
+    )
+    assert dry.json["bytes"] == result["bytes"] and dry.json["changed"] == result["changed"]
+    for name, ref in source.checkpoint.tensors.items():
+        if source.roles[name].group == "expert":
+            limit = 0.03 if "int8" in flags else 0.4
+            assert 0 < relative_rms(decode_weight(source, name).float(), decode_weight(model, name).float()) < limit
+        else:
+            assert model.checkpoint.read(name) == source.checkpoint.read(name), ref
+
+
+def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
+    one = quantized(cli, case, tmp_path / "a")["files"]["model.safetensors"]
+    assert quantized(cli, case, tmp_path / "b", "--jobs", 1)["files"]["model.safetensors"] == one
+    assert quantized(cli, case, tmp_path / "c", "--damping", 10)["files"]["model.safetensors"] != one
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--method", "gptq"), "needs --data"),
+        (("--data", "text.txt"), "reads no --data"),
+        (("--method", "gptq", "--data", "text.txt", "--damping", 0), "--damping"),
+        (("--method", "mse", "--format", "bitsandbytes"), "--method mse"),
+        (("--method", "gptq", "--data", "x", "--format", "bitsandbytes", "--double-quant"), "--double-quant"),
+        (("--method", "gptq", "--data", "x", "--format", "bitsandbytes"), "rows of whole blocks"),
+    ],
+)
+def test_refused_before_any_work(cli, case, tmp_path, left_over, flags, says, monkeypatch):
+    monkeypatch.chdir(case[1].parent)
+    done = cli("quantize", case[0], tmp_path / "out", "--json", *flags)
+    assert done.code == 2 and says in done.json["error"]["message"] and not left_over(tmp_path)

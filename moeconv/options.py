@@ -72,7 +72,10 @@ class MeasureOptions:
 class DataOptions:
     """Text to run a model on."""
 
-    data: tuple[str, ...] = option((), "Text file, .jsonl, directory or - for standard input; repeatable, FILE=WEIGHT.")
+    data: tuple[str, ...] = option(
+        (), "Text file, .jsonl, directory, - for standard input, or hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; "
+        "repeatable, FILE=WEIGHT."
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.plan.kernels.draw import generator
 
 _BATCH = 256  # texts tokenized in one call
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def load_tokens(
             f"--tokens {tokens} is less than one sequence of {seq_len} tokens",
             hint=f"Pass at least --tokens {seq_len}, or a smaller --seq-len.",
         )
-    texts = read_sources(list(paths), text_field=text_field)
+    # of a hub data set, eight times the bytes that the sample fills with usual text: it draws from more than it needs
+    wanted = None if tokens is None else tokens * _BYTES_PER_TOKEN * 8
+    texts = read_sources(list(paths), text_field=text_field, hub_bytes=wanted)
     tokenizer = load_tokenizer(tokenizer_dir)
     cut = [_windows(tokenizer, source, seq_len) for source in texts]
     total = sum(map(len, cut)) if tokens is None else tokens // seq_len

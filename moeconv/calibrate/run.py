@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,19 @@ def calibrate(
         about = _provenance(stream, read, seed=seed, sample_tokens=sample_tokens)
         write_statistics(path, fields, metadata=about, overwrite=overwrite)
     progress.remove()
+    told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
+    return told | {"seconds": time.monotonic() - began}
+
+
+def summary(
+    path: Path, fields: Mapping[int, Mapping[str, np.ndarray]], *, tokens: int, sources: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The JSON of a statistics file: output, tokens, sources [{name, tokens}], layers."""
     return {
         "output": str(path),
-        "tokens": read.tokens,
-        "sources": [{"name": s.name, "tokens": s.tokens} for s in read.sources],
+        "tokens": tokens,
+        "sources": [{"name": s["name"], "tokens": s["tokens"]} for s in sources],
         "layers": [_summary(layer, of_layer) for layer, of_layer in fields.items()],
-        "seconds": time.monotonic() - began,
     }
 
 
@@ -154,6 +161,6 @@ def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_token
     }
 
 
-def _summary(layer: int, fields: dict[str, np.ndarray]) -> dict[str, Any]:
+def _summary(layer: int, fields: Mapping[str, np.ndarray]) -> dict[str, Any]:
     entropy, tokens = fields["entropy_sum"].sum(), fields["tokens"].sum()
     return load_of_layer(layer, fields["count"].sum(axis=0), entropy_sum=entropy, tokens=tokens)

@@ -1,4 +1,4 @@
-"""What `--data` names: text files, .jsonl files, directories of these, standard input -> texts with provenance.
+"""What `--data` names: text and .jsonl files, directories, standard input, hub data sets -> texts with provenance.
 
 One value is one source, with one weight: a directory's files are joined, so give files one by one to tell them apart.
 """
@@ -9,10 +9,12 @@ import hashlib
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeconv.calibrate.hubdata import read_hub
 from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, UsageError, escape
 
@@ -34,14 +36,19 @@ class TextSource:
     texts: tuple[Any, ...]
 
 
-def read_sources(values: list[str] | tuple[str, ...], *, text_field: str = "text") -> list[TextSource]:
-    """Read every `--data` value. Raises UsageError for a bad value, InputError for a bad file."""
+def read_sources(
+    values: list[str] | tuple[str, ...], *, text_field: str = "text", hub_bytes: int | None = None
+) -> list[TextSource]:
+    """Read every `--data` value; of a hub data set the first records, until they hold `hub_bytes` (None: all).
+
+    Raises UsageError for a bad value, InputError for a bad file.
+    """
     if not values:
         raise UsageError("no data given", hint="Pass --data FILE (text or .jsonl), a directory, or - for stdin.")
     split = [split_weight(value) for value in values]
     if sum(path == "-" for path, _ in split) > 1:
         raise UsageError("standard input is named twice", hint="Give - once.")
-    return [_read_source(path, weight, text_field) for path, weight in split]
+    return [_read_source(path, weight, text_field, hub_bytes) for path, weight in split]
 
 
 def split_weight(value: str) -> tuple[str, float]:
@@ -58,9 +65,11 @@ def split_weight(value: str) -> tuple[str, float]:
     return path, weight
 
 
-def _read_source(value: str, weight: float, text_field: str) -> TextSource:
+def _read_source(value: str, weight: float, text_field: str, hub_bytes: int | None) -> TextSource:
     if value.startswith("hf://"):
-        raise UsageError(f"--data {escape(value)}: hub data sets are not read", hint="Save it as .jsonl first.")
+        name, sha256, records = read_hub(value, limit=hub_bytes)
+        texts = [text_of(r, f"{escape(name)}, record {n}", text_field) for n, r in enumerate(records, 1)]
+        return TextSource(name, sha256, weight, tuple(texts))
     if value == "-":
         data = sys.stdin.buffer.read()
         return TextSource("-", hashlib.sha256(data).hexdigest(), weight, _parse(data, "standard input", text_field))
@@ -116,6 +125,11 @@ def _record(line: str, where: str, text_field: str) -> Any:
     record = parse_json(line.encode(), what=where, hint="Each line must be one JSON object.")
     if not isinstance(record, dict):
         raise InputError(f"{where}: not a JSON object", hint='A line looks like {"text": "..."}.')
+    return text_of(record, where, text_field)
+
+
+def text_of(record: Mapping[str, Any], where: str, text_field: str) -> Any:
+    """The text of a record: a string, or a list of messages. Raises InputError where the field holds neither."""
     field = CHAT_FIELD if text_field not in record and text_field == "text" else text_field
     value = record.get(field)
     if isinstance(value, str):

@@ -83,6 +83,8 @@ def _inspect(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 def _calibrate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     from moeconv.steps import measure
 
+    if v["merge"]:
+        return measure.merge(v["model"], v["stats"], v["merge"], data=v["data"], overwrite=v["overwrite"])
     return measure.calibrate(v["model"], v["stats"], v, overwrite=v["overwrite"], meter=meter)
 
 
@@ -148,7 +150,9 @@ VERBS: tuple[Verb, ...] = (
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
          (MODEL, Positional("stats", "Statistics file to write (.safetensors).")),
          (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,
-         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw.")), distributed=True),
+         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw."),
+                ("merge", list[str], (), "Instead of running data: add these statistics files; repeatable.")),
+         distributed=True),
     Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
          (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written, distributed=True),
     Verb("prune", "Remove redundant experts.", (MODEL, OUT),

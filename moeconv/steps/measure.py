@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.errors import escape
+from moeconv.errors import UsageError, escape
 from moeconv.options import (
     CalibrateOptions,
     DataOptions,
@@ -35,6 +35,15 @@ def calibrate(source: str, stats: str, values: Mapping[str, Any], *, overwrite: 
     named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), take(MeasureOptions, values))
     seed = take(PlanOptions, values).seed
     return measure(resolve(source), stats, seed=seed, overwrite=overwrite, meter=meter, **named)
+
+
+def merge(source: str, stats: str, files: Sequence[str], *, data: Sequence[str], overwrite: bool) -> dict[str, Any]:
+    """Add statistics files of a model."""
+    from moeconv.calibrate.merge import merge_statistics
+
+    if data:
+        raise UsageError("--merge and --data exclude each other", hint="Calibrate on the data first, then merge.")
+    return merge_statistics(resolve(source), stats, files, overwrite=overwrite)
 
 
 def evaluate(source: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:

@@ -216,6 +216,48 @@ def test_same_seed_same_bytes_and_the_sample_is_a_sample(tmp_path: Path) -> None
     assert np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"), atol=0.3)
 
 
+def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
+    path, paths = make(tmp_path / "model", "qwen3_moe"), texts(tmp_path)
+    parameters: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 3, "sample_tokens": 10_000}
+    for name, data in (("a", paths[:1]), ("b", paths[1:]), ("both", paths)):
+        calibrate(path, tmp_path / name, data=data, **parameters)
+    done = cli("calibrate", path, tmp_path / "sum", "--merge", tmp_path / "a", "--merge", tmp_path / "b", "--json")
+    assert done.code == 0, done.out
+    both, added = load_statistics(tmp_path / "both"), load_statistics(tmp_path / "sum")
+    for layer in both.layers:
+        for name in FIELDS:
+            wanted = both.layer(layer, name)
+            np.testing.assert_allclose(added.layer(layer, name), wanted, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert added.metadata["sources"] == both.metadata["sources"] and added.metadata["tokens"] == 15 * SEQ_LEN
+    parts = added.metadata["merged"]
+    assert [[s["name"] for s in p["sources"]] for p in parts] == [["common.txt"], ["rare.txt"]]
+    assert [p["seed"] for p in parts] == [0, 0] and done.json["tokens"] == 15 * SEQ_LEN
+    added.check_belongs(open_model(path))
+
+    calibrate(path, tmp_path / "seed", data=paths[:1], seed=3, **parameters)
+    calibrate(path, tmp_path / "short", data=paths[1:], seed=3, **(parameters | {"seq_len": 8}))
+    calibrate(make(tmp_path / "other", seed=5), tmp_path / "foreign", data=paths[1:], **parameters)
+    (tmp_path / "old").write_bytes((tmp_path / "b").read_bytes().replace(b"logit_sum", b"logit_xyz"))
+
+    def add(*files: str) -> Any:
+        named = [word for file in files for word in ("--merge", tmp_path / file)]
+        return cli("calibrate", path, tmp_path / "sum", *named, "--overwrite", "--json")
+
+    twice = add("sum", "seed")  # the sum holds common.txt with seed 0
+    assert twice.code == 0 and "tokens may be shared" in twice.json["warnings"][0]
+    assert load_statistics(tmp_path / "sum").metadata["sources"][0]["tokens"] == 20 * SEQ_LEN
+    assert len(load_statistics(tmp_path / "sum").metadata["merged"]) == 3
+    kept = (tmp_path / "sum").read_bytes()
+    for files, code, said in (
+        (("a",), 2, "at least two"), (("a", "sum"), 3, "count twice"), (("a", "short"), 3, "seq_len: 16 and 8"),
+        (("a", "foreign"), 3, "another model"), (("a", "old"), 3, "no logit_sum"), (("a", "nowhere"), 3, "not exist"),
+    ):  # fmt: skip
+        refused = add(*files)
+        assert refused.code == code and said in refused.json["error"]["message"], (files, refused)
+    assert cli("calibrate", path, tmp_path / "sum", "--merge", "x", "--data", paths[0]).code == 2
+    assert (tmp_path / "sum").read_bytes() == kept
+
+
 KILLED = """
 import os, signal, sys, torch
 from moeconv.calibrate import run, state

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,3 +190,61 @@ def test_same_tokenizer(tmp_path: Path) -> None:
     (two / "tokenizer.json").write_text((two / "tokenizer.json").read_text() + "\n")
     assert same_tokenizer(one, two)  # other bytes, same vocabulary
     assert not same_tokenizer(one, other)
+
+
+# -- hub data sets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str | None, str], list[dict]]:
+    """A stand-in for the `datasets` package: what is put in the dict is what the hub has."""
+    shelf: dict[tuple[str, str | None, str], list[dict]] = {}
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool):
+        assert streaming
+        if (name, config, split) not in shelf:
+            raise ValueError(f"Unknown split {split!r}\nand more lines")
+        return iter(shelf[name, config, split])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return shelf
+
+
+def test_hub_data_sets(model: Path, tmp_path: Path, hub) -> None:
+    hub["o/n", None, "train"] = [{"text": "w1 w2"}, {"text": "w3"}]
+    hub["o/n", "en", "train"] = [{"text": "w4 w5", "url": None}]
+    hub["o/n", "en", "test"] = [{"messages": [{"role": "w7", "content": "w1 w2"}]}]
+    data = load(model, "hf://datasets/o/n", seq_len=4)
+    assert data.windows.tolist() == [[*ids_of("w1 w2"), EOS, *ids_of("w3")]]
+    lines = b"".join(json.dumps(r).encode() + b"\n" for r in hub["o/n", None, "train"])
+    assert (data.sources[0].name, data.sources[0].sha256) == ("o/n", hashlib.sha256(lines).hexdigest())
+    (tmp_path / "a.txt").write_text("w9 w9")
+    both = load(model, "hf://datasets/o/n:en=2", "hf://datasets/o/n:en:test", tmp_path / "a.txt", seq_len=2)
+    assert [(s.name, s.weight) for s in both.sources] == [("o/n:en", 2.0), ("o/n:en:test", 1.0), ("a.txt", 1.0)]
+    assert both.windows.tolist() == [ids_of("w4 w5"), ids_of("w7 w1"), ids_of("w9 w9")]
+    assert load(model, "hf://datasets/o/n:en:train", seq_len=2).windows.tolist() == [ids_of("w4 w5")]
+
+
+def test_of_a_large_hub_data_set_only_the_front_is_fetched(model: Path, hub) -> None:
+    fetched = []
+    hub["o/n", None, "train"] = ({"text": text(8, seed=fetched.append(i) or i)} for i in range(10**6))  # type: ignore
+    data = load(model, "hf://datasets/o/n", tokens=64)
+    assert data.tokens == 64 and 64 // 8 < len(fetched) < 200
+
+
+def test_hub_data_sets_that_cannot_be_read(model: Path, hub, monkeypatch) -> None:
+    for value in ("hf://o/n", "hf://datasets/n", "hf://datasets/o/n:a:b:c"):
+        with pytest.raises(UsageError, match=r"is not hf://datasets/OWNER/NAME"):
+            load(model, value)
+    with pytest.raises(InputError, match=r"cannot read hf://datasets/o/n: Unknown split 'train'$"):
+        load(model, "hf://datasets/o/n")
+    hub["o/n", None, "train"] = [{"body": "w1"}]
+    with pytest.raises(InputError, match=r"o/n, record 1: no text in field 'text' \(fields: body\)"):
+        load(model, "hf://datasets/o/n")
+    hub["o/n", None, "train"] = []
+    with pytest.raises(InputError, match="no records"):
+        load(model, "hf://datasets/o/n")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds when it is not installed
+    with pytest.raises(InputError, match="needs the package `datasets`") as caught:
+        load(model, "hf://datasets/o/n")
+    assert "pip install" in caught.value.hint

@@ -15,7 +15,7 @@ from typing import Any
 from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, escape
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 32 << 20  # 40,000 tensors take 6 MB; the safetensors library's 100 MB can cost a gigabyte
 MAX_RANK = 16
 MAX_SIZE = 2**63 - 1  # of a dimension or an offset, as in every file system
 _ALIGN = 8
@@ -86,7 +86,12 @@ def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
     if len(prefix) < 8:
         raise InputError(f"{file}: {file_size} bytes is too short for a safetensors file", hint="Download it again.")
     (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER_BYTES or length + 8 > file_size:
+    if length <= file_size - 8 and length > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{file}: a header of {length} bytes is beyond the limit of {MAX_HEADER_BYTES}",
+            hint="The file is damaged or hostile.",
+        )
+    if length + 8 > file_size:
         raise InputError(
             f"{file}: the header claims {length} bytes, the file has {file_size}",
             hint="The file is truncated or not safetensors (a Git LFS pointer?); download it again.",
@@ -99,7 +104,7 @@ def parse_header(data: bytes, *, file_size: int, file: str) -> tuple[dict[str, T
 
     Raises InputError unless every tensor's bytes match its shape and the tensors tile the file without gap or overlap.
     """
-    raw = parse_json(data, what=f"{file}: header")
+    raw = parse_json(data, what=f"{file}: header", limit=MAX_HEADER_BYTES)
     if not isinstance(raw, dict):
         raise InputError(f"{file}: the header is not a JSON object", hint="Download it again.")
     metadata = raw.pop("__metadata__", {})

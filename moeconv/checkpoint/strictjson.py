@@ -9,7 +9,10 @@ from typing import Any
 
 from moeconv.errors import InputError, escape
 
-MAX_JSON_BYTES = 256 * 1024 * 1024
+# the largest known index (207,000 tensors) takes 22 MB; 40 MiB in each of the three forms that parsing holds at once
+# (bytes, text, values) stay within 200 MB, and so do the objects of 500,000 values
+MAX_JSON_BYTES = 40 << 20
+MAX_VALUES = 500_000
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -32,8 +35,23 @@ def _finite(text: str) -> float:
     return value
 
 
-def parse_json(data: bytes | bytearray | memoryview, *, what: str, hint: str = "") -> Any:
-    """Parse UTF-8 JSON strictly. Raises InputError that names `what`."""
+def _check_cost(data: bytes | bytearray | memoryview, *, limit: int, what: str) -> None:
+    """What a few bytes can cost in memory and time, before they are parsed."""
+    data = bytes(data)
+    size = len(data) if data.isascii() else 4 * len(data)  # one character beyond the BMP makes all four bytes wide
+    values = sum(data.count(mark) for mark in (b",", b"{", b"["))
+    if size > limit or values > MAX_VALUES:
+        raise InputError(
+            f"{what}: {len(data)} bytes, about {values} values: too large to be of a checkpoint",
+            hint="The file is damaged or hostile.",
+        )
+
+
+def parse_json(data: bytes | bytearray | memoryview, *, what: str, hint: str = "", limit: int | None = None) -> Any:
+    """Parse UTF-8 JSON strictly. Raises InputError that names `what`; with `limit` also for what is larger than that
+    many bytes or than MAX_VALUES values, without parsing it."""
+    if limit is not None:
+        _check_cost(data, limit=limit, what=what)
     try:
         text = bytes(data).decode("utf-8")
         value = json.loads(
@@ -59,7 +77,7 @@ def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
         raise InputError(f"{what}: {escape(path.name)} is missing", hint="Is this a checkpoint directory?") from None
     except OSError as error:
         raise InputError(f"{what}: cannot read {escape(path.name)}: {error.strerror}", hint="") from None
-    value = parse_json(data, what=what)
+    value = parse_json(data, what=what, limit=MAX_JSON_BYTES)
     if not isinstance(value, dict):
         raise InputError(f"{what}: expected a JSON object, found {type(value).__name__}", hint="Download it again.")
     return value

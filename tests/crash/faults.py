@@ -23,8 +23,10 @@ MODES = ("kill", "torn", "power", "full")
 class Faults:
     """A context in which disk operation number `at` (from 0; None for never) fails in the way of `mode`."""
 
-    def __init__(self, *, at: int | None = None, mode: str = "kill", folder: Path | None = None) -> None:
-        self.at, self.mode, self.folder = at, mode, folder
+    def __init__(
+        self, *, at: int | None = None, mode: str = "kill", folder: Path | None = None, error: int = errno.ENOSPC
+    ) -> None:
+        self.at, self.mode, self.folder, self.error = at, mode, folder, error
         self.count = 0
         self.names: list[str] = []
         self._unsynced: set[int] = set()  # inodes
@@ -66,7 +68,7 @@ class Faults:
 
     def _fail(self, name: str, real: Callable[..., Any], args: tuple[Any, ...]) -> None:
         if self.mode == "full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.error, os.strerror(self.error))
         if self.mode == "torn" and name in ("pwrite", "write"):
             with contextlib.suppress(OSError):  # direct I/O takes whole blocks of aligned memory only
                 half = len(args[1]) // 2

@@ -18,10 +18,11 @@ from moeconv.families import packed
 from moeconv.families.dense import DENSE
 from moeconv.families.kinds import check_kinds
 from moeconv.families.moe import MOE
+from moeconv.families.moe_sources import MOE_SOURCES
 from moeconv.families.pairs import HOMELESS
 from moeconv.families.spec import FFN_PARTS, Family, Role
 
-FAMILIES: dict[str, Family] = DENSE | MOE
+FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
 _MAX_LAYERS = 4096
 _MAX_EXPERTS = 65536
 _MAX_IN_ALL = 1 << 20  # experts of all layers
@@ -99,6 +100,22 @@ class Model:
         rule = self.family.routing.renormalise if self.family.routing else "never"
         return rule == "always" if rule in ("always", "never") else bool(self.value(rule))
 
+    @cached_property
+    def groups(self) -> tuple[int, int]:
+        """(groups of experts, groups that a token may use); (1, 1) for a router that knows none."""
+        rule = self.family.routing
+        if rule is None or rule.groups is None:
+            return 1, 1
+        if rule.grouped_by and self.value(rule.grouped_by[0]) != rule.grouped_by[1]:
+            return 1, 1
+        count, used = (self.value(key) or 1 for key in rule.groups)
+        if self.num_experts % count or not 0 < used <= count:
+            raise InputError(
+                f"config.json: {self.num_experts} experts cannot form {count} groups of which {used} are used",
+                hint="Correct config.json, or download it again.",
+            )
+        return count, used
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         return packed.quantization(self.checkpoint.config)
@@ -116,18 +133,10 @@ class Model:
             )
         return self.family.name(f"expert.{part}", layer=layer, expert=expert)
 
-    def check_separate_experts(self, *, router_rows: bool = False) -> None:
-        """Raises InputError where one tensor holds all experts of a layer, or (`router_rows`) where the router has more
-        tensors than its weight, whose entries belong to experts too."""
+    def check_separate_experts(self) -> None:
+        """Raises InputError where one tensor holds all experts of a layer."""
         if self.moe_layers and self.packed_experts:
             self.expert_name("gate", layer=self.moe_layers[0], expert=0)
-        extra = [key for key in self.family.tensors if key.startswith("router.") and key != "router.weight"]
-        if router_rows and extra:
-            raise InputError(
-                f"the router of {self.family.model_type} has a bias for every expert ({extra[0]}), which this command "
-                "does not cut yet",
-                hint="`moeconv families` shows families whose routers are a weight alone.",
-            )
 
     def ffn_name(self, part: str, *, layer: int) -> str:
         return self.family.name(f"ffn.{part}", layer=layer)

@@ -50,7 +50,7 @@ SPARSE_BLOCK = {"router.weight": _LAYER + "block_sparse_moe.gate.weight"} | {
 SHARED_EXPERT = {f"shared.{p}": _LAYER + f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")}
 SHARED_GATE = {"shared.router": _LAYER + "mlp.shared_expert_gate.weight"}
 
-_ROUTER_LOSS: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+ROUTER_LOSS: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 _EXPERT_COUNT = ("num_local_experts", "num_experts")
 _TOP_K = ("num_experts_per_tok",)
 _QWEN_MOE: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
@@ -72,7 +72,7 @@ MIXTRAL = Family(
         "sliding_window": None,
         "router_jitter_noise": 0.0,
     }
-    | _ROUTER_LOSS,
+    | ROUTER_LOSS,
     sliding=WINDOW_KEY,
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
@@ -100,7 +100,7 @@ QWEN2_MOE = Family(
         "qkv_bias": True,
     }
     | _QWEN_MOE
-    | _ROUTER_LOSS,
+    | ROUTER_LOSS,
     sliding=LAYER_TYPES_ALTERNATING,
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
@@ -129,7 +129,7 @@ QWEN3_MOE = Family(
         "moe_intermediate_size": 768,
     }
     | _QWEN_MOE
-    | _ROUTER_LOSS,
+    | ROUTER_LOSS,
     sliding=SWITCH,
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
@@ -163,9 +163,9 @@ OLMOE = Family(
 
 # -- building blocks of the rows below -----------------------------------------------------------------------------
 
-_SHARED = {f"shared.{p}": _LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
+SHARED_EXPERTS = {f"shared.{p}": _LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
 _SHARED_MLP = {f"shared.{p}": _LAYER + f"mlp.shared_mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
-_CORRECTION = {"router.correction": _LAYER + "mlp.gate.e_score_correction_bias"}
+CORRECTION = {"router.correction": _LAYER + "mlp.gate.e_score_correction_bias"}
 _GRANITE_BLOCK = _LAYER + "block_sparse_moe."
 _GRANITE_EXPERTS = {
     "router.weight": _GRANITE_BLOCK + "router.layer.weight",
@@ -179,17 +179,17 @@ _GRANITE_SHARED = {
 _FUSED_SHARED = {"shared.gate_up": ("shared.gate", "shared.up")}
 _PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
 _QKVO = ("attention.q_bias", "attention.k_bias", "attention.v_bias", "attention.o_bias")
-_SIGMOID: dict[str, Any] = {
+SIGMOID: dict[str, Any] = {
     "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
     "output_router_logits": False,
 }  # fmt: skip
-_GROUPED = Routing(
+GROUPED = Routing(
     "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
 )
 _NO_INERT_BIAS = dict.fromkeys(_QKVO, 0.0)
 
 
-def _row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
+def moe_row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
     """A row whose biases, language-model head and correction are optional."""
     base = row.pop("base", BASE_CONFIG)
     optional = {"embedding.lm_head", *(k for k in tensors if k.endswith("_bias"))}
@@ -207,7 +207,7 @@ def _row(model_type: str, architecture: str, config: dict[str, Any], tensors: di
     )
 
 
-GLM4_MOE = _row(
+GLM4_MOE = moe_row(
     "glm4_moe",
     "Glm4MoeForCausalLM",
     {
@@ -220,19 +220,19 @@ GLM4_MOE = _row(
         "moe_intermediate_size": 1408,
         "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
-        **_SIGMOID,
+        **SIGMOID,
     },
-    BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
     optional=frozenset(QK_NORM),
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=_GROUPED,
+    routing=GROUPED,
     partial=0.5,
     float32=frozenset({"router.correction"}),
 )
-SOLAR_OPEN = _row(
+SOLAR_OPEN = moe_row(
     "solar_open",
     "SolarOpenForCausalLM",
     {
@@ -243,16 +243,16 @@ SOLAR_OPEN = _row(
         "head_dim": 128,
         "attention_bias": False,
         "moe_intermediate_size": 1280,
-        **_SIGMOID,
+        **SIGMOID,
     },
-    BLOCK | QKV_BIAS | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED,
+    BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
-    routing=_GROUPED,
+    routing=GROUPED,
     float32=frozenset({"router.correction"}),
 )
-DOTS1 = _row(
+DOTS1 = moe_row(
     "dots1",
     "Dots1ForCausalLM",
     {
@@ -263,20 +263,20 @@ DOTS1 = _row(
         "layer_types": None,
         "moe_intermediate_size": 1408,
         "first_k_dense_replace": 0,
-        **_SIGMOID,
+        **SIGMOID,
         "norm_topk_prob": False,
         "n_shared_experts": None,
     },
-    BLOCK | QK_NORM | QKV_BIAS | O_BIAS | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    BLOCK | QK_NORM | QKV_BIAS | O_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=_GROUPED,
+    routing=GROUPED,
     sliding=sliding.FROM_MAX_WINDOW,
     float32=frozenset({"router.correction"}),
 )
-MELLUM = _row(
+MELLUM = moe_row(
     "mellum",
     "MellumForCausalLM",
     {
@@ -290,7 +290,7 @@ MELLUM = _row(
         "moe_intermediate_size": 896,
         "norm_topk_prob": True,
         "num_nextn_predict_layers": None,
-        **_ROUTER_LOSS,
+        **ROUTER_LOSS,
     },
     BLOCK | QK_NORM | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | DENSE_FFN,
     expert_width="moe_intermediate_size",
@@ -299,7 +299,7 @@ MELLUM = _row(
     sliding=sliding.NO_LAYER,
     rope="per_type",
 )
-HY_V3 = _row(
+HY_V3 = moe_row(
     "hy_v3",
     "HYV3ForCausalLM",
     {
@@ -333,8 +333,8 @@ HY_V3 = _row(
     routing=Routing("sigmoid", "always", scaling="router_scaling_factor", float32=True),
     float32=frozenset({"router.correction"}),
 )
-_GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | _ROUTER_LOSS
-GRANITEMOE = _row(
+_GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | ROUTER_LOSS
+GRANITEMOE = moe_row(
     "granitemoe",
     "GraniteMoeForCausalLM",
     _GRANITE_CONFIG,
@@ -343,7 +343,7 @@ GRANITEMOE = _row(
     packed=_PACKED,
     routing=Routing("softmax_topk", "always"),
 )
-GRANITEMOESHARED = _row(
+GRANITEMOESHARED = moe_row(
     "granitemoeshared",
     "GraniteMoeSharedForCausalLM",
     _GRANITE_CONFIG | {"shared_intermediate_size": 0},
@@ -355,7 +355,7 @@ GRANITEMOESHARED = _row(
     shared_width=("shared_intermediate_size",),
     routing=Routing("softmax_topk", "always"),
 )
-GRANITEMOEHYBRID = _row(
+GRANITEMOEHYBRID = moe_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
     _GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024},
@@ -368,7 +368,7 @@ GRANITEMOEHYBRID = _row(
     layer_kinds=hybrid_kinds,
     where=HYBRID_WHERE,
 )
-GRANITEMOE_SWA = _row(
+GRANITEMOE_SWA = moe_row(
     "granitemoe_swa",
     "GraniteMoeSWAForCausalLM",
     _GRANITE_CONFIG
@@ -393,7 +393,7 @@ GRANITEMOE_SWA = _row(
     rope="per_layer",
     inert={"attention.sinks": -1e30},
 )
-ARIA_TEXT = _row(
+ARIA_TEXT = moe_row(
     "aria_text",
     "AriaTextForCausalLM",
     {
@@ -411,7 +411,7 @@ ARIA_TEXT = _row(
         "expert.gate_up": _LAYER + "mlp.experts.fc1.weight",
         "expert.down": _LAYER + "mlp.experts.fc2.weight",
     }
-    | _SHARED,
+    | SHARED_EXPERTS,
     num_experts=("moe_num_experts",),
     top_k=("moe_topk",),
     packed={
@@ -421,7 +421,7 @@ ARIA_TEXT = _row(
     shared_width=("intermediate_size", "moe_num_shared_experts"),
     routing=Routing("softmax_topk", "always"),
 )
-GPT_OSS = _row(
+GPT_OSS = moe_row(
     "gpt_oss",
     "GptOssForCausalLM",
     {
@@ -435,7 +435,7 @@ GPT_OSS = _row(
         "layer_types": None,
         "swiglu_alpha": 1.702,
         "swiglu_limit": 7.0,
-        **_ROUTER_LOSS,
+        **ROUTER_LOSS,
     },
     BLOCK
     | SINKS
@@ -461,7 +461,7 @@ GPT_OSS = _row(
     switched={"attention_bias": _QKVO},
     inert={"attention.sinks": -1e30, **_NO_INERT_BIAS},
 )
-COHERE2_MOE = _row(
+COHERE2_MOE = moe_row(
     "cohere2_moe",
     "Cohere2MoeForCausalLM",
     {
@@ -484,8 +484,8 @@ COHERE2_MOE = _row(
         "prefix_dense_intermediate_size": None,
         "output_router_logits": False,
     },
-    PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | _SHARED | DENSE_FFN,
-    optional=frozenset(_SHARED),
+    PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+    optional=frozenset(SHARED_EXPERTS),
     num_experts=("num_experts",),
     ffn_width=lambda get: get("prefix_dense_intermediate_size") or get("intermediate_size"),
     dense_width="prefix_dense_intermediate_size",
@@ -495,7 +495,7 @@ COHERE2_MOE = _row(
     sliding=sliding.ALL_BUT_LAST_OF_FOUR,
     rotary="interleaved",
 )
-HUNYUAN_MOE = _row(
+HUNYUAN_MOE = moe_row(
     "hunyuan_v1_moe",
     "HunYuanMoEV1ForCausalLM",
     {
@@ -518,7 +518,7 @@ HUNYUAN_MOE = _row(
     routing=Routing("softmax", "always", float32=True),
     float32=frozenset({"router.weight"}),
 )
-ERNIE4_5_MOE = _row(
+ERNIE4_5_MOE = moe_row(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
     {
@@ -535,15 +535,15 @@ ERNIE4_5_MOE = _row(
         "moe_layer_end_index": None,
         "moe_layer_interval": 1,
         "moe_norm_min": 1e-12,
-        **_ROUTER_LOSS,
+        **ROUTER_LOSS,
     },
     BLOCK
     | MLP_ROUTER
     | {"router.correction_row": _LAYER + "mlp.moe_statics.e_score_correction_bias"}
     | MLP_EXPERTS
-    | _SHARED
+    | SHARED_EXPERTS
     | DENSE_FFN,
-    optional=frozenset(_SHARED),
+    optional=frozenset(SHARED_EXPERTS),
     num_experts=("moe_num_experts",),
     top_k=("moe_k",),
     expert_width="moe_intermediate_size",
@@ -553,7 +553,7 @@ ERNIE4_5_MOE = _row(
     rotary="interleaved",
     float32=frozenset({"router.weight", "router.correction_row"}),
 )
-FLEX_OLMO = _row(
+FLEX_OLMO = moe_row(
     "flex_olmo",
     "FlexOlmoForCausalLM",
     {
@@ -569,7 +569,7 @@ FLEX_OLMO = _row(
     num_experts=("num_experts",),
     routing=Routing("softmax", "norm_topk_prob"),
 )
-LFM2_MOE = _row(
+LFM2_MOE = moe_row(
     "lfm2_moe",
     "Lfm2MoeForCausalLM",
     {
@@ -594,7 +594,7 @@ LFM2_MOE = _row(
     where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
     float32=frozenset({"router.correction"}),
 )
-DEEPSEEK_V3 = _row(
+DEEPSEEK_V3 = moe_row(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
     MLA_CONFIG
@@ -604,21 +604,21 @@ DEEPSEEK_V3 = _row(
         "moe_intermediate_size": 2048,
         "first_k_dense_replace": 3,
         "num_nextn_predict_layers": 1,
-        **_SIGMOID,
+        **SIGMOID,
         "n_group": 8,
         "topk_group": 4,
         "routed_scaling_factor": 2.5,
     },
-    WITHOUT_QKVO | MLA | MLP_ROUTER | _CORRECTION | MLP_EXPERTS | _SHARED | DENSE_FFN,
+    WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
     optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
-    routing=_GROUPED,
+    routing=GROUPED,
     float32=frozenset({"router.correction"}),
 )
-PHIMOE = _row(
+PHIMOE = moe_row(
     "phimoe",
     "PhiMoEForCausalLM",  # as on the hub, and what serving engines know
     {
@@ -632,7 +632,7 @@ PHIMOE = _row(
         "lm_head_bias": False,
         "router_jitter_noise": 0.01,
         "input_jitter_noise": 0.0,
-        **_ROUTER_LOSS,
+        **ROUTER_LOSS,
     },
     BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK,
     sliding=WINDOW_KEY,
@@ -642,7 +642,7 @@ PHIMOE = _row(
     switched={"attention_bias": _QKVO},
     inert=_NO_INERT_BIAS,
 )
-QWEN3_5_MOE = _row(
+QWEN3_5_MOE = moe_row(
     "qwen3_5_moe_text",
     "Qwen3_5MoeForCausalLM",
     QWEN3_5_CONFIG
@@ -650,7 +650,7 @@ QWEN3_5_MOE = _row(
         "num_key_value_heads": 2,
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
-        **_ROUTER_LOSS,
+        **ROUTER_LOSS,
     },
     BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
     base={key: value for key, value in BASE_CONFIG.items() if key != "intermediate_size"},

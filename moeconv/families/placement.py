@@ -79,6 +79,25 @@ def _words(missing: Callable[[int], str]) -> Placement:
     return Placement(read, write, "any layer")
 
 
+def _read_words_or_first(get: Get, layers: int) -> tuple[int, ...]:
+    return (WORDS if get("mlp_layer_types") is not None else FIRST_K).read(get, layers)
+
+
+def _read_period(get: Get, layers: int) -> tuple[int, ...]:
+    period, offset = _whole(get, "expert_layer_period", least=1), _whole(get, "expert_layer_offset", least=0)
+    return tuple(i for i in range(layers) if i % period == offset)
+
+
+def _read_moe_layers(get: Get, layers: int) -> tuple[int, ...]:
+    chosen = get("moe_layers")
+    if chosen is None:
+        step = _whole(get, "interleave_moe_layer_step", least=1)
+        chosen = list(range(step - 1, layers, step))
+    if not isinstance(chosen, list) or not all(type(i) is int and 0 <= i < layers for i in chosen):
+        raise InputError(f"config.json: moe_layers must be a list of layers 0 to {layers - 1}", hint="Correct it.")
+    return tuple(sorted(set(chosen)))
+
+
 def _read_range(get: Get, layers: int) -> tuple[int, ...]:
     first, last = _whole(get, "moe_layer_start_index", least=0), get("moe_layer_end_index")
     if last is None or last == -1:
@@ -102,3 +121,6 @@ NUM_DENSE = _prefix("num_dense_layers")
 WORDS = _words(lambda i: "sparse")
 WORDS_FIRST_DENSE = _words(lambda i: "dense" if i == 0 else "sparse")
 RANGE = Placement(_read_range, _write_range, "layers before and after one range")
+WORDS_OR_FIRST_K = Placement(_read_words_or_first, WORDS.write, WORDS.can)
+PERIOD = Placement(_read_period, lambda moe, layers: None, "every layer but one in each period")
+MOE_LAYERS = Placement(_read_moe_layers, lambda moe, layers: {"moe_layers": list(moe)}, "any layer")

@@ -38,7 +38,8 @@ class Routing:
     `renormalise` is "always", "never" or the config key that decides. `total` is what the weights of identical
     experts sum to when they are renormalised and the router is small; `top_k` the only number that the rule allows.
     `scaling` is the config key that multiplies the weighted sum. `groups` are the config keys (groups, groups chosen)
-    of a rule that first picks groups of neighbouring experts by the sum of the best two scores in each. `float32` says
+    of a rule that first picks groups of neighbouring experts by the sum of the best `best_of_group` scores in each;
+    `grouped_by` is the config key, and its value, without which the groups are not looked at. `float32` says
     that logits are float32 whatever the model's dtype, so that rounding makes no ties; `equal` that experts with equal
     logits get equal weights.
     """
@@ -51,6 +52,8 @@ class Routing:
     groups: tuple[str, str] | None = None
     float32: bool = False
     equal: bool = True
+    grouped_by: tuple[str, str] | None = None
+    best_of_group: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,12 @@ class Family:
             return key
         return next((whole for whole, parts in self.fused.items() if key in parts), None)
 
+    def expert_axis(self, key: str) -> int | None:
+        """The axis that counts experts in a tensor that says something of every expert of a layer, else None."""
+        if key in self.packed:
+            return 0
+        return (1 if key.endswith("_row") else 0) if key.startswith("router.") else None
+
     def expand(self, *, layers: int, experts: int) -> Iterator[tuple[str, Role]]:
         """Every name that a checkpoint of this size may hold, with its role."""
         for key, template in self.tensors.items():
@@ -142,6 +151,11 @@ class Family:
             return config[key]
         value = self.config.get(key)
         return self.default(value[1:], config) if isinstance(value, str) and value.startswith("=") else value
+
+
+def with_expert(name: str, old: int, new: int) -> str:
+    """The name of a tensor of expert `old`, or of a part of its packed weight, as that of expert `new`."""
+    return name.replace(f"experts.{old}.", f"experts.{new}.", 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,14 @@ Without evidence the plan keeps the first experts as a placeholder: its sizes ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import with_expert
 from moeconv.options import (
     PlanOptions,
     PruneOptions,
@@ -58,7 +61,6 @@ def plan_prune(
         raise InputError("the source is quantized", hint="Prune first, then quantize.")
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
-    model.check_separate_experts(router_rows=True)
     protected = parse_protect(options.protect, model)
     left = budget(model, options, common)
     _check_feasible(model, left, protected)
@@ -92,11 +94,17 @@ def plan_prune(
         },
         warnings=(*model.checkpoint.warnings, *_warnings(model, name)),
         dropped=model.dropped,
-        promise={
-            "router": len(model.moe_layers),
-            "expert": len(model.moe_layers) * left * sum("{E}" in t for t in model.family.tensors.values()),
-        },
+        promise=_promise(model, left),
     )
+
+
+def _promise(model: Model, left: int) -> dict[str, int]:
+    """Tensors that change by role: those of the kept experts, and every one that has an entry for each expert."""
+    counts = {"expert": 0, "router": 0}
+    for role in model.roles.values():
+        if role.group in counts:
+            counts[role.group] += role.expert is None or role.expert < left
+    return counts
 
 
 def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int:
@@ -155,9 +163,31 @@ def _check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[i
             f"{left} experts are fewer than the {model.top_k} that every token is routed to",
             hint=f"Keep at least {model.top_k}: with fewer the model loads and fails at its first token.",
         )
+    groups, used = model.groups
+    if left % groups:
+        raise UsageError(
+            f"{left} experts do not form {groups} groups of equal size, which this router chooses among",
+            hint=f"Keep a multiple of {groups}.",
+        )
+    least = model.family.routing.best_of_group if groups > 1 and model.family.routing else 1
+    if left // groups < least:
+        raise UsageError(
+            f"{left} experts leave {left // groups} in each of {groups} groups, which are ranked by their best {least}",
+            hint=f"Keep at least {least * groups}.",
+        )
+    if used * (left // groups) < model.top_k:
+        raise UsageError(
+            f"a token may use {used} of {groups} groups: {used * (left // groups)} of {left} experts, fewer than the "
+            f"{model.top_k} that it is routed to",
+            hint=f"Keep at least {groups * -(-model.top_k // used)}.",
+        )
+    size = model.num_experts // groups
     for layer, chosen in protected.items():
-        if len(chosen) > left:
-            raise UsageError(f"--protect names {len(chosen)} experts of layer {layer}, only {left} stay")
+        for group in range(groups):
+            here = sum(group * size <= expert < (group + 1) * size for expert in chosen)
+            if here > left // groups:
+                where = f"layer {layer}" + (f", group {group}" if groups > 1 else "")
+                raise UsageError(f"--protect names {here} experts of {where}, only {left // groups} stay")
 
 
 def _orders(
@@ -171,9 +201,14 @@ def _orders(
 
 
 def _choose(model: Model, orders: Mapping[int, Order], left: int) -> dict[int, list[int]]:
+    """The kept experts of every layer: of each group of the router equally many go, in the criterion's order."""
+    groups, _ = model.groups
+    size, away = model.num_experts // groups, (model.num_experts - left) // groups
     keep = {}
     for layer, order in orders.items():
-        gone = set(order.experts[: model.num_experts - left])
+        gone: set[int] = set()
+        for group in range(groups):
+            gone |= set([e for e in order.experts if e // size == group][:away])
         keep[layer] = [e for e in range(model.num_experts) if e not in gone]
     return keep
 
@@ -184,34 +219,47 @@ def _checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
     for layer, kept in keep.items():
         if len(kept) != left or len(set(kept)) != left or not all(0 <= e < model.num_experts for e in kept):
             raise UsageError(f"keep_experts of layer {layer} must name {left} different experts")
+        groups, size = model.groups[0], model.num_experts // model.groups[0]
+        if any(sum(e // size == g for e in kept) != left // groups for g in range(groups)):
+            raise UsageError(f"keep_experts of layer {layer} must name equally many of each of {groups} groups")
     return {layer: sorted(keep[layer]) for layer in model.moe_layers}
 
 
 def _items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 
-    def replace(ref: TensorRef) -> list[Item] | None:
+    def renewed(ref: TensorRef) -> list[Item] | None:
         role = model.roles[ref.name]
-        if role.group == "expert" and role.expert is not None and role.layer is not None:
-            new = position[role.layer].get(role.expert)
-            if new is None:
-                return []
-            name = model.family.name(role.key, layer=role.layer, expert=new)
-            return [carry(ref, role=role.key, name=name, dtype=dtype, changed="expert")]
-        if role.group == "router" and role.layer is not None:
-            return [_cut_rows(ref, role.key, keep[role.layer], dtype)]
-        return None
+        if role.group not in ("expert", "router") or role.layer is None:
+            return None
+        axis = model.family.expert_axis(role.key)
+        if axis is not None:
+            return [_cut(model, ref, role.key, keep[role.layer], axis=axis, dtype=dtype, changed=role.group)]
+        if role.expert is None or (new := position[role.layer].get(role.expert)) is None:
+            return None if role.expert is None else []
+        name = with_expert(ref.name, role.expert, new)
+        return [carry(ref, role=role.key, name=name, dtype=dtype, params=model.numel(ref), changed="expert")]
 
-    return carry_all(model, dtype=dtype, replace=replace)
+    return carry_all(model, dtype=dtype, replace=renewed)
 
 
-def _cut_rows(ref: TensorRef, key: str, kept: Sequence[int], dtype: str | None) -> Item:
-    """The kept experts' rows of a router: byte ranges joined, or cast when another dtype is asked for."""
-    shape = (len(kept), *ref.shape[1:])
-    out = dtype if dtype and ref.dtype in TORCH_NAMES else ref.dtype
-    count = len(kept) * (ref.shape[1] if len(ref.shape) > 1 else 1)
+def _cut(
+    model: Model, ref: TensorRef, key: str, kept: Sequence[int], *, axis: int, dtype: str | None, changed: str
+) -> Item:
+    """The kept experts' entries along `axis`: byte ranges joined, or cast when another dtype is asked for."""
+    if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts:
+        raise InputError(
+            f"tensor {escape(ref.name)!r} has shape {list(ref.shape)}, not an entry for each of {model.num_experts} "
+            "experts",
+            hint="config.json and the shards do not belong together.",
+        )
+    flat = replace(ref, shape=ref.shape[axis:])  # the dimensions before it are 1
+    shape = (*ref.shape[:axis], len(kept), *flat.shape[1:])
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and key not in model.family.float32
+    out = dtype if casts and dtype else ref.dtype
+    params = model.numel(ref) // model.num_experts * len(kept)
     kernel = "copy" if out == ref.dtype else "cast"
-    return Item((TensorSpec(ref.name, out, shape, key, count),), kernel, pick_rows(ref, kept), {}, "router")
+    return Item((TensorSpec(ref.name, out, shape, key, params),), kernel, pick_rows(flat, kept), {}, changed)
 
 
 def _config(model: Model, left: int, dtype: str | None) -> dict[str, Any]:

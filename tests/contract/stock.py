@@ -188,6 +188,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "sliding",
     ),
 }
+_SPARSE = _MOE | {"intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
+_LATENT = {k: v for k, v in _SPARSE.items() if k != "head_dim"} | _MLA
+_GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
 _QWEN_MOE = _MOE | {"moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True}
 MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _MOE | {"intermediate_size": 96, "num_local_experts": 8}),
@@ -198,6 +205,139 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", _QWEN_MOE | {"num_experts": 8, "head_dim": 16}),
     "qwen3_moe-step": ("qwen3_moe", _QWEN_MOE | {"num_experts": 8, "head_dim": 16, "decoder_sparse_step": 2}),
     "olmoe": ("olmoe", _MOE | {"intermediate_size": 64, "num_experts": 8, "norm_topk_prob": False}),
+    "glm4_moe": (
+        "glm4_moe",
+        _SPARSE | _GROUPS | {"n_routed_experts": 8, "use_qk_norm": True, "first_k_dense_replace": 1},
+    ),
+    "solar_open": ("solar_open", _SPARSE | {"n_routed_experts": 8, "routed_scaling_factor": 1.5}),
+    "dots1": (
+        "dots1",
+        _SPARSE | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
+    ),
+    "deepseek_v3": ("deepseek_v3", _LATENT | _GROUPS | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "mellum": ("mellum", _SPARSE | _MIXED | {"num_experts": 8}),
+    "hy_v3": ("hy_v3", _SPARSE | {"num_experts": 8}),
+    "granitemoe": ("granitemoe", _MOE | _MULTIPLIED | {"intermediate_size": 32, "num_local_experts": 8}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        _MOE | {"intermediate_size": 32, "num_local_experts": 8, "shared_intermediate_size": 48},
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _MOE
+        | {
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "shared_intermediate_size": 48,
+            "position_embedding_type": "rope",
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_expand": 2,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "granitemoe_swa": (
+        "granitemoe_swa",
+        _MOE | _MIXED | {"intermediate_size": 32, "num_local_experts": 8, "shared_intermediate_size": 48},
+    ),
+    "aria_text": ("aria_text", _MOE | {"intermediate_size": 32, "moe_num_experts": 8, "moe_topk": 2}),
+    "gpt_oss": (
+        "gpt_oss",
+        _SPARSE | {"intermediate_size": 32, "num_local_experts": 8, "sliding_window": 5, "hidden_act": "silu"},
+    ),
+    "cohere2_moe": (
+        "cohere2_moe",
+        _MOE
+        | _MIXED
+        | {
+            "num_experts": 8,
+            "intermediate_size": 32,
+            "num_shared_experts": 1,
+            "head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "tie_word_embeddings": True,
+            "prefix_dense_intermediate_size": 96,
+            "expert_selection_fn": "sigmoid",
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        _MOE | {"num_experts": 8, "moe_topk": 2, "intermediate_size": 32, "head_dim": 16},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        _SPARSE | {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
+    "flex_olmo": ("flex_olmo", _MOE | {"num_experts": 8, "intermediate_size": 32, "norm_topk_prob": True}),
+    "lfm2_moe": (
+        "lfm2_moe",
+        _SPARSE
+        | {
+            "num_experts": 8,
+            "num_dense_layers": 1,
+            "conv_L_cache": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+    ),
+    "phimoe": ("phimoe", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "attention_bias": True}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        _SPARSE | _LINEAR | {"num_experts": 8, "shared_expert_intermediate_size": 32},
+    ),
+    "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "deepseek_v2-groups": (
+        "deepseek_v2",
+        _LATENT | _GROUPS | {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "q_lora_rank": None},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", _LATENT | _GROUPS | {"n_routed_experts": 8}),
+    "exaone_moe": (
+        "exaone_moe",
+        _SPARSE | _GROUPS | {"num_experts": 8, "first_k_dense_replace": 1, "sliding_window": 5},
+    ),
+    "afmoe": (
+        "afmoe",
+        _SPARSE
+        | {
+            "num_experts": 8,
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "sliding_window": 5,
+            "global_attn_every_n_layers": 2,
+            "route_scale": 1.5,
+        },
+    ),
+    "qwen3_next": ("qwen3_next", _SPARSE | _LINEAR | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
+    "jamba": (
+        "jamba",
+        _MOE
+        | {
+            "num_experts": 8,
+            "intermediate_size": 32,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 8,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        _MOE
+        | {
+            "num_local_experts": 8,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "head_dim": 16,
+            "moe_layers": [1, 2],
+            "attention_chunk_size": 8,
+        },
+    ),
+    "minimax_m2": ("minimax_m2", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "head_dim": 16}),
+    "laguna": ("laguna", _SPARSE | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
+    "mimo_v2_flash": ("mimo_v2_flash", _SPARSE | {"n_routed_experts": 8, "v_head_dim": 16, "sliding_window": 5}),
 }
 
 

@@ -332,6 +332,7 @@ HY_V3 = moe_row(
     placement=placement.WORDS_FIRST_DENSE,
     routing=Routing("sigmoid", "always", scaling="router_scaling_factor", float32=True),
     float32=frozenset({"router.correction"}),
+    in_memory={"mlp.shared_mlp.": "mlp.shared_experts."},
 )
 _GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | ROUTER_LOSS
 GRANITEMOE = moe_row(
@@ -639,6 +640,7 @@ PHIMOE = moe_row(
     rope="mscale",
     # each of the two chosen experts is weighed by a softmax over those within the jitter of it: 1 without jitter
     routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False),
+    in_memory={"block_sparse_moe.gate": "mlp.router"},
     switched={"attention_bias": _QKVO},
     inert=_NO_INERT_BIAS,
 )

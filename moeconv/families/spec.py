@@ -116,6 +116,7 @@ class Family:
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
     switched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inert: Mapping[str, float] = field(default_factory=dict)
+    in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     no_experts: str | None = None  # config key that is 0 in this dense row of a family that has an MoE row too
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:

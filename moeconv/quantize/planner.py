@@ -146,7 +146,10 @@ def _ignored(model: Model, quantized: set[str]) -> list[str]:
         role = model.roles.get(name)
         matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2
         if matrix and name not in quantized and name != model.family.name("embedding.tokens"):
-            names.append(name.removesuffix(".weight"))
+            module = name.removesuffix(".weight")
+            names.append(module)
+            # transformers looks a module up under its own name for it
+            names += [module.replace(old, new) for old, new in model.family.in_memory.items() if old in module]
     if "lm_head" not in names:
         names.append("lm_head")
     return names

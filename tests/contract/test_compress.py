@@ -124,6 +124,7 @@ def test_compressed_tensors_load_in_transformers_as_the_decoded_weights(tmp_path
     assert done.json["quantize"]["group_size"] in (32, 64)
     plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
+    plain.config._is_quantized = True  # jamba's class adds a bias at another place then
     assert torch.equal(logits(plain), logits(packed))
 
 
@@ -136,6 +137,7 @@ def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli,
     assert done.code == 0, done.out
     plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
+    plain.config._is_quantized = True  # jamba's class adds a bias at another place then
     assert torch.equal(logits(plain), logits(packed))
     stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
     assert stored, "the experts are not packed in memory"

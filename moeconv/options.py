@@ -121,8 +121,13 @@ class PruneOptions:
 class QuantizeOptions:
     """moeconv quantize"""
 
-    format: str = option("compressed-tensors", "Layout on disk.", choices=("compressed-tensors", "bitsandbytes"))
-    scheme: str | None = option(None, "Number format (default: int4).", choices=("int4", "int8", "nf4", "fp4"))
+    format: str = option(
+        "compressed-tensors", "Layout on disk.", choices=("compressed-tensors", "bitsandbytes", "gguf")
+    )
+    scheme: str | None = option(
+        None, "Number format (default: the format's first of 4 bits).",
+        choices=("int4", "int8", "nf4", "fp4", "q4_k", "q4_0", "q8_0"),
+    )  # fmt: skip
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
     method: str = option(

@@ -18,11 +18,16 @@ _PATTERNS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece*.model",
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    *(_LICENCES := ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")),
 )  # fmt: skip
 _NEVER = ("*.py", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.safetensors", "*.index.json", "*.exe", "*.so")
 _MAX_BYTES = 256 * 1024 * 1024
 _CODE_KEYS = ("auto_map",)
+
+
+def is_licence(name: str) -> bool:
+    """Whether a companion says what one may do with the model."""
+    return any(fnmatch.fnmatchcase(name, p) for p in _LICENCES)
 
 
 def _wanted(name: str) -> bool:

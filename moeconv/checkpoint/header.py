@@ -26,6 +26,8 @@ DTYPE_BITS: dict[str, int] = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+# dtypes of GGUF tensors, which no safetensors file has -> elements of a block, its bytes
+BLOCK_DTYPES: dict[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_K": (256, 144)}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -46,6 +48,11 @@ class TensorInfo:
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     """Bytes of a tensor of this dtype and shape. Raises KeyError for an unknown dtype."""
+    if dtype in BLOCK_DTYPES:
+        elements, nbytes = BLOCK_DTYPES[dtype]
+        if math.prod(shape) % elements:
+            raise ValueError(f"{math.prod(shape)} elements are not whole blocks of {elements}")
+        return math.prod(shape) // elements * nbytes
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8:
         raise ValueError(f"{bits} bits are not whole bytes")

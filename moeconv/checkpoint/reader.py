@@ -166,6 +166,8 @@ class Checkpoint:
         self._root = _allowed_root(self.path)
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
+        if not os.path.lexists(self.path / "config.json") and any(e.name.endswith(".gguf") for e in self._entries()):
+            self._refuse_other_formats()
         config_path = _confined(self.path, self._root, "config.json", what="moeconv")
         self.config: dict[str, Any] = read_json_object(config_path, what=escape(self.path))
         self._weight_map = self._read_index()

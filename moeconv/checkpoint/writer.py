@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moeconv.checkpoint.blocks import BlockFile, create
-from moeconv.checkpoint.header import serialise_header
+from moeconv.checkpoint.gguf import GgufHead
+from moeconv.checkpoint.header import TensorInfo, serialise_header
 from moeconv.errors import OutputError, escape
 
 
@@ -30,7 +31,8 @@ def output_errors(path: Path | str) -> Iterator[None]:
 
 
 class ShardWriter:
-    """A safetensors file being written. `write` takes the tensors' bytes in any order, `finish` seals the file."""
+    """A safetensors file being written, or GGUF when given its `head`. `write` takes the tensors' bytes in any order,
+    `finish` seals the file."""
 
     def __init__(
         self,
@@ -38,11 +40,16 @@ class ShardWriter:
         tensors: Iterable[tuple[str, str, tuple[int, ...]]],
         *,
         metadata: Mapping[str, str] | None = None,
+        head: GgufHead | None = None,
     ) -> None:
         self.path = path
-        header, self._infos = serialise_header(tensors, metadata=metadata)
+        if head is None:
+            header, self._infos = serialise_header(tensors, metadata=metadata)
+            self._size = max((info.end for info in self._infos.values()), default=len(header))
+        else:
+            header, self._infos, self._size = head.serialise()
         self._missing = {name: info.nbytes for name, info in self._infos.items()}
-        self._size = max((info.end for info in self._infos.values()), default=len(header))
+        self._gaps = _gaps(self._infos.values(), self._size)
         with output_errors(path):
             self._file = BlockFile(path)
             try:
@@ -59,6 +66,8 @@ class ShardWriter:
             raise ValueError(f"{len(view)} bytes at {start} do not fit tensor {name!r} of {info.nbytes} bytes")
         with output_errors(self.path):
             self._file.write(info.start + start, view)
+            if start + len(view) == info.nbytes and (gap := self._gaps.get(info.end)):
+                self._file.write(info.end, memoryview(bytes(gap)))
         self._missing[name] -= len(view)
 
     def finish(self) -> tuple[str, int]:
@@ -74,6 +83,13 @@ class ShardWriter:
     def close(self) -> None:
         """Release the descriptor; an unfinished file stays for the caller to remove."""
         self._file.close()
+
+
+def _gaps(infos: Iterable[TensorInfo], size: int) -> dict[int, int]:
+    """Where a tensor's end is no other's start -> the bytes of padding there."""
+    ordered = sorted(infos, key=lambda info: (info.start, info.end))
+    following = [*(info.start for info in ordered[1:]), size]
+    return {info.end: start - info.end for info, start in zip(ordered, following, strict=bool(ordered))}
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -20,6 +20,7 @@ from moeconv.families.kinds import check_kinds
 from moeconv.families.moe import MOE
 from moeconv.families.moe_sources import MOE_SOURCES
 from moeconv.families.pairs import HOMELESS
+from moeconv.families.sliding import Pattern
 from moeconv.families.spec import FFN_PARTS, Family, Role
 
 FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
@@ -70,6 +71,11 @@ class Model:
     def layer_kinds(self) -> tuple[str, ...] | None:
         """The kind of each layer in a family that mixes kinds (attention, convolution, ...), else None."""
         return _layer_kinds(self.family, self.config, self.num_layers)
+
+    @cached_property
+    def sliding(self) -> Pattern:
+        """Which layers attend through a window."""
+        return self.family.sliding.read({**self.family.config, **self.config}, self.num_layers)
 
     @cached_property
     def ffn_width(self) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
-from moeconv.checkpoint.companions import check_companions, companions
+from moeconv.checkpoint.companions import check_companions, companions, is_licence
+from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
 from moeconv.checkpoint.strictjson import canonical_json
@@ -212,7 +213,8 @@ def _write_fan(
         for shard in mine:
             directory.forget(shard.name)
             layout = ((s.name, s.dtype, s.shape) for s in shard.layout())
-            writers.append(stack.enter_context(closing(ShardWriter(directory.staged / shard.name, layout))))
+            writer = ShardWriter(directory.staged / shard.name, layout, head=shard.gguf)
+            writers.append(stack.enter_context(closing(writer)))
         crc = write_items(flow, mine, writers, pool=pool, window=window, hold=hold)
         records = {}
         for shard, writer in zip(mine, writers, strict=True):
@@ -272,6 +274,9 @@ def _json(value: Any) -> bytes:
 
 
 def _small_files(plan: Plan, source: Checkpoint):
+    if plan.gguf:  # config and tokenizer are inside
+        yield from ((name, data) for name, data in companions(source) if is_licence(name))
+        return
     yield "config.json", _json(plan.config)
     if len(plan.shards) > 1:
         weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
@@ -309,19 +314,30 @@ def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
 
 def _check_promises(plan: Plan, staged: Path) -> None:
     """Read the written headers back and hold them against the plan, tensor by tensor and role by role."""
+    planned = {name: (dtype, shape) for shard in plan.shards for name, dtype, shape in _tensors(shard)}
     try:
-        written = Checkpoint(staged)
+        if plan.gguf:
+            found = [entry for shard in plan.shards for entry in written_tensors(staged / shard.name)]
+        else:
+            found = [(name, ref.dtype, ref.shape) for name, ref in Checkpoint(staged).tensors.items()]
     except InputError as error:
         raise CheckError(f"the written checkpoint does not open: {error.message}") from None
-    planned = {spec.name: spec for item in plan.items() for spec in item.outputs}
-    if set(planned) != set(written.tensors):
-        raise CheckError(f"{len(written.tensors)} tensors were written, the plan says {len(planned)}")
-    for name, ref in written.tensors.items():
-        if (ref.dtype, ref.shape) != (planned[name].dtype, planned[name].shape):
-            raise CheckError(f"tensor {name!r} was written as {ref.dtype} {list(ref.shape)}, against the plan")
+    if set(planned) != {name for name, _, _ in found}:
+        raise CheckError(f"{len(found)} tensors were written, the plan says {len(planned)}")
+    for name, dtype, shape in found:
+        if (dtype, shape) != planned[name]:
+            raise CheckError(f"tensor {name!r} was written as {dtype} {list(shape)}, against the plan")
     size = sum((staged / shard.name).stat().st_size for shard in plan.shards)
     if size != plan.nbytes:
         raise CheckError(f"{size} bytes were written, the plan says {plan.nbytes}")
     promised = plan.promise
     if promised and promised != plan.changed:
         raise CheckError(f"the plan promised to change {promised} and changed {plan.changed}")
+
+
+def _tensors(shard: Shard) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) as the file's own header has them."""
+    if shard.gguf is not None:
+        yield from ((stack.name, stack.dtype, stack.shape) for stack in shard.gguf.stacks)
+    else:
+        yield from ((spec.name, spec.dtype, spec.shape) for item in shard.items for spec in item.outputs)

@@ -233,7 +233,10 @@ def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:
         flow.check_source(ref, buffer)
         clean = clean and (ref.origin, ref.tensor) not in flow._seen
         inputs.append(buffer)
-    outputs = list(load_kernel(item.kernel)(list(zip(item.inputs, inputs)), item.outputs, item.params))
+    try:
+        outputs = list(load_kernel(item.kernel)(list(zip(item.inputs, inputs)), item.outputs, item.params))
+    except InputError as error:
+        raise InputError(f"tensor {escape(item.inputs[0].tensor)!r}: {error.message}", hint=error.hint) from None
     for spec, data in zip(item.outputs, outputs, strict=True):
         if memoryview(data).nbytes != spec.nbytes:
             raise CheckError(f"kernel {item.kernel} made {memoryview(data).nbytes} bytes of {spec.name!r}, "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from moeconv.checkpoint.gguf import GgufHead
 from moeconv.checkpoint.header import DTYPE_BITS, serialise_header, tensor_nbytes
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.errors import UsageError
@@ -66,14 +67,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its items in the order of work."""
+    """One output file: its items in the order of work. A safetensors file, or GGUF where it has that head."""
 
     name: str
     items: tuple[Item, ...]
+    gguf: GgufHead | None = None
 
     def layout(self) -> list[TensorSpec]:
         """Tensors in file order: widest element first, so that each tensor is aligned to its element."""
         specs = [spec for item in self.items for spec in item.outputs]
+        if self.gguf is not None:
+            return specs
         return sorted(specs, key=lambda s: -DTYPE_BITS[s.dtype])
 
     def is_twin(self, other: Shard) -> bool:
@@ -85,6 +89,8 @@ class Shard:
     @cached_property
     def nbytes(self) -> int:
         """Size of the file, header included."""
+        if self.gguf is not None:
+            return self.gguf.serialise()[2]
         header, _ = serialise_header((s.name, s.dtype, s.shape) for s in self.layout())
         return len(header) + sum(item.nbytes for item in self.items)
 
@@ -120,7 +126,13 @@ class Plan:
 
     @cached_property
     def tensors(self) -> int:
-        return sum(len(item.outputs) for item in self.items())
+        """Tensors in the files; those that GGUF stacks into one count once."""
+        return sum(len(s.gguf.stacks) if s.gguf else sum(len(i.outputs) for i in s.items) for s in self.shards)
+
+    @property
+    def gguf(self) -> bool:
+        """Whether this writes a GGUF file, which holds config and tokenizer too, in place of a checkpoint."""
+        return any(shard.gguf is not None for shard in self.shards)
 
     @cached_property
     def nbytes(self) -> int:
@@ -146,8 +158,13 @@ class Plan:
             "parameters": dict(self.parameters),
             "identity": self.identity,
             "config": dict(self.config),
-            "shards": [{"name": s.name, "items": [_item_json(i) for i in s.items]} for s in self.shards],
+            "shards": [_shard_json(s) for s in self.shards],
         }
+
+
+def _shard_json(shard: Shard) -> dict[str, Any]:
+    head = {} if shard.gguf is None else {"head": hashlib.sha256(shard.gguf.serialise()[0]).hexdigest()}
+    return {"name": shard.name, "items": [_item_json(i) for i in shard.items]} | head
 
 
 def _item_json(item: Item) -> list[Any]:

@@ -11,11 +11,12 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.options import parse_index
 from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
+from moeconv.quantize.gguf import GGUF
 from moeconv.quantize.spec import Format, Scheme
 
 GROUP_SIZES = (128, 64, 32)
-BITS = {"int4": 4, "int8": 8, "nf4": 4, "fp4": 4}
-FORMATS: dict[str, Format] = {f.name: f for f in (COMPRESSED_TENSORS, BITSANDBYTES)}
+BITS = {"int4": 4, "int8": 8, "nf4": 4, "fp4": 4, "q4_k": 4, "q4_0": 4, "q8_0": 8}
+FORMATS: dict[str, Format] = {f.name: f for f in (COMPRESSED_TENSORS, BITSANDBYTES, GGUF)}
 
 
 def choose_scheme(format: Format, *, scheme: str | None, bits: int | None) -> str:

@@ -11,7 +11,7 @@ from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameter
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint, from_overlay
-from moeconv.plan.plan import Item, Plan
+from moeconv.plan.plan import Item, Plan, Shard
 from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.scope import in_scope
@@ -47,31 +47,26 @@ def plan_quantize(model: Model, *, overlay: SafetensorsFile | None = None, **par
         fits = ", ".join(f"{f.name} {scheme}" for f in FORMATS.values() for scheme in f.nests)
         raise UsageError(f"--double-quant has no meaning for {format.name} {name}", hint=f"It goes with {fits}.")
     scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]), options.double_quant)
-    chosen = {r.name for r in weights}
     dtype = parse_dtype(common.dtype)
-
-    def replace(ref: TensorRef) -> list[Item] | None:
-        if ref.name not in chosen:
-            return None
-        item = apply_method(format.make(ref, scheme, model.roles[ref.name].key), options.method)
-        return [item] if overlay is None else from_overlay(item, overlay)
-
-    items = carry_all(model, dtype=dtype, replace=replace)
-    config = dict(model.checkpoint.config)
-    config["quantization_config"] = format.config(
-        scheme, _ignored(model, chosen), TORCH_NAMES[dtype or model.dtype], options.scope
-    )
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = TORCH_NAMES[dtype]
+    if format.shard is not None:
+        if options.method != "rtn":
+            raise UsageError(f"--method {options.method} is not for --format {format.name}", hint="Use --method rtn.")
+        shard, notes = format.shard(model, weights, scheme, dtype)
+        shards: tuple[Shard, ...] = (shard,)
+        config, parts, warnings = dict(model.checkpoint.config), 1, [*warnings, *notes]
+    else:
+        items = _pack_in_place(model, format, scheme, weights, dtype=dtype, method=options.method, overlay=overlay)
+        shards = arrange(items, common, model.family)
+        config = _config(model, format, scheme, weights, dtype=dtype, scope=options.scope)
+        parts = len(_made(format, weights[0], scheme, "expert.gate").outputs)
+    items = [item for shard in shards for item in shard.items]
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
-    parts = len(format.make(weights[0], scheme, "expert.gate").outputs)
     return Plan(
         command="quantize",
         parameters=parameters_of(options, common) | ({} if overlay is None else _made_with(model, overlay)),
         identity=model.identity,
         config=config,
-        shards=arrange(items, common, model.family),
+        shards=shards,
         params_total=total,
         params_active=active,
         block={
@@ -99,6 +94,41 @@ def _made_with(model: Model, overlay: SafetensorsFile) -> dict[str, Any]:
             hint="Choose the codes again, on this model.",
         )
     return {"overlay": fingerprint(overlay), "made_with": made_with}
+
+
+def _made(format: Format, ref: TensorRef, scheme: Scheme, role: str) -> Item:
+    assert format.make is not None
+    return format.make(ref, scheme, role)
+
+
+def _pack_in_place(
+    model: Model, format: Format, scheme: Scheme, weights: list[TensorRef], *, dtype: str | None, method: str,
+    overlay: SafetensorsFile | None,
+) -> list[Item]:  # fmt: skip
+    """Every tensor of the source, the chosen ones packed under their own names."""
+    chosen = {r.name for r in weights}
+
+    def replace(ref: TensorRef) -> list[Item] | None:
+        if ref.name not in chosen:
+            return None
+        item = apply_method(_made(format, ref, scheme, model.roles[ref.name].key), method)
+        return [item] if overlay is None else from_overlay(item, overlay)
+
+    return carry_all(model, dtype=dtype, replace=replace)
+
+
+def _config(
+    model: Model, format: Format, scheme: Scheme, weights: list[TensorRef], *, dtype: str | None, scope: str
+) -> dict[str, Any]:
+    """config.json with the format's quantization_config in it."""
+    assert format.config is not None
+    config = dict(model.checkpoint.config)
+    ignored = _ignored(model, {r.name for r in weights})
+    config["quantization_config"] = format.config(scheme, ignored, TORCH_NAMES[dtype or model.dtype], scope)
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = TORCH_NAMES[dtype]
+    return config
 
 
 def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeconv.checkpoint.reader import TensorRef
+from moeconv.families.model import Model
 from moeconv.plan.build import whole
-from moeconv.plan.plan import Item, TensorSpec
+from moeconv.plan.plan import Item, Shard, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +26,18 @@ class Scheme:
 @dataclass(frozen=True, slots=True)
 class Format:
     """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ignore, dtype, scope)` is
-    quantization_config."""
+    quantization_config. A format that is a file of its own has `shard(model, weights, scheme, dtype)` instead.
+    """
 
     name: str
     schemes: tuple[str, ...]  # the first of a width is what --bits means
     grouped: bool
-    make: Callable[[TensorRef, Scheme, str], Item]
-    config: Callable[[Scheme, Sequence[str], str, str], dict[str, Any]]
     loads: Mapping[str, Mapping[str, str]]  # scheme -> runtime -> ok | dequantized | no | unknown
     mixed: Mapping[str, str]  # the same for bits that differ by layer
     notes: Mapping[str, str]  # runtime -> what one should know
+    make: Callable[[TensorRef, Scheme, str], Item] | None = None
+    config: Callable[[Scheme, Sequence[str], str, str], dict[str, Any]] | None = None
+    shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
     nests: tuple[str, ...] = ()  # schemes that double quantization goes with
 
 

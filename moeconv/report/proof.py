@@ -1,49 +1,141 @@
-"""Proof after writing: decode a sample of every layer's packed experts and compare it with the source's weights.
+"""Proof after writing: packed weights are decoded again and compared with the source, and counted against the plan.
 
 Imports torch, and only when called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.errors import CheckError, escape
-from moeconv.families.model import Model
-from moeconv.families.spec import FFN_PARTS
+from moeconv.families.model import Model, open_model
+from moeconv.families.packed import split_part
+from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
 
-# Relative RMS error above which packed weights cannot be what the scheme makes of any sane matrix.
-_LIMIT = {"int4": 0.35, "nf4": 0.3, "fp4": 0.4, "int8": 0.05}
+# Bits of a code -> relative RMS error above which packed weights cannot be what any scheme makes of a sane matrix.
+_LIMITS = {4: 0.4, 8: 0.05}
+_CODES = ("U8", "I8", "I32")
 
 
-def packing_error(source: Model, packed: Model, *, schemes: Mapping[str, str]) -> dict[str, Any]:
-    """{relative_rms: {mean, max}, layers: [{layer, relative_rms}], sampled}: the weights' error over gate, up and down
-    of two experts in every layer. `schemes` is a scheme by layer.
+def prove_packing(plan: Plan, source: Model, staged: Path) -> dict[str, Any]:
+    """{error: {relative_rms: {mean, max}, layers, sampled}, counted}: the first and last matrix of every role in every
+    layer decoded and compared with its source; `counted` is the number of packed weights by role, as found on disk.
 
-    Raises CheckError when a decoded weight is further from its source than the scheme can be.
+    Raises CheckError when a decoded weight is further from its source than codes of that width can be, or when a role
+    has fewer or more packed weights than the plan says.
     """
-    from moeconv.plan.kernels.pack import relative_rms
-    from moeconv.tensors import decode_weight, read_tensor
+    from moeconv.plan.kernels.pack.common import relative_rms
 
-    errors: list[float] = []
-    rows = []
-    for layer in source.moe_layers:
-        scheme, found = schemes[str(layer)], []
-        for expert in sorted({0, source.num_experts - 1}):
-            for part in FFN_PARTS:
-                name = source.expert_name(part, layer=layer, expert=expert)
-                weight = read_tensor(source.checkpoint, name).float()
-                error = relative_rms(weight, decode_weight(packed, name, weight.dtype))
-                if not error <= _LIMIT[scheme]:
-                    raise CheckError(
-                        f"{escape(name)} decodes with a relative error of {error:.3f}, too much for {scheme}",
-                        hint="Are there extreme outliers in the weights? Try a smaller --group-size or int8.",
-                    )
-                found.append(error)
-        rows.append({"layer": layer, "relative_rms": sum(found) / len(found)})
-        errors += found
-    return {
-        "relative_rms": {"mean": sum(errors) / len(errors), "max": max(errors)},
-        "layers": rows,
-        "sampled": len(errors),
-    }
+    counted = _count(plan, staged)
+    planned = _planned(plan)
+    if counted != planned:
+        raise CheckError(f"packed weights on disk are {counted}, the plan says {planned}")
+    decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
+    layers: dict[int | None, list[float]] = {}
+    for layer, item, spec in _sample(plan, source):
+        error = relative_rms(_source_weight(source, item, spec), decode(spec))
+        if not error <= _LIMITS[4 if spec.nbytes * 8 < 6 * spec.params else 8]:
+            raise CheckError(
+                f"{escape(spec.name)} decodes with a relative error of {error:.3f}, too much for its bits",
+                hint="Are there extreme outliers in the weights? Try a smaller --group-size or 8 bits.",
+            )
+        layers.setdefault(layer, []).append(error)
+    every = [error for errors in layers.values() for error in errors]
+    rows = [{"layer": layer, "relative_rms": sum(e) / len(e), "max": max(e)} for layer, e in layers.items()]
+    found = {"relative_rms": {"mean": sum(every) / len(every), "max": max(every)}, "layers": rows}
+    return {"error": found | {"sampled": len(every)}, "counted": counted}
+
+
+def _packed(plan: Plan) -> Iterator[tuple[Item, TensorSpec]]:
+    """Every packed weight: the item that makes its codes, and the codes' tensor."""
+    return ((item, spec) for item in plan.items() if item.changed for spec in item.outputs if spec.params)
+
+
+def _planned(plan: Plan) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for item, _ in _packed(plan):
+        counts[item.changed] = counts.get(item.changed, 0) + 1
+    return counts
+
+
+def _count(plan: Plan, staged: Path) -> dict[str, int]:
+    """Packed weights by role, by what the written headers say."""
+    counts: dict[str, int] = {}
+    if plan.gguf:
+        from moeconv.checkpoint.gguf import written_tensors
+
+        groups = {spec.name.partition("#")[0]: item.changed for item, spec in _packed(plan)}
+        for name, dtype, shape in written_tensors(staged / plan.shards[0].name):
+            if dtype in BLOCK_DTYPES:
+                group = groups.get(name, name)
+                counts[group] = counts.get(group, 0) + (shape[0] if len(shape) == 3 else 1)
+        return counts
+    model = open_model(staged)
+    for name, role in model.roles.items():
+        if role.part in ("packed", "weight") and model.checkpoint.tensors[name].dtype in _CODES:
+            counts[role.group] = counts.get(role.group, 0) + 1
+    return counts
+
+
+def _sample(plan: Plan, source: Model) -> Iterator[tuple[int | None, Item, TensorSpec]]:
+    """(layer, item, codes) of the first and the last matrix of every role in every layer."""
+    ends: dict[tuple[int | None, str], list[tuple[Item, TensorSpec]]] = {}
+    for item, spec in _packed(plan):
+        role = source.roles[_plain(spec.name) if item.inputs[0].origin != "source" else item.inputs[0].tensor]
+        ends.setdefault((role.layer, spec.role), [])[1:] = [(item, spec)]
+    for (layer, _), pairs in sorted(ends.items(), key=lambda entry: (entry[0][0] or 0, entry[0][1])):
+        yield from ((layer, item, spec) for item, spec in pairs)
+
+
+def _plain(name: str) -> str:
+    """The weight that a tensor of codes is a part of."""
+    split = split_part(name)
+    return split[0] if split else name
+
+
+def _source_weight(source: Model, item: Item, spec: TensorSpec):
+    """What was packed, in float32; codes that came from an overlay have the source's weight of the same name."""
+    import torch
+
+    from moeconv.plan.kernels.ggml import interleave
+    from moeconv.tensors import read_tensor, to_tensor
+
+    ref = item.inputs[0]
+    if ref.origin != "source":
+        return read_tensor(source.checkpoint, _plain(spec.name)).float()
+    data = source.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)
+    weight = to_tensor(bytearray(data), ref.dtype, ref.shape).float()
+    if heads := item.params.get("heads"):
+        return torch.from_numpy(interleave(weight.numpy(), heads))
+    return weight
+
+
+def _decoder(staged: Path):
+    """The function from a tensor of codes to the weight that it and its companions decode to."""
+    import torch
+
+    from moeconv.tensors import decode_weight
+
+    model = open_model(staged)
+    return lambda spec: decode_weight(model, _plain(spec.name), torch.float32)
+
+
+def _gguf_decoder(shard: Shard, staged: Path):
+    """The same for a GGUF file, by the `gguf` package."""
+    import torch
+
+    from moeconv.checkpoint.gguf import open_gguf
+    from moeconv.plan.kernels.pack.ggml import decode as decode_blocks
+
+    tensors = {tensor.name: tensor for tensor in open_gguf(staged / shard.name).tensors}
+
+    def decode(spec: TensorSpec):
+        name, _, expert = spec.name.partition("#")
+        start = int(expert or 0) * spec.nbytes
+        data = tensors[name].data.reshape(-1).view("u1")[start : start + spec.nbytes]
+        return torch.from_numpy(decode_blocks(data, spec.dtype, spec.shape))
+
+    return decode

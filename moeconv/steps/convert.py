@@ -16,7 +16,7 @@ from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.checkpoint.writer import output_errors
 from moeconv.errors import CheckError, UsageError, escape
-from moeconv.families.model import Model, open_model
+from moeconv.families.model import Model
 from moeconv.families.pairs import find_pair
 from moeconv.options import (
     CalibrateOptions,
@@ -195,12 +195,12 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
     plan = plan_step("quantize", model, values)
     assert plan is not None
-    schemes = plan.block["scheme_by_layer"]
 
     def check(staged: Path) -> dict[str, Any]:
-        from moeconv.report.proof import packing_error
+        from moeconv.report.proof import prove_packing
 
-        return {"error": packing_error(model, open_model(staged), schemes=schemes)}
+        assert plan is not None
+        return prove_packing(plan, model, staged)
 
     if options.method != "gptq" or write.dry_run:
         return run_plan(plan, model, out, values, meter=meter, check=check)

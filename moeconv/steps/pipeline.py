@@ -55,8 +55,11 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
         warnings += [f"{step.name}: {text}" for text in result.get("warnings", ())]
         if step.command in _WRITERS:
             assert step.to is not None
-            evaluation = _evaluation(recipe, step.to, meter)
-            row = _row(step.name, open_model(step.to), seconds=seconds, evaluation=evaluation)
+            if result.get("quantize", {}).get("format") == "gguf":  # transformers cannot open it, nor can we
+                row = _planned_row(step.name, result["parameters"], result["bytes"], seconds=seconds)
+            else:
+                evaluation = _evaluation(recipe, step.to, meter)
+                row = _row(step.name, open_model(step.to), seconds=seconds, evaluation=evaluation)
         else:
             row = {"step": step.name, "seconds": round(seconds, 3)}
             row |= {k: result[k] for k in ("loss", "kl", "passed") if k in result}
@@ -92,8 +95,12 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
         if step.command in _WRITERS:
             assert step.to is not None
             plan = convert.plan_step(step.command, source, step.parameters)
-            models[step.to] = source if plan is None else planned_model(plan)
-            row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
+            if plan is not None and plan.gguf:
+                parameters = {"total": plan.params_total, "active": plan.params_active}
+                row = _planned_row(step.name, parameters, plan.nbytes, seconds=0.0)
+            else:
+                models[step.to] = source if plan is None else planned_model(plan)
+                row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
             jobs = step.parameters.get("jobs") or default_jobs()
             rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
                                "largest_item_bytes": None if plan is None else plan.largest_item,
@@ -135,6 +142,14 @@ def _row(name: str, model: Model, *, seconds: float, evaluation: Mapping[str, An
         "kl": evaluation.get("kl"),
         "seconds": round(seconds, 3),
     }
+
+
+def _planned_row(name: str, parameters: Mapping[str, int], nbytes: int, *, seconds: float) -> dict[str, Any]:
+    """The row of an output that is no checkpoint (GGUF): nothing of it can be measured here."""
+    return {
+        "step": name, "total": parameters["total"], "active": parameters["active"], "bytes": nbytes, "loss": None,
+        "kl": None, "seconds": round(seconds, 3),
+    }  # fmt: skip
 
 
 def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:

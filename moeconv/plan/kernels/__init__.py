@@ -26,6 +26,7 @@ _WHERE = {
     "pack_int": "moeconv.plan.kernels.quantized:pack_int_kernel",
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
+    "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
 }
 _TORCH = ("moeconv.plan.kernels.quantized",)
 

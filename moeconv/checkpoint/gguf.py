@@ -1,0 +1,87 @@
+"""The head of a GGUF file: key-value metadata made by the `gguf` package, tensor infos and offsets made here.
+
+Layout (ggml's docs/gguf.md): magic, version, counts, key-values, tensor infos, then tensors aligned to 32 bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.checkpoint.header import TensorInfo, tensor_nbytes
+from moeconv.errors import InputError, escape
+
+ALIGN = 32
+_MAGIC, _VERSION = b"GGUF", 3
+# dtype as our headers name it -> ggml_type
+GGML_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "BF16": 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """One tensor of the file, row-major `shape`; its bytes are those of `parts` (planned tensors) one after another."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHead:
+    """What stands before the tensors: `metadata` are `count` encoded key-value pairs."""
+
+    metadata: bytes
+    count: int
+    stacks: tuple[Stack, ...]
+
+    def serialise(self) -> tuple[bytes, dict[str, TensorInfo], int]:
+        """(bytes before the data, where each part lies, size of the file)."""
+        data = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(self.stacks), self.count) + self.metadata)
+        position = 0
+        offsets = []
+        for stack in self.stacks:
+            name = stack.name.encode()
+            data += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(stack.shape))
+            data += b"".join(struct.pack("<Q", n) for n in reversed(stack.shape))  # ggml counts from the innermost
+            data += struct.pack("<IQ", GGML_TYPES[stack.dtype], position)
+            offsets.append(position)
+            position = padded(position + stack.nbytes)
+        data += bytes(padded(len(data)) - len(data))
+        infos = {}
+        for stack, offset in zip(self.stacks, offsets, strict=True):
+            shape = stack.shape if len(stack.parts) == 1 else stack.shape[1:]
+            start = len(data) + offset
+            for part in stack.parts:
+                end = start + tensor_nbytes(stack.dtype, shape)
+                infos[part] = TensorInfo(part, stack.dtype, shape, start, end)
+                start = end
+        return bytes(data), infos, len(data) + position
+
+
+def padded(size: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def written_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, row-major shape) of every tensor, read back with the `gguf` package."""
+    reader = open_gguf(path)
+    for tensor in reader.tensors:
+        yield tensor.name, tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
+
+
+def open_gguf(path: Path):
+    """The `gguf` package's reader of a file. Raises InputError for a file that it cannot read."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise InputError(f"{escape(path.name)} is not a readable GGUF file: {error}", hint="Write it again.") from None

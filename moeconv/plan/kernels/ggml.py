@@ -1,0 +1,32 @@
+"""The kernel of GGUF tensors: a weight's rows in llama.cpp's order, in the output's float or block dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels.arrays import from_float, to_float32
+from moeconv.plan.plan import Input, TensorSpec
+
+
+def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """params: heads, above 0 where each head's rows go from halves to pairs (llama.cpp's rotary order for llama)."""
+    ((ref, data),), (spec,) = inputs, outputs
+    weight = to_float32(data, ref.dtype, ref.shape)
+    if params["heads"]:
+        weight = interleave(weight, params["heads"])
+    if spec.dtype not in BLOCK_DTYPES:
+        return [from_float(weight, spec.dtype)]
+    from moeconv.plan.kernels.pack.ggml import encode
+
+    return [encode(np.ascontiguousarray(weight, np.float32), spec.dtype)]
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows 0..d/2-1 and d/2..d-1 of each of `heads` heads, one of each in turn; [rows, ...] or a bias [rows]."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))

@@ -1,0 +1,107 @@
+"""--format gguf: one file for llama.cpp, with config and tokenizer inside, streamed expert by expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from moeconv.checkpoint.gguf import GgufHead, Stack
+from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.families.spec import Role
+from moeconv.plan.build import whole
+from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.quantize.gguf_metadata import metadata
+from moeconv.quantize.llama_cpp import FLOAT32, LlamaCpp, find_row, tensor_name
+from moeconv.quantize.spec import Format, Scheme
+
+FILE_NAME = "model.gguf"
+_DTYPES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K"}
+_FALLBACK = "Q8_0"
+
+
+def gguf_shard(
+    model: Model, weights: Iterable[TensorRef], scheme: Scheme, dtype: str | None
+) -> tuple[Shard, list[str]]:
+    """The whole file, and warnings about what is stored otherwise than asked. `dtype` is that of what is not packed.
+
+    Raises InputError for a family, configuration, tokenizer or width that cannot be written."""
+    row = find_row(model)
+    packed = {ref.name for ref in weights}
+    stacks: dict[str, list[TensorSpec]] = {}
+    items: list[Item] = []
+    fallen: list[str] = []
+    order = {name: i for i, name in enumerate(model.roles)}
+    # experts of a projection side by side, since they are one tensor
+    names = sorted(model.roles, key=lambda n: (_place(row, model, n, order), model.roles[n].expert or 0))
+    for name in names:
+        ref, role = model.checkpoint.tensors[name], model.roles[name]
+        target = tensor_name(row, role)
+        kind = _dtype(ref, role, _DTYPES[scheme.name] if name in packed else None, dtype)
+        if name in packed and kind != _DTYPES[scheme.name] and target not in stacks:
+            fallen.append(f"{target} ({ref.shape[1]} columns)")
+        part = target if role.expert is None else f"{target}#{role.expert}"
+        spec = TensorSpec(part, kind, ref.shape, role.key, math.prod(ref.shape))
+        stacks.setdefault(target, []).append(spec)
+        items.append(_item(model, row, ref, role, spec, packed=name in packed))
+    data, count = metadata(model, row, scheme=scheme.name)
+    head = GgufHead(data, count, tuple(_stack(name, specs) for name, specs in stacks.items()))
+    warnings = []
+    if fallen:
+        more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+        warnings.append(f"stored as {_FALLBACK}, since 256 does not divide their width: {fallen[0]}{more}")
+    return Shard(FILE_NAME, tuple(items), head), warnings
+
+
+def _place(row: LlamaCpp, model: Model, name: str, order: dict[str, int]) -> int:
+    """Where a tensor stands in the file: where the first of its stack stands in the source."""
+    role = model.roles[name]
+    first = name if role.expert is None else model.family.name(role.key, layer=role.layer, expert=0)
+    return order[first]
+
+
+def _dtype(ref: TensorRef, role: Role, block: str | None, dtype: str | None) -> str:
+    if block is not None:
+        if ref.shape[-1] % BLOCK_DTYPES[block][0] == 0:
+            return block
+        if ref.shape[-1] % BLOCK_DTYPES[_FALLBACK][0] == 0:
+            return _FALLBACK
+        raise InputError(
+            f"tensor {escape(ref.name)!r}: GGUF's blocks of 32 do not divide its {ref.shape[-1]} columns",
+            hint="Use --format bitsandbytes.",
+        )
+    wide = len(ref.shape) == 1 or role.key.startswith(FLOAT32)
+    return "F32" if wide else dtype or ref.dtype
+
+
+def _item(model: Model, row: LlamaCpp, ref: TensorRef, role: Role, spec: TensorSpec, *, packed: bool) -> Item:
+    heads = 0
+    if row.interleaved and role.key.removesuffix("_bias") in ("attention.q", "attention.k"):
+        count = model.value("num_attention_heads")
+        heads = count if role.key.startswith("attention.q") else model.value("num_key_value_heads") or count
+    changed = role.group if packed else ""
+    if spec.dtype == ref.dtype and not heads:
+        return Item((spec,), "copy", (whole(ref),), {}, changed)
+    return Item((spec,), "gguf", (whole(ref),), {"heads": heads}, changed)
+
+
+def _stack(name: str, specs: list[TensorSpec]) -> Stack:
+    shape = specs[0].shape if "#" not in specs[0].name else (len(specs), *specs[0].shape)
+    if any((s.dtype, s.shape) != (specs[0].dtype, specs[0].shape) for s in specs):
+        raise InputError(f"the tensors of {name} differ in shape", hint="All experts of a layer must be alike.")
+    return Stack(name, specs[0].dtype, shape, tuple(s.name for s in specs))
+
+
+_LOADS = {"transformers": "dequantized", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "ok"}
+
+GGUF = Format(
+    "gguf",
+    ("q4_k", "q8_0", "q4_0"),
+    grouped=False,
+    loads=dict.fromkeys(_DTYPES, _LOADS),
+    mixed=_LOADS,
+    notes={"transformers": "with gguf_file=", "vllm": "only by a plugin; not run"},
+    shard=gguf_shard,
+)

@@ -1,0 +1,146 @@
+"""What llama.cpp calls our families and their tensors, as data: a row a family, one table of tensor names for all.
+
+A row is there only when llama.cpp computes what transformers does; `needs` are the config values for which that holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.families.spec import Role
+
+# key of a matrix -> llama.cpp's name without .weight; {L} is the layer. Experts of a layer are one tensor [E, out, in].
+NAMES: dict[str, str] = {
+    "embedding.tokens": "token_embd",
+    "embedding.lm_head": "output",
+    "norm.final": "output_norm",
+    "norm.attention": "blk.{L}.attn_norm",
+    "norm.ffn": "blk.{L}.ffn_norm",
+    **{f"attention.{p}": f"blk.{{L}}.attn_{p}" for p in ("q", "k", "v", "q_norm", "k_norm")},
+    "attention.o": "blk.{L}.attn_output",
+    "router.weight": "blk.{L}.ffn_gate_inp",
+    "router.correction": "blk.{L}.exp_probs_b",
+    **{f"expert.{p}": f"blk.{{L}}.ffn_{p}_exps" for p in ("gate", "up", "down")},
+    **{f"shared.{p}": f"blk.{{L}}.ffn_{p}_shexp" for p in ("gate", "up", "down")},
+    "shared.router": "blk.{L}.ffn_gate_inp_shexp",
+    **{f"ffn.{p}": f"blk.{{L}}.ffn_{p}" for p in ("gate", "up", "down")},
+}
+# what llama.cpp keeps in float32, and what it wants there
+FLOAT32 = ("norm.", "router.", "shared.router")
+_QKV_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCpp:
+    """One family of llama.cpp.
+
+    `interleaved`: its rotary embedding turns neighbours where transformers turns halves. `needs` maps a config key to
+    the values that llama.cpp assumes. `biases` are keys of biases that it reads; `numbers` metadata keys (without the
+    architecture) to config keys; `fixed` metadata of every model; `rename` other names for some keys.
+    """
+
+    arch: str
+    interleaved: bool = False
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    dense_layers: bool = False  # whether leading layers may be dense
+
+
+_EVERY_LAYER: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
+_DEEPSEEK_NUMBERS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    "expert_weights_scale": "routed_scaling_factor",
+    "expert_weights_norm": "norm_topk_prob",
+}
+
+LLAMA_CPP: dict[str, LlamaCpp] = {
+    "mixtral": LlamaCpp("llama", interleaved=True),
+    "qwen2_moe": LlamaCpp(
+        "qwen2moe",
+        needs={**_EVERY_LAYER, "norm_topk_prob": (False,)},
+        biases=_QKV_BIAS,
+        numbers={
+            "expert_feed_forward_length": "moe_intermediate_size",
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+    ),
+    "qwen3_moe": LlamaCpp(
+        "qwen3moe",
+        needs={**_EVERY_LAYER, "norm_topk_prob": (True,), "attention_bias": (False,)},
+        numbers={"expert_feed_forward_length": "moe_intermediate_size"},
+    ),
+    "olmoe": LlamaCpp("olmoe", needs={"norm_topk_prob": (False,), "clip_qkv": (None,), "attention_bias": (False,)}),
+    "dots1": LlamaCpp(
+        "dots1",
+        needs={"n_group": (1, None), "topk_group": (1, None), "attention_bias": (False,)},
+        numbers=_DEEPSEEK_NUMBERS,
+        fixed={"expert_gating_func": _SIGMOID},
+        dense_layers=True,
+    ),
+    "glm4_moe": LlamaCpp(
+        "glm4moe",
+        needs={"n_group": (1, None), "topk_group": (1, None), "num_nextn_predict_layers": (0,)},
+        biases=_QKV_BIAS,
+        numbers=_DEEPSEEK_NUMBERS,
+        fixed={"expert_gating_func": _SIGMOID},
+        rename={"norm.ffn": "blk.{L}.post_attention_norm"},
+        dense_layers=True,
+    ),
+}
+
+
+def find_row(model: Model) -> LlamaCpp:
+    """The row of a model's family, after every config value was found to be what llama.cpp computes.
+
+    Raises InputError for a family or a configuration that llama.cpp has not."""
+    family = model.family
+    row = LLAMA_CPP.get(family.model_type)
+    if row is None:
+        raise InputError(
+            f"--format gguf is not written for {family.model_type}",
+            hint=f"It is for: {', '.join(sorted(LLAMA_CPP))}. Other formats: `moeconv formats`.",
+        )
+
+    def refuse(what: str) -> InputError:
+        return InputError(f"llama.cpp's {row.arch} cannot compute {what}", hint="Choose another --format.")
+
+    for key, allowed in row.needs.items():
+        if key in family.config and model.value(key) not in allowed:
+            raise refuse(f"{key} = {escape(model.value(key))}")
+    activation = model.value("hidden_act")
+    if activation not in ("silu", "swish"):
+        raise refuse(f"hidden_act = {escape(activation)}")
+    if model.sliding.kind != "none":
+        raise refuse("sliding-window attention")
+    for role in model.roles.values():
+        if _template(row, role.key) is None:
+            raise refuse(f"{role.key} ({escape(family.name(role.key, layer=role.layer, expert=role.expert))})")
+    first = model.num_layers - len(model.moe_layers)
+    if model.moe_layers != tuple(range(first, model.num_layers)) or (first and not row.dense_layers):
+        raise refuse(f"dense layers among those with experts ({len(model.moe_layers)} of {model.num_layers})")
+    return row
+
+
+def tensor_name(row: LlamaCpp, role: Role) -> str:
+    """The tensor's name in the file; all experts of a layer share one."""
+    template = _template(row, role.key)
+    assert template is not None
+    return template.replace("{L}", str(role.layer))
+
+
+def _template(row: LlamaCpp, key: str) -> str | None:
+    if key in row.biases:
+        return f"{NAMES[key.removesuffix('_bias')]}.bias"
+    name = row.rename.get(key) or NAMES.get(key)
+    suffix = ".bias" if key == "router.correction" else ".weight"
+    return None if name is None else name + suffix

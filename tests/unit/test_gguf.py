@@ -1,0 +1,195 @@
+"""--format gguf: a file that the gguf package reads back, Q4_K as good as its search, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tiny import MOE, edit_json, make_moe, read_tensors
+
+from moeconv.checkpoint.header import tensor_nbytes
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import open_model
+from moeconv.plan.execute import execute
+from moeconv.plan.kernels.ggml import interleave
+from moeconv.plan.kernels.pack import ggml
+from moeconv.quantize.gguf_metadata import PRE_TOKENIZERS
+from moeconv.quantize.planner import plan_quantize
+
+gguf = pytest.importorskip("gguf")
+# llama.cpp renormalises in these families as the config must say
+NORM = {"mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}, "qwen3_moe": {}, "olmoe": {"norm_topk_prob": False}}
+
+
+def tokenizer(path, *, size=64, **changes):
+    """A byte-level BPE of single letters, as many as the model has rows."""
+    words = {chr(33 + i): i for i in range(size - 2)} | {"ab": size - 2}
+    value = {
+        "version": "1.0", "added_tokens": [{"id": 1, "content": '"', "special": True}], "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "model": {"type": "BPE", "byte_fallback": False, "vocab": words, "merges": [["a", "b"]]},
+    } | changes  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(value))
+    return path
+
+
+def make(path, family="mixtral", **keywords):
+    keywords = {"hidden": 64, "intermediate": 512, **NORM[family], **keywords}
+    return tokenizer(make_moe(path, family, **keywords))
+
+
+def write(path, out, **parameters):
+    model = open_model(path)
+    plan = plan_quantize(model, format="gguf", **parameters)
+    execute(plan, source=model.checkpoint, out=out)
+    return model, plan, gguf.GGUFReader(out / "model.gguf")
+
+
+def floats(tensor):
+    """A tensor of the file as float32, row-major."""
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+
+
+def source_floats(path, name):
+    from tiny import decode
+
+    dtype, shape, data = read_tensors(path)[name]
+    return decode(data, dtype, shape)
+
+
+@pytest.mark.parametrize("scheme", ["q4_k", "q8_0", "q4_0"])
+@pytest.mark.parametrize("family", sorted(MOE))
+def test_the_file_holds_the_model(tmp_path, family, scheme):
+    path = make(tmp_path / "m", family, layers=2)
+    model, plan, reader = write(path, tmp_path / "out", scheme=scheme)
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == plan.nbytes
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.gguf", "moeconv_manifest.json"]
+    tensors = {t.name: t for t in reader.tensors}
+    assert len(tensors) == plan.tensors
+    assert plan.changed == plan.promise == {"expert": 2 * 4 * 3}
+    down = np.stack([source_floats(path, model.expert_name("down", layer=1, expert=e)) for e in range(4)])
+    found = floats(tensors["blk.1.ffn_down_exps.weight"])
+    limit = {"q4_k": 0.09, "q8_0": 0.01, "q4_0": 0.11}[scheme]
+    assert found.shape == down.shape and np.sqrt(((found - down) ** 2).mean() / (down**2).mean()) < limit
+    for name in ("output_norm.weight", "blk.0.ffn_gate_inp.weight"):
+        assert tensors[name].tensor_type.name == "F32"
+    assert tensors["blk.0.attn_v.weight"].tensor_type.name == "BF16"
+    keys = {key.split(".", 1)[-1]: field for key, field in reader.fields.items()}
+    assert keys["expert_count"].contents() == 4 and keys["expert_used_count"].contents() == 2
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 64 and tokens[62] == "ab" and tokens[63] == "[PAD63]"
+    assert reader.fields["tokenizer.ggml.merges"].contents() == ["a b"]
+
+
+def test_the_same_bytes_for_any_number_of_workers_and_streamed(tmp_path):
+    path = make(tmp_path / "m", shards=3)
+    model = open_model(path)
+    plan = plan_quantize(model, format="gguf")
+    for jobs in (1, 4):
+        execute(plan, source=model.checkpoint, out=tmp_path / str(jobs), jobs=jobs)
+    assert (tmp_path / "1/model.gguf").read_bytes() == (tmp_path / "4/model.gguf").read_bytes()
+    # an item is one expert's matrix, though the file's tensor is all of a layer's
+    assert plan.largest_item < 2 * 512 * 64 * 4
+
+
+def test_rotary_rows_of_llama_are_interleaved(tmp_path):
+    path = make(tmp_path / "m", "mixtral")
+    _, _, reader = write(path, tmp_path / "out")
+    tensors = {t.name: t for t in reader.tensors}
+    q = source_floats(path, "model.layers.0.self_attn.q_proj.weight")
+    rows = [h * 16 + i + half * 8 for h in range(4) for i in range(8) for half in (0, 1)]
+    raw = tensors["blk.0.attn_q.weight"].data.view(np.uint16).astype(np.uint32) << 16
+    assert np.array_equal(raw.view(np.float32).reshape(64, 64), q[rows])
+    assert np.array_equal(interleave(q, 4), q[rows])
+
+
+def test_widths_that_256_does_not_divide_fall_back_and_say_so(tmp_path):
+    path = make(tmp_path / "m")  # gate and up have 64 columns, down 512
+    _, plan, reader = write(path, tmp_path / "out", scheme="q4_k")
+    kinds = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert kinds["blk.0.ffn_down_exps.weight"] == "Q4_K" and kinds["blk.0.ffn_gate_exps.weight"] == "Q8_0"
+    assert any("stored as Q8_0" in w and "ffn_gate_exps" in w for w in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("scale", "limit"), [(1.0, 0.073), (1e-3, 0.073), (1e3, 0.073)]
+)  # FORMATS: Gaussian weights .078, searched .073
+def test_q4_k_is_searched(scale, limit):
+    weight = (np.random.default_rng(0).standard_normal((64, 1024)) * scale).astype(np.float32)
+    data = ggml.encode(weight, "Q4_K")
+    assert len(data) == tensor_nbytes("Q4_K", weight.shape) == weight.size * 4.5 / 8
+    error = ggml.decode(data, "Q4_K", weight.shape) - weight
+    assert np.sqrt(np.square(error).mean() / np.square(weight).mean()) < limit
+
+
+def test_q4_k_of_constant_and_one_sided_blocks():
+    for value in (0.0, 3.0, -3.0):
+        weight = np.full((2, 256), value, np.float32)
+        assert np.allclose(ggml.decode(ggml.encode(weight, "Q4_K"), "Q4_K", weight.shape), weight, rtol=1e-3)
+    weight = np.abs(np.random.default_rng(1).standard_normal((4, 256))).astype(np.float32) + 5
+    assert np.abs(ggml.decode(ggml.encode(weight, "Q4_K"), "Q4_K", weight.shape) - weight).max() < 0.5
+    for bad in (np.nan, np.inf, 1e9):
+        weight[1, 7] = bad
+        with pytest.raises(InputError):
+            ggml.encode(weight, "Q4_K")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "says"),
+    [
+        ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("mixtral", {"sliding_window": 16}, "sliding-window"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type yarn"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, family, config, says):
+    path = make(tmp_path / "m", family, **config)
+    with pytest.raises(InputError, match=says):
+        plan_quantize(open_model(path), format="gguf")
+
+
+def test_tokenizers_that_are_not_known_are_refused(tmp_path):
+    path = make(tmp_path / "m")
+    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    for changes in (
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFKC"}},
+        {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}},
+        {"model": {"type": "BPE"}},
+        {"added_tokens": [{"id": 9999, "content": "x", "special": True}]},
+    ):
+        tokenizer(path, **changes)
+        with pytest.raises(InputError):
+            plan_quantize(open_model(path), format="gguf")
+    for regex, name in PRE_TOKENIZERS.items():
+        if regex:
+            known = split | {"pattern": {"Regex": regex}}
+            tokenizer(path, pre_tokenizer={"type": "Sequence", "pretokenizers": [known, level]})
+            plan = plan_quantize(open_model(path), format="gguf")
+            assert name.encode() in plan.shards[0].gguf.metadata
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        plan_quantize(open_model(path), format="gguf")
+
+
+def test_other_refusals(tmp_path):
+    with pytest.raises(InputError, match="do not divide its 72 columns"):
+        plan_quantize(open_model(make(tmp_path / "odd", hidden=72)), format="gguf")
+    path = make(tmp_path / "m")
+    with pytest.raises(UsageError, match="no scheme int4"):
+        plan_quantize(open_model(path), format="gguf", scheme="int4")
+    write(path, tmp_path / "out")
+    with pytest.raises(InputError, match="GGUF weights"):
+        Checkpoint(tmp_path / "out")
+    edit_json(path / "config.json", architectures=["X"], model_type="phimoe")
+    with pytest.raises(InputError):
+        plan_quantize(open_model(path), format="gguf")

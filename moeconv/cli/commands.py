@@ -125,9 +125,9 @@ def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 
 
 def _demo(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.demo import run_demo
+    from moeconv.demo import DEMO_DATA, run_demo
 
-    return run_demo(v["dir"], meter=meter)
+    return {"output": str(DEMO_DATA)} if v["where"] else run_demo(v["dir"], meter=meter)
 
 
 def _families(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
@@ -181,5 +181,6 @@ VERBS: tuple[Verb, ...] = (
          tables.format_table),
     Verb("demo", "The whole pipeline on the small checkpoint that ships with moeconv.",
          (Positional("dir", "Directory to write to (default: a temporary one).", required=False),), (), _demo,
-         tables.steps_table),
+         tables.steps_table,
+         extra=(("where", bool, False, "Only say where its model and texts lie."),)),
 )  # fmt: skip

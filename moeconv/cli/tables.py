@@ -214,6 +214,8 @@ def format_table(result: Mapping[str, Any]) -> Table:
 
 def steps_table(result: Mapping[str, Any]) -> list[Table]:
     """A recipe or the demo: a row a step."""
+    if "steps" not in result:
+        return [pairs({"output": result["output"]})]
     planned = result.get("dry_run", False)
     rows = []
     for r in result["steps"]:

@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=PAGES)
     parser.add_argument("--only", default="", help="refresh only commands that hold this word")
-    parser.add_argument("--measured", action="store_true", help="also those whose output holds times or trained figures")
+    parser.add_argument("--measured", action="store_true", help="also blocks with times or trained figures")
     given = parser.parse_args()
     for file in given.files:
         with tempfile.TemporaryDirectory(prefix="moeconv-docs-") as folder:

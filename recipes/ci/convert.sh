@@ -8,7 +8,7 @@ mkdir -p "$work"
 
 moeconv upcycle "$MODEL" "$work/moe" --method drop --experts 8 --top-k 2 --json > "$work/upcycle.json"
 moeconv tune "$work/moe" "$work/tuned" --teacher "$MODEL" --data "$CALIBRATION" --train router,experts \
-    ${STEPS:+--steps "$STEPS"} --json > "$work/tune.json"
+    ${STEPS:+--steps "$STEPS"} ${TUNE_TOKENS:+--tokens "$TUNE_TOKENS"} --json > "$work/tune.json"
 moeconv calibrate "$work/tuned" "$work/stats.safetensors" --data "$CALIBRATION" --tokens "${TOKENS:-32768}" --json > "$work/calibrate.json"
 moeconv prune "$work/tuned" "$work/pruned" --ratio 0.5 --stats "$work/stats.safetensors" --json > "$work/prune.json"
 moeconv quantize "$work/pruned" "$work/int4" --scheme int4 --json > "$work/quantize.json"

@@ -109,11 +109,37 @@ class PruneOptions:
     keep: int | None = option(None, "Experts to keep in every layer.")
     ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")
     max_bytes: str | None = option(None, "Largest size of the result, such as 20GB; removes as few as fit.")
+    max_loss_increase: float | None = option(
+        None, "Remove as many as raise the loss on --data by at most this (nats per token)."
+    )
+    threshold: float | None = option(
+        None, "Remove only experts that have a stand-in of at least this similarity, such as 0.8 (redundancy)."
+    )
     criterion: str | None = option(
-        None, "What decides which experts go (default: saliency with data, aimer without).",
-        choices=("utilization", "reap", "saliency", "redundancy", "aimer"),
+        None, "What decides which experts go (default: reconstruction with data, aimer without).",
+        choices=(
+            "reconstruction", "redundancy", "saliency", "half-saliency", "reap", "utilization", "ean-sum", "man",
+            "msan", "seer-soft", "easy-ep", "aimer", "magnitude", "random",
+        ),
     )  # fmt: skip
+    similarity: str = option(
+        "output", "Likeness of experts (redundancy, merge).", choices=("output", "aligned", "raw", "router")
+    )
     stats: str | None = option(None, "Statistics from `moeconv calibrate`.")
+    refit: bool = option(False, "Refit the kept experts' down_proj on --data to what the whole layer gave.")
+    refit_strength: float = option(0.1, "Ridge of --refit, in units of the mean squared activation.")
+    refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
+    rescale: bool | None = option(
+        None, "Fold the least-squares scale into down_proj (default: where the router does not renormalise)."
+    )
+    sequential: bool = option(False, "Choose each layer's experts on the already pruned layers before it (--data).")
+    merge: bool = option(False, "Average the dropped experts into the most similar kept ones, neurons aligned.")
+    distill: int = option(0, "Steps of router distillation to the unpruned model on --data (100 is brief).")
+    top_k: int | None = option(None, "Experts per token of the result; alone it removes nothing.")
+    curve: bool = option(False, "Print loss and KL on --data against ratio; writes no model (OUT: .json, .png, .svg).")
+    protect_coverage: float | None = option(
+        None, "Keep what makes up this share of a single data source's saliency, such as 0.5."
+    )
     protect: str | None = option(None, "Experts that stay: LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
 
 

@@ -13,6 +13,10 @@ tokens only.
     layer.L.router_cosine      [E, E]  cosine of router rows; logit_correlation [E, E] Pearson, over all tokens
     layer.L.logit_sum          [E]     sum of the router logits; logit_product [E, E] of their products: what the
                                        correlation of two added files needs
+    layer.L.sample_logits      [T, E]  F32, router logits of the token sample; sample_outputs [T, E, P] F16, what every
+                                       expert gives for them, projected (sample.py), in units of sample_unit [1]
+    layer.L.sample_scale       [T]     norm of the residual stream in front of the FFN; sample_bias [E] what the router
+                                       adds for the choice, sample_factor [1] what it multiplies the weights by
     layer.L.entropy_sum        [S]     sum of the entropy of softmax(router logits), nats; tokens [S]
 """
 
@@ -40,7 +44,7 @@ FIELDS = (
     *PER_SOURCE, "out_mean", "out_var", "coactivation", "output_cosine", "router_cosine", "logit_correlation",
     "logit_sum", "logit_product", "entropy_sum", "tokens",
 )  # fmt: skip
-_NUMPY = {"F64": np.float64, "F32": np.float32}
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _REQUIRED = ("version", "identity", "model_type", "layers", "num_experts", "top_k", "tokens", "sources")
 
 
@@ -54,6 +58,10 @@ class Statistics:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self.metadata["layers"])
+
+    def has(self, layer: int, field: str) -> bool:
+        """Whether the file holds a field."""
+        return f"layer.{layer}.{field}" in self.file.tensors
 
     def layer(self, layer: int, field: str) -> np.ndarray:
         """A field of one MoE layer, in the shape that the file has it. Raises InputError when it is not there."""

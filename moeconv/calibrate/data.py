@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,24 @@ class TokenData:
     @property
     def tokens(self) -> int:
         return int(self.windows.size)
+
+
+def split_windows(read: TokenData, *, every: int) -> tuple[TokenData, TokenData]:
+    """(what is measured on, what judges): the last of every `every` windows judges. Raises InputError when there are
+    fewer windows than that."""
+    if len(read.windows) < every:
+        raise InputError(
+            f"the data fills {len(read.windows)} sequences, and one of every {every} must judge",
+            hint="Give more text, more --tokens, or a smaller --seq-len.",
+        )
+    judges = np.arange(len(read.windows)) % every == every - 1
+    return _part(read, ~judges), _part(read, judges)
+
+
+def _part(read: TokenData, chosen: np.ndarray) -> TokenData:
+    counts = np.bincount(read.source[chosen], minlength=len(read.sources)) * read.seq_len
+    sources = tuple(replace(s, tokens=int(n)) for s, n in zip(read.sources, counts))
+    return TokenData(read.windows[chosen], read.source[chosen], sources)
 
 
 def load_tokens(

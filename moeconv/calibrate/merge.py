@@ -22,6 +22,7 @@ from moeconv.calibrate.artifact import (
     write_statistics,
 )
 from moeconv.calibrate.run import summary
+from moeconv.calibrate.sample import SAMPLE, joined
 from moeconv.calibrate.statistics import logit_correlation
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import open_model
@@ -139,7 +140,8 @@ def _layer(loaded: Sequence[Statistics], layer: int, places: Sequence[Sequence[i
     total, products = (torch.from_numpy(fields[name]) for name in ("logit_sum", "logit_product"))
     tokens = torch.tensor(fields["tokens"].sum())
     fields["logit_correlation"] = logit_correlation(total, products, tokens).numpy()
-    return fields
+    samples = [{n: one.layer(layer, n) for n in SAMPLE if one.has(layer, n)} for one in loaded]
+    return fields | joined(samples)
 
 
 def _provenance(loaded: Sequence[Statistics], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from moeconv.calibrate.artifact import check_artifact_target, write_statistics
-from moeconv.calibrate.data import TokenData, load_tokens
+from moeconv.calibrate.data import TokenData, load_tokens, split_windows
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
+from moeconv.families.rule import rule_of
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.world import World, current, first
@@ -43,6 +44,7 @@ def calibrate(
     max_memory: str | int | None = None,
     overwrite: bool = False,
     save_every: float | None = EVERY,
+    judge_every: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Write the statistics of every MoE layer to `stats_path` and return a summary.
@@ -53,6 +55,7 @@ def calibrate(
 
     `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
     the model's). Of each layer `sample_tokens` tokens go through all experts, for their similarity.
+    With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
     The summary: output, tokens, sources, seconds, layers [{layer, load, entropy, max_over_mean, dead}].
     Raises InputError for a dense model or unusable data, OutputError when the file exists and `overwrite` is not set.
     """
@@ -73,6 +76,7 @@ def calibrate(
             data, model.checkpoint.path, tokens=tokens or TOKENS, seq_len=length, seed=seed, text_field=text_field
         )
     )
+    read = read if judge_every is None else split_windows(read, every=judge_every)[0]
     start_meter(meter, model)
     mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
     stream = LayerStream(
@@ -135,6 +139,7 @@ def _all_layers(
                 seed=seed,
                 sample_tokens=sample_tokens,
                 mine=torch.from_numpy(mine),
+                rule=rule_of(stream.model),
             )
         else:
             layer.pass_on()

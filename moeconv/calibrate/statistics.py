@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from moeconv.calibrate.artifact import PER_SOURCE
 from moeconv.calibrate.routing import router_entropy
+from moeconv.calibrate.sample import Tokens, sample_fields
 from moeconv.calibrate.stream import Batch, Layer
 from moeconv.errors import InputError
+from moeconv.families.rule import Rule
 from moeconv.plan.kernels.draw import generator
 from moeconv.world import summed
 
@@ -29,32 +31,41 @@ OnExpert = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, token [n], s
 @torch.no_grad()
 def layer_statistics(
     layer: Layer, *, source: Tensor, num_sources: int, num_experts: int, seed: int, sample_tokens: int,
-    mine: Tensor | None = None,
+    mine: Tensor | None = None, rule: Rule | None = None, hidden: Tensor | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Advance `layer` over the stream's windows and return its fields, summed over the processes.
 
     `source` int64 [n] is the data source of every window of the data; the stream's are those at `mine` (all of them
-    when None). Raises InputError for NaN or infinite values.
+    when None). `rule` is the routing rule that a token sample is kept for. With `hidden` [n, S, H] the inputs come from
+    there, and neither they nor the stream advance. Raises InputError for NaN or infinite values.
     """
     assert layer.experts is not None and layer.router is not None
     mine = torch.arange(len(source)) if mine is None else mine
     sums = _Sums(layer, source[mine], num_sources, num_experts)
-    sample: list[Tensor] = []
+    sample: list[tuple[Tensor, ...]] = []
     chosen: Tensor | None = None
-    taken = 0
+    places, taken = torch.empty(0, dtype=torch.int64), 0
     with each_expert(layer.experts, sums.on_expert):
-        for batch in layer.batches():
+        for batch in layer.batches(advance=hidden is None, hidden=hidden):
             length = batch.inputs.shape[1]
             if chosen is None:
                 drawn = _sample(len(source) * length, sample_tokens, seed=seed, layer=layer.index)
                 chosen, taken = _within(drawn, mine, length), len(drawn)
+                places = torch.isin(drawn // length, mine).nonzero()[:, 0]
             start, stop = batch.rows.start * length, batch.rows.stop * length
             here = chosen[(chosen >= start) & (chosen < stop)] - start
-            sample.append(batch.ffn_input[here.to(batch.ffn_input.device)])
+            sample.append(_picked(batch, here.to(batch.ffn_input.device)))
             sums.add(batch)
     fields = sums.fields()
-    similar = output_cosine(layer.experts, torch.cat(sample), num_experts=num_experts)
+    x, logits, index, weights, scale = (torch.cat(parts) for parts in zip(*sample))
+    tokens = Tokens(x, logits, index, weights, scale, places, taken)
+    similar = output_cosine(layer.experts, tokens.hidden, num_experts=num_experts)
     fields["output_cosine"] = np.clip(summed(torch.from_numpy(similar)).numpy() / max(1, taken), -1, 1)
+    stock = layer.experts.forward
+    fields |= sample_fields(
+        layer.experts, tokens, layer.biases, rule, num_experts=num_experts, layer=layer.index,
+        one=lambda x, e: one_expert(stock, x, e),
+    )  # fmt: skip
     for name, values in fields.items():
         if not np.isfinite(values).all():
             raise InputError(
@@ -62,6 +73,13 @@ def layer_statistics(
                 hint="The checkpoint is damaged, or its weights overflow in this dtype.",
             )
     return fields
+
+
+def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
+    """The fields of Tokens for the tokens `at` of a batch."""
+    assert batch.router_logits is not None and batch.top_k_index is not None and batch.top_k_weights is not None
+    scale = torch.linalg.vector_norm(batch.residual[at].double(), dim=-1)
+    return batch.ffn_input[at], batch.router_logits[at], batch.top_k_index[at], batch.top_k_weights[at], scale
 
 
 @contextmanager

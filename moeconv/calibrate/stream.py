@@ -6,7 +6,7 @@ down what they are called with. The next layer's bytes are read while this one c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -70,20 +70,30 @@ class Layer:
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def batches(self, *, advance: bool = True) -> Iterator[Batch]:
+    @property
+    def biases(self) -> list[Tensor]:
+        """What the router adds to its scores beside its weight: tensors [E] or [1, E] in their places."""
+        state = self._stream.skeleton.module.state_dict(keep_vars=True)
+        return [state[self._stream.skeleton.place(name)].detach() for name in self._stream.router_extras(self.index)]
+
+    def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
         """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
-        consumed, and is possible once and to the end; without it the pass can be repeated."""
-        if self.advanced or self._halfway:
+        consumed, and is possible once and to the end; without it the pass can be repeated. With `hidden` [n, S, H] the
+        inputs are read from there and the outputs go there, and the stream itself stays where it is."""
+        own = hidden is None
+        if own and (self.advanced or self._halfway):
             raise ValueError(f"layer {self.index} has been passed already")
-        self._halfway = advance
+        self._halfway = advance if own else self._halfway
+        flow = self._stream.hidden if hidden is None else hidden
         for rows in self._stream.rows():
-            inputs = self._stream.hidden[rows].to(self._stream.device)
+            inputs = flow[rows].to(self._stream.device)
             with torch.no_grad(), captured(self.norm, self.ffn, self.router, self.experts) as seen:
                 outputs = self.run(inputs)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
-                self._stream.hidden[rows].copy_(outputs)
-        self.advanced, self._halfway = advance, False
+                flow[rows].copy_(outputs)
+        if own:
+            self.advanced, self._halfway = advance, False
 
     def pass_on(self) -> None:
         """Advance without looking."""
@@ -169,15 +179,25 @@ class LayerStream:
                 self._meter.advance(layer_bytes(self.model, index))
                 self._meter.part_done()
 
+    def router_extras(self, layer: int) -> list[str]:
+        """Names on disk of what a router adds to its scores for the choice."""
+        of_layer = ((n, r) for n, r in self.model.roles.items() if r.layer == layer and r.group == "router")
+        # a plain bias is part of the logits already
+        return [plain_name(name, r) for name, r in of_layer if r.key not in ("router.weight", "router.bias")]
+
     def run(self) -> LayerStream:
         """Pass all layers without looking."""
         for _ in self.layers():
             pass
         return self
 
-    @torch.no_grad()
     def logits(self, *, batch_size: int = 1) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits [b, S, vocabulary]) of the stock tail: final norm and output embeddings, tied or not."""
+        return ((rows, logits[0]) for rows, logits in self.tails([self.hidden], batch_size=batch_size))
+
+    @torch.no_grad()
+    def tails(self, flows: Sequence[Tensor], *, batch_size: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
+        """(rows, the logits that the stock tail gives for each of several final activations [n, S, H])."""
         if self._next_layer != self.model.num_layers:
             raise ValueError("logits need all layers to be passed first")
         embedding = self._embedding_names()
@@ -189,15 +209,17 @@ class LayerStream:
         if missing:
             raise InputError("the checkpoint has no output embeddings", hint="A shard is missing.")
         try:
-            for start in range(0, len(self.hidden), batch_size):
-                rows = slice(start, min(start + batch_size, len(self.hidden)))
-                hidden = self.hidden[rows].to(self.device)
-                with replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):  # noqa: B023
-                    yield rows, self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
+            for start in range(0, len(self.windows), batch_size):
+                rows = slice(start, min(start + batch_size, len(self.windows)))
+                yield rows, [self._tail(flow[rows].to(self.device)) for flow in flows]
         finally:
             for child in (self.skeleton.module.get_output_embeddings(), *self.skeleton.decoder.children()):
                 self.skeleton.empty(child)
             release_memory()
+
+    def _tail(self, hidden: Tensor) -> Tensor:
+        with replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):
+            return self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
 
     # -- inside --------------------------------------------------------------------------------------------------
 

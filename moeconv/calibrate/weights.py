@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from moeconv.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.build import rows, whole
 from moeconv.plan.kernels.arrays import to_float32
 from moeconv.plan.plan import Input
@@ -22,18 +23,33 @@ def aimer(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
 
     High means spread evenly, which the criterion takes for dispensable. Raises InputError for packed weights.
     """
+
+    def score(sums: np.ndarray) -> float:
+        absolute, square, count = sums.sum(axis=0)
+        return float(absolute / count / np.sqrt(square / count)) if square else 1.0
+
+    return _of_experts(model, score, jobs=jobs)
+
+
+def magnitude(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
+    """The product of the Frobenius norms of every expert's gate, up and down, {layer: float64 [E]}."""
+    return _of_experts(model, lambda sums: float(np.sqrt(sums[:, 1]).prod()), jobs=jobs)
+
+
+def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int) -> dict[int, np.ndarray]:
+    """`score` of every expert's sums [part, (|W|, W^2, 1)]."""
     if model.quantization:
-        raise InputError("aimer reads plain weights; this checkpoint is quantized", hint="Prune before you quantize.")
+        raise InputError("this reads plain weights; the checkpoint is quantized", hint="Prune before you quantize.")
     for name, role in model.roles.items():
         if role.group == "expert" and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}: aimer reads floating weights",
+                f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}, not floating weights",
                 hint="Prune the unquantized checkpoint.",
             )
     pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.num_experts)]
     matrices = _matrices(model)
     with ThreadPoolExecutor(jobs) as pool:
-        scores = list(pool.map(lambda pair: _aimer_of(model, matrices[pair], *pair), pairs))
+        scores = list(pool.map(lambda pair: score(_sums_of(model, matrices[pair], *pair)), pairs))
     return {
         layer: np.array([s for (at, _), s in zip(pairs, scores) if at == layer], np.float64)
         for layer in model.moe_layers
@@ -55,21 +71,68 @@ def _matrices(model: Model) -> dict[tuple[int, int], list[Input]]:
     return found
 
 
-def _aimer_of(model: Model, refs: Sequence[Input], layer: int, expert: int) -> float:
-    absolute = square = 0.0
-    count = 0
-    for ref in refs:
+def _sums_of(model: Model, refs: Sequence[Input], layer: int, expert: int) -> np.ndarray:
+    """Sums of |W| and W^2 and the number of weights of an expert's matrices: float64 [matrices, 3]."""
+    sums = np.zeros((len(refs), 3))
+    for i, ref in enumerate(refs):
         size = DTYPE_BITS[ref.dtype] // 8
         for start in range(ref.start, ref.start + ref.nbytes, _BLOCK * size):
             length = min(_BLOCK * size, ref.start + ref.nbytes - start)
             data = model.checkpoint.read(ref.tensor, start=start, length=length)
             values = to_float32(data, ref.dtype, (length // size,))
-            absolute += float(np.abs(values).sum(dtype=np.float64))
-            square += float(np.square(values, dtype=np.float64).sum())
-            count += len(values)
-    if not np.isfinite(square):
+            absolute, square = np.abs(values).sum(dtype=np.float64), np.square(values, dtype=np.float64).sum()
+            sums[i] += float(absolute), float(square), len(values)
+    if not np.isfinite(sums).all():
         raise InputError(
-            f"expert {expert} of layer {layer} holds NaN or infinite values in {escape(ref.tensor)}",
+            f"expert {expert} of layer {layer} holds NaN or infinite values in {escape(refs[-1].tensor)}",
             hint="The checkpoint is damaged.",
         )
-    return absolute / count / np.sqrt(square / count) if square else 1.0
+    return sums
+
+
+# -- similarity of weights -------------------------------------------------------------------------------------------
+
+
+def weight_cosine(model: Model, *, aligned: bool, jobs: int = 1) -> dict[int, np.ndarray]:
+    """Cosine of every two experts' weights {layer: float64 [E, E]}: of the matrices as they lie, or (`aligned`) after
+    the neurons of one are matched to the other's by the assignment that makes it largest. A neuron is its gate row, up
+    row and down column, each matrix in units of its layer's root mean square."""
+    return {layer: _layer_cosine(model, layer, aligned=aligned, jobs=jobs) for layer in model.moe_layers}
+
+
+def _layer_cosine(model: Model, layer: int, *, aligned: bool, jobs: int) -> np.ndarray:
+    experts = model.num_experts
+    with ThreadPoolExecutor(jobs) as pool:
+        neurons = list(pool.map(lambda e: _neurons(model, layer, e), range(experts)))
+        cosine = np.eye(experts)
+        pairs = [(a, b) for a in range(experts) for b in range(a)]
+
+        def compare(pair: tuple[int, int]) -> float:
+            one, other = neurons[pair[0]], neurons[pair[1]]
+            scale = float(np.linalg.norm(one) * np.linalg.norm(other)) or 1.0
+            if not aligned:
+                return float((one * other).sum(dtype=np.float64)) / scale
+            products = one @ other.T
+            return float(products[match(products)].sum(dtype=np.float64)) / scale
+
+        for (a, b), value in zip(pairs, pool.map(compare, pairs)):
+            cosine[a, b] = cosine[b, a] = value
+    return np.clip(cosine, -1, 1)
+
+
+def match(worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the assignment with the largest sum of `worth` [n, n] (Hungarian)."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(worth, maximize=True)
+
+
+def _neurons(model: Model, layer: int, expert: int) -> np.ndarray:
+    """float32 [I, 3H]: gate row, up row and down column of each neuron, each matrix in units of its own mean size."""
+    parts = []
+    for part in FFN_PARTS:
+        ref = model.checkpoint.tensors[model.expert_name(part, layer=layer, expert=expert)]
+        values = to_float32(model.checkpoint.read(ref.name), ref.dtype, ref.shape)
+        values = values / (float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) or 1.0)
+        parts.append(values.T if part == "down" else values)
+    return np.concatenate(parts, axis=1).astype(np.float32)

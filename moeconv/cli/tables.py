@@ -60,6 +60,24 @@ def written(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def pruned(result: Mapping[str, Any]) -> list[Table]:
+    """A pruned checkpoint, or the curve over all ratios."""
+    if "curve" not in result:
+        return written(result)
+    columns = ["removed", "experts", "size", "loss", "increase", "KL", "keep set stable"]
+    rows = [
+        [f"{r['ratio']:.1%}", r["experts"], human_bytes(r["bytes"]), f"{r['loss']:.4f}", f"{r['loss_increase']:+.4f}",
+         f"{r['kl']:.4f}", "-" if r["stability"] is None else f"{r['stability']:.0%}"]
+        for r in result["curve"]
+    ]  # fmt: skip
+    about = {
+        "criterion": result["criterion"] + (" with refit" if result["refit"] else ""),
+        "unpruned loss": f"{result['reference_loss']:.4f} over {result['tokens']} tokens",
+        "written to": result["output"],
+    }
+    return [pairs(about), grid(columns, rows)]
+
+
 def _upcycle(block: Mapping[str, Any]) -> dict[str, Any]:
     check = block.get("equivalence") or {}
     rows = {

@@ -5,13 +5,18 @@ A criterion declares what it needs. Low scores go first; ties go to the higher i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from moeconv.errors import InputError
+from moeconv.families.rule import Rule
+from moeconv.plan.kernels.draw import generator
+from moeconv.prune.reconstruction import Reconstruction
+
+SIMILARITIES = ("output", "aligned", "raw", "router")
 
 
 class Statistics(Protocol):
@@ -22,10 +27,21 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the criteria of a run may look at: statistics, or {layer: [E]} scores measured on the weights."""
+    """What the criteria of a run may look at: statistics (with `rule`, the model's routing rule, for their token
+    sample), {layer: array} measured on the weights, and the seed of what is random.
+
+    `aimer`, `magnitude` {layer: [E]}; `weight_cosine` {layer: [E, E]} of the similarity "aligned" or "raw".
+    """
 
     statistics: Statistics | None = None
     aimer: Mapping[int, np.ndarray] | None = None
+    magnitude: Mapping[int, np.ndarray] | None = None
+    weight_cosine: Mapping[int, np.ndarray] | None = None
+    rule: Rule | None = None
+    similarity: str = "output"
+    seed: int = 0
+    num_experts: int = 0
+    samples: dict[int, Reconstruction] = field(default_factory=dict, repr=False)  # of the layers looked at so far
 
 
 @dataclass(frozen=True)
@@ -37,23 +53,33 @@ class Order:
     scores: tuple[float, ...]
 
 
+OrderFunction = Callable[[Evidence, int, frozenset[int]], Order]
+Refine = Callable[[Evidence, int, frozenset[int], Sequence[int]], list[int]]
+
+
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion's function and what it needs: "statistics" or "weights"."""
+    """A criterion's function and what it needs: "statistics", "sample" (statistics with their token sample),
+    "weights", or "nothing". `refine` betters a set that is kept, at the price of sets that are no longer nested."""
 
     name: str
     needs: str
-    order: Callable[[Evidence, int, frozenset[int]], Order]
+    order: OrderFunction
+    refine: Refine | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        return self.needs in ("statistics", "sample")
 
 
 CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: str):
+def criterion(name: str, *, needs: str, refine: Refine | None = None) -> Callable[[OrderFunction], OrderFunction]:
     """Register `(evidence, layer, protected experts) -> Order` under a name."""
 
-    def register(function: Callable[[Evidence, int, frozenset[int]], Order]):
-        CRITERIA[name] = Criterion(name, needs, function)
+    def register(function: OrderFunction) -> OrderFunction:
+        CRITERIA[name] = Criterion(name, needs, function, refine)
         return function
 
     return register
@@ -66,13 +92,14 @@ def by_score(scores: np.ndarray, protected: frozenset[int]) -> Order:
     return Order(experts, tuple(s for s, _ in ranked), tuple(float(s) for s in scores))
 
 
-def _total(evidence: Evidence, layer: int, field: str) -> np.ndarray:
+def total(evidence: Evidence, layer: int, name: str) -> np.ndarray:
     """A field [S, E] summed over the data sources: [E]."""
     assert evidence.statistics is not None  # the planner looks at `needs` first
-    return np.asarray(evidence.statistics.layer(layer, field), np.float64).sum(axis=0)
+    return np.asarray(evidence.statistics.layer(layer, name), np.float64).sum(axis=0)
 
 
-def _checked(scores: np.ndarray, layer: int) -> np.ndarray:
+def checked(scores: np.ndarray, layer: int) -> np.ndarray:
+    """Scores that say something. Raises InputError for NaN, infinite or all-zero ones."""
     if not np.isfinite(scores).all():
         raise InputError(f"the statistics of layer {layer} hold NaN or infinite values", hint="Calibrate again.")
     if not scores.any():
@@ -83,35 +110,66 @@ def _checked(scores: np.ndarray, layer: int) -> np.ndarray:
     return scores
 
 
-@criterion("utilization", needs="statistics")
-def utilization(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Tokens that were routed to the expert."""
-    return by_score(_checked(_total(evidence, layer, "count"), layer), protected)
+# -- N^a * mean(g^b * |f|^c), arXiv 2504.05586, 2510.13999, 2606.15716 ------------------------------------------------
+
+_SUMS = {(0, 0): "count", (0, 1): "norm_sum", (0, 2): "norm_sq_sum", (1, 0): "gate_sum", (1, 1): "gate_norm_sum"}
 
 
-@criterion("reap", needs="statistics")
-def reap(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Mean of gate weight times output norm over the expert's tokens (REAP, arXiv 2510.13999)."""
-    count, total = _total(evidence, layer, "count"), _total(evidence, layer, "gate_norm_sum")
-    _checked(count, layer)
-    return by_score(np.divide(total, count, out=np.zeros_like(total), where=count > 0), protected)
+def _power(name: str, says: str, *, a: float, b: int, c: int) -> None:
+    def order(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
+        count = checked(total(evidence, layer, "count"), layer)
+        summed = checked(total(evidence, layer, _SUMS[b, c]), layer)
+        if (b, c) == (0, 0):
+            return by_score(count**a, protected)
+        mean = np.divide(summed, count, out=np.zeros_like(summed), where=count > 0)
+        # the sum itself for a = 1: no rounding through the mean
+        return by_score(summed if a == 1 else mean * count**a, protected)
+
+    order.__doc__ = says
+    criterion(name, needs="statistics")(order)
 
 
-@criterion("saliency", needs="statistics")
-def saliency(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Sum of gate weight times output norm over the expert's tokens: what it adds to the residual stream in all."""
-    return by_score(_checked(_total(evidence, layer, "gate_norm_sum"), layer), protected)
+_power("utilization", "Tokens that were routed to the expert.", a=1, b=0, c=0)
+_power("reap", "Mean of gate weight times output norm over the expert's tokens (arXiv 2510.13999).", a=0, b=1, c=1)
+_power("saliency", "Sum of gate weight times output norm: all that the expert adds.", a=1, b=1, c=1)
+_power("half-saliency", "Between reap and saliency: N^0.5 * mean(g |f|).", a=0.5, b=1, c=1)
+_power("ean-sum", "Sum of output norms (arXiv 2504.05586).", a=1, b=0, c=1)
+_power("man", "Mean output norm.", a=0, b=0, c=1)
+_power("msan", "Mean squared output norm.", a=0, b=0, c=2)
+_power("seer-soft", "Sum of gate weights.", a=1, b=1, c=0)
+
+
+@criterion("easy-ep", needs="statistics")
+def easy_ep(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
+    """Sum of g |f| times how much the layer turns the residual stream, 1 - cos(h, h + MoE(h)) (arXiv 2504.06792)."""
+    return by_score(checked(total(evidence, layer, "easy_ep_sum"), layer), protected)
+
+
+# -- utilization and similarity together ------------------------------------------------------------------------------
+
+
+def similarity(evidence: Evidence, layer: int) -> np.ndarray:
+    """Cosine of every two experts [E, E]: of their outputs, their weights (neurons aligned or raw), or their router
+    rows and logits (the smaller of the two)."""
+    if evidence.similarity in ("aligned", "raw"):
+        assert evidence.weight_cosine is not None  # measured on the weights before
+        return np.array(evidence.weight_cosine[layer], np.float64)
+    assert evidence.statistics is not None
+    if evidence.similarity == "router":
+        names = ("router_cosine", "logit_correlation")
+        rows, logits = (np.asarray(evidence.statistics.layer(layer, n), np.float64) for n in names)
+        return np.minimum(rows, logits)
+    return np.array(evidence.statistics.layer(layer, "output_cosine"), np.float64)
 
 
 @criterion("redundancy", needs="statistics")
 def redundancy(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Utilization and cosine similarity together: saliency times (1 - best output cosine to an expert that stays).
+    """Utilization and cosine similarity together: saliency times (1 - best cosine to an expert that stays).
 
     Greedy: after each removal the stand-ins of the others are looked up again among those that are left.
     """
-    assert evidence.statistics is not None  # the planner looks at `needs` first
-    weight = _checked(_total(evidence, layer, "gate_norm_sum"), layer)
-    cosine = np.array(evidence.statistics.layer(layer, "output_cosine"), np.float64)
+    weight = checked(total(evidence, layer, "gate_norm_sum"), layer)
+    cosine = similarity(evidence, layer)
     np.fill_diagonal(cosine, -1.0)
     left = list(range(len(weight)))
     experts: list[int] = []
@@ -133,8 +191,71 @@ def redundancy(evidence: Evidence, layer: int, protected: frozenset[int]) -> Ord
     return Order(tuple(experts), tuple(costs), tuple(float(s) for s in scores))
 
 
+def stand_ins(evidence: Evidence, layer: int, order: Order, threshold: float) -> int:
+    """How many experts of an order can go so that each has a stand-in of similarity `threshold` among those that
+    stay: the longest such beginning of the order."""
+    cosine = similarity(evidence, layer)
+    np.fill_diagonal(cosine, -1.0)
+    found = 0
+    for count in range(1, len(order.experts) + 1):
+        gone = list(order.experts[:count])
+        stay = [e for e in range(len(cosine)) if e not in gone]
+        if stay and cosine[np.ix_(gone, stay)].max(axis=1).min() >= threshold:
+            found = count
+    return found
+
+
+# -- reconstruction ---------------------------------------------------------------------------------------------------
+
+
+def sample_of(evidence: Evidence, layer: int) -> Reconstruction:
+    """The layer's token sample. Raises InputError where the statistics hold none."""
+    if layer not in evidence.samples:
+        assert evidence.statistics is not None and evidence.rule is not None
+        names = ("sample_logits", "sample_outputs", "sample_scale", "sample_bias", "sample_factor", "sample_unit")
+        logits, outputs, scale, bias, factor, unit = (evidence.statistics.layer(layer, name) for name in names)
+        evidence.samples[layer] = Reconstruction(
+            evidence.rule, logits, outputs.astype(np.float32) * unit[0], scale=scale, bias=bias, factor=float(factor[0])
+        )
+    return evidence.samples[layer]
+
+
+def _swapped(evidence: Evidence, layer: int, protected: frozenset[int], kept: Sequence[int]) -> list[int]:
+    assert evidence.rule is not None
+    return sample_of(evidence, layer).refine(kept, protected, groups=evidence.rule.groups)
+
+
+@criterion("reconstruction", needs="sample", refine=_swapped)
+def reconstruction(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
+    """Greedy: the expert goes whose absence changes the layer's output least, tokens re-routed as the model would
+    (NAEE, ACL 2024); costs are what the loss grows by. The set that stays is bettered by swaps."""
+    checked(total(evidence, layer, "count"), layer)
+    sample = sample_of(evidence, layer)
+    experts, after = sample.order(protected)
+    alone = sample.removals(list(range(sample.experts)), frozenset())
+    scores = tuple(alone[e] for e in range(sample.experts))
+    return Order(tuple(experts), tuple(float(b - a) for a, b in zip([0.0, *after], after)), scores)
+
+
+# -- without data -----------------------------------------------------------------------------------------------------
+
+
 @criterion("aimer", needs="weights")
 def aimer(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
     """Weights only: mean|W| / sqrt(mean W^2), the highest goes first, so its negative is the score."""
     assert evidence.aimer is not None  # the planner looks at `needs` first
     return by_score(-evidence.aimer[layer], protected)
+
+
+@criterion("magnitude", needs="weights")
+def magnitude(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
+    """A baseline: the product of the Frobenius norms of gate, up and down."""
+    assert evidence.magnitude is not None  # the planner looks at `needs` first
+    return by_score(evidence.magnitude[layer], protected)
+
+
+@criterion("random", needs="nothing")
+def random(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
+    """A baseline: an order that the seed decides."""
+    scores = generator((evidence.seed, "prune", layer)).permutation(evidence.num_experts).astype(np.float64)
+    return by_score(scores, protected)

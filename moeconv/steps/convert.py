@@ -6,20 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
-from moeconv.checkpoint.writer import output_errors
 from moeconv.errors import CheckError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.pairs import find_pair
 from moeconv.options import (
-    CalibrateOptions,
     DataOptions,
     MeasureOptions,
     PlanOptions,
@@ -28,32 +24,19 @@ from moeconv.options import (
     TuneOptions,
     UpcycleOptions,
     WriteOptions,
-    parameters_of,
     take,
 )
-from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
+from moeconv.steps.pruning import named, prune, scratch
 from moeconv.world import current
 
+__all__ = ["plan_step", "prune", "quantize", "tune", "upcycle"]
+
 EXACT_RELATIVE = 1e-5  # of the spread of the logits, float32
-
-
-def _named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """The values of these groups, as keyword arguments."""
-    return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
-
-
-@contextmanager
-def _scratch() -> Iterator[str]:
-    """A temporary directory for what is measured on the way; TMPDIR says where."""
-    with output_errors(tempfile.gettempdir()):
-        folder = tempfile.TemporaryDirectory(prefix="moeconv-", ignore_cleanup_errors=True)
-    with folder as path:
-        yield path
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -61,18 +44,18 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
     if command == "upcycle":
         from moeconv.upcycle.planner import plan_upcycle
 
-        return plan_upcycle(model, **_named(values, UpcycleOptions, PlanOptions))
+        return plan_upcycle(model, **named(values, UpcycleOptions, PlanOptions))
     if command == "prune":
         from moeconv.prune.planner import plan_prune, resolve_criterion
 
-        named = _named(values, PruneOptions, PlanOptions)
+        parameters = named(values, PruneOptions, PlanOptions)
         has_data = bool(values.get("stats") or values.get("data"))
-        named["criterion"] = resolve_criterion(named["criterion"], has_data=has_data)
-        return plan_prune(model, **named)
+        parameters["criterion"] = resolve_criterion(parameters["criterion"], has_data=has_data)
+        return plan_prune(model, **parameters)
     if command == "quantize":
         from moeconv.quantize.planner import plan_quantize
 
-        return plan_quantize(model, **_named(values, QuantizeOptions, PlanOptions))
+        return plan_quantize(model, **named(values, QuantizeOptions, PlanOptions))
     return None
 
 
@@ -132,55 +115,6 @@ def _free_memory() -> int:
     return 0
 
 
-# -- prune -------------------------------------------------------------------------------------------------------------
-
-
-def prune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
-    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone."""
-    from moeconv.prune.criteria import CRITERIA, Evidence
-    from moeconv.prune.planner import plan_prune, resolve_criterion
-
-    model = open_resolved(source)
-    options, data = take(PruneOptions, values), take(DataOptions, values).data
-    named = _named(values, PruneOptions, PlanOptions)
-    if options.stats and data:
-        raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
-    named["criterion"] = resolve_criterion(options.criterion, has_data=bool(options.stats or data))
-    needs = CRITERIA[named["criterion"]].needs
-    write = take(WriteOptions, values)
-    plan_prune(model, **named)  # feasibility, before anything is measured
-    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-    with _scratch() as folder:
-        path = options.stats
-        if data and not write.dry_run:
-            path = os.path.join(folder, "statistics.safetensors")
-            _calibrate(model, path, values, meter=meter)
-        evidence = Evidence(statistics=_statistics(model, path) if path else None)
-        if needs == "weights" and not write.dry_run:
-            from moeconv.calibrate.weights import aimer
-
-            meter.note("reading the experts' weights")
-            evidence = Evidence(evidence.statistics, aimer(model, jobs=write.jobs or default_jobs()))
-        plan = plan_prune(model, evidence=evidence, **named)
-    return run_plan(plan, model, out, values, meter=meter)
-
-
-def _statistics(model: Model, path: str):
-    from moeconv.calibrate.artifact import load_statistics
-
-    statistics = load_statistics(path)
-    statistics.check_belongs(model)
-    return statistics
-
-
-def _calibrate(model: Model, path: str, values: Mapping[str, Any], *, meter: Meter) -> None:
-    from moeconv.calibrate.run import calibrate
-
-    named = _named(values, DataOptions, MeasureOptions, CalibrateOptions)
-    seed = take(PlanOptions, values).seed
-    calibrate(str(model.checkpoint.path), path, seed=seed, save_every=None, meter=meter, **named)
-
-
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
 
@@ -209,13 +143,13 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
     from moeconv.quantize.planner import plan_quantize
 
     packed = [i for i in plan.items() if i.inputs and i.kernel != "copy" and i.changed == "expert"]
-    named = _named(values, DataOptions, MeasureOptions)
-    with _scratch() as folder:
+    asked = named(values, DataOptions, MeasureOptions)
+    with scratch() as folder:
         path = os.path.join(folder, "codes.safetensors")
         seed = take(PlanOptions, values).seed
-        found = choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **named)
+        found = choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **asked)
         overlay = SafetensorsFile(Path(path))
-        plan = plan_quantize(model, overlay=overlay, **_named(values, QuantizeOptions, PlanOptions))
+        plan = plan_quantize(model, overlay=overlay, **named(values, QuantizeOptions, PlanOptions))
         result = run_plan(plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay})
     result["quantize"].setdefault("error", {})["output"] = found
     return result
@@ -238,16 +172,16 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
     from moeconv.tune.run import tune as train
 
-    named = _named(values, TuneOptions, DataOptions, MeasureOptions)
-    if named["teacher"]:
-        named["teacher"] = resolve(named["teacher"])
-    with _scratch() as folder:
+    asked = named(values, TuneOptions, DataOptions, MeasureOptions)
+    if asked["teacher"]:
+        asked["teacher"] = resolve(asked["teacher"])
+    with scratch() as folder:
         path = os.path.join(folder, "overlay.safetensors")
-        block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **named)
+        block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **asked)
         if not current().leads:
             return {"command": "tune", "output": out, "tune": block}
         overlay = SafetensorsFile(Path(path))
-        plan = plan_overlay(model, overlay, **_named(values, PlanOptions))
+        plan = plan_overlay(model, overlay, **named(values, PlanOptions))
         result = run_plan(plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block)
     result["warnings"] += block.pop("warnings", [])
     result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing

@@ -14,7 +14,7 @@ from moeconv.families.model import open_model
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score
-from moeconv.prune.planner import parse_protect, plan_prune, resolve_criterion
+from moeconv.prune.planner import DEFAULT, parse_protect, plan_prune, resolve_criterion
 
 NONE: frozenset[int] = frozenset()
 
@@ -274,10 +274,10 @@ def test_what_cannot_be_pruned(tmp_path):
 
 
 def test_criteria_need_what_they_declare():
-    assert resolve_criterion(None, has_data=False) == "aimer" and resolve_criterion(None, has_data=True) == "saliency"
+    assert resolve_criterion(None, has_data=False) == "aimer" and resolve_criterion(None, has_data=True) == DEFAULT
     assert resolve_criterion("reap", has_data=True) == "reap" and resolve_criterion("aimer", has_data=True) == "aimer"
     for name, criterion in CRITERIA.items():
-        if criterion.needs == "statistics":
+        if criterion.needs_data:
             with pytest.raises(UsageError, match=f"--criterion {name} needs statistics"):
                 resolve_criterion(name, has_data=False)
     with pytest.raises(UsageError, match="unknown --criterion reaper"):

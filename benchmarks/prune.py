@@ -1,0 +1,222 @@
+"""Loss increase of every pruning criterion, with and without repair, on held-out text.
+
+    python benchmarks/prune.py MODEL --text DIR --out results.json [--dense] [--seeds 0 1 2] [--distill 40]
+
+MODEL is a Mixture-of-Experts or, with --dense, a dense checkpoint that is first upcycled by `drop` to 8 experts, top-2,
+and trained by distillation for a fixed number of steps. DIR holds calibration.*.txt and heldout.*.txt. Every row is
+added to the results as it comes; rows that are there already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeconv.calibrate.artifact import load_statistics
+from moeconv.calibrate.data import TokenData, load_tokens
+from moeconv.calibrate.pruned import Variant, pruned_pass
+from moeconv.calibrate.refit import Refit
+from moeconv.calibrate.run import calibrate
+from moeconv.calibrate.stream import LayerStream
+from moeconv.calibrate.weights import aimer, magnitude
+from moeconv.evaluate.pruned import score_variants, total
+from moeconv.evaluate.run import evaluate
+from moeconv.families.model import Model, open_model
+from moeconv.families.rule import rule_of
+from moeconv.plan.meter import SilentMeter
+from moeconv.prune.criteria import CRITERIA, Evidence
+from moeconv.prune.planner import choose
+from moeconv.steps import convert
+
+SEQ_LEN = 256
+UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}
+TRAIN = {"objective": "distill", "train": "router,experts", "steps": 60, "batch_size": 4, "seq_len": SEQ_LEN, "seed": 0}
+REFITTED = ("reconstruction", "saliency", "reap")
+NONE: frozenset[int] = frozenset()
+
+
+@dataclass
+class Bench:
+    """One model, its text, and the rows so far."""
+
+    path: str
+    texts: Path
+    out: Path
+    tokens: int
+    held: TokenData
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def has(self, **keys: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in keys.items()) for row in self.rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(dict(row))
+        self.out.write_text(json.dumps(self.rows, indent=1))
+        print(json.dumps(row), flush=True)
+
+
+def calibration(bench: Bench, domain: str) -> list[str]:
+    """The calibration texts: all of them, or that of one domain."""
+    return [str(f) for f in sorted(bench.texts.glob("calibration.*.txt")) if domain in ("all", f.name.split(".")[1])]
+
+
+def evidence_of(bench: Bench, model: Model, folder: Path, *, seed: int, domain: str) -> Evidence:
+    stats = folder / f"stats-{domain}-{seed}.safetensors"
+    if not stats.exists():
+        data = calibration(bench, domain)
+        calibrate(bench.path, stats, data=data, tokens=bench.tokens, seq_len=SEQ_LEN, seed=seed, save_every=None)
+    return Evidence(
+        statistics=load_statistics(stats), rule=rule_of(model), seed=seed, num_experts=model.num_experts,
+        aimer=aimer(model), magnitude=magnitude(model),
+    )  # fmt: skip
+
+
+def keep_sets(model: Model, evidence: Evidence, left: int) -> dict[str, dict[int, list[int]]]:
+    """What every criterion keeps."""
+    none = dict.fromkeys(model.moe_layers, NONE)
+    orders = {n: {at: c.order(evidence, at, NONE) for at in model.moe_layers} for n, c in CRITERIA.items()}
+    return {
+        name: choose(model, order, left, evidence=evidence, criterion=name, protected=none)
+        for name, order in orders.items()
+    }
+
+
+def refitted(bench: Bench, model: Model, read: TokenData, keep: Mapping[int, Sequence[int]], refit: Refit) -> Any:
+    """{layer: {expert: down}} on the calibration data."""
+    made: dict[int, Any] = {}
+    variant = Variant(keep=dict(keep), refit=refit, on_layer=lambda at, experts: made.update({at: dict(experts)}))
+    pruned_pass(LayerStream(model, read.windows), [variant])
+    return made
+
+
+def measure(bench: Bench, model: Model, variants: Mapping[str, Variant]) -> dict[str, dict[str, Any]]:
+    """Loss increase and KL over all held-out text and by source."""
+    read = bench.held
+    stream = LayerStream(model, read.windows)
+    scores = score_variants(stream, list(variants.values()), source=read.source, num_sources=len(read.sources))
+    found = {}
+    for name, of_variant in zip(variants, scores):
+        whole = total(of_variant)
+        found[name] = {
+            "increase": whole.mean("loss") - whole.mean("reference_loss"), "kl": whole.mean("kl"),
+            "reference": whole.mean("reference_loss"),
+            "by_source": {s.name.split(".")[1]: sc.mean("loss") - sc.mean("reference_loss")
+                          for s, sc in zip(read.sources, of_variant)},
+        }  # fmt: skip
+    return found
+
+
+def run(bench: Bench, *, seed: int, ratio: float, domain: str, folder: Path, refits: Sequence[Refit]) -> None:
+    """Every criterion, and the refitted ones, of one seed, ratio and calibration domain."""
+    model = open_model(bench.path)
+    about = {"seed": seed, "ratio": ratio, "domain": domain}
+    if bench.has(**about, method="reconstruction+refit"):
+        return
+    left = model.num_experts - round(ratio * model.num_experts)
+    evidence = evidence_of(bench, model, folder, seed=seed, domain=domain)
+    keeps = keep_sets(model, evidence, left)
+    if domain != "all":
+        keeps = {name: keeps[name] for name in REFITTED}
+    variants = {name: Variant(keep=dict(keep)) for name, keep in keeps.items()}
+    data = calibration(bench, domain)
+    read = load_tokens(data, bench.path, tokens=bench.tokens, seq_len=SEQ_LEN, seed=seed)
+    for name in REFITTED if ratio == 0.5 and seed == 0 and domain == "all" else REFITTED[:1]:
+        for refit in refits:
+            made = refitted(bench, model, read, keeps[name], refit)
+            tag = "" if refit == refits[0] else f" {refit.strength}"
+            variants[f"{name}+refit{tag}"] = Variant(keep=dict(keeps[name]), replace=made)
+    for name, figures in measure(bench, model, variants).items():
+        bench.add(about | {"method": name} | figures)
+
+
+def distill(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, held: Sequence[str]) -> None:
+    """The command itself: default criterion with refit, with distillation, and with both, evaluated on the files."""
+    for name, flags in {"+distill": {}, "+refit+distill": {"refit": True}}.items():
+        about = {"seed": seed, "ratio": ratio, "domain": "all", "method": "reconstruction" + name}
+        if bench.has(**about):
+            continue
+        out = folder / f"{name.replace('+', '-')}-{seed}-{ratio}"
+        values = {
+            "ratio": ratio, "stats": str(folder / f"stats-all-{seed}.safetensors"), "seed": seed, "distill": steps,
+            "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN, "batch_size": 4,
+        }  # fmt: skip
+        done = convert.prune(bench.path, str(out), values | flags, meter=SilentMeter())
+        score = evaluate(out, data=list(held), reference=bench.path, tokens=bench.held.tokens, seq_len=SEQ_LEN, seed=0)
+        bench.add(about | {"increase": score["loss"] - score["reference"]["loss"], "kl": score["kl"],
+                           "reference": score["reference"]["loss"], "steps": steps,
+                           "distill": done["prune"]["distill"]})  # fmt: skip
+
+
+def upcycled(dense: str, texts: Path, folder: Path) -> str:
+    """The dense checkpoint as 8 trained experts."""
+    raw, trained = folder / "upcycled", folder / "trained"
+    if not trained.exists():
+        if not raw.exists():
+            convert.upcycle(dense, str(raw), UPCYCLE, meter=SilentMeter())
+        data = tuple(str(f) for f in sorted(texts.glob("calibration.*.txt")))
+        done = convert.tune(str(raw), str(trained), TRAIN | {"teacher": dense, "data": data}, meter=SilentMeter())
+        print(json.dumps({"trained": {k: done["tune"][k] for k in ("loss_before", "loss_after")}}), flush=True)
+    return str(trained)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean loss increase over the seeds, a row a method, and the ratio to reap's."""
+    lines = ["| method | " + " | ".join(f"{r:.0%} removed" for r in (0.25, 0.5)) + " | against reap at 50 % |"]
+    lines.append("|---|---|---|---|")
+    means: dict[tuple[str, float], float] = {}
+    for name in dict.fromkeys(row["method"] for row in rows if row["domain"] == "all"):
+        for ratio in (0.25, 0.5):
+            found = [r["increase"] for r in rows if (r["method"], r["ratio"], r["domain"]) == (name, ratio, "all")]
+            if found:
+                means[name, ratio] = sum(found) / len(found)
+    for name in sorted({n for n, _ in means}, key=lambda n: means.get((n, 0.5), 9e9)):
+        cells = [f"{means[name, r]:.4f}" if (name, r) in means else "" for r in (0.25, 0.5)]
+        against = f"{means[name, 0.5] / means['reap', 0.5]:.2f}" if (name, 0.5) in means else ""
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} | {against} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="directory for intermediate files (default: a temporary one)")
+    parser.add_argument("--dense", action="store_true", help="upcycle and train the model first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--held", type=int, default=None, help="held-out tokens (default: all)")
+    parser.add_argument("--domains", nargs="*", default=[], help="calibrate on one domain too, such as c")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--distill", type=int, default=0, help="steps of router distillation")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = asked.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = upcycled(asked.model, asked.text, folder) if asked.dense else asked.model
+        held = [str(f) for f in sorted(asked.text.glob("heldout.*.txt"))]
+        read = load_tokens(held, path, tokens=asked.held, seq_len=SEQ_LEN, seed=0)
+        rows = json.loads(asked.out.read_text()) if asked.out.exists() else []
+        bench = Bench(path, asked.text, asked.out, asked.tokens, read, rows)
+        refits = [Refit(strength=s) for s in asked.strengths]
+        for seed in asked.seeds:
+            for ratio in asked.ratios:
+                run(bench, seed=seed, ratio=ratio, domain="all", folder=folder, refits=refits)
+        for domain in asked.domains:
+            run(bench, seed=0, ratio=0.5, domain=domain, folder=folder, refits=refits)
+        if asked.distill:
+            distill(bench, seed=0, ratio=0.5, steps=asked.distill, folder=folder, held=held)
+    print(summary(bench.rows))
+
+
+if __name__ == "__main__":
+    main()

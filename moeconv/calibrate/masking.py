@@ -1,0 +1,136 @@
+"""A stock layer that routes as if experts were gone, and parts of stock experts that no interface gives.
+
+The router's logits of dropped experts become minus infinity where the stock router computes them, so that choice,
+groups, normalisation and scaling stay the stock code of any family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moeconv.errors import InputError
+
+
+class _Masking(TorchFunctionMode):
+    """Inside it, linear maps onto E features give minus infinity for the dropped ones."""
+
+    def __init__(self, gone: Tensor) -> None:
+        super().__init__()
+        self.gone = gone
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and out.shape[-1] == len(self.gone):
+            return out.masked_fill(self.gone, -torch.inf)
+        return out
+
+
+@contextmanager
+def routed_to(
+    router: nn.Module,
+    ffn: nn.Module,
+    kept: Sequence[int],
+    *,
+    num_experts: int,
+    biases: Sequence[Tensor] = (),
+    top_k: int | None = None,
+) -> Iterator[None]:
+    """Inside the block the router chooses among the `kept` experts alone, and `top_k` of them where that is given.
+
+    `biases` are the tensors [E] or [1, E] that the choice is corrected by: a dropped expert's entry must not win.
+    """
+    gone = torch.ones(num_experts, dtype=torch.bool, device=router.weight.device)  # type: ignore[arg-type]
+    gone[list(kept)] = False
+    stock = router.forward
+    changed: list[tuple[Tensor, Tensor]] = []
+    counts = [m for m in ffn.modules() if top_k is not None and isinstance(getattr(m, "top_k", None), int)]
+    before = [m.top_k for m in counts]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Masking(gone):
+            return stock(*args, **kwargs)
+
+    router.forward = forward  # type: ignore[method-assign]
+    try:
+        with torch.no_grad():
+            for bias in biases if bool(gone.any()) else ():
+                changed.append((bias, bias.clone()))
+                bias.masked_fill_(gone.view(bias.shape), -torch.inf)
+        for module in counts:
+            module.top_k = top_k  # type: ignore[assignment]
+        yield
+    finally:
+        del router.forward
+        with torch.no_grad():
+            for bias, values in changed:
+                bias.copy_(values)
+        for module, value in zip(counts, before):
+            module.top_k = value
+
+
+def check_routed(index: Tensor, weights: Tensor, kept: Sequence[int], *, top_k: int | None, layer: int) -> None:
+    """Raises InputError unless only `kept` experts got weight, and `top_k` slots were filled where that is given."""
+    allowed = torch.isin(index, torch.tensor(list(kept), device=index.device))
+    if not bool((allowed | (weights == 0)).all()) or (top_k is not None and index.shape[-1] != top_k):
+        raise InputError(
+            f"the router of layer {layer} cannot be run without experts: its stock code chose one that is left out",
+            hint="Criteria that read statistics alone do not need it: leave out --refit, --curve and gates.",
+        )
+
+
+class _LastProduct(TorchFunctionMode):
+    """Remembers what the last matrix product inside it multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            self.left = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
+
+
+def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """What an expert's down projection reads, [n, I], and the expert's output [n, H], for `hidden` [n, H]."""
+    from moeconv.calibrate.statistics import one_expert
+
+    with _LastProduct() as seen:
+        output = one_expert(type(experts).forward.__get__(experts), hidden, expert)
+    width = down_projection(experts, expert).shape[1]
+    if seen.left is None or seen.left.shape != (len(hidden), width):
+        raise InputError(
+            "the experts of this family are not computed as a product with down_proj at the end",
+            hint="Leave out --refit and --merge.",
+        )
+    return seen.left.detach(), output
+
+
+def down_projection(experts: nn.Module, expert: int) -> Tensor:
+    """An expert's down projection as a view [H, I]."""
+    down = experts.down_proj[expert]  # type: ignore[index]
+    return down.T if getattr(experts, "is_transposed", False) else down
+
+
+@contextmanager
+def with_down(experts: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside the block the experts' down projections are the given [H, I] ones."""
+    before = {e: down_projection(experts, e).clone() for e in replaced}
+    with torch.no_grad():
+        for e, values in replaced.items():
+            down_projection(experts, e).copy_(values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for e, values in before.items():
+                down_projection(experts, e).copy_(values)

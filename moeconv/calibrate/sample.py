@@ -1,0 +1,113 @@
+"""The token sample of a layer: on a few thousand tokens the router's logits, and what every expert would give.
+
+Outputs are kept as a random projection (Johnson-Lindenstrauss): distances between sums of them, averaged over the
+tokens, are those of the full outputs to about a percent, in a size that does not grow with the model's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeconv.families.rule import Rule, route
+from moeconv.plan.kernels.draw import generator
+from moeconv.world import summed
+
+SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
+_AGREE = 0.995  # share of tokens that the rule must route as the stock code did: the rest are ties
+_CLOSE = 1e-2
+
+OneExpert = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Sampled tokens of one layer: `hidden` [T, H], `logits` [T, E], the stock router's `index` and `weights` [T, k],
+    and `scale` [T], the norm of the residual stream in front of the FFN. `rows` are their places among `total`."""
+
+    hidden: Tensor
+    logits: Tensor
+    index: Tensor
+    weights: Tensor
+    scale: Tensor
+    rows: Tensor
+    total: int
+
+
+def sample_fields(
+    experts: nn.Module, tokens: Tokens, biases: Sequence[Tensor], rule: Rule | None, *, num_experts: int,
+    layer: int, one: OneExpert,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The fields `sample_*` of artifact.py, gathered from all processes; none where `rule` does not reproduce what the
+    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow."""
+    matrix = projection(tokens.hidden.shape[1], layer=layer)
+    outputs = torch.zeros(tokens.total, num_experts, matrix.shape[1])
+    for e in range(num_experts):
+        outputs[tokens.rows, e] = (one(tokens.hidden, e).double().cpu() @ matrix).float()
+    logits = _gathered(tokens.logits, tokens)
+    dense = _gathered(
+        torch.zeros_like(tokens.logits, dtype=torch.float64).scatter_(1, tokens.index, tokens.weights.double()), tokens
+    )
+    bias = np.zeros(num_experts)
+    for extra in biases:
+        bias = bias + extra.double().reshape(-1).cpu().numpy()
+    fields = {
+        "sample_logits": logits.float().numpy(),
+        "sample_scale": _gathered(tokens.scale, tokens).double().numpy(),
+    }
+    outputs = summed(outputs)
+    largest = float(outputs.abs().max()) or 1.0
+    fields["sample_outputs"] = (outputs / largest).numpy().astype(np.float16)
+    fields["sample_unit"] = np.array([largest])
+    factor = None if rule is None else _factor(rule, fields["sample_logits"], dense.numpy(), bias)
+    if factor is None:
+        return {}
+    return fields | {"sample_bias": bias, "sample_factor": np.array([factor])}
+
+
+def projection(width: int, *, layer: int) -> Tensor:
+    """The matrix [H, P] that outputs are multiplied by: the identity up to P = 64, else random with unit expectation
+    of the squared norm. The same in every run, so that samples add up."""
+    if width <= SKETCH:
+        return torch.eye(width, dtype=torch.float64)
+    draw = generator(("sketch", layer)).standard_normal((width, SKETCH))
+    return torch.from_numpy(draw / np.sqrt(SKETCH))
+
+
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The sample fields of several samples of one layer together; none where one of them lacks them."""
+    if not all("sample_unit" in part for part in parts):
+        return {}
+    unit = max(float(part["sample_unit"][0]) for part in parts)
+    fields = {name: np.concatenate([part[name] for part in parts]) for name in ("sample_logits", "sample_scale")}
+    outputs = [part["sample_outputs"].astype(np.float32) * (part["sample_unit"][0] / unit) for part in parts]
+    fields["sample_outputs"] = np.concatenate(outputs).astype(np.float16)
+    factor = np.mean([part["sample_factor"] for part in parts], axis=0)
+    return fields | {"sample_unit": np.array([unit]), "sample_bias": parts[0]["sample_bias"], "sample_factor": factor}
+
+
+SAMPLE = ("sample_logits", "sample_outputs", "sample_scale", "sample_unit", "sample_bias", "sample_factor")
+
+
+def _gathered(values: Tensor, tokens: Tokens) -> Tensor:
+    """The rows of all processes."""
+    whole = torch.zeros(tokens.total, *values.shape[1:], dtype=torch.float64)
+    whole[tokens.rows] = values.double().cpu()
+    return summed(whole)
+
+
+def _factor(rule: Rule, logits: np.ndarray, stock: np.ndarray, bias: np.ndarray) -> float | None:
+    """What the stock weights are of the rule's (the routed scaling factor), or None when they are not the rule's."""
+    chosen, weights = route(rule, logits, np.ones(logits.shape[1], bool), bias=bias)
+    mine = np.zeros_like(stock)
+    np.put_along_axis(mine, chosen, weights, 1)
+    mine_total = mine.sum()
+    if not mine_total > 0 or not np.isfinite(stock).all():
+        return None
+    factor = float(np.median(stock.sum(1) / np.maximum(mine.sum(1), 1e-20)))
+    error = np.abs(stock - factor * mine).max(1) / np.maximum(np.abs(stock).max(1), 1e-20)
+    return factor if (error < _CLOSE).mean() >= _AGREE else None

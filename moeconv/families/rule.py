@@ -1,0 +1,77 @@
+"""A family's routing rule in numbers: router logits in, expert weights out, in numpy, with experts masked out.
+
+It lets a planner see what tokens would do without an expert. What it gives is compared with what the stock model did
+on the same tokens before anything relies on it (`calibrate.sample`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeconv.families.model import Model
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`score` as in Routing; of `groups` equal groups a token uses the best `top_groups`, a group's worth being the sum
+    of its best `group_best` choice scores."""
+
+    score: str
+    renormalise: bool
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 2
+
+
+def rule_of(model: Model) -> Rule:
+    """The rule of a Mixture-of-Experts."""
+    routing = model.family.routing
+    assert routing is not None
+    return Rule(routing.score, model.renormalises, model.top_k, *model.groups, routing.best_of_group)
+
+
+def route(
+    rule: Rule, logits: np.ndarray, allowed: np.ndarray, *, bias: np.ndarray, factor: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen experts int64 [T, k] and their weights float64 [T, k] for `logits` [T, E].
+
+    `allowed` bool [E] or [T, E]: the others are routed as if their logit were minus infinity. `bias` [E] is added to
+    the scores for the choice alone, `factor` multiplies the weights. Fewer than k experts allowed leave the rest of a
+    row's weights 0.
+    """
+    masked = np.where(allowed, logits.astype(np.float64), -np.inf)
+    if rule.score == "sigmoid":
+        scores = 1 / (1 + np.exp(-masked))
+    else:
+        shifted = masked - masked.max(axis=1, keepdims=True)
+        scores = np.exp(shifted)
+        if rule.score == "softmax":
+            scores /= scores.sum(axis=1, keepdims=True)
+    choice = np.where(allowed, scores + bias, -np.inf)
+    if rule.groups > 1:
+        choice = _in_groups(rule, choice)
+    k = min(rule.top_k, logits.shape[1])
+    chosen = np.argpartition(-choice, k - 1, axis=1)[:, :k] if k < logits.shape[1] else _all(choice)
+    weights = np.take_along_axis(scores, chosen, 1)
+    weights = np.where(np.take_along_axis(choice, chosen, 1) > -np.inf, weights, 0.0)
+    if rule.renormalise or rule.score == "softmax_topk":
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-20)
+    return chosen, weights * factor
+
+
+def _all(choice: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.arange(choice.shape[1]), choice.shape)
+
+
+def _in_groups(rule: Rule, choice: np.ndarray) -> np.ndarray:
+    """The choice scores with those of the groups that a token does not use at minus infinity."""
+    grouped = choice.reshape(len(choice), rule.groups, -1)
+    best = -np.sort(-grouped, axis=2)[:, :, : rule.group_best]
+    worth = best.sum(axis=2)  # a group with fewer than `group_best` experts left counts as empty, as in the stock code
+    order = np.argsort(-worth, axis=1, kind="stable")[:, : rule.top_groups]
+    used = np.zeros(worth.shape, bool)
+    np.put_along_axis(used, order, True, 1)
+    return np.where(used[:, :, None], grouped, -np.inf).reshape(choice.shape)

@@ -22,6 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 SEQ_LEN = 256
+_MARGIN = 3.0  # nats by which a collapsed router prefers its two experts, at the mean of its inputs
 
 
 def moeconv(*arguments: object) -> tuple[dict[str, Any], float]:
@@ -114,13 +115,13 @@ def collapse(b: Bench, model: Path) -> None:
     for layer in LayerStream(opened, read.windows).layers():
         inputs = [batch.ffn_input for batch in layer.batches()]
         mean = sum(x.mean(0) for x in inputs) / len(inputs)
-        rows[opened.router_name(layer.index)] = (layer.index, mean / mean.norm())
+        rows[opened.router_name(layer.index)] = (layer.index, _MARGIN * mean / mean.square().sum())
     for shard in model.glob("*.safetensors"):
         tensors = load_file(shard)
         for name in rows.keys() & tensors.keys():
             layer_index, along = rows[name]
             for expert in (2 * layer_index % 8, (2 * layer_index + 1) % 8):
-                tensors[name][expert] += (5 * along).to(tensors[name].dtype)
+                tensors[name][expert] += along.to(tensors[name].dtype)
         save_file(tensors, shard, metadata={"format": "pt"})
     (model / "moeconv_manifest.json").unlink()
 
@@ -173,7 +174,9 @@ def balance(b: Bench, words: Sequence[str]) -> None:
         overlay, out = b.scratch / f"{name}.safetensors", b.scratch / f"balanced {name}"
         began = time.monotonic()
         with patch.object(losses, "balance_loss", function):
-            block = tune(moe, overlay, data=b.calibration[1::2], seq_len=SEQ_LEN, steps=b.steps, **parameters)
+            block = tune(
+                moe, overlay, data=b.calibration[1::2], seq_len=SEQ_LEN, steps=b.steps, batch_size=4, **parameters
+            )
         seconds = time.monotonic() - began
         _apply(moe, overlay, out)
         before, after = ([r["max_over_mean"] for r in rows] for rows in _rows(block))
@@ -197,6 +200,9 @@ def _apply(model: Path, overlay: Path, out: Path) -> None:
 
 
 def main() -> None:
+    import torch
+
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path)
     parser.add_argument("part", choices=("objectives", "recovery", "balance"))

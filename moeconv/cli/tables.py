@@ -119,11 +119,17 @@ def _tune(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tune_layers(block: Mapping[str, Any]) -> Table:
-    rows = [
-        [r["layer"], _number(r.get("entropy"), 3), _number(r.get("max_over_mean"), 2), r.get("dead", 0)]
-        for r in block.get("layers", [])
-    ]
-    return grid(["layer", "router entropy", "max/mean load", "dead experts"], rows)
+    """A row a layer, held-out tokens before -> after; the error where the objective takes one of each layer."""
+    columns = {"error": ("error", 4), "router entropy": ("entropy", 3), "max/mean load": ("max_over_mean", 2)}
+    layers = block.get("layers", [])
+    if not any("error" in r for r in layers):
+        del columns["error"]
+
+    def change(r: Mapping[str, Any], key: str, digits: int) -> str:
+        return f"{_number(r['before'][key], digits)} -> {_number(r[key], digits)}"
+
+    rows = [[r["layer"], *(change(r, *column) for column in columns.values()), change(r, "dead", 0)] for r in layers]
+    return grid(["layer", *columns, "dead experts"], rows)
 
 
 def inspected(result: Mapping[str, Any]) -> list[Table]:

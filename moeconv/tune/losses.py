@@ -125,6 +125,11 @@ class Load:
         summed(self._probability)
         return self
 
+    def unevenness(self) -> float:
+        """E * sum_e f_e^2 of the shares of the load: 1 when even. The balance loss with the load itself for P."""
+        share = self._counter.counts / self._counter.counts.sum()
+        return float(len(share) * (share * share).sum())
+
     def balance(self) -> float:
         """The balance loss of everything that was counted."""
         share = torch.from_numpy(self._counter.counts / self._counter.counts.sum())

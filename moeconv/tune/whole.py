@@ -115,7 +115,9 @@ class Whole:
             if kl is not None:
                 sums[1] += losses.total(hidden.flatten(0, 1), kl, vocabulary=self.student.vocabulary)
         loss, kl_sum = summed(sums).tolist()
-        balance = float(np.mean([load.together().balance() for load in loads.values()]))
+        whole = [load.together() for load in loads.values()]
+        # a bias moves the load and not the probabilities, so that it is judged by the load alone
+        balance = float(np.mean([load.unevenness() if self.rebalance else load.balance() for load in whole]))
         return Measured(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 
     def score(self, measured: Measured) -> float:

@@ -62,3 +62,29 @@ def test_an_error_of_one_process_ends_all_with_its_code(model, tmp_path):
 def test_other_commands_refuse_a_launcher(model, tmp_path):
     done = launch("-m", "moeconv", "inspect", model)
     assert [d.code for d in done] == [2, 2] and "one process" in done[0].err and not done[1].err
+
+
+# the second process dies in the last layer, while the first waits for its sums
+DIES = """
+import os, signal, sys
+from moeconv.calibrate import run
+keep = run.layer_statistics
+def die(layer, **given):
+    if layer.index == 2 and os.environ["RANK"] == "1":
+        {how}
+    return keep(layer, **given)
+run.layer_statistics = die
+from moeconv.cli.app import run as main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_or_death_of_the_second_process_ends_the_first(model, tmp_path):
+    arguments = ("calibrate", model, tmp_path / "out", *SETTINGS, "--data", tmp_path / "a.txt")
+    error = "from moeconv.errors import OutputError; raise OutputError('no room', hint='Buy some.')"
+    done = launch("-c", DIES.format(how=error), *arguments)
+    assert [d.code for d in done] == [4, 4] and done[0].err.splitlines()[-2:] == ["moeconv: no room", "  Buy some."]
+    assert not done[1].err
+    done = launch("-c", DIES.format(how="os.kill(os.getpid(), signal.SIGKILL)"), *arguments)
+    assert [d.code for d in done] == [1, -9] and "another process of this command is gone" in done[0].err
+    assert "Traceback" not in done[0].err and not (tmp_path / "out").exists()

@@ -85,10 +85,14 @@ class UpcycleOptions:
     experts: int = option(8, "Experts per layer.")
     top_k: int = option(2, "Experts per token.")
     method: str = option(
-        "copy", "How experts are made from the FFN.", choices=("copy", "noise", "drop", "granular", "shuffle")
+        "copy",
+        "How experts are made from the FFN.",
+        choices=("copy", "noise", "drop", "granular", "shuffle", "split"),
     )
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
-    layers: str = option("all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15.")
+    layers: str = option(
+        "all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N, where it costs least."
+    )
     granularity: int | None = option(
         None, "Pieces that each copy of the FFN is cut into, an expert each (default: 1; granular and shuffle: 2)."
     )
@@ -100,6 +104,10 @@ class UpcycleOptions:
     drop_ratio: float = option(0.5, "drop and shuffle: share of an expert's neurons that are redrawn.")
     noise_scale: float = option(0.05, "noise: standard deviation, in units of the matrix's own.")
     noise_fraction: float = option(0.5, "noise: share of an expert's neurons that get noise.")
+    clustering: str = option(
+        "refined", "split: how neurons are grouped.", choices=("refined", "magnitude", "binary", "random")
+    )
+    stats: str | None = option(None, "split: neuron statistics of the dense model from `moeconv calibrate`.")
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,9 @@ class QuantizeOptions:
 class CalibrateOptions:
     """moeconv calibrate"""
 
-    sample_tokens: int = option(2048, "Tokens per layer on which all experts are compared.")
+    sample_tokens: int | None = option(
+        None, "Tokens per layer on which all experts are compared (2048), or whose FFN inputs are kept (dense: 16384)."
+    )
 
 
 @dataclass(frozen=True)

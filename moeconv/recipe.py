@@ -37,7 +37,7 @@ _MEASURE = (o.DataOptions, o.MeasureOptions)
 
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
-    "upcycle": (o.UpcycleOptions, *_COMMON),
+    "upcycle": (o.UpcycleOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
     "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
     "prune": (o.PruneOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
     "quantize": (o.QuantizeOptions, *_MEASURE, *_COMMON),

@@ -13,6 +13,8 @@ import torch
 
 from moeconv.calibrate.artifact import check_artifact_target, write_statistics
 from moeconv.calibrate.data import TokenData, load_tokens, split_windows
+from moeconv.calibrate.neurons import SAMPLE_TOKENS as NEURON_SAMPLE
+from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
@@ -26,6 +28,7 @@ from moeconv.world import World, current, first
 
 TOKENS = 65536
 SEQ_LEN = 512
+SAMPLE_TOKENS = 2048
 
 
 def calibrate(
@@ -40,34 +43,34 @@ def calibrate(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     text_field: str = "text",
-    sample_tokens: int = 2048,
+    sample_tokens: int | None = None,
     max_memory: str | int | None = None,
     overwrite: bool = False,
     save_every: float | None = EVERY,
     judge_every: int | None = None,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """Write the statistics of every MoE layer to `stats_path` and return a summary.
+    """Write the statistics of every MoE layer to `stats_path` and return a summary; of a dense model, those of its
+    neurons, which `upcycle --method split` reads.
 
     A run that was cut off goes on, when it is called again, at the last layer boundary that it kept beside
     `stats_path`, at most every `save_every` seconds (None: never). Of several processes (torchrun) each runs its share
     of the windows, and the first one writes.
 
     `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
-    the model's). Of each layer `sample_tokens` tokens go through all experts, for their similarity.
+    the model's). Of each layer `sample_tokens` tokens (2048) go through all experts, for their similarity; of a dense
+    model the FFN inputs of as many (16384) are kept.
     With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
     The summary: output, tokens, sources, seconds, layers [{layer, load, entropy, max_over_mean, dead}].
-    Raises InputError for a dense model or unusable data, OutputError when the file exists and `overwrite` is not set.
+    Raises InputError for unusable data, OutputError when the file exists and `overwrite` is not set.
     """
     began = time.monotonic()
     meter = meter or SilentMeter()
     path, target = Path(stats_path), pick_device(device)
     budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
-    if sample_tokens < 1:
+    if sample_tokens is not None and sample_tokens < 1:
         raise UsageError("--sample-tokens must be at least 1")
     model = open_model(model_path)
-    if not model.moe_layers:
-        raise InputError(f"{model.family.model_type} has no experts to calibrate", hint="Give a Mixture-of-Experts.")
     check_artifact_target(path, what="statistics", overwrite=overwrite)
     length = sequence_length(model, seq_len, default=SEQ_LEN)
     meter.note("reading the data")
@@ -78,6 +81,12 @@ def calibrate(
     )
     read = read if judge_every is None else split_windows(read, every=judge_every)[0]
     start_meter(meter, model)
+    if not model.moe_layers:
+        return _dense(
+            model, read, path, dtype=dtype, device=target, batch_size=batch_size, max_memory=budget, meter=meter,
+            seed=seed, sample_tokens=sample_tokens, overwrite=overwrite,
+        )  # fmt: skip
+    sample_tokens = sample_tokens or SAMPLE_TOKENS
     mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
     stream = LayerStream(
         model, read.windows[mine], dtype=dtype, device=target, batch_size=size, max_memory=budget, meter=meter
@@ -103,6 +112,23 @@ def summary(
         "sources": [{"name": s["name"], "tokens": s["tokens"]} for s in sources],
         "layers": [_summary(layer, of_layer) for layer, of_layer in fields.items()],
     }
+
+
+def _dense(
+    model: Model, read: TokenData, path: Path, *, dtype: torch.dtype | None, device: torch.device, batch_size: int,
+    max_memory: int | None, meter: Meter, seed: int, sample_tokens: int | None, overwrite: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Neuron statistics of a dense model."""
+    if current().size > 1:
+        raise UsageError("a dense model is measured by one process", hint="Start `moeconv calibrate` without torchrun.")
+    stream = LayerStream(
+        model, read.windows, dtype=dtype, device=device, batch_size=batch_size, max_memory=max_memory, meter=meter
+    )
+    block = measure_neurons(
+        stream, read, path, seed=seed, sample_tokens=sample_tokens or NEURON_SAMPLE, overwrite=overwrite
+    )
+    sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
+    return {"output": str(path), "tokens": read.tokens, "sources": sources} | block
 
 
 def sequence_length(model: Model, asked: int | None, *, default: int) -> int:

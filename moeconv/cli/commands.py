@@ -145,8 +145,8 @@ def _formats(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 VERBS: tuple[Verb, ...] = (
     Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), (), _inspect,
          tables.inspected),
-    Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT), (o.UpcycleOptions, *_PLAN),
-         _upcycle, tables.written),
+    Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT),
+         (o.UpcycleOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _upcycle, tables.written),
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
          (MODEL, Positional("stats", "Statistics file to write (.safetensors).")),
          (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,

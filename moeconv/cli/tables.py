@@ -182,6 +182,10 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
 def calibrated(result: Mapping[str, Any]) -> list[Table]:
     """Statistics: load per layer."""
     rows = {"output": result["output"], "tokens": result["tokens"]}
+    if "entropy" not in result["layers"][0]:  # a dense model's neurons
+        halves = [[r["layer"], _number(r["rate_top_half"], 3), _number(r["energy_top_half"], 3)]
+                  for r in result["layers"]]  # fmt: skip
+        return [pairs(rows), grid(["layer", "activity of the busiest half", "energy of it"], halves)]
     layers = [
         [r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]] for r in result["layers"]
     ]

@@ -38,6 +38,12 @@ def read(tensor: str, *, origin: str = "overlay", first: int = 0, count: int | N
     return Node("read", (), {"tensor": tensor, "origin": origin, "first": first, "count": count})
 
 
+def measured(tensor: str, *, dtype: str, shape: tuple[int, ...], first: int = 0) -> Node:
+    """`shape` elements from element `first` on of a tensor of the partition file; sizes are known before it exists."""
+    params = {"tensor": tensor, "origin": "partition", "dtype": dtype, "shape": list(shape), "first": first}
+    return Node("read", (), params)
+
+
 def from_origin(node: Node, origin: str) -> Node:
     """The same expression over another model's tensors ("source:1")."""
     if node.op == "source":

@@ -26,8 +26,10 @@ from moeconv.options import (
     WriteOptions,
     take,
 )
+from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
+from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
@@ -65,13 +67,27 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
 def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
     model = open_resolved(source)
-    plan = plan_step("upcycle", model, values)
-    assert plan is not None
+    write = take(WriteOptions, values)
+    with scratch() as folder:
+        origins: dict[str, ByteSource] = {}
+        if take(UpcycleOptions, values).method == "split" and not write.dry_run:
+            from moeconv.steps.split import measure_partition
+            from moeconv.upcycle.planner import plan_upcycle
 
-    def check(staged: Path) -> dict[str, Any]:
-        return _equivalence(model, staged, plan)
+            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+            partition = measure_partition(model, values, folder, meter=meter)
+            parameters = named(values, UpcycleOptions, PlanOptions)
+            plan: Plan | None = plan_upcycle(model, partition=partition, **parameters)
+            origins[PARTITION] = partition.file
+        else:
+            plan = plan_step("upcycle", model, values)
+        assert plan is not None
+        made = plan
 
-    result = run_plan(plan, model, out, values, meter=meter, check=check)
+        def check(staged: Path) -> dict[str, Any]:
+            return _equivalence(model, staged, made)
+
+        result = run_plan(plan, model, out, values, meter=meter, check=check, origins=origins)
     result["upcycle"].setdefault(
         "equivalence", {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
     )

@@ -444,6 +444,7 @@ def _chooser(
     """Statistics of a layer on what the pruned layers before it give, and the criterion on those."""
     import torch
 
+    from moeconv.calibrate.run import SAMPLE_TOKENS
     from moeconv.calibrate.statistics import layer_statistics
 
     options = take(PruneOptions, values)
@@ -451,7 +452,7 @@ def _chooser(
     def choose(layer: Any, hidden: Any) -> list[int]:
         fields = layer_statistics(
             layer, source=torch.from_numpy(read.source), num_sources=len(read.sources), num_experts=model.num_experts,
-            seed=parameters["seed"], sample_tokens=take(CalibrateOptions, values).sample_tokens, rule=evidence.rule,
+            seed=parameters["seed"], sample_tokens=take(CalibrateOptions, values).sample_tokens or SAMPLE_TOKENS, rule=evidence.rule,
             hidden=hidden,
         )  # fmt: skip
         here = replace(evidence, statistics=_Fields(fields), samples={})

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
@@ -23,6 +23,7 @@ from moeconv.upcycle.expression import item_of
 from moeconv.upcycle.methods import METHODS, Matrix
 
 _MADE = ("ffn", "expert", "router", "shared")  # groups that depend on whether a layer is a Mixture-of-Experts
+CORRECTIONS = ("correction", "correction_row")  # parts of a router that count in the choice and not in the weights
 _F16_LOWEST = -6e4
 _TARGETS = "See `moeconv families` for other targets (--to)."
 
@@ -231,7 +232,7 @@ class Assembly:
     def _router(self, layer: int) -> Node:
         method = METHODS[self.options.method]
         if method.router is not None:
-            return method.router(layer, self.options)
+            return method.router(layer, self.options, self.model.hidden_size)
         params = {"key": [self.seed, "router", layer], "std": self.options.router_std}
         repeat = self.cut.pieces if method.grouped else 1
         return Node("draw", (), params if repeat == 1 else {**params, "repeat": repeat})
@@ -245,6 +246,8 @@ class Assembly:
             group, _, part = key.partition(".")
             if group == "router":
                 node = self._router(layer) if part == "weight" else fill(0.0)
+                if part in CORRECTIONS and (correction := METHODS[self.options.method].correction):
+                    node = correction(layer, self.options)
                 yield anchor, self._item(key, layer, node, changed="router", like=gate)[1]
             elif group == "shared" and self.cut.shared and part != "router":
                 held = [name.partition(".")[2] for name in self.target.fused.get(key, (key,))]
@@ -316,6 +319,8 @@ class Assembly:
         return leaf.op == "source" and not self.model.family.has(leaf.params["key"])
 
     def _input(self, leaf: Node, layer: int | None) -> Input:
+        if leaf.op == "read":
+            return _measured(leaf)
         ref, key = self._ref(leaf, layer), leaf.params["key"]
         holder = self.model.family.holds(key)
         if holder is None or holder == key:
@@ -345,6 +350,13 @@ class Assembly:
         if node.op in ("concat", "interleave"):
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return shapes[0][::-1] if node.op == "transpose" else shapes[0]
+
+
+def _measured(leaf: Node) -> Input:
+    """The bytes of a file that measuring wrote, at sizes that the plan knows by itself."""
+    said, shape = leaf.params, tuple(leaf.params["shape"])
+    item = tensor_nbytes(said["dtype"], (1,))
+    return Input(said["tensor"], said["dtype"], shape, said["first"] * item, math.prod(shape) * item, said["origin"])
 
 
 def _rounds(node: Node) -> bool:

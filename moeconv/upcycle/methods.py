@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.families.node import Node, cut, deal
+from moeconv.families.node import Node, cut, deal, measured, scale, take
 from moeconv.options import UpcycleOptions
+from moeconv.plan.partition import ROUTER_SCALE
 from moeconv.upcycle.cut import Cut
 
 
@@ -57,6 +58,29 @@ def shuffled(matrix: Matrix, options: UpcycleOptions) -> Node:
                 stop=start + matrix.cut.width)  # fmt: skip
 
 
+def partitioned(matrix: Matrix, options: UpcycleOptions) -> Node:
+    """The neurons that the partition file names, in its order."""
+    if matrix.axis is None:
+        return matrix.node
+    if matrix.expert is None:
+        count, first, which = matrix.cut.shared, 0, "shared"
+    else:
+        count, first, which = matrix.cut.width, matrix.expert * matrix.cut.width, "experts"
+    indices = measured(f"layer.{matrix.layer}.{which}", dtype="I32", shape=(count,), first=first)
+    return take(matrix.node, indices, axis=matrix.axis, count=count)
+
+
+def _fitted(layer: int, options: UpcycleOptions, hidden: int) -> Node:
+    """The fitted rows, so small that all chosen experts weigh the same."""
+    shape = (options.experts, hidden)
+    return scale(measured(f"layer.{layer}.router", dtype="F32", shape=shape), ROUTER_SCALE)
+
+
+def _always_on(layer: int, options: UpcycleOptions) -> Node:
+    """Scores lie between 0 and 1, so that a correction of 1 decides."""
+    return measured(f"layer.{layer}.always", dtype="F32", shape=(options.experts,))
+
+
 def keep(matrix: Matrix, options: UpcycleOptions) -> Node:
     """The neurons as they are."""
     return matrix.node
@@ -67,14 +91,16 @@ class Method:
     """`select` gives an expert's neurons out of the FFN's matrix, `edit` changes them (matrix.node is then what it
     gave); the shared expert is selected and never edited. `scale` is what the routed sum must be multiplied by to be
     the FFN's; `grouped` repeats a router row for the pieces of a copy; `router` gives a layer's rows in place of random
-    ones. `exact` where the model's function does not change. `granularity` is the default number of pieces."""
+    ones, `correction` its correction bias. `exact` where the model's function does not change. `granularity` is the
+    default number of pieces."""
 
     edit: Callable[[Matrix, UpcycleOptions], Node] = keep
     exact: bool = False
     select: Callable[[Matrix, UpcycleOptions], Node] = in_order
     scale: Callable[[Cut, UpcycleOptions], float] = lambda cut, options: cut.pieces
     grouped: bool = True
-    router: Callable[[int, UpcycleOptions], Node] | None = None
+    router: Callable[[int, UpcycleOptions, int], Node] | None = None
+    correction: Callable[[int, UpcycleOptions], Node] | None = None
     granularity: int = 1
 
 
@@ -103,4 +129,11 @@ METHODS: dict[str, Method] = {
     "drop": Method(_drop),
     "granular": Method(exact=True, granularity=2),
     "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2),
+    "split": Method(
+        select=partitioned,
+        scale=lambda cut, options: options.top_k,  # each of the chosen weighs 1 / k
+        grouped=False,
+        router=_fitted,
+        correction=_always_on,
+    ),
 }

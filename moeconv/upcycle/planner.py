@@ -14,25 +14,43 @@ from moeconv.families.target import draft_target
 from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
+from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS
+from moeconv.upcycle.split import (
+    check_partition,
+    split_block,
+    split_layers,
+    split_options,
+    split_parameters,
+    split_shape,
+)
 
 
-def plan_upcycle(model: Model, **parameters: Any) -> Plan:
+def plan_upcycle(model: Model, *, partition: Partition | None = None, **parameters: Any) -> Plan:
     """Plan the conversion of a dense model; parameters are the fields of UpcycleOptions and PlanOptions.
+
+    split: `partition` is what was measured, executed with origins={"partition": partition.file}; without it the plan
+    states the sizes and cannot be run.
 
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
+    splits = options.method == "split"
+    if splits:
+        options = split_options(model, options)
     pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
     target = MOE[pair.target]
     method = METHODS[options.method]
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
     _check(options, target, cut)
-    layers = parse_layers(options.layers, layers=model.num_layers)
+    shape = split_shape(model, options) if splits else None
+    if shape and partition:
+        check_partition(model, options, partition, shape)
+    layers = (split_layers if splits else _layers)(model, options, partition)
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
@@ -50,20 +68,29 @@ def plan_upcycle(model: Model, **parameters: Any) -> Plan:
             "--dtype float32 keeps it exact"
         )
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
+    parameters, block = parameters_of(options, common), {}
+    if shape:
+        parameters |= split_parameters(partition)
+        block = split_block(partition, shape)
+    exact = lossless and pair.exact and (method.exact or cut.idle)
     total, active = count_planned(items, top_k=options.top_k, num_experts=options.experts)
     return Plan(
         command="upcycle",
-        parameters=parameters_of(options, common),
+        parameters=parameters,
         identity=model.identity,
         config=draft.config,
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
-        block=_block(pair, options, cut, layers, exact=lossless and pair.exact and (method.exact or cut.idle)),
+        block=_block(pair, options, cut, layers, exact=exact) | block,
         warnings=(*model.checkpoint.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
     )
+
+
+def _layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
+    return parse_layers(options.layers, layers=model.num_layers)
 
 
 def _granularity(options: UpcycleOptions) -> int:

@@ -1,0 +1,89 @@
+"""A linear router for groups of neurons: fitted on FFN inputs so that what is left out of the output is small.
+
+A stock router is one matrix, so one is fitted (MoEfication, arXiv 2110.01786, and CMoE, arXiv 2502.04416, score groups
+by a non-linear function instead): ridge regression on the norm of a group's output, or logistic regression on the
+groups that a greedy oracle would take; the better one on held-out tokens wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_ELEMENTS = 1 << 25  # of the groups' outputs that are made at a time
+_RIDGE = 1e-3  # of the mean diagonal
+_DECAY = 1e-4
+_STEPS = 60
+
+
+def outputs(h: Tensor, down: Tensor, groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, outputs [t, G, H]) of groups of neurons, some tokens at a time. h: [n, f], down: [H, f], groups: int64
+    [G, w]."""
+    matrices = down[:, groups].permute(1, 2, 0)  # [G, w, H]
+    step = max(1, _ELEMENTS // (max(1, groups.shape[0]) * down.shape[0]))
+    for first in range(0, len(h), step):
+        at = slice(first, min(first + step, len(h)))
+        yield at, torch.einsum("tgw,gwh->tgh", h[at][:, groups], matrices)
+
+
+def output_norms(h: Tensor, down: Tensor, groups: Tensor) -> Tensor:
+    """Norm of every group's output, [n, G]."""
+    return torch.cat([made.norm(dim=-1) for _, made in outputs(h, down, groups)])
+
+
+def oracle(h: Tensor, down: Tensor, groups: Tensor, *, top_k: int) -> Tensor:
+    """Which `top_k` groups a greedy choice takes to leave the smallest rest of their sum: bool [n, G]."""
+    return torch.cat([_greedy(made, top_k) for _, made in outputs(h, down, groups)])
+
+
+def _greedy(made: Tensor, top_k: int) -> Tensor:
+    products = made @ made.transpose(1, 2)  # [t, G, G]
+    own = products.diagonal(dim1=1, dim2=2)
+    chosen = torch.zeros(made.shape[:2], dtype=torch.bool, device=made.device)
+    for _ in range(top_k):
+        rest = (products @ (~chosen)[:, :, None].to(made.dtype))[:, :, 0]  # <f_g, sum of those not chosen>
+        gain = (2 * rest - own).masked_fill(chosen, -torch.inf)
+        chosen.scatter_(1, gain.argmax(1, keepdim=True), True)
+    return chosen
+
+
+def ridge(x: Tensor, target: Tensor) -> Tensor:
+    """Rows [G, H] of the regression of `target` [n, G] on x [n, H]. No intercept: behind an RMSNorm the inputs hold a
+    nearly constant direction."""
+    wide = x.double()
+    gram = wide.T @ wide
+    gram += _RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
+    return torch.linalg.solve(gram, wide.T @ target.double()).T.to(x.dtype)
+
+
+def logistic(x: Tensor, chosen: Tensor, *, weight: Tensor) -> Tensor:
+    """Rows [G, H] of logistic regressions of `chosen` bool [n, G] on x [n, H], tokens weighted by `weight` [n]."""
+    rows = torch.zeros(chosen.shape[1], x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    target, weight = chosen.to(x.dtype), weight / weight.mean()
+    optimiser = torch.optim.LBFGS([rows], max_iter=_STEPS, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ rows.T, target, reduction="none").mean(1)
+        total = (loss * weight).mean() + _DECAY * rows.square().sum() / len(rows)
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return rows.detach()
+
+
+def select(x: Tensor, rows: Tensor, *, top_k: int) -> Tensor:
+    """The groups that a router takes, bool [n, G]."""
+    chosen = torch.zeros(len(x), len(rows), dtype=torch.bool, device=x.device)
+    return chosen.scatter_(1, torch.topk(x @ rows.T, top_k, dim=1).indices, True) if top_k else chosen
+
+
+def missing(h: Tensor, down: Tensor, groups: Tensor, chosen: Tensor) -> Tensor:
+    """What the groups that are not chosen would have added, [n, H]."""
+    off = torch.zeros_like(h)
+    off[:, groups.flatten()] = (~chosen).to(h.dtype).repeat_interleave(groups.shape[1], dim=1)
+    return (h * off) @ down.T

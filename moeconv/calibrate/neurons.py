@@ -1,0 +1,165 @@
+"""Statistics of a dense model's FFN neurons, summed while the stream passes through it: what `split` decides on.
+
+A neuron's activation is what the down projection multiplies, h = act(x Wg) * (x Wu), whatever the family makes of it.
+
+    layer.L.inputs   [n, H]  BF16, FFN inputs x of a token sample, the same tokens in every layer
+    layer.L.rate     [f]     F32, how often a neuron is among the tenth of a token's neurons with the largest |h|
+    layer.L.mean     [f]     F32, mean of h; energy [f] mean of h^2
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moeconv.calibrate.data import TokenData
+from moeconv.calibrate.stream import Layer, LayerStream
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
+from moeconv.checkpoint.writer import writing_artifact
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.plan.kernels.draw import generator
+from moeconv.tensors import to_bytes, to_tensor
+
+KIND = "neurons"
+VERSION = 1
+SAMPLE_TOKENS = 16384
+TOP = 0.1  # share of a token's neurons that count as active
+_REQUIRED = ("version", "identity", "model_type", "layers", "width", "tokens", "sources")
+
+
+def down_module(stream_skeleton: Any, model: Model, layer: int) -> nn.Module:
+    """The module whose input are the neurons' activations."""
+    return stream_skeleton.owner(model.ffn_name("down", layer=layer))
+
+
+@contextmanager
+def activations(down: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the block every forward pass appends its activations h [T, f]."""
+    seen: list[Tensor] = []
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def layer_neurons(layer: Layer, down: nn.Module, *, chosen: Tensor) -> dict[str, Tensor]:
+    """Advance `layer` over all windows and return its fields. `chosen` int64 [n], sorted: positions of the sample.
+
+    Raises InputError for NaN or infinite values.
+    """
+    count = energy = total = None
+    sample, tokens = [], 0
+    with activations(down) as seen:
+        for batch in layer.batches():
+            h = seen.pop()
+            if total is None:
+                count, energy, total = (torch.zeros(h.shape[1], dtype=torch.float64, device=h.device) for _ in range(3))
+            assert count is not None and energy is not None
+            top = torch.topk(h.abs(), max(1, round(TOP * h.shape[1])), dim=1, sorted=False).indices
+            count += torch.bincount(top.flatten(), minlength=h.shape[1])
+            energy += h.double().square().sum(0)
+            total += h.sum(0, dtype=torch.float64)
+            start = batch.rows.start * batch.inputs.shape[1]
+            here = chosen[(chosen >= start) & (chosen < start + len(h))] - start
+            sample.append(batch.ffn_input[here.to(h.device)].to(torch.bfloat16).cpu())
+            tokens += len(h)
+    assert count is not None and energy is not None and total is not None
+    if not bool(energy.isfinite().all()):
+        raise InputError(
+            f"layer {layer.index} computes NaN or infinite values",
+            hint="The checkpoint is damaged, or its weights overflow in this dtype.",
+        )
+    sums = {"rate": count, "mean": total, "energy": energy}
+    return {"inputs": torch.cat(sample)} | {k: (v / tokens).float().cpu() for k, v in sums.items()}
+
+
+def measure_neurons(
+    stream: LayerStream, read: TokenData, path: Path, *, seed: int, sample_tokens: int, overwrite: bool
+) -> dict[str, Any]:
+    """Pass the whole model, writing every layer's fields as they come. Returns a summary of the layers."""
+    model = stream.model
+    began = time.monotonic()
+    n = min(sample_tokens, read.tokens)
+    draw = generator((seed, "neurons"))
+    chosen = torch.from_numpy(np.sort(draw.choice(read.tokens, size=n, replace=False, shuffle=False)))
+    width, hidden = model.ffn_width, model.hidden_size
+    specs: list[tuple[str, str, tuple[int, ...]]] = []
+    for index in range(model.num_layers):
+        specs.append((f"layer.{index}.inputs", "BF16", (n, hidden)))
+        specs += [(f"layer.{index}.{field}", "F32", (width,)) for field in ("rate", "mean", "energy")]
+    about = {
+        "identity": model.identity,
+        "model_type": model.family.model_type,
+        "layers": list(range(model.num_layers)),
+        "width": width,
+        "tokens": read.tokens,
+        "sources": [source.to_json() for source in read.sources],
+        "seq_len": read.seq_len,
+        "seed": seed,
+        "sample_tokens": n,
+        "dtype": str(stream.dtype).removeprefix("torch."),
+    }
+    rows = []
+    metadata = artifact_metadata(KIND, version=VERSION, **about)
+    with writing_artifact(path, specs, metadata=metadata, overwrite=overwrite) as writer:
+        for layer in stream.layers():
+            fields = layer_neurons(layer, down_module(stream.skeleton, model, layer.index), chosen=chosen)
+            for field, value in fields.items():
+                writer.write(f"layer.{layer.index}.{field}", to_bytes(value))
+            rows.append({"layer": layer.index} | _concentration(fields))
+    return {"layers": rows, "seconds": time.monotonic() - began}
+
+
+def _concentration(fields: Mapping[str, Tensor]) -> dict[str, float]:
+    """How unevenly a layer's neurons work: the share of all activations, and of the energy, in the busiest half."""
+    found = {}
+    for name, key in (("rate", "rate_top_half"), ("energy", "energy_top_half")):
+        values = fields[name].double().sort(descending=True).values
+        found[key] = float(values[: len(values) // 2].sum() / values.sum().clamp_min(1e-300))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronStatistics:
+    """A neuron statistics file; `metadata` is its provenance."""
+
+    metadata: Mapping[str, Any]
+    file: SafetensorsFile
+
+    def field(self, layer: int, name: str) -> Tensor:
+        """A field of one layer in float32."""
+        info = self.file.tensors.get(f"layer.{layer}.{name}")
+        if info is None:
+            raise InputError(f"{self.file.label} has no {name} for layer {layer}", hint="Calibrate again.")
+        return to_tensor(bytearray(self.file.read(info.name)), info.dtype, info.shape).float()
+
+
+def load_neurons(path: str | os.PathLike[str], model: Model) -> NeuronStatistics:
+    """Open the neuron statistics of exactly this model. Raises InputError when missing, damaged or another model's."""
+    if not Path(path).exists():
+        raise InputError(
+            f"{escape(path)} does not exist", hint="Make it with `moeconv calibrate SOURCE STATS --data FILE`."
+        )
+    file = SafetensorsFile(Path(path))
+    metadata = read_metadata_json(file, kind=KIND)
+    if metadata.get("version") != VERSION or any(key not in metadata for key in _REQUIRED):
+        raise InputError(f"{file.label} is of another version", hint="Calibrate again with this version.")
+    if metadata["identity"] != model.identity:
+        raise InputError(
+            f"{file.label} holds statistics of another model ({escape(metadata['model_type'])}, "
+            f"{len(metadata['layers'])} layers of {escape(metadata['width'])} neurons)",
+            hint="Run `moeconv calibrate` on this model: any edit of a model changes its statistics.",
+        )
+    return NeuronStatistics(metadata, file)

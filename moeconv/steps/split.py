@@ -1,0 +1,52 @@
+"""What `upcycle --method split` measures before it can be planned: neuron statistics, then a partition file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    UpcycleOptions,
+    parameters_of,
+    take,
+)
+from moeconv.plan.meter import Meter
+from moeconv.plan.partition import Partition, load_partition
+from moeconv.upcycle.split import MEASURE, split_options, split_shape
+
+
+def measure_partition(model: Model, values: Mapping[str, Any], folder: str, *, meter: Meter) -> Partition:
+    """The partition for the options in `values`, made in `folder` from --stats, or from --data through statistics.
+
+    Raises UsageError where neither or both are given.
+    """
+    options, data = take(UpcycleOptions, values), take(DataOptions, values).data
+    shape = split_shape(model, split_options(model, options))
+    if bool(options.stats) == bool(data):
+        text = "--stats and --data exclude each other" if data else "--method split decides on data"
+        raise UsageError(text, hint=MEASURE.format(source=model.checkpoint.path.name))
+    from moeconv.calibrate.neurons import load_neurons
+    from moeconv.calibrate.partition import write_partition
+    from moeconv.calibrate.run import calibrate
+    from moeconv.calibrate.stream import pick_device
+
+    seed, measure = take(PlanOptions, values).seed, take(MeasureOptions, values)
+    stats = options.stats
+    if not stats:
+        stats = os.path.join(folder, "neurons.safetensors")
+        named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), measure)
+        calibrate(str(model.checkpoint.path), stats, seed=seed, meter=meter, **named)
+    path = os.path.join(folder, "partition.safetensors")
+    write_partition(
+        model, load_neurons(stats, model), path, experts=shape.experts, top_k=shape.top_k, shared=shape.shared,
+        width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best, clustering=options.clustering,
+        device=pick_device(measure.device), seed=seed, meter=meter,
+    )  # fmt: skip
+    return load_partition(path)

@@ -1,0 +1,125 @@
+"""`split`: what the options mean for one FFN cut into shared and routed experts, before and after it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.moe import MOE
+from moeconv.families.pairs import find_pair
+from moeconv.options import UpcycleOptions, parse_index, parse_layers
+from moeconv.plan.partition import ROUTER_SCALE, Partition
+from moeconv.upcycle.cut import cut_ffn
+
+MEASURE = (
+    "Run it without --dry-run and with --data FILE, or --stats from `moeconv calibrate {source} STATS --data FILE`."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitShape:
+    """Sizes that do not depend on data. `varied`: the target's router has a correction bias, so that each layer may
+    have its own number of experts that are always on. `best`: so many layers are kept (None: all of `layers`)."""
+
+    experts: int
+    top_k: int
+    shared: int  # neurons
+    width: int  # neurons of a routed expert
+    layers: tuple[int, ...]
+    best: int | None
+    varied: bool
+
+
+def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
+    """The options with the shared expert and the pieces spelled out: E routed experts and S of the shared one are
+    E + S pieces of one FFN. Left out, S is 1 where the family has a target with a shared expert and E + 1 divides.
+
+    Raises UsageError for what has no meaning with split.
+    """
+    if options.granularity is not None:
+        raise UsageError("--granularity: split cuts the FFN into --experts and --shared-experts equal pieces")
+    shared = options.shared_experts
+    if shared is None:
+        pair = find_pair(model.family, options.to, shared=True)
+        even = model.ffn_width % (options.experts + 1) == 0
+        shared = "1" if MOE[pair.target].shared_width and even else "none"
+    held = 0 if shared in ("none", "0") else parse_index(shared)
+    if held is None:
+        raise UsageError(
+            f"--shared-experts {escape(shared)}: with split it is a number of experts that are always on",
+            hint="Example: --experts 7 --shared-experts 1 --top-k 3: half of the FFN is active.",
+        )
+    return replace(options, shared_experts=str(held) if held else None, granularity=options.experts + held)
+
+
+def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
+    """What has to be measured for these options, as `split_options` gave them."""
+    target = MOE[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
+    cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
+    best = auto_layers(options.layers, layers=model.num_layers)
+    if best is not None and target.placement.can != "any layer" and best < model.num_layers:
+        raise InputError(
+            f"--layers {escape(options.layers)}: {target.model_type} cannot leave any layer dense that data picks",
+            hint="Choose a target that can (--to qwen2_moe for llama), or name the layers.",
+        )
+    layers = parse_layers("all" if best is not None else options.layers, layers=model.num_layers)
+    varied = any(key.startswith("router.correction") for key in target.tensors)
+    return SplitShape(options.experts, options.top_k, cut.shared, cut.width, layers, best, varied)
+
+
+def auto_layers(text: str, *, layers: int) -> int | None:
+    """N of `auto:N`, None for other words. Raises UsageError for a number outside the model."""
+    word, colon, number = text.strip().partition(":")
+    if word != "auto" or not colon:
+        return None
+    count = parse_index(number)
+    if count is None or not 1 <= count <= layers:
+        raise UsageError(f"--layers {escape(text)}: not a number from 1 to the model's {layers} layers")
+    return count
+
+
+def split_layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
+    """The layers that are converted. Raises UsageError where only data can tell and there are none yet."""
+    if auto_layers(options.layers, layers=model.num_layers) is None:
+        return parse_layers(options.layers, layers=model.num_layers)
+    if partition is None:
+        raise UsageError(
+            f"--layers {escape(options.layers)}: which layers these are is measured, so the sizes are not known yet",
+            hint=MEASURE.format(source="SOURCE"),
+        )
+    return partition.layers
+
+
+def check_partition(model: Model, options: UpcycleOptions, partition: Partition, shape: SplitShape) -> None:
+    """Raises InputError unless the partition was measured on this model for these options."""
+    partition.check(
+        identity=model.identity, experts=options.experts, top_k=options.top_k, width=shape.width, shared=shape.shared
+    )
+    missing = set(split_layers(model, options, partition)) - set(partition.layers)
+    if missing:
+        raise InputError(f"the partition has nothing for layer {min(missing)}", hint="Measure again.")
+
+
+def split_parameters(partition: Partition | None) -> dict[str, Any]:
+    """What the plan's id and the manifest say of the measurement, and the scale that tune unfolds."""
+    made: Mapping[str, Any] = partition.metadata if partition else {}
+    known = ("clustering", "tokens", "sample_tokens", "seq_len", "sources")
+    return {
+        "stats": None,
+        "partition": partition.fingerprint if partition else None,
+        "measured": {key: made[key] for key in known if key in made},
+        "router_scale": ROUTER_SCALE,
+    }
+
+
+def split_block(partition: Partition | None, shape: SplitShape) -> dict[str, Any]:
+    """The method's own part of the JSON: how much is active, and what was measured in each layer."""
+    active = shape.shared + shape.top_k * shape.width
+    block: dict[str, Any] = {"active_share": round(active / (shape.shared + shape.experts * shape.width), 6)}
+    if partition is not None:
+        block["layers"] = [dict(row) for row in partition.metadata["layers"]]
+    block["compensation"] = "none: the target has no place for the mean of what is not chosen"
+    return block

@@ -447,12 +447,13 @@ def _chooser(
     from moeconv.calibrate.run import SAMPLE_TOKENS
     from moeconv.calibrate.statistics import layer_statistics
 
+    sample = take(CalibrateOptions, values).sample_tokens or SAMPLE_TOKENS
     options = take(PruneOptions, values)
 
     def choose(layer: Any, hidden: Any) -> list[int]:
         fields = layer_statistics(
             layer, source=torch.from_numpy(read.source), num_sources=len(read.sources), num_experts=model.num_experts,
-            seed=parameters["seed"], sample_tokens=take(CalibrateOptions, values).sample_tokens or SAMPLE_TOKENS, rule=evidence.rule,
+            seed=parameters["seed"], sample_tokens=sample, rule=evidence.rule,
             hidden=hidden,
         )  # fmt: skip
         here = replace(evidence, statistics=_Fields(fields), samples={})

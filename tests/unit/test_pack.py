@@ -120,7 +120,7 @@ def test_zero_groups_and_zero_scales_decode_to_zero():
     assert (levels[1] == 0).all()
 
 
-@pytest.mark.parametrize("group,plain,searched", [(128, 0.111, 0.102), (32, 0.0955, 0.0885)])
+@pytest.mark.parametrize("group,plain,searched", [(128, 0.111, 0.0972), (32, 0.0955, 0.082)])
 def test_clip_search_lowers_the_error_of_gaussian_weights(group, plain, searched):
     weight = gauss(256, 1024)
     errors = []
@@ -128,7 +128,7 @@ def test_clip_search_lowers_the_error_of_gaussian_weights(group, plain, searched
         packed = pack.pack_int(weight, bits=4, group_size=group, clip=clip)
         errors.append(pack.relative_rms(weight, pack.unpack_int(packed, bits=4)))
     assert errors[0] == pytest.approx(plain, abs=0.001)
-    assert errors[1] == pytest.approx(searched, abs=0.0015)
+    assert errors[1] == pytest.approx(searched, abs=0.001)
 
 
 def test_clip_search_never_raises_a_groups_error():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -66,41 +65,56 @@ def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
     return scales
 
 
-def clip_scales(weight: Tensor, *, bits: int, group_size: int | None, steps: int = 20) -> Tensor:
-    """Scales of least squared error, [out, groups] in the weight's dtype.
+def clip_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+    """Scales of (nearly) least squared error, [out, groups] in the weight's dtype; never worse than `int_scales`.
 
-    Tries r * amax / 7.5 (127.5) for `steps` ratios r in (0.5, 1], then the least-squares fit of the scale to the levels
-    of the best ratio, kept where it helps."""
+    Levels run from -8 to 7, so a group's extreme goes to the side with one level more: its scale is negative where the
+    extreme is positive, which every reader multiplies by like any other (ggml's Q4_0 does the same). A few clip ratios
+    of that scale are tried, each with the least-squares fit to the levels that it gives, then the best is fitted once
+    more: the error of a fit is known without another pass."""
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
     result = torch.empty(rows, columns // group, dtype=weight.dtype)
     work = RowBuffers(rows, columns)
+    ratios = _RATIOS if bits == 4 else _RATIOS[:1]
     for start, stop in work.blocks:
         x = work.load(weight, start, stop).view(-1, group)  # [groups here, group]
-        top = torch.empty(x.shape[0], dtype=weight.dtype)
-        _absmax_scales(x, work, bits=bits, out=top)
-        best, least, levels = top, torch.full(top.shape, math.inf), torch.empty_like(x)
-        fitted = top
-        for step in range(steps, -1, -1):
-            # The last round tries the fit of the scale to the levels that the winning ratio chose.
-            trial = (top.float() * (0.5 + 0.5 * step / steps)).to(top.dtype) if step else fitted
-            trial = trial.masked_fill(trial == 0, torch.finfo(trial.dtype).eps)
-            levels.copy_(x)
-            _to_levels(levels, trial.view(-1, 1), bits=bits, zero=0)
-            levels.sub_(ROUND)
-            correlation, energy = (levels * x).sum(-1), levels.square().sum(-1)
-            size = trial.float()
-            # sum (x - s q)^2 less the constant sum x^2
-            error = size * size * energy - 2 * size * correlation
-            better = error < least
-            least = torch.where(better, error, least)
-            best = torch.where(better, trial, best)
-            if step:
-                fit = (correlation / energy).to(top.dtype)
-                fitted = torch.where(better & (energy > 0) & (fit > 0), fit, torch.where(better, trial, fitted))
-        result[start:stop].view(-1).copy_(best)
+        plain = torch.empty(x.shape[0], dtype=weight.dtype)
+        _absmax_scales(x, work, bits=bits, out=plain)
+        levels = work.magnitudes[: x.numel()].view(x.shape)
+        low, high = x.amin(-1), x.amax(-1)
+        peak = torch.maximum(high, -low).masked_fill_(high == low, 1.0)
+        x.div_(peak[:, None])  # squares of what is left neither overflow nor vanish
+        whole = torch.where(high > -low, -1.0, 1.0) / (1 << (bits - 1))
+        best, most = whole, torch.zeros_like(peak)
+        for step in range(len(ratios) + 1):
+            trial = whole * ratios[step] if step < len(ratios) else best
+            along, energy = _fit(x, trial, levels, bits=bits)
+            fitted = torch.where(energy > 0, along / energy, trial)
+            saved = along * fitted  # sum x^2 less the error with the fitted scale
+            better = saved > most
+            best, most = torch.where(better, fitted, best), torch.where(better, saved, most)
+        stored = (best * peak).to(weight.dtype)
+        errors = []
+        for scales in (plain, stored):
+            size = scales.float() / peak
+            along, energy = _fit(x, size, levels, bits=bits)
+            errors.append(size * (size * energy - 2 * along))
+        result[start:stop].view(-1).copy_(torch.where((errors[1] < errors[0]) & (stored != 0), stored, plain))
     check_finite(result)
     return result
+
+
+_RATIOS = (1.0, 0.92, 0.84, 0.76, 0.68)  # of the scale that holds the extreme
+
+
+def _fit(x: Tensor, scales: Tensor, levels: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
+    """(sum x q, sum q^2) a group, q the levels of x [groups, group] under `scales` [groups]; `levels` is scratch."""
+    half = 1 << (bits - 1)
+    torch.mul(x, scales.reciprocal()[:, None], out=levels)
+    levels.add_(ROUND).clamp_(ROUND - half, ROUND + half - 1).sub_(ROUND)
+    q = levels.numpy()  # numpy multiplies and sums in one pass
+    return torch.from_numpy(np.einsum("gi,gi->g", x.numpy(), q)), torch.from_numpy(np.einsum("gi,gi->g", q, q))
 
 
 def quantize_int(weight: Tensor, *, scales: Tensor, bits: int) -> Tensor:

@@ -38,9 +38,8 @@ OTHERS = {
     "nf4 gptq": [*BNB, "nf4", "--method", "gptq"],
     "int8 g{G} rtn": ["--scheme", "int8", "--group-size", "{G}"],
     "int8 rows (bitsandbytes)": [*BNB, "int8"],
-    "mixed 5 bits rtn": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--group-size", "{G}"],
-    "mixed 5 bits gptq": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--group-size", "{G}",
-                          "--method", "gptq"],
+    "mixed 5 bits rtn": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm"],
+    "mixed 5 bits gptq": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--method", "gptq"],
 }  # fmt: skip
 GROUPS = {"llama-8m": (128, 64, 32), "qwen3moe-12m": (64, 32)}
 
@@ -105,8 +104,8 @@ def source_of(name: str, checkpoints: Path, work: Path) -> Path:
     if not tuned.exists():
         moeconv("upcycle", str(checkpoints / name), str(up), "--experts", "8", "--top-k", "2", "--method", "drop",
                 "--overwrite")  # fmt: skip
-        moeconv("tune", str(up), str(tuned), "--objective", "distill", "--teacher", str(checkpoints / name),
-                "--train", "router,experts", "--steps", STEPS, "--seq-len", "256", *data_flags(checkpoints))  # fmt: skip
+        how = ["--objective", "distill", "--teacher", str(checkpoints / name), "--train", "router,experts"]
+        moeconv("tune", str(up), str(tuned), *how, "--steps", STEPS, "--seq-len", "256", *data_flags(checkpoints))
     return tuned
 
 
@@ -207,6 +206,9 @@ def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, onl
             sink.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
+    stats = work / f"{name}.stats.safetensors"
+    if not stats.exists():
+        moeconv("calibrate", str(source), str(stats), *data_flags(checkpoints), "--seq-len", str(WINDOW))
     if not (losses / "source.npy").exists():
         np.save(losses / "source.npy", window_losses(source, checkpoints))
         note("source", source)
@@ -214,6 +216,7 @@ def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, onl
         if only and not any(word in row for word in only):
             continue
         more = [*data_flags(checkpoints), "--seq-len", str(WINDOW)] if "gptq" in flags else []
+        more += ["--stats", str(stats)] if "mixed" in flags else []
         out = work / f"{name} {row}"
         result = moeconv("quantize", str(source), str(out), *flags, *more, "--overwrite")
         note(row, out, cpu=round(result["cpu"], 1), weight_rms=result["quantize"]["error"]["relative_rms"]["mean"])

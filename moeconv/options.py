@@ -159,8 +159,8 @@ class QuantizeOptions:
         "compressed-tensors", "Layout on disk.", choices=("compressed-tensors", "bitsandbytes", "gguf")
     )
     scheme: str | None = option(
-        None, "Number format (default: the format's first of 4 bits).",
-        choices=("int4", "int8", "nf4", "fp4", "q4_k", "q4_0", "q8_0"),
+        None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
+        choices=("int4", "int8", "nf4", "fp4", "q4_k", "q4_0", "q8_0", "mixed"),
     )  # fmt: skip
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
@@ -168,6 +168,9 @@ class QuantizeOptions:
         "rtn", "How codes are chosen: nearest, scales of least error, or by data (needs --data).",
         choices=("rtn", "mse", "gptq"),
     )  # fmt: skip
+    average_bits: float | None = option(None, "mixed: bits an expert weight, scales included, such as 5.")
+    max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.")
+    stats: str | None = option(None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.")
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
     scope: str = option("experts", "What is packed; router, embeddings, norms and lm_head stay.", choices=SCOPES)
     target: tuple[str, ...] = option(

@@ -101,6 +101,22 @@ def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     return Statistics(metadata, file)
 
 
+def layer_importance(statistics: Statistics) -> dict[int, float]:
+    """How much noise in a layer's experts matters to what comes behind it, {layer: >= 0}.
+
+    The mean over routed tokens, weighted by g ||f||, of 1 - cos(residual stream in front of the FFN, behind it): about
+    half the square of the share that the FFN has in the direction of the stream, which is all that the next norm lets
+    through. A relative error of the experts' weights enters the stream as its square times this.
+    """
+    return {
+        layer: float(
+            statistics.layer(layer, "easy_ep_sum").sum()
+            / max(statistics.layer(layer, "gate_norm_sum").sum(), np.finfo(np.float64).tiny)
+        )
+        for layer in statistics.layers
+    }
+
+
 def check_artifact_target(path: Path, *, what: str, overwrite: bool) -> None:
     """Refuse, before any work, a path where the file `what` could not be put. Raises OutputError."""
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
@@ -9,27 +10,37 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, carry_all, count_planned, parse_dtype
-from moeconv.plan.overlay import fingerprint, from_overlay
-from moeconv.plan.plan import Item, Plan, Shard
-from moeconv.quantize.formats import BITS, FORMATS, Format, Scheme, choose_group, choose_scheme
-from moeconv.quantize.methods import apply_method
+from moeconv.plan.build import count_planned, parse_dtype
+from moeconv.plan.overlay import fingerprint
+from moeconv.plan.plan import Plan, Shard
+from moeconv.quantize.formats import BITS, FORMATS, GROUP_SIZES, Format, Scheme, choose_group, choose_scheme
+from moeconv.quantize.mixed import candidates, check_mixed
+from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.targets import check_targets
 
 
-def plan_quantize(model: Model, *, overlay: SafetensorsFile | None = None, **parameters: Any) -> Plan:
+def plan_quantize(
+    model: Model,
+    *,
+    overlay: SafetensorsFile | None = None,
+    importance: Mapping[int, float] | None = None,
+    **parameters: Any,
+) -> Plan:
     """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
 
     `overlay` holds codes that data chose (--method gptq), named as on disk; run the plan then with
-    `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`.
+    `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
+    (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed.
     Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
     options, common = take(QuantizeOptions, parameters), take(PlanOptions, parameters)
     format = FORMATS[options.format]
-    name = choose_scheme(format, scheme=options.scheme, bits=options.bits)
-    warnings = check_targets(format, name, options.target, hidden=model.hidden_size)
+    check_mixed(options, format, importance)
+    mixed = options.scheme == "mixed"
+    name = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
+    warnings = check_targets(format, name, options.target, mixed=mixed, hidden=model.hidden_size)
     if model.quantization:
         raise InputError(
             "the source is quantized already", hint="Quantize the unquantized checkpoint that it was made from."
@@ -48,17 +59,23 @@ def plan_quantize(model: Model, *, overlay: SafetensorsFile | None = None, **par
         raise UsageError(f"--double-quant has no meaning for {format.name} {name}", hint=f"It goes with {fits}.")
     scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]), options.double_quant)
     dtype = parse_dtype(common.dtype)
+    packing = Packing(
+        model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
+    )
+    if mixed:
+        choices = candidates(format, _fitting(format, options, weights), BITS)
+        packing = mix(packing, choices, importance or {}, options=options, common=common)
     if format.shard is not None:
         if options.method != "rtn":
             raise UsageError(f"--method {options.method} is not for --format {format.name}", hint="Use --method rtn.")
         shard, notes = format.shard(model, weights, scheme, dtype)
         shards: tuple[Shard, ...] = (shard,)
-        config, parts, warnings = dict(model.checkpoint.config), 1, [*warnings, *notes]
+        config, warnings = dict(model.checkpoint.config), [*warnings, *notes]
+        promise = _promise(model, weights, 1)
     else:
-        items = _pack_in_place(model, format, scheme, weights, dtype=dtype, method=options.method, overlay=overlay)
-        shards = arrange(items, common, model.family)
-        config = _config(model, format, scheme, weights, dtype=dtype, scope=options.scope)
-        parts = len(_made(format, weights[0], scheme, "expert.gate").outputs)
+        shards = arrange(packing.items(), common, model.family)
+        config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
+        promise = packing.parts()
     items = [item for shard in shards for item in shard.items]
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     return Plan(
@@ -71,18 +88,19 @@ def plan_quantize(model: Model, *, overlay: SafetensorsFile | None = None, **par
         params_active=active,
         block={
             "format": format.name,
-            "scheme": scheme.name,
+            "scheme": "mixed" if mixed else scheme.name,
             "method": options.method,
-            "group_size": scheme.group,
-            "bits_by_layer": {str(layer): scheme.bits for layer in model.moe_layers},
-            "scheme_by_layer": {str(layer): scheme.name for layer in model.moe_layers},
+            "group_size": None if mixed else scheme.group,
+            "bits_by_layer": {str(layer): s.bits for layer, s in packing.by_layer.items()},
+            "scheme_by_layer": {str(layer): s.name for layer, s in packing.by_layer.items()},
+            "group_size_by_layer": {str(layer): s.group for layer, s in packing.by_layer.items()},
             "scope": options.scope,
             "double_quant": scheme.nested,
-            "loads": dict(format.loads[scheme.name]),
+            "loads": dict(format.mixed if mixed else format.loads[scheme.name]),
         },
         warnings=(*model.checkpoint.warnings, *warnings),
         dropped=model.dropped,
-        promise=_promise(model, weights, parts),
+        promise=promise,
     )
 
 
@@ -96,39 +114,13 @@ def _made_with(model: Model, overlay: SafetensorsFile) -> dict[str, Any]:
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
-def _made(format: Format, ref: TensorRef, scheme: Scheme, role: str) -> Item:
-    assert format.make is not None
-    return format.make(ref, scheme, role)
-
-
-def _pack_in_place(
-    model: Model, format: Format, scheme: Scheme, weights: list[TensorRef], *, dtype: str | None, method: str,
-    overlay: SafetensorsFile | None,
-) -> list[Item]:  # fmt: skip
-    """Every tensor of the source, the chosen ones packed under their own names."""
-    chosen = {r.name for r in weights}
-
-    def replace(ref: TensorRef) -> list[Item] | None:
-        if ref.name not in chosen:
-            return None
-        item = apply_method(_made(format, ref, scheme, model.roles[ref.name].key), method)
-        return [item] if overlay is None else from_overlay(item, overlay)
-
-    return carry_all(model, dtype=dtype, replace=replace)
-
-
-def _config(
-    model: Model, format: Format, scheme: Scheme, weights: list[TensorRef], *, dtype: str | None, scope: str
-) -> dict[str, Any]:
-    """config.json with the format's quantization_config in it."""
-    assert format.config is not None
-    config = dict(model.checkpoint.config)
-    ignored = _ignored(model, {r.name for r in weights})
-    config["quantization_config"] = format.config(scheme, ignored, TORCH_NAMES[dtype or model.dtype], scope)
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = TORCH_NAMES[dtype]
-    return config
+def _fitting(format: Format, options: QuantizeOptions, weights: list[TensorRef]) -> list[int | None]:
+    """The group sizes that layers may have: the one asked for, or all that divide every width."""
+    if not format.grouped:
+        return [None]
+    if options.group_size != "auto":
+        return [_group(format, options, weights, bits=4)]
+    return [g for g in GROUP_SIZES if all(ref.shape[1] % g == 0 for ref in weights)]
 
 
 def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, int]:

@@ -57,7 +57,9 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
     if command == "quantize":
         from moeconv.quantize.planner import plan_quantize
 
-        return plan_quantize(model, **named(values, QuantizeOptions, PlanOptions))
+        return plan_quantize(
+            model, importance=_importance(model, values), **named(values, QuantizeOptions, PlanOptions)
+        )
     return None
 
 
@@ -134,6 +136,18 @@ def _free_memory() -> int:
 # -- quantize ----------------------------------------------------------------------------------------------------------
 
 
+def _importance(model: Model, values: Mapping[str, Any]) -> dict[int, float] | None:
+    """What --stats says of the layers."""
+    path = take(QuantizeOptions, values).stats
+    if path is None:
+        return None
+    from moeconv.calibrate.artifact import layer_importance, load_statistics
+
+    statistics = load_statistics(path)
+    statistics.check_belongs(model)
+    return layer_importance(statistics)
+
+
 def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
     model = open_resolved(source)
@@ -165,7 +179,10 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         seed = take(PlanOptions, values).seed
         found = choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **asked)
         overlay = SafetensorsFile(Path(path))
-        plan = plan_quantize(model, overlay=overlay, **named(values, QuantizeOptions, PlanOptions))
+        importance = _importance(model, values)
+        plan = plan_quantize(
+            model, overlay=overlay, importance=importance, **named(values, QuantizeOptions, PlanOptions)
+        )
         result = run_plan(plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay})
     result["quantize"].setdefault("error", {})["output"] = found
     return result

@@ -1,0 +1,128 @@
+"""A scheme for every layer, and what it makes of a model: items packed in place, config.json, the least error in a
+budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.families.model import Model
+from moeconv.options import PlanOptions, QuantizeOptions, parse_size
+from moeconv.plan.arrange import arrange
+from moeconv.plan.build import TORCH_NAMES, carry_all
+from moeconv.plan.overlay import from_overlay
+from moeconv.plan.plan import Item
+from moeconv.quantize.methods import apply_method
+from moeconv.quantize.mixed import allocate, byte_budget, expected_error, merge_configs, too_small
+from moeconv.quantize.spec import Format, Scheme
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a model's weights become. `by_layer` is a scheme for each MoE layer, `scheme` that of all other weights."""
+
+    model: Model
+    format: Format
+    scheme: Scheme
+    by_layer: Mapping[int, Scheme]
+    weights: Sequence[TensorRef]
+    method: str
+    dtype: str | None
+    overlay: SafetensorsFile | None = None
+
+    def at(self, ref: TensorRef) -> Scheme:
+        """The scheme of one weight."""
+        layer = self.model.roles[ref.name].layer
+        return self.scheme if layer is None else self.by_layer.get(layer, self.scheme)
+
+    def item(self, ref: TensorRef, scheme: Scheme) -> Item:
+        """One weight, packed."""
+        assert self.format.make is not None
+        return apply_method(self.format.make(ref, scheme, self.model.roles[ref.name].key), self.method)
+
+    def items(self) -> list[Item]:
+        """Every tensor of the source, the chosen ones packed under their own names."""
+        chosen = {r.name for r in self.weights}
+
+        def packed(ref: TensorRef) -> list[Item] | None:
+            if ref.name not in chosen:
+                return None
+            item = self.item(ref, self.at(ref))
+            return [item] if self.overlay is None else from_overlay(item, self.overlay)
+
+        return carry_all(self.model, dtype=self.dtype, replace=packed)
+
+    def config(self, ignored: Sequence[str], *, scope: str) -> dict[str, Any]:
+        """config.json with the format's quantization_config in it."""
+        make = self.format.config
+        assert make is not None
+        config = dict(self.model.checkpoint.config)
+        plain = TORCH_NAMES[self.dtype or self.model.dtype]
+        used = dict.fromkeys([*self.by_layer.values()] or [self.scheme])
+        configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
+        mixed = len(used) > 1
+        config["quantization_config"] = merge_configs(configs, self.by_layer) if mixed else configs[next(iter(used))]
+        if self.dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = TORCH_NAMES[self.dtype]
+        return config
+
+    def parts(self) -> dict[str, int]:
+        """How many tensors the plan must write by role; the experts' are counted from the geometry, not from what was
+        found."""
+        counts: dict[str, int] = {}
+        for ref in self.weights:
+            group = self.model.roles[ref.name].group
+            counts[group] = counts.get(group, 0) + len(self.item(ref, self.at(ref)).outputs)
+        like = next(r for r in self.weights if self.model.roles[r.name].group == "expert")
+        matrices = sum(key.startswith("expert.") and "{E}" in name for key, name in self.model.family.tensors.items())
+        each = [len(self.item(like, scheme).outputs) for scheme in self.by_layer.values()]
+        return counts | {"expert": sum(each) * self.model.num_experts * matrices}
+
+
+def mix(
+    packing: Packing,
+    schemes: Sequence[Scheme],
+    importance: Mapping[int, float],
+    *,
+    options: QuantizeOptions,
+    common: PlanOptions,
+) -> Packing:
+    """The packing with each layer's scheme out of `schemes`, of least error times importance in the budget, which with
+    --max-bytes counts the files to the byte. Raises UsageError when the smallest does not fit."""
+    model, make = packing.model, packing.item
+    of_layer: dict[int, list[TensorRef]] = {layer: [] for layer in model.moe_layers}
+    for ref in packing.weights:
+        of_layer[model.roles[ref.name].layer or 0].append(ref)
+    total = sum(importance[layer] for layer in of_layer) or 1.0
+    layers = [
+        [
+            (sum(make(r, s).nbytes for r in refs), importance[layer] / total * expected_error(packing.format, s))
+            for s in schemes
+        ]
+        for layer, refs in of_layer.items()
+    ]
+
+    def with_schemes(picked: Sequence[int]) -> Packing:
+        return replace(packing, by_layer={layer: schemes[i] for layer, i in zip(of_layer, picked, strict=True)})
+
+    def size(of: Packing) -> int:
+        return sum(shard.nbytes for shard in arrange(of.items(), common, model.family))
+
+    smallest = [min(range(len(row)), key=lambda i: row[i][0]) for row in layers]
+    least = sum(row[i][0] for row, i in zip(layers, smallest))
+    weights = sum(model.numel(ref) for ref in packing.weights)
+    budget = byte_budget(options, weights=weights, beside=size(with_schemes(smallest)) - least)
+    while True:
+        picked = allocate(layers, budget)
+        if picked is None:
+            raise too_small(options, least, weights)
+        found = with_schemes(picked)
+        if options.max_bytes is None:
+            return found
+        over = size(found) - parse_size(options.max_bytes, flag="--max-bytes")
+        if over <= 0:
+            return found
+        budget -= over  # longer headers

@@ -145,23 +145,32 @@ def output_errors(source: Path, other: Path, checkpoints: Path) -> list[float]:
     from moeconv.calibrate.skeleton import Skeleton
     from moeconv.calibrate.stream import LayerStream
     from moeconv.families.model import open_model
-    from moeconv.tune.network import fill_block
+    from moeconv.tensors import decode_weight, plain_name
+    from moeconv.tune.network import block_of
 
+    packed = open_model(other)
     read = load_tokens(texts(checkpoints, "heldout"), source, tokens=8192, seq_len=WINDOW, seed=0)
-    skeleton = Skeleton(open_model(other), dtype=torch.float32)
+    skeleton = Skeleton(packed, dtype=torch.float32)
     found = []
     for layer in LayerStream(open_model(source), read.windows, dtype=torch.float32).layers():
         if layer.experts is None:
             continue
-        block = fill_block(skeleton, layer.index)
+        place = skeleton.name_of(block_of(skeleton, layer.index).experts).rpartition(".")[0]
+        names = {
+            plain_name(name, role)
+            for name, role in packed.roles.items()
+            if role.layer == layer.index and role.group in ("router", "expert", "shared")
+        }
+        skeleton.fill({name: decode_weight(packed, name) for name in sorted(names)}, under=place + ".")
+        block = skeleton.module.get_submodule(place)
         error = norm = 0.0
         for batch in layer.batches():
             with torch.no_grad():
-                made = block.module(batch.ffn_input[None])
+                made = block(batch.ffn_input[None])
                 made = (made[0] if isinstance(made, tuple) else made).reshape(batch.ffn_output.shape)
                 error += float((made - batch.ffn_output).double().square().sum())
                 norm += float(batch.ffn_output.double().square().sum())
-        skeleton.empty(block.module)
+        skeleton.empty(block)
         found.append((error / norm) ** 0.5)
     return found
 

@@ -255,7 +255,7 @@ def steps_table(result: Mapping[str, Any]) -> list[Table]:
             found = [_number(r.get("loss")), _number(r.get("kl")), human_seconds(r.get("seconds") or 0)]
         rows.append([r["step"], *sizes, *found])
     columns = ["step", "parameters", "active", "bytes"]
-    columns += ["peak memory, about"] if planned else ["loss", "KL to dense", "time"]
+    columns += ["peak memory, about"] if planned else ["loss", "KL", "time"]
     words = {"output": result["output"], "report": result.get("report")}
     if planned:
         need, free = human_bytes(result["disk_bytes"]), human_bytes(result["disk_free_bytes"])

@@ -31,8 +31,11 @@ class _PlannedCheckpoint:
         return self.plan_id
 
 
-def planned_model(plan: Plan) -> Model:
-    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError."""
+def planned_model(plan: Plan, *, companions: Path | None = None) -> Model:
+    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError.
+
+    `companions` is the directory whose tokenizer and other small files will come along.
+    """
     tensors = {
         spec.name: TensorRef(spec.name, spec.dtype, spec.shape, shard.name, 0, spec.nbytes)
         for shard in plan.shards
@@ -40,5 +43,5 @@ def planned_model(plan: Plan) -> Model:
         for spec in item.outputs
     }
     shards = tuple(shard.name for shard in plan.shards)
-    planned = _PlannedCheckpoint(Path("(planned)"), dict(plan.config), tensors, shards, plan.plan_id)
+    planned = _PlannedCheckpoint(companions or Path("(planned)"), dict(plan.config), tensors, shards, plan.plan_id)
     return open_model(cast(Checkpoint, planned))

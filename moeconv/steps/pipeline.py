@@ -99,7 +99,7 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
                 parameters = {"total": plan.params_total, "active": plan.params_active}
                 row = _planned_row(step.name, parameters, plan.nbytes, seconds=0.0)
             else:
-                models[step.to] = source if plan is None else planned_model(plan)
+                models[step.to] = source if plan is None else planned_model(plan, companions=source.checkpoint.path)
                 row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
             jobs = step.parameters.get("jobs") or default_jobs()
             rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
@@ -153,11 +153,13 @@ def _planned_row(name: str, parameters: Mapping[str, int], nbytes: int, *, secon
 
 
 def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:
-    """The recipe's evaluation of one model; the reference itself is not compared with itself."""
+    """The recipe's evaluation of one model, not compared with itself nor with what is not made yet."""
     if recipe.evaluate is None:
         return {}
     parameters = dict(recipe.evaluate)
-    if parameters.get("reference") == path:
+    later = [step.to for step in recipe.steps if step.to != path]
+    reference = parameters.get("reference", "")
+    if reference == path or (reference in later and not os.path.exists(reference)):
         parameters = {k: v for k, v in parameters.items() if not k.startswith(("max_", "min_")) and k != "reference"}
     result = measure.evaluate(path, parameters, meter=meter)
     if not result["passed"]:

@@ -64,6 +64,8 @@ def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] =
         skeleton.fill(_decoded(model, names), under=under)
         if layer is not None and current().size > 1:
             _shard_layer(skeleton, layer, opened=opened)
+    for layer in model.moe_layers:
+        _unfold(skeleton, layer)
     skeleton.tie()
     if current().size > 1:
         _shard_rest(skeleton)
@@ -123,7 +125,27 @@ def block_of(skeleton: Skeleton, layer: int) -> Block:
             f"the {model.family.model_type} class of transformers does not fuse its experts as this version expects",
             hint="Is the installed transformers in the range that moeconv's requirements name?",
         )
-    return Block(layer, skeleton.owner(model.router_name(layer)), experts, _correction(skeleton, layer))
+    router = skeleton.owner(model.router_name(layer))
+    return Block(layer, router, experts, _correction(skeleton, layer), router_scale(model))
+
+
+def router_scale(model: Model) -> float:
+    """What the rows of the routers were multiplied by when they were written, as the manifest says; 1 for most."""
+    steps = (model.checkpoint.manifest or {}).get("steps")
+    for step in reversed(steps if isinstance(steps, list) else []):
+        parameters = step.get("parameters") if isinstance(step, dict) else None
+        scale = parameters.get("router_scale") if isinstance(parameters, dict) else None
+        if isinstance(scale, int | float) and 0 < scale <= 1:
+            return float(scale)
+    return 1.0
+
+
+def _unfold(skeleton: Skeleton, layer: int) -> None:
+    """Let the router's inputs, not its rows, carry the scale: the same logits, and gradients of an ordinary size."""
+    scale = router_scale(skeleton.model)
+    if scale != 1:
+        router = skeleton.owner(skeleton.model.router_name(layer))
+        router.register_forward_pre_hook(lambda _, args: (args[0] * scale, *args[1:]))
 
 
 def _correction(skeleton: Skeleton, layer: int) -> Tensor | None:
@@ -155,9 +177,16 @@ def fill_block(skeleton: Skeleton, layer: int) -> FilledBlock:
     skeleton.fill(_decoded(model, wanted), under=name + ".")
     module = skeleton.module.get_submodule(name)
     module.requires_grad_(False)
+    _unfold(skeleton, layer)
     block = block_of(skeleton, layer)  # its bias is filled now
     return FilledBlock(block, module, _named(skeleton, [n for n in wanted if model.roles[n].group == "shared"]))
 
 
 def _decoded(model: Model, names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: decode_weight(model, name) for name in names}
+    """Weights by name; a router's rows without the scale that they were written with."""
+    scale = router_scale(model)
+    found = {name: decode_weight(model, name) for name in names}
+    for name in found if scale != 1 else ():
+        if (role := model.roles.get(name)) and role.key == "router.weight":
+            found[name] = found[name].float() / scale
+    return found

@@ -27,13 +27,15 @@ _CORRECTIONS = ("router.correction", "router.correction_row")
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor on disk and the part of a parameter that holds it. `word` is the word of --train that opens it."""
+    """A tensor on disk and the part of a parameter that holds it, divided by `scale`, a power of two. `word` is the
+    word of --train that opens it."""
 
     name: str
     dtype: str
     word: str
     parameter: Tensor
     at: tuple[Any, ...] = ()
+    scale: float = 1.0
 
 
 def parse_train(text: str) -> tuple[str, ...]:
@@ -85,7 +87,9 @@ def pieces_of(
             assert bias is not None
             pieces.append(Piece(name, dtype, BIAS, bias))
         elif word in ("router", "experts") and role.layer is not None:
-            pieces.append(Piece(name, dtype, word, *_within(by_layer[role.layer], role)))
+            block = by_layer[role.layer]
+            scale = block.scale if word == "router" else 1.0
+            pieces.append(Piece(name, dtype, word, *_within(block, role), scale=scale))
         elif name in named:
             pieces.append(Piece(name, dtype, str(word), named[name]))
         else:
@@ -179,4 +183,5 @@ def written(pieces: Iterable[Piece]) -> Iterator[tuple[str, Tensor]]:
         value: Any = parameter.detach()
         whole = value.full_tensor() if sharded(value) else value
         for piece in found:
-            yield piece.name, whole[piece.at].to(TORCH_DTYPES[piece.dtype])
+            value = whole[piece.at] if piece.scale == 1 else whole[piece.at] * piece.scale
+            yield piece.name, value.to(TORCH_DTYPES[piece.dtype])

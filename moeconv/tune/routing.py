@@ -24,13 +24,16 @@ from moeconv.tune.disturb import Disturbance, disturbed
 class Block:
     """One layer's router (`weight: [E, H]`) and fused experts (`gate_up_proj: [E, 2I, H]`, `down_proj: [E, H, I]`).
 
-    `bias` [E] or [1, E] is added to the scores for the choice alone; None in a layer without one.
+    `bias` [E] or [1, E] is added to the scores for the choice alone; None in a layer without one. `scale`: the router's
+    rows lie in memory divided by it, and its inputs are multiplied by it, where rows were written so small that all
+    chosen experts weigh the same (`upcycle --method split`): they train as if they were not.
     """
 
     layer: int
     router: Any
     experts: Any
     bias: Tensor | None = None
+    scale: float = 1.0
 
     @property
     def num_experts(self) -> int:
@@ -140,7 +143,7 @@ def watching(
         handles.append(block.router.register_forward_hook(_note(block, logits)))
         block.experts.forward = _forward(block, logits, seen, rule, renormalise, straight_through, disturbance)
         if disturbance.on_logits:
-            change = partial(disturbance.logits, block.layer)
+            change = _unscaled(partial(disturbance.logits, block.layer), block.scale)
             block.router.forward = disturbed(block.router.forward, change, experts=block.num_experts)
 
     def take() -> list[Routed]:
@@ -161,9 +164,13 @@ def watching(
 def _note(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
-        logits[block.layer] = value.reshape(-1, value.shape[-1])
+        logits[block.layer] = value.reshape(-1, value.shape[-1]) / block.scale
 
     return hook
+
+
+def _unscaled(change: Callable[[Tensor], Tensor], scale: float) -> Callable[[Tensor], Tensor]:
+    return change if scale == 1 else lambda logits: change(logits / scale) * scale
 
 
 def _forward(

@@ -627,3 +627,40 @@ def test_batches_visit_everything_once_before_anything_twice():
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     again = batches(10, 4, key=(0, "x"))
     np.testing.assert_array_equal(drawn[:4], next(again))
+
+
+def test_routers_that_were_written_small_train_as_if_they_were_not(tmp_path: Path) -> None:
+    """The manifest says the scale: logits, gradients and what is written are then those of the unscaled router."""
+    scale = 2.0**-16
+    models = {}
+    for name in ("plain", "small"):
+        models[name] = add_tokenizer(tiny.make_moe(tmp_path / name, "mixtral", experts=4, top_k=2, dtype="F32"))
+    routers = {}
+    tensors = tiny.read_tensors(models["small"])
+    for name, (dtype, shape, data) in tensors.items():
+        if shape[0] == 4:
+            routers[name] = tiny.decode(data, dtype, shape)
+            tensors[name] = (dtype, shape, tiny.encode(routers[name] * scale, dtype))
+    tiny.write_shards(models["small"], tensors)
+    manifest = {
+        "manifest_version": 1,
+        "steps": [{"parameters": {"router_scale": scale}}, {"parameters": {}}],
+        "files": {},
+    }
+    (models["small"] / "moeconv_manifest.json").write_text(json.dumps(manifest))
+    small, plain = (load_network(open_model(models[n]), device=torch.device("cpu")) for n in ("small", "plain"))
+    tokens = torch.arange(4, 12)[None]
+    for block, other in zip(small.blocks, plain.blocks):
+        assert torch.equal(block.router.weight, other.router.weight) and block.scale == scale
+        x = torch.randn(5, block.router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+        got, want = block.router(x), other.router(x)
+        assert torch.allclose(got[0] / scale, want[0], atol=1e-5) and torch.equal(got[2], want[2])
+    rule = open_model(models["small"]).family.routing
+    with watching(small.blocks, rule, renormalise=True, straight_through=True) as take:
+        small.blocks[0].router.weight.requires_grad_(True)
+        small.hidden(tokens).square().sum().backward()
+        assert take()[0].logits.abs().max() > 1e-3
+    assert small.blocks[0].router.weight.grad.abs().max() > 1e-6
+    pieces = pieces_of(open_model(models["small"]), ("router",), blocks=small.blocks, named={})
+    for name, value in written(pieces):
+        assert np.array_equal(value.numpy(), routers[name] * np.float32(scale))

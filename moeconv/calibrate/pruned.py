@@ -29,9 +29,9 @@ OnLayer = Callable[[int, Mapping[int, Tensor]], None]  # layer, {expert: new dow
 class Variant:
     """One way to prune: `keep` {layer: kept experts} (all where a layer is absent), or `choose` as the layers come.
 
-    `replace` {layer: {expert: down projection [H, I]}} are weights that stand already, `refit` finds new ones;
-    `on_layer` hears what a layer's experts became. `top_k` experts a token instead of the model's own.
-    After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
+    `replace` {layer: {expert: down projection [H, I]}} are weights that stand already, `scale` {layer: factor}
+    multiplies the experts' down projections, `refit` finds new ones; `on_layer` hears what they became. `top_k` experts
+    a token instead of the model's own. After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
     """
 
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Variant:
     refit: Refit | None = None
     top_k: int | None = None
     replace: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    scale: Mapping[int, float] = field(default_factory=dict)
     on_layer: OnLayer | None = None
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -71,6 +72,9 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, fit: Tensor
         variant.keep[layer.index] = list(variant.choose(layer, variant.hidden))
     kept = variant.keep.get(layer.index, range(stream.model.num_experts))
     replaced = dict(variant.replace.get(layer.index, {}))
+    if layer.index in variant.scale and layer.experts is not None:
+        factor = variant.scale[layer.index]
+        replaced = {e: down_projection(layer.experts, e) * factor for e in kept}
     if variant.refit is not None:
         replaced = _refitted(stream, layer, variant, kept, fit)
     if variant.on_layer is not None:

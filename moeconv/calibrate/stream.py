@@ -272,11 +272,13 @@ class LayerStream:
         first: dict[str, str] = {}
         for name, role in self.model.roles.items():
             if role.layer == index:
-                first.setdefault(role.group if role.key != "norm.ffn" else role.key, plain_name(name, role))
+                first.setdefault(
+                    role.key if role.key in ("norm.ffn", "router.weight") else role.group, plain_name(name, role)
+                )
         norm = self.skeleton.owner(first["norm.ffn"]) if "norm.ffn" in first else None
         if index not in self.model.moe_layers:
             return Layer(index, module, norm, self.skeleton.parent(self.skeleton.owner(first["ffn"])), None, None, self)
-        router = self.skeleton.owner(first["router"])
+        router = self.skeleton.owner(first["router.weight"])
         experts = self.skeleton.owner(first["expert"])
         return Layer(index, module, norm, self.skeleton.parent(experts), router, experts, self)
 

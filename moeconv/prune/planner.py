@@ -112,7 +112,7 @@ def plan_prune(
     else:
         keep = {layer: list(range(left)) for layer in model.moe_layers}
     known = keep_experts is not None or orders is not None or left == model.num_experts
-    scales = _scales(model, keep, evidence, options) if left < model.num_experts and not overlays else {}
+    scales = scales_of(model, keep, evidence, options) if left < model.num_experts and not overlays else {}
     items = _scaled(model, _items(model, keep, parse_dtype(common.dtype)), scales)
     items = _replaced(items, overlays or {})
     top_k = options.top_k or model.top_k
@@ -437,7 +437,7 @@ def _cut(
     return Item((TensorSpec(ref.name, out, shape, key, params),), kernel, pick_rows(flat, kept), {}, changed)
 
 
-def _scales(model: Model, keep: Keep, evidence: Evidence, options: PruneOptions) -> dict[int, float]:
+def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOptions) -> dict[int, float]:
     """{layer: what its kept experts' outputs are multiplied by} where a router does not renormalise: there the weights
     of the experts that stay grow, by the share of those that went. The least-squares scale on the token sample."""
     wanted = not model.renormalises if options.rescale is None else options.rescale

@@ -31,6 +31,12 @@ class Reconstruction:
         self.experts = logits.shape[1]
         self.whole = self.mixture(np.arange(len(logits)), np.ones(self.experts, bool))[0]
 
+    @property
+    def _apart(self) -> bool:
+        """Whether an expert's going touches only the tokens that used it: a softmax over all experts that is not
+        renormalised weighs every token's experts by what is left, and groups are ranked by all their experts."""
+        return self.rule.groups == 1 and (self.rule.renormalise or self.rule.score != "softmax")
+
     def mixture(self, rows: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(outputs float32 [n, P], chosen experts [n, k]) of the tokens `rows` among `allowed` bool [E] or [n, E]."""
         chosen, weights = route(self.rule, self.logits[rows], allowed, bias=self.bias, factor=self.factor)
@@ -77,7 +83,7 @@ class Reconstruction:
         for e in left:
             if e in protected:
                 continue
-            users = (chosen == e).any(1).nonzero()[0] if self.rule.groups == 1 else rows
+            users = (chosen == e).any(1).nonzero()[0] if self._apart else rows
             without = mask.copy()
             without[e] = False
             change = self.losses(users, self.mixture(users, without)[0]).sum() - now[users].sum()

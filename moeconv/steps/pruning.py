@@ -168,10 +168,10 @@ def statistics_of(model: Model, path: str) -> Any:
 class _Judge:
     """Measures plans of several sizes in one pass over the model's layers."""
 
-    def __init__(self, model: Model, values: Mapping[str, Any], *, meter: Meter) -> None:
+    def __init__(self, model: Model, evidence: Evidence, values: Mapping[str, Any], *, meter: Meter) -> None:
         from moeconv.calibrate.data import TokenData, split_windows
 
-        self.model, self.options, self.meter = model, take(PruneOptions, values), meter
+        self.model, self.evidence, self.options, self.meter = model, evidence, take(PruneOptions, values), meter
         self.measure = take(MeasureOptions, values)
         read = _read(model, values)
         fit: TokenData | None = None
@@ -193,7 +193,13 @@ class _Judge:
 
         stream = _stream(self.model, self.windows, self.measure, meter=self.meter)
         refit = _refit(self.options) if self.options.refit else None
-        variants = [Variant(keep=dict(k), refit=refit, top_k=self.options.top_k) for k in keeps]
+        variants = [
+            Variant(
+                keep=dict(k), refit=refit, top_k=self.options.top_k,
+                scale=planner.scales_of(self.model, k, self.evidence, self.options),
+            )
+            for k in keeps
+        ]  # fmt: skip
         scores = score_variants(stream, variants, source=self.source, num_sources=len(self.names), fit=self.fit)
         return [total(of_variant) for of_variant in scores]
 
@@ -211,7 +217,7 @@ def _decided(
     protected = planner.protected_experts(model, options, evidence)
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
     counts = [left for left in range(floor, model.num_experts) if _feasible(model, left, parameters)]
-    judge = _Judge(model, values, meter=meter)
+    judge = _Judge(model, evidence, values, meter=meter)
     measured: dict[int, Any] = {}
     sets: dict[int, dict[int, list[int]]] = {}
     low, high = 0, len(counts)  # counts[high:] pass, counts[:low] do not
@@ -290,7 +296,7 @@ def curve(
             planner.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
             for n in counts
         ]
-        judge = _Judge(model, values, meter=meter)
+        judge = _Judge(model, evidence, values, meter=meter)
         scores = [s for i in range(0, len(keeps), _AT_ONCE) for s in judge.scores(keeps[i : i + _AT_ONCE])]
         sure = _stability(model, evidence, criterion, orders, counts, protected)
     rows = []

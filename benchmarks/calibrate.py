@@ -1,0 +1,154 @@
+"""What streaming a layer at a time costs and saves: tokens per second against the model in memory, and peak memory.
+
+    python benchmarks/calibrate.py CHECKPOINTS speed  [--gigabytes 0.65] [--tokens 32768]
+    python benchmarks/calibrate.py CHECKPOINTS memory [--gigabytes 6] [--tokens 1024] [--scratch DIR]
+
+Runs on a synthetic Qwen3-MoE (hidden 2048, 32 experts of 768, top-8, random weights in bfloat16; computed in float32),
+with the tokenizer of CHECKPOINTS/llama-8m and its calibration texts. speed: the stock class of transformers with all
+weights in memory, its loading not counted, against the stream, whose reading and decoding counts; per CPU second of all
+threads, so that others on the machine do not matter, and per second. memory: peak resident memory of the commands,
+against 2.5 times the largest decoder layer as it is computed with plus --max-memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from synthetic import make
+
+BUDGET = 256_000_000  # --max-memory
+
+
+def checkpoint(a: argparse.Namespace, scratch: Path) -> Path:
+    """The synthetic model with a tokenizer."""
+    path = scratch / "model"
+    if not path.exists():
+        make(path, model_type="qwen3_moe", gigabytes=a.gigabytes, shards=4, random=True)
+        for file in (a.checkpoints / "llama-8m").glob("tokenizer*"):
+            shutil.copy(file, path)
+    return path
+
+
+def texts(checkpoints: Path) -> list[str]:
+    return [str(f) for f in sorted((checkpoints / "text").glob("calibration.*.txt"))]
+
+
+def speed(a: argparse.Namespace, scratch: Path) -> None:
+    """Tokens per second of the same windows in the same batches, float32, interleaved rounds."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moeconv.calibrate.data import load_tokens
+    from moeconv.calibrate.run import calibrate
+    from moeconv.calibrate.stream import LayerStream
+    from moeconv.families.model import open_model
+
+    torch.set_num_threads(a.threads)
+    path = checkpoint(a, scratch)
+    windows = load_tokens(texts(a.checkpoints), path, tokens=a.tokens, seq_len=a.seq_len, seed=0).windows
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation=a.experts).eval()
+
+    @torch.no_grad()
+    def in_memory() -> None:
+        for first in range(0, len(windows), a.batch_size):
+            stock.model(torch.from_numpy(windows[first : first + a.batch_size]), use_cache=False)
+
+    def measure(sample: int) -> None:
+        calibrate(
+            path, scratch / "stats", data=texts(a.checkpoints), overwrite=True, save_every=None, tokens=a.tokens,
+            seq_len=a.seq_len, batch_size=a.batch_size, sample_tokens=sample,
+        )  # fmt: skip
+
+    share = a.tokens // 32  # the default: 2048 of 65,536
+    ways: dict[str, Callable[[], object]] = {
+        f"in memory, {a.experts}": in_memory,
+        "streamed": lambda: LayerStream(open_model(path), windows, batch_size=a.batch_size).run(),
+        "calibrate, sample of 1 token": lambda: measure(1),
+        f"calibrate, sample of {share}": lambda: measure(share),
+    }
+    best: dict[str, tuple[float, float]] = {}
+    for _ in range(a.rounds):
+        for name, way in ways.items():
+            began, cpu = time.perf_counter(), time.process_time()
+            way()
+            took = time.process_time() - cpu, time.perf_counter() - began
+            rates = tuple(a.tokens / seconds for seconds in took)
+            best[name] = tuple(map(max, rates, best.get(name, (0.0, 0.0))))  # type: ignore[assignment]
+    print(f"{a.tokens} tokens in batches of {a.batch_size} x {a.seq_len}, {a.threads} thread(s), best of {a.rounds}")
+    base = next(iter(best.values()))
+    for name, (by_cpu, by_clock) in best.items():
+        print(
+            f"{name:30s} {by_cpu:8.1f} tokens per CPU second ({by_cpu / base[0]:.2f}), {by_clock:8.1f} per second "
+            f"({by_clock / base[1]:.2f})",
+            flush=True,
+        )
+
+
+def memory(a: argparse.Namespace, scratch: Path) -> None:
+    """Peak resident memory of `calibrate` and of a layerwise `tune` with the model as its own teacher."""
+    from moeconv.calibrate.stream import layer_bytes
+    from moeconv.families.model import open_model
+
+    path = checkpoint(a, scratch)
+    model = open_model(path)
+    stored = max(layer_bytes(model, layer) for layer in range(model.num_layers))
+    layer = 2 * stored  # bfloat16 on disk, float32 in memory
+    limit = 2.5 * layer + BUDGET
+    print(
+        f"{model.checkpoint.nbytes / 1e9:.2f} GB, {model.num_layers} layers; a layer is {stored / 1e9:.2f} GB on disk, "
+        f"{layer / 1e9:.2f} GB in float32; limit 2.5 layers + {BUDGET / 1e9:.2f} GB = {limit / 1e9:.2f} GB"
+    )
+    data = [word for text in texts(a.checkpoints) for word in ("--data", text)]
+    common = [*data, "--tokens", a.tokens, "--seq-len", a.seq_len, "--batch-size", 2, "--max-memory", str(BUDGET)]
+    commands = {
+        "import of torch, transformers": ["-c", "import torch, transformers.models.qwen3_moe.modeling_qwen3_moe"],
+        "calibrate": ["-m", "moeconv", "calibrate", path, scratch / "stats", "--overwrite", *common],
+        "tune, layerwise": [
+            "-m", "moeconv", "tune", path, scratch / "tuned", "--teacher", path, "--steps", 2, "--overwrite", *common,
+        ],
+    }  # fmt: skip
+    for name, arguments in commands.items():
+        began = time.perf_counter()
+        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            raise SystemExit(f"{name} ended with status {status}")
+        peak = usage.ru_maxrss * 1024
+        print(
+            f"{name:30s} peak {peak / 1e9:.2f} GB = {(peak - BUDGET) / layer:.2f} layers + budget "
+            f"({(peak - BUDGET) / stored:.2f} as on disk), {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path)
+    parser.add_argument("part", choices=("speed", "memory"))
+    parser.add_argument("--gigabytes", type=float)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--experts", default="eager", help="transformers' experts implementation in memory")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--scratch", type=Path, help="directory for the model (default: a temporary one)")
+    a = parser.parse_args()
+    a.gigabytes = a.gigabytes or {"speed": 0.65, "memory": 6.0}[a.part]
+    a.tokens = a.tokens or {"speed": 32768, "memory": 1024}[a.part]
+    with tempfile.TemporaryDirectory(prefix="moeconv-bench-") as temporary:
+        scratch = a.scratch or Path(temporary)
+        scratch.mkdir(exist_ok=True)
+        {"speed": speed, "memory": memory}[a.part](a, scratch)
+
+
+if __name__ == "__main__":
+    main()

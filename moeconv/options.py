@@ -177,6 +177,9 @@ class QuantizeOptions:
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
     )
     double_quant: bool = option(False, "Quantize the scales too (bitsandbytes nf4 and fp4).")
+    requantize: bool = option(
+        False, "Take a source that is quantized already (FP8, MXFP4, ...): it is decoded first, into TMPDIR."
+    )
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,10 @@ def read_parts(model: Model, name: str) -> dict[str, Tensor]:
     Raises KeyError when the checkpoint has nothing of that name.
     """
     checkpoint, stem = model.checkpoint, name.removesuffix(".weight")
-    if stem == name:  # a bias
+    if name in checkpoint.tensors and stem == name:  # a bias
         return {"": read_tensor(checkpoint, name)}
-    parts = {s: read_tensor(checkpoint, stem + s) for s in packed.PARTS if stem + s in checkpoint.tensors}
+    suffixes = packed.STACKED_PARTS if stem == name else packed.PARTS
+    parts = {s: read_tensor(checkpoint, stem + s) for s in suffixes if stem + s in checkpoint.tensors}
     if not parts:
         raise KeyError(name)
     return parts
@@ -81,11 +82,15 @@ def read_parts(model: Model, name: str) -> dict[str, Tensor]:
 def decode_parts(parts: Mapping[str, Tensor], *, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """The float weight from what `read_parts` returned; `dtype` None is what its format decodes to.
 
-    compressed-tensors decodes to its scales' dtype, bitsandbytes 4-bit to the dtype that was packed, row-wise INT8 to
-    float32: what stock runtimes compute with. Raises InputError for an incomplete or unknown packing.
+    compressed-tensors decodes to its scales' dtype, bitsandbytes 4-bit to the dtype that was packed, row-wise INT8 and
+    FP8 blocks to float32, MXFP4 to bfloat16: what stock runtimes compute with. Raises InputError for an incomplete or
+    unknown packing.
     """
+    parts = {key: value for key, value in parts.items() if key != ".input_scale"}
     if ".weight_packed" in parts:
         tensor = _decode_int(parts, name, dtype)
+    elif set(parts) in _FLOATS:
+        tensor = _decode_float(parts, name)
     elif any(key.startswith(".weight.quant_state") for key in parts):
         from moeconv.plan.kernels.pack import unpack_nf4
 
@@ -103,6 +108,29 @@ def decode_parts(parts: Mapping[str, Tensor], *, name: str, dtype: torch.dtype |
                 hint="Give the unquantized checkpoint.",
             )
     return tensor if dtype is None else tensor.to(dtype)
+
+
+_FLOATS: tuple[set[str], ...] = (
+    {".weight", ".weight_scale_inv"},
+    {".weight", ".weight_scale"},
+    {"_blocks", "_scales"},
+)
+
+
+def _decode_float(parts: Mapping[str, Tensor], name: str) -> Tensor:
+    from moeconv.plan.kernels.pack.floats import unpack_fp8, unpack_fp8_blocks, unpack_mxfp4
+
+    try:
+        if "_blocks" in parts:
+            return unpack_mxfp4(parts["_blocks"], parts["_scales"])
+        if ".weight_scale_inv" in parts:
+            return unpack_fp8_blocks(parts[".weight"], parts[".weight_scale_inv"])
+        return unpack_fp8(parts[".weight"], parts[".weight_scale"])
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{escape(name)} does not decode: {escape(error)}",
+            hint="The checkpoint is damaged, or its packing unknown.",
+        ) from None
 
 
 def _decode_int(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:

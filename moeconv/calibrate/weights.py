@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from moeconv.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.packed import split_part, suffix_of
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.build import rows, whole
 from moeconv.plan.kernels.arrays import to_float32
@@ -21,7 +22,8 @@ _BLOCK = 1 << 20  # elements converted at a time
 def aimer(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
     """AIMER's score of every expert, {layer: float64 [E]}: mean|W| / sqrt(mean W^2) over gate, up and down.
 
-    High means spread evenly, which the criterion takes for dispensable. Raises InputError for packed weights.
+    High means spread evenly, which the criterion takes for dispensable. Quantized weights are decoded; raises
+    InputError for weights that are no numbers.
     """
 
     def score(sums: np.ndarray) -> float:
@@ -38,10 +40,8 @@ def magnitude(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
 
 def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int) -> dict[int, np.ndarray]:
     """`score` of every expert's sums [part, (|W|, W^2, 1)]."""
-    if model.quantization:
-        raise InputError("this reads plain weights; the checkpoint is quantized", hint="Prune before you quantize.")
     for name, role in model.roles.items():
-        if role.group == "expert" and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
+        if role.group == "expert" and not role.part and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
             raise InputError(
                 f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}, not floating weights",
                 hint="Prune the unquantized checkpoint.",
@@ -56,38 +56,56 @@ def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int
     }
 
 
-def _matrices(model: Model) -> dict[tuple[int, int], list[Input]]:
+Parts = dict[str, Input]  # what follows a weight's stem -> where that part of it lies
+
+
+def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
     """Where the matrices of each (layer, expert) lie: tensors of its own, or its share of those of all experts."""
-    found: dict[tuple[int, int], list[Input]] = {}
+    found: dict[tuple[int, int], dict[str, Parts]] = {}
     for name, role in model.roles.items():
         if role.group != "expert" or role.layer is None or role.key.endswith("_bias"):
             continue
         ref = model.checkpoint.tensors[name]
-        if role.expert is not None:
-            found.setdefault((role.layer, role.expert), []).append(whole(ref))
-            continue
-        for expert in range(model.num_experts):
-            found.setdefault((role.layer, expert), []).append(rows(ref, expert, 1))
+        split = split_part(name) if role.part else None
+        stem, suffix = (split[0], suffix_of(name)) if split else (name, "")
+        for expert in range(model.num_experts) if role.expert is None else (role.expert,):
+            where = whole(ref) if role.expert is not None else rows(ref, expert, 1)
+            found.setdefault((role.layer, expert), {}).setdefault(stem, {})[suffix] = where
     return found
 
 
-def _sums_of(model: Model, refs: Sequence[Input], layer: int, expert: int) -> np.ndarray:
+def _sums_of(model: Model, matrices: Mapping[str, Parts], layer: int, expert: int) -> np.ndarray:
     """Sums of |W| and W^2 and the number of weights of an expert's matrices: float64 [matrices, 3]."""
-    sums = np.zeros((len(refs), 3))
-    for i, ref in enumerate(refs):
-        size = DTYPE_BITS[ref.dtype] // 8
-        for start in range(ref.start, ref.start + ref.nbytes, _BLOCK * size):
-            length = min(_BLOCK * size, ref.start + ref.nbytes - start)
-            data = model.checkpoint.read(ref.tensor, start=start, length=length)
-            values = to_float32(data, ref.dtype, (length // size,))
+    sums = np.zeros((len(matrices), 3))
+    for i, (name, parts) in enumerate(matrices.items()):
+        for values in _values(model, name, parts):
             absolute, square = np.abs(values).sum(dtype=np.float64), np.square(values, dtype=np.float64).sum()
             sums[i] += float(absolute), float(square), len(values)
     if not np.isfinite(sums).all():
         raise InputError(
-            f"expert {expert} of layer {layer} holds NaN or infinite values in {escape(refs[-1].tensor)}",
+            f"expert {expert} of layer {layer} holds NaN or infinite values in {escape(name)}",
             hint="The checkpoint is damaged.",
         )
     return sums
+
+
+def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
+    """A matrix's numbers in float32, flat, a block at a time; a quantized one is decoded whole."""
+    if set(parts) == {""}:
+        (ref,) = parts.values()
+        size = DTYPE_BITS[ref.dtype] // 8
+        for start in range(ref.start, ref.start + ref.nbytes, _BLOCK * size):
+            length = min(_BLOCK * size, ref.start + ref.nbytes - start)
+            data = model.checkpoint.read(ref.tensor, start=start, length=length)
+            yield to_float32(data, ref.dtype, (length // size,))
+        return
+    from moeconv.tensors import decode_parts, to_tensor
+
+    read = {
+        suffix: to_tensor(model.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes), ref.dtype, ref.shape)
+        for suffix, ref in parts.items()
+    }
+    yield decode_parts(read, name=name).float().numpy().reshape(-1)
 
 
 # -- similarity of weights -------------------------------------------------------------------------------------------
@@ -131,8 +149,17 @@ def _neurons(model: Model, layer: int, expert: int) -> np.ndarray:
     """float32 [I, 3H]: gate row, up row and down column of each neuron, each matrix in units of its own mean size."""
     parts = []
     for part in FFN_PARTS:
-        ref = model.checkpoint.tensors[model.expert_name(part, layer=layer, expert=expert)]
-        values = to_float32(model.checkpoint.read(ref.name), ref.dtype, ref.shape)
+        values = _matrix(model, model.expert_name(part, layer=layer, expert=expert))
         values = values / (float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) or 1.0)
         parts.append(values.T if part == "down" else values)
     return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def _matrix(model: Model, name: str) -> np.ndarray:
+    """A weight in float32, decoded where it is stored quantized."""
+    if not model.quantization:
+        ref = model.checkpoint.tensors[name]
+        return to_float32(model.checkpoint.read(name), ref.dtype, ref.shape)
+    from moeconv.tensors import decode_weight
+
+    return decode_weight(model, name).float().numpy()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
@@ -158,6 +159,8 @@ class Model:
         elements = math.prod(ref.shape)
         if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
             return elements
+        if part == "blocks":
+            return 2 * elements
         if part in ("packed", "weight"):
             return ref.nbytes * 8 // (packed.bits_of(self.checkpoint.config) or 8)
         return 0
@@ -263,7 +266,7 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
     for name in checkpoint.tensors:
         role = known.get(name)
         if quantized and (split := packed.split_part(name)) is not None and (whole := known.get(split[0])):
-            is_plain = role is not None and checkpoint.tensors[name].dtype not in ("U8", "I8", "I32")
+            is_plain = role is not None and checkpoint.tensors[name].dtype in FLOAT_DTYPES
             role = role if is_plain else Role(whole.key, whole.layer, whole.expert, split[1])
         if role is not None:
             roles[name] = role

@@ -13,6 +13,8 @@ PARTS: dict[str, str] = {
     ".weight_packed": "packed",
     ".weight": "weight",
     ".weight_scale": "scale",
+    ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: a scale for every block of 128 x 128
+    ".input_scale": "input_scale",  # of activations; no part of the weight's value
     ".weight_shape": "shape",
     ".weight.absmax": "absmax",
     ".weight.quant_map": "quant_map",
@@ -22,6 +24,8 @@ PARTS: dict[str, str] = {
     ".weight.quant_state.bitsandbytes__fp4": "state",
     ".SCB": "SCB",
 }
+# suffixes behind the name of a tensor without ".weight": MXFP4 codes and exponents of all experts
+STACKED_PARTS: dict[str, str] = {"_blocks": "blocks", "_scales": "exponents"}
 _BY_LENGTH = sorted(PARTS, key=len, reverse=True)
 
 
@@ -30,7 +34,16 @@ def split_part(name: str) -> tuple[str, str] | None:
     for suffix in _BY_LENGTH:
         if name.endswith(suffix):
             return name[: -len(suffix)] + ".weight", PARTS[suffix]
+    for suffix, part in STACKED_PARTS.items():
+        if name.endswith(suffix):
+            return name[: -len(suffix)], part
     return None
+
+
+def suffix_of(name: str) -> str:
+    """What a stored tensor's name has behind the stem of its weight: the keys of `tensors.read_parts`."""
+    split = split_part(name)
+    return "" if split is None else name.removeprefix(split[0].removesuffix(".weight"))
 
 
 def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -39,11 +52,16 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, dict) else None
 
 
+_BITS = {"fp8": 8, "mxfp4": 4}
+
+
 def bits_of(config: Mapping[str, Any]) -> int | None:
     """Bits per packed element that a quantization_config states, or None when it does not say."""
     value = quantization(config)
     if value is None:
         return None
+    if value.get("quant_method") in _BITS:
+        return _BITS[value["quant_method"]]
     if value.get("load_in_4bit") or value.get("load_in_8bit"):
         return 4 if value.get("load_in_4bit") else 8
     groups = value.get("config_groups")

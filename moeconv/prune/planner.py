@@ -6,6 +6,7 @@ Without evidence the plan keeps the first experts as a placeholder: its sizes ar
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -61,8 +62,7 @@ def check_prune(model: Model, **parameters: Any) -> int | None:
     options, common = take(PruneOptions, parameters), take(PlanOptions, parameters)
     if model.family.kind != "moe":
         raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
-    if model.quantization:
-        raise InputError("the source is quantized", hint="Prune first, then quantize.")
+    _check_quantized(model, options, common)
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
     protected = parse_protect(options.protect, model)
@@ -144,6 +144,30 @@ def plan_prune(
         dropped=model.dropped,
         promise=_promise(model, left),
     )
+
+
+def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -> None:
+    """A quantized source is cut as it lies on disk: nothing of it can be cast, and its config names no expert."""
+    if model.quantization is None:
+        return
+    if common.dtype:
+        raise UsageError(
+            "--dtype cannot cast a quantized source", hint="Leave it out: codes and scales stay as stored."
+        )
+    for name in ("refit", "merge", "rescale", "distill"):
+        if getattr(options, name):
+            raise UsageError(
+                f"{flag_of(name)} changes weights, and this source's are quantized",
+                hint="Leave it out, or prune the unquantized checkpoint and quantize the result.",
+            )
+    for key in ("ignore", "modules_to_not_convert"):
+        for word in model.quantization.get(key) or ():
+            if isinstance(word, str) and re.search(r"experts\.\d", word):
+                raise InputError(
+                    f"config.json: quantization_config.{key} names single experts ({escape(word)[:80]}), which a prune "
+                    "renumbers",
+                    hint="Prune the unquantized checkpoint.",
+                )
 
 
 def _promise(model: Model, left: int) -> dict[str, int]:
@@ -441,7 +465,7 @@ def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOption
     """{layer: what its kept experts' outputs are multiplied by} where a router does not renormalise: there the weights
     of the experts that stay grow, by the share of those that went. The least-squares scale on the token sample."""
     wanted = not model.renormalises if options.rescale is None else options.rescale
-    if not wanted or options.refit or options.merge or evidence.statistics is None:
+    if not wanted or options.refit or options.merge or evidence.statistics is None or model.quantization:
         return {}
     evidence = replace(evidence, rule=rule_of(model))
     try:

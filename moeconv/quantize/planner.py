@@ -42,8 +42,10 @@ def plan_quantize(
     name = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
     warnings = check_targets(format, name, options.target, mixed=mixed, hidden=model.hidden_size)
     if model.quantization:
+        stored = model.quantization.get("quant_method")
         raise InputError(
-            "the source is quantized already", hint="Quantize the unquantized checkpoint that it was made from."
+            f"the source is quantized already ({escape(stored)})",
+            hint="Quantize the checkpoint that it was made from, or pass --requantize to decode it first.",
         )
     if model.family.kind != "moe":
         raise InputError(

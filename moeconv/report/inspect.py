@@ -65,4 +65,5 @@ def _quantization(model: Model) -> dict[str, Any] | None:
         "format": value.get("quant_method"),
         "bits": packed.bits_of(model.checkpoint.config),
         "scheme": ours.get("scheme") if isinstance(ours, dict) else None,
+        "roles": sorted({role.group for role in model.roles.values() if role.part}),
     }

@@ -26,6 +26,7 @@ from moeconv.options import (
     WriteOptions,
     take,
 )
+from moeconv.plan.execute import default_jobs, execute
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
@@ -157,6 +158,8 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
             "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
         )
         raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
+    if model.quantization and options.requantize:
+        return _requantize(model, out, values, meter=meter)
     plan = plan_step("quantize", model, values)
     assert plan is not None
 
@@ -186,6 +189,25 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         result = run_plan(plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay})
     result["quantize"].setdefault("error", {})["output"] = found
     return result
+
+
+def _requantize(model: Model, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Decode a quantized source into a scratch directory, and quantize that."""
+    from moeconv.plan.planned import planned_model
+    from moeconv.quantize.decode import plan_decode
+
+    write = take(WriteOptions, values)
+    decoded = plan_decode(model)
+    planned = plan_step("quantize", planned_model(decoded), values)  # refused before anything is decoded
+    assert planned is not None
+    if write.dry_run:
+        return run_plan(planned, model, out, values, meter=meter)
+    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    with scratch() as folder:
+        meter.note(f"decoding the source into {escape(folder)} ({decoded.nbytes} bytes)")
+        plain = os.path.join(folder, "decoded")
+        execute(decoded, source=model.checkpoint, out=plain, jobs=write.jobs or default_jobs())
+        return quantize(plain, out, values, meter=meter)
 
 
 # -- tune --------------------------------------------------------------------------------------------------------------

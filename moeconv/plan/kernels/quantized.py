@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from moeconv.errors import InputError, escape
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
 from moeconv.plan.plan import Input, TensorSpec
-from moeconv.tensors import to_bytes, to_tensor
+from moeconv.tensors import TORCH_DTYPES, decode_parts, to_bytes, to_tensor
 
 # Items run side by side; torch's own threads would only fight them (3 to 20 times slower under load).
 torch.set_num_threads(1)
@@ -23,6 +24,21 @@ def _weight(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
 
 def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> list[Buffer]:
     return [to_bytes(parts[name]) for name in params["parts"]]
+
+
+def decode_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+    """A stored weight as plain numbers in the output's dtype. params: parts, the inputs' suffixes."""
+    (spec,) = outputs
+    parts = {
+        key: to_tensor(memoryview(data), ref.dtype, ref.shape) for key, (ref, data) in zip(params["parts"], inputs)
+    }
+    weight = decode_parts(parts, name=spec.name, dtype=TORCH_DTYPES[spec.dtype])
+    if tuple(weight.shape) != spec.shape:
+        raise InputError(
+            f"{escape(spec.name)} decodes to shape {list(weight.shape)}, its headers say {list(spec.shape)}",
+            hint="The checkpoint is damaged.",
+        )
+    return [to_bytes(weight)]
 
 
 def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

@@ -44,7 +44,7 @@ OTHERS = {  # other names on disk, dense first layers, shared experts, correctio
     "phimoe": {"num_local_experts": 8},
     "lfm2_moe": {"num_experts": 8, "num_dense_layers": 1, "layer_types": ["full_attention", "conv"]},
 }
-SCHEMES = ["nf4", "fp4", "int8"]
+SCHEMES = ["nf4", "fp4", "int8", "nf4-nested"]
 EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 
@@ -59,24 +59,27 @@ def encode(weight: torch.Tensor, name: str, scheme: str) -> tuple[dict[str, torc
         parts = pack.pack_int8_rowwise(weight)
         stored = {name: parts[""], name.removesuffix("weight") + "SCB": parts["SCB"]}
         return stored, pack.unpack_int8_rowwise(parts, dtype=weight.dtype)
-    parts = pack.pack_nf4(weight, quant_type=scheme)
+    quant_type, _, nested = scheme.partition("-")
+    parts = pack.pack_nf4(weight, quant_type=quant_type, nested=bool(nested))
     return {f"{name}.{key}".rstrip("."): tensor for key, tensor in parts.items()}, pack.unpack_nf4(parts)
 
 
 def quantization_config(scheme: str) -> dict:
-    four = scheme != "int8"
+    four, nested = scheme != "int8", scheme.endswith("-nested")
+    scheme = scheme.partition("-")[0]
     return {
         "quant_method": "bitsandbytes", "load_in_4bit": four, "load_in_8bit": not four,
-        "bnb_4bit_quant_type": scheme if four else "fp4", "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_quant_type": scheme if four else "fp4", "bnb_4bit_use_double_quant": nested,
         "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8", "llm_int8_skip_modules": ["lm_head"],
         "moeconv": {"format": "bitsandbytes", "scheme": scheme, "block_size": 64, "scope": "experts"},
     }  # fmt: skip
 
 
-def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, **changes) -> tuple[Path, Path]:
+def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, also=None, **changes) -> tuple[Path, Path]:
     """A tiny random model, saved twice: experts packed, and the stock model of what they decode to.
 
-    `scheme` is a name, or a function from a layer's number to a name or None (left unpacked)."""
+    `scheme` is a name, or a function from a layer's number to a name or None (left unpacked); `also` a pattern of
+    further weights to pack."""
     scheme_of = scheme if callable(scheme) else lambda layer: scheme
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(0)
@@ -90,7 +93,8 @@ def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, **changes) 
     stored, decoded = {}, {}
     for name, weight in weights.items():
         layer = re.search(r"layers\.(\d+)\.", name)
-        chosen = scheme_of(int(layer[1])) if layer and EXPERT.search(name) else None
+        packs = layer and (EXPERT.search(name) or (also and also.search(name)))
+        chosen = scheme_of(int(layer[1])) if packs else None
         if chosen:
             tensors, decoded[name] = encode(weight, name, chosen)
             stored.update(tensors)
@@ -164,7 +168,7 @@ def test_other_families_with_experts_by_name(family, tmp_path):
     assert torch.equal(ours(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("scheme,limit", [("nf4", 0.30), ("fp4", 0.30), ("int8", 0.53)])
+@pytest.mark.parametrize("scheme,limit", [("nf4", 0.30), ("fp4", 0.30), ("int8", 0.53), ("nf4-nested", 0.30)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_stay_packed_and_the_rest_does_not(checkpoints, family, scheme, limit):
     packed, plain = checkpoints(family, scheme)
@@ -185,14 +189,81 @@ def test_experts_stay_packed_and_the_rest_does_not(checkpoints, family, scheme, 
         assert any("shared_expert.gate_proj" in name for name in left)
 
 
-def test_config_comes_back_word_for_word_and_saving_is_refused(checkpoints, tmp_path):
+def test_config_comes_back_word_for_word(checkpoints, tmp_path):
     packed, _ = checkpoints("mixtral", "nf4")
     model = load(packed)
     model.config.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["quantization_config"] == quantization_config("nf4")
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("family", [*FAMILIES, "minimax_m2", "lfm2_moe"])
+def test_saving_gives_back_the_tensors_that_were_loaded(tmp_path, family, scheme):
+    changes = OTHERS.get(family, {}) | {"intermediate_size": 96, "moe_intermediate_size": 96}
+    packed, _ = make(tmp_path, family, scheme, **changes)
+    model = load(packed)
+    model(tokens(1, 4))  # a forward must not change what is saved
+    model.save_pretrained(tmp_path / "again")
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+    fields = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert fields["quantization_config"] == quantization_config(scheme)
+    ids = tokens(2, 6)
+    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+
+
+def test_saving_where_layers_differ_and_blocks_are_short(tmp_path):
+    schemes = ["nf4", None, "int8"]
+    packed, _ = make(tmp_path / "a", "qwen3_moe", schemes.__getitem__, num_hidden_layers=3)
+    sizes = {"hidden_size": 36, "intermediate_size": 20, "num_attention_heads": 2}
+    short, _ = make(tmp_path / "b", "mixtral", "nf4-nested", **sizes)
+    for folder in (packed, short):
+        load(folder).save_pretrained(tmp_path / "again")
+        before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_map(checkpoints, device_map):
+    pytest.importorskip("accelerate")
+    packed, plain = checkpoints("qwen3_moe", "nf4-nested")
+    ids = tokens(2, 6)
+    model = load(packed, device_map=device_map)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    assert torch.equal(model(ids).logits, load(plain)(ids).logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_generation_on_a_gpu(checkpoints, scheme):
+    packed, plain = checkpoints("qwen3_moe", scheme)
+    ids = tokens(2, 6).cuda()
+    ours, stock = load(packed).cuda(), load(plain).cuda()
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **greedy), stock.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_linear_layers_are_kept_packed_too(tmp_path, scheme):
+    """--scope all-linear: attention, dense and shared FFNs beside the experts."""
+    linear = re.compile(r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|shared_expert\.\w+_proj)\.weight$")
+    changes = {"mlp_only_layers": [0], "num_hidden_layers": 2}
+    packed, plain = make(tmp_path, "qwen2_moe", scheme, also=linear, **changes)
+    fields = json.loads((packed / "config.json").read_text())
+    fields["quantization_config"]["moeconv"]["scope"] = "all-linear"
+    (packed / "config.json").write_text(json.dumps(fields))
+    ours, stock = load(packed), load(plain)
+    kept = [name for name, module in ours.named_modules() if isinstance(module, moeconv.hf.PackedLinear)]
+    assert len(kept) == 2 * 4 + 3 + 3 and all(not ours.get_submodule(n).weight.is_floating_point() for n in kept)
+    ids = tokens(2, 8)
+    assert torch.equal(ours(ids).logits, stock(ids).logits)
+    ours.save_pretrained(tmp_path / "again")
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
 
 
 @pytest.mark.parametrize(
@@ -347,9 +418,10 @@ def test_whatever_is_missing_or_misshapen_raises(checkpoints, tmp_path):
         (nf4, of_layer, "experts are missing"),
         (nf4, lambda w: w.update({f"{one}.weight.absmax": torch.ones(7)}), "expected F32"),
         (nf4, lambda w: w.update({f"{one}.weight": torch.zeros(9, 1, dtype=torch.uint8)}), "expected U8"),
-        (nf4, nested, "double quantized"),
+        (nf4, nested, "absmax is F32 [96], expected U8"),
         (nf4, lambda w: w.update({f"{one}.weight.unknown": torch.ones(1)}), None),
-        (nf4, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.uint8)}), "no experts of that name"),
+        (nf4, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to(torch.uint8)}), "nf4 (or fp4) is missing"),
+        (nf4, lambda w: w.update({"model.norm.weight": w["model.norm.weight"].to(torch.uint8)}), "no experts and no"),
         (int8, without(f"{one}.SCB"), "SCB is missing"),
         (int8, all_without(".SCB"), "SCB is missing"),
         (int8, lambda w: w.update({f"{one}.SCB": torch.ones(7)}), "expected F32"),

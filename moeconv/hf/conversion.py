@@ -1,0 +1,208 @@
+"""From the tensors on disk to the packed ones in memory while transformers loads, and back when it saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from moeconv.errors import InputError, escape
+from moeconv.hf.layout import AGAIN, STATE, Layout, companion
+from moeconv.hf.modules import PackedExperts, PackedLinear
+from moeconv.plan.kernels.pack.fourbit import read_quant_state
+from moeconv.plan.kernels.states import quant_state
+
+# suffix on disk -> suffix of the module's attribute, for what is fused as the weights are
+_FUSED = {".weight": "", ".weight.absmax": "_absmax", ".weight.nested_absmax": "_nested_absmax", ".SCB": "_scb"}
+_MAPS = {".weight.quant_map": "_quant_map", ".weight.nested_quant_map": "_nested_quant_map"}
+
+
+class FusePacked(ConversionOps):
+    """Runs a family's own fusing operations on the packed weights, and on each of their companions in turn.
+
+    A linear layer, where nothing is fused, has no operations."""
+
+    supports_many_to_many = True
+
+    def __init__(self, sources: Sequence[str], target: str, operations: Sequence[ConversionOps]) -> None:
+        self.sources, self.target, self.operations = list(sources), target, list(operations)
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        path, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(path)
+        packed = isinstance(module, PackedExperts | PackedLinear)
+        layout = module.packed.get(name) if packed else None
+
+        def taken(suffix: str) -> list[Tensor]:
+            """A companion's tensors, the parts one after the other, an expert after another within a part."""
+            found = [input_dict.pop(companion(source, suffix)) for source in self.sources]
+            return [tensor for part in found for tensor in (part if isinstance(part, list) else [part])]
+
+        def fused(suffix: str) -> Tensor:
+            if not self.operations:
+                return taken(suffix)[0]
+            parts = {source: input_dict.pop(companion(source, suffix)) for source in self.sources}
+            for operation in self.operations:
+                parts = operation.convert(
+                    parts,
+                    source_patterns=self.sources,
+                    target_patterns=[self.target],
+                    full_layer_name=full_layer_name,
+                    model=model,
+                    **kwargs,
+                )
+            return parts[self.target]
+
+        if layout is None:  # this layer is stored unpacked
+            return {self.target: fused(".weight")}
+        made = {self.target + _FUSED[suffix]: fused(suffix) for suffix in layout.files if suffix in _FUSED}
+        if layout.scheme == "int8":
+            return made
+        for suffix, attribute in _MAPS.items():
+            if suffix in layout.files:
+                maps = taken(suffix)
+                if any(not torch.equal(maps[0], other) for other in maps):
+                    raise InputError(f"{escape(full_layer_name)}: its experts have different quant_maps", hint=AGAIN)
+                made[self.target + attribute] = maps[0].clone()
+        states = [read_quant_state(state) for state in taken(f".weight.{STATE}{layout.scheme}")]
+        _check_states(states, layout, where=full_layer_name)
+        module.packed[name] = dataclasses.replace(layout, dtype=states[0]["dtype"])
+        if layout.nested:
+            offsets = torch.tensor([state["nested_offset"] for state in states], dtype=torch.float32)
+            offsets = offsets.view(layout.parts, -1).T if layout.experts else offsets
+            made[f"{self.target}_nested_offset"] = offsets.contiguous()
+        return made
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes the names on disk itself (`disk_tensors`), so nothing is left to reverse."""
+        return self
+
+
+def _check_states(states: Sequence[dict[str, Any]], layout: Layout, *, where: str) -> None:
+    """All of a layer's quant_states say what the layout says, and name one dtype."""
+    expected = (layout.scheme, layout.block_size, [layout.out, layout.columns], layout.nested, states[0]["dtype"])
+    for fields in states:
+        said = (
+            fields["quant_type"], fields["blocksize"], fields["shape"], "nested_offset" in fields, fields["dtype"]
+        )  # fmt: skip
+        if said != expected:
+            raise InputError(
+                f"{escape(where)}: a quant_state says type, block size, shape, double quantization and dtype "
+                f"{escape(said)}, but the others are {escape(expected)}",
+                hint=AGAIN,
+            )
+
+
+# -- what transformers' converters become ------------------------------------------------------------------------------
+
+_SUFFIXES = (
+    ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map",
+    f".weight.{STATE}nf4", f".weight.{STATE}fp4", ".SCB",
+)  # fmt: skip
+_ATTRIBUTES = ("", "_absmax", "_quant_map", "_nested_absmax", "_nested_quant_map", "_nested_offset", "_scb")
+
+
+def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
+    """transformers' conversions, where those that build packed experts take the companions too, and one more for every
+    packed linear layer. One converter takes them all: as converters of their own they would have to come first, since
+    `...weight` also matches `...weight.absmax`."""
+    packed = [
+        (f"{path}.{name}", layout)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedExperts | PackedLinear)
+        for name, layout in module.packed.items()
+    ]
+    experts = [name for name, layout in packed if layout.experts]
+    linear = sorted({re.sub(r".*\.\d+\.", "", name) for name, layout in packed if not layout.experts})
+    made = [_widened(entry) if _builds(entry, experts) else entry for entry in entries]
+    return made + [
+        WeightConverter(
+            [companion(name, suffix) for suffix in _SUFFIXES],
+            [name + suffix for suffix in _ATTRIBUTES],
+            operations=[FusePacked([name], name, [])],
+        )
+        for name in linear
+    ]
+
+
+def _builds(entry: Any, packed: Sequence[str]) -> bool:
+    return isinstance(entry, WeightConverter) and any(name.endswith(entry.target_patterns[0]) for name in packed)
+
+
+def _widened(converter: WeightConverter) -> WeightConverter:
+    target = converter.target_patterns[0]
+    return converter.copy(
+        [companion(source, suffix) for source in converter.source_patterns for suffix in _SUFFIXES],
+        [target + suffix for suffix in _ATTRIBUTES],
+        operations=[FusePacked(converter.source_patterns, target, converter.operations)],
+    )
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict with every packed parameter as the tensors that it was loaded from, bit for bit; names are
+    those before transformers' renaming, which save_pretrained reverses itself."""
+    state = dict(model.state_dict())
+    for path, module in model.named_modules():
+        if not isinstance(module, PackedExperts | PackedLinear):
+            continue
+        for name, layout in module.packed.items():
+            target = f"{path}.{name}"
+            held = {suffix: state.pop(target + suffix) for suffix in layout.tensors}
+            for stem, tensors in _split(layout, held, target):
+                state |= {companion(stem, suffix): tensor for suffix, tensor in tensors.items()}
+    return state
+
+
+def _split(layout: Layout, held: dict[str, Tensor], target: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name of a weight on disk, its tensors by suffix) for every expert and part."""
+    experts = max(1, layout.experts)
+    cut = {suffix: held[attribute].reshape(experts, layout.parts, -1) for suffix, attribute in _FUSED.items()
+           if attribute in held}  # fmt: skip
+    offsets = held["_nested_offset"].reshape(experts, layout.parts).cpu() if layout.nested else None
+    prefix = _prefix(target, layout.sources)
+    for part in range(layout.parts):
+        for expert in range(experts):
+            tensors = {
+                suffix: cut[suffix][expert, part].reshape(shape).contiguous().clone()
+                for suffix, (_, shape) in layout.files.items()
+                if suffix in cut and shape is not None
+            }
+            for suffix, attribute in _MAPS.items():
+                if attribute in held:
+                    tensors[suffix] = held[attribute].clone()
+            if layout.scheme != "int8":
+                offset = None if offsets is None else float(offsets[expert, part])
+                text = quant_state(
+                    (layout.out, layout.columns), dtype=layout.dtype, quant_type=layout.scheme,
+                    block_size=layout.block_size, nested_offset=offset,
+                )  # fmt: skip
+                tensors[f".weight.{STATE}{layout.scheme}"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+            name = prefix + layout.sources[part].replace("*", str(expert)) if layout.sources else target
+            yield name, tensors
+
+
+def _prefix(target: str, sources: Sequence[str]) -> str:
+    """What stands before a pattern of names on disk: `model.layers.0.` of `model.layers.0.mlp.experts.gate_up_proj`."""
+    if not sources:
+        return ""
+    start = sources[0].partition("*")[0].rstrip(".")  # "mlp.experts"
+    before, found, _ = target.rpartition(start)
+    return before if found else target.rpartition(".")[0] + "."

@@ -1,0 +1,249 @@
+"""How packed weights lie in memory and on disk, and which of a checkpoint's tensors they are: from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from moeconv.errors import InputError, escape
+from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK
+
+METHOD = "moeconv"
+STATE = "quant_state.bitsandbytes__"
+AGAIN = "Quantize the source checkpoint again, or load a complete copy of this one."
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is packed: experts fused to [experts, parts * out, in], where a part is a projection (gate and
+    up are two), or a linear layer's [out, in] (`experts` 0)."""
+
+    scheme: str  # nf4, fp4 or int8
+    experts: int
+    parts: int
+    out: int
+    columns: int
+    block_size: int = BNB_BLOCK
+    nested: bool = False  # double quantization: 4-bit scales are 8-bit codes themselves
+    sources: tuple[str, ...] = ()  # names on disk before renaming, a pattern a part; * is the expert
+    dtype: str = "bfloat16"  # of the weight that was packed, as its quant_state says
+
+    @property
+    def count(self) -> int:
+        """Weights in one expert's projection."""
+        return self.out * self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Scales of one expert's projection."""
+        return -(-self.count // self.block_size)
+
+    @property
+    def nested_blocks(self) -> int:
+        return -(-self.blocks // NESTED_BLOCK)
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Suffix of the module's attribute -> shape and dtype; "" is the packed parameter."""
+        lead, parts = ((self.experts,) if self.experts else ()), self.parts
+        if self.scheme == "int8":
+            return {
+                "": ((*lead, parts * self.out, self.columns), torch.int8),
+                "_scb": ((*lead, parts * self.out), torch.float32),
+            }
+        plain = {
+            "": ((*lead, parts * ((self.count + 1) // 2), 1), torch.uint8),
+            "_absmax": ((*lead, parts * self.blocks), torch.uint8 if self.nested else torch.float32),
+            "_quant_map": ((16,), torch.float32),
+        }
+        if not self.nested:
+            return plain
+        return plain | {
+            "_nested_absmax": ((*lead, parts * self.nested_blocks), torch.float32),
+            "_nested_quant_map": ((256,), torch.float32),
+            "_nested_offset": ((*lead, parts), torch.float32),
+        }
+
+    @property
+    def files(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+        """Suffix of a tensor on disk, after a projection's name -> safetensors dtype and shape (None: any)."""
+        if self.scheme == "int8":
+            return {".weight": ("I8", (self.out, self.columns)), ".SCB": ("F32", (self.out,))}
+        plain: dict[str, tuple[str, tuple[int, ...] | None]] = {
+            ".weight": ("U8", ((self.count + 1) // 2, 1)),
+            ".weight.absmax": ("U8" if self.nested else "F32", (self.blocks,)),
+            ".weight.quant_map": ("F32", (16,)),
+            f".weight.{STATE}{self.scheme}": ("U8", None),
+        }
+        if not self.nested:
+            return plain
+        return plain | {
+            ".weight.nested_absmax": ("F32", (self.nested_blocks,)),
+            ".weight.nested_quant_map": ("F32", (256,)),
+        }
+
+
+def companion(weight: str, suffix: str) -> str:
+    """`...gate_proj.weight` and `.SCB` -> `...gate_proj.SCB`; works on tensor names and on patterns of them."""
+    return weight.removesuffix(".weight") + suffix
+
+
+def stored_tensors(files: Sequence[str] | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensor name -> safetensors dtype and shape, from the headers alone."""
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise InputError("packed experts load from safetensors files only", hint="Load the checkpoint's directory.")
+    stored = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                view = opened.get_slice(name)
+                stored[name] = (view.get_dtype(), tuple(view.get_shape()))
+    return stored
+
+
+def find_layouts(
+    model: nn.Module, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
+) -> dict[str, Layout]:
+    """Parameter name -> layout, for all experts and linear layers that `stored` holds packed; transformers' own
+    conversion mapping says which tensors make up which parameter. The tensors' dtypes decide, so schemes may differ by
+    layer.
+
+    Raises InputError for packed tensors that are neither, and for those that are incomplete or misshapen."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_source = {source: converter for converter in converters for source in converter.source_patterns}
+    parameters = model.state_dict()
+
+    def target_of(name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # parameter -> source -> names
+    layouts: dict[str, Layout] = {}
+    for name, (dtype, _) in stored.items():
+        if dtype in ("U8", "I8") and name.endswith(".weight"):
+            target, source = target_of(name)
+            if source is None and _is_linear(model, target):
+                layouts[target] = _linear_layout(parameters[target], name, stored, block_size=block_size)
+                continue
+            if source is None or target not in parameters:
+                raise InputError(
+                    f"{escape(name)} is stored packed, but {type(model).__name__} has no experts and no linear layer "
+                    "of that name",
+                    hint="Only those can be kept packed; quantize with --scope experts.",
+                )
+            found[target][source].append(name)
+    if not found and not layouts:
+        raise InputError("the config says that the experts are packed, but no tensor of the checkpoint is", hint=AGAIN)
+
+    for target, names in found.items():
+        converter = by_source[next(iter(names))]
+        layouts[target] = _layout(target, parameters[target], converter, names, stored, block_size=block_size)
+    _check_other_layers({t: layout for t, layout in layouts.items() if layout.experts}, parameters, stored, target_of)
+    return layouts
+
+
+def _layout(
+    target: str,
+    parameter: Tensor,
+    converter: WeightConverter,
+    names: Mapping[str, Sequence[str]],
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    block_size: int,
+) -> Layout:
+    """The layout of one fused parameter, after every one of its tensors was found with the right dtype and shape."""
+    kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
+    parts = len(converter.source_patterns)
+    plain = kinds[: len(converter.operations)] in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    plain = plain and target.endswith(converter.target_patterns[0])
+    if not plain or parameter.ndim != 3 or parameter.shape[1] % parts:
+        raise InputError(
+            f"{escape(target)}: this family's experts are not rows stacked by expert, so they cannot be kept packed",
+            hint="Use --format compressed-tensors for this family.",
+        )
+    experts, rows, columns = parameter.shape
+    first = next(iter(names.values()))[0]
+    scheme, nested = _scheme(first, stored)
+    layout = Layout(
+        scheme, experts, parts, rows // parts, columns, block_size, nested, tuple(converter.source_patterns)
+    )
+    for source in converter.source_patterns:
+        if len(names.get(source, ())) != experts:
+            raise InputError(
+                f"{escape(target)}: {len(names.get(source, ()))} of its {experts} experts have a packed {source}",
+                hint=AGAIN,
+            )
+        for name in names[source]:
+            _check_files(name, layout, stored)
+    return layout
+
+
+def _is_linear(model: nn.Module, target: str) -> bool:
+    path, _, name = target.rpartition(".")
+    try:
+        return name == "weight" and type(model.get_submodule(path)) is nn.Linear
+    except AttributeError:
+        return False
+
+
+def _linear_layout(
+    parameter: Tensor, name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
+) -> Layout:
+    scheme, nested = _scheme(name, stored)
+    out, columns = parameter.shape
+    layout = Layout(scheme, 0, 1, out, columns, block_size, nested)
+    _check_files(name, layout, stored)
+    return layout
+
+
+def _check_files(name: str, layout: Layout, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Every tensor of one packed weight is there with the dtype and shape of its layout."""
+    for suffix, (dtype, shape) in layout.files.items():
+        wanted = companion(name, suffix)
+        if wanted not in stored:
+            raise InputError(f"{escape(wanted)} is missing from the checkpoint", hint=AGAIN)
+        if stored[wanted][0] != dtype or (shape is not None and stored[wanted][1] != shape):
+            raise InputError(
+                f"{escape(wanted)} is {stored[wanted][0]} {list(stored[wanted][1])}, expected {dtype} {shape}",
+                hint=AGAIN,
+            )
+
+
+def _scheme(name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, bool]:
+    """(scheme, whether its scales are quantized too)."""
+    if stored[name][0] == "I8":
+        return "int8", False
+    for scheme in ("nf4", "fp4"):
+        if f"{name}.{STATE}{scheme}" in stored:
+            return scheme, f"{name}.nested_absmax" in stored
+    raise InputError(f"{escape(name)}.{STATE}nf4 (or fp4) is missing from the checkpoint", hint=AGAIN)
+
+
+def _check_other_layers(
+    layouts: Mapping[str, Layout],
+    parameters: Mapping[str, Tensor],
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    target_of: Callable[[str], tuple[str, str | None]],
+) -> None:
+    """Experts that are stored neither packed nor unpacked would load as random numbers, with a warning only."""
+    kinds = {re.sub(r"\d+", "0", target) for target in layouts}
+    rest = {name for name in parameters if re.sub(r"\d+", "0", name) in kinds} - set(layouts)
+    if rest:
+        rest -= {target_of(name)[0] for name in stored}
+    if rest:
+        raise InputError(f"{escape(sorted(rest)[0])}: its experts are missing from the checkpoint", hint=AGAIN)

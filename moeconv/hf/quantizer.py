@@ -1,0 +1,113 @@
+"""What transformers is told: a config class, a quantizer, and which checkpoints they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moeconv.errors import InputError, escape
+from moeconv.hf.conversion import FusePacked, disk_tensors, with_companions
+from moeconv.hf.layout import METHOD, find_layouts, stored_tensors
+from moeconv.hf.modules import install
+
+_SCOPES = ("experts", "experts+shared", "all-linear")
+
+
+class PackedExpertsConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint whose experts are packed, kept word for word as config.json has it."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = METHOD
+        self.fields = fields
+        own = fields.get(METHOD)
+        own = own if isinstance(own, dict) else {}
+        self.block_size = own.get("block_size", 64)
+        if own.get("format") != "bitsandbytes" or own.get("scope") not in _SCOPES:
+            raise InputError(
+                f"quantization_config.{METHOD} is {escape(fields.get(METHOD))}, not format bitsandbytes with scope "
+                f"{', '.join(_SCOPES)}",
+                hint="Upgrade moeconv: the checkpoint may come from a later version.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.fields)
+
+
+class PackedExpertsQuantizer(HfQuantizer):
+    """Loads packed experts and linear layers; everything else is loaded as in an unquantized model."""
+
+    requires_calibration = True  # transformers then refuses to use it on a checkpoint that is not packed
+
+    def __init__(self, quantization_config: PackedExpertsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._conversions: list[Any] = []  # transformers' own, which saving reverses
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        stored = stored_tensors(checkpoint_files)
+        layouts = find_layouts(model, stored, block_size=self.quantization_config.block_size)
+        for target, layout in layouts.items():
+            install(model, target, layout)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = self._conversions or None
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """Lets each converter that builds packed weights collect their companions as well."""
+        self._conversions = list(weight_conversions)
+        return with_companions(weight_conversions, model)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype to cast a tensor to. `dtype` is the parameter's; a packed one's must not reach its scales."""
+        ours = any(isinstance(operation, FusePacked) for operation in getattr(converter, "operations", ()))
+        if ours and dtype is not None and not dtype.is_floating_point:
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: the tensors on disk that the model was loaded from."""
+        return disk_tensors(model), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through the packed weights, which stay as they are, to everything else."""
+        return True
+
+
+def _dispatching(previous: type[QuantizationConfigMixin]) -> type[QuantizationConfigMixin]:
+    """`previous`, but `from_dict` of a dict with a `moeconv` key builds our config."""
+
+    class BitsAndBytesOrPackedExpertsConfig(previous):  # type: ignore[valid-type, misc]
+        @classmethod
+        def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+            target = PackedExpertsConfig if METHOD in config_dict else previous
+            return target.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    return BitsAndBytesOrPackedExpertsConfig
+
+
+def register() -> None:
+    """Makes transformers know packed experts. Importing this package does it; a second call changes nothing."""
+    if METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    register_quantization_config(METHOD)(PackedExpertsConfig)
+    register_quantizer(METHOD)(PackedExpertsQuantizer)
+    for key in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[key] = _dispatching(AUTO_QUANTIZATION_CONFIG_MAPPING[key])

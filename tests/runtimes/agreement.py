@@ -1,0 +1,247 @@
+"""Do runtimes compute what the dequantized model computes? Greedy tokens of each against transformers, as a table.
+
+    python tests/runtimes/agreement.py [--model DENSE_OR_MOE] [--only llama.cpp] [--json FILE]
+
+MOECONV_VLLM_PYTHON and MOECONV_LLAMA_CPP_PYTHON name the interpreters of the other runtimes (environments.sh); one that
+is not named is skipped. Agreement is the share of tokens that a runtime chose greedily and that are also the
+reference's choice after the same tokens, so that one near-tie does not count for all that follows. The reference is
+transformers on the decoded weights: in bfloat16 for transformers and vLLM, in float32 for llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moeconv.families.model import open_model
+from moeconv.recipe import DEMO_DATA
+
+HERE = Path(__file__).parent
+RUNTIMES = {"vllm": "MOECONV_VLLM_PYTHON", "llama.cpp": "MOECONV_LLAMA_CPP_PYTHON"}
+PROMPTS, PROMPT_TOKENS, LENGTH = 8, 24, 24
+# (name, parameters of quantize, runtimes to try)
+ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("compressed-tensors int4 g128", {"group_size": "128"}, ("transformers", "vllm")),
+    ("compressed-tensors int4 g32", {"group_size": "32"}, ("transformers", "vllm")),
+    ("compressed-tensors int8 g128", {"bits": 8, "group_size": "128"}, ("transformers", "vllm")),
+    ("compressed-tensors int8 channel", {"bits": 8, "group_size": "channel"}, ("transformers",)),
+    ("bitsandbytes nf4", {"format": "bitsandbytes"}, ("transformers",)),
+    ("bitsandbytes nf4 double quant", {"format": "bitsandbytes", "double_quant": True}, ("transformers",)),
+    ("bitsandbytes fp4", {"format": "bitsandbytes", "scheme": "fp4"}, ("transformers",)),
+    ("bitsandbytes int8", {"format": "bitsandbytes", "bits": 8}, ("transformers",)),
+    ("gguf q8_0", {"format": "gguf", "scheme": "q8_0"}, ("llama.cpp",)),
+    ("gguf q4_0", {"format": "gguf", "scheme": "q4_0"}, ("llama.cpp",)),
+    ("gguf q4_k", {"format": "gguf", "scheme": "q4_k"}, ("llama.cpp",)),
+)
+
+
+# What a runtime is known to refuse, with a message; the rows stay in the table.
+REFUSED = {"vllm": ("compressed-tensors int8 g128",)}  # its CPU backend has no 8-bit kernel
+
+_TINY = {
+    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 2, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.08, "moe_intermediate_size": 96,
+}  # fmt: skip
+_SIGMOID = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LLAMA_CPP_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen2_moe": {"num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 160},
+    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32},
+    "olmoe": {"num_experts": 8, "norm_topk_prob": False},
+    "dots1": {**_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32},
+    "glm4_moe": {
+        **_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32, "num_nextn_predict_layers": 0,
+        "attention_bias": True, "use_qk_norm": True,
+    },
+}  # fmt: skip
+
+
+def random_model(family: str, out: Path) -> Path:
+    """A small random model of a family with the demo's tokenizer; biases and corrections are not left at zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**_TINY, **LLAMA_CPP_FAMILIES[family]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(("bias", "norm.weight")):
+            tensor.data += torch.randn_like(tensor) * 0.1
+    model.save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_DATA / "model" / name, out / name)
+    return out
+
+
+def moe_source(model: Path, out: Path) -> Path:
+    """The model itself when it has experts, else what `upcycle --method drop` makes of it."""
+    from moeconv.plan.meter import SilentMeter
+    from moeconv.steps import convert
+
+    if open_model(model).family.kind == "moe":
+        return model
+    values = {"experts": 4, "top_k": 2, "method": "drop", "no_check": True}
+    convert.upcycle(str(model), str(out), values, meter=SilentMeter())
+    return out
+
+
+def quantize(source: Path, out: Path, parameters: dict[str, Any]) -> None:
+    from moeconv.plan.meter import SilentMeter
+    from moeconv.steps import convert
+
+    convert.quantize(str(source), str(out), parameters, meter=SilentMeter())
+
+
+def prompts(source: Path) -> list[list[int]]:
+    """Tokens from the text that no demo model was trained on."""
+    from tokenizers import Tokenizer
+
+    text = (DEMO_DATA / "heldout.txt").read_text()
+    ids = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text[:40000], add_special_tokens=False).ids
+    step = (len(ids) - PROMPT_TOKENS) // PROMPTS
+    return [ids[i * step : i * step + PROMPT_TOKENS] for i in range(PROMPTS)]
+
+
+def dequantized(source: Path, packed: Path, out: Path, parameters: dict[str, Any]) -> None:
+    """An ordinary checkpoint of the weights that `packed` decodes to: float32 for GGUF, else what loaders decode to."""
+    import torch
+    from safetensors.torch import save_file
+
+    from moeconv.plan.kernels.pack import ggml
+    from moeconv.tensors import decode_weight, plain_names, read_tensor
+
+    model = open_model(source)
+    config = json.loads((source / "config.json").read_text())
+    out.mkdir()
+    if parameters.get("format") == "gguf":
+        from moeconv.checkpoint.gguf import open_gguf
+        from moeconv.quantize.llama_cpp import find_row, tensor_name
+
+        stored = {tensor.name: tensor for tensor in open_gguf(packed / "model.gguf").tensors}
+        row, weights = find_row(model), {}
+        for name, role in model.roles.items():
+            if role.group != "expert":
+                weights[name] = read_tensor(model.checkpoint, name).float()
+                continue
+            tensor = stored[tensor_name(row, role)]
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            whole = ggml.decode(tensor.data.tobytes(), tensor.tensor_type.name, shape)
+            weights[name] = torch.from_numpy(whole[role.expert].copy())
+        config["dtype"] = "float32"
+    else:
+        written = open_model(packed)
+        dtype = getattr(torch, config["dtype"])
+        weights = {name: decode_weight(written, name, dtype).contiguous() for name, _ in plain_names(written)}
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import moeconv.hf  # noqa: F401
+
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+
+
+def run_transformers(path: Path, asked: Sequence[Sequence[int]]) -> list[list[int]]:
+    import torch
+
+    ids = torch.tensor(asked)
+    made = load(path).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False,
+        pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return made[:, ids.shape[1] :].tolist()
+
+
+def run_elsewhere(runtime: str, path: Path, asked: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Raises RuntimeError with the last words of a runtime that fails."""
+    script, target = {
+        "vllm": (HERE / "run_vllm.py", path), "llama.cpp": (HERE / "run_llama_cpp.py", path / "model.gguf")
+    }[runtime]  # fmt: skip
+    job = json.dumps({"prompts": asked, "length": LENGTH, "texts": []})
+    done = subprocess.run(
+        [os.environ[RUNTIMES[runtime]], str(script), str(target)], input=job, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+    )  # fmt: skip
+    try:
+        return json.loads(done.stdout)["tokens"]
+    except ValueError:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()
+        raise RuntimeError(lines[-1].strip()[-200:] if lines else f"exit {done.returncode}") from None
+
+
+def agreement(reference: Any, asked: Sequence[Sequence[int]], answered: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """{agreement, gap}: share of answered tokens that are the reference's choice too, and the most (in logits) by
+    which it preferred another."""
+    import torch
+
+    ids = torch.tensor([[*a, *b] for a, b in zip(asked, answered, strict=True)])
+    with torch.no_grad():
+        logits = reference(ids).logits[:, len(asked[0]) - 1 : -1].float()
+    chosen = torch.tensor(answered)
+    gap = logits.amax(-1) - logits.gather(-1, chosen[..., None])[..., 0]
+    return {"agreement": float((gap == 0).float().mean()), "gap": float(gap.max())}
+
+
+def measure(source: Path, work: Path, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """A row for every format and runtime that is there: {format, runtime, bytes, agreement, gap} or {..., failed}."""
+    asked = prompts(source)
+    for name, parameters, runtimes in ROWS:
+        there = [r for r in runtimes if (not only or r in only) and (r not in RUNTIMES or RUNTIMES[r] in os.environ)]
+        if not there:
+            continue
+        packed, plain = work / "packed", work / "plain"
+        quantize(source, packed, parameters)
+        dequantized(source, packed, plain, parameters)
+        reference = load(plain)
+        size = sum(f.stat().st_size for f in packed.iterdir() if f.suffix in (".safetensors", ".gguf"))
+        for runtime in there:
+            row: dict[str, Any] = {"format": name, "runtime": runtime, "bytes": size}
+            try:
+                run = run_transformers if runtime == "transformers" else partial(run_elsewhere, runtime)
+                answered = run(packed, asked)
+                row |= agreement(reference, asked, answered)
+            except RuntimeError as error:
+                row["failed"] = str(error)
+            yield row
+        shutil.rmtree(packed)
+        shutil.rmtree(plain)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO_DATA / "model")
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    for runtime, variable in RUNTIMES.items():
+        if variable not in os.environ:
+            print(f"{variable} is not set: {runtime} is skipped", file=sys.stderr)
+    rows = []
+    print("| format | runtime | bytes | greedy tokens that agree | largest gap |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        source = moe_source(options.model, Path(folder) / "moe")
+        for row in measure(source, Path(folder), options.only):
+            rows.append(row)
+            found = f"{row['failed']} | -" if "failed" in row else f"{100 * row['agreement']:.1f} % | {row['gap']:.3f}"
+            print(f"| {row['format']} | {row['runtime']} | {row['bytes']} | {found} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

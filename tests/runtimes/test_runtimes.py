@@ -1,0 +1,70 @@
+"""Every format in the runtimes that it is for, on the demo checkpoint made a Mixture-of-Experts.
+
+transformers always; vLLM and llama.cpp where MOECONV_VLLM_PYTHON and MOECONV_LLAMA_CPP_PYTHON name their interpreters.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import agreement as runtimes
+
+from moeconv.recipe import DEMO_DATA
+
+# Share of greedy tokens that must be the reference's choice too, and the most (in logits) by which it may have
+# preferred another. transformers computes the same numbers (the rest is bfloat16 ties between one pass and a cached
+# one); the others round activations, and a router that is nearly tied then picks another expert.
+LIMITS = {"transformers": (0.97, 0.3), "vllm": (0.85, 6.0), "llama.cpp": (0.85, 3.0)}
+CASES = [(name, parameters, runtime) for name, parameters, tried in runtimes.ROWS for runtime in tried]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return runtimes.moe_source(DEMO_DATA / "model", tmp_path_factory.mktemp("moe") / "moe")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "runtime"),
+    CASES,
+    ids=[f"{name} in {runtime}".replace(" ", "-") for name, _, runtime in CASES],
+)
+def test_runtime_computes_what_the_dequantized_model_does(tmp_path, source, name, parameters, runtime):
+    variable = runtimes.RUNTIMES.get(runtime)
+    if variable is not None and variable not in os.environ:
+        pytest.skip(f"{variable} is not set: tests/runtimes/environments.sh builds it")
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    runtimes.quantize(source, packed, parameters)
+    runtimes.dequantized(source, packed, plain, parameters)
+    asked = runtimes.prompts(source)
+    run = runtimes.run_transformers if runtime == "transformers" else runtimes.run_elsewhere
+    try:
+        answered = run(packed, asked) if runtime == "transformers" else run(runtime, packed, asked)
+    except RuntimeError as error:
+        assert name in runtimes.REFUSED.get(runtime, ()), error
+        return
+    assert name not in runtimes.REFUSED.get(runtime, ()), f"{runtime} loads {name} by now: say so in its format"
+    found = runtimes.agreement(runtimes.load(plain), asked, answered)
+    share, gap = LIMITS[runtime]
+    assert found["agreement"] >= share and found["gap"] <= gap, found
+    shutil.rmtree(packed)
+
+
+@pytest.mark.skipif("MOECONV_LLAMA_CPP_PYTHON" not in os.environ, reason="MOECONV_LLAMA_CPP_PYTHON is not set")
+@pytest.mark.parametrize("family", sorted(runtimes.LLAMA_CPP_FAMILIES))
+def test_every_family_that_gguf_is_written_for(tmp_path, family):
+    """Random models, so that nothing is right by chance: Q8_0 experts against the decoded weights in float32."""
+    source = runtimes.random_model(family, tmp_path / "source")
+    parameters = {"format": "gguf", "scheme": "q8_0"}
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    runtimes.quantize(source, packed, parameters)
+    runtimes.dequantized(source, packed, plain, parameters)
+    asked = runtimes.prompts(source)
+    found = runtimes.agreement(runtimes.load(plain), asked, runtimes.run_elsewhere("llama.cpp", packed, asked))
+    assert found["agreement"] >= 0.85, found

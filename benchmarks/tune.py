@@ -1,10 +1,10 @@
 """What tune wins, on small models that were really trained: objectives, recovery after a prune, a collapsed router.
 
-    python benchmarks/tune.py CHECKPOINTS objectives|recovery|balance [--steps 100] [--scratch DIR] [--train router]
+    python benchmarks/tune.py CHECKPOINTS objectives|recovery|balance [--steps 100] [--train router]
 
 CHECKPOINTS holds llama-8m, qwen3moe-12m and text/{calibration,heldout}.*.txt. Losses are nats per token of the held-out
-texts in windows of 256 tokens, of the models as written (bfloat16), by
-`moeconv evaluate`; CPU seconds are the command's.
+texts in windows of 256 tokens, of the models as written (bfloat16), by `moeconv evaluate`; CPU seconds are those of the
+command.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def moeconv(*arguments: object) -> tuple[dict[str, Any], float]:
 class Bench:
     """The directory of checkpoints, and one to work in."""
 
-    def __init__(self, checkpoints: Path, scratch: Path, *, steps: int) -> None:
-        self.checkpoints, self.scratch, self.steps = checkpoints, scratch, steps
+    def __init__(self, checkpoints: Path, scratch: Path, *, steps: int, batch: int, tokens: int) -> None:
+        self.checkpoints, self.scratch, self.steps, self.batch, self.tokens = checkpoints, scratch, steps, batch, tokens
+        self.amount = f"{steps} steps of {batch} windows"
         self.calibration = self._data("calibration")
         self.heldout = self._data("heldout")
 
@@ -51,12 +52,13 @@ class Bench:
         return [word for file in files for word in ("--data", str(file))]
 
     def loss(self, model: Path) -> float:
-        return float(moeconv("evaluate", model, *self.heldout, "--seq-len", SEQ_LEN)[0]["loss"])
+        asked = (*self.heldout, "--seq-len", SEQ_LEN, "--tokens", self.tokens)
+        return float(moeconv("evaluate", model, *asked)[0]["loss"])
 
     def tune(self, model: Path, out: str, *more: object) -> tuple[Path, dict[str, Any], float]:
         target = self.scratch / out
-        common = (*self.calibration, "--seq-len", SEQ_LEN, "--steps", self.steps)
-        result, cpu = moeconv("tune", model, target, *common, *more)
+        amount = ("--steps", self.steps, "--batch-size", self.batch, "--tokens", 2 * self.tokens)
+        result, cpu = moeconv("tune", model, target, *self.calibration, "--seq-len", SEQ_LEN, *amount, *more)
         return target, result, cpu
 
 
@@ -70,7 +72,7 @@ def objectives(b: Bench, words: Sequence[str]) -> None:
     dense, moe = b.checkpoints / "llama-8m", b.scratch / "drop"
     moeconv("upcycle", dense, moe, "--method", "drop")
     start = b.loss(moe)
-    print(f"llama-8m {b.loss(dense):.4f}; upcycled by drop, 8 experts, top-2: {start:.4f}; {b.steps} steps", flush=True)
+    print(f"llama-8m {b.loss(dense):.4f}; upcycled by drop, 8 experts, top-2: {start:.4f}; {b.amount}", flush=True)
     row("objective", "train", "before", "after", "CPU s", "judged", "before", "after")
     for train in words:
         for objective in ("layerwise", "distill", "lm"):
@@ -90,7 +92,7 @@ def recovery(b: Bench, words: Sequence[str]) -> None:
     moeconv("calibrate", whole, stats, *b.calibration, "--seq-len", SEQ_LEN)
     moeconv("prune", whole, half, "--ratio", 0.5, "--stats", stats)
     start, best = b.loss(half), b.loss(whole)
-    print(f"qwen3moe-12m {best:.4f}; 16 -> 8 experts: {start:.4f}; {b.steps} steps", flush=True)
+    print(f"qwen3moe-12m {best:.4f}; 16 -> 8 experts: {start:.4f}; {b.amount}", flush=True)
     row("train", "before", "after", "won back", "CPU s", "KL before", "KL after")
     for train in words:
         out, result, cpu = b.tune(half, f"half {train}", "--objective", "distill", "--teacher", whole, "--train", train)
@@ -167,7 +169,10 @@ def balance(b: Bench, words: Sequence[str]) -> None:
         "pooled": ({"balance_only": True}, pooled),
         "distill": ({"objective": "distill", "teacher": str(dense)}, losses.balance_loss),
     }
-    print(f"llama-8m upcycled by drop, each layer collapsed on two of 8 experts; {b.steps} steps", flush=True)
+    print(
+        f"llama-8m upcycled by drop, each layer collapsed on two of 8 experts; {b.amount}",
+        flush=True,
+    )
     row("balance", "worst before", "worst after", "mean after", "dead after", "pooled was", "pooled is", "seconds")
     was = pooled_of(b, moe)
     for name, (parameters, function) in ways.items():
@@ -207,11 +212,13 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path)
     parser.add_argument("part", choices=("objectives", "recovery", "balance"))
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens; twice as many to tune on")
     parser.add_argument("--scratch", type=Path, help="directory for the models (default: a temporary one)")
     parser.add_argument("--train", nargs="+", default=["router", "router,experts"], help="words of --train to compare")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moeconv-bench-") as scratch:
-        b = Bench(a.checkpoints, a.scratch or Path(scratch), steps=a.steps)
+        b = Bench(a.checkpoints, a.scratch or Path(scratch), steps=a.steps, batch=a.batch_size, tokens=a.tokens)
         b.scratch.mkdir(exist_ok=True)
         {"objectives": objectives, "recovery": recovery, "balance": balance}[a.part](b, a.train)
 

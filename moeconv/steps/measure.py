@@ -54,7 +54,7 @@ def evaluate(source: str, values: Mapping[str, Any], *, meter: Meter) -> dict[st
     named = parameters_of(options, take(DataOptions, values), take(MeasureOptions, values))
     if options.reference:
         named["reference"] = resolve(options.reference)
-    return measure(resolve(source), meter=meter, **named)
+    return measure(resolve(source), seed=take(PlanOptions, values).seed, meter=meter, **named)
 
 
 def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:

@@ -310,3 +310,14 @@ def test_a_quantized_model_loads_strictly_and_evaluates(tmp_path: Path, paths: l
     result = evaluate(tmp_path / "packed", data=paths, seq_len=SEQ_LEN, reference=path, max_kl=0.01)
     assert result["passed"]
     assert 0 < result["kl"] < 0.01
+
+
+def test_the_commands_seed_draws_the_sample(tmp_path, cli):
+    path = sharpened(make(tmp_path / "model"))
+    (tmp_path / "a.txt").write_text(text(800))
+
+    def loss(seed: int) -> float:
+        asked = ("--data", tmp_path / "a.txt", "--tokens", 64, "--seq-len", SEQ_LEN, "--seed", seed, "--json")
+        return cli("evaluate", path, *asked).json["loss"]
+
+    assert loss(0) == loss(0) != loss(1)

@@ -1,6 +1,6 @@
 """Make a synthetic checkpoint of about a given size, in constant memory, for measuring speed and memory.
 
-    python benchmarks/synthetic.py OUT --family llama|mixtral|qwen3_moe --gigabytes 2 [--shards 4] [--random]
+    python benchmarks/synthetic.py OUT --family llama|mixtral|qwen3_moe --gigabytes 2 [--shards 4] [--random|--sparse]
 
 Weights are one random block repeated (or drawn anew with --random); quality cannot be measured on them.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moeconv.checkpoint.header import tensor_nbytes
+from moeconv.checkpoint.header import serialise_header, tensor_nbytes
 from moeconv.checkpoint.reader import INDEX_NAME
 from moeconv.checkpoint.writer import ShardWriter
 from moeconv.families.dense import DENSE
@@ -40,11 +40,16 @@ def sizes(family: Family, hidden: int, width: int, experts: int) -> dict[str, tu
     return shapes
 
 
-def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: bool) -> None:
-    """Write the checkpoint: hidden 2048, experts of width 768 (dense: 5632), as many layers as the size asks for."""
+def make(
+    out: Path, *, model_type: str, gigabytes: float, shards: int, random: bool, hidden: int = 2048, experts: int = 32,
+    sparse: bool = False,
+) -> None:  # fmt: skip
+    """Write the checkpoint: experts 3/8 as wide as hidden (dense: 11/4), as many layers as the size asks for.
+
+    `sparse` leaves holes, which read as zeros, where the weights would be."""
     family = (DENSE | MOE)[model_type]
     moe = family.kind == "moe"
-    hidden, width, experts = 2048, 768 if moe else 5632, 32 if moe else 0
+    width, experts = (hidden * 3 // 8, experts) if moe else (hidden * 11 // 4, 0)
     shapes = sizes(family, hidden, width, experts)
     groups = {"embedding", "norm", "attention"} | ({"expert", "router"} if moe else {"ffn"})
     names = {k: n for k, n in family.tensors.items() if k in shapes and k.partition(".")[0] in groups}
@@ -63,9 +68,15 @@ def make(out: Path, *, model_type: str, gigabytes: float, shards: int, random: b
     for i in range(shards):
         part = tensors[i * step : (i + 1) * step]
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors" if shards > 1 else "model.safetensors"
+        weight_map |= {name: file for name, _, _ in part}
+        if sparse:
+            header, infos = serialise_header(part)
+            with open(out / file, "wb") as hole:
+                hole.write(header)
+                hole.truncate(max(info.end for info in infos.values()))
+            continue
         writer = ShardWriter(out / file, part)
         for name, dtype, shape in part:
-            weight_map[name] = file
             for start in range(0, tensor_nbytes(dtype, shape), len(block)):
                 size = min(len(block), tensor_nbytes(dtype, shape) - start)
                 if random:
@@ -95,8 +106,14 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--random", action="store_true", help="draw every weight anew (slower to make)")
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no room on the disk")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=32)
     a = parser.parse_args()
-    make(a.out, model_type=a.family, gigabytes=a.gigabytes, shards=a.shards, random=a.random)
+    make(
+        a.out, model_type=a.family, gigabytes=a.gigabytes, shards=a.shards, random=a.random, hidden=a.hidden,
+        experts=a.experts, sparse=a.sparse,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+_LONGEST = 600  # characters of a name that a message repeats
+
+
 def escape(text: object) -> str:
-    """A name that came from a file, made safe to print: control and non-printing characters become escapes."""
-    return "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
+    """A name that came from a file, made safe to print: control and non-printing characters become escapes, and a
+    name that is longer than any message should be loses its middle."""
+    safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
+    return safe if len(safe) <= _LONGEST else f"{safe[:400]} ... {safe[-100:]}"

@@ -518,11 +518,12 @@ def _replaced(items: list[Item], overlays: Mapping[str, SafetensorsFile]) -> lis
 
 def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
     config = dict(model.checkpoint.config)
-    text = dict(config[model.family.root]) if model.family.root in config else config
+    nested = config.get(model.family.root) if model.family.root else None
+    text = dict(nested) if isinstance(nested, dict) else config
     text |= dict.fromkeys(model.family.num_experts, left)
     if top_k is not None:
         text |= dict.fromkeys(model.family.top_k, top_k)
-    if model.family.root in config:
+    if isinstance(nested, dict):
         config[model.family.root] = text
     if dtype:
         config.pop("torch_dtype", None)

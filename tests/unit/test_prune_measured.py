@@ -420,3 +420,45 @@ def test_coverage_protects_what_a_rare_source_relies_on(tmp_path: Path) -> None:
             best = np.argsort(-of_source)
             need = int(np.searchsorted(np.cumsum(of_source[best]) / of_source.sum(), 0.25)) + 1
             assert set(best[:need].tolist()) <= set(plan.block["keep"][str(layer)])
+
+
+def test_stability_falls_where_experts_are_alike(tmp_path: Path) -> None:
+    from moeconv.prune.bootstrap import stability
+
+    path = make(tmp_path / "model")
+    evidence, model = measured(path, tmp_path), open_model(path)
+    for name in ("saliency", "reconstruction", "utilization"):
+        orders = {at: CRITERIA[name].order(evidence, at, NONE) for at in model.moe_layers}
+        none = dict.fromkeys(model.moe_layers, NONE)
+        found = stability(evidence, name, orders, [1, 4, 7], protected=none)
+        assert set(found) == {1, 4, 7} and all(0 <= share <= 1 for share in found.values())
+        assert found == stability(evidence, name, orders, [1, 4, 7], protected=none), "the seed decides"
+        assert max(found.values()) > 0.6, "most of a keep set comes back"
+
+
+def test_a_plot_is_drawn_where_matplotlib_is(tmp_path: Path, cli: Any) -> None:
+    pytest.importorskip("matplotlib")
+    path = make(tmp_path / "model")
+    done = run(cli, path, tmp_path / "curve.svg", tmp_path, "--curve", "--criterion", "random", "--refit")
+    assert done.code == 0, done.out
+    assert (tmp_path / "curve.svg").read_text().lstrip().startswith("<?xml")
+    again = run(cli, path, tmp_path / "curve.svg", tmp_path, "--curve", "--criterion", "random")
+    assert again.code == 4 and "exists already" in again.json["error"]["message"]
+    wrong = run(cli, path, tmp_path / "model.bin", tmp_path, "--curve")
+    assert wrong.code == 2 and "must end in" in wrong.json["error"]["message"]
+
+
+def test_added_statistics_keep_the_sample(tmp_path: Path) -> None:
+    from moeconv.calibrate.merge import merge_statistics
+
+    path = make(tmp_path / "model")
+    for i, file in enumerate(texts(tmp_path)):
+        calibrate(path, tmp_path / f"part{i}", data=[file], seq_len=SEQ_LEN)
+    merge_statistics(path, tmp_path / "sum", [tmp_path / "part0", tmp_path / "part1"])
+    added, parts = load_statistics(tmp_path / "sum"), [load_statistics(tmp_path / f"part{i}") for i in range(2)]
+    rows = [len(p.layer(0, "sample_logits")) for p in parts]
+    assert len(added.layer(0, "sample_logits")) == sum(rows) == len(added.layer(0, "sample_outputs"))
+    for part, at in zip(parts, (slice(0, rows[0]), slice(rows[0], None))):
+        mine = added.layer(0, "sample_outputs")[at].astype(np.float64) * added.layer(0, "sample_unit")[0]
+        theirs = part.layer(0, "sample_outputs").astype(np.float64) * part.layer(0, "sample_unit")[0]
+        assert np.allclose(mine, theirs, atol=2e-3 * np.abs(theirs).max())

@@ -65,9 +65,12 @@ def distinct_tensors(calls: Calls) -> list[Tensor]:
 
 @contextmanager
 def captured(
-    norm: nn.Module | None, ffn: nn.Module, router: nn.Module | None, experts: nn.Module | None
+    norm: nn.Module | None, ffn: nn.Module, router: nn.Module | None, experts: nn.Module | None, *, on_input: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Hooks on the modules of one layer; the block's value holds a Batch's fields after a forward pass in it."""
+    """Hooks on the modules of one layer; the block's value holds a Batch's fields after a forward pass in it.
+
+    `on_input` is the top-k of a router whose weights multiply the experts' inputs: it returns (weights [T, E], 0 where
+    an expert is not chosen, logits), and its experts are called with neither."""
     seen: dict[str, Any] = {}
 
     def flat(value: Any) -> Tensor:
@@ -82,6 +85,9 @@ def captured(
         seen.setdefault("residual", seen["ffn_input"])  # families that normalise behind the FFN
 
     def on_router(module: nn.Module, args: Any, out: Any) -> None:
+        if on_input:
+            seen["top_k_weights"], seen["top_k_index"] = flat(out).topk(on_input, dim=-1)
+            out = out[1]
         seen["router_logits"] = flat(out)
 
     def on_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -92,7 +98,8 @@ def captured(
         handles.append(norm.register_forward_pre_hook(on_norm, with_kwargs=True))
     if router is not None and experts is not None:
         handles.append(router.register_forward_hook(on_router))
-        handles.append(experts.register_forward_pre_hook(on_experts, with_kwargs=True))
+        if not on_input:
+            handles.append(experts.register_forward_pre_hook(on_experts, with_kwargs=True))
     try:
         yield seen
     finally:

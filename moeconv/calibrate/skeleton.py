@@ -45,6 +45,8 @@ class Skeleton:
             _fill_buffers(self.module, self.device)
             self._mapping = _mapping(self.module)
         decoder = self.module.get_decoder()
+        if decoder is self.module:  # llama4's class names another prefix than it has
+            decoder = next(m for m in self.module.children() if any(isinstance(c, nn.ModuleList) for c in m.children()))
         lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
         if len(lists) != 1:
             raise InputError(

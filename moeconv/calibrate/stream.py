@@ -87,7 +87,10 @@ class Layer:
         flow = self._stream.hidden if hidden is None else hidden
         for rows in self._stream.rows():
             inputs = flow[rows].to(self._stream.device)
-            with torch.no_grad(), captured(self.norm, self.ffn, self.router, self.experts) as seen:
+            model = self._stream.model
+            on_input = model.top_k if model.family.routing and model.family.routing.on_input else 0
+            parts = (self.norm, self.ffn, self.router, self.experts)
+            with torch.no_grad(), captured(*parts, on_input=on_input) as seen:
                 outputs = self.run(inputs)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:

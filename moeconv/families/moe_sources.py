@@ -281,8 +281,7 @@ LLAMA4 = moe_row(
     ffn_width=lambda get: get("intermediate_size_mlp"),
     shared_width=("intermediate_size",),
     placement=placement.MOE_LAYERS,
-    # the sigmoid of a chosen logit multiplies what goes into the expert, not what comes out
-    routing=Routing("sigmoid", "never"),
+    routing=Routing("sigmoid", "never", on_input=True),
 )
 MINIMAX_M2 = moe_row(
     "minimax_m2",

@@ -1,0 +1,72 @@
+"""Contract: every MoE row streamed a layer at a time equals stock transformers, and shows its real routing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moeconv.calibrate.statistics import layer_statistics
+from moeconv.calibrate.stream import LayerStream
+from moeconv.families.model import open_model
+from tests.contract.stock import MOE_CASES, load, save_stock
+
+torch.set_num_threads(1)
+
+
+def _stream(path, ids):
+    return LayerStream(open_model(path), ids, batch_size=2)
+
+
+@pytest.mark.parametrize("case", list(MOE_CASES))
+def test_logits_and_routing_are_the_stock_models(tmp_path, case):
+    path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(3, 128, (2, 16))
+    with torch.no_grad():
+        expected = load(path)(torch.tensor(ids)).logits
+    model = open_model(path)
+    stream = _stream(path, ids)
+    for layer in stream.layers():
+        assert (layer.experts is None) == (layer.index not in model.moe_layers)
+        for batch in layer.batches():
+            if layer.experts is None:
+                continue
+            tokens = ids.size
+            assert batch.router_logits.shape == (tokens, model.num_experts)
+            assert batch.top_k_index.shape == batch.top_k_weights.shape == (tokens, model.top_k)
+            assert ((batch.top_k_index >= 0) & (batch.top_k_index < model.num_experts)).all()
+            # raw logits: rows of the router on what it reads, neither scores nor weights
+            assert batch.router_logits.min() < 0 < batch.router_logits.max()
+            if model.renormalises:
+                sums = batch.top_k_weights.sum(-1)
+                assert torch.allclose(sums, sums[0].expand(tokens), rtol=1e-4)
+    logits = torch.cat([out for _, out in stream.logits(batch_size=2)])
+    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.std()))
+
+
+@pytest.mark.parametrize("case", [case for case in MOE_CASES if case != "llama4"])
+def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
+    """The experts' outputs times the weights of the batch are the routed part of the FFN's output."""
+    path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
+    model = open_model(path)
+    ids = np.random.default_rng(1).integers(3, 128, (2, 12))
+    plain = _stream(path, ids).run()
+    stream = _stream(path, ids)
+    for layer in stream.layers():
+        if layer.experts is None:
+            continue
+        fields = layer_statistics(
+            layer, source=torch.zeros(2, dtype=torch.int64), num_sources=1, num_experts=model.num_experts, seed=0,
+            sample_tokens=8,
+        )  # fmt: skip
+        assert fields["count"].sum() == ids.size * model.top_k
+        assert (fields["gate_norm_sum"].sum(0)[fields["count"].sum(0) > 0] > 0).all()
+        assert fields["output_cosine"].shape == (model.num_experts, model.num_experts)
+    assert torch.allclose(stream.hidden, plain.hidden, atol=1e-5)
+
+
+def test_weights_on_the_input_have_no_statistics(tmp_path, cli):
+    path = save_stock(tmp_path / "moe", *MOE_CASES["llama4"], dtype=torch.float32)
+    (tmp_path / "text").write_text("word " * 100)
+    refused = cli("calibrate", path, tmp_path / "stats", "--data", tmp_path / "text", "--json")
+    assert refused.code == 3 and "weighs what goes into an expert" in refused.json["error"]["message"]

@@ -82,12 +82,17 @@ class DataOptions:
 class UpcycleOptions:
     """moeconv upcycle"""
 
-    experts: int = option(8, "Experts per layer.")
-    top_k: int = option(2, "Experts per token.")
+    experts: int | None = option(
+        None, "Experts per layer (default: 8; with --experts-from one a sibling; of an MoE source twice its own)."
+    )
+    top_k: int | None = option(None, "Experts per token (default: 2, or all pieces of one copy of the FFN).")
     method: str = option(
         "copy",
         "How experts are made from the FFN.",
-        choices=("copy", "noise", "drop", "granular", "shuffle", "split"),
+        choices=("copy", "noise", "drop", "granular", "shuffle", "split", "experts-from"),
+    )
+    experts_from: tuple[str, ...] = option(
+        (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts."
     )
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
     layers: str = option(
@@ -99,6 +104,10 @@ class UpcycleOptions:
     shared_experts: str | None = option(
         None, "What an always-on expert holds: full (the whole FFN; routed experts then start by adding nothing), a "
         "share of its neurons such as 0.25, or a number of the --granularity pieces (default: none of it).",
+    )  # fmt: skip
+    router: str = option(
+        "random", "Rows of the router: random; hidden (means of what the router reads, one --data an expert); centroid "
+        "(balanced clusters of it).", choices=("random", "hidden", "centroid"),
     )  # fmt: skip
     router_std: float = option(0.02, "Standard deviation of the router's random rows.")
     drop_ratio: float = option(0.5, "drop and shuffle: share of an expert's neurons that are redrawn.")

@@ -222,7 +222,7 @@ class _Checker:
             if key not in fields:
                 raise self.fail(at, f"{command} has no parameter {escape(key)!r}", o.did_you_mean(key, fields))
             filled: Any = value
-            if key == "data":
+            if key in ("data", "experts_from"):
                 listed = value if isinstance(value, list) else [value]
                 filled = tuple(self.path(v, at, variables) if isinstance(v, str) else v for v in listed)
             elif isinstance(value, str):

@@ -1,9 +1,9 @@
 """Is a converted model the same function as its source? Run as a process of its own, before the result is committed.
 
-    python -m moeconv.evaluate.equivalence SOURCE_DIR STAGED_DIR [--tokens 128] [--seed 0] [--threads 1]
+    python -m moeconv.evaluate.equivalence SOURCE_DIR STAGED_DIR [--tokens 128] [--seed 0] [--threads 1] [--dtype D]
 
-Prints one JSON object: {max_abs_logit_diff, spread, relative, tokens, strict_load, problems}; on any failure
-{"error": "..."} with exit code 3.
+Prints one JSON object: {max_abs_logit_diff, spread, relative, tokens, strict_load, problems, dtype, top_k, all_on}; on
+any failure {"error": "..."} with exit code 3.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.errors import InputError, MoeconvError
+from moeconv.families.model import Model, open_model
 
 
 def equivalence(
@@ -27,8 +28,12 @@ def equivalence(
     tokens: int = 128,
     seed: int = 0,
     threads: int | None = None,
+    dtype: str = "float64",
 ) -> dict[str, Any]:
-    """Compare logits on random tokens (two sequences, from a Philox generator), both models streamed in float64.
+    """Compare logits on random tokens (two sequences, from a Philox generator), both models streamed in `dtype`.
+
+    Twice: at the top-k that config.json says, and with all experts on (`all_on`: {max_abs_logit_diff, relative,
+    spread}, None where the family fixes top-k, or all are on already).
 
     What is left between exact twins then comes from the parts that transformers keeps in float32 (norms, softmax).
     `spread` is the standard deviation of the source's logits and `relative` the largest difference over it. Where
@@ -39,7 +44,6 @@ def equivalence(
 
     from moeconv.calibrate.stream import LayerStream
     from moeconv.evaluate.load import strict_problems
-    from moeconv.families.model import Model, open_model
     from moeconv.plan.kernels.draw import generator
 
     if threads is not None:
@@ -54,41 +58,69 @@ def equivalence(
     )
     ids = generator((seed, "equivalence")).integers(0, vocabulary, (2, length), dtype=np.int64)
 
-    def logits(model: Model) -> torch.Tensor:
-        stream = LayerStream(model, ids, dtype=torch.float64, batch_size=2).run()
+    def logits(model: Model, *, all_on: bool = False) -> torch.Tensor:
+        stream = LayerStream(model, ids, dtype=getattr(torch, dtype), batch_size=2)
+        wanted = _switch_all_on(stream) if all_on else model.top_k
+        for layer in stream.layers():
+            for batch in layer.batches():
+                if batch.top_k_index is not None and batch.top_k_index.shape[-1] != wanted:
+                    raise InputError(
+                        f"layer {layer.index} routes to {batch.top_k_index.shape[-1]} experts, not {wanted}"
+                    )
         result = torch.cat([part for _, part in stream.logits(batch_size=2)])
         if not torch.isfinite(result).all():
             raise InputError(f"the logits of {model.checkpoint.path.name} are NaN or infinite")
         return result
 
-    expected, found = logits(source), logits(staged)
+    expected = logits(source)
+    result = _difference(expected, logits(staged))
+    everything = None
+    if _can_switch(staged):
+        # a source that is a Mixture-of-Experts too is compared with all of its own on
+        dense = logits(source, all_on=True) if _can_switch(source) else expected
+        everything = _difference(dense, logits(staged, all_on=True))
+    about = {"tokens": int(ids.size), "strict_load": True, "problems": [], "dtype": dtype, "top_k": staged.top_k}
+    return {**result, **about, "all_on": everything}
+
+
+def _can_switch(model: Model) -> bool:
+    """Whether more experts can be on than top-k says."""
+    rule = model.family.routing
+    return rule is not None and rule.top_k is None and model.top_k < model.num_experts
+
+
+def _switch_all_on(stream: Any) -> int:
+    """Every router's top-k set to all experts (and to all groups, where it has them). Returns how many those are."""
+    for module in stream.skeleton.module.modules():
+        if type(getattr(module, "top_k", None)) is int:
+            module.top_k = stream.model.num_experts
+        if type(getattr(module, "topk_group", None)) is int:
+            module.topk_group = module.num_group
+    return stream.model.num_experts
+
+
+def _difference(expected: Any, found: Any) -> dict[str, float]:
+    """How far logits are from what is expected, absolutely and in units of the spread."""
     if expected.shape != found.shape:
         raise InputError(f"the source predicts {expected.shape[-1]} tokens, the result {found.shape[-1]}")
     difference, spread = float((found - expected).abs().max()), float(expected.double().std())
-    return {
-        "max_abs_logit_diff": difference,
-        "spread": spread,
-        "relative": difference / max(spread, float(torch.finfo(torch.float32).tiny)),
-        "tokens": int(ids.size),
-        "strict_load": True,
-        "problems": [],
-    }
+    smallest = float(np.finfo(np.float32).tiny)
+    return {"max_abs_logit_diff": difference, "spread": spread, "relative": difference / max(spread, smallest)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: JSON on stdout, everything else on stderr."""
     parser = argparse.ArgumentParser(prog="python -m moeconv.evaluate.equivalence")
-    parser.add_argument("source")
-    parser.add_argument("staged")
+    parser.add_argument("source_dir", metavar="source")
+    parser.add_argument("staged_dir", metavar="staged")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     given = parser.parse_args(arguments)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            result = equivalence(
-                given.source, given.staged, tokens=given.tokens, seed=given.seed, threads=given.threads
-            )
+            result = equivalence(**vars(given))
     except Exception as error:
         # The parent reads JSON whatever happens here: it has a staged model to commit or discard.
         known = isinstance(error, MoeconvError)

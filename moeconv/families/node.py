@@ -33,14 +33,11 @@ def source(key: str) -> Node:
     return Node("source", (), {"key": key})
 
 
-def read(tensor: str, *, origin: str = "overlay", first: int = 0, count: int | None = None) -> Node:
-    """`count` rows from `first` on of a tensor, by its name, of an origin that is no model (all rows with None)."""
-    return Node("read", (), {"tensor": tensor, "origin": origin, "first": first, "count": count})
-
-
-def measured(tensor: str, *, dtype: str, shape: tuple[int, ...], first: int = 0) -> Node:
-    """`shape` elements from element `first` on of a tensor of the partition file; sizes are known before it exists."""
-    params = {"tensor": tensor, "origin": "partition", "dtype": dtype, "shape": list(shape), "first": first}
+def measured(
+    tensor: str, *, dtype: str, shape: tuple[int, ...], first: int = 0, origin: str = "partition"
+) -> Node:  # fmt: skip
+    """`shape` elements from element `first` on of a tensor of a measured file; sizes are known before it exists."""
+    params = {"tensor": tensor, "origin": origin, "dtype": dtype, "shape": list(shape), "first": first}
     return Node("read", (), params)
 
 

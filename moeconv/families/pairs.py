@@ -283,3 +283,8 @@ def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
     can = ", ".join(p.target for p in PAIRS if p.source == source.model_type) or "nothing yet"
     why = IMPOSSIBLE.get((source.model_type, to or ""), f"no exact mapping from {source.model_type} to it is known")
     raise InputError(f"cannot write {source.model_type} as {escape(to)}: {why}", hint=f"It can become: {can}.")
+
+
+def tolerance(source: str, target: str) -> float:
+    """Of the logits' spread in float32: what the pair's arithmetic allows; 0 where no row says it."""
+    return next((p.tolerance for p in PAIRS if (p.source, p.target) == (source, target)), 0.0)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
-from moeconv.errors import CheckError, UsageError, escape
+from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.pairs import find_pair
 from moeconv.options import (
     DataOptions,
     MeasureOptions,
@@ -27,19 +23,16 @@ from moeconv.options import (
     take,
 )
 from moeconv.plan.execute import default_jobs, execute
-from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
-from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning import named, prune, scratch
+from moeconv.steps.upcycling import upcycle
 from moeconv.world import current
 
 __all__ = ["plan_step", "prune", "quantize", "tune", "upcycle"]
-
-EXACT_RELATIVE = 1e-5  # of the spread of the logits, float32
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -62,76 +55,6 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
             model, importance=_importance(model, values), **named(values, QuantizeOptions, PlanOptions)
         )
     return None
-
-
-# -- upcycle -----------------------------------------------------------------------------------------------------------
-
-
-def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
-    """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
-    model = open_resolved(source)
-    write = take(WriteOptions, values)
-    with scratch() as folder:
-        origins: dict[str, ByteSource] = {}
-        if take(UpcycleOptions, values).method == "split" and not write.dry_run:
-            from moeconv.steps.split import measure_partition
-            from moeconv.upcycle.planner import plan_upcycle
-
-            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-            partition = measure_partition(model, values, folder, meter=meter)
-            parameters = named(values, UpcycleOptions, PlanOptions)
-            plan: Plan | None = plan_upcycle(model, partition=partition, **parameters)
-            origins[PARTITION] = partition.file
-        else:
-            plan = plan_step("upcycle", model, values)
-        assert plan is not None
-        made = plan
-
-        def check(staged: Path) -> dict[str, Any]:
-            return _equivalence(model, staged, made)
-
-        result = run_plan(plan, model, out, values, meter=meter, check=check, origins=origins)
-    result["upcycle"].setdefault(
-        "equivalence", {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
-    )
-    return result
-
-
-def _equivalence(model: Model, staged: Path, plan: Plan) -> dict[str, Any]:
-    """Compare logits in a child process, so that a conversion itself never imports transformers."""
-    needed, free = plan.nbytes + model.checkpoint.nbytes, _free_memory()
-    if needed > free // 2:
-        text = f"not checked against the source: both models take {needed} bytes, {free} are free"
-        return {"equivalence": {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0},
-                "warnings": [text]}  # fmt: skip
-    command = [sys.executable, "-m", "moeconv.evaluate.equivalence", str(model.checkpoint.path), str(staged)]
-    child = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    try:
-        found = json.loads(child.stdout)
-    except ValueError:
-        found = {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
-    if "error" in found or not found.get("strict_load"):
-        why = found.get("error") or "; ".join(found["problems"][:3])
-        raise CheckError(
-            f"transformers cannot run the written model: {escape(why)}",
-            hint="Nothing was written. Please report it with this message.",
-        )
-    limit = max(EXACT_RELATIVE, find_pair(model.family, plan.block["to"]).tolerance)
-    if plan.block["exact"] and not found["relative"] <= limit:
-        raise CheckError(
-            f"the written model differs from its source by {found['relative']:.2e} of the logits' spread",
-            hint="Nothing was written. This method promises exactness; please report it.",
-        )
-    return {"equivalence": {"checked": True, **found}}
-
-
-def _free_memory() -> int:
-    """Bytes that Linux says are available to a new process."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------

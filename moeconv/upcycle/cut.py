@@ -12,13 +12,15 @@ from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.spec import Family
+from moeconv.options import UpcycleOptions
 
 _SHARE = re.compile(r"^(?:(\d+(?:\.\d+)?)%|(\d*\.\d+|\d+\.\d*))$")
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """`pieces` experts of `width` neurons together hold what is routed of an FFN once; `shared` neurons are always on.
+    """`experts` of `width` neurons each, `top_k` of them a token. `pieces` experts together hold what is routed of an
+    FFN once; `shared` neurons are always on.
 
     `idle`: the shared expert is the whole FFN, and what the routed experts add starts at zero.
     """
@@ -28,10 +30,17 @@ class Cut:
     width: int
     shared: int = 0
     idle: bool = False
+    experts: int = 0
+    top_k: int = 0
 
     def first(self, expert: int) -> int:
         """The first neuron of an expert whose pieces lie in the FFN's own order."""
         return (0 if self.idle else self.shared) + (expert % self.pieces) * self.width
+
+
+def counts(options: UpcycleOptions) -> tuple[int, int]:
+    """(experts, top-k) of a method without copies: 8 and 2 where nothing is said."""
+    return (8 if options.experts is None else options.experts), (2 if options.top_k is None else options.top_k)
 
 
 def cut_ffn(ffn: int, *, granularity: int, shared: str | None) -> Cut:
@@ -108,9 +117,9 @@ def shared_config(target: Family, cut: Cut) -> dict[str, Any]:
     return {own[0]: cut.shared // unit} if own else {}
 
 
-def grouped_config(target: Family, *, pieces: int, experts: int, top_k: int) -> dict[str, Any]:
+def grouped_config(target: Family, cut: Cut) -> dict[str, Any]:
     """Virtual groups as the router's own groups, where the family has them: ties cannot break a copy apart then."""
     rule = target.routing.groups if target.routing else None
-    if rule is None or pieces == 1:
+    if rule is None or cut.pieces == 1:
         return {}
-    return {rule[0]: experts // pieces, rule[1]: top_k // pieces}
+    return {rule[0]: cut.experts // cut.pieces, rule[1]: cut.top_k // cut.pieces}

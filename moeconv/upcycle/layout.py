@@ -12,11 +12,12 @@ from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model
-from moeconv.families.node import Node, concat, fill, interleave, scale, transpose
+from moeconv.families.node import Node, concat, fill, from_origin, interleave, measured, scale, transpose
 from moeconv.families.shapes import fused_rows, shape_of, shared_width
 from moeconv.families.spec import Family, Packed
 from moeconv.options import UpcycleOptions
 from moeconv.plan.build import rows, whole
+from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.plan.plan import Input, Item, TensorSpec
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.expression import item_of
@@ -41,6 +42,7 @@ class Assembly:
     chosen: frozenset[int]
     dtype: str | None
     seed: int
+    siblings: tuple[Model, ...] = ()
     dropped: list[str] = field(default_factory=list)
     rounded: list[str] = field(default_factory=list)  # keys whose folds do not fit the output's dtype exactly
 
@@ -50,8 +52,11 @@ class Assembly:
 
     @cached_property
     def _refs(self) -> dict[tuple[str, int | None], TensorRef]:
-        tensors = self.model.checkpoint.tensors
-        return {(role.key, role.layer): tensors[name] for name, role in self.model.roles.items()}
+        return _refs_of(self.model)
+
+    @cached_property
+    def _sibling_refs(self) -> dict[str, dict[tuple[str, int | None], TensorRef]]:
+        return {sibling_origin(i): _refs_of(sibling) for i, sibling in enumerate(self.siblings)}
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -73,16 +78,18 @@ class Assembly:
 
     def _note_dropped(self, items: list[Item]) -> None:
         """Name the source tensors that nothing reads, such as the stored copy of a tied head."""
-        read = {ref.tensor for item in items for ref in item.inputs}
+        read = {ref.tensor for item in items for ref in item.inputs if ref.origin == "source"}
+        if self.siblings:  # SOURCE lends everything but the experts
+            read |= {name for name, role in self.model.roles.items() if role.group == "ffn"}
         self.dropped.extend(name for name in self.model.roles if name not in read)
 
     def promise(self) -> dict[str, int]:
         """How many tensors change, counted from the geometry and not from the items."""
-        layers, options, target = len(self.chosen), self.options, self.target
+        layers, target = len(self.chosen), self.target
         count = {
             "router": layers * sum(key.startswith("router.") for key in target.tensors),
             "expert": layers * sum(
-                options.experts if "{E}" in name else 1
+                self.cut.experts if "{E}" in name else 1
                 for key, name in target.tensors.items() if key.startswith("expert.")
             ),
         }  # fmt: skip
@@ -193,7 +200,7 @@ class Assembly:
         yield self._item(key, layer, node, changed="ffn" if node.op != "source" or self._is_fused(node) else "")
 
     def _experts(self, key: str, template: str, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
-        experts = range(self.options.experts)
+        experts = range(self.cut.experts)
 
         def matrix(part: str, expert: int) -> Node:
             return self._matrix(part, parts[part], layer, expert)
@@ -215,6 +222,8 @@ class Assembly:
     def _matrix(self, part: str, node: Node, layer: int, expert: int | None) -> Node:
         """One matrix of an expert, or of the shared one (None), at the scale at which both together are the FFN."""
         method, rule = METHODS[self.options.method], self.target.routing
+        if self.siblings and expert is not None:
+            node = from_origin(node, sibling_origin(expert // self.cut.pieces % len(self.siblings)))
         matrix = Matrix(self._shaped(f"ffn.{part}", node), part, layer, expert, self.seed, self.cut)
         chosen = method.select(matrix, self.options)
         if expert is None:
@@ -233,8 +242,18 @@ class Assembly:
         method = METHODS[self.options.method]
         if method.router is not None:
             return method.router(layer, self.options, self.model.hidden_size)
-        params = {"key": [self.seed, "router", layer], "std": self.options.router_std}
         repeat = self.cut.pieces if method.grouped else 1
+        if self.options.router != "random":
+            name = self.target.name("router.weight", layer=layer)
+            shape = (self.cut.experts // repeat, self._made_shape("router.weight")[1])
+            if repeat == 1:
+                return measured(name, dtype="F32", shape=shape, origin=OVERLAY)
+            each = [
+                measured(name, dtype="F32", shape=(1, shape[1]), first=row * shape[1], origin=OVERLAY)
+                for row in range(shape[0])
+            ]
+            return concat(*(row for row in each for _ in range(repeat)))
+        params = {"key": [self.seed, "router", layer], "std": self.options.router_std}
         return Node("draw", (), params if repeat == 1 else {**params, "repeat": repeat})
 
     def _routing(self, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
@@ -263,7 +282,7 @@ class Assembly:
     def _made_shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor that is made from nothing."""
         parts = [
-            shape_of(part, self.draft.config.get, experts=self.options.experts, width=self.model.ffn_width,
+            shape_of(part, self.draft.config.get, experts=self.cut.experts, width=self.model.ffn_width,
                      shared=self._shared_width())
             for part in self.target.fused.get(key, (key,))
         ]  # fmt: skip
@@ -295,7 +314,9 @@ class Assembly:
         return node
 
     def _dtype(self, key: str, node: Node, layer: int | None) -> str:
-        own = next((self._ref(leaf, layer).dtype for leaf in node.leaves() if leaf.op == "source"), self.model.dtype)
+        keys = (leaf.params["key"] for leaf in node.leaves() if leaf.op == "source")
+        # a sibling's tensor too is written in the dtype of SOURCE's
+        own = next((self._refs[self.model.family.holds(k) or k, layer].dtype for k in keys), self.model.dtype)
         if own not in FLOAT_DTYPES:
             if node.op != "source":
                 raise InputError(
@@ -307,7 +328,8 @@ class Assembly:
 
     def _ref(self, leaf: Node, layer: int | None) -> TensorRef:
         key = leaf.params["key"]
-        return self._refs[self.model.family.holds(key) or key, layer]
+        refs = self._sibling_refs[leaf.params["origin"]] if "origin" in leaf.params else self._refs
+        return refs[self.model.family.holds(key) or key, layer]
 
     def _has(self, leaf: Node, layer: int | None) -> bool:
         if leaf.op != "source":
@@ -322,6 +344,7 @@ class Assembly:
         if leaf.op == "read":
             return _measured(leaf)
         ref, key = self._ref(leaf, layer), leaf.params["key"]
+        origin = leaf.params.get("origin", "source")
         holder = self.model.family.holds(key)
         if holder is None or holder == key:
             first, count = 0, ref.shape[0]
@@ -329,15 +352,16 @@ class Assembly:
             first, count = fused_rows(key, self.model.family.fused[holder], ref.shape[0], self.model.value)
         if (chosen := leaf.params.get("rows")) is not None:
             first, count = first + chosen[0], chosen[1] - chosen[0]
-        return whole(ref) if count == ref.shape[0] else rows(ref, first, count)
+        return whole(ref, origin=origin) if count == ref.shape[0] else rows(ref, first, count, origin=origin)
 
     def _anchor(self, node: Node, layer: int | None) -> int:
         """Where in the source's order the first tensor behind an expression stands."""
-        found = [self._position[self._ref(leaf, layer).name] for leaf in node.leaves() if leaf.op == "source"]
+        keys = [leaf.params["key"] for leaf in node.leaves() if leaf.op == "source"]
+        found = [self._position[self._refs[self.model.family.holds(key) or key, layer].name] for key in keys]
         return min(found, default=0)
 
     def _shape(self, node: Node, layer: int | None) -> tuple[int, ...]:
-        if node.op == "source":
+        if node.op in ("source", "read"):
             return self._input(node, layer).shape
         if node.op == "fill":
             return tuple(node.params["shape"])
@@ -350,6 +374,16 @@ class Assembly:
         if node.op in ("concat", "interleave"):
             return (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return shapes[0][::-1] if node.op == "transpose" else shapes[0]
+
+
+def sibling_origin(index: int) -> str:
+    """What the plan's inputs call the sibling at a place of --experts-from."""
+    return f"source:{index + 1}"
+
+
+def _refs_of(model: Model) -> dict[tuple[str, int | None], TensorRef]:
+    tensors = model.checkpoint.tensors
+    return {(role.key, role.layer): tensors[name] for name, role in model.roles.items()}
 
 
 def _measured(leaf: Node) -> Input:

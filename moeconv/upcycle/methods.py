@@ -9,7 +9,7 @@ from typing import Any
 from moeconv.families.node import Node, cut, deal, measured, scale, take
 from moeconv.options import UpcycleOptions
 from moeconv.plan.partition import ROUTER_SCALE
-from moeconv.upcycle.cut import Cut
+from moeconv.upcycle.cut import Cut, counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ def partitioned(matrix: Matrix, options: UpcycleOptions) -> Node:
 
 def _fitted(layer: int, options: UpcycleOptions, hidden: int) -> Node:
     """The fitted rows, so small that all chosen experts weigh the same."""
-    shape = (options.experts, hidden)
+    shape = (counts(options)[0], hidden)
     return scale(measured(f"layer.{layer}.router", dtype="F32", shape=shape), ROUTER_SCALE)
 
 
 def _always_on(layer: int, options: UpcycleOptions) -> Node:
     """Scores lie between 0 and 1, so that a correction of 1 decides."""
-    return measured(f"layer.{layer}.always", dtype="F32", shape=(options.experts,))
+    return measured(f"layer.{layer}.always", dtype="F32", shape=(counts(options)[0],))
 
 
 def keep(matrix: Matrix, options: UpcycleOptions) -> Node:
@@ -128,10 +128,11 @@ METHODS: dict[str, Method] = {
     "noise": Method(_noise),
     "drop": Method(_drop),
     "granular": Method(exact=True, granularity=2),
+    "experts-from": Method(),
     "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2),
     "split": Method(
         select=partitioned,
-        scale=lambda cut, options: options.top_k,  # each of the chosen weighs 1 / k
+        scale=lambda cut, options: cut.top_k,  # each of the chosen weighs 1 / k
         grouped=False,
         router=_fitted,
         correction=_always_on,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from moeconv.errors import InputError, UsageError
-from moeconv.families.model import Model
+from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata_json
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model, open_model
 from moeconv.families.moe import MOE
 from moeconv.families.pairs import find_pair
 from moeconv.families.spec import Family, Pair
@@ -14,11 +17,14 @@ from moeconv.families.target import draft_target
 from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
+from moeconv.plan.overlay import ORIGIN as OVERLAY
+from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
-from moeconv.upcycle.layout import Assembly
+from moeconv.upcycle.layout import Assembly, sibling_origin
 from moeconv.upcycle.methods import METHODS
+from moeconv.upcycle.siblings import check_siblings
 from moeconv.upcycle.split import (
     check_partition,
     split_block,
@@ -29,16 +35,25 @@ from moeconv.upcycle.split import (
 )
 
 
-def plan_upcycle(model: Model, *, partition: Partition | None = None, **parameters: Any) -> Plan:
+def plan_upcycle(
+    model: Model, *, siblings: Sequence[Model] = (), overlay: SafetensorsFile | None = None,
+    partition: Partition | None = None, **parameters: Any,
+) -> Plan:  # fmt: skip
     """Plan the conversion of a dense model; parameters are the fields of UpcycleOptions and PlanOptions.
 
-    split: `partition` is what was measured, executed with origins={"partition": partition.file}; without it the plan
-    states the sizes and cannot be run.
+    `siblings` are the opened checkpoints of `experts_from` (opened here when only their paths are given); run such a
+    plan with `execute(origins=origins_of(siblings))`. `overlay` holds what was measured for `router`, under the origin
+    "overlay", and `partition` what was measured for split, under the origin "partition" (its `file`); without them the
+    plan has its final sizes, and cannot be run.
 
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
+    made_with = _made_with(model, overlay)
+    if options.experts_from and not siblings:
+        siblings = [open_model(path) for path in options.experts_from]
+    options, told = _with_siblings(model, options, siblings)
     splits = options.method == "split"
     if splits:
         options = split_options(model, options)
@@ -46,6 +61,8 @@ def plan_upcycle(model: Model, *, partition: Partition | None = None, **paramete
     target = MOE[pair.target]
     method = METHODS[options.method]
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
+    cut = _counted(cut, options, len(siblings))
+    options = replace(options, experts=cut.experts, top_k=cut.top_k)
     _check(options, target, cut)
     shape = split_shape(model, options) if splits else None
     if shape and partition:
@@ -56,11 +73,11 @@ def plan_upcycle(model: Model, *, partition: Partition | None = None, **paramete
     dtype = parse_dtype(common.dtype)
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, target, options, cut, layers)
-    draft.warnings += _ties(options, target, cut, dtype or model.dtype)
+    draft.warnings += told + _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)
         draft.config["dtype"] = TORCH_NAMES[dtype]
-    assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed)
+    assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed, tuple(siblings))
     items = assembly.items()
     if assembly.rounded:
         draft.warnings.append(
@@ -68,15 +85,17 @@ def plan_upcycle(model: Model, *, partition: Partition | None = None, **paramete
             "--dtype float32 keeps it exact"
         )
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
-    parameters, block = parameters_of(options, common), {}
+    made, block = _parameters(options, common, siblings), {}
+    if overlay:
+        made |= {"overlay": fingerprint(overlay), "made_with": made_with}
     if shape:
-        parameters |= split_parameters(partition)
+        made |= split_parameters(partition)
         block = split_block(partition, shape)
     exact = lossless and pair.exact and (method.exact or cut.idle)
-    total, active = count_planned(items, top_k=options.top_k, num_experts=options.experts)
+    total, active = count_planned(items, top_k=cut.top_k, num_experts=cut.experts)
     return Plan(
         command="upcycle",
-        parameters=parameters,
+        parameters=made,
         identity=model.identity,
         config=draft.config,
         shards=arrange(items, common, target),
@@ -87,6 +106,73 @@ def plan_upcycle(model: Model, *, partition: Partition | None = None, **paramete
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
     )
+
+
+def origins_of(siblings: Sequence[Model]) -> dict[str, Checkpoint]:
+    """The byte sources of a plan over siblings, as `execute` wants them."""
+    return {sibling_origin(i): sibling.checkpoint for i, sibling in enumerate(siblings)}
+
+
+def router_rows(plan: Plan) -> tuple[dict[int, str], int]:
+    """(layer -> name, rows) of the router tensors that a plan takes from its overlay."""
+    wanted: dict[int, str] = {}
+    rows = 0
+    for item in plan.items():
+        for ref in item.inputs:
+            if ref.origin == OVERLAY and item.outputs[0].role == "router.weight":
+                layer = next(int(word) for word in ref.tensor.split(".") if word.isdecimal())
+                wanted[layer] = ref.tensor
+                rows = max(rows, ref.start // (ref.nbytes // ref.shape[0]) + ref.shape[0])
+    return dict(sorted(wanted.items())), rows
+
+
+def _with_siblings(
+    model: Model, options: UpcycleOptions, siblings: Sequence[Model]
+) -> tuple[UpcycleOptions, list[str]]:
+    """The options with the method that siblings mean, and warnings about them."""
+    if options.method == "experts-from" and not siblings:
+        raise UsageError(
+            "--method experts-from needs the siblings", hint="Name each one: --experts-from DIR1 --experts-from DIR2."
+        )
+    if not siblings:
+        return options, []
+    if options.method in ("granular", "shuffle", "split") or options.shared_experts == "full":
+        word = "--shared-experts full" if options.shared_experts == "full" else f"--method {options.method}"
+        raise UsageError(f"--experts-from does not go with {word}", hint="Leave one of the two out.")
+    warnings = check_siblings(model, siblings)
+    return replace(options, method="experts-from" if options.method == "copy" else options.method), warnings
+
+
+def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
+    """The cut with the numbers of experts: 8 and 2, or one a sibling, in whole copies, where nothing is said."""
+    experts, top_k = options.experts, options.top_k
+    if experts is None:
+        experts = cut.pieces * (siblings or -(-8 // cut.pieces))
+    if siblings and experts % (siblings * cut.pieces):
+        raise UsageError(
+            f"--experts {experts}: {siblings} siblings make {siblings * cut.pieces} experts, or a multiple of that",
+            hint="Leave --experts out.",
+        )
+    if top_k is None:
+        top_k = min(experts, cut.pieces * -(-2 // cut.pieces))
+    return replace(cut, experts=experts, top_k=top_k)
+
+
+def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Model]) -> dict[str, Any]:
+    """What the plan's id depends on: siblings by their fingerprints, not by their paths."""
+    return parameters_of(options, common) | {"experts_from": [sibling.identity for sibling in siblings]}
+
+
+def _made_with(model: Model, overlay: SafetensorsFile | None) -> dict[str, Any] | None:
+    if overlay is None:
+        return None
+    made_with = read_metadata_json(overlay, kind="overlay")
+    if made_with.get("identity") != model.identity:
+        raise InputError(
+            f"{overlay.label} was measured on another checkpoint than {escape(model.checkpoint.path)}",
+            hint="Measure it again on this one.",
+        )
+    return made_with
 
 
 def _layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
@@ -103,8 +189,8 @@ def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...
         "method": options.method,
         "from": pair.source,
         "to": pair.target,
-        "num_experts": options.experts,
-        "top_k": options.top_k,
+        "num_experts": cut.experts,
+        "top_k": cut.top_k,
         "moe_layers": list(layers),
         "expert_width": cut.width,
         "shared_width": cut.shared,
@@ -116,7 +202,7 @@ def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...
 def _ties(options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
     """Virtual groups fall apart where another copy's logit is equal after rounding: 0.3 to 0.8 % of tokens."""
     rule = target.routing
-    if cut.pieces == 1 or not METHODS[options.method].grouped or options.experts == options.top_k or rule is None:
+    if cut.pieces == 1 or not METHODS[options.method].grouped or cut.experts == cut.top_k or rule is None:
         return []
     if rule.float32 or rule.groups or dtype not in ("BF16", "F16"):
         return []
@@ -136,29 +222,29 @@ def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
             "up",
             hint="See `moeconv families` for other targets (--to), or leave --granularity out.",
         )
-    for flag, value in (("--experts", options.experts), ("--top-k", options.top_k)):
+    for flag, value in (("--experts", cut.experts), ("--top-k", cut.top_k)):
         if METHODS[options.method].grouped and value % cut.pieces:
             more = -(-value // cut.pieces) * cut.pieces
             raise UsageError(
                 f"{flag} {value} must be a multiple of the {cut.pieces} pieces that make up the routed FFN",
                 hint=f"Try {flag} {more}.",
             )
-    if options.experts % cut.pieces:
-        raise UsageError(f"--experts {options.experts} must be a multiple of the {cut.pieces} pieces of a copy")
+    if cut.experts % cut.pieces:
+        raise UsageError(f"--experts {cut.experts} must be a multiple of the {cut.pieces} pieces of a copy")
 
 
 def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
-    if not 1 <= options.experts <= 4096:
-        raise UsageError(f"--experts {options.experts} is outside 1 to 4096")
-    if not 1 <= options.top_k <= options.experts:
+    if not 1 <= cut.experts <= 4096:
+        raise UsageError(f"--experts {cut.experts} is outside 1 to 4096")
+    if not 1 <= cut.top_k <= cut.experts:
         raise UsageError(
-            f"--top-k {options.top_k} must be from 1 to the number of experts ({options.experts})",
+            f"--top-k {cut.top_k} must be from 1 to the number of experts ({cut.experts})",
             hint="Lower --top-k or raise --experts.",
         )
     _check_cut(options, target, cut)
     fixed = target.routing.top_k if target.routing else None
-    if fixed is not None and options.top_k != fixed:
-        raise UsageError(f"--top-k {options.top_k}: {target.model_type} routes every token to {fixed} experts")
+    if fixed is not None and cut.top_k != fixed:
+        raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {fixed} experts")
     for name in ("drop_ratio", "noise_fraction"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be from 0 to 1")
@@ -169,15 +255,15 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
 
 def _sizes(model: Model, target: Family, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
     """Config keys that say how many experts there are, how wide, and in which layers."""
-    sizes: dict[str, Any] = dict.fromkeys(target.num_experts, options.experts)
-    sizes |= dict.fromkeys(target.top_k, options.top_k)
+    sizes: dict[str, Any] = dict.fromkeys(target.num_experts, cut.experts)
+    sizes |= dict.fromkeys(target.top_k, cut.top_k)
     if target.dense_width in target.config:
         sizes[target.dense_width] = model.ffn_width
     sizes[target.expert_width] = cut.width
     sizes |= shared_config(target, cut)
     method, rule = METHODS[options.method], target.routing
     if method.grouped:
-        sizes |= grouped_config(target, pieces=cut.pieces, experts=options.experts, top_k=options.top_k)
+        sizes |= grouped_config(target, cut)
     if rule and rule.scaling:
         sizes[rule.scaling] = float(method.scale(cut, options))
     placed = target.placement.write(layers, model.num_layers)

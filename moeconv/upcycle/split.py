@@ -12,7 +12,7 @@ from moeconv.families.moe import MOE
 from moeconv.families.pairs import find_pair
 from moeconv.options import UpcycleOptions, parse_index, parse_layers
 from moeconv.plan.partition import ROUTER_SCALE, Partition
-from moeconv.upcycle.cut import cut_ffn
+from moeconv.upcycle.cut import counts, cut_ffn
 
 MEASURE = (
     "Run it without --dry-run and with --data FILE, or --stats from `moeconv calibrate {source} STATS --data FILE`."
@@ -44,7 +44,7 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
     shared = options.shared_experts
     if shared is None:
         pair = find_pair(model.family, options.to, shared=True)
-        even = model.ffn_width % (options.experts + 1) == 0
+        even = model.ffn_width % (counts(options)[0] + 1) == 0
         shared = "1" if MOE[pair.target].shared_width and even else "none"
     held = 0 if shared in ("none", "0") else parse_index(shared)
     if held is None:
@@ -52,7 +52,10 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
             f"--shared-experts {escape(shared)}: with split it is a number of experts that are always on",
             hint="Example: --experts 7 --shared-experts 1 --top-k 3: half of the FFN is active.",
         )
-    return replace(options, shared_experts=str(held) if held else None, granularity=options.experts + held)
+    experts, top_k = counts(options)
+    return replace(
+        options, experts=experts, top_k=top_k, shared_experts=str(held) if held else None, granularity=experts + held
+    )
 
 
 def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
@@ -67,7 +70,7 @@ def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
         )
     layers = parse_layers("all" if best is not None else options.layers, layers=model.num_layers)
     varied = any(key.startswith("router.correction") for key in target.tensors)
-    return SplitShape(options.experts, options.top_k, cut.shared, cut.width, layers, best, varied)
+    return SplitShape(*counts(options), cut.shared, cut.width, layers, best, varied)
 
 
 def auto_layers(text: str, *, layers: int) -> int | None:
@@ -95,9 +98,8 @@ def split_layers(model: Model, options: UpcycleOptions, partition: Partition | N
 
 def check_partition(model: Model, options: UpcycleOptions, partition: Partition, shape: SplitShape) -> None:
     """Raises InputError unless the partition was measured on this model for these options."""
-    partition.check(
-        identity=model.identity, experts=options.experts, top_k=options.top_k, width=shape.width, shared=shape.shared
-    )
+    experts, top_k = counts(options)
+    partition.check(identity=model.identity, experts=experts, top_k=top_k, width=shape.width, shared=shape.shared)
     missing = set(split_layers(model, options, partition)) - set(partition.layers)
     if missing:
         raise InputError(f"the partition has nothing for layer {min(missing)}", hint="Measure again.")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 
+from moeconv.families import pairs
 from moeconv.families.model import open_model
 from moeconv.families.moe import MOE
+from moeconv.families.node import fill
 from moeconv.families.pairs import PAIRS
 from moeconv.plan.execute import execute
+from moeconv.plan.kernels import layout
+from moeconv.steps import equivalence
+from moeconv.upcycle.methods import METHODS, Method
 from moeconv.upcycle.planner import plan_upcycle
 from tests.contract.stock import CASES, DENSE_CASES, load, logits, relative_difference, save_stock
 
@@ -136,7 +142,7 @@ def test_the_default_target_has_a_shared_expert_where_one_is_asked_for(tmp_path)
 @pytest.mark.parametrize(
     ("code", "words", "flags"),
     [
-        (2, "multiple of the 4 pieces", ("--granularity", 4)),
+        (2, "multiple of the 4 pieces", ("--granularity", 4, "--top-k", 6)),
         (2, "equal pieces", ("--granularity", 7, "--experts", 14, "--top-k", 7)),
         (2, "at least 1", ("--granularity", 0)),
         (2, "neither a number", ("--shared-experts", "half")),
@@ -178,3 +184,59 @@ def test_shuffle_permutes_each_copy_alike_in_all_three_matrices(tmp_path, dense)
     assert orders[0] != orders[1] != list(range(96))
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert config["intermediate_size"] == 48
+
+
+# -- the check before the commit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "target"), [("llama", "mixtral"), ("llama", "glm4_moe"), ("phi3", "granitemoe")])
+def test_the_check_runs_at_the_chosen_k_and_with_all_experts_on(tmp_path, cli, dense, case, target):
+    case = "llama" if target == "granitemoe" else case
+    flags = ("--method", "granular", "--granularity", 2, "--experts", 8, "--top-k", 4, "--to", target)
+    done = cli("upcycle", dense(case)[0], tmp_path / "moe", *flags, "--json")
+    assert done.code == 0, done.out
+    check = done.json["upcycle"]["equivalence"]
+    assert check["checked"] and check["top_k"] == 4 and check["dtype"] == "float64"
+    assert max(check["relative"], check["all_on"]["relative"]) <= 1e-5
+
+
+def test_a_method_that_breaks_its_promise_exits_5_and_leaves_nothing(tmp_path, cli, dense, monkeypatch):
+    monkeypatch.setitem(METHODS, "copy", replace(METHODS["drop"], exact=True))
+    done = cli("upcycle", dense("llama")[0], tmp_path / "moe", "--experts", 4, "--json")
+    assert done.code == 5
+    assert "differs from its source by" in done.json["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kernel_that_breaks_a_promise_exits_5_and_leaves_nothing(tmp_path, cli, dense, monkeypatch):
+    monkeypatch.setitem(layout._MOVES, "cut", lambda of, params: layout._cut(of, params)[:, ::-1])
+    done = cli("upcycle", dense("llama")[0], tmp_path / "moe", "--method", "granular", "--json")
+    assert done.code == 5
+    assert "differs from its source by" in done.json["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, dense, monkeypatch):
+    """Without renormalisation a zero router and down_proj x E/k are exact at top-k, and E/k too much with all on."""
+    rows = [replace(p, config=p.config | {"norm_topk_prob": False}) for p in PAIRS if p.target == "qwen3_moe"]
+    monkeypatch.setattr(pairs, "PAIRS", tuple(rows))
+    zero = Method(exact=True, scale=lambda cut, options: cut.experts / cut.top_k, router=lambda *_: fill(0.0))
+    monkeypatch.setitem(METHODS, "copy", zero)
+    done = cli("upcycle", dense("qwen3")[0], tmp_path / "moe", "--experts", 4, "--json")
+    assert done.code == 5
+    assert "with all experts on" in done.json["error"]["message"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_fits_its_dtype_to_the_memory_or_says_why_not(tmp_path, cli, dense, monkeypatch):
+    source = dense("llama")[0]
+    for free, dtype in ((equivalence._needed, "float32"), (lambda plan, width: 0, None)):
+        model = open_model(source)
+        plan = plan_upcycle(model)
+        memory = int(free(plan, 4) / 0.8) + 1 if dtype else 0
+        monkeypatch.setattr(equivalence, "_free_memory", lambda memory=memory: memory)
+        done = cli("upcycle", source, tmp_path / str(dtype), "--json")
+        assert done.code == 0, done.out
+        found = done.json["upcycle"]["equivalence"]
+        assert found["checked"] == (dtype is not None) and found.get("dtype") == dtype
+        assert any("not checked" in text for text in done.json["warnings"]) == (dtype is None)

@@ -103,7 +103,7 @@ def _swap(tensor):
     return data, dtype, shape
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"split"}))  # split needs what was measured
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"split", "experts-from"}))  # these need more files
 @pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
 def test_dtype_holds_for_every_tensor_and_for_config(tmp_path, method, dtype):
     model = open_model(make_dense(tmp_path / "m"))

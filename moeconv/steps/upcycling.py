@@ -1,0 +1,76 @@
+"""The step upcycle: siblings opened, a router measured where one is asked for, the plan run, the result proven."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.output import check_target
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.options import DataOptions, MeasureOptions, PlanOptions, UpcycleOptions, WriteOptions, take
+from moeconv.plan.flow import ByteSource
+from moeconv.plan.meter import Meter
+from moeconv.plan.overlay import ORIGIN
+from moeconv.plan.partition import ORIGIN as PARTITION
+from moeconv.plan.plan import Plan
+from moeconv.steps.common import open_resolved, run_plan
+from moeconv.steps.equivalence import NOT_CHECKED, equivalence
+from moeconv.steps.kin import check_kin
+from moeconv.steps.pruning import named, scratch
+
+
+def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
+    from moeconv.upcycle.planner import origins_of, plan_upcycle
+
+    options, write = take(UpcycleOptions, values), take(WriteOptions, values)
+    model, parameters = open_resolved(source), named(values, UpcycleOptions, PlanOptions)
+    siblings = [open_resolved(path) for path in options.experts_from]
+    if options.method == "split" and options.router != "random":
+        raise UsageError("--router: split fits its own router", hint="Leave --router out.")
+    origins: dict[str, ByteSource] = dict(origins_of(siblings))
+    figures: dict[str, Any] = {}
+    with scratch() as folder:
+        if options.method == "split" and not write.dry_run:
+            from moeconv.steps.split import measure_partition
+
+            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+            partition = measure_partition(model, values, folder, meter=meter)
+            origins[PARTITION] = partition.file
+            plan = plan_upcycle(model, siblings=siblings, partition=partition, **parameters)
+        else:
+            plan = plan_upcycle(model, siblings=siblings, **parameters)
+        warnings = check_kin(model, siblings)
+        if options.router != "random" and not write.dry_run:
+            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+            overlay, figures["router"] = _measured_router(model, plan, folder, values, meter=meter)
+            origins[ORIGIN] = overlay
+            plan = plan_upcycle(model, siblings=siblings, overlay=overlay, **parameters)
+        result = run_plan(
+            plan, model, out, values, meter=meter, origins=origins, figures=figures,
+            check=lambda staged: equivalence(model, staged, plan),
+        )  # fmt: skip
+    result["warnings"] = warnings + result["warnings"]
+    result["upcycle"] = figures | result["upcycle"]
+    result["upcycle"].setdefault("equivalence", dict(NOT_CHECKED))
+    return result
+
+
+def _measured_router(
+    model: Model, plan: Plan, folder: str, values: Mapping[str, Any], *, meter: Meter
+) -> tuple[SafetensorsFile, dict[str, Any]]:
+    """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
+    from moeconv.calibrate.router import measure_router
+    from moeconv.upcycle.planner import router_rows
+
+    asked = named(values, DataOptions, MeasureOptions)
+    names, rows = router_rows(plan)
+    path = Path(folder, "router.safetensors")
+    kind, seed = take(UpcycleOptions, values).router, take(PlanOptions, values).seed
+    found = measure_router(model, path, kind=kind, names=names, experts=rows, seed=seed, meter=meter, **asked)
+    os.utime(path, ns=(0, 0))  # the plan holds its fingerprint: another run of the same work may resume or share it
+    return SafetensorsFile(path), found

@@ -1,0 +1,71 @@
+"""Several fine-tuned siblings of one base, whose FFNs become the experts (Branch-Train-MiX, arXiv 2403.07816).
+
+Everything outside the FFNs comes from SOURCE; a sibling must therefore be the same architecture, in every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
+
+_HINT = "Siblings are fine-tunes of one base, with the same config.json and vocabulary."
+
+
+def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
+    """Warnings about siblings that can be experts of `model`; raises InputError for one that cannot, saying why."""
+    if len(siblings) < 2:
+        raise UsageError(
+            "--experts-from names one checkpoint: experts from siblings take at least two",
+            hint="Repeat --experts-from; to make SOURCE's own FFN an expert, name SOURCE too.",
+        )
+    warnings: list[str] = []
+    for sibling in siblings:
+        _check_config(model, sibling)
+        _check_tensors(model, sibling)
+        warnings += sibling.checkpoint.warnings
+    names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        warnings.append(f"--experts-from names {escape(twice[0])} more than once: those experts are identical")
+    if theirs := {sibling.dtype for sibling in siblings} - {model.dtype}:
+        warnings.append(f"siblings in {', '.join(sorted(theirs))} are written in the dtype of SOURCE ({model.dtype})")
+    return warnings
+
+
+def _check_config(model: Model, sibling: Model) -> None:
+    where = escape(sibling.checkpoint.path)
+    if sibling.family is not model.family:
+        raise InputError(
+            f"{where} is {sibling.family.model_type}, SOURCE is {model.family.model_type}: their FFNs do not fit",
+            hint=_HINT,
+        )
+    if sibling.quantization:
+        raise InputError(f"{where} is quantized", hint="Give the unquantized checkpoint.")
+    for key in sorted(set(model.family.config) - CARRIED - LEFT_OUT - TRAINING):
+        ours, theirs = model.value(key), sibling.value(key)
+        if ours != theirs:
+            hint = _HINT
+            if key == "vocab_size":
+                hint = "One of them added tokens, or pads its embeddings; take siblings with the vocabulary of SOURCE."
+            raise InputError(f"{where} has {escape(key)} = {escape(theirs)}, SOURCE has {escape(ours)}", hint=hint)
+
+
+def _check_tensors(model: Model, sibling: Model) -> None:
+    ours = {(r.key, r.layer): n for n, r in model.roles.items() if r.group == "ffn"}
+    theirs = {(r.key, r.layer): n for n, r in sibling.roles.items() if r.group == "ffn"}
+    where = escape(sibling.checkpoint.path)
+    if odd := sorted((set(ours) ^ set(theirs)), key=str):
+        key, layer = odd[0]
+        lacks = where if odd[0] in ours else "SOURCE"
+        raise InputError(f"{lacks} lacks {key} of layer {layer}, which the other has", hint=_HINT)
+    for which, name in ours.items():
+        ref, its = model.checkpoint.tensors[name], sibling.checkpoint.tensors[theirs[which]]
+        if its.shape != ref.shape:
+            raise InputError(
+                f"{where}: tensor {escape(its.name)!r} is {list(its.shape)}, in SOURCE {list(ref.shape)}", hint=_HINT
+            )
+        if its.dtype not in FLOAT_DTYPES:
+            raise InputError(f"{where}: tensor {escape(its.name)!r} is {its.dtype}", hint="Give unquantized weights.")

@@ -51,6 +51,7 @@ class LlamaCpp:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     dense_layers: bool = False  # whether leading layers may be dense
+    grouped_query: bool = True  # whether keys and values may have fewer heads
 
 
 _EVERY_LAYER: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
@@ -79,13 +80,18 @@ LLAMA_CPP: dict[str, LlamaCpp] = {
         needs={**_EVERY_LAYER, "norm_topk_prob": (True,), "attention_bias": (False,)},
         numbers={"expert_feed_forward_length": "moe_intermediate_size"},
     ),
-    "olmoe": LlamaCpp("olmoe", needs={"norm_topk_prob": (False,), "clip_qkv": (None,), "attention_bias": (False,)}),
+    "olmoe": LlamaCpp(
+        "olmoe",
+        needs={"norm_topk_prob": (False,), "clip_qkv": (None,), "attention_bias": (False,)},
+        grouped_query=False,
+    ),
     "dots1": LlamaCpp(
         "dots1",
         needs={"n_group": (1, None), "topk_group": (1, None), "attention_bias": (False,)},
         numbers=_DEEPSEEK_NUMBERS,
         fixed={"expert_gating_func": _SIGMOID},
         dense_layers=True,
+        grouped_query=False,
     ),
     "glm4_moe": LlamaCpp(
         "glm4moe",
@@ -120,6 +126,9 @@ def find_row(model: Model) -> LlamaCpp:
     activation = model.value("hidden_act")
     if activation not in ("silu", "swish"):
         raise refuse(f"hidden_act = {escape(activation)}")
+    heads = model.value("num_attention_heads")
+    if not row.grouped_query and (model.value("num_key_value_heads") or heads) != heads:
+        raise refuse("fewer heads of keys and values than of queries")
     if model.sliding.kind != "none":
         raise refuse("sliding-window attention")
     for role in model.roles.values():

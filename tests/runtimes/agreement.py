@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.recipe import DEMO_DATA
 
@@ -31,6 +32,7 @@ PROMPTS, PROMPT_TOKENS, LENGTH = 8, 24, 24
 # (name, parameters of quantize, runtimes to try)
 ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("compressed-tensors int4 g128", {"group_size": "128"}, ("transformers", "vllm")),
+    ("compressed-tensors int4 g64", {"group_size": "64"}, ("transformers", "vllm")),
     ("compressed-tensors int4 g32", {"group_size": "32"}, ("transformers", "vllm")),
     ("compressed-tensors int8 g128", {"bits": 8, "group_size": "128"}, ("transformers", "vllm")),
     ("compressed-tensors int8 channel", {"bits": 8, "group_size": "channel"}, ("transformers",)),
@@ -57,8 +59,10 @@ LLAMA_CPP_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8},
     "qwen2_moe": {"num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 160},
     "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32},
-    "olmoe": {"num_experts": 8, "norm_topk_prob": False},
-    "dots1": {**_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32},
+    "olmoe": {"num_experts": 8, "norm_topk_prob": False, "num_key_value_heads": 4},
+    "dots1": {
+        **_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32, "num_key_value_heads": 4,
+    },
     "glm4_moe": {
         **_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32, "num_nextn_predict_layers": 0,
         "attention_bias": True, "use_qk_norm": True,
@@ -205,7 +209,11 @@ def measure(source: Path, work: Path, only: Sequence[str] = ()) -> Iterator[dict
         if not there:
             continue
         packed, plain = work / "packed", work / "plain"
-        quantize(source, packed, parameters)
+        try:
+            quantize(source, packed, parameters)
+        except InputError as error:  # a group size that does not divide this model's widths
+            yield {"format": name, "runtime": "-", "bytes": 0, "failed": f"refused: {error.message}"}
+            continue
         dequantized(source, packed, plain, parameters)
         reference = load(plain)
         size = sum(f.stat().st_size for f in packed.iterdir() if f.suffix in (".safetensors", ".gguf"))

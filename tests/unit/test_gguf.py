@@ -20,7 +20,10 @@ from moeconv.quantize.planner import plan_quantize
 
 gguf = pytest.importorskip("gguf")
 # llama.cpp renormalises in these families as the config must say
-NORM = {"mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}, "qwen3_moe": {}, "olmoe": {"norm_topk_prob": False}}
+NORM = {
+    "mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}, "qwen3_moe": {},
+    "olmoe": {"norm_topk_prob": False, "kv_heads": 4},
+}  # fmt: skip
 
 
 def tokenizer(path, *, size=64, **changes):
@@ -143,6 +146,7 @@ def test_q4_k_of_constant_and_one_sided_blocks():
         ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob = True"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("olmoe", {"kv_heads": 2}, "fewer heads"),
         ("mixtral", {"sliding_window": 16}, "sliding-window"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act = gelu"),
         ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "type yarn"),

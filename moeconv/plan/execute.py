@@ -287,18 +287,23 @@ def _small_files(plan: Plan, source: Checkpoint):
 
 def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance without times or paths, so that the same plan gives the same manifest everywhere."""
-    step = {
-        "moeconv": __version__,
-        "command": plan.command,
-        "parameters": dict(plan.parameters),
-        "plan_id": plan.plan_id,
-        "source": plan.identity,
-        "changed": dict(sorted(plan.changed.items())),
-        "total_parameters": plan.params_total,
-        "active_parameters": plan.params_active,
-    }
+    steps, identity = [], plan.identity
+    for done in (*plan.earlier, plan):
+        steps.append(
+            {
+                "moeconv": __version__,
+                "command": done.command,
+                "parameters": dict(done.parameters),
+                "plan_id": done.plan_id,
+                "source": identity,
+                "changed": dict(sorted(done.changed.items())),
+                "total_parameters": done.params_total,
+                "active_parameters": done.params_active,
+            }
+        )
+        identity = done.plan_id  # the next one's source was never written
     history = (source.manifest or {}).get("steps", [])
-    return {"manifest_version": 1, "steps": [*(history if isinstance(history, list) else []), step], "files": files}
+    return {"manifest_version": 1, "steps": [*(history if isinstance(history, list) else []), *steps], "files": files}
 
 
 def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:

@@ -110,6 +110,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()  # source tensors that have no part in the output
     promise: Mapping[str, int] = field(default_factory=dict)  # what `changed` must come to, counted from the geometry
+    earlier: tuple[Plan, ...] = ()  # plans that this one was fused with: steps of their own in the manifest
 
     def items(self) -> Iterable[Item]:
         for shard in self.shards:
@@ -152,7 +153,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON, without paths and times."""
-        return {
+        before = {"earlier": [plan.plan_id for plan in self.earlier]} if self.earlier else {}
+        return before | {
             "plan_version": PLAN_VERSION,
             "command": self.command,
             "parameters": dict(self.parameters),

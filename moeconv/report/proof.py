@@ -51,7 +51,9 @@ def prove_packing(plan: Plan, source: Model, staged: Path) -> dict[str, Any]:
 
 def _packed(plan: Plan) -> Iterator[tuple[Item, TensorSpec]]:
     """Every packed weight: the item that makes its codes, and the codes' tensor."""
-    return ((item, spec) for item in plan.items() if item.changed for spec in item.outputs if spec.params)
+    coded = (*_CODES, *BLOCK_DTYPES)
+    changed = (item for item in plan.items() if item.changed)
+    return ((item, spec) for item in changed for spec in item.outputs if spec.params and spec.dtype in coded)
 
 
 def _planned(plan: Plan) -> dict[str, int]:

@@ -23,16 +23,18 @@ from moeconv.options import (
     take,
 )
 from moeconv.plan.execute import default_jobs, execute
+from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
+from moeconv.plan.planned import planned_model
 from moeconv.steps.common import open_resolved, run_plan
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning import named, prune, scratch
 from moeconv.steps.upcycling import upcycle
 from moeconv.world import current
 
-__all__ = ["plan_step", "prune", "quantize", "tune", "upcycle"]
+__all__ = ["can_fuse", "plan_step", "prune", "prune_and_quantize", "quantize", "tune", "upcycle"]
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -58,6 +60,40 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------
+
+
+def prune_and_quantize(
+    source: str, out: str, values: Mapping[str, Any], then: Mapping[str, Any], *, meter: Meter
+) -> dict[str, Any]:
+    """Prune with `values`, quantize with `then`, in one pass: only the quantized model is written, to `out`.
+
+    The JSON is quantize's, with prune's block beside it. Raises UsageError where the two cannot be one: `can_fuse`
+    tells before anything is measured.
+    """
+    from moeconv.report.proof import prove_packing
+
+    def run(plan: Plan, model: Model, out: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        second = plan_step("quantize", planned_model(plan), then)
+        fused = None if second is None else fuse(plan, second)
+        if fused is None:
+            raise UsageError("these two steps cannot be one", hint="Run them one after the other.")
+        joint = dict(values) | {k: v for k, v in then.items() if k in WriteOptions.__dataclass_fields__}
+        result = run_plan(
+            fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter
+        )
+        between = {"bytes": planned_model(plan).checkpoint.nbytes, "total": plan.params_total}
+        return result | {"prune": dict(plan.block), "between": between | {"active": plan.params_active}}
+
+    return prune(source, out, values, meter=meter, run=run)
+
+
+def can_fuse(values: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Whether a prune and a quantize with these parameters need nothing measured, or written, between them."""
+    first, second = take(PruneOptions, values), take(QuantizeOptions, then)
+    writes = take(WriteOptions, values), take(WriteOptions, then)
+    repairs = first.refit or first.sequential or first.merge or first.distill or first.curve
+    decided = second.method != "gptq" and second.scheme != "mixed" and second.format != "gguf"
+    return decided and not repairs and not any(w.part or w.dry_run for w in writes)
 
 
 def _importance(model: Model, values: Mapping[str, Any]) -> dict[int, float] | None:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,17 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
     warnings: list[str] = []
     first = open_resolved(recipe.steps[0].source)
     rows.append(_row("source", first, seconds=0.0, evaluation=_evaluation(recipe, recipe.steps[0].source, meter)))
-    for step in recipe.steps:
+    pending: Step | None = None  # a prune that the quantize behind it does too
+    for at, step in enumerate(recipe.steps):
         meter.note(f"== {step.name}")
         began = time.monotonic()
-        result, kept = _one(step, meter)
+        if pending is None and _fuses(recipe, at):
+            pending = step
+            continue
+        result, kept = _one(step, meter) if pending is None else _fused(pending, step, meter)
+        if pending is not None:
+            rows.append(_between(pending, recipe.steps[at], result, kept=kept))
+            pending = None
         seconds = time.monotonic() - began
         warnings += [f"{step.name}: {text}" for text in result.get("warnings", ())]
         if step.command in _WRITERS:
@@ -72,6 +79,24 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
     return summary
 
 
+def _fuses(recipe: Recipe, at: int) -> bool:
+    """Whether a step and the one behind it are a prune and a quantize that one pass can do: nothing is measured on what
+    lies between them, nothing else reads it, and it is not there already."""
+    step, then = recipe.steps[at], recipe.steps[at + 1] if at + 1 < len(recipe.steps) else None
+    if then is None or (step.command, then.command) != ("prune", "quantize") or then.source != step.to:
+        return False
+    readers = [v for s in recipe.steps for v in (s.source, s.parameters.get("teacher"), s.parameters.get("reference"))]
+    alone = readers.count(step.to) == 1 and recipe.evaluate is None and not os.path.lexists(str(step.to))
+    return alone and convert.can_fuse(step.parameters, then.parameters)
+
+
+def _between(step: Step, then: Step, result: Mapping[str, Any], *, kept: bool) -> dict[str, Any]:
+    """The row of a prune whose model was never written."""
+    row = _planned_row(step.name, result["between"], result["between"]["bytes"], seconds=0.0)
+    block = {"command": "prune", "prune": result["prune"]}
+    return row | {"output": None, "fused_into": then.to, "kept": kept, "result": block}
+
+
 def _report(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     """The page about the last model: sizes against the first, every step's result, the newest statistics."""
     assert recipe.report is not None
@@ -88,7 +113,8 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
     models: dict[str, Model] = {}
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
-    for step in recipe.steps:
+    unwritten = 0
+    for at, step in enumerate(recipe.steps):
         source = models.get(step.source) or open_resolved(step.source)
         if not rows:
             rows.append(_row("source", source, seconds=0.0, evaluation={}))
@@ -101,6 +127,7 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
             else:
                 models[step.to] = source if plan is None else planned_model(plan, companions=source.checkpoint.path)
                 row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
+            unwritten += row["bytes"] or 0 if _fuses(recipe, at) else 0
             jobs = step.parameters.get("jobs") or default_jobs()
             rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
                                "largest_item_bytes": None if plan is None else plan.largest_item,
@@ -109,7 +136,7 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
         else:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
     result = _summary(recipe, rows, warnings, dry_run=True)
-    result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:])
+    result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:]) - unwritten
     result["disk_free_bytes"] = shutil.disk_usage(_existing(Path(os.path.abspath(result["output"])))).free
     return result
 
@@ -171,19 +198,35 @@ def _one(step: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
     """Run one step, or take its result from the ledger when nothing that made it has changed."""
     if step.command == "evaluate":
         return measure.evaluate(step.source, step.parameters, meter=meter), False
-    assert step.to is not None
-    key = _key(step)
-    ledger = _read_ledger(step.to)
-    entry = ledger.get(Path(step.to).name)
-    if isinstance(entry, dict) and entry.get("key") == key and entry.get("came_to") == _came_to(step.to):
+
+    def run(to: str) -> dict[str, Any]:
+        if step.command == "calibrate":
+            return measure.calibrate(step.source, to, step.parameters, overwrite=False, meter=meter)
+        return _WRITERS[step.command](step.source, to, step.parameters, meter=meter)
+
+    return _remembered(step.to, _key(step), run)
+
+
+def _fused(first: Step, then: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
+    """A prune and the quantize behind it in one pass."""
+    key = hashlib.sha256(canonical_json(json.loads(json.dumps([_key(first), then.command, dict(then.parameters)]))))
+
+    def run(to: str) -> dict[str, Any]:
+        return convert.prune_and_quantize(first.source, to, first.parameters, then.parameters, meter=meter)
+
+    return _remembered(then.to, key.hexdigest(), run)
+
+
+def _remembered(to: str | None, key: str, run: Callable[[str], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """What the ledger holds for `to` when `key` made it and it has not changed; else what running gives."""
+    assert to is not None
+    entry = _read_ledger(to).get(Path(to).name)
+    if isinstance(entry, dict) and entry.get("key") == key and entry.get("came_to") == _came_to(to):
         return dict(entry["result"]), True
-    os.makedirs(os.path.dirname(os.path.abspath(step.to)), exist_ok=True)
-    if step.command == "calibrate":
-        result = measure.calibrate(step.source, step.to, step.parameters, overwrite=False, meter=meter)
-    else:
-        result = _WRITERS[step.command](step.source, step.to, step.parameters, meter=meter)
-    ledger = _read_ledger(step.to) | {Path(step.to).name: {"key": key, "came_to": _came_to(step.to), "result": result}}
-    replace_file(_ledger_path(step.to), json.dumps(ledger, default=str).encode())
+    os.makedirs(os.path.dirname(os.path.abspath(to)), exist_ok=True)
+    result = run(to)
+    ledger = _read_ledger(to) | {Path(to).name: {"key": key, "came_to": _came_to(to), "result": result}}
+    replace_file(_ledger_path(to), json.dumps(ledger, default=str).encode())
     return result, False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from moeconv.steps.common import open_resolved, run_plan
 JUDGE_EVERY = 4  # of --data, the share of windows that judge what was decided on the others
 PLOTS = (".png", ".svg", ".pdf")
 _AT_ONCE = 4  # ratios measured in one pass while a gate is searched
+Run = Callable[..., dict[str, Any]]  # as run_plan
 _REPAIRS = ("refit", "sequential", "merge", "distill")
 
 
@@ -57,8 +58,11 @@ def scratch() -> Iterator[str]:
         yield path
 
 
-def prune(source: str, out: str | None, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
-    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone."""
+def prune(
+    source: str, out: str | None, values: Mapping[str, Any], *, meter: Meter, run: Run = run_plan
+) -> dict[str, Any]:
+    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone. `run` executes the
+    plan that was decided."""
     model = open_resolved(source)
     options, data = take(PruneOptions, values), take(DataOptions, values).data
     write = take(WriteOptions, values)
@@ -98,7 +102,7 @@ def prune(source: str, out: str | None, values: Mapping[str, Any], *, meter: Met
         plan = planner.plan_prune(
             model, evidence=evidence, keep_experts=keep, overlays=overlays or None, groups=groups, **parameters
         )
-        result = run_plan(plan, model, out, values, meter=meter, origins=overlays or None)
+        result = run(plan, model, out, values, meter=meter, origins=overlays or None)
     result["prune"] |= extra
     return result
 

@@ -24,6 +24,7 @@ _WHERE = {
     "add_noise": "moeconv.plan.kernels.draw:add_noise",
     "redraw_neurons": "moeconv.plan.kernels.draw:redraw_neurons",
     "decode": "moeconv.plan.kernels.quantized:decode_kernel",
+    "chain": "moeconv.plan.kernels.chain:chain",
     "pack_int": "moeconv.plan.kernels.quantized:pack_int_kernel",
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",

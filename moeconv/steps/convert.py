@@ -152,7 +152,6 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
 
 def _requantize(model: Model, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
     """Decode a quantized source into a scratch directory, and quantize that."""
-    from moeconv.plan.planned import planned_model
     from moeconv.quantize.decode import plan_decode
 
     write = take(WriteOptions, values)

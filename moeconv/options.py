@@ -185,6 +185,9 @@ class QuantizeOptions:
     target: tuple[str, ...] = option(
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
     )
+    self_contained: bool = option(
+        False, "bitsandbytes: write the loader's code beside the weights, for trust_remote_code=True without moeconv."
+    )
     double_quant: bool = option(False, "Quantize the scales too (bitsandbytes nf4 and fp4).")
     requantize: bool = option(
         False, "Take a source that is quantized already (FP8, MXFP4, ...): it is decoded first, into TMPDIR."

@@ -278,6 +278,7 @@ def _small_files(plan: Plan, source: Checkpoint):
         yield from ((name, data) for name, data in companions(source) if is_licence(name))
         return
     yield "config.json", _json(plan.config)
+    yield from ((name, text.encode()) for name, text in plan.texts.items())
     if len(plan.shards) > 1:
         weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
         total = sum(item.nbytes for item in plan.items())

@@ -109,6 +109,7 @@ class Plan:
     block: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()  # source tensors that have no part in the output
+    texts: Mapping[str, str] = field(default_factory=dict)  # further small files: name -> text
     promise: Mapping[str, int] = field(default_factory=dict)  # what `changed` must come to, counted from the geometry
     earlier: tuple[Plan, ...] = ()  # plans that this one was fused with: steps of their own in the manifest
 
@@ -161,6 +162,7 @@ class Plan:
             "identity": self.identity,
             "config": dict(self.config),
             "shards": [_shard_json(s) for s in self.shards],
+            **({"texts": dict(self.texts)} if self.texts else {}),
         }
 
 

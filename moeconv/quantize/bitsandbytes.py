@@ -69,5 +69,6 @@ BITSANDBYTES = Format(
     loads={"nf4": _LOADS, "fp4": _LOADS, "int8": _LOADS | {"vllm": "no", "sglang": "unknown"}},
     mixed=_LOADS | {"vllm": "no", "sglang": "unknown"},
     notes=_NOTES,
+    remote_code=True,
     nests=("nf4", "fp4"),
 )

@@ -16,6 +16,7 @@ from moeconv.plan.plan import Plan, Shard
 from moeconv.quantize.formats import BITS, FORMATS, GROUP_SIZES, Format, Scheme, choose_group, choose_scheme
 from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
+from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.targets import check_targets
 
@@ -79,6 +80,14 @@ def plan_quantize(
         config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
         promise = packing.parts()
     items = [item for shard in shards for item in shard.items]
+    texts: dict[str, str] = {}
+    if options.self_contained:
+        if not format.remote_code:
+            raise UsageError(
+                f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
+            )
+        texts = remote_code(model.family.architecture)
+        config["auto_map"] = auto_map(model.family.architecture)
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     return Plan(
         command="quantize",
@@ -102,6 +111,7 @@ def plan_quantize(
         },
         warnings=(*model.checkpoint.warnings, *warnings),
         dropped=model.dropped,
+        texts=texts,
         promise=promise,
     )
 

@@ -38,6 +38,7 @@ class Format:
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], dict[str, Any]] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
+    remote_code: bool = False  # whether its loader can be written beside the weights
     nests: tuple[str, ...] = ()  # schemes that double quantization goes with
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -467,3 +470,46 @@ def test_a_config_of_a_later_version_is_refused(checkpoints, tmp_path):
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(InputError, match="scope experts"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------- self-contained
+
+WITHOUT_MOECONV = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "moeconv":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+model, info = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], trust_remote_code=True, dtype="auto", output_loading_info=True
+)
+assert not any(info.values()), info
+torch.save(model(torch.arange(3, 11)[None]).logits, sys.argv[2])
+"""
+
+
+def test_self_contained_loads_without_moeconv(tmp_path):
+    from tiny import make_moe
+
+    from moeconv.families.model import open_model
+    from moeconv.plan.execute import execute
+    from moeconv.quantize.planner import plan_quantize
+
+    source = open_model(make_moe(tmp_path / "source", "qwen3_moe", hidden=64, intermediate=128))
+    parameters = {"format": "bitsandbytes", "double_quant": True, "self_contained": True, "scope": "all-linear"}
+    execute(plan_quantize(source, **parameters), source=source.checkpoint, out=tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MOECONV, str(tmp_path / "out"), str(tmp_path / "logits")],
+        capture_output=True, text=True, env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    mine = load(tmp_path / "out")
+    assert torch.equal(mine(torch.arange(3, 11)[None]).logits, torch.load(tmp_path / "logits"))

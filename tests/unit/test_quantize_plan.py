@@ -161,6 +161,7 @@ def test_scope(tmp_path):
         ({"double_quant": True}, "no meaning for compressed-tensors int4"),
         ({"double_quant": True, "format": "bitsandbytes", "bits": 8}, "no meaning for bitsandbytes int8"),
         ({"scope": "attention"}, "--scope attention"),
+        ({"self_contained": True}, "no meaning for --format compressed-tensors"),
     ],
 )
 def test_what_the_target_cannot_load(model, parameters, says):

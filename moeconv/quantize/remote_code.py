@@ -1,0 +1,56 @@
+"""--self-contained: the loader's own files beside the weights, so that trust_remote_code=True needs no moeconv.
+
+The files are those of this package, word for word but for their imports: what is written cannot drift from what runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import moeconv
+
+_ROOT = Path(moeconv.__file__).parent
+_LOADER = "moeconv.hf.quantizer"
+_IMPORT = re.compile(r"^from (moeconv[\w.]*) import", re.MULTILINE)
+ENTRY = "modeling_moeconv"
+
+
+def remote_code(architecture: str) -> dict[str, str]:
+    """File name -> text: the loader and all that it imports of this package, and a module with the model's class."""
+    entry = (
+        f'"""Loads the packed weights of this checkpoint; written by moeconv {moeconv.__version__} (Apache-2.0)."""\n\n'
+        f"from transformers import {architecture} as _Stock\n\n"
+        f"from .{_flat(_LOADER)} import register\n\n"
+        "register()\n\n\n"
+        f"class {architecture}(_Stock):\n"
+        '    """The stock model; importing this file has made its packed weights known to transformers."""\n'
+    )
+    files = {f"{ENTRY}.py": entry}
+    waiting = [_LOADER]
+    while waiting:
+        module = waiting.pop()
+        name = f"{_flat(module)}.py"
+        if name not in files:
+            text = _ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+            waiting += _imported(text)
+            files[name] = re.sub(
+                r"^from (moeconv[\w.]*) import", lambda m: f"from .{_flat(m[1])} import", text, flags=re.M
+            )
+    return dict(sorted(files.items()))
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """config.json's auto_map."""
+    return {"AutoModelForCausalLM": f"{ENTRY}.{architecture}"}
+
+
+def _imported(text: str) -> list[str]:
+    """Modules of this package that a file imports."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    return [node.module for node in nodes if node.module and node.module.startswith("moeconv.")]
+
+
+def _flat(module: str) -> str:
+    return module.replace(".", "_")

@@ -22,6 +22,7 @@ from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
+from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly, sibling_origin
 from moeconv.upcycle.methods import METHODS
 from moeconv.upcycle.siblings import check_siblings
@@ -39,7 +40,8 @@ def plan_upcycle(
     model: Model, *, siblings: Sequence[Model] = (), overlay: SafetensorsFile | None = None,
     partition: Partition | None = None, **parameters: Any,
 ) -> Plan:  # fmt: skip
-    """Plan the conversion of a dense model; parameters are the fields of UpcycleOptions and PlanOptions.
+    """Plan the conversion of a dense model, or more experts for one that has some; parameters are the
+    fields of UpcycleOptions and PlanOptions.
 
     `siblings` are the opened checkpoints of `experts_from` (opened here when only their paths are given); run such a
     plan with `execute(origins=origins_of(siblings))`. `overlay` holds what was measured for `router`, under the origin
@@ -50,6 +52,8 @@ def plan_upcycle(
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
+    if model.family.kind == "moe" and options.to in (None, model.family.model_type):
+        return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:
         siblings = [open_model(path) for path in options.experts_from]

@@ -1,0 +1,158 @@
+"""More experts for a model that has some: every expert and its router row m times in a row, top-k times m.
+
+Equal rows get equal scores, so the m * k best are the m copies of the k best, and their weights sum to what those had:
+divided by the sum where the family renormalises, by the larger softmax where it does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
+from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.spec import Role
+from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
+from moeconv.plan.arrange import arrange
+from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
+from moeconv.plan.plan import Input, Item, Plan, TensorSpec
+
+
+def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -> Plan:
+    """Plan the duplication of all experts; `experts` is a multiple of what the model has (default: twice).
+
+    Raises UsageError for options that mean nothing here, InputError where copies would not add up.
+    """
+    _check_options(options)
+    _check_family(model)
+    experts = 2 * model.num_experts if options.experts is None else options.experts
+    times, rest = divmod(experts, model.num_experts)
+    if rest or times < 2:
+        raise UsageError(
+            f"--experts {experts}: the source has {model.num_experts} experts, which can only be multiplied as a whole",
+            hint=f"Give a multiple: --experts {model.num_experts * max(2, times)}.",
+        )
+    top_k = times * model.top_k if options.top_k is None else options.top_k
+    if not 1 <= top_k <= experts:
+        raise UsageError(f"--top-k {top_k} must be from 1 to the number of experts ({experts})")
+    dtype = parse_dtype(common.dtype)
+    items = [item for name in model.checkpoint.tensors for item in _made(model, name, times, dtype)]
+    total, active = count_planned(items, top_k=top_k, num_experts=experts)
+    whole = top_k == times * model.top_k
+    warnings = list(model.checkpoint.warnings)
+    if not whole:
+        warnings.append(f"--top-k {top_k} of {times} copies each changes the model; {times * model.top_k} would not")
+    return Plan(
+        command="upcycle",
+        parameters=parameters_of(options, common) | {"experts": experts, "top_k": top_k, "experts_from": []},
+        identity=model.identity,
+        config=_config(model, experts, top_k, times, dtype),
+        shards=arrange(items, common, model.family),
+        params_total=total,
+        params_active=active,
+        block={
+            "method": "copy", "from": model.family.model_type, "to": model.family.model_type, "num_experts": experts,
+            "top_k": top_k, "moe_layers": list(model.moe_layers), "copies": times,
+            "exact": whole and dtype in (None, model.dtype, "F32"),
+        },
+        warnings=tuple(warnings),
+        dropped=model.dropped,
+        promise=_promise(model, times),
+    )  # fmt: skip
+
+
+def _check_options(options: UpcycleOptions) -> None:
+    usual = UpcycleOptions()
+    for name in ("method", "layers", "granularity", "shared_experts", "experts_from", "router"):
+        if getattr(options, name) != getattr(usual, name):
+            flag = name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} {escape(getattr(options, name))}: a source with experts can only have its experts copied",
+                hint="Give --experts alone; `moeconv tune` then lets the copies differ.",
+            )
+
+
+def _check_family(model: Model) -> None:
+    rule, name = model.family.routing, model.family.model_type
+    if model.quantization:
+        raise InputError("the source is quantized", hint="Copy experts of the unquantized checkpoint, then quantize.")
+    if rule is None or not rule.equal:
+        raise InputError(f"{name} gives experts with equal logits unequal weights, so copies do not add up")
+    if (
+        rule.groups
+        and rule.best_of_group > 1
+        and (model.value(rule.groups[0]) or 1) != (model.value(rule.groups[1]) or 1)
+    ):
+        raise InputError(
+            f"{name} first picks {model.value(rule.groups[1])} of {model.value(rule.groups[0])} groups by their best "
+            "experts, and the two best of a group of copies are one: other groups could be picked"
+        )
+    if rule.score == "sigmoid" and not model.renormalises and rule.scaling is None:
+        raise InputError(f"{name} sums unnormalised sigmoid scores, so copies would add up to a multiple")
+
+
+def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[Item]:
+    role, ref = model.roles.get(name), model.checkpoint.tensors[name]
+    if role is None:
+        return
+    if role.group == "expert" and role.expert is not None:
+        for i in range(times):
+            new = model.family.name(role.key, layer=role.layer, expert=role.expert * times + i)
+            yield carry(ref, role=role.key, name=new, dtype=dtype, changed="expert")
+    elif role.group in ("expert", "router"):
+        yield _repeated(model, ref, role, times, dtype)
+    else:
+        yield carry(ref, role=role.key, dtype=None if role.key in model.family.float32 else dtype)
+
+
+def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str | None) -> Item:
+    """A tensor with a slice an expert, [E, ...] or a row [1, E], every slice `times` in a row."""
+    row = ref.shape[0] == 1 and model.num_experts > 1
+    slices = math.prod(ref.shape) // model.num_experts
+    each = tensor_nbytes(ref.dtype, (slices,))
+    inside = (1,) if row else (1, *ref.shape[1:])
+    inputs = tuple(
+        Input(ref.name, ref.dtype, inside, e * each, each) for e in range(model.num_experts) for _ in range(times)
+    )
+    shape = (1, ref.shape[1] * times) if row else (ref.shape[0] * times, *ref.shape[1:])
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and role.key not in model.family.float32
+    made = dtype if casts and dtype else ref.dtype
+    spec = TensorSpec(ref.name, made, shape, role.key, math.prod(shape))
+    rule = model.family.routing
+    if role.key.startswith("router.correction") and rule and rule.score == "softmax":
+        # a softmax over m times the experts has scores 1/m as large, and the bias is added to those
+        parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]
+        tree = ["scale", {"by": 1 / times}, [["concat", {}, parts]]]
+        return Item((spec,), "compute", inputs[::times], {"tree": tree}, role.group)
+    return Item((spec,), "copy" if made == ref.dtype else "cast", inputs, {}, role.group)
+
+
+def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> dict[str, Any]:
+    config = copy.deepcopy(dict(model.checkpoint.config))
+    text = config
+    if model.family.root and isinstance(config.get(model.family.root), dict):
+        text = config[model.family.root]
+    text |= {key: experts for key in model.family.num_experts if key in text}
+    text |= dict.fromkeys(model.family.top_k, top_k)
+    rule = model.family.routing
+    if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
+        text[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
+    if dtype:
+        config.pop("torch_dtype", None)
+        config["dtype"] = TORCH_NAMES[dtype]
+    return config
+
+
+def _promise(model: Model, times: int) -> dict[str, int]:
+    """How many tensors change, counted from the family and not from the items."""
+    layers, count = len(model.moe_layers), {"expert": 0, "router": 0}
+    there = {role.key for role in model.roles.values()}
+    for key, template in model.family.tensors.items():
+        group = key.partition(".")[0]
+        if group in count and key in there:
+            count[group] += layers * (model.num_experts * times if "{E}" in template else 1)
+    return count

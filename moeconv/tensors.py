@@ -49,9 +49,12 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def plain_names(model: Model) -> Iterator[tuple[str, int | None]]:
-    """Every tensor of the unquantized model, by name, with its layer: a packed weight's parts count once."""
+    """Every tensor of the unquantized model, by name, with its layer: a packed weight's parts count once, and
+    multi-token-prediction layers are left out, as the stock classes leave them out."""
     seen: set[str] = set()
     for name, role in model.roles.items():
+        if role.layer is not None and role.layer >= model.num_layers:
+            continue
         plain = plain_name(name, role)
         if plain not in seen:
             seen.add(plain)

@@ -29,6 +29,7 @@ _MAX_LAYERS = 4096
 _MAX_EXPERTS = 65536
 _MAX_IN_ALL = 1 << 20  # experts of all layers
 _MAX_WIDTH = 1 << 24
+_MAX_MTP = 16  # multi-token-prediction layers
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Model:
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose FFN is a Mixture-of-Experts."""
         return _moe_layers(self.family, self.config, self.num_layers)
+
+    @cached_property
+    def mtp_layers(self) -> tuple[int, ...]:
+        """Multi-token-prediction layers with experts: numbers behind those of the model's own layers, which no stock
+        class of transformers runs and serving engines use to guess tokens ahead."""
+        layers = {r.layer for r in self.roles.values() if r.group == "expert" and r.layer is not None}
+        return tuple(sorted(layer for layer in layers if layer >= self.num_layers))
 
     @cached_property
     def layer_kinds(self) -> tuple[str, ...] | None:
@@ -240,6 +248,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     roles, dropped = _assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)
     _check_complete(model)
+    _check_mtp(model)
     if not model.quantization:
         _check_shapes(model)
     return model
@@ -259,6 +268,7 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
             hint="config.json and the shards do not belong together, or a shard is missing.",
         )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))
+    known |= family.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
     useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
     quantized = packed.quantization(checkpoint.config) is not None
     roles: dict[str, Role] = {}
@@ -278,6 +288,34 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
                 hint="The checkpoint is of another architecture or version than its config.json says.",
             )
     return roles, tuple(dropped)
+
+
+def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> int:
+    """Multi-token-prediction layers that the checkpoint may hold."""
+    if not family.mtp:
+        return 0
+    if family.mtp_prefix:
+        return sum(
+            f"{family.mtp_prefix}layers.{i}.input_layernorm.weight" in checkpoint.tensors for i in range(_MAX_MTP)
+        )
+    count = family.default("num_nextn_predict_layers", config) or 0
+    return min(count, _MAX_MTP)
+
+
+def _check_mtp(model: Model) -> None:
+    """Every expert of a multi-token-prediction layer has the same tensors, and the layer a router."""
+    for layer in model.mtp_layers:
+        parts: dict[int | None, int] = {}
+        for role in model.roles.values():
+            if role.layer == layer and role.group == "expert":
+                parts[role.expert] = parts.get(role.expert, 0) + 1
+        whole = model.packed_experts or set(parts) == set(range(model.num_experts))
+        if not whole or len(set(parts.values())) != 1 or ("router.weight", layer) not in {
+            (r.key, r.layer) for r in model.roles.values()
+        }:  # fmt: skip
+            raise InputError(
+                f"the multi-token-prediction layer {layer} lacks an expert or its router", hint="A shard is missing."
+            )
 
 
 def _check_complete(model: Model) -> None:

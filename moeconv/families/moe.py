@@ -189,6 +189,17 @@ GROUPED = Routing(
 _NO_INERT_BIAS = dict.fromkeys(_QKVO, 0.0)
 
 
+# layers behind the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
+MTP = {
+    "mtp.embedding": _LAYER + "embed_tokens.weight",
+    "mtp.norm_embedding": _LAYER + "enorm.weight",
+    "mtp.norm_hidden": _LAYER + "hnorm.weight",
+    "mtp.project": _LAYER + "eh_proj.weight",
+    "mtp.norm": _LAYER + "shared_head.norm.weight",
+    "mtp.head": _LAYER + "shared_head.head.weight",
+}
+
+
 def moe_row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
     """A row whose biases, language-model head and correction are optional."""
     base = row.pop("base", BASE_CONFIG)
@@ -229,6 +240,7 @@ GLM4_MOE = moe_row(
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
     routing=GROUPED,
+    mtp=MTP,
     partial=0.5,
     float32=frozenset({"router.correction"}),
 )
@@ -617,6 +629,7 @@ DEEPSEEK_V3 = moe_row(
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.FIRST_K,
     routing=GROUPED,
+    mtp=MTP,
     float32=frozenset({"router.correction"}),
 )
 PHIMOE = moe_row(

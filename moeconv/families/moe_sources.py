@@ -27,6 +27,7 @@ from moeconv.families.moe import (
     GROUPED,
     MLP_EXPERTS,
     MLP_ROUTER,
+    MTP,
     ROUTER_LOSS,
     SHARED_EXPERT,
     SHARED_EXPERTS,
@@ -44,6 +45,14 @@ _PARTS = ("gate", "up", "down")
 _FF_DENSE = {f"ffn.{p}": _FF + f"{p}_proj.weight" for p in _PARTS}
 _MLA_OPTIONAL = frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"})
 _LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
+
+# named beside the model: "model." stands for the prefix "mtp."
+_QWEN_MTP = {
+    "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
+    "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
+    "mtp.project": "model.fc.weight",
+    "mtp.norm": "model.norm.weight",
+}
 
 DEEPSEEK_V2 = moe_row(
     "deepseek_v2",
@@ -91,6 +100,7 @@ GLM4_MOE_LITE = moe_row(
     shared_width=("moe_intermediate_size", "n_shared_experts"),
     placement=placement.WORDS_FIRST_DENSE,
     routing=GROUPED,
+    mtp=MTP,
     float32=frozenset({"router.correction"}),
 )
 EXAONE_MOE = moe_row(
@@ -196,6 +206,8 @@ QWEN3_NEXT = moe_row(
     shared_width=("shared_expert_intermediate_size",),
     placement=placement.LIST,
     routing=Routing("softmax", "norm_topk_prob"),
+    mtp=_QWEN_MTP,
+    mtp_prefix="mtp.",
     partial=0.25,
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,

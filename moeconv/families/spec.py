@@ -117,6 +117,8 @@ class Family:
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
     switched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inert: Mapping[str, float] = field(default_factory=dict)
+    mtp: Mapping[str, str] = field(default_factory=dict)  # what multi-token-prediction layers have beside a layer
+    mtp_prefix: str = ""  # of their names in place of "model."; "" where they follow the model's own layers
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     no_experts: str | None = None  # config key that is 0 in this dense row of a family that has an MoE row too
 
@@ -146,6 +148,17 @@ class Family:
                 at_layer = template.replace("{L}", str(layer))
                 for expert in range(experts) if "{E}" in template else (None,):
                     yield at_layer.replace("{E}", str(expert)), Role(key, layer, expert)
+
+    def expand_mtp(self, *, first: int, count: int, experts: int) -> Iterator[tuple[str, Role]]:
+        """Every name that `count` multi-token-prediction layers may hold; their layer numbers go on from `first`."""
+        for key, template in {**self.tensors, **self.mtp}.items():
+            if "{L}" not in template and key not in self.mtp:
+                continue
+            for i in range(count):
+                name = template.replace("{L}", str(i if self.mtp_prefix else first + i))
+                name = name.replace("model.", self.mtp_prefix, 1) if self.mtp_prefix else name
+                for expert in range(experts) if "{E}" in template else (None,):
+                    yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
 
     def default(self, key: str, config: Mapping[str, Any]) -> Any:
         """The value of a key: what config.json says, else what transformers assumes."""

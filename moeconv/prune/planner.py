@@ -425,6 +425,8 @@ def _checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
 
 
 def _items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
+    # Nothing measures multi-token-prediction layers, so they follow the last layer, whose output they read.
+    keep = dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 
     def renewed(ref: TensorRef) -> list[Item] | None:
@@ -533,6 +535,11 @@ def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None
 
 def _warnings(model: Model, criterion: str, options: PruneOptions, scales: Mapping[int, float]) -> list[str]:
     warnings = []
+    if model.mtp_layers:
+        warnings.append(
+            f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the numbers that layer "
+            f"{model.moe_layers[-1]} keeps: no data runs through them, so drafted tokens may be accepted less often"
+        )
     if criterion == "aimer":
         warnings.append("aimer looks at weights only: unreliable on small or imbalanced models; calibrate if you can")
     plain = not model.renormalises and model.family.routing and model.family.routing.score == "softmax"

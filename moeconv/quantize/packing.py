@@ -78,7 +78,8 @@ class Packing:
             counts[group] = counts.get(group, 0) + len(self.item(ref, self.at(ref)).outputs)
         like = next(r for r in self.weights if self.model.roles[r.name].group == "expert")
         matrices = sum(key.startswith("expert.") and "{E}" in name for key, name in self.model.family.tensors.items())
-        each = [len(self.item(like, scheme).outputs) for scheme in self.by_layer.values()]
+        schemes = [*self.by_layer.values()] + [self.scheme] * len(self.model.mtp_layers)
+        each = [len(self.item(like, scheme).outputs) for scheme in schemes]
         return counts | {"expert": sum(each) * self.model.num_experts * matrices}
 
 

@@ -65,6 +65,12 @@ def plan_quantize(
     packing = Packing(
         model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
     )
+    if model.mtp_layers and (mixed or format.shard is not None):
+        what = "bits that differ by layer" if mixed else f"--format {format.name}"
+        raise InputError(
+            f"{what} cannot be written for the multi-token-prediction layers {list(model.mtp_layers)}",
+            hint="Use one scheme for all layers with --format compressed-tensors or bitsandbytes.",
+        )
     if mixed:
         choices = candidates(format, _fitting(format, options, weights), BITS)
         packing = mix(packing, choices, importance or {}, options=options, common=common)
@@ -139,7 +145,7 @@ def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, in
     """Tensors that are written by role; the experts' are counted from the geometry, not from what was found."""
     groups = [model.roles[ref.name].group for ref in weights]
     counts = {group: groups.count(group) * parts for group in sorted(set(groups))}
-    return counts | {"expert": len(model.moe_layers) * model.num_experts * _matrices(model) * parts}
+    return counts | {"expert": len(model.moe_layers + model.mtp_layers) * model.num_experts * _matrices(model) * parts}
 
 
 def _matrices(model: Model) -> int:

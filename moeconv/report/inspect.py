@@ -34,6 +34,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "architecture": model.family.architecture,
         "layers": model.num_layers,
         "moe_layers": list(model.moe_layers),
+        "mtp_layers": list(model.mtp_layers),
         "num_experts": model.num_experts,
         "top_k": model.top_k,
         "shared_experts": int(by_role.get("shared", 0) > 0),

@@ -1,0 +1,96 @@
+"""Multi-token-prediction layers: known, cut and packed with the rest, and out of the way of the stock classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeconv.calibrate.stream import LayerStream
+from moeconv.errors import InputError
+from moeconv.families.model import open_model
+from tests import tiny
+from tests.contract.stock import MOE_CASES, save_stock
+
+torch.set_num_threads(1)
+_TAIL = ("embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight",
+         "shared_head.head.weight")  # fmt: skip
+_BESIDE = ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "fc.weight", "norm.weight")
+
+
+def make(path: Path, case: str) -> tuple[Path, str]:
+    """A stock checkpoint of three layers with one multi-token-prediction layer more; and the prefix of its names."""
+    kind, config = MOE_CASES[case]
+    save_stock(path, kind, config, dtype=torch.bfloat16)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
+    prefix, extra = ("mtp.layers.0.", _BESIDE) if case == "qwen3_next" else ("model.layers.3.", _TAIL)
+    like = "model.layers.1." if case == "qwen3_next" else "model.layers.2."
+    draw = torch.Generator().manual_seed(1)
+    for name in [n for n in tensors if n.startswith(like)]:
+        value = torch.randn(tensors[name].shape, generator=draw).to(tensors[name].dtype)
+        tensors[prefix + name.removeprefix(like)] = value
+    for name in extra:
+        tensors[(prefix if extra is _TAIL else "mtp.") + name] = torch.randn(8, 8, generator=draw).bfloat16()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    tiny.edit_json(path / "config.json", num_nextn_predict_layers=1)
+    return path, prefix
+
+
+CASES = ["glm4_moe", "deepseek_v3", "glm4_moe_lite", "qwen3_next"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prune_cuts_it_like_the_last_layer(tmp_path: Path, cli, case: str) -> None:
+    source, prefix = make(tmp_path / "moe", case)
+    found = cli("inspect", source, "--json").json
+    assert found["mtp_layers"] == [3] and 3 not in found["moe_layers"]
+    promised = cli("prune", source, tmp_path / "out", "--keep", 4, "--dry-run", "--json").json
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    assert promised["bytes"] == done.json["bytes"]
+    assert any("multi-token-prediction" in w for w in done.json["warnings"])
+    kept = done.json["prune"]["keep"]["2"]
+    before, after = (load_file(p / "model.safetensors") for p in (source, tmp_path / "out"))
+    assert torch.equal(after[prefix + "mlp.gate.weight"], before[prefix + "mlp.gate.weight"][kept])
+    assert not any(n.startswith(prefix + "mlp.experts.4.") for n in after)
+    for new, old in enumerate(kept):
+        for part in ("gate", "up", "down"):
+            name = prefix + "mlp.experts.{}." + part + "_proj.weight"
+            assert torch.equal(after[name.format(new)], before[name.format(old)])
+    if prefix + "mlp.gate.e_score_correction_bias" in before:
+        bias = prefix + "mlp.gate.e_score_correction_bias"
+        assert torch.equal(after[bias], before[bias][kept])
+    assert open_model(tmp_path / "out").mtp_layers == (3,)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "qwen3_next"])
+def test_it_is_packed_with_the_rest_and_not_run(tmp_path: Path, cli, case: str) -> None:
+    source, prefix = make(tmp_path / "moe", case)
+    ids = np.random.default_rng(0).integers(3, 128, (1, 8))
+    LayerStream(open_model(source), ids).run()
+    done = cli("quantize", source, tmp_path / "out", "--scheme", "int4", "--json")
+    assert done.code == 0, done.out
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert prefix + "mlp.experts.7.down_proj.weight_packed" in after
+    assert prefix + "mlp.experts.7.down_proj.weight" not in after
+    ignored = open_model(tmp_path / "out").quantization["ignore"]
+    assert prefix + "mlp.gate" in ignored
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    source, prefix = make(tmp_path / "moe", "glm4_moe")
+    tensors = load_file(source / "model.safetensors")
+    del tensors[prefix + "mlp.experts.5.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="multi-token-prediction layer 3 lacks an expert"):
+        open_model(source)
+    tiny.edit_json(source / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(InputError, match="is not part of a glm4_moe model"):
+        open_model(source)

@@ -37,7 +37,7 @@ from moeconv.steps import convert
 
 SEQ_LEN = 256
 UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}
-TRAIN = {"objective": "distill", "train": "router,experts", "steps": 60, "batch_size": 4, "seq_len": SEQ_LEN, "seed": 0}
+TRAIN = {"objective": "distill", "train": "router,experts", "steps": 40, "batch_size": 4, "seq_len": SEQ_LEN, "seed": 0}
 REFITTED = ("reconstruction", "saliency", "reap")
 NONE: frozenset[int] = frozenset()
 
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="upcycle and train the model first")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--tokens", type=int, default=16384, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--held", type=int, default=None, help="held-out tokens (default: all)")
     parser.add_argument("--domains", nargs="*", default=[], help="calibrate on one domain too, such as c")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.1])

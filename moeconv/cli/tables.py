@@ -94,7 +94,19 @@ def _upcycle(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prune(block: Mapping[str, Any]) -> dict[str, Any]:
-    rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer, by {block['criterion']}"}
+    by = f", by {block['criterion']}" if block["criterion"] else ""
+    rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}
+    if "top_k_after" in block:
+        rows["top-k"] = f"{block['top_k_before']} -> {block['top_k_after']}"
+    if "measured" in block:
+        found = block["measured"]
+        rows["loss"] = (
+            f"{found['loss']:.4f}, {found['loss_increase']:+.4f} against the unpruned model, KL {found['kl']:.4f} "
+            f"({found['tokens']} tokens)"
+        )
+    if "distill" in block:
+        found = block["distill"]
+        rows["distilled"] = f"{found['steps']} steps, held-out KL {found['kl_before']:.4f} -> {found['kl_after']:.4f}"
     for layer, kept in (block.get("keep") or {}).items():
         rows[f"layer {layer}"] = "keeps " + ", ".join(map(str, kept))
     return rows

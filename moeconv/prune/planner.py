@@ -118,7 +118,7 @@ def plan_prune(
     top_k = options.top_k or model.top_k
     total, active = count_planned(items, top_k=top_k, num_experts=left)
     block: dict[str, Any] = {
-        "criterion": name,
+        "criterion": None if left == model.num_experts else name,
         "experts_before": model.num_experts,
         "experts_after": left,
         "keep": {str(layer): list(kept) for layer, kept in keep.items()} if known else None,
@@ -140,7 +140,10 @@ def plan_prune(
         params_total=total,
         params_active=active,
         block=block,
-        warnings=(*model.checkpoint.warnings, *_warnings(model, name, options, scales)),
+        warnings=(
+            *model.checkpoint.warnings,
+            *_warnings(model, "" if left == model.num_experts else name, options, scales),
+        ),
         dropped=model.dropped,
         promise=_promise(model, left),
     )
@@ -533,7 +536,7 @@ def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None
     return config
 
 
-def _warnings(model: Model, criterion: str, options: PruneOptions, scales: Mapping[int, float]) -> list[str]:
+def _warnings(model: Model, criterion: str | None, options: PruneOptions, scales: Mapping[int, float]) -> list[str]:
     warnings = []
     if model.mtp_layers:
         warnings.append(
@@ -543,7 +546,7 @@ def _warnings(model: Model, criterion: str, options: PruneOptions, scales: Mappi
     if criterion == "aimer":
         warnings.append("aimer looks at weights only: unreliable on small or imbalanced models; calibrate if you can")
     plain = not model.renormalises and model.family.routing and model.family.routing.score == "softmax"
-    if plain and not (options.refit or options.distill or scales):
+    if plain and criterion and not (options.refit or options.distill or scales):
         warnings.append(
             "this router does not renormalise: the surviving experts' weights grow; --refit folds the scale back, and "
             "so does --distill"

@@ -70,10 +70,11 @@ def prune(
     parameters["criterion"] = planner.resolve_criterion(options.criterion, has_data=bool(options.stats or data))
     measures = [n for n in (*_REPAIRS, "curve") if getattr(options, n)]
     measures += ["max_loss_increase"] if options.max_loss_increase is not None else []
+    judged = options.top_k is not None and bool(data)  # what a change of top-k costs
     if measures and not data and not write.dry_run:
         flag = "--" + measures[0].replace("_", "-")
         raise UsageError(f"{flag} runs the model on text", hint="Pass --data FILE, with --stats or without.")
-    if options.stats and data and not measures:
+    if options.stats and data and not measures and not judged:
         raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
     if options.merge and not (options.stats or data):
         raise UsageError("--merge needs statistics", hint="Pass --data FILE, or --stats STATS too.")
@@ -89,6 +90,8 @@ def prune(
             return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
         evidence = _gathered(model, values, parameters, folder, meter=meter)
         keep, extra = _decided(model, evidence, values, parameters, meter=meter)
+        if judged and not extra:
+            extra = _cost(model, evidence, values, parameters, meter=meter)
         overlays: dict[str, SafetensorsFile] = {}
         groups: Any = None
         if options.sequential or options.refit:
@@ -116,17 +119,25 @@ def _gathered(
     """Everything that the criterion needs, calibrated or read."""
     options, data = take(PruneOptions, values), take(DataOptions, values).data
     path = options.stats
+    if _only_top_k(model, parameters):
+        return Evidence(rule=rule_of(model), num_experts=model.num_experts)
     if data and path is None and (CRITERIA[parameters["criterion"]].needs_data or options.merge or _covers(options)):
         from moeconv.calibrate.run import calibrate
 
         path = os.path.join(folder, "statistics.safetensors")
-        judged = JUDGE_EVERY if options.max_loss_increase is not None or options.curve else None
+        judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
+        judged = JUDGE_EVERY if judges else None
         calibrate(
             str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, save_every=None, judge_every=judged,
             meter=meter, **named(values, DataOptions, MeasureOptions, CalibrateOptions),
         )  # fmt: skip
     jobs = take(WriteOptions, values).jobs or default_jobs()
     return _evidence(model, path, parameters, jobs=jobs, meter=meter)
+
+
+def _only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
+    """Whether no expert goes."""
+    return planner.check_prune(model, **parameters) == model.num_experts
 
 
 def _covers(options: PruneOptions) -> bool:
@@ -172,16 +183,19 @@ def statistics_of(model: Model, path: str) -> Any:
 class _Judge:
     """Measures plans of several sizes in one pass over the model's layers."""
 
-    def __init__(self, model: Model, evidence: Evidence, values: Mapping[str, Any], *, meter: Meter) -> None:
+    def __init__(
+        self, model: Model, evidence: Evidence, values: Mapping[str, Any], *, meter: Meter, whole: bool = False
+    ) -> None:
+        """`whole`: nothing is decided on the data, so that all of it judges."""
         from moeconv.calibrate.data import TokenData, split_windows
 
         self.model, self.evidence, self.options, self.meter = model, evidence, take(PruneOptions, values), meter
         self.measure = take(MeasureOptions, values)
         read = _read(model, values)
         fit: TokenData | None = None
-        if not self.options.stats:
+        if not self.options.stats and not whole:
             fit, read = split_windows(read, every=JUDGE_EVERY)
-        elif self.options.refit:
+        elif self.options.refit and not whole:
             fit, read = split_windows(read, every=2)  # the statistics come from elsewhere: half fits, half judges
         self.windows, self.source, self.names = read.windows, read.source, [s.name for s in read.sources]
         self.fit: np.ndarray | None = None
@@ -246,10 +260,26 @@ def _decided(
             f"--max-loss-increase {gate}: removing a single expert per layer already raises the loss by {least:.4f}",
             hint="Allow more, or pass --refit.",
         )
-    score = measured[low]
-    figures = {"loss": score.mean("loss"), "reference_loss": score.mean("reference_loss"),
-               "loss_increase": _increase(score), "kl": score.mean("kl"), "tokens": score.tokens}  # fmt: skip
-    return sets[low], {"measured": figures}
+    return sets[low], {"measured": _figures(measured[low])}
+
+
+def _cost(
+    model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], *, meter: Meter
+) -> dict[str, Any]:
+    """What the planned experts and --top-k do to the loss on --data."""
+    left, keep = planner.check_prune(model, **parameters), dict[int, list[int]]()
+    if left != model.num_experts:
+        block = planner.plan_prune(model, evidence=evidence, **parameters).block
+        keep = {int(layer): list(kept) for layer, kept in block["keep"].items()}
+    (score,) = _Judge(model, evidence, values, meter=meter, whole=not keep).scores([keep])
+    return {"measured": _figures(score)}
+
+
+def _figures(score: Any) -> dict[str, Any]:
+    return {
+        "loss": score.mean("loss"), "reference_loss": score.mean("reference_loss"), "loss_increase": _increase(score),
+        "kl": score.mean("kl"), "tokens": score.tokens,
+    }  # fmt: skip
 
 
 def _increase(score: Any) -> float:

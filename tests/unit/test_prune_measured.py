@@ -379,8 +379,17 @@ def test_top_k_alone_and_with_experts(tmp_path: Path, cli: Any) -> None:
     assert done.json["prune"] | {"top_k_before": 4, "top_k_after": 2, "experts_after": 8} == done.json["prune"]
     assert open_model(tmp_path / "out").top_k == 2
     assert done.json["parameters"]["active"] < open_model(path).checkpoint.nbytes
+    assert done.json["prune"]["criterion"] is None and done.json["warnings"] == []
+    alone = run(cli, path, tmp_path / "out1", tmp_path, "--top-k", 2)
+    assert alone.code == 0, alone.out
+    data = [w for f in texts(tmp_path) for w in ("--data", f)]
+    told = cli("evaluate", tmp_path / "out1", "--reference", path, *data, "--seq-len", SEQ_LEN, "--json").json
+    figures = alone.json["prune"]["measured"]
+    assert figures["loss"] == pytest.approx(told["loss"], abs=1e-4)
+    assert figures["kl"] == pytest.approx(told["kl"], abs=1e-4) and figures["kl"] > 0
     judged = run(cli, path, tmp_path / "out2", tmp_path, "--top-k", 2, "--keep", 4)
-    assert judged.code == 0 and open_model(tmp_path / "out2").num_experts == 4
+    assert judged.code == 0 and open_model(tmp_path / "out2").num_experts == 4, judged.out
+    assert judged.json["prune"]["measured"]["kl"] > 0
     for wrong in (0, 9, 4):
         assert cli("prune", path, tmp_path / "no", "--top-k", wrong, "--json").code == 2
 

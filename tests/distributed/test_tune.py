@@ -75,6 +75,8 @@ def test_two_processes_train_the_router_of_one(dense, tmp_path):
     biased = upcycled(dense, tmp_path / "biased", experts=3, to="glm4_moe")  # 3 rows for 2 processes
     runs = {name: (model, COMMON | parameters) for name, parameters in RUNS.items()}
     runs["bias"] = (biased, COMMON | {"objective": "distill", "bias_update": 0.01})
+    shared = tiny.make_moe(tmp_path / "shared", "qwen2_moe", dtype="F32", norm_topk_prob=True)  # a gate of one row
+    runs["shared"] = (add_tokenizer(shared), COMMON | {"objective": "lm", "train": "router,shared"})
     for _, parameters in runs.values():
         parameters |= {"data": [str(tmp_path / "text.txt")]}
         parameters |= {} if parameters["objective"] == "lm" else {"teacher": str(dense)}

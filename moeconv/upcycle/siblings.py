@@ -28,8 +28,8 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
         _check_tensors(model, sibling)
         warnings += sibling.checkpoint.warnings
     names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        warnings.append(f"--experts-from names {escape(twice[0])} more than once: those experts are identical")
+    if len(set(names)) < len(names):
+        warnings.append("--experts-from names a checkpoint more than once: those experts are identical")
     if theirs := {sibling.dtype for sibling in siblings} - {model.dtype}:
         warnings.append(f"siblings in {', '.join(sorted(theirs))} are written in the dtype of SOURCE ({model.dtype})")
     return warnings

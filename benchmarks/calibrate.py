@@ -1,9 +1,9 @@
 """What streaming a layer at a time costs and saves: tokens per second against the model in memory, and peak memory.
 
     python benchmarks/calibrate.py CHECKPOINTS speed  [--gigabytes 0.65] [--tokens 32768]
-    python benchmarks/calibrate.py CHECKPOINTS memory [--gigabytes 6] [--tokens 1024] [--scratch DIR]
+    python benchmarks/calibrate.py CHECKPOINTS memory [--gigabytes 6] [--tokens 512] [--scratch DIR]
 
-Runs on a synthetic Qwen3-MoE (hidden 2048, 32 experts of 768, top-8, random weights in bfloat16; computed in float32),
+Runs on a synthetic Qwen3-MoE (hidden 2048, 32 experts of 768, top-8, random bfloat16; computed in float32),
 with the tokenizer of CHECKPOINTS/llama-8m and its calibration texts. speed: the stock class of transformers with all
 weights in memory, its loading not counted, against the stream, whose reading and decoding counts; per CPU second of all
 threads, so that others on the machine do not matter, and per second. memory: peak resident memory of the commands,
@@ -22,7 +22,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from synthetic import make
+
+from moeconv.families.model import open_model
+from moeconv.plan.kernels.arrays import from_float
 
 BUDGET = 256_000_000  # --max-memory
 
@@ -31,10 +35,24 @@ def checkpoint(a: argparse.Namespace, scratch: Path) -> Path:
     """The synthetic model with a tokenizer."""
     path = scratch / "model"
     if not path.exists():
-        make(path, model_type="qwen3_moe", gigabytes=a.gigabytes, shards=4, random=True)
+        make(path, model_type="qwen3_moe", gigabytes=a.gigabytes, shards=4, random=False)
+        tell_apart(path)
         for file in (a.checkpoints / "llama-8m").glob("tokenizer*"):
             shutil.copy(file, path)
     return path
+
+
+def tell_apart(path: Path) -> None:
+    """Give every expert's gate a first row of its own: the block of random weights repeats, and copies do not train."""
+    model = open_model(path)
+    draw = np.random.default_rng(0)
+    for layer in model.moe_layers:
+        for expert in range(model.num_experts):
+            ref = model.checkpoint.tensors[model.expert_name("gate", layer=layer, expert=expert)]
+            row = from_float(draw.standard_normal(ref.shape[1], np.float32) * np.float32(0.02), ref.dtype)
+            with open(path / ref.shard, "r+b") as file:
+                file.seek(ref.start)
+                file.write(bytes(row))
 
 
 def texts(checkpoints: Path) -> list[str]:
@@ -49,7 +67,6 @@ def speed(a: argparse.Namespace, scratch: Path) -> None:
     from moeconv.calibrate.data import load_tokens
     from moeconv.calibrate.run import calibrate
     from moeconv.calibrate.stream import LayerStream
-    from moeconv.families.model import open_model
 
     torch.set_num_threads(a.threads)
     path = checkpoint(a, scratch)
@@ -95,7 +112,6 @@ def speed(a: argparse.Namespace, scratch: Path) -> None:
 def memory(a: argparse.Namespace, scratch: Path) -> None:
     """Peak resident memory of `calibrate` and of a layerwise `tune` with the model as its own teacher."""
     from moeconv.calibrate.stream import layer_bytes
-    from moeconv.families.model import open_model
 
     path = checkpoint(a, scratch)
     model = open_model(path)
@@ -143,7 +159,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="directory for the model (default: a temporary one)")
     a = parser.parse_args()
     a.gigabytes = a.gigabytes or {"speed": 0.65, "memory": 6.0}[a.part]
-    a.tokens = a.tokens or {"speed": 32768, "memory": 1024}[a.part]
+    a.tokens = a.tokens or {"speed": 32768, "memory": 512}[a.part]
     with tempfile.TemporaryDirectory(prefix="moeconv-bench-") as temporary:
         scratch = a.scratch or Path(temporary)
         scratch.mkdir(exist_ok=True)

@@ -89,7 +89,7 @@ def recovery(b: Bench, words: Sequence[str]) -> None:
     """qwen3moe-12m with half of its experts, before and after a distillation from the whole model."""
     whole, half = b.checkpoints / "qwen3moe-12m", b.scratch / "half"
     stats = b.scratch / "stats"
-    moeconv("calibrate", whole, stats, *b.calibration, "--seq-len", SEQ_LEN)
+    moeconv("calibrate", whole, stats, *b.calibration, "--seq-len", SEQ_LEN, "--tokens", 2 * b.tokens)
     moeconv("prune", whole, half, "--ratio", 0.5, "--stats", stats)
     start, best = b.loss(half), b.loss(whole)
     print(f"qwen3moe-12m {best:.4f}; 16 -> 8 experts: {start:.4f}; {b.amount}", flush=True)

@@ -157,6 +157,9 @@ class PruneOptions:
     protect_coverage: float | None = option(
         None, "Keep what makes up this share of a single data source's saliency, such as 0.5."
     )
+    target: tuple[str, ...] = option(
+        (), "Runtime that must run the result: transformers, vllm, sglang or llama.cpp; repeatable."
+    )
     protect: str | None = option(None, "Experts that stay: LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
 
 

@@ -143,8 +143,8 @@ class Model:
         if self.packed_experts:
             raise InputError(
                 f"{self.family.model_type} keeps all experts of a layer in one tensor; this command needs one tensor "
-                "an expert",
-                hint="`moeconv inspect` and `verify` read it; `moeconv families` shows families with separate experts.",
+                "an expert, as the runtimes do that read packed weights",
+                hint="`moeconv prune`, `calibrate` and `evaluate` take it as it is.",
             )
         return self.family.name(f"expert.{part}", layer=layer, expert=expert)
 

@@ -18,6 +18,7 @@ from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
+from moeconv.families.served import check_served
 from moeconv.families.spec import with_expert
 from moeconv.options import (
     PlanOptions,
@@ -39,6 +40,7 @@ from moeconv.prune.criteria import CRITERIA, Criterion, Evidence, Order, sample_
 Keep = Mapping[int, Sequence[int]]
 
 DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
+_RANKS = (2, 4, 8)  # devices that experts are commonly spread over
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
 
@@ -65,6 +67,7 @@ def check_prune(model: Model, **parameters: Any) -> int | None:
     _check_quantized(model, options, common)
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
+    check_served(model.family.model_type, options.target)
     protected = parse_protect(options.protect, model)
     left = budget(model, options, common)
     _check_numbers(options)
@@ -142,7 +145,7 @@ def plan_prune(
         block=block,
         warnings=(
             *model.checkpoint.warnings,
-            *_warnings(model, "" if left == model.num_experts else name, options, scales),
+            *_warnings(model, "" if left == model.num_experts else name, options, scales, left),
         ),
         dropped=model.dropped,
         promise=_promise(model, left),
@@ -536,8 +539,16 @@ def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None
     return config
 
 
-def _warnings(model: Model, criterion: str | None, options: PruneOptions, scales: Mapping[int, float]) -> list[str]:
-    warnings = []
+def _warnings(
+    model: Model, criterion: str | None, options: PruneOptions, scales: Mapping[int, float], left: int
+) -> list[str]:
+    warnings = check_served(model.family.model_type, options.target)
+    lost = [ranks for ranks in _RANKS if model.num_experts % ranks == 0 and left % ranks]
+    if lost:
+        warnings.append(
+            f"{left} experts do not divide over {' or '.join(map(str, lost))} devices, as {model.num_experts} do: "
+            "expert parallelism needs equal shares"
+        )
     if model.mtp_layers:
         warnings.append(
             f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the numbers that layer "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeconv.errors import UsageError, escape
+from moeconv.families.served import TARGETS
 from moeconv.options import did_you_mean
 from moeconv.quantize.spec import Format
 
-TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
 
 

@@ -141,3 +141,25 @@ def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli,
     assert torch.equal(logits(plain), logits(packed))
     stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
     assert stored, "the experts are not packed in memory"
+
+
+def test_what_a_router_cannot_give_is_refused_before_any_calibration(tmp_path, cli):
+    """Groups of equal size, two experts in each, enough for every token in those that it may use."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES["deepseek_v3"], dtype=torch.bfloat16)
+    for keep, word in ((5, "2 groups of equal size"), (2, "1 in each of 2 groups"), (1, "fewer than the 2")):
+        refused = cli("prune", source, tmp_path / "out", "--keep", keep, "--data", tmp_path / "none.txt", "--json")
+        assert refused.code == 2 and word in refused.json["error"]["message"], refused.out
+    kept = cli("prune", source, tmp_path / "out", "--keep", 4, "--json").json["prune"]["keep"]
+    assert all(sum(e < 4 for e in layer) == 2 for layer in kept.values())
+    refused = cli("prune", source, tmp_path / "out", "--keep", 4, "--protect", "1:0,1:1,1:2", "--json")
+    assert refused.code == 2 and "group 0" in refused.json["error"]["message"]
+
+
+@pytest.mark.parametrize("case", [case for case in MOE_CASES if case not in SEPARATE])
+def test_experts_in_one_tensor_are_not_packed(tmp_path, cli, case):
+    """No stock runtime reads packed weights for them, so nothing is written."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
+    for format in ("compressed-tensors", "bitsandbytes"):
+        refused = cli("quantize", source, tmp_path / "out", "--format", format, "--json")
+        assert refused.code == 3 and "one tensor" in refused.json["error"]["message"]
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,8 @@ from tiny import MOE, decode, edit_json, make_dense, make_moe, random_tensors, r
 
 from moeconv.calibrate.weights import aimer
 from moeconv.errors import InputError, UsageError
-from moeconv.families.model import open_model
+from moeconv.families.model import FAMILIES, open_model
+from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score
@@ -289,3 +290,18 @@ def test_a_router_that_does_not_renormalise_is_warned_of(tmp_path):
         model = open_model(make_moe(tmp_path / str(norm), "olmoe", norm_topk_prob=norm))
         plan = plan_prune(model, keep=2, criterion="saliency", evidence=statistics())
         assert sum("does not renormalise" in w for w in plan.warnings) == warned
+
+
+def test_targets_and_expert_parallelism(tmp_path):
+    mixtral = open_model(make_moe(tmp_path / "mixtral", experts=8))
+    for target in ("transformers", "vllm", "sglang", "llama.cpp"):
+        assert not any("says that" in w for w in plan_prune(mixtral, keep=4, target=(target,)).warnings)
+    with pytest.raises(UsageError, match="unknown runtime"):
+        plan_prune(mixtral, keep=4, target=("ollama",))
+    assert any("over 4 or 8 devices" in w for w in plan_prune(mixtral, keep=6).warnings)
+    assert any("over 8 devices" in w for w in plan_prune(mixtral, keep=4).warnings)
+    assert check_served("flex_olmo", ("vllm",)) == []
+    with pytest.raises(UsageError, match="does not run flex_olmo"):
+        check_served("flex_olmo", ("vllm", "llama.cpp"))
+    assert check_served("solar_open", ("vllm",)) == ["nothing says that vllm runs solar_open"]
+    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(FAMILIES)

@@ -140,18 +140,38 @@ def serialise_header(
 
     The JSON is padded with spaces so that the data starts at a multiple of 8 bytes.
     """
+    entries, _ = _entries(tensors, metadata)
+    text = _padded(entries)
+    base = 8 + len(text)
+    infos = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            infos[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), base + start, base + stop)
+    return struct.pack("<Q", len(text)) + text, infos
+
+
+def file_size(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Bytes of the file that `serialise_header` lays out, header included."""
+    entries, end = _entries(tensors, None)
+    return 8 + len(_padded(entries)) + end
+
+
+def _entries(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[dict[str, Any], int]:
+    """The header's JSON, and where the last tensor ends."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
-    relative: list[tuple[str, str, tuple[int, ...], int, int]] = []
     for name, dtype, shape in tensors:
         if name in entries:
             raise ValueError(f"tensor {name!r} appears twice")
         end = position + tensor_nbytes(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        relative.append((name, dtype, shape, position, end))
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, end)}
         position = end
+    return entries, position
+
+
+def _padded(entries: dict[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGN)
-    base = 8 + len(text)
-    infos = {n: TensorInfo(n, d, s, base + a, base + b) for n, d, s, a, b in relative}
-    return struct.pack("<Q", len(text)) + text, infos
+    return text + b" " * (-len(text) % _ALIGN)

@@ -23,6 +23,7 @@ from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import flag_of
+from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.world import World, current, first, join, launched, settle
 
@@ -168,6 +169,7 @@ def run(arguments: Sequence[str]) -> int:
     _SINK.mode, _SINK.deaf = "json" if "--json" in arguments else "human", False
     _SINK.mute = not launched().leads
     open_streams()
+    calm_collector()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread: a caller's business
             signal.signal(number, _on_signal)

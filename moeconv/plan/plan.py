@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moeconv.checkpoint.gguf import GgufHead
-from moeconv.checkpoint.header import DTYPE_BITS, serialise_header, tensor_nbytes
+from moeconv.checkpoint.header import DTYPE_BITS, file_size, tensor_nbytes
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.errors import UsageError
 
@@ -91,8 +91,7 @@ class Shard:
         """Size of the file, header included."""
         if self.gguf is not None:
             return self.gguf.serialise()[2]
-        header, _ = serialise_header((s.name, s.dtype, s.shape) for s in self.layout())
-        return len(header) + sum(item.nbytes for item in self.items)
+        return file_size((s.name, s.dtype, s.shape) for s in self.layout())
 
 
 @dataclass(frozen=True)

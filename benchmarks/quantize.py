@@ -216,8 +216,6 @@ def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, onl
         print(json.dumps(line), flush=True)
 
     stats = work / f"{name}.stats.safetensors"
-    if not stats.exists():
-        moeconv("calibrate", str(source), str(stats), *data_flags(checkpoints), "--seq-len", str(WINDOW))
     if not (losses / "source.npy").exists():
         np.save(losses / "source.npy", window_losses(source, checkpoints))
         note("source", source)
@@ -225,7 +223,10 @@ def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, onl
         if only and not any(word in row for word in only):
             continue
         more = [*data_flags(checkpoints), "--seq-len", str(WINDOW)] if "gptq" in flags else []
-        more += ["--stats", str(stats)] if "mixed" in flags else []
+        if "mixed" in flags:
+            if not stats.exists():
+                moeconv("calibrate", str(source), str(stats), *data_flags(checkpoints), "--seq-len", str(WINDOW))
+            more += ["--stats", str(stats)]
         out = work / f"{name} {row}"
         result = moeconv("quantize", str(source), str(out), *flags, *more, "--overwrite")
         note(row, out, cpu=round(result["cpu"], 1), weight_rms=result["quantize"]["error"]["relative_rms"]["mean"])

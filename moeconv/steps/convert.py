@@ -134,7 +134,11 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
     from moeconv.calibrate.codes import choose_codes
     from moeconv.quantize.planner import plan_quantize
 
-    packed = [i for i in plan.items() if i.inputs and i.kernel != "copy" and i.changed == "expert"]
+    packed = [
+        item
+        for item in plan.items()
+        if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
+    ]  # multi-token-prediction layers are not run: their experts keep the searched scales
     asked = named(values, DataOptions, MeasureOptions)
     with scratch() as folder:
         path = os.path.join(folder, "codes.safetensors")

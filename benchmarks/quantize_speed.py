@@ -1,0 +1,100 @@
+"""Speed and memory of quantize as a whole process, against llm-compressor and bitsandbytes on the same synthetic MoE.
+
+    python benchmarks/quantize_speed.py WORK [--gigabytes 1.7] [--peer PYTHON] [--only NAME ...]
+
+PYTHON is an interpreter that has llm-compressor. CPU seconds are the figure to read on a machine that others use too.
+The bitsandbytes row reads the same experts and calls `quantize_4bit` on each, in one thread; it writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+LLM_COMPRESSOR = """
+import sys
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import model_free_ptq
+weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128)
+scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+ignore = ["lm_head", "re:.*self_attn.*", "re:.*gate$", "re:.*embed_tokens.*"]
+model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme=scheme, ignore=ignore, device="cpu")
+"""
+BITSANDBYTES = """
+import sys
+from pathlib import Path
+import torch
+from bitsandbytes.functional import quantize_4bit
+from safetensors import safe_open
+torch.set_num_threads(1)
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            if ".experts." in name:
+                quantize_4bit(file.get_tensor(name), blocksize=64, quant_type="nf4")
+"""
+ROWS = {
+    "int4 rtn": [],
+    "int4 mse": ["--method", "mse"],
+    "int8 rtn": ["--bits", "8"],
+    "nf4": ["--format", "bitsandbytes", "--scheme", "nf4"],
+    "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
+}
+
+
+def run(command: list[str], **environment: str) -> dict[str, float]:
+    """Wall and CPU seconds, and the peak memory in MB, of a whole process."""
+    began = time.monotonic()
+    child = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{command[:3]} failed with {status}")
+    wall = time.monotonic() - began
+    return {"wall": round(wall, 1), "cpu": round(usage.ru_utime + usage.ru_stime, 2), "mb": usage.ru_maxrss // 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--gigabytes", default="1.7")
+    parser.add_argument("--peer", metavar="PYTHON")
+    parser.add_argument("--only", nargs="*", default=[])
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    source, out = given.work / f"moe-{given.gigabytes}", given.work / "out"
+    if not source.exists():
+        make = [sys.executable, str(HERE / "synthetic.py"), str(source), "--family", "qwen3_moe"]
+        subprocess.run([*make, "--gigabytes", given.gigabytes], check=True)
+    found: dict[str, dict[str, float]] = {}
+
+    def row(name: str, command: list[str], **environment: str) -> None:
+        if given.only and name not in given.only:
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        found[name] = run(command, **environment)
+        print(json.dumps({"gigabytes": given.gigabytes, "row": name, **found[name]}), flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+
+    for name, flags in ROWS.items():
+        row(name, [sys.executable, "-m", "moeconv", "quantize", str(source), str(out), *flags, "-q"])
+    if given.peer:
+        row("llm-compressor model_free_ptq", [given.peer, "-c", LLM_COMPRESSOR, str(source), str(out)], PYTHONPATH="")
+    row("bitsandbytes quantize_4bit", [sys.executable, "-c", BITSANDBYTES, str(source)])
+    pairs = (("int4 rtn", "llm-compressor model_free_ptq"), ("nf4", "bitsandbytes quantize_4bit"))
+    for ours, theirs in pairs:
+        if ours in found and theirs in found:
+            print(f"{ours}: {theirs} takes {found[theirs]['cpu'] / found[ours]['cpu']:.1f} times the CPU seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -49,7 +49,9 @@ def flags(step: Mapping[str, Any]) -> dict[str, str | bool]:
         return {}
     fields = {f.name: f for f in dataclasses.fields(group)}
     chosen = [n for n in _ALWAYS[command] if values.get(n) is not None]
-    chosen += [n for n, f in fields.items() if n not in chosen and n in values and values[n] not in (None, f.default)]
+    chosen += [
+        n for n, f in fields.items() if n not in chosen and n in values and values[n] not in (None, f.default, (), [])
+    ]
     return {name: _word(name, values[name]) for name in chosen if not isinstance(values[name], Mapping)}
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +159,11 @@ def load(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
-def run_transformers(path: Path, asked: Sequence[Sequence[int]]) -> list[list[int]]:
+def generate(model: Any, asked: Sequence[Sequence[int]]) -> list[list[int]]:
     import torch
 
     ids = torch.tensor(asked)
-    made = load(path).generate(
+    made = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, min_new_tokens=LENGTH, do_sample=False,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
@@ -188,16 +187,20 @@ def run_elsewhere(runtime: str, path: Path, asked: Sequence[Sequence[int]]) -> l
         raise RuntimeError(lines[-1].strip()[-200:] if lines else f"exit {done.returncode}") from None
 
 
-def agreement(reference: Any, asked: Sequence[Sequence[int]], answered: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """{agreement, gap}: share of answered tokens that are the reference's choice too, and the most (in logits) by
-    which it preferred another."""
+def agreement(runtime: str, packed: Path, plain: Path, asked: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """{agreement, gap}: share of a runtime's greedy tokens that are the reference's choice too, and the most (in
+    logits) by which it preferred another. In transformers both generate, so that all tokens must be the same."""
     import torch
 
+    reference = load(plain)
+    if runtime == "transformers":
+        mine, theirs = (torch.tensor(generate(model, asked)) for model in (load(packed), reference))
+        return {"agreement": float((mine == theirs).float().mean()), "gap": 0.0}
+    answered = run_elsewhere(runtime, packed, asked)
     ids = torch.tensor([[*a, *b] for a, b in zip(asked, answered, strict=True)])
     with torch.no_grad():
         logits = reference(ids).logits[:, len(asked[0]) - 1 : -1].float()
-    chosen = torch.tensor(answered)
-    gap = logits.amax(-1) - logits.gather(-1, chosen[..., None])[..., 0]
+    gap = logits.amax(-1) - logits.gather(-1, torch.tensor(answered)[..., None])[..., 0]
     return {"agreement": float((gap == 0).float().mean()), "gap": float(gap.max())}
 
 
@@ -215,14 +218,11 @@ def measure(source: Path, work: Path, only: Sequence[str] = ()) -> Iterator[dict
             yield {"format": name, "runtime": "-", "bytes": 0, "failed": f"refused: {error.message}"}
             continue
         dequantized(source, packed, plain, parameters)
-        reference = load(plain)
         size = sum(f.stat().st_size for f in packed.iterdir() if f.suffix in (".safetensors", ".gguf"))
         for runtime in there:
             row: dict[str, Any] = {"format": name, "runtime": runtime, "bytes": size}
             try:
-                run = run_transformers if runtime == "transformers" else partial(run_elsewhere, runtime)
-                answered = run(packed, asked)
-                row |= agreement(reference, asked, answered)
+                row |= agreement(runtime, packed, plain, asked)
             except RuntimeError as error:
                 row["failed"] = str(error)
             yield row

@@ -6,7 +6,6 @@ transformers always; vLLM and llama.cpp where MOECONV_VLLM_PYTHON and MOECONV_LL
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,9 +18,9 @@ import agreement as runtimes
 from moeconv.recipe import DEMO_DATA
 
 # Share of greedy tokens that must be the reference's choice too, and the most (in logits) by which it may have
-# preferred another. transformers computes the same numbers (the rest is bfloat16 ties between one pass and a cached
-# one); the others round activations, and a router that is nearly tied then picks another expert.
-LIMITS = {"transformers": (0.97, 0.3), "vllm": (0.85, 6.0), "llama.cpp": (0.85, 3.0)}
+# preferred another. vLLM and llama.cpp round activations otherwise, and the demo's untrained router is often nearly
+# tied: it then picks another expert.
+LIMITS = {"transformers": (1.0, 0.0), "vllm": (0.85, 6.0), "llama.cpp": (0.85, 3.0)}
 CASES = [(name, parameters, runtime) for name, parameters, tried in runtimes.ROWS for runtime in tried]
 
 
@@ -42,18 +41,14 @@ def test_runtime_computes_what_the_dequantized_model_does(tmp_path, source, name
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     runtimes.quantize(source, packed, parameters)
     runtimes.dequantized(source, packed, plain, parameters)
-    asked = runtimes.prompts(source)
-    run = runtimes.run_transformers if runtime == "transformers" else runtimes.run_elsewhere
     try:
-        answered = run(packed, asked) if runtime == "transformers" else run(runtime, packed, asked)
+        found = runtimes.agreement(runtime, packed, plain, runtimes.prompts(source))
     except RuntimeError as error:
         assert name in runtimes.REFUSED.get(runtime, ()), error
         return
     assert name not in runtimes.REFUSED.get(runtime, ()), f"{runtime} loads {name} by now: say so in its format"
-    found = runtimes.agreement(runtimes.load(plain), asked, answered)
     share, gap = LIMITS[runtime]
     assert found["agreement"] >= share and found["gap"] <= gap, found
-    shutil.rmtree(packed)
 
 
 @pytest.mark.skipif("MOECONV_LLAMA_CPP_PYTHON" not in os.environ, reason="MOECONV_LLAMA_CPP_PYTHON is not set")
@@ -65,6 +60,5 @@ def test_every_family_that_gguf_is_written_for(tmp_path, family):
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     runtimes.quantize(source, packed, parameters)
     runtimes.dequantized(source, packed, plain, parameters)
-    asked = runtimes.prompts(source)
-    found = runtimes.agreement(runtimes.load(plain), asked, runtimes.run_elsewhere("llama.cpp", packed, asked))
+    found = runtimes.agreement("llama.cpp", packed, plain, runtimes.prompts(source))
     assert found["agreement"] >= 0.85, found

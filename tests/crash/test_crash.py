@@ -6,6 +6,7 @@ the default suite.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -23,12 +24,13 @@ from pathlib import Path
 import pytest
 from faults import MODES, Faults
 from forkserver import ForkServer
-from tiny import hashes, make_dense, make_moe
+from tiny import hashes, make_dense, make_moe, read_tensors
 
 from moeconv.checkpoint.output import OutputDirectory
 from moeconv.errors import MoeconvError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
+from moeconv.plan.plan import pack_shards
 from moeconv.report.verify import verify
 from moeconv.upcycle.planner import plan_upcycle
 
@@ -441,6 +443,44 @@ def test_another_time_or_config_of_the_source_starts_anew(cli, interrupted, tmp_
         assert len(set(os.listdir(staging(out))) - keys) == 1
     assert cli(*words).code == 0
     assert not staging(out).exists(), "work that was given up goes with the commit"
+
+
+def test_another_version_of_moeconv_starts_anew(cli, interrupted, tmp_path, monkeypatch):
+    source, out = make_dense(tmp_path / "source"), tmp_path / "out"
+    words = ("upcycle", source, out, "--no-check", "--experts", 2, "--shard-size", "12KB")
+    interrupted(*words)
+    times = set(shard_times(next(staging(out).glob("*/out"))).values())
+    monkeypatch.setattr("moeconv.plan.execute.__version__", "9.9.9")
+    assert cli(*words).code == 0
+    assert times and not times & set(shard_times(out).values())
+    assert json.loads((out / "moeconv_manifest.json").read_text())["steps"][-1]["moeconv"] == "9.9.9"
+
+
+def test_another_origin_beside_the_source_starts_anew(tmp_path, monkeypatch):
+    """What a plan reads beside its source (a sibling model, an overlay) is part of what names the work."""
+    model, sibling = open_model(make_dense(tmp_path / "a")), make_dense(tmp_path / "b", seed=1)
+    plan = plan_upcycle(model, experts=2, shard_size=SIZE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    items = [
+        dataclasses.replace(i, inputs=tuple(dataclasses.replace(n, origin="source:1") for n in i.inputs))
+        if any(n.tensor == name for n in i.inputs) else i
+        for s in plan.shards for i in s.items
+    ]  # fmt: skip
+    plan = dataclasses.replace(plan, shards=pack_shards(items, shard_size=24_000), promise={})
+
+    def run(folder: Path) -> None:
+        origins = {"source:1": open_model(sibling).checkpoint}
+        execute(plan, source=model.checkpoint, out=folder, origins=origins, jobs=1)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("moeconv.plan.execute.write_file", lambda *_: (_ for _ in ()).throw(MemoryError))
+        run(tmp_path / "out")
+    times = set(shard_times(next(staging(tmp_path / "out").glob("*/out"))).values())
+    make_dense(sibling, seed=2)
+    run(tmp_path / "out")
+    assert not times & set(shard_times(tmp_path / "out").values())
+    written = read_tensors(tmp_path / "out")["model.layers.0.block_sparse_moe.experts.1.w3.weight"][2]
+    assert written == read_tensors(sibling)[name][2] != read_tensors(tmp_path / "a")[name][2]
 
 
 def test_companions_that_went_away_do_not_stay_behind(cli, interrupted, tmp_path, monkeypatch):

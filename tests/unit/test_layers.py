@@ -141,6 +141,23 @@ def test_no_file_branches_on_a_models_name(module):
         assert not names & {w for w in words if isinstance(w, str)}, f"{module}:{node.lineno}"  # type: ignore[attr-defined]
 
 
+@MODULES
+def test_code_of_a_checkpoint_is_never_trusted(module):
+    """Wherever transformers is asked, it is told so; nothing unpickles."""
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, module
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+            raise AssertionError(f"{module} unpickles")
+
+
+def test_something_is_told_not_to_trust():
+    told = [
+        m for m in FILES for n in ast.walk(parsed(m)) if isinstance(n, ast.keyword) and n.arg == "trust_remote_code"
+    ]
+    assert {room(m) for m in told} <= {"calibrate", "evaluate", "tune", "hf"} and len(told) >= 3
+
+
 @pytest.mark.parametrize("module", ["moeconv.plan.execute", "moeconv.plan.flow", "moeconv.plan.plan"])
 def test_the_loop_knows_no_verb(module):
     words = FILES[module].read_text().lower()

@@ -245,11 +245,12 @@ def family_table(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(lists), grid(["from", "to", "", "default", "note"], rows)]
 
 
-def format_table(result: Mapping[str, Any]) -> Table:
-    """Formats and runtimes."""
+def format_table(result: Mapping[str, Any]) -> list[Table]:
+    """Formats and runtimes, and what one should know about some of them."""
     runtimes = list(result["formats"][0]["loads"])
     rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
-    return grid(["format", "bits", *runtimes], rows)
+    notes = dict.fromkeys((f["format"], r, text) for f in result["formats"] for r, text in f["notes"].items())
+    return [grid(["format", "bits", *runtimes], rows), grid(["format", "runtime", "note"], [list(n) for n in notes])]
 
 
 def steps_table(result: Mapping[str, Any]) -> list[Table]:

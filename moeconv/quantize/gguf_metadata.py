@@ -28,6 +28,7 @@ PRE_TOKENIZERS: dict[str, str] = {
     _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: "llama-bpe",
     _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: "qwen2",
 }
+_IGNORE_MERGES = ("llama-bpe",)
 
 
 def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int]:
@@ -144,9 +145,11 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
         if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
             pattern = None
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    if pattern not in PRE_TOKENIZERS or normalizer not in (None, "NFC"):
+    known = pattern in PRE_TOKENIZERS and normalizer in (None, "NFC")
+    # whether a word that is a token as a whole skips the merges is part of llama.cpp's word too
+    if not known or bool(model.get("ignore_merges")) != (PRE_TOKENIZERS[pattern or ""] in _IGNORE_MERGES):
         raise InputError(
             "the tokenizer splits texts in a way that llama.cpp is not known to",
             hint=f"Known are byte-level BPEs that split as {', '.join(sorted(PRE_TOKENIZERS.values()))} do.",
         )
-    return PRE_TOKENIZERS[pattern]
+    return PRE_TOKENIZERS[pattern or ""]

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny import MOE, edit_json, make_moe, read_tensors
+from tiny import MOE, edit_json, make_dense, make_moe, read_tensors
 
 from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.checkpoint.reader import Checkpoint
@@ -15,6 +15,7 @@ from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.ggml import interleave
 from moeconv.plan.kernels.pack import ggml
+from moeconv.plan.meter import SilentMeter
 from moeconv.quantize.gguf_metadata import PRE_TOKENIZERS
 from moeconv.quantize.planner import plan_quantize
 
@@ -174,12 +175,18 @@ def test_tokenizers_that_are_not_known_are_refused(tmp_path):
         tokenizer(path, **changes)
         with pytest.raises(InputError):
             plan_quantize(open_model(path), format="gguf")
+    words = {chr(33 + i): i for i in range(64)}
     for regex, name in PRE_TOKENIZERS.items():
         if regex:
             known = split | {"pattern": {"Regex": regex}}
-            tokenizer(path, pre_tokenizer={"type": "Sequence", "pretokenizers": [known, level]})
+            pre = {"type": "Sequence", "pretokenizers": [known, level]}
+            model = {"type": "BPE", "vocab": words, "merges": [], "ignore_merges": name == "llama-bpe"}
+            tokenizer(path, pre_tokenizer=pre, model=model)
             plan = plan_quantize(open_model(path), format="gguf")
             assert name.encode() in plan.shards[0].gguf.metadata
+            tokenizer(path, pre_tokenizer=pre, model=model | {"ignore_merges": name != "llama-bpe"})
+            with pytest.raises(InputError, match="splits texts"):
+                plan_quantize(open_model(path), format="gguf")
     (path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         plan_quantize(open_model(path), format="gguf")
@@ -197,3 +204,37 @@ def test_other_refusals(tmp_path):
     edit_json(path / "config.json", architectures=["X"], model_type="phimoe")
     with pytest.raises(InputError):
         plan_quantize(open_model(path), format="gguf")
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_and_gives_the_same_bytes_again(tmp_path):
+    class CutOff(SilentMeter):
+        left = 40
+
+        def advance(self, nbytes):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    model = open_model(make(tmp_path / "m"))
+    plan = plan_quantize(model, format="gguf")
+    with pytest.raises(KeyboardInterrupt):
+        execute(plan, source=model.checkpoint, out=tmp_path / "out", meter=CutOff())
+    assert not (tmp_path / "out").exists()
+    for out in ("out", "other"):
+        execute(plan, source=model.checkpoint, out=tmp_path / out)
+    assert (tmp_path / "out/model.gguf").read_bytes() == (tmp_path / "other/model.gguf").read_bytes()
+
+
+def test_a_recipe_may_end_in_gguf(tmp_path, cli):
+    tokenizer(make_dense(tmp_path / "dense", hidden=64, intermediate=512))
+    steps = [
+        {"step": "upcycle", "from": "dense", "to": "moe", "with": {"experts": 4, "no_check": True}},
+        {"step": "quantize", "from": "moe", "to": "out", "with": {"format": "gguf"}},
+    ]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"steps": steps}))
+    planned = cli("run", tmp_path / "recipe.yaml", "--dry-run", "--json").json
+    done = cli("run", tmp_path / "recipe.yaml", "--json").json
+    size = (tmp_path / "out/model.gguf").stat().st_size
+    assert planned["steps"][-1]["bytes"] == done["steps"][-1]["bytes"] == size
+    assert done["steps"][-1]["result"]["quantize"]["counted"] == {"expert": 2 * 4 * 3}
+    assert (tmp_path / "out/README.md").read_text().count("model.gguf")

@@ -37,8 +37,8 @@ from moeconv.steps import convert
 
 SEQ_LEN = 256
 UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}
-TRAIN = {"objective": "distill", "train": "router,experts", "steps": 40, "batch_size": 4, "seq_len": SEQ_LEN, "seed": 0}
-REFITTED = ("reconstruction", "saliency", "reap")
+TRAIN = {"objective": "distill", "train": "router,experts", "steps": 40, "batch_size": 4, "seq_len": 128, "seed": 0}
+REFITTED = ("reconstruction", "reap")
 NONE: frozenset[int] = frozenset()
 
 

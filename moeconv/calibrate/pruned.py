@@ -45,15 +45,13 @@ class Variant:
 
 
 @torch.no_grad()
-def pruned_pass(
-    stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None, max_memory: int | None = None
-) -> None:
+def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None) -> None:
     """Pass all layers of `stream` and of its variants. A refit looks at the windows `fit` bool [n] (all where None).
 
     Raises InputError where the stock router cannot be masked, or a layer computes NaN.
     """
     for variant in variants:
-        variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, max_memory)
+        variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
         variant.hidden.copy_(stream.hidden)
     seen = torch.ones(len(stream.windows), dtype=torch.bool) if fit is None else torch.from_numpy(fit)
     for layer in stream.layers():

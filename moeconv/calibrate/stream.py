@@ -128,7 +128,7 @@ class LayerStream:
     ) -> None:
         if batch_size < 1:
             raise UsageError("--batch-size must be at least 1")
-        self.model, self.batch_size, self._max_memory = model, batch_size, max_memory
+        self.model, self.batch_size, self.max_memory = model, batch_size, max_memory
         self._meter = meter or SilentMeter()
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
@@ -254,7 +254,7 @@ class LayerStream:
         """The first layer's inputs [n, S, H]; notes on the way what every layer is called with, per batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
         self._fill(self._read(self._embedding_names()), under=self.skeleton.name_of(embedding) + ".")
-        hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self._max_memory)
+        hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self.max_memory)
         for rows in self.rows():
             ids = self.windows[rows].to(self.device)
             first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids)

@@ -18,14 +18,13 @@ def score_variants(
     source: np.ndarray,
     num_sources: int,
     fit: np.ndarray | None = None,
-    max_memory: int | None = None,
 ) -> list[list[Score]]:
     """A Score per variant and data source over the windows that `fit` bool [n] leaves to judge by (all where None);
     `source` int64 [n] is that of every window.
 
     `reference_loss` and `kl` compare with the unpruned model. Raises InputError as `pruned_pass`.
     """
-    pruned_pass(stream, variants, fit=fit, max_memory=max_memory)
+    pruned_pass(stream, variants, fit=fit)
     scores = [[Score() for _ in range(num_sources)] for _ in variants]
     for rows, logits in stream.tails([stream.hidden, *(v.hidden for v in variants)]):
         at = rows.start

@@ -14,7 +14,7 @@ from moeconv.families.rule import Rule, route
 
 
 class Reconstruction:
-    """One layer's token sample: `logits` [T, E], `outputs` [E or T, ...] as [T, E, P], weights for the tokens [T].
+    """One layer's token sample: `logits` [T, E], what every expert gives `outputs` [T, E, P], `scale` [T].
 
     The loss is the mean over tokens of |Y - Y_kept|^2 / scale^2, `scale` the norm of the residual stream that the
     layer adds to: what a later norm sees of the error.

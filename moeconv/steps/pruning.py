@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,10 +241,8 @@ def _decided(
     sets: dict[int, dict[int, list[int]]] = {}
     low, high = 0, len(counts)  # counts[high:] pass, counts[:low] do not
     while low < high:
-        step = max(1, (high - low) // (_AT_ONCE + 1))
-        tries = sorted({min(high - 1, low + step * (i + 1) - (step > 0 and low + step * (i + 1) >= high)) for i in
-                        range(_AT_ONCE)} | ({high - 1} if high - low <= _AT_ONCE else set()))  # fmt: skip
-        tries = [t for t in tries if low <= t < high] or [high - 1]
+        inside = min(_AT_ONCE, high - low)
+        tries = sorted({low + (high - low) * i // inside for i in range(inside)})
         for t in tries:
             sets[t] = planner.choose(
                 model, orders, counts[t], evidence=evidence, criterion=parameters["criterion"], protected=protected
@@ -255,7 +254,7 @@ def _decided(
         low = max([low, *(t + 1 for t in failing)])
         high = min([high, *(t for t in passing if t >= low)])
     if low >= len(counts):
-        least = _increase(measured[len(counts) - 1]) if counts and len(counts) - 1 in measured else float("nan")
+        least = _increase(measured[len(counts) - 1]) if counts else math.nan
         raise UsageError(
             f"--max-loss-increase {gate}: removing a single expert per layer already raises the loss by {least:.4f}",
             hint="Allow more, or pass --refit.",
@@ -314,8 +313,7 @@ def curve(
         if parameters[flag] is not None:
             raise UsageError("--curve shows every ratio: it takes no budget", hint="Leave out --ratio and its kin.")
     counts = [n for n in range(1, model.num_experts) if _feasible(model, n, parameters)]
-    planner.check_prune(model, **(parameters | {"keep": counts[-1] if counts else model.num_experts}))
-    protected: Mapping[int, frozenset[int]]
+    planner.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
     with scratch() as folder:
         evidence = _gathered(model, values, parameters | {"keep": counts[-1]}, folder, meter=meter)
         orders = planner.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))

@@ -27,6 +27,13 @@ def test_copies_need_no_torch_and_under_100_mb(tmp_path, command, gigabytes):
     assert done.json["peak_rss_bytes"] < 100 * MEGABYTE
 
 
+def test_eight_files_at_once_stay_under_it_too(tmp_path, command):
+    source = _synthetic(tmp_path / "dense", "llama", 0.15)
+    done = command("upcycle", source, tmp_path / "out", "--experts", 8, "--shard-by", "expert", "--no-check", "--json")
+    assert done.code == 0, done.err
+    assert done.json["shards"] == 9 and done.json["peak_rss_bytes"] < 100 * MEGABYTE
+
+
 @pytest.mark.parametrize(
     ("verb", "flags", "limit"),
     [

@@ -156,8 +156,6 @@ def _loading(plan: Plan) -> str:
         'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n```'
     )
     parts = []
-    if plan.gguf:
-        code = code.replace('"PATH", dtype', '"PATH", gguf_file="model.gguf", dtype')
     if not isinstance(loads, Mapping) or loads.get("transformers") in ("ok", "dequantized"):
         note = (
             " (experts are expanded to the model's dtype in memory)"

@@ -157,6 +157,7 @@ def test_scope(tmp_path):
     [
         ({"target": ("llama.cpp",)}, "llama.cpp cannot load compressed-tensors int4"),
         ({"target": ("transformers", "vllm"), "format": "bitsandbytes", "scheme": "int8"}, "vllm cannot load"),
+        ({"target": ("transformers",), "format": "gguf"}, "transformers cannot load gguf q4_k"),
         ({"target": ("tgi",)}, "unknown runtime"),
         ({"double_quant": True}, "no meaning for compressed-tensors int4"),
         ({"double_quant": True, "format": "bitsandbytes", "bits": 8}, "no meaning for bitsandbytes int8"),

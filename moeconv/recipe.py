@@ -10,16 +10,18 @@
         to: ${work}/moe
         with: {experts: 8, top_k: 2, method: drop}
 
-`with` takes the words of the command's flags. ${NAME} is a variable of the recipe, of --set, or of the environment;
-${demo} is the folder of the data that ships with moeconv. Relative paths are relative to the recipe.
+`with` takes the words of the command's flags; `grid: {top_k: [1, 2], method: [copy, drop]}` beside it makes a step of
+every combination, whose output is named `to` and the values. ${NAME} is a variable of the recipe, of --set, or of the
+environment; ${demo} is the folder of the data that ships with moeconv. Relative paths are relative to the recipe.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ class StepSpec(_Strict):
     to: str | None = None
     name: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict, alias="with")
+    grid: dict[str, list[str | int | float | bool]] = Field(default_factory=dict)
 
 
 class RecipeSpec(_Strict):
@@ -119,7 +122,7 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     variables = _variables(checker, spec, settings)
     return Recipe(
         spec.name,
-        tuple(checker.step(i, s, variables) for i, s in enumerate(spec.steps)),
+        tuple(step for i, s in enumerate(spec.steps) for step in checker.steps(i, s, variables)),
         None if spec.evaluate is None else checker.typed("evaluate", spec.evaluate, ("evaluate",), variables),
         None if spec.report is None else checker.path(spec.report, ("report",), variables),
     )
@@ -192,10 +195,39 @@ class _Checker:
             first = error.errors()[0]
             path = tuple(first["loc"])
             if first["type"] == "extra_forbidden":
-                known = ("step", "from", "to", "name", "with") if "steps" in path else tuple(RecipeSpec.model_fields)
+                known = (
+                    ("step", "from", "to", "name", "with", "grid")
+                    if "steps" in path
+                    else tuple(RecipeSpec.model_fields)
+                )
                 raise self.fail(path, f"unknown key {escape(path[-1])!r}", o.did_you_mean(path[-1], known)) from None
             where = ".".join(str(p) for p in path)
             raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
+
+    def steps(self, index: int, spec: StepSpec, variables: _Variables) -> list[Step]:
+        """The step, or one for every combination of its grid's values, which `to` and the name then end with."""
+        if not spec.grid:
+            return [self.step(index, spec, variables)]
+        path = ("steps", index, "grid")
+        for key, values in spec.grid.items():
+            if key in spec.parameters:
+                raise self.fail((*path, key), f"{escape(key)} stands in `with` and in `grid`", "Leave one out.")
+            if not values or len(set(map(str, values))) < len(values):
+                raise self.fail((*path, key), f"grid: {escape(key)} needs a list of different values")
+            if not all(re.fullmatch(r"[\w.:+-]+", str(value)) for value in values):
+                raise self.fail((*path, key), f"grid: a value of {escape(key)} cannot be part of a file name")
+        if spec.to is None:
+            raise self.fail(path, f"{escape(spec.step)} writes nothing: grid needs `to`")
+        made = []
+        for point in itertools.product(*spec.grid.values()):
+            chosen = dict(zip(spec.grid, point))
+            to = "-".join([spec.to, *map(str, point)])
+            step = self.step(
+                index, spec.model_copy(update={"parameters": spec.parameters | chosen, "to": to}), variables
+            )
+            words = [f"{key} {value}" for key, value in chosen.items() if str(value) not in step.name.split()]
+            made.append(replace(step, name=" ".join([step.name, *words])))
+        return made
 
     def step(self, index: int, spec: StepSpec, variables: _Variables) -> Step:
         path = ("steps", index)

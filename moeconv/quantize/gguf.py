@@ -94,8 +94,8 @@ def _stack(name: str, specs: list[TensorSpec]) -> Stack:
     return Stack(name, specs[0].dtype, shape, tuple(s.name for s in specs))
 
 
-# transformers 5.23, measured: a Mixtral's GGUF becomes a dense Llama with random FFNs, without an exception; of Qwen3-MoE
-# it takes the experts' width for the default and refuses.
+# transformers 5.23, measured: a Mixtral's GGUF becomes a dense Llama with random FFNs, without an exception; for
+# Qwen3-MoE it takes the default for the experts' width and refuses.
 _LOADS = {"transformers": "no", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "ok"}
 
 GGUF = Format(

@@ -162,13 +162,15 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # weights arrive decoded
         config.output_router_logits = config.output_hidden_states = config.output_attentions = False
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        free = model.family.kind == "moe" and stock._can_set_experts_implementation()
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
             module = AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager",
-                experts_implementation=experts if model.family.kind == "moe" else "eager",
+                attn_implementation="sdpa" if stock._supports_sdpa else "eager",
+                experts_implementation=experts if free else "eager",
                 trust_remote_code=False,
             )
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -245,6 +245,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
     check_kinds(family, _text_config(checkpoint.config, family))
+    family = _with_rule(family, _text_config(checkpoint.config, family))
     roles, dropped = _assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)
     _check_complete(model)
@@ -252,6 +253,14 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     if not model.quantization:
         _check_shapes(model)
     return model
+
+
+def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
+    """The row with the routing rule that config.json picks."""
+    if family.rules is None:
+        return family
+    key, rules = family.rules
+    return replace(family, routing=rules.get(str(family.default(key, config)), family.routing))
 
 
 def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:

@@ -505,6 +505,7 @@ COHERE2_MOE = moe_row(
     shared_width=("intermediate_size", "num_shared_experts"),
     placement=placement.WORDS,
     routing=Routing("softmax_topk", "always"),
+    rules=("expert_selection_fn", {"sigmoid": Routing("sigmoid", "norm_topk_prob")}),
     sliding=sliding.ALL_BUT_LAST_OF_FOUR,
     rotary="interleaved",
 )

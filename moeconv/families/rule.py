@@ -26,6 +26,12 @@ class Rule:
     group_best: int = 2
 
 
+def has_numbers(model: Model) -> bool:
+    """Whether `route` knows the model's rule."""
+    routing = model.family.routing
+    return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid") and not routing.on_input
+
+
 def rule_of(model: Model) -> Rule:
     """The rule of a Mixture-of-Experts."""
     routing = model.family.routing

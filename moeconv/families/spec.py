@@ -106,6 +106,7 @@ class Family:
     shared_weight: float = 1.0  # of the shared expert's output, where its gate (if it has one) is zero
     placement: Placement = EVERY
     routing: Routing | None = None
+    rules: tuple[str, Mapping[str, Routing]] | None = None  # config key whose value takes another rule than `routing`
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: Mapping[str, Packed] = field(default_factory=dict)
     rotary: str = "half"

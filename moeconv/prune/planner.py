@@ -17,7 +17,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.rule import rule_of
+from moeconv.families.rule import has_numbers, rule_of
 from moeconv.families.served import check_served
 from moeconv.families.spec import with_expert
 from moeconv.options import (
@@ -41,12 +41,15 @@ Keep = Mapping[int, Sequence[int]]
 
 DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
 _RANKS = (2, 4, 8)  # devices that experts are commonly spread over
+_WITHOUT_RULE = "saliency"  # where no rule in numbers says what tokens do without an expert
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
 
-def resolve_criterion(name: str | None, *, has_data: bool) -> str:
-    """The criterion of a run. Raises UsageError when it needs statistics that are not given."""
-    chosen = name or (DEFAULT if has_data else "aimer")
+def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None = None) -> str:
+    """The criterion of a run; without one that the user names, one that the model's routing rule allows. Raises
+    UsageError when it needs statistics that are not given."""
+    best = DEFAULT if model is None or has_numbers(model) else _WITHOUT_RULE
+    chosen = name or (best if has_data else "aimer")
     if chosen not in CRITERIA:
         raise UsageError(f"unknown --criterion {escape(chosen)}", hint=did_you_mean(chosen, CRITERIA))
     if CRITERIA[chosen].needs_data and not has_data:

@@ -48,7 +48,7 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
 
         parameters = named(values, PruneOptions, PlanOptions)
         has_data = bool(values.get("stats") or values.get("data"))
-        parameters["criterion"] = resolve_criterion(parameters["criterion"], has_data=has_data)
+        parameters["criterion"] = resolve_criterion(parameters["criterion"], has_data=has_data, model=model)
         return plan_prune(model, **parameters)
     if command == "quantize":
         from moeconv.quantize.planner import plan_quantize

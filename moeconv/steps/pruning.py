@@ -68,7 +68,9 @@ def prune(
     options, data = take(PruneOptions, values), take(DataOptions, values).data
     write = take(WriteOptions, values)
     parameters = named(values, PruneOptions, PlanOptions)
-    parameters["criterion"] = planner.resolve_criterion(options.criterion, has_data=bool(options.stats or data))
+    parameters["criterion"] = planner.resolve_criterion(
+        options.criterion, has_data=bool(options.stats or data), model=model
+    )
     measures = [n for n in (*_REPAIRS, "curve") if getattr(options, n)]
     measures += ["max_loss_increase"] if options.max_loss_increase is not None else []
     judged = options.top_k is not None and bool(data)  # what a change of top-k costs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from words import add_tokenizer, text
 
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.stream import LayerStream
@@ -70,3 +71,20 @@ def test_weights_on_the_input_have_no_statistics(tmp_path, cli):
     (tmp_path / "text").write_text("word " * 100)
     refused = cli("calibrate", path, tmp_path / "stats", "--data", tmp_path / "text", "--json")
     assert refused.code == 3 and "weighs what goes into an expert" in refused.json["error"]["message"]
+
+
+@pytest.mark.parametrize("case", ["cohere2_moe", "phimoe", "glm4_moe", "gpt_oss"])
+def test_prune_by_data_follows_the_rule_of_the_model(tmp_path, cli, case):
+    """By default what suits the rule: sigmoid by config, sparsemixer, groups, softmax over the chosen with a bias."""
+    path = add_tokenizer(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32))
+    (tmp_path / "text").write_text(text(400))
+    flags = ("--data", tmp_path / "text", "--seq-len", 16, "--json")
+    done = cli("prune", path, tmp_path / "pruned", "--keep", 6, *flags)
+    assert done.code == 0, done.out
+    assert cli("evaluate", tmp_path / "pruned", *flags).code == 0
+
+
+def test_weights_on_the_input_are_evaluated(tmp_path, cli):
+    path = add_tokenizer(save_stock(tmp_path / "moe", *MOE_CASES["llama4"], dtype=torch.float32))
+    (tmp_path / "text").write_text(text(400))
+    assert cli("evaluate", path, "--data", tmp_path / "text", "--seq-len", 16, "--json").code == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moeconv.families.model import FAMILIES, open_model
+from moeconv.tensors import read_tensor
 from tests.contract.stock import MOE_CASES, load, logits, relative_difference, save_stock
 
 torch.set_num_threads(1)
@@ -126,6 +127,17 @@ def test_compressed_tensors_load_in_transformers_as_the_decoded_weights(tmp_path
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
     plain.config._is_quantized = True  # jamba's class adds a bias at another place then
     assert torch.equal(logits(plain), logits(packed))
+
+
+def test_scales_of_either_sign_load_in_transformers_as_the_decoded_weights(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_moe"], dtype=torch.bfloat16)
+    done = cli("quantize", source, tmp_path / "packed", "--method", "mse", "--json")
+    assert done.code == 0, done.out
+    model = open_model(tmp_path / "packed")
+    scales = [name for name, role in model.roles.items() if role.part == "scale"]
+    assert any(bool((read_tensor(model.checkpoint, name) < 0).any()) for name in scales)
+    plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
+    assert torch.equal(logits(plain), logits(load(tmp_path / "packed", dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize(("case", "scheme"), BITSANDBYTES)

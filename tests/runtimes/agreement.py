@@ -33,6 +33,8 @@ ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("compressed-tensors int4 g128", {"group_size": "128"}, ("transformers", "vllm")),
     ("compressed-tensors int4 g64", {"group_size": "64"}, ("transformers", "vllm")),
     ("compressed-tensors int4 g32", {"group_size": "32"}, ("transformers", "vllm")),
+    # scales of either sign
+    ("compressed-tensors int4 g128 mse", {"group_size": "128", "method": "mse"}, ("transformers", "vllm")),
     ("compressed-tensors int8 g128", {"bits": 8, "group_size": "128"}, ("transformers", "vllm")),
     ("compressed-tensors int8 channel", {"bits": 8, "group_size": "channel"}, ("transformers",)),
     ("bitsandbytes nf4", {"format": "bitsandbytes"}, ("transformers",)),

@@ -213,7 +213,14 @@ def sample_of(evidence: Evidence, layer: int) -> Reconstruction:
     if layer not in evidence.samples:
         assert evidence.statistics is not None and evidence.rule is not None
         names = ("sample_logits", "sample_outputs", "sample_scale", "sample_bias", "sample_factor", "sample_unit")
-        logits, outputs, scale, bias, factor, unit = (evidence.statistics.layer(layer, name) for name in names)
+        try:
+            logits, outputs, scale, bias, factor, unit = (evidence.statistics.layer(layer, name) for name in names)
+        except InputError:
+            raise InputError(
+                f"the statistics hold no token sample of layer {layer}: they are older, or the router follows a rule "
+                "that is not known",
+                hint="Calibrate again, or pass --criterion saliency.",
+            ) from None
         evidence.samples[layer] = Reconstruction(
             evidence.rule, logits, outputs.astype(np.float32) * unit[0], scale=scale, bias=bias, factor=float(factor[0])
         )

@@ -60,6 +60,18 @@ def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None =
     return chosen
 
 
+def default_criterion(model: Model, evidence: Evidence) -> str:
+    """What decides when nothing is asked for: by the weights without statistics, else the benchmark's winner, or
+    `saliency` where the statistics hold no token sample (a router whose rule is not known, or an older file)."""
+    if evidence.statistics is None:
+        return "aimer"
+    try:
+        evidence.statistics.layer(model.moe_layers[0], "sample_unit")
+    except (InputError, KeyError):
+        return "saliency"
+    return DEFAULT
+
+
 def check_prune(model: Model, **parameters: Any) -> int | None:
     """Everything that can be refused before anything is measured. Returns the experts left per layer, None where the
     data decides them (--threshold, --max-loss-increase). Raises UsageError and InputError."""
@@ -99,7 +111,7 @@ def plan_prune(
     left = check_prune(model, **parameters)
     options, common = take(PruneOptions, parameters), take(PlanOptions, parameters)
     evidence = evidence or Evidence()
-    name = options.criterion or (DEFAULT if evidence.statistics is not None else "aimer")
+    name = options.criterion or default_criterion(model, evidence)
     orders: dict[int, Order] | None = None
     if keep_experts is None and left != model.num_experts:
         orders = orders_of(model, evidence, **parameters)
@@ -261,7 +273,7 @@ def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
 def orders_of(model: Model, evidence: Evidence, **parameters: Any) -> dict[int, Order] | None:
     """Every layer's order of removal, or None when the evidence has not been measured (a dry run)."""
     options = take(PruneOptions, parameters)
-    name = options.criterion or (DEFAULT if evidence.statistics is not None else "aimer")
+    name = options.criterion or default_criterion(model, evidence)
     evidence = replace(
         evidence, rule=rule_of(model), similarity=options.similarity, num_experts=model.num_experts,
         seed=take(PlanOptions, parameters).seed,

@@ -90,8 +90,10 @@ def prune(
     with scratch() as folder:
         if write.dry_run:
             evidence = _evidence(model, options.stats, parameters, jobs=None)
+            _settle(model, evidence, options, parameters)
             return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
         evidence = _gathered(model, values, parameters, folder, meter=meter)
+        warnings = _settle(model, evidence, options, parameters)
         keep, extra = _decided(model, evidence, values, parameters, meter=meter)
         if judged and not extra:
             extra = _cost(model, evidence, values, parameters, meter=meter)
@@ -110,7 +112,18 @@ def prune(
         )
         result = run(plan, model, out, values, meter=meter, origins=overlays or None)
     result["prune"] |= extra
+    result["warnings"] += warnings
     return result
+
+
+def _settle(model: Model, evidence: Evidence, options: PruneOptions, parameters: dict[str, Any]) -> list[str]:
+    """Put the default criterion that the evidence allows into `parameters`; a warning where it is the second best."""
+    if options.criterion is not None or evidence.statistics is None:
+        return []
+    parameters["criterion"] = planner.default_criterion(model, evidence)
+    if parameters["criterion"] == planner.DEFAULT:
+        return []
+    return ["the statistics hold no token sample (an older file, or a routing rule that is not known): by saliency"]
 
 
 # -- evidence ----------------------------------------------------------------------------------------------------------
@@ -318,6 +331,7 @@ def curve(
     planner.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
     with scratch() as folder:
         evidence = _gathered(model, values, parameters | {"keep": counts[-1]}, folder, meter=meter)
+        warnings = _settle(model, evidence, options, parameters)
         orders = planner.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))
         assert orders is not None
         protected = planner.protected_experts(model, options, evidence)
@@ -344,7 +358,7 @@ def curve(
     result = {
         "command": "prune", "output": out, "dry_run": False, "criterion": criterion, "refit": options.refit,
         "reference_loss": scores[0].mean("reference_loss"), "tokens": scores[0].tokens, "curve": rows,
-        "keep": {str(layer): list(order.experts) for layer, order in orders.items()}, "warnings": [],
+        "keep": {str(layer): list(order.experts) for layer, order in orders.items()}, "warnings": warnings,
     }  # fmt: skip
     result["removal_order"] = result.pop("keep")
     if path is not None:

@@ -265,8 +265,19 @@ def test_what_a_criterion_without_sample_says(tmp_path: Path) -> None:
 
     from dataclasses import replace
 
-    with pytest.raises(InputError, match="no sample"):
-        CRITERIA["reconstruction"].order(replace(evidence, statistics=NoSample(), samples={}), 0, NONE)
+    without = replace(evidence, statistics=NoSample(), samples={})
+    with pytest.raises(InputError, match="no token sample of layer 0"):
+        CRITERIA["reconstruction"].order(without, 0, NONE)
+    plan = plan_prune(open_model(path), keep=4, evidence=without)
+    assert plan.block["criterion"] == "saliency", "the default is what the evidence allows"
+    assert plan_prune(open_model(path), keep=4, evidence=evidence).block["criterion"] == "reconstruction"
+
+
+def test_a_router_whose_rule_is_not_known_is_pruned_by_saliency(tmp_path: Path, cli: Any) -> None:
+    path = make(tmp_path / "model", "phimoe")
+    done = run(cli, path, tmp_path / "out", tmp_path, "--keep", 4)
+    assert done.code == 0, done.out
+    assert done.json["prune"]["criterion"] == "saliency" and "token sample" in " ".join(done.json["warnings"])
 
 
 def test_half_a_split_judges(tmp_path: Path) -> None:

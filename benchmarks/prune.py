@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--held", type=int, default=None, help="held-out tokens (default: all)")
     parser.add_argument("--domains", nargs="*", default=[], help="calibrate on one domain too, such as c")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.3])
     parser.add_argument("--distill", type=int, default=0, help="steps of router distillation")
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -144,7 +144,7 @@ class PruneOptions:
     )
     stats: str | None = option(None, "Statistics from `moeconv calibrate`.")
     refit: bool = option(False, "Refit the kept experts' down_proj on --data to what the whole layer gave.")
-    refit_strength: float = option(0.1, "Ridge of --refit, in units of the mean squared activation.")
+    refit_strength: float = option(0.3, "Ridge of --refit, in units of the mean squared activation.")
     refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
     rescale: bool | None = option(
         None, "Fold the least-squares scale into down_proj (default: where the router does not renormalise)."

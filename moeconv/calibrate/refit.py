@@ -22,7 +22,7 @@ class Refit:
     """`strength`: the ridge, in units of the mean squared activation; `sweeps` over the experts; `target` "stream" (the
     unpruned model's residual stream) or "layer" (the whole layer on the pruned model's inputs)."""
 
-    strength: float = 0.1
+    strength: float = 0.3
     sweeps: int = 2
     target: str = "stream"
 

@@ -75,6 +75,11 @@ def plan_upcycle(
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
+    if splits and (dtype or model.dtype) == "F16" and "router.weight" not in target.float32:
+        raise InputError(
+            f"--method split writes router rows of {target.model_type} that float16 cannot hold (about 1e-6)",
+            hint="Pass --dtype bfloat16 or float32.",
+        )
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, target, options, cut, layers)
     draft.warnings += told + _ties(options, target, cut, dtype or model.dtype)

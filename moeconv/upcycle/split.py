@@ -123,5 +123,5 @@ def split_block(partition: Partition | None, shape: SplitShape) -> dict[str, Any
     block: dict[str, Any] = {"active_share": round(active / (shape.shared + shape.experts * shape.width), 6)}
     if partition is not None:
         block["layers"] = [dict(row) for row in partition.metadata["layers"]]
-    block["compensation"] = "none: the target has no place for the mean of what is not chosen"
+    block["compensation"] = "none: what is not chosen counts as zero (compensated_error: with its mean added)"
     return block

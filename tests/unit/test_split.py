@@ -179,6 +179,7 @@ def test_a_dry_run_states_the_sizes_that_the_run_has(tmp_path, cli, dense):
         (2, "equal pieces", ("--granularity", "2", "--dry-run")),
         (2, "number of experts that are always on", ("--shared-experts", "0.25", "--dry-run")),
         (3, "does not exist", ("--stats", "nowhere")),
+        (3, "float16 cannot hold", ("--dtype", "float16", "--dry-run")),
     ],
 )
 def test_refusals(tmp_path, cli, dense, code, words, flags):

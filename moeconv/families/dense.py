@@ -679,12 +679,43 @@ GRANITE_HYBRID = _llama_like(
     no_experts="num_local_experts",
 )
 
+
+def _bamba_kinds(get: Get, layers: int) -> list[str]:
+    full = get("attn_layer_indices") or []
+    return ["full_attention" if i in full else "linear_attention" for i in range(layers)]
+
+
+BAMBA = _llama_like(
+    "bamba",
+    "BambaForCausalLM",
+    {key: value for key, value in MAMBA_CONFIG.items() if key not in ("layer_types", "position_embedding_type")}
+    | {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attn_layer_indices": None,
+        "num_logits_to_keep": 1,
+        "z_loss_coefficient": 0.0,
+    },
+    tensors={k: v for k, v in BLOCK.items() if k not in ("norm.final", "norm.ffn")}
+    | {"norm.final": "model.final_layernorm.weight", "norm.ffn": _LAYER + "pre_ff_layernorm.weight"}
+    | _ATTENTION_BIAS
+    | MAMBA
+    | {k: v.replace(".mlp.", ".feed_forward.") for k, v in (DENSE_FFN | FFN_BIAS).items()},
+    neutral=_NO_BIAS,
+    partial=0.5,
+    layer_kinds=_bamba_kinds,
+    where=HYBRID_WHERE,
+)
+
 DENSE: dict[str, Family] = {
     f.model_type: f
     for f in (
         LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
         MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
         SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
-        QWEN3_5, GRANITE_HYBRID,
+        QWEN3_5, GRANITE_HYBRID, BAMBA,
     )
 }  # fmt: skip

@@ -120,6 +120,16 @@ PAIRS: tuple[Pair, ...] = (
         config={"shared_intermediate_size": 128},
         rename=dict.fromkeys(("shared_intermediate_size", "num_local_experts", "num_experts_per_tok")),
     ),
+    Pair(
+        "bamba",
+        "granitemoehybrid",
+        default=True,
+        note=f"state-space layers included; partial rotary through longrope factors; {_ZERO_128}",
+        config=_HYBRID,
+        # what only generation and training look at, and what layer_types says
+        rename=dict.fromkeys(("attn_layer_indices", "num_logits_to_keep", "z_loss_coefficient")),
+        folds=("neutral_multipliers",),
+    ),
     Pair("granite_swa", "granitemoe_swa", default=True, config=_NO_SHARED),
     Pair("hyperclovax", "granitemoe", default=True, note="without post norms", folds=("logits_times",)),
     Pair("llama", "granitemoe", folds=("neutral_multipliers",)),

@@ -33,6 +33,7 @@ _MULTIPLIED = {
 }
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
         "v_head_dim": 16}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16}
 _MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _BIASED = _DENSE | {"attention_bias": True}
 
@@ -132,6 +133,8 @@ CASES: dict[str, Case] = {
             "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16},
         (),
     ),
+    "bamba": ("bamba", _DENSE | _MAMBA | {"attn_layer_indices": [1]}, ()),
+    "bamba-bias": ("bamba", _BIASED | _MAMBA | {"attn_layer_indices": [0, 2], "mamba_proj_bias": True}, ()),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),
@@ -179,6 +182,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "mixtral",
         "partial rotary",
     ),
+    "bamba mlp_bias -> granitemoehybrid": ("bamba", _DENSE | _MAMBA | {"mlp_bias": True}, None, "mlp_bias"),
     "gemma2": ("gemma2", _HEAD, None, "softcap"),
     "glm4": ("glm4", _HEAD, None, "norms before and after"),
     "qwen3 mixed sliding -> qwen3_moe": (

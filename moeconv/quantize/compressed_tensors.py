@@ -56,7 +56,7 @@ COMPRESSED_TENSORS = Format(
     grouped=True,
     make=_make_packed,
     config=_packed_config,
-    loads={"int4": _LOADS, "int8": _LOADS},
+    loads={"int4": _LOADS, "int8": _LOADS | {"vllm": "unknown"}},  # refused by its CPU backend, measured
     mixed=_LOADS | {"transformers": "no"},
     notes=_NOTES,
 )

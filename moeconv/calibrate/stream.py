@@ -98,6 +98,11 @@ class Layer:
         if own:
             self.advanced, self._halfway = advance, False
 
+    def free(self) -> None:
+        """Let go of the weights, all batches being through, before the next layer is asked for."""
+        self._stream.skeleton.empty(self.module)
+        release_memory()
+
     def pass_on(self) -> None:
         """Advance without looking."""
         for _ in self.batches():

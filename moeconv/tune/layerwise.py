@@ -1,7 +1,7 @@
 """Training a layer at a time: each Mixture-of-Experts layer learns the teacher's FFN on the teacher's own inputs to it.
 
-Minimises ||MoE(x) - FFN(x)||^2 / ||FFN(x)||^2. In memory at a time: a layer of each model and the activations in front
-of and behind one FFN, whatever the number of layers.
+Minimises ||MoE(x) - FFN(x)||^2 / ||FFN(x)||^2. In memory at a time: a layer of one of the models, the bytes of the
+teacher's next one, and the activations in front of and behind one FFN, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def each_layer(
             rows = slice(batch.rows.start * windows.shape[1], batch.rows.stop * windows.shape[1])
             inputs[rows].copy_(batch.ffn_input)
             outputs[rows].copy_(batch.ffn_output)
+        layer.free()  # the teacher's layer and the student's are never in memory together
         filled = fill_block(skeleton, layer.index)
         yield filled, inputs, outputs
         skeleton.empty(filled.module)

@@ -44,11 +44,15 @@ def texts(root: Path, kind: str) -> tuple[str, ...]:
 def look(root: Path, path: Path) -> dict[str, Any]:
     """Held-out loss in nats per token, active parameters and FLOPs per token (attention and router counted)."""
     values = {"data": texts(root, "heldout"), "seq_len": SEQ_LEN, "tokens": HELD_OUT, "seed": 0}
-    found = inspect(open_model(path))
+    model = open_model(path)
+    found = inspect(model)
+    head = model.value("head_dim") or model.hidden_size // model.value("num_attention_heads")
+    seen = (SEQ_LEN + 1) / 2  # positions that a token attends to, on average: a product and a sum each for keys, values
+    attention = round(4 * seen * model.value("num_attention_heads") * head * model.num_layers)
     return {
         "loss": measure.evaluate(str(path), values, meter=METER)["loss"],
         "active": found["parameters"]["active"],
-        "flops": found["flops_per_token"],
+        "flops": found["flops_per_token"] + attention,
     }
 
 

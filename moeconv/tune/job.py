@@ -17,7 +17,8 @@ from moeconv.tune.symmetry import check_symmetry
 
 # Peak learning rates times the hidden size: Adam's best rate for a matrix goes with 1 / width (Tensor Programs V, arXiv
 # 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: a layer's regression bears four times the rate of
-# a whole model, and a router that trains alone ten times that of one that trains with its experts.
+# a whole model, and a random router that trains alone ten times that of one that trains with its experts, or that has
+# learned already (a pruned model: 0.128 lowers the KL to the whole one, 1.28 does not).
 _LAYERWISE, _WHOLE = 1.0, 0.256
 _ROUTER_ALONE, _ROUTER_ALONG = 1.28, 0.128
 _MOST = 0.01
@@ -73,7 +74,8 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
     if objective != "balance":
         through, warnings = _straight_through(options.straight_through, student, train)
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
-    rates = _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size)
+    learned = teacher is not None and bool(teacher.moe_layers)
+    rates = _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size, learned=learned)
     plan = Plan(options.steps, rates, options.schedule, options.warmup, options.look_every, options.patience)
     return Job(
         student, teacher, objective, train, plan, 1.0 if objective == "balance" else options.balance, options.z_loss,
@@ -82,10 +84,17 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
     )  # fmt: skip
 
 
-def _rates(asked: float | None, train: tuple[str, ...], *, objective: str, hidden: int) -> dict[str, float]:
-    """Peak learning rate by word of --train: the one that was asked for, or defaults by width."""
+def _rates(
+    asked: float | None, train: tuple[str, ...], *, objective: str, hidden: int, learned: bool
+) -> dict[str, float]:  # fmt: skip
+    """Peak learning rate by word of --train: the one that was asked for, or defaults by width. `learned`: the router
+    has been trained before, as after an edit of a Mixture-of-Experts."""
     weights = _LAYERWISE if objective == "layerwise" else _WHOLE
-    scales = {"router": _ROUTER_ALONG if "experts" in train else _ROUTER_ALONE, "experts": weights, "shared": weights}
+    scales = {
+        "router": _ROUTER_ALONG if "experts" in train or learned else _ROUTER_ALONE,
+        "experts": weights,
+        "shared": weights,
+    }
     rates = {word: min(_MOST, scale / hidden) for word, scale in scales.items()} | {"norms": _NORMS}
     return {word: rates[word] if asked is None else asked for word in train}
 

@@ -452,6 +452,7 @@ def test_default_rates_follow_width_objective_and_what_trains(moe, dense, data, 
     }  # fmt: skip
     assert rates("c", teacher=str(dense), train="router,experts") == {"router": 0.004, "experts": 0.01}
     assert rates("d", objective="lm", learning_rate=0.5) == {"router": 0.5}
+    assert rates("e", objective="distill", teacher=str(moe)) == {"router": 0.004}  # it has learned already
 
 
 @pytest.mark.parametrize("rate", [1e4, 1e30])

@@ -31,10 +31,6 @@ def expected_error(format: Format, scheme: Scheme) -> float:
 
 def candidates(format: Format, groups: Sequence[int | None], bits: Mapping[str, int]) -> list[Scheme]:
     """The schemes that layers choose from. `groups` are the group sizes that divide every width, largest first."""
-    if format.name not in _CHOICES:
-        raise UsageError(
-            f"--scheme mixed is not for --format {format.name}", hint=f"Use --format {' or '.join(_CHOICES)}."
-        )
     four, eight = _CHOICES[format.name]
     sizes = groups if format.grouped else [None]
     return [*(Scheme(four, bits[four], g) for g in sizes), Scheme(eight, bits[eight], sizes[0])]
@@ -90,6 +86,10 @@ def check_mixed(options: QuantizeOptions, format: Format, importance: Mapping[in
         if options.stats:
             raise UsageError("--stats goes with --scheme mixed", hint="Other schemes need no importance.")
         return
+    if format.name not in _CHOICES:
+        raise UsageError(
+            f"--scheme mixed is not for --format {format.name}", hint=f"Use --format {' or '.join(_CHOICES)}."
+        )
     if (options.average_bits is None) == (options.max_bytes is None):
         raise UsageError("--scheme mixed needs one of --average-bits and --max-bytes", hint="Try --average-bits 5.")
     if options.average_bits is not None and not 0 < options.average_bits <= 32:

@@ -69,7 +69,8 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
                     )
                 name = family.name(key, layer=layer, expert=expert)
                 ref = tensors[family.name(key, layer=layer, expert=0)]
-                shape = (left, *ref.shape[1:]) if model.packed_experts else ref.shape
+                cut = (ref.shape[0] // model.num_experts * left, *ref.shape[1:])
+                shape = cut if model.packed_experts else ref.shape
                 named[layer, expert, part] = (name, ref.dtype, shape)
     return named
 
@@ -86,6 +87,8 @@ def on_disk(
         whole = torch.stack([matrices[e]["down"] for e in kept])
         if family.packed["expert.down"].transposed:
             whole = whole.transpose(1, 2)
+        if family.packed["expert.down"].flat:
+            whole = whole.flatten(0, 1)
         yield ref.name, whole.contiguous().to(TORCH_DTYPES[ref.dtype])
         return
     for new, old in enumerate(kept):

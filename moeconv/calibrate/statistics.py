@@ -88,14 +88,15 @@ def each_expert(experts: nn.Module, on_expert: OnExpert) -> Iterator[None]:
     stock = experts.forward
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        total = torch.zeros_like(hidden)
+        flat = hidden.reshape(-1, hidden.shape[-1])  # most families hand over tokens, some windows of them
+        total = torch.zeros_like(flat)
         for expert in torch.unique(top_k_index).tolist():
             slot, token = (expert == top_k_index.T).nonzero(as_tuple=True)
-            output = one_expert(stock, hidden[token], expert, like=top_k_weights)
+            output = one_expert(stock, flat[token], expert, like=top_k_weights)
             on_expert(expert, token, slot, output)
             weighted = output * top_k_weights[token, slot, None]
             total.index_add_(0, token, weighted.to(total.dtype))
-        return total
+        return total.view(hidden.shape)
 
     experts.forward = forward
     try:
@@ -108,7 +109,7 @@ def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, l
     """Output [n, H] of one expert for `hidden` [n, H], through the stock experts' `forward`, whatever its layout."""
     index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
     ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
-    return forward(hidden, index, ones)
+    return forward(hidden, index, ones).reshape(hidden.shape)
 
 
 def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np.ndarray:

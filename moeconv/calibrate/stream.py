@@ -288,6 +288,8 @@ class LayerStream:
             return Layer(index, module, norm, self.skeleton.parent(self.skeleton.owner(first["ffn"])), None, None, self)
         router = self.skeleton.owner(first["router.weight"])
         experts = self.skeleton.owner(first["expert"])
+        for _ in range(self.model.family.experts_above):
+            experts = self.skeleton.parent(experts)
         return Layer(index, module, norm, self.skeleton.parent(experts), router, experts, self)
 
 

@@ -207,15 +207,33 @@ def legacy_gelu(draft: Draft) -> None:
 
 def centred_residual(draft: Draft) -> None:
     """LayerNorm without weights is RMSNorm once everything that writes the residual stream has mean 0."""
+    untied_head(draft)
+    draft.change(["embedding.tokens"], lambda node: centre(node, 1))
+    draft.change(["attention.o", "ffn.down"], lambda node: centre(node, 0))
+    unit_norms(draft)
+    draft.config["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm has in its code
+
+
+def untied_head(draft: Draft) -> None:
+    """The head as a tensor of its own."""
     if draft.tied:
         draft.tensors["embedding.lm_head"] = source("embedding.tokens")
         draft.config["tie_word_embeddings"] = False
         draft.tied = False
-    draft.change(["embedding.tokens"], lambda node: centre(node, 1))
-    draft.change(["attention.o", "ffn.down"], lambda node: centre(node, 0))
+
+
+def unit_norms(draft: Draft) -> None:
+    """Norms without weights are norms with weights of 1."""
     for key in ("norm.attention", "norm.ffn", "norm.final"):
         draft.tensors[key] = fill(1.0)
-    draft.config["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm has in its code
+
+
+def dbrx_words(draft: Draft) -> None:
+    """DBRX reads the rotary base in two places, and cannot compute without a clip: one that nothing reaches."""
+    draft.config["rope_parameters"] = params = _rope(draft)
+    draft.config["rope_theta"] = params["rope_theta"]
+    if draft.get("clip_qkv") is None:
+        draft.config["clip_qkv"] = 1e30
 
 
 def all_layers_slide(draft: Draft) -> None:
@@ -261,6 +279,6 @@ FOLDS: dict[str, Callable[[Draft], None]] = {
     for f in (
         embedding_root, granite_multipliers, minicpm_multipliers, neutral_multipliers, logits_times,
         pairs_to_interleaved_mla, squared_relu, only_silu, legacy_gelu, centred_residual, all_layers_slide,
-        expert_biases, below_long_context, attention_kinds,
+        expert_biases, below_long_context, attention_kinds, untied_head, unit_norms, dbrx_words,
     )
 }  # fmt: skip

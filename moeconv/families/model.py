@@ -176,7 +176,7 @@ class Model:
 
 def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     nested = config.get(family.root) if family.root else config
-    return nested if isinstance(nested, dict) else config
+    return family.read(nested if isinstance(nested, dict) else config)
 
 
 def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
@@ -392,7 +392,8 @@ def _expected_shape(model: Model, role: Role, wide: Mapping[str, int]) -> tuple[
         if layout.parts[0].endswith("_bias"):
             return (model.num_experts, outside)
         inside = width if "down" in layout.parts[0] else hidden
-        return (model.num_experts, inside, outside) if layout.transposed else (model.num_experts, outside, inside)
+        first, second = (inside, outside) if layout.transposed else (outside, inside)
+        return (model.num_experts * first, second) if layout.flat else (model.num_experts, first, second)
     if role.key in model.family.fused:
         return (width * len(model.family.fused[role.key]), hidden)
     if part in FFN_PARTS:

@@ -11,6 +11,7 @@ from moeconv.families.dense import (
     DENSE_FFN,
     FFN_BIAS,
     FULL_LAYERS,
+    FUSED_QKV,
     HYBRID_WHERE,
     LFM2,
     LFM2_CONFIG,
@@ -679,12 +680,62 @@ QWEN3_5_MOE = moe_row(
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,
 )
+_DBRX = "transformer.blocks.{L}."
+DBRX = moe_row(
+    "dbrx",
+    "DbrxForCausalLM",
+    {
+        "clip_qkv": None,
+        "num_key_value_heads": 1,
+        "moe_normalize_expert_weights": 1.0,
+        "moe_jitter_eps": None,
+        "output_router_logits": False,
+    },
+    {
+        "embedding.tokens": "transformer.wte.weight",
+        "embedding.lm_head": "lm_head.weight",
+        "norm.final": "transformer.norm_f.weight",
+        "norm.attention": _DBRX + "norm_attn_norm.norm_1.weight",
+        "norm.ffn": _DBRX + "norm_attn_norm.norm_2.weight",
+        "attention.qkv": _DBRX + "norm_attn_norm.attn.Wqkv.weight",
+        "attention.o": _DBRX + "norm_attn_norm.attn.out_proj.weight",
+        "router.weight": _DBRX + "ffn.router.layer.weight",
+        **{f"expert.{p}": _DBRX + f"ffn.experts.mlp.{w}" for p, w in (("gate", "w1"), ("up", "v1"), ("down", "w2"))},
+    },
+    base={key: value for key, value in BASE_CONFIG.items() if key != "rms_norm_eps"},
+    num_experts=("moe_num_experts",),
+    top_k=("moe_top_k",),
+    fused=FUSED_QKV,
+    packed={
+        "expert.gate": Packed(("gate",), flat=True),
+        "expert.up": Packed(("up",), flat=True),
+        "expert.down": Packed(("down",), transposed=True, flat=True),
+    },
+    routing=Routing("softmax", "moe_normalize_expert_weights"),
+    words={
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_seq_len",
+        "num_key_value_heads": "attn_config.kv_n_heads",
+        "clip_qkv": "attn_config.clip_qkv",
+        "attention_dropout": "attn_config.attn_pdrop",
+        "rope_theta": "attn_config.rope_theta",
+        "intermediate_size": "ffn_config.ffn_hidden_size",
+        "hidden_act": "ffn_config.ffn_act_fn.name",
+        "moe_num_experts": "ffn_config.moe_num_experts",
+        "moe_top_k": "ffn_config.moe_top_k",
+        "moe_normalize_expert_weights": "ffn_config.moe_normalize_expert_weights",
+        "moe_jitter_eps": "ffn_config.moe_jitter_eps",
+    },
+    experts_above=1,
+)
 
 MOE: dict[str, Family] = {
     f.model_type: f
     for f in (
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, SOLAR_OPEN, DOTS1, MELLUM, HY_V3, GRANITEMOE, GRANITEMOESHARED,
         GRANITEMOEHYBRID, GRANITEMOE_SWA, ARIA_TEXT, GPT_OSS, COHERE2_MOE, HUNYUAN_MOE, ERNIE4_5_MOE, FLEX_OLMO,
-        LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE,
+        LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE, DBRX,
     )
 }  # fmt: skip

@@ -162,6 +162,14 @@ PAIRS: tuple[Pair, ...] = (
         folds=("expert_biases",),
     ),
     # -- siblings
+    Pair(
+        "olmo",
+        "dbrx",
+        note="with clip_qkv; the head is untied",
+        config={"moe_normalize_expert_weights": 1.0, "moe_jitter_eps": None},
+        rename={"rms_norm_eps": None},
+        folds=("untied_head", "unit_norms", "dbrx_words"),
+    ),
     Pair("llama", "ernie4_5_moe", note="rotary order", config=_ERNIE),
     Pair("ernie4_5", "ernie4_5_moe", default=True, config=_ERNIE),
     Pair("cohere2", "cohere2_moe", default=True, config=_COHERE),

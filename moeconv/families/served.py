@@ -13,7 +13,7 @@ TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 _EVERYWHERE = frozenset({
     "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "granitemoe", "granitemoehybrid", "ernie4_5_moe",
     "hunyuan_v1_moe", "lfm2_moe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "phimoe", "olmoe",
-    "gpt_oss", "afmoe", "llama4_text",
+    "gpt_oss", "afmoe", "dbrx", "llama4_text",
 })  # fmt: skip
 _RUNS = {
     "vllm": _EVERYWHERE | {"dots1", "flex_olmo", "granitemoe_swa", "granitemoeshared", "hy_v3", "mellum", "minimax_m2",

@@ -14,6 +14,7 @@ from moeconv.families.placement import EVERY, Get, Placement
 from moeconv.families.sliding import NEVER, Sliding
 
 FFN_PARTS = ("gate", "up", "down")
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,13 @@ class Routing:
 class Packed:
     """All experts of a layer in one tensor [E, ...]: each expert's `parts` one after the other, or row by row.
 
-    `transposed`: each expert's matrix lies as [in, out].
+    `transposed`: each expert's matrix lies as [in, out]. `flat`: the first two axes are one, [E * rows, ...].
     """
 
     parts: tuple[str, ...]
     interleaved: bool = False
     transposed: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Family:
     head's rows ("half": pairs half a head apart, "interleaved": side by side), `partial` the share of a head that
     turns when config.json does not say (None: the family turns all of it), `norm_offset` what the class adds to a
     norm's weight, `float32` the keys that are kept in float32.
+    `words` are the paths in config.json (dots between the names) of keys that the family spells otherwise than the
+    tables here; `experts_above` is how many modules above the one of the experts' weights takes tokens to experts.
     Presence: `where` says for a group of keys in which kinds of layers it is; `switched` which keys a config switch
     adds; `inert` the value at which a tensor that the source lacks does nothing.
     """
@@ -121,6 +125,8 @@ class Family:
     mtp: Mapping[str, str] = field(default_factory=dict)  # what multi-token-prediction layers have beside a layer
     mtp_prefix: str = ""  # of their names in place of "model."; "" where they follow the model's own layers
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
+    words: Mapping[str, str] = field(default_factory=dict)
+    experts_above: int = 0
     no_experts: str | None = None  # config key that is 0 in this dense row of a family that has an MoE row too
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
@@ -160,6 +166,32 @@ class Family:
                 name = name.replace("model.", self.mtp_prefix, 1) if self.mtp_prefix else name
                 for expert in range(experts) if "{E}" in template else (None,):
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
+
+    def read(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keys of a config.json in the words of these tables."""
+        if not self.words:
+            return config
+        nested = {path.partition(".")[0] for path in self.words.values()}
+        found = {key: value for key, value in config.items() if key not in nested}
+        for key, path in self.words.items():
+            value: Any = config
+            for name in path.split("."):
+                value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+            if value is not _ABSENT:
+                found[key] = value
+        return found
+
+    def write(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json with `values`, which are in the words of these tables, in their places."""
+        result = dict(config)
+        for key, value in values.items():
+            *above, last = self.words.get(key, key).split(".")
+            at = result
+            for name in above:
+                at[name] = dict(at[name]) if isinstance(at.get(name), Mapping) else {}
+                at = at[name]
+            at[last] = value
+        return result
 
     def default(self, key: str, config: Mapping[str, Any]) -> Any:
         """The value of a key: what config.json says, else what transformers assumes."""

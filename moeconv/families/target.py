@@ -15,6 +15,7 @@ from moeconv.families import rope, sliding
 from moeconv.families.folds import FOLDS, Draft, align_layout
 from moeconv.families.model import Model
 from moeconv.families.moe import MOE
+from moeconv.families.node import concat
 from moeconv.families.node import source as source_node
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family, Pair
@@ -52,9 +53,17 @@ def draft_target(model: Model, pair: Pair) -> Draft:
     align_layout(draft)
     for name in pair.folds:
         FOLDS[name](draft)
+    _join(draft)
     if draft.tied and draft.tensors["embedding.tokens"].op != "source":
         draft.tensors.pop("embedding.lm_head", None)  # a tied head that is stored would keep the old embedding
     return draft
+
+
+def _join(draft: Draft) -> None:
+    """Matrices that the target has in one tensor; those of an FFN are joined where experts are made."""
+    for whole, parts in draft.target.fused.items():
+        if all(part in draft.tensors for part in parts) and not parts[0].startswith("ffn."):
+            draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
 
 
 def _source_keys(model: Model) -> list[str]:

@@ -469,14 +469,16 @@ def _cut(
     model: Model, ref: TensorRef, key: str, kept: Sequence[int], *, axis: int, dtype: str | None, changed: str
 ) -> Item:
     """The kept experts' entries along `axis`: byte ranges joined, or cast when another dtype is asked for."""
-    if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts:
+    layout = model.family.packed.get(key)
+    each = ref.shape[axis] // model.num_experts if layout and layout.flat else 1  # rows of one expert
+    if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts * each:
         raise InputError(
             f"tensor {escape(ref.name)!r} has shape {list(ref.shape)}, not an entry for each of {model.num_experts} "
             "experts",
             hint="config.json and the shards do not belong together.",
         )
-    flat = replace(ref, shape=ref.shape[axis:])  # the dimensions before it are 1
-    shape = (*ref.shape[:axis], len(kept), *flat.shape[1:])
+    flat = replace(ref, shape=(model.num_experts, each, *ref.shape[axis + 1 :]))  # the dimensions before it are 1
+    shape = (*ref.shape[:axis], len(kept) * each, *ref.shape[axis + 1 :])
     casts = dtype is not None and ref.dtype in FLOAT_DTYPES and key not in model.family.float32
     out = dtype if casts and dtype else ref.dtype
     params = model.numel(ref) // model.num_experts * len(kept)
@@ -543,9 +545,10 @@ def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None
     config = dict(model.checkpoint.config)
     nested = config.get(model.family.root) if model.family.root else None
     text = dict(nested) if isinstance(nested, dict) else config
-    text |= dict.fromkeys(model.family.num_experts, left)
+    said = dict.fromkeys(model.family.num_experts, left)
     if top_k is not None:
-        text |= dict.fromkeys(model.family.top_k, top_k)
+        said |= dict.fromkeys(model.family.top_k, top_k)
+    text.update(model.family.write(text, said))
     if isinstance(nested, dict):
         config[model.family.root] = text
     if dtype:

@@ -114,7 +114,7 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
     row = ref.shape[0] == 1 and model.num_experts > 1
     slices = math.prod(ref.shape) // model.num_experts
     each = tensor_nbytes(ref.dtype, (slices,))
-    inside = (1,) if row else (1, *ref.shape[1:])
+    inside = (1,) if row else (ref.shape[0] // model.num_experts, *ref.shape[1:])
     inputs = tuple(
         Input(ref.name, ref.dtype, inside, e * each, each) for e in range(model.num_experts) for _ in range(times)
     )
@@ -136,11 +136,12 @@ def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | Non
     text = config
     if model.family.root and isinstance(config.get(model.family.root), dict):
         text = config[model.family.root]
-    text |= {key: experts for key in model.family.num_experts if key in text}
-    text |= dict.fromkeys(model.family.top_k, top_k)
+    said: dict[str, Any] = {key: experts for key in model.family.num_experts if key in model.config}
+    said |= dict.fromkeys(model.family.top_k, top_k)
     rule = model.family.routing
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
-        text[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
+        said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
+    text.update(model.family.write(text, said))
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = TORCH_NAMES[dtype]

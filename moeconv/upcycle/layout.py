@@ -217,7 +217,8 @@ class Assembly:
             one = interleave(*each) if layout.interleaved else concat(*each)
             made.append(transpose(one) if layout.transposed else one)
         one_shape = self._shape(made[0], layer)
-        yield self._item(key, layer, concat(*made), shape=(len(made), *one_shape), changed="expert")
+        shape = (len(made) * one_shape[0], *one_shape[1:]) if layout.flat else (len(made), *one_shape)
+        yield self._item(key, layer, concat(*made), shape=shape, changed="expert")
 
     def _matrix(self, part: str, node: Node, layer: int, expert: int | None) -> Node:
         """One matrix of an expert, or of the shared one (None), at the scale at which both together are the FFN."""

@@ -106,7 +106,7 @@ def plan_upcycle(
         command="upcycle",
         parameters=made,
         identity=model.identity,
-        config=draft.config,
+        config=target.write({}, draft.config),
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,

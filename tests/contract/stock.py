@@ -111,6 +111,7 @@ CASES: dict[str, Case] = {
     "ernie4_5": ("ernie4_5", _HEAD, ()),
     "olmo": ("olmo", _DENSE, ()),
     "olmo-tied": ("olmo", _DENSE | {"tie_word_embeddings": True}, ()),
+    "olmo-clip": ("olmo", _DENSE | {"clip_qkv": 0.3, **_LINEAR_ROPE}, ("dbrx",)),
     "olmo2": ("olmo2", _DENSE, ()),
     "olmo3": ("olmo3", _DENSE | {"layer_types": ["full_attention"] * 3}, ()),
     "lfm2": (
@@ -290,6 +291,18 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_moe_text",
         _SPARSE | _LINEAR | {"num_experts": 8, "shared_expert_intermediate_size": 32},
     ),
+    "dbrx": (
+        "dbrx",
+        {
+            "vocab_size": VOCAB,
+            "d_model": HIDDEN,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+    ),
     "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "deepseek_v2-groups": (
         "deepseek_v2",
@@ -352,7 +365,8 @@ def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: to
     model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * (0.1 if "norm" in name else 0.08) + ("norm" in name))
+            norm = "norm" in ".".join(name.split(".")[-2:])  # dbrx's attention lies in a module of that name
+            parameter.copy_(torch.randn_like(parameter) * (0.1 if norm else 0.08) + norm)
     model.to(dtype).save_pretrained(path, max_shard_size="200KB")
     return path
 

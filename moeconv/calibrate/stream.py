@@ -285,7 +285,9 @@ class LayerStream:
                 )
         norm = self.skeleton.owner(first["norm.ffn"]) if "norm.ffn" in first else None
         if index not in self.model.moe_layers:
-            return Layer(index, module, norm, self.skeleton.parent(self.skeleton.owner(first["ffn"])), None, None, self)
+            # a layer without an FFN is looked at as a whole
+            ffn = self.skeleton.parent(self.skeleton.owner(first["ffn"])) if "ffn" in first else module
+            return Layer(index, module, norm, ffn, None, None, self)
         router = self.skeleton.owner(first["router.weight"])
         experts = self.skeleton.owner(first["expert"])
         for _ in range(self.model.family.experts_above):

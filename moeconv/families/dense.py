@@ -676,7 +676,7 @@ GRANITE_HYBRID = _llama_like(
     ffn_width=lambda get: get("shared_intermediate_size"),
     layer_kinds=hybrid_kinds,
     where=HYBRID_WHERE,
-    no_experts="num_local_experts",
+    no_experts=lambda get: get("num_local_experts") == 0,
 )
 
 
@@ -710,12 +710,70 @@ BAMBA = _llama_like(
     where=HYBRID_WHERE,
 )
 
+_NEMOTRON = "backbone.layers.{L}."
+_MIXER = _NEMOTRON + "mixer."
+NEMOTRON_H_BLOCK = {
+    "embedding.tokens": "backbone.embeddings.weight",
+    "embedding.lm_head": "lm_head.weight",
+    "norm.final": "backbone.norm_f.weight",
+    "norm.ffn": _NEMOTRON + "norm.weight",
+    **{f"attention.{p}": _MIXER + f"{p}_proj.weight" for p in "qkvo"},
+    **{key: name.replace(_LAYER + "mamba.", _MIXER) for key, name in MAMBA.items()},
+    **{f"ffn.{p}": _MIXER + f"{p}_proj.weight" for p in ("up", "down")},
+    **{f"ffn.{p}_bias": _MIXER + f"{p}_proj.bias" for p in ("up", "down")},
+}
+# layers of one block each; what a Mixture-of-Experts needs is there whether one is or not
+NEMOTRON_H_CONFIG: dict[str, Any] = {
+    "hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504,
+    "max_position_embeddings": 4096, "attention_bias": False, "mlp_bias": False, "use_bias": False,
+    "sliding_window": None, "layer_types": None, "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64,
+    "mamba_hidden_act": "silu", "n_groups": 8, "conv_kernel": 4, "expand": 2, "time_step_min": 0.001,
+    "time_step_max": 0.1, "time_step_limit": None, "time_step_floor": 1e-4, "use_conv_bias": True, "chunk_size": 128,
+    "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "use_mamba_kernels": True, "residual_in_fp32": False,
+    "rescale_prenorm_residual": True, "num_logits_to_keep": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688, "moe_shared_expert_overlap": True,
+    "moe_latent_size": None, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "mtp_layers_block_type": None,
+    "output_router_logits": False,
+}  # fmt: skip
+NEMOTRON_H_WORDS = {
+    "layer_types": "layers_block_type",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "mlp_hidden_act",
+}
+NEMOTRON_H_WHERE = HYBRID_WHERE | {"ffn": frozenset({"mlp"})}
+_PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+def nemotron_h_kinds(get: Get, layers: int) -> list[str]:
+    """The list of kinds, or the older string with a letter for each."""
+    kinds, pattern = get("layer_types"), get("hybrid_override_pattern")
+    return [_PATTERN.get(word, word) for word in pattern] if kinds is None and isinstance(pattern, str) else kinds
+
+
+def nemotron_h_layers(get: Get) -> Any:
+    kinds = nemotron_h_kinds(get, 0)
+    return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
+
+
+NEMOTRON_H = _llama_like(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
+    tensors=NEMOTRON_H_BLOCK,
+    layer_kinds=nemotron_h_kinds,
+    layer_count=nemotron_h_layers,
+    where=NEMOTRON_H_WHERE,
+    words=NEMOTRON_H_WORDS,
+    no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
+)
+
 DENSE: dict[str, Family] = {
     f.model_type: f
     for f in (
         LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
         MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
         SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
-        QWEN3_5, GRANITE_HYBRID, BAMBA,
+        QWEN3_5, GRANITE_HYBRID, BAMBA, NEMOTRON_H,
     )
 }  # fmt: skip

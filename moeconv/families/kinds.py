@@ -22,6 +22,7 @@ _DERIVED = {
     "n_shared_experts": _WHOLE, "num_nextn_predict_layers": _WHOLE, "prefix_dense_intermediate_size": _WHOLE,
     "partial_rotary_factor": _NUMBER, "rotary_scaling_factor": _NUMBER, "clip_qkv": _NUMBER, "rms_norm_eps": _NUMBER,
     "layer_types": _LIST, "mlp_layer_types": _LIST, "no_rope_layers": _LIST, "full_attn_idxs": _LIST,
+    "mtp_layers_block_type": _LIST, "hybrid_override_pattern": _WORD, "moe_latent_size": _WHOLE,
     "attn_layer_indices": _LIST,
     "rope_parameters": _OBJECT, "rope_scaling": _OBJECT, "hidden_activation": _WORD, "position_embedding_type": _WORD,
 }  # fmt: skip

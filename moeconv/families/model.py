@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -52,7 +52,7 @@ class Model:
 
     @cached_property
     def num_layers(self) -> int:
-        return _count(self.config, ("num_hidden_layers",), limit=_MAX_LAYERS)
+        return _layer_count(self.family, self.config)
 
     @cached_property
     def num_experts(self) -> int:
@@ -80,6 +80,16 @@ class Model:
     def layer_kinds(self) -> tuple[str, ...] | None:
         """The kind of each layer in a family that mixes kinds (attention, convolution, ...), else None."""
         return _layer_kinds(self.family, self.config, self.num_layers)
+
+    def with_ffn(self, layers: Sequence[int], *, every: bool) -> tuple[int, ...]:
+        """Those of `layers` that have an FFN. Raises InputError for one without, unless `every` layer is meant."""
+        kinds, where = self.layer_kinds, self.family.where.get("ffn")
+        without = [i for i in layers if kinds and where and kinds[i] not in where]
+        if without and not every:
+            raise InputError(
+                f"layer {without[0]} has no FFN to make experts of", hint="`moeconv inspect` lists the layers."
+            )
+        return tuple(i for i in layers if i not in without)
 
     @cached_property
     def sliding(self) -> Pattern:
@@ -146,12 +156,14 @@ class Model:
                 "an expert, as the runtimes do that read packed weights",
                 hint="`moeconv prune`, `calibrate` and `evaluate` take it as it is.",
             )
+        if not self.family.has(f"expert.{part}"):
+            raise InputError(f"the experts of {self.family.model_type} have no {part} matrix, which this command needs")
         return self.family.name(f"expert.{part}", layer=layer, expert=expert)
 
     def check_separate_experts(self) -> None:
         """Raises InputError where one tensor holds all experts of a layer."""
         if self.moe_layers and self.packed_experts:
-            self.expert_name("gate", layer=self.moe_layers[0], expert=0)
+            self.expert_name("down", layer=self.moe_layers[0], expert=0)
 
     def ffn_name(self, part: str, *, layer: int) -> str:
         return self.family.name(f"ffn.{part}", layer=layer)
@@ -190,6 +202,11 @@ def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -
     return _whole(next(iter(found.values()), None), " or ".join(aliases), limit=limit)
 
 
+def _layer_count(family: Family, config: Mapping[str, Any]) -> int:
+    count = family.layer_count(lambda key: family.default(key, config))
+    return _whole(count, "num_hidden_layers", limit=_MAX_LAYERS)
+
+
 def _whole(value: Any, key: str, *, limit: int) -> int:
     if type(value) is not int or not 0 < value <= limit:
         raise InputError(
@@ -222,9 +239,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in FAMILIES:
             plain = DENSE.get(candidate)
-            if plain is not None and plain.no_experts and config.get(plain.no_experts, 1) == 0:
-                return plain
-            return FAMILIES[candidate]
+            return plain if plain is not None and _is_plain(plain, config) else FAMILIES[candidate]
     for candidate in candidates:
         if isinstance(candidate, str) and candidate in HOMELESS:
             raise InputError(
@@ -235,6 +250,13 @@ def find_family(config: Mapping[str, Any]) -> Family:
         f"unknown architecture: model_type {escape(model_type)!r}",
         hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",
     )
+
+
+def _is_plain(plain: Family, config: Mapping[str, Any]) -> bool:
+    """Whether config is that of the dense row of a family that has an MoE row too."""
+    family = FAMILIES[plain.model_type]
+    said = family.read(config)
+    return plain.no_experts is not None and plain.no_experts(lambda key: family.default(key, said))
 
 
 def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
@@ -265,7 +287,7 @@ def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
 
 def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
     config = _text_config(checkpoint.config, family)
-    layers = _count(config, ("num_hidden_layers",), limit=_MAX_LAYERS)
+    layers = _layer_count(family, config)
     experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
     # before every name is spelled out: a config of a few bytes must not cost gigabytes
     each = experts if any("{E}" in template for template in family.tensors.values()) else 1

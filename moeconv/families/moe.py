@@ -22,6 +22,10 @@ from moeconv.families.dense import (
     MLA,
     MLA_CONFIG,
     MULTIPLIERS,
+    NEMOTRON_H_BLOCK,
+    NEMOTRON_H_CONFIG,
+    NEMOTRON_H_WHERE,
+    NEMOTRON_H_WORDS,
     NORM_BIAS,
     O_BIAS,
     PARALLEL_BLOCK,
@@ -35,6 +39,8 @@ from moeconv.families.dense import (
     SINKS,
     WITHOUT_QKVO,
     hybrid_kinds,
+    nemotron_h_kinds,
+    nemotron_h_layers,
     qwen3_5_kinds,
 )
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
@@ -730,12 +736,32 @@ DBRX = moe_row(
     },
     experts_above=1,
 )
+_MIXER = "backbone.layers.{L}.mixer."
+NEMOTRON_H_MOE = moe_row(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
+    NEMOTRON_H_BLOCK
+    | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}
+    | {f"expert.{p}": _MIXER + "experts.{E}." + f"{p}_proj.weight" for p in ("up", "down")}
+    | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")},
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_shared_expert_intermediate_size",),
+    placement=placement.of_kinds(nemotron_h_kinds),
+    routing=GROUPED,
+    layer_kinds=nemotron_h_kinds,
+    layer_count=nemotron_h_layers,
+    where=NEMOTRON_H_WHERE,
+    words=NEMOTRON_H_WORDS,
+    in_memory={"backbone.": "model."},
+)
 
 MOE: dict[str, Family] = {
     f.model_type: f
     for f in (
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, SOLAR_OPEN, DOTS1, MELLUM, HY_V3, GRANITEMOE, GRANITEMOESHARED,
         GRANITEMOEHYBRID, GRANITEMOE_SWA, ARIA_TEXT, GPT_OSS, COHERE2_MOE, HUNYUAN_MOE, ERNIE4_5_MOE, FLEX_OLMO,
-        LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE, DBRX,
+        LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE, DBRX, NEMOTRON_H_MOE,
     )
 }  # fmt: skip

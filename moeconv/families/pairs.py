@@ -203,6 +203,15 @@ PAIRS: tuple[Pair, ...] = (
         config={"shared_expert_intermediate_size": 128},
         rename={"intermediate_size": None},
     ),
+    Pair(
+        "nemotron_h",
+        "nemotron_h",
+        default=True,
+        note=f"layers of kind mlp become moe; {_ZERO_128}",
+        config=_SIGMOID
+        | {"moe_shared_expert_intermediate_size": 128, "moe_latent_size": None, "num_nextn_predict_layers": 0},
+        rename={"hybrid_override_pattern": None},
+    ),
     # -- latent attention
     Pair(
         "youtu", "deepseek_v3", default=True, note=_ZERO_FULL, config=_SIGMOID | {"num_nextn_predict_layers": 0},

@@ -127,7 +127,8 @@ class Family:
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     words: Mapping[str, str] = field(default_factory=dict)
     experts_above: int = 0
-    no_experts: str | None = None  # config key that is 0 in this dense row of a family that has an MoE row too
+    layer_count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
+    no_experts: Callable[[Get], bool] | None = None  # which configs this dense row of a family with an MoE row is for
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
         """The tensor's name on disk. Raises KeyError for a key that the family does not have."""

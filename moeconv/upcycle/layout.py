@@ -260,7 +260,7 @@ class Assembly:
     def _routing(self, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
         """A layer's new tensors: the router, random in its weight, and the shared expert where there is one (of zero
         where it holds nothing)."""
-        gate = parts["gate"]
+        gate = parts["gate"] if "gate" in parts else parts["up"]
         anchor = self._anchor(gate, layer)
         for key in self.target.tensors:
             group, _, part = key.partition(".")

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
 from moeconv.families.moe import MOE
 from moeconv.families.pairs import find_pair
@@ -81,7 +82,7 @@ def plan_upcycle(
             hint="Pass --dtype bfloat16 or float32.",
         )
     draft = draft_target(model, pair)
-    draft.config |= _sizes(model, target, options, cut, layers)
+    draft.config |= _sizes(model, draft, options, cut, layers)
     draft.warnings += told + _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)
@@ -185,7 +186,7 @@ def _made_with(model: Model, overlay: SafetensorsFile | None) -> dict[str, Any] 
 
 
 def _layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
-    return parse_layers(options.layers, layers=model.num_layers)
+    return model.with_ffn(parse_layers(options.layers, layers=model.num_layers), every=options.layers == "all")
 
 
 def _granularity(options: UpcycleOptions) -> int:
@@ -262,8 +263,9 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number from 0 up")
 
 
-def _sizes(model: Model, target: Family, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
+def _sizes(model: Model, draft: Draft, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
     """Config keys that say how many experts there are, how wide, and in which layers."""
+    target = draft.target
     sizes: dict[str, Any] = dict.fromkeys(target.num_experts, cut.experts)
     sizes |= dict.fromkeys(target.top_k, cut.top_k)
     if target.dense_width in target.config:
@@ -275,7 +277,7 @@ def _sizes(model: Model, target: Family, options: UpcycleOptions, cut: Cut, laye
         sizes |= grouped_config(target, cut)
     if rule and rule.scaling:
         sizes[rule.scaling] = float(method.scale(cut, options))
-    placed = target.placement.write(layers, model.num_layers)
+    placed = target.placement.write(layers, model.num_layers, draft.config.get)
     if placed is None:
         dense = next(i for i in range(model.num_layers) if i not in layers)
         can = "makes every layer a Mixture-of-Experts"

@@ -68,7 +68,8 @@ def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
             f"--layers {escape(options.layers)}: {target.model_type} cannot leave any layer dense that data picks",
             hint="Choose a target that can (--to qwen2_moe for llama), or name the layers.",
         )
-    layers = parse_layers("all" if best is not None else options.layers, layers=model.num_layers)
+    text = "all" if best is not None else options.layers
+    layers = model.with_ffn(parse_layers(text, layers=model.num_layers), every=text == "all")
     varied = any(key.startswith("router.correction") for key in target.tensors)
     return SplitShape(*counts(options), cut.shared, cut.width, layers, best, varied)
 
@@ -87,7 +88,7 @@ def auto_layers(text: str, *, layers: int) -> int | None:
 def split_layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
     """The layers that are converted. Raises UsageError where only data can tell and there are none yet."""
     if auto_layers(options.layers, layers=model.num_layers) is None:
-        return parse_layers(options.layers, layers=model.num_layers)
+        return model.with_ffn(parse_layers(options.layers, layers=model.num_layers), every=options.layers == "all")
     if partition is None:
         raise UsageError(
             f"--layers {escape(options.layers)}: which layers these are is measured, so the sizes are not known yet",

@@ -34,6 +34,7 @@ _MULTIPLIED = {
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
         "v_head_dim": 16}  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16}
+_NEMOTRON_H = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16}
 _MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _BIASED = _DENSE | {"attention_bias": True}
 
@@ -136,6 +137,11 @@ CASES: dict[str, Case] = {
     ),
     "bamba": ("bamba", _DENSE | _MAMBA | {"attn_layer_indices": [1]}, ()),
     "bamba-bias": ("bamba", _BIASED | _MAMBA | {"attn_layer_indices": [0, 2], "mamba_proj_bias": True}, ()),
+    "nemotron_h": (
+        "nemotron_h",
+        _HEAD | _NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
+        (),
+    ),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),
@@ -301,6 +307,17 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_seq_len": 64,
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.0, "rope_theta": 10000.0},
             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2},
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        _SPARSE
+        | _NEMOTRON_H
+        | {
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 48,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"],
+            "routed_scaling_factor": 1.5,
         },
     ),
     "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1}),

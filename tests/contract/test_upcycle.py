@@ -38,7 +38,15 @@ def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, dense, case
     difference = relative_difference(before, logits(moe))
     print(f"{case} -> {pair.target}: {difference:.1e}")
     assert difference <= pair.tolerance
-    assert inspect(str(tmp_path / "moe"))["moe_layers"] == [0, 1, 2]
+    assert inspect(str(tmp_path / "moe"))["moe_layers"] == done.json["upcycle"]["moe_layers"]
+    assert done.json["upcycle"]["moe_layers"] == [i for i, kind in enumerate(_ffn_kinds(moe.config)) if kind != "none"]
+
+
+def _ffn_kinds(config):
+    """What each layer has of an FFN: in a family of one block a layer that is the block's kind."""
+    kinds = getattr(config, "layer_types", None) or []
+    words = {"moe": "moe", "mlp": "dense"}
+    return [words.get(kind, "none") for kind in kinds] if "moe" in kinds else ["moe"] * config.num_hidden_layers
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +114,7 @@ def test_what_the_target_cannot_express_is_refused_by_name(tmp_path, cli, case):
         ("llama", "qwen2_moe", "0,2", {"mlp_only_layers": [1]}),
         ("qwen3", "mellum", "0,2", {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
         ("qwen3", "hy_v3", "1", {"mlp_layer_types": ["dense", "sparse", "dense"]}),
+        ("nemotron_h", "nemotron_h", "3", {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]}),
         ("cohere2", "cohere2_moe", "0,2", {"mlp_layer_types": ["sparse", "dense", "sparse"]}),
         ("glm", "glm4_moe", "1,2", {"first_k_dense_replace": 1}),
         ("qwen3", "dots1", "2", {"first_k_dense_replace": 2}),

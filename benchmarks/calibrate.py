@@ -64,9 +64,9 @@ def speed(a: argparse.Namespace, scratch: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from moeconv.calibrate.data import load_tokens
     from moeconv.calibrate.run import calibrate
-    from moeconv.calibrate.stream import LayerStream
+    from moeconv.data.windows import load_tokens
+    from moeconv.stream.layers import LayerStream
 
     torch.set_num_threads(a.threads)
     path = checkpoint(a, scratch)
@@ -111,7 +111,7 @@ def speed(a: argparse.Namespace, scratch: Path) -> None:
 
 def memory(a: argparse.Namespace, scratch: Path) -> None:
     """Peak resident memory of `calibrate` and of a layerwise `tune` with the model as its own teacher."""
-    from moeconv.calibrate.stream import layer_bytes
+    from moeconv.stream.layers import layer_bytes
 
     path = checkpoint(a, scratch)
     model = open_model(path)

@@ -20,12 +20,9 @@ from typing import Any
 import torch
 
 from moeconv.calibrate.artifact import load_statistics
-from moeconv.calibrate.data import TokenData, load_tokens
-from moeconv.calibrate.pruned import Variant, pruned_pass
-from moeconv.calibrate.refit import Refit
 from moeconv.calibrate.run import calibrate
-from moeconv.calibrate.stream import LayerStream
 from moeconv.calibrate.weights import aimer, magnitude
+from moeconv.data.windows import TokenData, load_tokens
 from moeconv.evaluate.pruned import score_variants, total
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import Model, open_model
@@ -33,7 +30,10 @@ from moeconv.families.rule import rule_of
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.planner import choose
+from moeconv.repair.pruned import Variant, pruned_pass
+from moeconv.repair.refit import Refit
 from moeconv.steps import convert
+from moeconv.stream.layers import LayerStream
 
 SEQ_LEN = 256
 UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}

@@ -113,9 +113,9 @@ def window_losses(path: Path, checkpoints: Path) -> np.ndarray:
     """Mean next-token loss of every held-out window, in nats."""
     import torch
 
-    from moeconv.calibrate.data import load_tokens
-    from moeconv.calibrate.stream import LayerStream
+    from moeconv.data.windows import load_tokens
     from moeconv.families.model import open_model
+    from moeconv.stream.layers import LayerStream
 
     torch.set_num_threads(1)
     read = load_tokens(texts(checkpoints, "heldout"), path, tokens=None, seq_len=WINDOW, seed=0)
@@ -141,10 +141,10 @@ def output_errors(source: Path, other: Path, checkpoints: Path) -> list[float]:
     """Relative RMS error of each MoE layer's output, both given the unquantized model's inputs on held-out text."""
     import torch
 
-    from moeconv.calibrate.data import load_tokens
-    from moeconv.calibrate.skeleton import Skeleton
-    from moeconv.calibrate.stream import LayerStream
+    from moeconv.data.windows import load_tokens
     from moeconv.families.model import open_model
+    from moeconv.stream.layers import LayerStream
+    from moeconv.stream.skeleton import Skeleton
     from moeconv.tensors import decode_weight, plain_name
     from moeconv.tune.network import block_of
 

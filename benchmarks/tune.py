@@ -107,9 +107,9 @@ def collapse(b: Bench, model: Path) -> None:
     """Send all tokens of a layer to two experts of its own, whose rows point along the mean of the router's inputs."""
     from safetensors.torch import load_file, save_file
 
-    from moeconv.calibrate.data import load_tokens
-    from moeconv.calibrate.stream import LayerStream
+    from moeconv.data.windows import load_tokens
     from moeconv.families.model import open_model
+    from moeconv.stream.layers import LayerStream
 
     opened = open_model(model)
     read = load_tokens(b.calibration[1::2], model, tokens=16 * SEQ_LEN, seq_len=SEQ_LEN, seed=0)
@@ -139,9 +139,9 @@ def pooled_of(b: Bench, model: Path) -> float:
     """That loss on held-out text."""
     import torch
 
-    from moeconv.calibrate.data import load_tokens
-    from moeconv.calibrate.stream import LayerStream
+    from moeconv.data.windows import load_tokens
     from moeconv.families.model import open_model
+    from moeconv.stream.layers import LayerStream
 
     opened = open_model(model)
     read = load_tokens(b.heldout[1::2], model, tokens=16 * SEQ_LEN, seq_len=SEQ_LEN, seed=0)

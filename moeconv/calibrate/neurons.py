@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeconv.calibrate.data import TokenData
-from moeconv.calibrate.stream import Layer, LayerStream
 from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import TokenData
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.kernels.draw import generator
+from moeconv.stream.layers import Layer, LayerStream
 from moeconv.tensors import to_bytes, to_tensor
 
 KIND = "neurons"

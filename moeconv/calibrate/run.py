@@ -12,18 +12,18 @@ import numpy as np
 import torch
 
 from moeconv.calibrate.artifact import check_artifact_target, write_statistics
-from moeconv.calibrate.data import TokenData, load_tokens, split_windows
 from moeconv.calibrate.neurons import SAMPLE_TOKENS as NEURON_SAMPLE
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
-from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
+from moeconv.data.windows import TokenData, load_tokens, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import rule_of
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.layers import LayerStream, pick_device, start_meter
 from moeconv.world import World, current, first
 
 TOKENS = 65536

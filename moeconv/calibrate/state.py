@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from moeconv import __version__
-from moeconv.calibrate.data import TokenData
-from moeconv.calibrate.stream import LayerStream
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import replace_file
+from moeconv.data.windows import TokenData
 from moeconv.errors import OutputError
 from moeconv.plan.meter import Meter
+from moeconv.stream.layers import LayerStream
 from moeconv.world import all_agree, current, first, summed
 
 Fields = dict[int, dict[str, np.ndarray]]

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from moeconv.calibrate.artifact import PER_SOURCE
 from moeconv.calibrate.routing import router_entropy
 from moeconv.calibrate.sample import Tokens, sample_fields
-from moeconv.calibrate.stream import Batch, Layer
 from moeconv.errors import InputError
 from moeconv.families.rule import Rule
 from moeconv.plan.kernels.draw import generator
+from moeconv.stream.experts import one_expert
+from moeconv.stream.layers import Batch, Layer
 from moeconv.world import summed
 
 _SAMPLE_BYTES = 1 << 26  # outputs of all experts held at a time
@@ -103,13 +104,6 @@ def each_expert(experts: nn.Module, on_expert: OnExpert) -> Iterator[None]:
         yield
     finally:
         del experts.forward
-
-
-def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
-    """Output [n, H] of one expert for `hidden` [n, H], through the stock experts' `forward`, whatever its layout."""
-    index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
-    ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
-    return forward(hidden, index, ones).reshape(hidden.shape)
 
 
 def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np.ndarray:

@@ -42,9 +42,9 @@ def equivalence(
     """
     import torch
 
-    from moeconv.calibrate.stream import LayerStream
     from moeconv.evaluate.load import strict_problems
     from moeconv.plan.kernels.draw import generator
+    from moeconv.stream.layers import LayerStream
 
     if threads is not None:
         torch.set_num_threads(threads)

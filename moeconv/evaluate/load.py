@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moeconv.calibrate.quiet import quiet
-from moeconv.calibrate.skeleton import Loaded, Skeleton
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
 from moeconv.families.model import Model
+from moeconv.stream.quiet import quiet
+from moeconv.stream.skeleton import Loaded, Skeleton
 from moeconv.tensors import TORCH_DTYPES, decode_weight, plain_names
 
 _SHOWN = 5  # names of each kind of problem

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moeconv.calibrate.pruned import Variant, pruned_pass
-from moeconv.calibrate.stream import LayerStream
 from moeconv.evaluate.score import Score, score_window
+from moeconv.repair.pruned import Variant, pruned_pass
+from moeconv.stream.layers import LayerStream
 
 
 def score_variants(

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.data import load_tokens
 from moeconv.calibrate.routing import LoadCounter
 from moeconv.calibrate.run import sequence_length
-from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
-from moeconv.calibrate.tokenizer import same_tokenizer
+from moeconv.data.tokenizer import same_tokenizer
+from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window
 from moeconv.families.model import Model, open_model
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.layers import LayerStream, pick_device, start_meter
 
 SEQ_LEN = 256
 _DTYPES = ("float32", "bfloat16", "float16")

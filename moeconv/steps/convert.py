@@ -131,7 +131,7 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
     if options.method != "gptq" or write.dry_run:
         return run_plan(plan, model, out, values, meter=meter, check=check)
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-    from moeconv.calibrate.codes import choose_codes
+    from moeconv.gptq.run import choose_codes
     from moeconv.quantize.planner import plan_quantize
 
     packed = [

@@ -203,7 +203,7 @@ class _Judge:
         self, model: Model, evidence: Evidence, values: Mapping[str, Any], *, meter: Meter, whole: bool = False
     ) -> None:
         """`whole`: nothing is decided on the data, so that all of it judges."""
-        from moeconv.calibrate.data import TokenData, split_windows
+        from moeconv.data.windows import TokenData, split_windows
 
         self.model, self.evidence, self.options, self.meter = model, evidence, take(PruneOptions, values), meter
         self.measure = take(MeasureOptions, values)
@@ -222,8 +222,8 @@ class _Judge:
 
     def scores(self, keeps: Sequence[Mapping[int, Sequence[int]]]) -> list[Any]:
         """A Score for each keep set, over all sources."""
-        from moeconv.calibrate.pruned import Variant
         from moeconv.evaluate.pruned import score_variants, total
+        from moeconv.repair.pruned import Variant
 
         stream = _stream(self.model, self.windows, self.measure, meter=self.meter)
         refit = _refit(self.options) if self.options.refit else None
@@ -419,8 +419,8 @@ def _left(
 
 def _read(model: Model, values: Mapping[str, Any]) -> Any:
     """The windows of --data, as calibration draws them."""
-    from moeconv.calibrate.data import load_tokens
     from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
+    from moeconv.data.windows import load_tokens
 
     measure = take(MeasureOptions, values)
     return load_tokens(
@@ -431,7 +431,7 @@ def _read(model: Model, values: Mapping[str, Any]) -> Any:
 
 
 def _stream(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> Any:
-    from moeconv.calibrate.stream import LayerStream, pick_device, start_meter
+    from moeconv.stream.layers import LayerStream, pick_device, start_meter
 
     start_meter(meter, model)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
@@ -441,7 +441,7 @@ def _stream(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter
 
 
 def _refit(options: PruneOptions) -> Any:
-    from moeconv.calibrate.refit import Refit
+    from moeconv.repair.refit import Refit
 
     return Refit(options.refit_strength, options.refit_sweeps)
 
@@ -452,8 +452,8 @@ def _repaired(
 ) -> tuple[dict[str, SafetensorsFile], dict[int, list[int]]]:  # fmt: skip
     """Pass the model once more, each layer on the pruned layers before it: chosen there (--sequential), and refitted
     to the unpruned model's stream (--refit)."""
-    from moeconv.calibrate.pruned import Variant, pruned_pass
-    from moeconv.calibrate.repair import repair
+    from moeconv.repair.pruned import Variant, pruned_pass
+    from moeconv.repair.run import repair
 
     options = take(PruneOptions, values)
     if keep is None and not options.sequential:
@@ -532,7 +532,7 @@ def _merged(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
 ) -> tuple[dict[str, SafetensorsFile], Any, dict[int, list[int]]]:  # fmt: skip
-    from moeconv.calibrate.merging import merge
+    from moeconv.repair.merging import merge
 
     if keep is None:
         block = planner.plan_prune(model, evidence=evidence, **parameters).block

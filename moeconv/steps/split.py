@@ -33,9 +33,9 @@ def measure_partition(model: Model, values: Mapping[str, Any], folder: str, *, m
         text = "--stats and --data exclude each other" if data else "--method split decides on data"
         raise UsageError(text, hint=MEASURE.format(source=model.checkpoint.path.name))
     from moeconv.calibrate.neurons import load_neurons
-    from moeconv.calibrate.partition import write_partition
     from moeconv.calibrate.run import calibrate
-    from moeconv.calibrate.stream import pick_device
+    from moeconv.prepare.partition import write_partition
+    from moeconv.stream.layers import pick_device
 
     seed, measure = take(PlanOptions, values).seed, take(MeasureOptions, values)
     stats = options.stats

@@ -64,7 +64,7 @@ def _measured_router(
     model: Model, plan: Plan, folder: str, values: Mapping[str, Any], *, meter: Meter
 ) -> tuple[SafetensorsFile, dict[str, Any]]:
     """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
-    from moeconv.calibrate.router import measure_router
+    from moeconv.prepare.router import measure_router
     from moeconv.upcycle.planner import router_rows
 
     asked = named(values, DataOptions, MeasureOptions)

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from moeconv.calibrate.tokenizer import same_tokenizer
+from moeconv.data.tokenizer import same_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import TuneOptions, flag_of

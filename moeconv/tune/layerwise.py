@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.skeleton import Skeleton
-from moeconv.calibrate.stream import LayerStream, allocate, release_memory
 from moeconv.families.model import Model
 from moeconv.families.spec import Routing
 from moeconv.plan.meter import Meter
+from moeconv.stream.layers import LayerStream, allocate, release_memory
+from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.losses import Load

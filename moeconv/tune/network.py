@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeconv.calibrate.skeleton import Skeleton
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import decode_weight, plain_names
 from moeconv.tune.parameters import correction_names, tensors_of
 from moeconv.tune.routing import Block

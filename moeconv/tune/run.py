@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.data import TokenData, load_tokens
 from moeconv.calibrate.run import SEQ_LEN as DEFAULT_SEQ_LEN
 from moeconv.calibrate.run import TOKENS, sequence_length
-from moeconv.calibrate.stream import pick_device, start_meter
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.layers import pick_device, start_meter
 from moeconv.tensors import to_bytes
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moeconv.calibrate.data import TokenData, share_out
+from moeconv.data.windows import TokenData, share_out
 from moeconv.errors import InputError
 from moeconv.plan.kernels.draw import generator
 

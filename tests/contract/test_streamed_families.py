@@ -8,8 +8,8 @@ import torch
 from words import add_tokenizer, text
 
 from moeconv.calibrate.statistics import layer_statistics
-from moeconv.calibrate.stream import LayerStream
 from moeconv.families.model import open_model
+from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, load, save_stock
 
 torch.set_num_threads(1)

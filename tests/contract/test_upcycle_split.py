@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from moeconv.calibrate.data import Source, TokenData
 from moeconv.calibrate.neurons import load_neurons, measure_neurons
-from moeconv.calibrate.partition import write_partition
-from moeconv.calibrate.stream import LayerStream
+from moeconv.data.windows import Source, TokenData
 from moeconv.families.model import open_model
 from moeconv.options import UpcycleOptions
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import SilentMeter
 from moeconv.plan.partition import load_partition
+from moeconv.prepare.partition import write_partition
+from moeconv.stream.layers import LayerStream
 from moeconv.upcycle.planner import plan_upcycle
 from moeconv.upcycle.split import split_options, split_shape
 from tests.contract.stock import DENSE_CASES, VOCAB, load, logits, relative_difference, save_stock

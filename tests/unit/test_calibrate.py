@@ -17,15 +17,15 @@ import torch
 from words import add_tokenizer, text
 
 from moeconv.calibrate.artifact import FIELDS, load_statistics
-from moeconv.calibrate.data import load_tokens
 from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.statistics import each_expert
-from moeconv.calibrate.stream import LayerStream
+from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import SilentMeter
 from moeconv.quantize.planner import plan_quantize
+from moeconv.stream.layers import LayerStream
 
 EXPERTS, TOP_K, SEQ_LEN = 6, 2, 16
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

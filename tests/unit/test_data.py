@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from words import SPECIAL, WORDS, add_tokenizer, text
 
-from moeconv.calibrate.data import load_tokens, share_out
-from moeconv.calibrate.texts import split_weight
-from moeconv.calibrate.tokenizer import same_tokenizer
+from moeconv.data.texts import split_weight
+from moeconv.data.tokenizer import same_tokenizer
+from moeconv.data.windows import load_tokens, share_out
 from moeconv.errors import InputError, UsageError
 
 EOS = SPECIAL.index("</s>")

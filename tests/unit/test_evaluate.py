@@ -16,7 +16,7 @@ import tiny
 import torch
 from words import WORDS, add_tokenizer, text
 
-from moeconv.calibrate.data import load_tokens
+from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate import equivalence as equivalence_module
 from moeconv.evaluate.equivalence import equivalence

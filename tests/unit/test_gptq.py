@@ -11,7 +11,10 @@ import tiny
 import torch
 from words import add_tokenizer, text
 
-from moeconv.calibrate.gptq import (
+from moeconv.errors import InputError
+from moeconv.families.model import open_model
+from moeconv.gptq.grids import grid_of, on_disk
+from moeconv.gptq.matrix import (
     Grid,
     damped,
     gptq,
@@ -20,9 +23,6 @@ from moeconv.calibrate.gptq import (
     round_to_nearest,
     search_scales,
 )
-from moeconv.calibrate.grids import grid_of, on_disk
-from moeconv.errors import InputError
-from moeconv.families.model import open_model
 from moeconv.plan.kernels.pack import relative_rms
 from moeconv.quantize.planner import plan_quantize
 from moeconv.tensors import decode_weight

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeconv.calibrate.stream import LayerStream
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
+from moeconv.stream.layers import LayerStream
 from tests import tiny
 from tests.contract.stock import MOE_CASES, save_stock
 

@@ -12,18 +12,18 @@ import torch
 from words import add_tokenizer, text
 
 from moeconv.calibrate.artifact import load_statistics
-from moeconv.calibrate.data import load_tokens, split_windows
-from moeconv.calibrate.masking import activations, down_projection
-from moeconv.calibrate.pruned import Variant, masked, pruned_pass
-from moeconv.calibrate.refit import Refit, Routes, refit_layer
 from moeconv.calibrate.run import calibrate
-from moeconv.calibrate.stream import LayerStream
+from moeconv.data.windows import load_tokens, split_windows
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.families.rule import route, rule_of
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, sample_of
 from moeconv.prune.planner import plan_prune
+from moeconv.repair.pruned import Variant, masked, pruned_pass
+from moeconv.repair.refit import Refit, Routes, refit_layer
+from moeconv.stream.experts import activations, down_projection
+from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, save_stock
 
 NONE: frozenset[int] = frozenset()
@@ -216,8 +216,8 @@ def test_a_masked_and_refitted_variant_is_the_pruned_file(tmp_path: Path, case: 
     kept = {at: [e for e in range(8) if e % size < size * 3 // 4 or (groups == 1 and e < 6)] for at in model.moe_layers}
     left = len(kept[model.moe_layers[0]])
     kept = {at: k[:left] for at, k in kept.items()}
-    from moeconv.calibrate.repair import repair
     from moeconv.checkpoint.reader import SafetensorsFile
+    from moeconv.repair.run import repair
 
     refitted, plain = Variant(keep=dict(kept), refit=Refit(0.1, 2)), Variant(keep=dict(kept))
     repair(LayerStream(model, data.windows), data, refitted, tmp_path / "overlay", left=left)

@@ -10,13 +10,13 @@ import tiny
 import torch
 from words import WORDS, add_tokenizer, text
 
-from moeconv.calibrate.cut import Ffn, cut_ffn
-from moeconv.calibrate.grouping import assign, balanced_kmeans
-from moeconv.calibrate.linear_router import logistic, missing, oracle, output_norms, ridge, select
 from moeconv.calibrate.neurons import load_neurons
 from moeconv.calibrate.run import calibrate
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
+from moeconv.prepare.cut import Ffn, cut_ffn
+from moeconv.prepare.grouping import assign, balanced_kmeans
+from moeconv.prepare.linear_router import logistic, missing, oracle, output_norms, ridge, select
 
 torch.set_num_threads(1)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moeconv.calibrate.stream import LayerStream
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.pack.floats import unpack_fp8_blocks, unpack_mxfp4
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.decode import plan_decode
+from moeconv.stream.layers import LayerStream
 from moeconv.tensors import decode_weight
 from tests import tiny
 from tests.contract.stock import MOE_CASES, load, logits, save_stock

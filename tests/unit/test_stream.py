@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 
-from moeconv.calibrate.stream import LayerStream, layer_bytes, pick_device
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
+from moeconv.stream.layers import LayerStream, layer_bytes, pick_device
 from moeconv.tensors import decode_weight, plain_names, read_tensor, to_bytes, to_tensor
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,

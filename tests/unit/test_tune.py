@@ -13,15 +13,15 @@ import torch
 from contract.stock import DENSE_CASES, load, logits, relative_difference, save_stock
 from words import WORDS, add_tokenizer, text
 
-from moeconv.calibrate.data import load_tokens
-from moeconv.calibrate.skeleton import Skeleton
-from moeconv.calibrate.stream import LayerStream
 from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
+from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.spec import Routing
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
+from moeconv.stream.layers import LayerStream
+from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.losses import Load, balance_loss, counts_of
 from moeconv.tune.network import fill_block, load_network

@@ -6,7 +6,7 @@ groups, normalisation and scaling stay the stock code of any family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,55 +82,3 @@ def check_routed(index: Tensor, weights: Tensor, kept: Sequence[int], *, top_k: 
             f"the router of layer {layer} cannot be run without experts: its stock code chose one that is left out",
             hint="Criteria that read statistics alone do not need it: leave out --refit, --curve and gates.",
         )
-
-
-class _LastProduct(TorchFunctionMode):
-    """Remembers what the last matrix product inside it multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            self.left = args[0]
-        return func(*args, **(kwargs or {}))
-
-
-_PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
-
-
-def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """What an expert's down projection reads, [n, I], and the expert's output [n, H], for `hidden` [n, H]."""
-    from moeconv.calibrate.statistics import one_expert
-
-    with _LastProduct() as seen:
-        output = one_expert(type(experts).forward.__get__(experts), hidden, expert)
-    width = down_projection(experts, expert).shape[1]
-    if seen.left is None or seen.left.shape != (len(hidden), width):
-        raise InputError(
-            "the experts of this family are not computed as a product with down_proj at the end",
-            hint="Leave out --refit and --merge.",
-        )
-    return seen.left.detach(), output
-
-
-def down_projection(experts: nn.Module, expert: int) -> Tensor:
-    """An expert's down projection as a view [H, I]."""
-    down = experts.down_proj[expert]  # type: ignore[index]
-    return down.T if getattr(experts, "is_transposed", False) else down
-
-
-@contextmanager
-def with_down(experts: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside the block the experts' down projections are the given [H, I] ones."""
-    before = {e: down_projection(experts, e).clone() for e in replaced}
-    with torch.no_grad():
-        for e, values in replaced.items():
-            down_projection(experts, e).copy_(values)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for e, values in before.items():
-                down_projection(experts, e).copy_(values)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeconv.calibrate.hubdata import read_hub
 from moeconv.checkpoint.strictjson import parse_json
+from moeconv.data.hubdata import read_hub
 from moeconv.errors import InputError, UsageError, escape
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")

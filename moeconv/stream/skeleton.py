@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeconv.calibrate.quiet import quiet
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.stream.quiet import quiet
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeconv.calibrate.hooks import Calls, captured, distinct_tensors, record_calls, replaced
-from moeconv.calibrate.memory import allocate, release_memory
-from moeconv.calibrate.skeleton import Skeleton
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
+from moeconv.stream.memory import allocate, release_memory
+from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_name, plain_names, read_parts
 
 Parts = dict[str, dict[str, Tensor]]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.data import TokenData
-from moeconv.calibrate.pruned import Variant, pruned_pass
-from moeconv.calibrate.stream import LayerStream
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import TokenData
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.repair.pruned import Variant, pruned_pass
+from moeconv.stream.layers import LayerStream
 from moeconv.tensors import TORCH_DTYPES, to_bytes
 
 OVERLAY_VERSION = 1

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.masking import check_routed, down_projection, routed_to, with_down
-from moeconv.calibrate.memory import allocate
-from moeconv.calibrate.refit import Refit, Routes, refit_layer
-from moeconv.calibrate.stream import Layer, LayerStream
 from moeconv.errors import InputError
+from moeconv.repair.refit import Refit, Routes, refit_layer
+from moeconv.stream.experts import down_projection, with_down
+from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.masking import check_routed, routed_to
+from moeconv.stream.memory import allocate
 
 _SAME = 0.02  # relative: what separates adding from any other way to join the stream
 

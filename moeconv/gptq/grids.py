@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.gptq import Coded, Grid
+from moeconv.gptq.matrix import Coded, Grid
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
 from moeconv.plan.plan import Item
 from moeconv.tensors import TORCH_DTYPES

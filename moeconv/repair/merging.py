@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.data import TokenData
-from moeconv.calibrate.masking import activations
-from moeconv.calibrate.repair import OVERLAY_VERSION, on_disk, overlay_names
-from moeconv.calibrate.stream import Layer, LayerStream
 from moeconv.calibrate.weights import match
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import TokenData
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
+from moeconv.repair.run import OVERLAY_VERSION, on_disk, overlay_names
+from moeconv.stream.experts import activations
+from moeconv.stream.layers import Layer, LayerStream
 from moeconv.tensors import decode_weight, to_bytes
 
 _TOKENS = 2048  # on which activations are compared

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.calibrate.texts import TextSource, read_sources
-from moeconv.calibrate.tokenizer import load_tokenizer
+from moeconv.data.texts import TextSource, read_sources
+from moeconv.data.tokenizer import load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.plan.kernels.draw import generator
 

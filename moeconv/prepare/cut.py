@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.grouping import assign, balanced_kmeans
-from moeconv.calibrate.linear_router import logistic, missing, oracle, output_norms, ridge, select
 from moeconv.plan.kernels.draw import generator
+from moeconv.prepare.grouping import assign, balanced_kmeans
+from moeconv.prepare.linear_router import logistic, missing, oracle, output_norms, ridge, select
 
 CLUSTERINGS = ("refined", "magnitude", "binary", "random")
 _CLUSTER_TOKENS = 2048

@@ -19,21 +19,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moeconv.calibrate.data import load_tokens
-from moeconv.calibrate.gptq import Coded, damped, gptq, retarget, round_to_nearest
-from moeconv.calibrate.grids import grid_of, on_disk
-from moeconv.calibrate.memory import allocate
 from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
-from moeconv.calibrate.statistics import one_expert
-from moeconv.calibrate.stream import Layer, LayerStream, pick_device, start_meter
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
+from moeconv.gptq.grids import grid_of, on_disk
+from moeconv.gptq.matrix import Coded, damped, gptq, retarget, round_to_nearest
 from moeconv.options import DataOptions, MeasureOptions, check_names, parse_size, take
 from moeconv.plan.kernels.draw import generator
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
+from moeconv.stream.experts import one_expert
+from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
+from moeconv.stream.memory import allocate
 from moeconv.tensors import decode_weight, to_bytes, to_tensor
 
 VERSION = 1

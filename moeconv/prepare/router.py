@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.centroids import balanced_centroids
-from moeconv.calibrate.data import TokenData, load_tokens
 from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
-from moeconv.calibrate.stream import Layer, LayerStream, pick_device, start_meter
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.options import parse_size
 from moeconv.plan.kernels.draw import generator
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.prepare.centroids import balanced_centroids
+from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
 
 _SAMPLE = 4096  # tokens a layer that clusters and scales are taken from, and at least
 _PER_EXPERT = 16  # so many an expert

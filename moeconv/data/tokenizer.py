@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moeconv.calibrate.quiet import quiet
 from moeconv.errors import InputError, escape
+from moeconv.stream.quiet import quiet
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 

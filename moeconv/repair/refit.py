@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeconv.calibrate.masking import activations
+from moeconv.stream.experts import activations
 
 _ROWS = 8192  # tokens whose activations are held at a time
 

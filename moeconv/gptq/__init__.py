@@ -1,0 +1,1 @@
+"""MEASURE for quantize: codes of least output error, chosen a layer at a time, as an overlay."""

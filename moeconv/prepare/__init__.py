@@ -1,0 +1,1 @@
+"""MEASURE for upcycle: partitions of FFNs for `split`, and routers from data."""

@@ -96,13 +96,14 @@ def measure_neurons(
     chosen = torch.from_numpy(np.sort(draw.choice(read.tokens, size=n, replace=False, shuffle=False)))
     width, hidden = model.ffn_width, model.hidden_size
     specs: list[tuple[str, str, tuple[int, ...]]] = []
-    for index in range(model.num_layers):
+    layers = model.with_ffn(range(model.num_layers), every=True)
+    for index in layers:
         specs.append((f"layer.{index}.inputs", "BF16", (n, hidden)))
         specs += [(f"layer.{index}.{field}", "F32", (width,)) for field in ("rate", "mean", "energy")]
     about = {
         "identity": model.identity,
         "model_type": model.family.model_type,
-        "layers": list(range(model.num_layers)),
+        "layers": list(layers),
         "width": width,
         "tokens": read.tokens,
         "sources": [source.to_json() for source in read.sources],
@@ -115,6 +116,8 @@ def measure_neurons(
     metadata = artifact_metadata(KIND, version=VERSION, **about)
     with writing_artifact(path, specs, metadata=metadata, overwrite=overwrite) as writer:
         for layer in stream.layers():
+            if layer.index not in layers:
+                continue
             fields = layer_neurons(layer, down_module(stream.skeleton, model, layer.index), chosen=chosen)
             for field, value in fields.items():
                 writer.write(f"layer.{layer.index}.{field}", to_bytes(value))

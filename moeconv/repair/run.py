@@ -63,10 +63,9 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
             for part in parts:
                 key = f"expert.{part}"
                 if key not in family.tensors or (model.packed_experts and part != "down"):
-                    raise InputError(
-                        f"{family.model_type} keeps {part} of all experts in one tensor with others",
-                        hint="Leave out --merge.",
-                    )
+                    packed = f"{family.model_type} keeps {part} of all experts in one tensor with others"
+                    alone = f"the experts of {family.model_type} have no {part} matrix"
+                    raise InputError(packed if model.packed_experts else alone, hint="Leave out --merge.")
                 name = family.name(key, layer=layer, expert=expert)
                 ref = tensors[family.name(key, layer=layer, expert=0)]
                 cut = (ref.shape[0] // model.num_experts * left, *ref.shape[1:])

@@ -50,7 +50,12 @@ def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor
 
 
 def down_projection(experts: nn.Module, expert: int) -> Tensor:
-    """An expert's down projection as a view [H, I]."""
+    """An expert's down projection as a view [H, I]. Raises InputError where the class of transformers has none."""
+    if not hasattr(experts, "down_proj"):
+        raise InputError(
+            f"{type(experts).__name__} of transformers keeps no down_proj of its experts, which this computes with",
+            hint="Leave out --refit and --merge.",
+        )
     down = experts.down_proj[expert]  # type: ignore[index]
     return down.T if getattr(experts, "is_transposed", False) else down
 

@@ -159,9 +159,11 @@ def test_folds_round_in_bfloat16_and_say_so_and_are_exact_in_float32(tmp_path, c
         assert any("--dtype float32" in text for text in done["warnings"]) == (dtype == "bfloat16")
 
 
-@pytest.mark.parametrize("command", ["prune", "quantize"])
-@pytest.mark.parametrize(("case", "target"), [("llama", "granitemoe"), ("llama", "gpt_oss"), ("llama", "aria_text")])
-def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, cli, command, case, target):
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [("llama", "granitemoe"), ("llama", "gpt_oss"), ("llama", "aria_text"), ("olmo-clip", "dbrx")],
+)
+def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, cli, case, target):
     source = save_stock(tmp_path / "dense", *DENSE_CASES[case], dtype=torch.bfloat16)
     assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "-q").code == 0
     seen = inspect(str(tmp_path / "moe"))
@@ -169,19 +171,10 @@ def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, 
     biases = 3 * (2 * 96 + 64) if target == "gpt_oss" else 0
     assert seen["num_experts"] == 4
     assert seen["parameters"]["experts"] == 4 * (dense + biases)
-    flags = ("--keep", 2) if command == "prune" else ()
-    done = cli(command, tmp_path / "moe", tmp_path / "out", *flags, "--json")
+    done = cli("quantize", tmp_path / "moe", tmp_path / "out", "--json")
     assert done.code == 3
     assert "one tensor" in done.json["error"]["message"]
     assert not (tmp_path / "out").exists()
-
-
-def test_routers_with_a_bias_for_every_expert_are_not_pruned_by_halves(tmp_path, cli):
-    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.bfloat16)
-    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", "glm4_moe", "--no-check", "-q").code == 0
-    done = cli("prune", tmp_path / "moe", tmp_path / "out", "--keep", 2, "--json")
-    assert done.code == 3
-    assert "router.correction" in done.json["error"]["message"]
 
 
 @pytest.mark.parametrize("method", ["noise", "drop"])
@@ -201,6 +194,15 @@ def test_a_target_without_dense_layers_refuses_to_leave_one(tmp_path, cli):
     done = cli("upcycle", source, tmp_path / "moe", "--layers", "0", "--no-check", "--json")
     assert done.code == 3
     assert "dense" in done.json["error"]["message"]
+
+
+def test_layers_without_an_ffn_are_left_as_they_are_and_cannot_be_asked_for(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["nemotron_h"], dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--layers", "0,1", "--no-check", "--json")
+    assert done.code == 3
+    assert "layer 0 has no FFN" in done.json["error"]["message"]
+    planned = cli("upcycle", source, tmp_path / "moe", "--dry-run", "--json").json
+    assert planned["upcycle"]["moe_layers"] == [1, 3]
 
 
 @pytest.mark.parametrize("method", ["noise", "drop"])

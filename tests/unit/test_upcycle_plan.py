@@ -250,7 +250,7 @@ def test_a_target_nobody_knows_and_a_source_that_is_an_moe(tmp_path):
     with pytest.raises(InputError, match=r"cannot write llama as \\x1bfoo"):
         plan_upcycle(open_model(make_dense(tmp_path / "m")), to="\x1bfoo")
     with pytest.raises(InputError, match="already a Mixture-of-Experts"):
-        plan_upcycle(open_model(make_moe(tmp_path / "moe")))
+        plan_upcycle(open_model(make_moe(tmp_path / "moe")), to="qwen2_moe")
 
 
 @pytest.mark.parametrize(

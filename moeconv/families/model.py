@@ -21,6 +21,7 @@ from moeconv.families.kinds import check_kinds
 from moeconv.families.moe import MOE
 from moeconv.families.moe_sources import MOE_SOURCES
 from moeconv.families.pairs import HOMELESS
+from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import FFN_PARTS, Family, Role
 
@@ -118,6 +119,13 @@ class Model:
             if ref.dtype in ("BF16", "F16", "F32", "F64"):
                 count[ref.dtype] = count.get(ref.dtype, 0) + ref.nbytes
         return max(count, key=lambda d: count[d]) if count else "BF16"
+
+    @property
+    def routed_share(self) -> float:
+        """What the routed experts' weighted sum is multiplied by in the FFN's output: 1/2 where it is averaged with
+        that of shared experts."""
+        rule, width = self.family.averaged, self.family.shared_width
+        return 0.5 if rule and self.value(rule[0]) == rule[1] and shared_width(width, self.value) else 1.0
 
     @property
     def renormalises(self) -> bool:

@@ -510,6 +510,7 @@ COHERE2_MOE = moe_row(
     ffn_width=lambda get: get("prefix_dense_intermediate_size") or get("intermediate_size"),
     dense_width="prefix_dense_intermediate_size",
     shared_width=("intermediate_size", "num_shared_experts"),
+    averaged=("shared_expert_combination_strategy", "average"),
     placement=placement.WORDS,
     routing=Routing("softmax_topk", "always"),
     rules=("expert_selection_fn", {"sigmoid": Routing("sigmoid", "norm_topk_prob")}),

@@ -108,6 +108,7 @@ class Family:
     dense_width: str = "intermediate_size"  # config key of a dense layer's FFN in a family that may have one
     shared_width: tuple[str, ...] = ()  # config keys whose product is the shared expert's width
     shared_weight: float = 1.0  # of the shared expert's output, where its gate (if it has one) is zero
+    averaged: tuple[str, str] | None = None  # config key, and its value at which routed and shared outputs are averaged
     placement: Placement = EVERY
     routing: Routing | None = None
     rules: tuple[str, Mapping[str, Routing]] | None = None  # config key whose value takes another rule than `routing`

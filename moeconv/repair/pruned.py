@@ -118,7 +118,8 @@ def _refitted(
                 additive = bool((added - behind).norm() <= _SAME * batch.ffn_output.norm())
             of = fit[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.ffn_input.device)
             rows.append(of)
-            routes.append(Routes(batch.ffn_input[of], batch.top_k_index[of], batch.top_k_weights[of]))
+            weights = batch.top_k_weights[of] * stream.model.routed_share
+            routes.append(Routes(batch.ffn_input[of], batch.top_k_index[of], weights))
             if variant.refit.target == "stream" and additive:
                 behind = stream.hidden[batch.rows].to(batch.outputs.device)
                 wanted.append((behind - batch.outputs).flatten(0, 1))

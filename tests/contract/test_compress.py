@@ -175,3 +175,27 @@ def test_experts_in_one_tensor_are_not_packed(tmp_path, cli, case):
         refused = cli("quantize", source, tmp_path / "out", "--format", format, "--json")
         assert refused.code == 3 and "one tensor" in refused.json["error"]["message"]
     assert not (tmp_path / "out").exists()
+
+
+def test_refit_knows_that_routed_and_shared_outputs_are_averaged(tmp_path, cli):
+    """Halved weights that are summed are the same model, so the refitted ones are the same too."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.words import add_tokenizer, text
+
+    kind, config = MOE_CASES["cohere2_moe"]
+    made = {}
+    (tmp_path / "text").write_text(text(3000))
+    for word in ("average", "sum"):
+        said = config | {"shared_expert_combination_strategy": word}
+        source = add_tokenizer(save_stock(tmp_path / word, kind, said, dtype=torch.float32))
+        for file in source.glob("*.safetensors") if word == "sum" else ():
+            tensors = load_file(file)
+            halved = {n: t / 2 if "experts" in n and "down_proj" in n else t for n, t in tensors.items()}
+            save_file(halved, file, metadata={"format": "pt"})
+        flags = ("--keep", 4, "--refit", "--data", tmp_path / "text", "--seq-len", 32, "--tokens", 2048)
+        done = cli("prune", source, tmp_path / f"{word}-pruned", *flags, "--json")
+        assert done.code == 0, done.out
+        made[word] = logits(load(source)), logits(load(tmp_path / f"{word}-pruned"))
+    assert relative_difference(made["average"][0], made["sum"][0]) <= 1e-5
+    assert relative_difference(made["average"][1], made["sum"][1]) <= 1e-3

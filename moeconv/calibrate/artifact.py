@@ -117,6 +117,15 @@ def layer_importance(statistics: Statistics) -> dict[int, float]:
     }
 
 
+def is_statistics(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds the statistics of an MoE; `calibrate` writes those of a dense model's neurons too."""
+    try:
+        read_metadata_json(SafetensorsFile(Path(path)), kind=KIND)
+    except InputError:
+        return False
+    return True
+
+
 def check_artifact_target(path: Path, *, what: str, overwrite: bool) -> None:
     """Refuse, before any work, a path where the file `what` could not be put. Raises OutputError."""
     if path.is_dir():

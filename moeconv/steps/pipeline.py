@@ -100,7 +100,10 @@ def _between(step: Step, then: Step, result: Mapping[str, Any], *, kept: bool) -
 def _report(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     """The page about the last model: sizes against the first, every step's result, the newest statistics."""
     assert recipe.report is not None
-    statistics = [step.to for step in recipe.steps if step.command == "calibrate"]
+    from moeconv.calibrate.artifact import is_statistics
+
+    made = [step.to for step in recipe.steps if step.command == "calibrate" and step.to is not None]
+    statistics = [path for path in made if is_statistics(path)]
     measure.report(
         summary["output"], recipe.report, results=[summary], stats=statistics[-1] if statistics else None,
         reference=recipe.steps[0].source, title=recipe.name, overwrite=True,

@@ -246,11 +246,11 @@ def test_every_dense_family_has_exactly_one_default():
         assert sum(p.default for p in PAIRS if p.source == family) == 1
 
 
-def test_a_target_nobody_knows_and_a_source_that_is_an_moe(tmp_path):
+def test_a_target_nobody_knows_and_a_number_that_experts_cannot_be_multiplied_to(tmp_path):
     with pytest.raises(InputError, match=r"cannot write llama as \\x1bfoo"):
         plan_upcycle(open_model(make_dense(tmp_path / "m")), to="\x1bfoo")
-    with pytest.raises(InputError, match="already a Mixture-of-Experts"):
-        plan_upcycle(open_model(make_moe(tmp_path / "moe")), to="qwen2_moe")
+    with pytest.raises(UsageError, match="only be multiplied as a whole"):
+        plan_upcycle(open_model(make_moe(tmp_path / "moe")), experts=6)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from moeconv.errors import Interrupted, MoeconvError
 
 T = TypeVar("T")
 
-_PATIENCE = 10.0  # seconds that a failed process waits for the others to hear of it
+_PATIENCE = 20.0  # seconds that the first process waits for the others to hear how it ended
 _STEP = 0.05
-_ERROR, _ENDED = "moeconv/error", "moeconv/ended"
+_ERROR, _ENDED, _LEFT = "moeconv/error", "moeconv/ended", "moeconv/left"
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,24 @@ def settle(error: MoeconvError | Interrupted | None) -> MoeconvError | Interrupt
     store, _store = _store, None
     if store is None:
         return error
-    size = current().size
+    world, heard = current(), None
     with contextlib.suppress(Exception):  # the store is gone with the launcher: then one's own error must do
         if error is not None:
             said = {"code": error.exit_code, "message": error.message, "hint": error.hint}
             store.compare_set(_ERROR, "", json.dumps(said))
             _hang_up()
-        ended = store.add(_ENDED, 1)
-        until = time.monotonic() + _PATIENCE
-        while ended < size and (error is None or time.monotonic() < until):
-            if error is None and store.check([_ERROR]):
-                break
+        store.add(_ENDED, 1)
+        while not store.check([_ERROR]) and store.add(_ENDED, 0) < world.size:
             time.sleep(_STEP)
-            ended = store.add(_ENDED, 0)
-        if store.check([_ERROR]):
-            return _heard(json.loads(store.get(_ERROR)), error)
-        if error is None:
+        heard = json.loads(store.get(_ERROR)) if store.check([_ERROR]) else None
+        if heard is None:
             _hang_up(whole=True)
-    return error
+        left = store.add(_LEFT, 1)
+        until = time.monotonic() + _PATIENCE
+        while world.leads and left < world.size and time.monotonic() < until:  # the store may live in this process
+            time.sleep(_STEP)
+            left = store.add(_LEFT, 0)
+    return error if heard is None else _heard(heard, error)
 
 
 def _hang_up(*, whole: bool = False) -> None:

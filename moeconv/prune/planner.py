@@ -5,6 +5,8 @@ Without evidence the plan keeps the first experts as a placeholder: its sizes ar
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -151,7 +153,7 @@ def plan_prune(
     prints = {"overlays": {origin: fingerprint(file) for origin, file in overlays.items()}} if overlays else {}
     return Plan(
         command="prune",
-        parameters=parameters_of(options, common) | prints,
+        parameters=parameters_of(options, common) | _decided_by(evidence, options, block) | prints,
         identity=model.identity,
         config=_config(model, left, parse_dtype(common.dtype), options.top_k),
         shards=arrange(items, common, model.family),
@@ -165,6 +167,24 @@ def plan_prune(
         dropped=model.dropped,
         promise=_promise(model, left),
     )
+
+
+def _decided_by(evidence: Evidence, options: PruneOptions, block: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes into the manifest beside the options: the data behind the statistics and the keep sets, by their
+    hashes; a path would say nothing elsewhere."""
+    keep, metadata = block["keep"], getattr(evidence.statistics, "metadata", None)
+    found: dict[str, Any] = {"criterion": block["criterion"]}
+    if keep is not None and block["criterion"] is not None:
+        found["keep_sha256"] = hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
+    if metadata is not None:
+        found["data_sha256"] = [s.get("sha256") for s in metadata["sources"] if isinstance(s, Mapping)]
+        found |= {name: metadata[name] for name in ("tokens", "seq_len") if name in metadata}
+    stats = (
+        None
+        if options.stats is None or metadata is None
+        else hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode()).hexdigest()
+    )
+    return {"stats": stats, "decided_by": found}
 
 
 def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -> None:
@@ -253,6 +273,10 @@ def _check_numbers(options: PruneOptions) -> None:
     for one, other in (("merge", "refit"), ("merge", "sequential")):
         if getattr(options, one) and getattr(options, other):
             raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
+    if options.refit_strength != PruneOptions().refit_strength and not options.refit:
+        raise UsageError("--refit-strength goes with --refit", hint="Add --refit and --data FILE.")
+    if options.refit_sweeps != PruneOptions().refit_sweeps and not options.refit:
+        raise UsageError("--refit-sweeps goes with --refit", hint="Add --refit and --data FILE.")
     if options.sequential and (options.threshold is not None or gate is not None):
         raise UsageError("--sequential needs a number of experts that is known first", hint="Pass --ratio or --keep.")
 
@@ -263,6 +287,12 @@ def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
     limit = model.num_experts if left is None else left
     if not 1 <= options.top_k <= limit:
         raise UsageError(f"--top-k {options.top_k}: from 1 to the {limit} experts of a layer")
+    for name in ("merge", "sequential", "protect_coverage"):
+        if left == model.num_experts and getattr(options, name):
+            raise UsageError(
+                f"{flag_of(name)} says which experts stay, and --top-k alone removes none",
+                hint="Leave it out, or pass --ratio or --keep too.",
+            )
     if left == model.num_experts and options.top_k == model.top_k:
         raise UsageError(f"--top-k {options.top_k} is what the model has already", hint="Nothing would change.")
     routing = model.family.routing

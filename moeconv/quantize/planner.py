@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,7 +99,9 @@ def plan_quantize(
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     return Plan(
         command="quantize",
-        parameters=parameters_of(options, common) | ({} if overlay is None else _made_with(model, overlay)),
+        parameters=parameters_of(options, common)
+        | {"stats": None if importance is None else _hash_of(importance)}
+        | ({} if overlay is None else _made_with(model, overlay)),
         identity=model.identity,
         config=config,
         shards=shards,
@@ -120,6 +124,11 @@ def plan_quantize(
         texts=texts,
         promise=promise,
     )
+
+
+def _hash_of(importance: Mapping[int, float]) -> str:
+    """What stands in the manifest for a statistics file, whose path says nothing elsewhere."""
+    return hashlib.sha256(json.dumps({str(at): x for at, x in importance.items()}, sort_keys=True).encode()).hexdigest()
 
 
 def _made_with(model: Model, overlay: SafetensorsFile) -> dict[str, Any]:

@@ -41,10 +41,10 @@ def gather(
         "pipeline": _pipeline(results),
         "evaluations": [_evaluation(r) for r in done if "perplexity" in r and "tokens_per_second" in r],
         "equivalence": _mapping(_last(done, "upcycle", "equivalence")),
-        "quantization_error": _rows(_mapping(_last(done, "quantize", "error")).get("layers")),
+        "quantization_error": _quantization(_mapping(_last(done, "quantize", "error"))),
         "tuning": _tuning(done),
         "pruning": _pruning(done),
-        "curve": _rows(_last(done, "prune", "curve")),
+        "curve": next((rows for r in reversed(done) if (rows := _rows(r.get("curve")))), []),
         "warnings": sorted({escape(text) for r in (*results, *done) for text in _texts(r.get("warnings"))}),
     }
     if statistics is not None:
@@ -116,6 +116,18 @@ def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
             for n, g in _mapping(result.get("gates")).items() if isinstance(g, Mapping)
         ],
     }  # fmt: skip
+
+
+def _quantization(error: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a layer: how far the packed weights are from the source's and, by gptq, what the layer's outputs lose."""
+    outputs = {str(r.get("layer")): r for r in _rows(_mapping(error.get("output")).get("layers"))}
+    made = []
+    for row in _rows(error.get("layers")):
+        found = outputs.get(str(row.get("layer")), {})
+        made.append({"layer": _number(row.get("layer")), "relative_rms": _number(row.get("relative_rms")),
+                     "output_rms": _number(found.get("output_rms")),
+                     "output_rms_rtn": _number(found.get("output_rms_rtn"))})  # fmt: skip
+    return made
 
 
 def _tuning(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

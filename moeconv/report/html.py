@@ -15,7 +15,11 @@ from moeconv.units import human_bytes, human_count, human_seconds
 _PAGE = Path(__file__).parent / "page"
 _FOLD_ABOVE = 8  # layers; more small charts than this are folded away
 _NONE = "–"
-_ERRORS = {"relative_rms": "weights", "output_error": "outputs"}  # keys of a layer's error -> what it is of
+_ERRORS = {
+    "relative_rms": "weights",
+    "output_rms": "outputs",
+    "output_rms_rtn": "outputs, nearest codes",
+}  # keys of a layer's error -> what it is of
 
 
 def render(figures: Mapping[str, Any], *, title: str) -> str:
@@ -232,8 +236,8 @@ def _tuned(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(figures: Mapping[str, Any]) -> dict[str, Any]:
-    layers = figures["quantization_error"]
-    at = [r.get("layer", i) for i, r in enumerate(layers)]
+    layers = [r for r in figures["quantization_error"] if r["layer"] is not None]
+    at = [r["layer"] for r in layers]
     known = [k for k in _ERRORS if layers and all(isinstance(r.get(k), float) for r in layers)]
     series = [(_ERRORS[k], at, [r[k] for r in layers]) for k in known]
     drawn = [("", svg.lines(series, x_word="layer", y_word="relative RMS error", y_from=0.0, label="error per layer"))]

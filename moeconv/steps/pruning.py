@@ -81,6 +81,8 @@ def prune(
         raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
     if options.merge and not (options.stats or data):
         raise UsageError("--merge needs statistics", hint="Pass --data FILE, or --stats STATS too.")
+    if _covers(options) and not (options.stats or data):
+        raise UsageError("--protect-coverage needs statistics", hint="Pass --data FILE, or --stats STATS.")
     if options.curve:
         return curve(model, out, values, parameters, meter=meter)
     if out is None:

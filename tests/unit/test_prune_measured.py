@@ -419,6 +419,12 @@ def test_refusals_before_any_calibration(tmp_path: Path, cli: Any, monkeypatch: 
         out = tmp_path / "out" if "--curve" not in flags else None
         done = run(cli, path, out, tmp_path, *flags)
         assert done.code == 2 and says in done.json["error"]["message"], (flags, done.out)
+    for flags in (["--top-k", 1, "--merge"], ["--top-k", 1, "--sequential"], ["--top-k", 1, "--protect-coverage", 0.5],
+                  ["--keep", 4, "--refit-strength", 1], ["--keep", 4, "--refit-sweeps", 3]):  # fmt: skip
+        done = run(cli, path, tmp_path / "out", tmp_path, *flags)
+        assert done.code == 2 and done.json["error"]["hint"], (flags, done.out)
+    done = cli("prune", path, tmp_path / "out", "--keep", 4, "--protect-coverage", 0.5, "--json")
+    assert done.code == 2 and "needs statistics" in done.json["error"]["message"]
     for flags in (["--refit"], ["--distill", 3], ["--sequential"], ["--max-loss-increase", 1]):
         budget = [] if "--max-loss-increase" in flags else ["--keep", 4]
         done = cli("prune", path, tmp_path / "out", *budget, *flags, "--json")
@@ -482,3 +488,20 @@ def test_added_statistics_keep_the_sample(tmp_path: Path) -> None:
         mine = added.layer(0, "sample_outputs")[at].astype(np.float64) * added.layer(0, "sample_unit")[0]
         theirs = part.layer(0, "sample_outputs").astype(np.float64) * part.layer(0, "sample_unit")[0]
         assert np.allclose(mine, theirs, atol=2e-3 * np.abs(theirs).max())
+
+
+def test_the_manifest_names_what_decided_without_a_path(tmp_path: Path, cli: Any) -> None:
+    path = make(tmp_path / "model")
+    measured(path, tmp_path)
+    made = {}
+    for name, flags in (("stats", ["--stats", tmp_path / "stats.safetensors"]), ("data", None)):
+        out = tmp_path / name
+        flags = flags or [w for f in texts(tmp_path) for w in ("--data", f)] + ["--seq-len", SEQ_LEN]
+        assert cli("prune", path, out, "--keep", 4, *flags, "--json").code == 0
+        written = (out / "moeconv_manifest.json").read_text()
+        assert str(tmp_path) not in written and "stats.safetensors" not in written
+        made[name] = json.loads(written)["steps"][-1]["parameters"]
+    by = made["stats"]["decided_by"]
+    assert len(made["stats"]["stats"]) == 64 and made["data"]["stats"] is None
+    assert by == made["data"]["decided_by"] and by["criterion"] == "reconstruction"
+    assert len(by["data_sha256"]) == 2 and len(by["keep_sha256"]) == 64 and by["seq_len"] == SEQ_LEN

@@ -111,15 +111,17 @@ def test_statistics_of_a_stranger_are_refused_and_a_page_is_not_replaced_unasked
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}, [1, None, "a"], {"a": None}, float("inf")])
 @pytest.mark.parametrize(
     "path", ["steps", "steps.0", "tune", "tune.layers", "tune.layers.0", "prune", "prune.keep", "prune.scores",
-             "quantize", "quantize.error", "prune.curve", "upcycle.equivalence", "warnings", "reference", "sources",
-             "gates"],
+             "quantize", "quantize.error", "quantize.error.output", "curve", "curve.0",
+             "upcycle.equivalence", "warnings", "reference", "sources", "gates"],
 )  # fmt: skip
 def test_a_result_of_any_shape_is_shown_or_left_out(tmp_path, path, value):
     model = open_model(make_moe(tmp_path / "moe"))
     result = {
         "command": "run", "tokens_per_second": 1.0, "perplexity": 2.0, "warnings": [],
-        "tune": {"layers": [{"layer": 0, "max_over_mean": 1.0, "before": {}}]}, "quantize": {"error": {"layers": []}},
-        "prune": {"keep": {"0": [1]}, "scores": {"0": [1.0, 2.0]}, "curve": []}, "upcycle": {"equivalence": {}},
+        "tune": {"layers": [{"layer": 0, "max_over_mean": 1.0, "before": {}}]},
+        "quantize": {"error": {"layers": [{"layer": 0}]}},
+        "curve": [{"ratio": 0.5}],
+        "prune": {"keep": {"0": [1]}, "scores": {"0": [1.0, 2.0]}}, "upcycle": {"equivalence": {}},
     }  # fmt: skip
     at, words = result, path.split(".")
     if words[0] == "steps" and len(words) == 2:
@@ -129,6 +131,20 @@ def test_a_result_of_any_shape_is_shown_or_left_out(tmp_path, path, value):
             at = at[int(word)] if isinstance(at, list) else at[word]
         at[int(words[-1]) if isinstance(at, list) else words[-1]] = value
     Page(render(gather(model, results=[result]), title="x"))
+
+
+def test_the_curve_of_a_prune_and_the_error_of_a_quantize_are_drawn(tmp_path, cli):
+    moe = make_moe(tmp_path / "moe", intermediate=128)
+    done = cli("quantize", moe, tmp_path / "small", "--group-size", "32", "--json").json
+    rows = done["quantize"]["error"]["layers"]
+    outputs = [{"layer": r["layer"], "output_rms": 0.01, "output_rms_rtn": 0.1} for r in rows]
+    done["quantize"]["error"]["output"] = {"layers": outputs}  # as gptq has it
+    curve = {"command": "prune", "curve": [{"ratio": x, "loss": 3.0 + x, "kl": x} for x in (0.25, 0.5)]}
+    figures = gather(open_model(moe), results=[done, curve])
+    assert [r["relative_rms"] for r in figures["quantization_error"]] == [r["relative_rms"] for r in rows]
+    assert figures["quantization_error"][0]["output_rms"] == 0.01 and len(figures["curve"]) == 2
+    text = render(figures, title="x")
+    assert Page(text).tags.count("svg") == 3 and "What pruning costs" in text and "nearest codes" in text
 
 
 def test_the_tree_joins_the_closest_first():

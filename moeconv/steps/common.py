@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
+from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
-from moeconv.options import WriteOptions, take
+from moeconv.options import WriteOptions, parameters_of, take
 from moeconv.plan.execute import execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
@@ -87,3 +90,17 @@ def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
         "files": {},
         plan.command: dict(plan.block),
     }
+
+
+def named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """The values of these groups, as keyword arguments."""
+    return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """A temporary directory for what is measured on the way; TMPDIR says where."""
+    with output_errors(tempfile.gettempdir()):
+        folder = tempfile.TemporaryDirectory(prefix="moeconv-", ignore_cleanup_errors=True)
+    with folder as path:
+        yield path

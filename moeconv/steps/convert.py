@@ -28,9 +28,9 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
-from moeconv.steps.common import open_resolved, run_plan
+from moeconv.steps.common import named, open_resolved, run_plan, scratch
 from moeconv.steps.hub import resolve
-from moeconv.steps.pruning import named, prune, scratch
+from moeconv.steps.pruning.step import prune
 from moeconv.steps.upcycling import upcycle
 from moeconv.world import current
 

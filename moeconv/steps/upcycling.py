@@ -17,10 +17,9 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
-from moeconv.steps.common import open_resolved, run_plan
+from moeconv.steps.common import named, open_resolved, run_plan, scratch
 from moeconv.steps.equivalence import NOT_CHECKED, equivalence
 from moeconv.steps.kin import check_kin
-from moeconv.steps.pruning import named, scratch
 
 
 def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: p
     assert done.json["prune"]["measured"]["loss_increase"] == pytest.approx(by_left[left], abs=1e-5)
     passing = [r["experts"] for r in rows if r["loss_increase"] <= limit]
     assert left == min(passing) or rising != sorted(rising), "the largest prune within the gate"
-    monkeypatch.setattr("moeconv.steps.pruning._increase", lambda score: 1.0)
+    monkeypatch.setattr("moeconv.steps.pruning.gates.increase", lambda score: 1.0)
     refused = run(cli, path, tmp_path / "out2", tmp_path, "--max-loss-increase", 0.5, "--criterion", "saliency")
     assert refused.code == 2 and "already raises the loss" in refused.json["error"]["message"]
     assert not (tmp_path / "out2").exists()

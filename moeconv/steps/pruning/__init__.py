@@ -1,0 +1,1 @@
+"""The prune step, from evidence to the written model."""

@@ -1,0 +1,167 @@
+"""What mends a pruned model before it is written: experts refitted, merged or chosen anew, distilled routers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.errors import InputError
+from moeconv.families.model import Model, open_model
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PruneOptions,
+    TuneOptions,
+    parameters_of,
+    take,
+)
+from moeconv.plan.execute import execute
+from moeconv.plan.meter import Meter
+from moeconv.prune import planner
+from moeconv.prune.criteria import CRITERIA, Evidence
+from moeconv.steps.common import named
+from moeconv.steps.pruning.windows import read_windows, refit_of, stream_of
+
+REPAIRS = ("refit", "sequential", "merge", "distill")
+
+
+def left_of(
+    model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, parameters: Mapping[str, Any]
+) -> int:
+    if keep is not None:
+        return len(next(iter(keep.values())))
+    return planner.plan_prune(model, evidence=evidence, **parameters).block["experts_after"]
+
+
+def repaired(
+    model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, left: int, values: Mapping[str, Any],
+    parameters: Mapping[str, Any], folder: str, *, meter: Meter,
+) -> tuple[dict[str, SafetensorsFile], dict[int, list[int]]]:  # fmt: skip
+    """Pass the model once more, each layer on the pruned layers before it: chosen there (--sequential), and refitted
+    to the unpruned model's stream (--refit)."""
+    from moeconv.repair.pruned import Variant, pruned_pass
+    from moeconv.repair.run import repair
+
+    options = take(PruneOptions, values)
+    if keep is None and not options.sequential:
+        block = planner.plan_prune(model, evidence=evidence, **parameters).block
+        keep = {int(layer): kept for layer, kept in block["keep"].items()}
+    read = read_windows(model, values)
+    meter.note("refitting the experts" if options.refit else "choosing experts layer by layer")
+    stream = stream_of(model, read.windows, take(MeasureOptions, values), meter=meter)
+    variant = Variant(
+        keep={layer: list(kept) for layer, kept in (keep or {}).items()},
+        choose=_chooser(model, evidence, left, read, values, parameters) if options.sequential else None,
+        refit=refit_of(options) if options.refit else None,
+        top_k=options.top_k,
+    )
+    if not options.refit:
+        pruned_pass(stream, [variant])
+        return {}, {layer: sorted(kept) for layer, kept in variant.keep.items()}
+    path = Path(folder) / "refit.safetensors"
+    settings = {"method": "refit", "strength": options.refit_strength, "sweeps": options.refit_sweeps}
+    repair(stream, read, variant, path, left=left, settings=settings)
+    return {"refit": SafetensorsFile(path)}, {layer: sorted(kept) for layer, kept in variant.keep.items()}
+
+
+class _Fields:
+    """Statistics of one layer in memory."""
+
+    def __init__(self, fields: Mapping[str, np.ndarray]) -> None:
+        self._fields = fields
+
+    def layer(self, layer: int, field: str) -> np.ndarray:
+        if field not in self._fields:
+            raise InputError(
+                f"layer {layer} has no {field}: its router follows a rule that is not known here",
+                hint="Pass --criterion saliency.",
+            )
+        return self._fields[field]
+
+
+def _chooser(
+    model: Model, evidence: Evidence, left: int, read: Any, values: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> Any:
+    """Statistics of a layer on what the pruned layers before it give, and the criterion on those."""
+    import torch
+
+    from moeconv.calibrate.run import SAMPLE_TOKENS
+    from moeconv.calibrate.statistics import layer_statistics
+
+    sample = take(CalibrateOptions, values).sample_tokens or SAMPLE_TOKENS
+    options = take(PruneOptions, values)
+
+    def choose(layer: Any, hidden: Any) -> list[int]:
+        fields = layer_statistics(
+            layer, source=torch.from_numpy(read.source), num_sources=len(read.sources), num_experts=model.num_experts,
+            seed=parameters["seed"], sample_tokens=sample, rule=evidence.rule,
+            hidden=hidden,
+        )  # fmt: skip
+        here = replace(evidence, statistics=_Fields(fields), samples={})
+        chosen = CRITERIA[parameters["criterion"]]
+        protected = planner.protected_experts(_OneLayer(model, layer.index), options, here)  # type: ignore[arg-type]
+        order = chosen.order(here, layer.index, protected[layer.index])
+        return planner.choose(
+            model, {layer.index: order}, left, evidence=here, criterion=chosen.name, protected=protected
+        )[layer.index]
+
+    return choose
+
+
+class _OneLayer:
+    """A model that has one MoE layer only, for what is asked layer by layer."""
+
+    def __init__(self, model: Model, layer: int) -> None:
+        self.moe_layers, self.num_experts, self.family = (layer,), model.num_experts, model.family
+
+
+def merged(
+    model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, values: Mapping[str, Any],
+    parameters: Mapping[str, Any], folder: str, *, meter: Meter,
+) -> tuple[dict[str, SafetensorsFile], Any, dict[int, list[int]]]:  # fmt: skip
+    from moeconv.repair.merging import merge
+
+    if keep is None:
+        block = planner.plan_prune(model, evidence=evidence, **parameters).block
+        keep = {int(layer): kept for layer, kept in block["keep"].items()}
+    groups = planner.groups_of(model, evidence, keep, take(PruneOptions, values))
+    statistics = evidence.statistics
+    assert statistics is not None
+    saliency = {at: np.asarray(statistics.layer(at, "gate_norm_sum")).sum(axis=0) for at in model.moe_layers}
+    read = read_windows(model, values)
+    meter.note("merging the experts")
+    path = Path(folder) / "merged.safetensors"
+    merge(stream_of(model, read.windows, take(MeasureOptions, values), meter=meter), read, groups, saliency, path)
+    return {"merged": SafetensorsFile(path)}, groups, {layer: sorted(kept) for layer, kept in keep.items()}
+
+
+def distilled(
+    model: Model, evidence: Evidence, keep: Any, overlays: Mapping[str, SafetensorsFile], values: Mapping[str, Any],
+    parameters: Mapping[str, Any], folder: str, *, meter: Meter,
+) -> tuple[SafetensorsFile, dict[str, Any]]:  # fmt: skip
+    """Router-KD (arXiv 2603.02217): the pruned model is written to a temporary directory, its routers are trained to
+    the unpruned model's logits, and come back as an overlay."""
+    from moeconv.tune.run import tune
+
+    plan = planner.plan_prune(
+        model, evidence=evidence, keep_experts=keep, overlays=dict(overlays) or None, **parameters
+    )
+    student = os.path.join(folder, "pruned")
+    execute(plan, source=model.checkpoint, out=student, origins=dict(overlays) or None, meter=meter)
+    path = os.path.join(folder, "tuned.safetensors")
+    asked = named(values, MeasureOptions) | named(values, DataOptions)
+    block = tune(
+        student, path, seed=parameters["seed"], meter=meter, objective="distill", teacher=str(model.checkpoint.path),
+        train="router", steps=take(PruneOptions, values).distill, balance=0.0,
+        **{k: v for k, v in asked.items() if k not in parameters_of(TuneOptions())},
+    )  # fmt: skip
+    open_model(student)
+    figures = ("steps", "kl_before", "kl_after", "loss_before", "loss_after", "improved")
+    return SafetensorsFile(Path(path)), {name: block[name] for name in figures}

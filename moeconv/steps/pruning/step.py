@@ -1,0 +1,81 @@
+"""The prune step: what is measured for a plan, the plan, and its execution."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.output import check_target
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.errors import UsageError
+from moeconv.options import DataOptions, PlanOptions, PruneOptions, WriteOptions, take
+from moeconv.plan.meter import Meter
+from moeconv.prune import planner
+from moeconv.steps.common import named, open_resolved, run_plan, scratch
+from moeconv.steps.pruning.curve import curve
+from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
+from moeconv.steps.pruning.gates import cost, decided
+from moeconv.steps.pruning.repairs import REPAIRS, distilled, left_of, merged, repaired
+
+Run = Callable[..., dict[str, Any]]  # as run_plan
+
+
+def prune(
+    source: str, out: str | None, values: Mapping[str, Any], *, meter: Meter, run: Run = run_plan
+) -> dict[str, Any]:
+    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone. `run` executes the
+    plan that was decided."""
+    model = open_resolved(source)
+    options, data = take(PruneOptions, values), take(DataOptions, values).data
+    write = take(WriteOptions, values)
+    parameters = named(values, PruneOptions, PlanOptions)
+    parameters["criterion"] = planner.resolve_criterion(
+        options.criterion, has_data=bool(options.stats or data), model=model
+    )
+    measures = [n for n in (*REPAIRS, "curve") if getattr(options, n)]
+    measures += ["max_loss_increase"] if options.max_loss_increase is not None else []
+    judged = options.top_k is not None and bool(data)  # what a change of top-k costs
+    if measures and not data and not write.dry_run:
+        flag = "--" + measures[0].replace("_", "-")
+        raise UsageError(f"{flag} runs the model on text", hint="Pass --data FILE, with --stats or without.")
+    if options.stats and data and not measures and not judged:
+        raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
+    if options.merge and not (options.stats or data):
+        raise UsageError("--merge needs statistics", hint="Pass --data FILE, or --stats STATS too.")
+    if covers(options) and not (options.stats or data):
+        raise UsageError("--protect-coverage needs statistics", hint="Pass --data FILE, or --stats STATS.")
+    if options.curve:
+        return curve(model, out, values, parameters, meter=meter)
+    if out is None:
+        raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
+    planner.check_prune(model, **parameters)  # before anything is measured
+    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    with scratch() as folder:
+        if write.dry_run:
+            evidence = evidence_of(model, options.stats, parameters, jobs=None)
+            settle(model, evidence, options, parameters)
+            return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
+        evidence = gathered(model, values, parameters, folder, meter=meter)
+        warnings = settle(model, evidence, options, parameters)
+        keep, extra = decided(model, evidence, values, parameters, meter=meter)
+        if judged and not extra:
+            extra = cost(model, evidence, values, parameters, meter=meter)
+        overlays: dict[str, SafetensorsFile] = {}
+        groups: Any = None
+        if options.sequential or options.refit:
+            left = left_of(model, evidence, keep, parameters)
+            overlays, keep = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
+        if options.merge:
+            overlays, groups, keep = merged(model, evidence, keep, values, parameters, folder, meter=meter)
+        if options.distill:
+            found = distilled(model, evidence, keep, overlays, values, parameters, folder, meter=meter)
+            overlays, extra = overlays | {"tuned": found[0]}, extra | {"distill": found[1]}
+        plan = planner.plan_prune(
+            model, evidence=evidence, keep_experts=keep, overlays=overlays or None, groups=groups, **parameters
+        )
+        result = run(plan, model, out, values, meter=meter, origins=overlays or None)
+    result["prune"] |= extra
+    result["warnings"] += warnings
+    return result

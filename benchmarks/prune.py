@@ -33,6 +33,8 @@ from moeconv.prune.planner import choose
 from moeconv.repair.pruned import Variant, pruned_pass
 from moeconv.repair.refit import Refit
 from moeconv.steps import convert
+from moeconv.steps.pruning.step import prune
+from moeconv.steps.upcycling import upcycle
 from moeconv.stream.layers import LayerStream
 
 SEQ_LEN = 256
@@ -147,7 +149,7 @@ def distill(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, 
             "ratio": ratio, "stats": str(folder / f"stats-all-{seed}.safetensors"), "seed": seed, "distill": steps,
             "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN, "batch_size": 4,
         }  # fmt: skip
-        done = convert.prune(bench.path, str(out), values | flags, meter=SilentMeter())
+        done = prune(bench.path, str(out), values | flags, meter=SilentMeter())
         score = evaluate(out, data=list(held), reference=bench.path, tokens=bench.held.tokens, seq_len=SEQ_LEN, seed=0)
         bench.add(about | {"increase": score["loss"] - score["reference"]["loss"], "kl": score["kl"],
                            "reference": score["reference"]["loss"], "steps": steps,
@@ -159,7 +161,7 @@ def upcycled(dense: str, texts: Path, folder: Path) -> str:
     raw, trained = folder / "upcycled", folder / "trained"
     if not trained.exists():
         if not raw.exists():
-            convert.upcycle(dense, str(raw), UPCYCLE, meter=SilentMeter())
+            upcycle(dense, str(raw), UPCYCLE, meter=SilentMeter())
         data = tuple(str(f) for f in sorted(texts.glob("calibration.*.txt")))
         done = convert.tune(str(raw), str(trained), TRAIN | {"teacher": dense, "data": data}, meter=SilentMeter())
         print(json.dumps({"trained": {k: done["tune"][k] for k in ("loss_before", "loss_after")}}), flush=True)

@@ -28,6 +28,7 @@ from moeconv.families.model import open_model
 from moeconv.plan.meter import SilentMeter
 from moeconv.report.inspect import inspect
 from moeconv.steps import convert, measure
+from moeconv.steps.upcycling import upcycle
 
 SOURCES = ("c", "man", "prose", "python")
 SEQ_LEN, CALIBRATION, HELD_OUT = 256, 32768, 32768
@@ -61,7 +62,7 @@ def split(root: Path, work: Path, out: Path, active: str, clustering: str) -> No
         "method": "split", "experts": 7, "top_k": TOP_K[active], "shared_experts": "1", "clustering": clustering,
         "stats": str(work / "neurons.safetensors"), "no_check": True,
     }  # fmt: skip
-    convert.upcycle(str(root / "llama-8m"), str(out), values, meter=METER)
+    upcycle(str(root / "llama-8m"), str(out), values, meter=METER)
 
 
 def mask(root: Path, work: Path, out: Path, active: str, *, bias: bool) -> None:
@@ -96,7 +97,7 @@ def mask(root: Path, work: Path, out: Path, active: str, *, bias: bool) -> None:
 
 def one_expert(source: Path, out: Path) -> None:
     values = {"experts": 1, "top_k": 1, "to": "mixtral", "no_check": True}
-    convert.upcycle(str(source), str(out), values, meter=METER)
+    upcycle(str(source), str(out), values, meter=METER)
 
 
 def tune(root: Path, source: Path, out: Path, *, steps: int, train: str) -> None:

@@ -51,9 +51,9 @@ _OVERWRITE = ("overwrite", bool, False, "Replace the file when the new one is co
 
 
 def _upcycle(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import convert
+    from moeconv.steps.upcycling import upcycle
 
-    return convert.upcycle(v["source"], v["out"], v, meter=meter)
+    return upcycle(v["source"], v["out"], v, meter=meter)
 
 
 def _tune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def _tune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 
 
 def _prune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import convert
+    from moeconv.steps.pruning.step import prune
 
-    return convert.prune(v["model"], v["out"], v, meter=meter)
+    return prune(v["model"], v["out"], v, meter=meter)
 
 
 def _quantize(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:

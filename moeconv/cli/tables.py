@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from moeconv.errors import escape
 from moeconv.units import human_bytes, human_count, human_seconds
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
     """Two columns: a word and its value."""
+    from rich.table import Table
+
     table = Table(title=title, show_header=False, box=None, pad_edge=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -24,6 +27,8 @@ def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
 
 def grid(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> Table:
     """A plain table; columns of numbers are right-aligned."""
+    from rich.table import Table
+
     table = Table(title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         numbers = i > 0 and any(str(row[i])[:1].isdigit() for row in rows)

@@ -31,10 +31,7 @@ from moeconv.plan.planned import planned_model
 from moeconv.steps.common import named, open_resolved, run_plan, scratch
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
-from moeconv.steps.upcycling import upcycle
 from moeconv.world import current
-
-__all__ = ["can_fuse", "plan_step", "prune", "prune_and_quantize", "quantize", "tune", "upcycle"]
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:

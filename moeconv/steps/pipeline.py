@@ -28,9 +28,11 @@ from moeconv.plan.planned import planned_model
 from moeconv.recipe import Recipe, Step, load_recipe
 from moeconv.steps import convert, measure
 from moeconv.steps.common import open_resolved
+from moeconv.steps.pruning.step import prune
+from moeconv.steps.upcycling import upcycle
 
 _LEDGER = ".moeconv-ledger.json"
-_WRITERS = {"upcycle": convert.upcycle, "tune": convert.tune, "prune": convert.prune, "quantize": convert.quantize}
+_WRITERS = {"upcycle": upcycle, "tune": convert.tune, "prune": prune, "quantize": convert.quantize}
 
 
 def run_recipe(

@@ -91,12 +91,12 @@ def random_model(family: str, out: Path) -> Path:
 def moe_source(model: Path, out: Path) -> Path:
     """The model itself when it has experts, else what `upcycle --method drop` makes of it."""
     from moeconv.plan.meter import SilentMeter
-    from moeconv.steps import convert
+    from moeconv.steps.upcycling import upcycle
 
     if open_model(model).family.kind == "moe":
         return model
     values = {"experts": 4, "top_k": 2, "method": "drop", "no_check": True}
-    convert.upcycle(str(model), str(out), values, meter=SilentMeter())
+    upcycle(str(model), str(out), values, meter=SilentMeter())
     return out
 
 

@@ -99,6 +99,17 @@ def make(
     print(f"{out}: {model_type}, {layers} layers, {len(tensors)} tensors, {total / 1e9:.2f} GB in {shards} shards")
 
 
+def dense_size(gigabytes: float, hidden: int, experts: int = 8) -> float:
+    """The size of a llama whose mixtral of that many experts takes `gigabytes`: FFN eight times, the rest once."""
+    width = hidden * 11 // 4
+    embeddings = 2 * VOCAB * hidden * 2
+    ffn = 3 * hidden * width * 2
+    kv = max(1, hidden // HEAD // 4) * HEAD
+    attention = 2 * (2 * hidden * hidden + 2 * kv * hidden)
+    layers = max(1, round((gigabytes * 1e9 - embeddings) / (experts * ffn + attention)))
+    return (embeddings + layers * (ffn + attention)) / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)

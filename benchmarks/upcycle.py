@@ -11,82 +11,22 @@ interpreter of an environment with mergekit, whose mergekit-moe makes the same m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import resource
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from synthetic import HEAD, VOCAB, make
+from synthetic import dense_size, make
+from timing import copy_words, forget, median, timed, warm
 
 from moeconv.recipe import DEMO_DATA
 
 EXPERTS = 8
 MERGEKIT = "from mergekit.scripts.moe import main; main()"
-
-
-def forget(*folders: Path) -> None:
-    """Take every file of the folders out of the page cache."""
-    os.sync()
-    with contextlib.suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-        return
-    for folder in folders:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                fd = os.open(path, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
-
-
-def warm(folder: Path) -> None:
-    """Read every file once, so that the page cache holds it."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                while file.read(1 << 22):
-                    pass
-
-
-def timed(words: list[Any], out: Path) -> dict[str, float]:
-    """Wall seconds of a process from start to end, and the most memory that it held."""
-    shutil.rmtree(out, ignore_errors=True)
-    os.sync()
-    began = time.monotonic()
-    process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
-    assert process.stderr is not None
-    os.set_blocking(process.stderr.fileno(), False)
-    said = b""
-    while process.poll() is None:
-        peak = max(peak, _high_water(process.pid))
-        said += process.stderr.read() or b""
-        time.sleep(0.02)
-    seconds = time.monotonic() - began
-    if process.returncode:
-        said += process.stderr.read() or b""
-        raise SystemExit(f"{words}: exit {process.returncode}\n{said.decode()[-2000:]}")
-    return {"seconds": seconds, "peak_mb": peak / 1e6}
-
-
-def _high_water(pid: int) -> int:
-    with contextlib.suppress(OSError, ProcessLookupError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-def copy_words(source: Path, out: Path) -> list[Any]:
-    """cp and an fsync of every file and of the folder."""
-    return ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/* "$1"', source, out]
 
 
 def moeconv_words(source: Path, out: Path) -> list[Any]:
@@ -102,18 +42,13 @@ def mergekit_words(python: str, source: Path, out: Path, config: Path) -> list[A
     return [python, "-c", MERGEKIT, config, out, "--i-understand-this-is-not-useful-without-training"]
 
 
-def median(values: list[dict[str, float]]) -> dict[str, float]:
-    middle = sorted(values, key=lambda v: v["seconds"])[len(values) // 2]
-    return {"seconds": round(middle["seconds"], 2), "peak_mb": round(max(v["peak_mb"] for v in values))}
-
-
 def measure(work: Path, gigabytes: float, *, mergekit: str | None, repeats: int) -> list[dict[str, Any]]:
     """Rows of one size: the tools take turns, so that a machine that is busy by turns is so for all of them."""
     source, out, copied = work / "source", work / "out", work / "copied"
     for folder in (source, out, copied):
         shutil.rmtree(folder, ignore_errors=True)
     hidden = 2048 if gigabytes >= 1 else 512
-    make(source, model_type="llama", gigabytes=_source_size(gigabytes, hidden), shards=1, random=False, hidden=hidden)
+    make(source, model_type="llama", gigabytes=dense_size(gigabytes, hidden), shards=1, random=False, hidden=hidden)
     for name in ("tokenizer.json", "tokenizer_config.json"):  # mergekit-moe asks for one
         shutil.copy(DEMO_DATA / "model" / name, source)
     timed(moeconv_words(source, out), out)  # the output that cp copies
@@ -143,17 +78,6 @@ def measure(work: Path, gigabytes: float, *, mergekit: str | None, repeats: int)
         print(line(rows[-1]), flush=True)
     shutil.rmtree(kept)
     return rows
-
-
-def _source_size(gigabytes: float, hidden: int) -> float:
-    """The size of a llama whose mixtral of eight experts takes `gigabytes`: FFN eight times, the rest once."""
-    width = hidden * 11 // 4
-    embeddings = 2 * VOCAB * hidden * 2
-    ffn = 3 * hidden * width * 2
-    kv = max(1, hidden // HEAD // 4) * HEAD
-    attention = 2 * (2 * hidden * hidden + 2 * kv * hidden)
-    layers = max(1, round((gigabytes * 1e9 - embeddings) / (EXPERTS * ffn + attention)))
-    return (embeddings + layers * (ffn + attention)) / 1e9
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Writing a large file past the page cache: aligned blocks go to the disk directly, hashed while they are written.
 
-Direct writes do not push other files out of memory and leave nothing for fsync to wait for. Where the file system
-has no direct I/O the same code writes through the cache.
+Direct writes do not push other files out of memory and leave nothing for fsync to wait for; a few are in flight at a
+time, so that neither the disk nor the hash waits for the other. Where the file system has no direct I/O the same code
+writes through the cache.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import errno
 import hashlib
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ALIGN = 4096
-BUFFER = 1 << 21
+BUFFER = 1 << 20
 _MAX_STREAMS = 8
+_FLYING = 3  # buffers of a file on their way to the disk and the hash, beside those that are being filled
+_WRITERS = 2
 
 
 def create(path: Path) -> int:
@@ -38,9 +42,11 @@ def _open_direct(path: Path) -> int:
 class _Stream:
     """Bytes that follow each other in the file, gathered in an aligned buffer. `base` is the buffer's file offset."""
 
-    def __init__(self, position: int) -> None:
-        self.buffer = mmap.mmap(-1, BUFFER)
-        self.view = memoryview(self.buffer)
+    def __init__(self, position: int, buffer: mmap.mmap) -> None:
+        self.continue_at(position, buffer)
+
+    def continue_at(self, position: int, buffer: mmap.mmap) -> None:
+        self.buffer, self.view = buffer, memoryview(buffer)
         self.base = position - position % ALIGN
         self.first = position % ALIGN  # bytes at the buffer's start that are not ours
         self.fill = self.first
@@ -51,24 +57,31 @@ class _Stream:
 
 
 class BlockFile:
-    """A file written at any offset, each byte once. Sequential runs (a few at a time) are what it is fast at."""
+    """A file written at any offset, each byte once. Sequential runs (a few at a time) are what it is fast at.
+
+    An error of the disk is raised by a later `write`, or by `finish`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._fd = create(path)
         self._direct = _open_direct(path)
+        self._buffered = self._direct < 0
         self._streams: dict[int, _Stream] = {}
         self._edges: list[tuple[int, bytes]] = []
         self._digest = hashlib.sha256()
         self._hashed = 0
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="moeconv-hash")
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="moeconv-write")
+        self._flying: deque[tuple[mmap.mmap, list[Future[None]]]] = deque()
+        self._free: list[mmap.mmap] = []
 
     def write(self, position: int, data: memoryview) -> None:
         """Write bytes at `position`. They reach the disk by `finish` at the latest."""
         stream = self._streams.pop(position, None)
         if stream is None:
             if len(self._streams) >= _MAX_STREAMS:
-                self._retire(next(iter(self._streams)))
-            stream = _Stream(position)
+                self._flush(self._streams.pop(next(iter(self._streams))))
+            stream = _Stream(position, self._buffer())
         while len(data):
             size = min(len(data), BUFFER - stream.fill)
             stream.view[stream.fill : stream.fill + size] = data[:size]
@@ -76,44 +89,43 @@ class BlockFile:
             data = data[size:]
             if stream.fill == BUFFER:
                 self._flush(stream)
+                stream.continue_at(stream.end, self._buffer())
         self._streams[stream.end] = stream
 
-    def _retire(self, end: int) -> None:
-        stream = self._streams.pop(end)
-        self._flush(stream)
-        stream.view.release()
-        stream.buffer.close()
+    def _buffer(self) -> mmap.mmap:
+        """Memory to fill: when enough is in flight, that of the oldest, after it arrived."""
+        while len(self._flying) >= _FLYING:
+            self._land()
+        return self._free.pop() if self._free else mmap.mmap(-1, BUFFER)
+
+    def _land(self) -> None:
+        buffer, work = self._flying.popleft()
+        for future in work:
+            future.result()
+        self._free.append(buffer)
 
     def _flush(self, stream: _Stream) -> None:
-        """Write the buffer's whole blocks directly, keep its edges, hash it when it continues what is hashed."""
-        hashing = None
-        if stream.base + stream.first == self._hashed and stream.fill > stream.first:
+        """Send the buffer's whole blocks to the disk, keep its edges, hash it when it continues what is hashed."""
+        view, base, first, fill = stream.view, stream.base, stream.first, stream.fill
+        work: list[Future[None]] = []
+        if base + first == self._hashed and fill > first:
             self._hashed = stream.end
-            hashing = self._hasher.submit(self._hash, stream.view[stream.first : stream.fill])
-        try:
-            start = -(-stream.first // ALIGN) * ALIGN
-            stop = stream.fill // ALIGN * ALIGN
-            if start > stop:  # all within one block
-                self._edges.append((stream.base + stream.first, bytes(stream.view[stream.first : stream.fill])))
-            else:
-                if stream.first < start:
-                    self._edges.append((stream.base + stream.first, bytes(stream.view[stream.first : start])))
-                self._write_blocks(stream.view[start:stop], stream.base + start)
-                if stop < stream.fill:
-                    self._edges.append((stream.base + stop, bytes(stream.view[stop : stream.fill])))
-        finally:
-            if hashing is not None:
-                hashing.result()
-        stream.base, stream.first = stream.end - stream.end % ALIGN, stream.end % ALIGN
-        stream.fill = stream.first
-
-    def _hash(self, view: memoryview) -> None:
-        with view:  # released before the result is there: while a view is left, its buffer cannot be closed
-            self._digest.update(view)
+            work.append(self._hasher.submit(self._digest.update, view[first:fill]))
+        start, stop = -(-first // ALIGN) * ALIGN, fill // ALIGN * ALIGN
+        if start > stop:  # all within one block
+            self._edges.append((base + first, bytes(view[first:fill])))
+        else:
+            if first < start:
+                self._edges.append((base + first, bytes(view[first:start])))
+            if start < stop:
+                work.append(self._writers.submit(self._write_blocks, view[start:stop], base + start))
+            if stop < fill:
+                self._edges.append((base + stop, bytes(view[stop:fill])))
+        self._flying.append((stream.buffer, work))
 
     def _write_blocks(self, view: memoryview, position: int) -> None:
         """Write whole blocks, past the cache as long as the file system takes it."""
-        while len(view) and self._direct >= 0:
+        while len(view) and not self._buffered:
             try:
                 n = os.pwrite(self._direct, view, position)
             except OSError as error:
@@ -121,15 +133,18 @@ class BlockFile:
                     raise
                 n = 0  # blocks larger than ours, or no direct I/O after all
             if n == 0 or n % ALIGN:
-                self._close_direct()
+                self._buffered = True
             position += n
             view = view[n:]
         _write_all(self._fd, view, position)
 
     def finish(self, size: int) -> str:
         """Write what is left, fsync, and return the sha256 of the file's `size` bytes."""
-        for end in list(self._streams):
-            self._retire(end)
+        for stream in self._streams.values():
+            self._flush(stream)
+        self._streams.clear()
+        while self._flying:
+            self._land()
         # partial blocks go through the page cache, when all direct writes are done
         for position, data in self._edges:
             _write_all(self._fd, memoryview(data), position)
@@ -144,17 +159,13 @@ class BlockFile:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Release the descriptors."""
+        """Release the descriptors, when nobody writes to them any more."""
         self._hasher.shutdown()
-        self._close_direct()
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-
-    def _close_direct(self) -> None:
-        if self._direct >= 0:
-            fd, self._direct = self._direct, -1
-            os.close(fd)
+        self._writers.shutdown()
+        for name in ("_direct", "_fd"):
+            if (fd := getattr(self, name)) >= 0:
+                setattr(self, name, -1)
+                os.close(fd)
 
 
 def _write_all(fd: int, view: memoryview, position: int) -> None:

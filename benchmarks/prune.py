@@ -28,8 +28,8 @@ from moeconv.evaluate.run import evaluate
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import rule_of
 from moeconv.plan.meter import SilentMeter
+from moeconv.prune.choice import choose
 from moeconv.prune.criteria import CRITERIA, Evidence
-from moeconv.prune.planner import choose
 from moeconv.repair.pruned import Variant, pruned_pass
 from moeconv.repair.refit import Refit
 from moeconv.steps import convert

@@ -41,7 +41,8 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
 
         return plan_upcycle(model, **named(values, UpcycleOptions, PlanOptions))
     if command == "prune":
-        from moeconv.prune.planner import plan_prune, resolve_criterion
+        from moeconv.prune.choice import resolve_criterion
+        from moeconv.prune.planner import plan_prune
 
         parameters = named(values, PruneOptions, PlanOptions)
         has_data = bool(values.get("stats") or values.get("data"))

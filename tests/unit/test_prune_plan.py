@@ -14,8 +14,10 @@ from moeconv.families.model import FAMILIES, open_model
 from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
+from moeconv.prune.choice import DEFAULT, resolve_criterion
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score
-from moeconv.prune.planner import DEFAULT, parse_protect, plan_prune, resolve_criterion
+from moeconv.prune.limits import parse_protect
+from moeconv.prune.planner import plan_prune
 
 NONE: frozenset[int] = frozenset()
 

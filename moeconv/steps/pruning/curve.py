@@ -12,7 +12,7 @@ from moeconv.errors import InputError, OutputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import PruneOptions, WriteOptions, take
 from moeconv.plan.meter import Meter
-from moeconv.prune import planner
+from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import CRITERIA, Evidence, Order
 from moeconv.steps.common import scratch
 from moeconv.steps.pruning.evidence import gathered, settle
@@ -36,24 +36,24 @@ def curve(
             raise UsageError(
                 f"--curve and --{flag} exclude each other", hint="It shows plans without, or with --refit."
             )
-    for flag in planner.BUDGETS:
+    for flag in limits.BUDGETS:
         if parameters[flag] is not None:
             raise UsageError("--curve shows every ratio: it takes no budget", hint="Leave out --ratio and its kin.")
     counts = [n for n in range(1, model.num_experts) if feasible(model, n, parameters)]
-    planner.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
+    limits.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
     with scratch() as folder:
         evidence = gathered(model, values, parameters | {"keep": counts[-1]}, folder, meter=meter)
         warnings = settle(model, evidence, options, parameters)
-        orders = planner.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))
+        orders = choice.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))
         assert orders is not None
-        protected = planner.protected_experts(model, options, evidence)
+        protected = choice.protected_experts(model, options, evidence)
         most = max(len(p) for p in protected.values())
         counts = [n for n in counts if n >= most]
         if len(counts) > 16:  # a plot needs no more
             counts = sorted({counts[round(i * (len(counts) - 1) / 15)] for i in range(16)})
         criterion = parameters["criterion"]
         keeps = [
-            planner.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
+            choice.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
             for n in counts
         ]
         judge = Judge(model, evidence, values, meter=meter)

@@ -12,7 +12,7 @@ from moeconv.families.rule import rule_of
 from moeconv.options import CalibrateOptions, DataOptions, MeasureOptions, PlanOptions, PruneOptions, WriteOptions, take
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
-from moeconv.prune import planner
+from moeconv.prune import choice, limits
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.steps.common import named
 
@@ -43,7 +43,7 @@ def gathered(
 
 def only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
     """Whether no expert goes."""
-    return planner.check_prune(model, **parameters) == model.num_experts
+    return limits.check_prune(model, **parameters) == model.num_experts
 
 
 def covers(options: PruneOptions) -> bool:
@@ -87,7 +87,7 @@ def settle(model: Model, evidence: Evidence, options: PruneOptions, parameters: 
     """Put the default criterion that the evidence allows into `parameters`; a warning where it is the second best."""
     if options.criterion is not None or evidence.statistics is None:
         return []
-    parameters["criterion"] = planner.default_criterion(model, evidence)
-    if parameters["criterion"] == planner.DEFAULT:
+    parameters["criterion"] = choice.default_criterion(model, evidence)
+    if parameters["criterion"] == choice.DEFAULT:
         return []
     return ["the statistics hold no token sample (an older file, or a routing rule that is not known): by saliency"]

@@ -12,7 +12,7 @@ from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import MeasureOptions, PruneOptions, take
 from moeconv.plan.meter import Meter
-from moeconv.prune import planner
+from moeconv.prune import choice, cutting, limits, planner
 from moeconv.prune.criteria import Evidence
 from moeconv.steps.pruning.evidence import JUDGE_EVERY
 from moeconv.steps.pruning.windows import read_windows, refit_of, stream_of
@@ -54,7 +54,7 @@ class Judge:
         variants = [
             Variant(
                 keep=dict(k), refit=refit, top_k=self.options.top_k,
-                scale=planner.scales_of(self.model, k, self.evidence, self.options),
+                scale=cutting.scales_of(self.model, k, self.evidence, self.options),
             )
             for k in keeps
         ]  # fmt: skip
@@ -70,9 +70,9 @@ def decided(
     gate = options.max_loss_increase
     if gate is None:
         return None, {}
-    orders = planner.orders_of(model, evidence, **parameters)
+    orders = choice.orders_of(model, evidence, **parameters)
     assert orders is not None
-    protected = planner.protected_experts(model, options, evidence)
+    protected = choice.protected_experts(model, options, evidence)
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
     counts = [left for left in range(floor, model.num_experts) if feasible(model, left, parameters)]
     judge = Judge(model, evidence, values, meter=meter)
@@ -83,7 +83,7 @@ def decided(
         inside = min(AT_ONCE, high - low)
         tries = sorted({low + (high - low) * i // inside for i in range(inside)})
         for t in tries:
-            sets[t] = planner.choose(
+            sets[t] = choice.choose(
                 model, orders, counts[t], evidence=evidence, criterion=parameters["criterion"], protected=protected
             )
         for t, score in zip(tries, judge.scores([sets[t] for t in tries])):
@@ -105,7 +105,7 @@ def cost(
     model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], *, meter: Meter
 ) -> dict[str, Any]:
     """What the planned experts and --top-k do to the loss on --data."""
-    left, keep = planner.check_prune(model, **parameters), dict[int, list[int]]()
+    left, keep = limits.check_prune(model, **parameters), dict[int, list[int]]()
     if left != model.num_experts:
         block = planner.plan_prune(model, evidence=evidence, **parameters).block
         keep = {int(layer): list(kept) for layer, kept in block["keep"].items()}
@@ -127,7 +127,7 @@ def increase(score: Any) -> float:
 def feasible(model: Model, left: int, parameters: Mapping[str, Any]) -> bool:
     sized = dict(parameters) | {"keep": left, "max_loss_increase": None}
     try:
-        planner.check_prune(model, **sized)
+        limits.check_prune(model, **sized)
     except UsageError:
         return False
     return True

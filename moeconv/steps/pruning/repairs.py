@@ -24,7 +24,7 @@ from moeconv.options import (
 )
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import Meter
-from moeconv.prune import planner
+from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.steps.common import named
 from moeconv.steps.pruning.windows import read_windows, refit_of, stream_of
@@ -106,9 +106,9 @@ def _chooser(
         )  # fmt: skip
         here = replace(evidence, statistics=_Fields(fields), samples={})
         chosen = CRITERIA[parameters["criterion"]]
-        protected = planner.protected_experts(_OneLayer(model, layer.index), options, here)  # type: ignore[arg-type]
+        protected = choice.protected_experts(_OneLayer(model, layer.index), options, here)  # type: ignore[arg-type]
         order = chosen.order(here, layer.index, protected[layer.index])
-        return planner.choose(
+        return choice.choose(
             model, {layer.index: order}, left, evidence=here, criterion=chosen.name, protected=protected
         )[layer.index]
 
@@ -131,7 +131,7 @@ def merged(
     if keep is None:
         block = planner.plan_prune(model, evidence=evidence, **parameters).block
         keep = {int(layer): kept for layer, kept in block["keep"].items()}
-    groups = planner.groups_of(model, evidence, keep, take(PruneOptions, values))
+    groups = choice.groups_of(model, evidence, keep, take(PruneOptions, values))
     statistics = evidence.statistics
     assert statistics is not None
     saliency = {at: np.asarray(statistics.layer(at, "gate_norm_sum")).sum(axis=0) for at in model.moe_layers}

@@ -12,7 +12,7 @@ from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import UsageError
 from moeconv.options import DataOptions, PlanOptions, PruneOptions, WriteOptions, take
 from moeconv.plan.meter import Meter
-from moeconv.prune import planner
+from moeconv.prune import choice, limits, planner
 from moeconv.steps.common import named, open_resolved, run_plan, scratch
 from moeconv.steps.pruning.curve import curve
 from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
@@ -31,7 +31,7 @@ def prune(
     options, data = take(PruneOptions, values), take(DataOptions, values).data
     write = take(WriteOptions, values)
     parameters = named(values, PruneOptions, PlanOptions)
-    parameters["criterion"] = planner.resolve_criterion(
+    parameters["criterion"] = choice.resolve_criterion(
         options.criterion, has_data=bool(options.stats or data), model=model
     )
     measures = [n for n in (*REPAIRS, "curve") if getattr(options, n)]
@@ -50,7 +50,7 @@ def prune(
         return curve(model, out, values, parameters, meter=meter)
     if out is None:
         raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
-    planner.check_prune(model, **parameters)  # before anything is measured
+    limits.check_prune(model, **parameters)  # before anything is measured
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
     with scratch() as folder:
         if write.dry_run:

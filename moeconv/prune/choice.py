@@ -1,0 +1,168 @@
+"""Which experts stay: a criterion's order of removal, cut at a budget, within what is protected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.rule import has_numbers, rule_of
+from moeconv.options import PlanOptions, PruneOptions, did_you_mean, flag_of, take
+from moeconv.prune.criteria import CRITERIA, Criterion, Evidence, Order, similarity, stand_ins
+from moeconv.prune.cutting import Keep
+from moeconv.prune.limits import parse_protect
+
+DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
+_WITHOUT_RULE = "saliency"  # where no rule in numbers says what tokens do without an expert
+
+
+def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None = None) -> str:
+    """The criterion of a run; without one that the user names, one that the model's routing rule allows. Raises
+    UsageError when it needs statistics that are not given."""
+    best = DEFAULT if model is None or has_numbers(model) else _WITHOUT_RULE
+    chosen = name or (best if has_data else "aimer")
+    if chosen not in CRITERIA:
+        raise UsageError(f"unknown --criterion {escape(chosen)}", hint=did_you_mean(chosen, CRITERIA))
+    if CRITERIA[chosen].needs_data and not has_data:
+        raise UsageError(
+            f"--criterion {chosen} needs statistics",
+            hint="Pass --data FILE, or --stats STATS from `moeconv calibrate MODEL STATS --data FILE`.",
+        )
+    return chosen
+
+
+def default_criterion(model: Model, evidence: Evidence) -> str:
+    """What decides when nothing is asked for: by the weights without statistics, else the benchmark's winner, or
+    `saliency` where the statistics hold no token sample (a router whose rule is not known, or an older file)."""
+    if evidence.statistics is None:
+        return "aimer"
+    try:
+        evidence.statistics.layer(model.moe_layers[0], "sample_unit")
+    except (InputError, KeyError):
+        return "saliency"
+    return DEFAULT
+
+
+def orders_of(model: Model, evidence: Evidence, **parameters: Any) -> dict[int, Order] | None:
+    """Every layer's order of removal, or None when the evidence has not been measured (a dry run)."""
+    options = take(PruneOptions, parameters)
+    name = options.criterion or default_criterion(model, evidence)
+    evidence = replace(
+        evidence, rule=rule_of(model), similarity=options.similarity, num_experts=model.num_experts,
+        seed=take(PlanOptions, parameters).seed,
+    )  # fmt: skip
+    if not _measured(CRITERIA[name], evidence):
+        return None
+    protected = protected_experts(model, options, evidence)
+    return {layer: CRITERIA[name].order(evidence, layer, protected[layer]) for layer in model.moe_layers}
+
+
+def _measured(criterion: Criterion, evidence: Evidence) -> bool:
+    """Whether everything that a criterion needs is there."""
+    if criterion.needs_data:
+        weights = criterion.name == "redundancy" and evidence.similarity in ("aligned", "raw")
+        return evidence.statistics is not None and not (weights and evidence.weight_cosine is None)
+    if criterion.needs == "weights":
+        return getattr(evidence, criterion.name) is not None
+    return True
+
+
+def choose(
+    model: Model, orders: Mapping[int, Order], left: int, *, evidence: Evidence, criterion: str,
+    protected: Mapping[int, frozenset[int]], nested: bool = False,
+) -> dict[int, list[int]]:  # fmt: skip
+    """The experts that stay in every layer; of each group of the router equally many go. `nested` leaves out what makes
+    the sets of two budgets differ by more than the experts between them."""
+    keep = {}
+    groups, _ = model.groups
+    size, away = model.num_experts // groups, (model.num_experts - left) // groups
+    evidence = replace(evidence, rule=rule_of(model))
+    refine = None if nested else CRITERIA[criterion].refine
+    for layer, order in orders.items():
+        gone: set[int] = set()
+        for group in range(groups):
+            gone |= set([e for e in order.experts if e // size == group][:away])
+        if len(gone) != model.num_experts - left:
+            raise UsageError(
+                f"layer {layer}: {len(gone)} experts may go, {model.num_experts - left} must",
+                hint="Protect fewer experts, or remove fewer.",
+            )
+        keep[layer] = [e for e in range(model.num_experts) if e not in gone]
+        if refine is not None:
+            keep[layer] = refine(evidence, layer, protected[layer], keep[layer])
+    return keep
+
+
+def protected_experts(model: Model, options: PruneOptions, evidence: Evidence) -> dict[int, frozenset[int]]:
+    """--protect and --protect-coverage together: of every data source, the experts with the largest sums of g |f| that
+    make up the share. Without statistics only the first is known. Raises InputError for all-zero statistics."""
+    protected = parse_protect(options.protect, model)
+    if options.protect_coverage is None or evidence.statistics is None:
+        return protected
+    for layer in model.moe_layers:
+        chosen = set(protected[layer])
+        for of_source in np.asarray(evidence.statistics.layer(layer, "gate_norm_sum"), np.float64):
+            ranked = np.argsort(-of_source, kind="stable")
+            share = np.cumsum(of_source[ranked]) / max(float(of_source.sum()), 1e-300)
+            count = int(np.searchsorted(share, options.protect_coverage * (1 - 1e-12)) + 1)
+            chosen |= set(ranked[:count].tolist()) if of_source.any() else set()
+        protected[layer] = frozenset(chosen)
+    return protected
+
+
+def groups_of(model: Model, evidence: Evidence, keep: Keep, options: PruneOptions) -> dict[int, dict[int, list[int]]]:
+    """{layer: {kept expert: dropped ones that it absorbs}}, each going to the kept expert most similar to it: by
+    outputs and router logits together as REAM does (the mean of the two), or by the --similarity asked for."""
+    evidence = replace(evidence, similarity=options.similarity)
+    groups: dict[int, dict[int, list[int]]] = {}
+    for layer, kept in keep.items():
+        cosine = similarity(evidence, layer)
+        if options.similarity == "output":
+            assert evidence.statistics is not None
+            cosine = (cosine + evidence.statistics.layer(layer, "logit_correlation")) / 2
+        groups[layer] = {e: [] for e in kept}
+        for e in range(model.num_experts):
+            if e not in groups[layer]:
+                groups[layer][max(kept, key=lambda other: (cosine[e, other], -other))].append(e)
+    return groups
+
+
+def left_by_threshold(
+    model: Model, options: PruneOptions, evidence: Evidence, orders: Mapping[int, Order] | None
+) -> int:
+    """Experts left when in every layer only those with a stand-in go; the layer with the fewest decides for all."""
+    if options.threshold is None or orders is None or evidence.statistics is None:
+        flag = "threshold" if options.threshold is not None else "max_loss_increase"
+        raise UsageError(
+            f"{flag_of(flag)} lets measurements decide how many experts go",
+            hint="Pass --stats STATS, or run without --dry-run and with --data FILE."
+            if flag == "threshold"
+            else "Run without --dry-run and with --data FILE; `moeconv prune MODEL --curve` shows all ratios.",
+        )
+    evidence = replace(evidence, similarity=options.similarity)
+    counts = {layer: stand_ins(evidence, layer, order, options.threshold) for layer, order in orders.items()}
+    removed = min(min(counts.values()), model.num_experts - (options.top_k or model.top_k))
+    removed -= removed % model.groups[0]
+    if removed == 0:
+        at = min(counts, key=lambda layer: counts[layer])
+        raise UsageError(
+            f"--threshold {options.threshold}: no expert of layer {at} has a stand-in that similar",
+            hint="Experts of a model trained apart are rarely alike: pass --ratio, or a lower --threshold.",
+        )
+    return model.num_experts - removed
+
+
+def checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
+    if set(keep) != set(model.moe_layers):
+        raise UsageError("keep_experts must name every MoE layer", hint=f"Layers: {list(model.moe_layers)}.")
+    for layer, kept in keep.items():
+        if len(kept) != left or len(set(kept)) != left or not all(0 <= e < model.num_experts for e in kept):
+            raise UsageError(f"keep_experts of layer {layer} must name {left} different experts")
+        groups, size = model.groups[0], model.num_experts // model.groups[0]
+        if any(sum(e // size == g for e in kept) != left // groups for g in range(groups)):
+            raise UsageError(f"keep_experts of layer {layer} must name equally many of each of {groups} groups")
+    return {layer: sorted(keep[layer]) for layer in model.moe_layers}

@@ -1,0 +1,115 @@
+"""The items of a pruned model: kept experts under new numbers, rows of routers and packed tensors, scales, overlays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.families.rule import rule_of
+from moeconv.families.spec import with_expert
+from moeconv.options import PruneOptions
+from moeconv.plan.build import carry, carry_all, pick_rows, whole
+from moeconv.plan.plan import Item, TensorSpec
+from moeconv.prune.criteria import Evidence, sample_of
+
+Keep = Mapping[int, Sequence[int]]
+
+
+def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
+    # Nothing measures multi-token-prediction layers, so they follow the last layer, whose output they read.
+    keep = dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
+    position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
+
+    def renewed(ref: TensorRef) -> list[Item] | None:
+        role = model.roles[ref.name]
+        if role.group not in ("expert", "router") or role.layer is None:
+            return None
+        axis = model.family.expert_axis(role.key)
+        if axis is not None:
+            return [_cut(model, ref, role.key, keep[role.layer], axis=axis, dtype=dtype, changed=role.group)]
+        if role.expert is None or (new := position[role.layer].get(role.expert)) is None:
+            return None if role.expert is None else []
+        name = with_expert(ref.name, role.expert, new)
+        return [carry(ref, role=role.key, name=name, dtype=dtype, params=model.numel(ref), changed="expert")]
+
+    return carry_all(model, dtype=dtype, replace=renewed)
+
+
+def _cut(
+    model: Model, ref: TensorRef, key: str, kept: Sequence[int], *, axis: int, dtype: str | None, changed: str
+) -> Item:
+    """The kept experts' entries along `axis`: byte ranges joined, or cast when another dtype is asked for."""
+    layout = model.family.packed.get(key)
+    each = ref.shape[axis] // model.num_experts if layout and layout.flat else 1  # rows of one expert
+    if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts * each:
+        raise InputError(
+            f"tensor {escape(ref.name)!r} has shape {list(ref.shape)}, not an entry for each of {model.num_experts} "
+            "experts",
+            hint="config.json and the shards do not belong together.",
+        )
+    flat = replace(ref, shape=(model.num_experts, each, *ref.shape[axis + 1 :]))  # the dimensions before it are 1
+    shape = (*ref.shape[:axis], len(kept) * each, *ref.shape[axis + 1 :])
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and key not in model.family.float32
+    out = dtype if casts and dtype else ref.dtype
+    params = model.numel(ref) // model.num_experts * len(kept)
+    kernel = "copy" if out == ref.dtype else "cast"
+    return Item((TensorSpec(ref.name, out, shape, key, params),), kernel, pick_rows(flat, kept), {}, changed)
+
+
+def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOptions) -> dict[int, float]:
+    """{layer: what its kept experts' outputs are multiplied by} where a router does not renormalise: there the weights
+    of the experts that stay grow, by the share of those that went. The least-squares scale on the token sample."""
+    wanted = not model.renormalises if options.rescale is None else options.rescale
+    if not wanted or options.refit or options.merge or evidence.statistics is None or model.quantization:
+        return {}
+    evidence = replace(evidence, rule=rule_of(model))
+    try:
+        return {layer: sample_of(evidence, layer).scale(kept) for layer, kept in keep.items()}
+    except (InputError, KeyError):
+        return {}  # statistics without a token sample: the warning says what to do
+
+
+def scaled(model: Model, items: list[Item], scales: Mapping[int, float]) -> list[Item]:
+    """The items with every down projection of these layers scaled."""
+    made = []
+    for item in items:
+        spec = item.outputs[0]
+        role = model.roles.get(spec.name)
+        down = role is not None and role.key in ("expert.down", "expert.down_bias")
+        if role is None or not down or role.layer is None or role.layer not in scales:
+            made.append(item)
+            continue
+        inputs = [["input", {"index": i}, []] for i in range(len(item.inputs))]
+        tree = ["scale", {"by": scales[role.layer]}, [["concat", {}, inputs] if len(inputs) > 1 else inputs[0]]]
+        made.append(Item(item.outputs, "compute", item.inputs, {"tree": tree}, item.changed))
+    return made
+
+
+def replaced(items: list[Item], overlays: Mapping[str, SafetensorsFile]) -> list[Item]:
+    """The items with the bytes of overlays for the tensors that these hold; the last overlay of a name counts."""
+    made = []
+    unused = {(origin, name) for origin, file in overlays.items() for name in file.tensors}
+    for item in items:
+        for origin, file in overlays.items():
+            info = file.tensors.get(item.outputs[0].name) if len(item.outputs) == 1 else None
+            if info is None:
+                continue
+            (spec,) = item.outputs
+            if info.shape != spec.shape or info.dtype not in FLOAT_DTYPES:
+                raise InputError(
+                    f"{file.label}: {escape(spec.name)} has shape {list(info.shape)}, the result {list(spec.shape)}",
+                    hint="It was made for another plan.",
+                )
+            ref = TensorRef(info.name, info.dtype, info.shape, "", info.start, info.nbytes)
+            item = Item((spec,), "copy" if info.dtype == spec.dtype else "cast", (whole(ref, origin=origin),), {},
+                        item.changed)  # fmt: skip
+            unused.discard((origin, spec.name))
+        made.append(item)
+    if unused:
+        origin, name = min(unused)
+        raise InputError(f"overlay {origin} holds {escape(name)}, which the result has not", hint="Run it again.")
+    return made

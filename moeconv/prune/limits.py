@@ -1,0 +1,196 @@
+"""What of a prune can be refused before anything is measured: budgets, contradictions, router groups, top-k."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.served import check_served
+from moeconv.options import PlanOptions, PruneOptions, check_names, flag_of, parse_index, parse_size, take
+from moeconv.plan.arrange import arrange
+from moeconv.plan.build import parse_dtype
+from moeconv.prune.cutting import pruned_items
+
+BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
+
+
+def check_prune(model: Model, **parameters: Any) -> int | None:
+    """Everything that can be refused before anything is measured. Returns the experts left per layer, None where the
+    data decides them (--threshold, --max-loss-increase). Raises UsageError and InputError."""
+    check_names(parameters, PruneOptions, PlanOptions)
+    options, common = take(PruneOptions, parameters), take(PlanOptions, parameters)
+    if model.family.kind != "moe":
+        raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
+    _check_quantized(model, options, common)
+    if not model.moe_layers:
+        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
+    check_served(model.family.model_type, options.target)
+    protected = parse_protect(options.protect, model)
+    left = budget(model, options, common)
+    _check_numbers(options)
+    _check_top_k(model, options, left)
+    if left is not None and not (options.top_k is not None and left == model.num_experts):
+        check_feasible(model, left, protected, options.top_k or model.top_k)
+    return left
+
+
+def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
+    """Experts left in every layer, from exactly one of --keep, --ratio, --max-bytes, --threshold and
+    --max-loss-increase; None for the last two, all of them for --top-k alone. Raises UsageError."""
+    given = [f for f in BUDGETS if getattr(options, f) is not None]
+    if options.top_k is not None and not given:
+        return model.num_experts
+    if len(given) != 1:
+        raise UsageError(
+            "give exactly one of --keep, --ratio, --max-bytes, --threshold and --max-loss-increase"
+            + (f", not {len(given)}" if given else ""),
+            hint="For half of the experts: --ratio 0.5.",
+        )
+    experts = model.num_experts
+    if given[0] in ("threshold", "max_loss_increase"):
+        return None
+    if options.keep is not None:
+        return options.keep
+    if options.ratio is not None:
+        if not 0 < options.ratio < 1:
+            raise UsageError(f"--ratio {options.ratio} must lie between 0 and 1", hint="For half: --ratio 0.5.")
+        removed = round(options.ratio * experts)
+        if removed == 0:
+            raise UsageError(
+                f"--ratio {options.ratio} of {experts} experts rounds to none", hint=f"The least is {1 / experts:.3f}."
+            )
+        return experts - removed
+    limit = parse_size(str(options.max_bytes), flag="--max-bytes")
+    for left in range(experts - 1, 0, -1):
+        keep = {layer: list(range(left)) for layer in model.moe_layers}
+        shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype)), common, model.family)
+        if sum(s.nbytes for s in shards) <= limit:
+            return left
+    raise UsageError(f"--max-bytes {escape(options.max_bytes)}: too small even with one expert per layer")
+
+
+def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -> None:
+    """A quantized source is cut as it lies on disk: nothing of it can be cast, and its config names no expert."""
+    if model.quantization is None:
+        return
+    if common.dtype:
+        raise UsageError(
+            "--dtype cannot cast a quantized source", hint="Leave it out: codes and scales stay as stored."
+        )
+    for name in ("refit", "merge", "rescale", "distill"):
+        if getattr(options, name):
+            raise UsageError(
+                f"{flag_of(name)} changes weights, and this source's are quantized",
+                hint="Leave it out, or prune the unquantized checkpoint and quantize the result.",
+            )
+    for key in ("ignore", "modules_to_not_convert"):
+        for word in model.quantization.get(key) or ():
+            if isinstance(word, str) and re.search(r"experts\.\d", word):
+                raise InputError(
+                    f"config.json: quantization_config.{key} names single experts ({escape(word)[:80]}), which a prune "
+                    "renumbers",
+                    hint="Prune the unquantized checkpoint.",
+                )
+
+
+def _check_numbers(options: PruneOptions) -> None:
+    """Raises UsageError for options that make no sense together or by themselves."""
+    for name in ("threshold", "protect_coverage"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value <= 1:
+            raise UsageError(f"{flag_of(name)} {value} must lie between 0 and 1", hint=f"Example: {flag_of(name)} 0.8.")
+    gate = options.max_loss_increase
+    if gate is not None and not (math.isfinite(gate) and gate >= 0):
+        raise UsageError(f"--max-loss-increase {gate}: a number of nats per token from 0 up")
+    if not (math.isfinite(options.refit_strength) and options.refit_strength > 0):
+        raise UsageError(f"--refit-strength {options.refit_strength}: a number above 0", hint="Between 0.1 and 1.")
+    if not 1 <= options.refit_sweeps <= 100:
+        raise UsageError(f"--refit-sweeps {options.refit_sweeps}: from 1 to 100")
+    if options.distill < 0:
+        raise UsageError(f"--distill {options.distill}: a number of steps from 0 up")
+    for one, other in (("merge", "refit"), ("merge", "sequential")):
+        if getattr(options, one) and getattr(options, other):
+            raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
+    if options.refit_strength != PruneOptions().refit_strength and not options.refit:
+        raise UsageError("--refit-strength goes with --refit", hint="Add --refit and --data FILE.")
+    if options.refit_sweeps != PruneOptions().refit_sweeps and not options.refit:
+        raise UsageError("--refit-sweeps goes with --refit", hint="Add --refit and --data FILE.")
+    if options.sequential and (options.threshold is not None or gate is not None):
+        raise UsageError("--sequential needs a number of experts that is known first", hint="Pass --ratio or --keep.")
+
+
+def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
+    if options.top_k is None:
+        return
+    limit = model.num_experts if left is None else left
+    if not 1 <= options.top_k <= limit:
+        raise UsageError(f"--top-k {options.top_k}: from 1 to the {limit} experts of a layer")
+    for name in ("merge", "sequential", "protect_coverage"):
+        if left == model.num_experts and getattr(options, name):
+            raise UsageError(
+                f"{flag_of(name)} says which experts stay, and --top-k alone removes none",
+                hint="Leave it out, or pass --ratio or --keep too.",
+            )
+    if left == model.num_experts and options.top_k == model.top_k:
+        raise UsageError(f"--top-k {options.top_k} is what the model has already", hint="Nothing would change.")
+    routing = model.family.routing
+    if routing is not None and routing.top_k is not None and options.top_k != routing.top_k:
+        raise UsageError(f"{model.family.model_type} routes to exactly {routing.top_k} experts")
+
+
+def parse_protect(text: str | None, model: Model) -> dict[int, frozenset[int]]:
+    """`0:3,5:1,*:0` -> {layer: protected experts}. Raises UsageError."""
+    protected: dict[int, set[int]] = {layer: set() for layer in model.moe_layers}
+    for word in text.split(",") if text else ():
+        first, _, second = word.strip().partition(":")
+        layer, expert = parse_index(first), parse_index(second)
+        layers = model.moe_layers if first == "*" else (layer,) if layer in protected else ()
+        if not layers or expert is None:
+            raise UsageError(f"--protect {escape(word)!r}: not LAYER:EXPERT of this model", hint="Example: 0:3,*:0.")
+        if expert >= model.num_experts:
+            raise UsageError(f"--protect {escape(word)!r}: the model has experts 0 to {model.num_experts - 1}")
+        for at in layers:
+            protected[at].add(expert)
+    return {layer: frozenset(chosen) for layer, chosen in protected.items()}
+
+
+def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[int]], top_k: int) -> None:
+    if not 1 <= left < model.num_experts:
+        raise UsageError(
+            f"keeping {left} of {model.num_experts} experts removes nothing that could be removed",
+            hint=f"Keep from {top_k} to {model.num_experts - 1}.",
+        )
+    if left < top_k:
+        raise UsageError(
+            f"{left} experts are fewer than the {top_k} that every token is routed to",
+            hint=f"Keep at least {top_k}: with fewer the model loads and fails at its first token.",
+        )
+    groups, used = model.groups
+    if left % groups:
+        raise UsageError(
+            f"{left} experts do not form {groups} groups of equal size, which this router chooses among",
+            hint=f"Keep a multiple of {groups}.",
+        )
+    least = model.family.routing.best_of_group if groups > 1 and model.family.routing else 1
+    if left // groups < least:
+        raise UsageError(
+            f"{left} experts leave {left // groups} in each of {groups} groups, which are ranked by their best {least}",
+            hint=f"Keep at least {least * groups}.",
+        )
+    if used * (left // groups) < top_k:
+        raise UsageError(
+            f"a token may use {used} of {groups} groups: {used * (left // groups)} of {left} experts, fewer than the "
+            f"{top_k} that it is routed to",
+            hint=f"Keep at least {groups * -(-top_k // used)}.",
+        )
+    size = model.num_experts // groups
+    for layer, chosen in protected.items():
+        for group in range(groups):
+            here = sum(group * size <= expert < (group + 1) * size for expert in chosen)
+            if here > left // groups:
+                where = f"layer {layer}" + (f", group {group}" if groups > 1 else "")
+                raise UsageError(f"--protect names {here} experts of {where}, only {left // groups} stay")

@@ -14,7 +14,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
 from moeconv.families.model import Model
-from moeconv.families.spec import Role
+from moeconv.families.spec import BESIDE, Role
 
 # dtype as safetensors names it -> torch's. F4 and F6 have no torch twin.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -48,12 +48,15 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return to_tensor(checkpoint.read(name), ref.dtype, ref.shape)
 
 
-def plain_names(model: Model) -> Iterator[tuple[str, int | None]]:
+def plain_names(model: Model, *, beside: bool = False) -> Iterator[tuple[str, int | None]]:
     """Every tensor of the unquantized model, by name, with its layer: a packed weight's parts count once, and
-    multi-token-prediction layers are left out, as the stock classes leave them out."""
+    multi-token-prediction layers are left out, as the stock classes leave them out; so is what lies beside the
+    language model, unless `beside` asks for it."""
     seen: set[str] = set()
     for name, role in model.roles.items():
         if role.layer is not None and role.layer >= model.num_layers:
+            continue
+        if role.group in BESIDE and not beside:
             continue
         plain = plain_name(name, role)
         if plain not in seen:

@@ -246,7 +246,8 @@ def family_table(result: Mapping[str, Any]) -> list[Table]:
         [p["from"], p["to"], "exact" if p["exact"] else "near", "yes" if p["default"] else "", p["note"]]
         for p in result["pairs"]
     ]
-    lists = {"dense": ", ".join(result["dense"]), "MoE": ", ".join(result["moe"])}
+    around = (f"{name} ({', '.join(inside)})" for name, inside in result["multimodal"].items())
+    lists = {"dense": ", ".join(result["dense"]), "MoE": ", ".join(result["moe"]), "multimodal": ", ".join(around)}
     return [pairs(lists), grid(["from", "to", "", "default", "note"], rows)]
 
 

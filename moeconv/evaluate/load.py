@@ -9,16 +9,16 @@ import torch
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
-from moeconv.families.model import Model
+from moeconv.families.model import Model, find_family
 from moeconv.stream.quiet import quiet
-from moeconv.stream.skeleton import Loaded, Skeleton
+from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
 from moeconv.tensors import TORCH_DTYPES, decode_weight, plain_names
 
 _SHOWN = 5  # names of each kind of problem
 
 
 def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load the model with AutoModelForCausalLM, weights and all, and report what transformers says of it.
+    """Load the model with its Auto class, weights and all, and report what transformers says of it.
 
     {ok, problems [sentences], missing [names], unexpected [names], mismatched [names]}. A checkpoint that moeconv
     packed is loaded with `moeconv.hf` registered. Raises InputError only when the directory is no checkpoint.
@@ -28,10 +28,8 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if isinstance(quantization, dict) and "moeconv" in quantization:
             import moeconv.hf  # noqa: F401  (registers the quantizer)
-        from transformers import AutoModelForCausalLM
-
         with quiet():
-            _, info = AutoModelForCausalLM.from_pretrained(
+            _, info = auto_class(find_family(checkpoint.config)).from_pretrained(
                 str(checkpoint.path),
                 dtype="auto",
                 output_loading_info=True,
@@ -55,7 +53,7 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
 def strict_problems(model: Model) -> list[str]:
     """What keeps transformers from loading the model strictly, found on the meta device from names and shapes alone."""
     skeleton = Skeleton(model, dtype=TORCH_DTYPES[model.dtype], device="meta")
-    loaded = skeleton.load({name: _shaped(model, name) for name, _ in plain_names(model)})
+    loaded = skeleton.load({name: _shaped(model, name) for name, _ in plain_names(model, beside=True)})
     problems = {
         "missing": _untied(skeleton, loaded),
         "unexpected": list(loaded.unexpected),

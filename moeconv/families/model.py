@@ -24,6 +24,7 @@ from moeconv.families.pairs import HOMELESS
 from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import FFN_PARTS, Family, Role
+from moeconv.families.wrappers import WRAPPED
 
 FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
 _MAX_LAYERS = 4096
@@ -195,8 +196,18 @@ class Model:
 
 
 def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    nested = config.get(family.root) if family.root else config
-    return family.read(nested if isinstance(nested, dict) else config)
+    if not family.root:
+        return family.read(config)
+    text = config.get(family.root)
+    if not isinstance(text, dict):
+        raise InputError(
+            f"config.json: {family.root} must be an object with the language model's settings, found "
+            f"{escape(text)[:80]}",
+            hint="Correct config.json, or download it again.",
+        )
+    # the classes tie by the outer key, and files older than transformers 5 have it inside
+    tied = config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
+    return {**family.read(text), "tie_word_embeddings": next((x for x in tied if x), False)}
 
 
 def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
@@ -242,22 +253,45 @@ def _layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tupl
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a config.json, by model_type. Raises InputError for an unknown architecture."""
     model_type = config.get("model_type")
-    candidates = [model_type]
-    candidates += [v.get("model_type") for v in config.values() if isinstance(v, dict)]
-    for candidate in candidates:
-        if isinstance(candidate, str) and candidate in FAMILIES:
-            plain = DENSE.get(candidate)
-            return plain if plain is not None and _is_plain(plain, config) else FAMILIES[candidate]
-    for candidate in candidates:
-        if isinstance(candidate, str) and candidate in HOMELESS:
+    known = f"Known families: {', '.join(sorted({*FAMILIES, *WRAPPED}))} (`moeconv families`)."
+    inside = {key: value["model_type"] for key, value in config.items() if isinstance(value, dict)
+              and isinstance(value.get("model_type"), str)}  # fmt: skip
+    if not isinstance(model_type, str):
+        raise InputError(f"unknown architecture: model_type {escape(model_type)!r}", hint=known)
+    if model_type in WRAPPED:
+        return _find_wrapped(model_type, config)
+    if model_type in FAMILIES:
+        plain = DENSE.get(model_type)
+        return plain if plain is not None and _is_plain(plain, config) else FAMILIES[model_type]
+    if model_type in HOMELESS:
+        raise InputError(
+            f"{model_type} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[model_type]}", hint=known
+        )
+    for key, text in inside.items():
+        if text in FAMILIES or text in HOMELESS:
+            kind = "dense" if text in DENSE or text in HOMELESS else "Mixture-of-Experts"
             raise InputError(
-                f"{candidate} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[candidate]}",
-                hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",
+                f"{escape(model_type)} is a multimodal model around {text} ({kind}, config.json: {key}), and no row "
+                "says how its tensors lie and what of them is the language model",
+                hint=f"Multimodal families: {', '.join(sorted(WRAPPED))}. Of others give the language model alone.",
             )
-    raise InputError(
-        f"unknown architecture: model_type {escape(model_type)!r}",
-        hint=f"Known families: {', '.join(sorted(FAMILIES))} (`moeconv families`).",
-    )
+    raise InputError(f"unknown architecture: model_type {escape(model_type)!r}", hint=known)
+
+
+def _find_wrapped(model_type: str, config: Mapping[str, Any]) -> Family:
+    """The row of a multimodal model, by the language model in it."""
+    rows = WRAPPED[model_type]
+    root = next(iter(rows.values())).root
+    nested = config.get(root)
+    text = nested.get("model_type") if isinstance(nested, dict) else None
+    if text is None and len(rows) == 1:
+        return next(iter(rows.values()))
+    if not isinstance(text, str) or text not in rows:
+        raise InputError(
+            f"{model_type} around {escape(text)!r} (config.json: {root}.model_type) is not known",
+            hint=f"Known in {model_type}: {', '.join(sorted(rows))}.",
+        )
+    return rows[text]
 
 
 def _is_plain(plain: Family, config: Mapping[str, Any]) -> bool:
@@ -276,6 +310,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     family = find_family(checkpoint.config)
     check_kinds(family, _text_config(checkpoint.config, family))
     family = _with_rule(family, _text_config(checkpoint.config, family))
+    family = _with_layout(family, checkpoint)
     roles, dropped = _assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)
     _check_complete(model)
@@ -293,6 +328,24 @@ def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
     return replace(family, routing=rules.get(str(family.default(key, config)), family.routing))
 
 
+def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
+    """The row with the layout that the experts have on disk, found by the names and shapes of one layer's."""
+    if not family.layouts:
+        return family
+    quantized = packed.quantization(checkpoint.config) is not None
+    for form in family.forms():
+        model = Model(checkpoint, form, {}, ())
+        layer = next(iter(model.moe_layers), None)
+        wide = {"expert": _whole(model.value(family.expert_width), family.expert_width, limit=_MAX_WIDTH)}
+        for key in (key for key in form.tensors if key.startswith("expert.")):
+            ref = checkpoint.tensors.get(form.name(key, layer=layer, expert=0))
+            if ref is None or not (quantized or ref.shape == _expected_shape(model, Role(key, layer), wide)):
+                break
+        else:
+            return form
+    return family
+
+
 def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
     config = _text_config(checkpoint.config, family)
     layers = _layer_count(family, config)
@@ -307,7 +360,8 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
             hint="config.json and the shards do not belong together, or a shard is missing.",
         )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))
-    known |= family.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
+    for form in family.forms() if family.layouts else (family,):
+        known |= form.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
     useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
     quantized = packed.quantization(checkpoint.config) is not None
     roles: dict[str, Role] = {}
@@ -317,8 +371,11 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
         if quantized and (split := packed.split_part(name)) is not None and (whole := known.get(split[0])):
             is_plain = role is not None and checkpoint.tensors[name].dtype in FLOAT_DTYPES
             role = role if is_plain else Role(whole.key, whole.layer, whole.expert, split[1])
+        beside = next((group for start, group in family.beside.items() if name.startswith(start)), None)
         if role is not None:
             roles[name] = role
+        elif beside is not None:
+            roles[name] = Role(f"{beside}.{name}")
         elif name in useless:
             dropped.append(name)
         else:
@@ -348,7 +405,7 @@ def _check_mtp(model: Model) -> None:
         for role in model.roles.values():
             if role.layer == layer and role.group == "expert":
                 parts[role.expert] = parts.get(role.expert, 0) + 1
-        whole = model.packed_experts or set(parts) == set(range(model.num_experts))
+        whole = set(parts) in ({None}, set(range(model.num_experts)))
         if not whole or len(set(parts.values())) != 1 or ("router.weight", layer) not in {
             (r.key, r.layer) for r in model.roles.values()
         }:  # fmt: skip
@@ -360,6 +417,9 @@ def _check_mtp(model: Model) -> None:
 def _check_complete(model: Model) -> None:
     """Every tensor that the family and config ask for is there, in each layer that needs it."""
     family, moe = model.family, set(model.moe_layers)
+    for start in family.beside:
+        if not any(name.startswith(start) for name in model.roles):
+            raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
     there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
         in_moe = role.layer in moe
@@ -416,7 +476,7 @@ def _expected_shape(model: Model, role: Role, wide: Mapping[str, int]) -> tuple[
     if group not in wide:
         return None
     width = wide[group]
-    layout = model.family.packed.get(role.key)
+    layout = model.family.packed.get(role.key) if role.expert is None else None
     if layout is not None:
         outside = hidden if "down" in layout.parts[0] else width * len(layout.parts)
         if layout.parts[0].endswith("_bias"):

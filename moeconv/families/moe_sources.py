@@ -47,7 +47,7 @@ _MLA_OPTIONAL = frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_
 _LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
 
 # named beside the model: "model." stands for the prefix "mtp."
-_QWEN_MTP = {
+QWEN_MTP = {
     "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
     "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
     "mtp.project": "model.fc.weight",
@@ -206,7 +206,7 @@ QWEN3_NEXT = moe_row(
     shared_width=("shared_expert_intermediate_size",),
     placement=placement.LIST,
     routing=Routing("softmax", "norm_topk_prob"),
-    mtp=_QWEN_MTP,
+    mtp=QWEN_MTP,
     mtp_prefix="mtp.",
     partial=0.25,
     layer_kinds=qwen3_5_kinds,

@@ -7,13 +7,14 @@ by it, in the same layout, so a conversion is a lookup of the source's key in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeconv.families.placement import EVERY, Get, Placement
 from moeconv.families.sliding import NEVER, Sliding
 
 FFN_PARTS = ("gate", "up", "down")
+BESIDE = frozenset({"vision", "audio"})  # groups of what lies beside a language model and no text runs through
 _ABSENT = object()
 
 
@@ -72,6 +73,14 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to keep a family's experts on disk: names by key, and those that hold all experts of a layer."""
+
+    tensors: Mapping[str, str]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One model family of transformers, as data.
 
@@ -87,6 +96,8 @@ class Family:
     norm's weight, `float32` the keys that are kept in float32.
     `words` are the paths in config.json (dots between the names) of keys that the family spells otherwise than the
     tables here; `experts_above` is how many modules above the one of the experts' weights takes tokens to experts.
+    Of a multimodal model: `root` is the key of the language model's config, `prefix` what its own tensors' names begin
+    with, `beside` the beginnings of the names that pass every step as they are, with a group of BESIDE each.
     Presence: `where` says for a group of keys in which kinds of layers it is; `switched` which keys a config switch
     adds; `inert` the value at which a tensor that the source lacks does nothing.
     """
@@ -114,6 +125,9 @@ class Family:
     rules: tuple[str, Mapping[str, Routing]] | None = None  # config key whose value takes another rule than `routing`
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    layouts: tuple[Layout, ...] = ()  # all that loaders take for the experts, where that is more than one
+    prefix: str = "model."
+    beside: Mapping[str, str] = field(default_factory=dict)
     rotary: str = "half"
     rope: str = "plain"  # how config words rotary parameters, see rope.py
     partial: float | None = None
@@ -124,7 +138,7 @@ class Family:
     switched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inert: Mapping[str, float] = field(default_factory=dict)
     mtp: Mapping[str, str] = field(default_factory=dict)  # what multi-token-prediction layers have beside a layer
-    mtp_prefix: str = ""  # of their names in place of "model."; "" where they follow the model's own layers
+    mtp_prefix: str = ""  # of their names in place of `prefix`; "" where they follow the model's own layers
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     words: Mapping[str, str] = field(default_factory=dict)
     experts_above: int = 0
@@ -144,11 +158,19 @@ class Family:
             return key
         return next((whole for whole, parts in self.fused.items() if key in parts), None)
 
-    def expert_axis(self, key: str) -> int | None:
+    def forms(self) -> tuple[Family, ...]:
+        """The row in every layout of its experts."""
+        rest = {key: name for key, name in self.tensors.items() if not key.startswith("expert.")}
+        return tuple(replace(self, tensors=rest | dict(way.tensors), packed=way.packed) for way in self.layouts) or (
+            self,
+        )
+
+    @staticmethod
+    def expert_axis(role: Role) -> int | None:
         """The axis that counts experts in a tensor that says something of every expert of a layer, else None."""
-        if key in self.packed:
+        if role.group == "expert" and role.expert is None:
             return 0
-        return (1 if key.endswith("_row") else 0) if key.startswith("router.") else None
+        return (1 if role.key.endswith("_row") else 0) if role.group == "router" else None
 
     def expand(self, *, layers: int, experts: int) -> Iterator[tuple[str, Role]]:
         """Every name that a checkpoint of this size may hold, with its role."""
@@ -165,7 +187,7 @@ class Family:
                 continue
             for i in range(count):
                 name = template.replace("{L}", str(i if self.mtp_prefix else first + i))
-                name = name.replace("model.", self.mtp_prefix, 1) if self.mtp_prefix else name
+                name = name.replace(self.prefix, self.mtp_prefix, 1) if self.mtp_prefix else name
                 for expert in range(experts) if "{E}" in template else (None,):
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
 

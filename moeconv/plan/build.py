@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import BESIDE, Family
 from moeconv.plan.plan import Input, Item, TensorSpec
 
 # --dtype in the words of torch -> as safetensors names it
@@ -75,15 +77,17 @@ def count_planned(items: Iterable[Item], *, top_k: int, num_experts: int) -> tup
 
 
 def _active(counted: Iterable[tuple[str, int]], top_k: int, num_experts: int) -> tuple[int, int]:
-    total = experts = 0
+    total = experts = beside = 0
     for group, params in counted:
         total += params
         experts += params if group == "expert" else 0
-    return total, total - experts + (experts * top_k // num_experts if num_experts else 0)
+        beside += params if group in BESIDE else 0
+    return total, total - experts - beside + (experts * top_k // num_experts if num_experts else 0)
 
 
 def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef], Iterable[Item] | None]) -> list[Item]:
-    """Every source tensor in file order: what `replace` gives for it, or the tensor itself when it gives None."""
+    """Every source tensor in file order: what `replace` gives for it, or the tensor itself when it gives None. What
+    lies beside the language model keeps its dtype."""
     items: list[Item] = []
     refs = model.checkpoint.tensors
     for name in refs:
@@ -92,6 +96,20 @@ def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef],
         made = replace(refs[name])
         if made is None:
             role = model.roles[name]
-            made = [carry(refs[name], role=role.key, dtype=dtype, params=model.numel(refs[name]))]
+            to = None if role.group in BESIDE else dtype
+            made = [carry(refs[name], role=role.key, dtype=to, params=model.numel(refs[name]))]
         items.extend(made)
     return items
+
+
+def with_dtype(config: Mapping[str, Any], family: Family, dtype: str | None) -> dict[str, Any]:
+    """A config.json that says the dtype that the model is cast to, also where a language model's own says one."""
+    result = dict(config)
+    if dtype:
+        inner = config.get(family.root) if family.root else None
+        for text in (result, *([dict(inner)] if isinstance(inner, dict) else [])):
+            text.pop("torch_dtype", None)
+            text["dtype"] = TORCH_NAMES[dtype]
+            if text is not result:
+                result[family.root] = text
+    return result

@@ -28,7 +28,7 @@ def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
         role = model.roles[ref.name]
         if role.group not in ("expert", "router") or role.layer is None:
             return None
-        axis = model.family.expert_axis(role.key)
+        axis = model.family.expert_axis(role)
         if axis is not None:
             return [_cut(model, ref, role.key, keep[role.layer], axis=axis, dtype=dtype, changed=role.group)]
         if role.expert is None or (new := position[role.layer].get(role.expert)) is None:

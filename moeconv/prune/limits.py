@@ -26,6 +26,11 @@ def check_prune(model: Model, **parameters: Any) -> int | None:
     if model.family.kind != "moe":
         raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
     _check_quantized(model, options, common)
+    if options.distill and model.family.beside:
+        raise InputError(
+            f"--distill trains the language model alone, and {model.family.model_type} is multimodal",
+            hint="Leave it out; --refit needs no training.",
+        )
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
     check_served(model.family.model_type, options.target)

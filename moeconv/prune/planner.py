@@ -15,7 +15,7 @@ from moeconv.families.model import Model
 from moeconv.families.served import check_served
 from moeconv.options import PlanOptions, PruneOptions, parameters_of, take
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
+from moeconv.plan.build import count_planned, parse_dtype, with_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan
 from moeconv.prune.choice import (
@@ -145,10 +145,7 @@ def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None
     text.update(model.family.write(text, said))
     if isinstance(nested, dict):
         config[model.family.root] = text
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = TORCH_NAMES[dtype]
-    return config
+    return with_dtype(config, model.family, dtype)
 
 
 def _warnings(

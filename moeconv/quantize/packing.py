@@ -11,7 +11,7 @@ from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, carry_all
+from moeconv.plan.build import TORCH_NAMES, carry_all, with_dtype
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Item
 from moeconv.quantize.methods import apply_method
@@ -64,10 +64,7 @@ class Packing:
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
         mixed = len(used) > 1
         config["quantization_config"] = merge_configs(configs, self.by_layer) if mixed else configs[next(iter(used))]
-        if self.dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = TORCH_NAMES[self.dtype]
-        return config
+        return with_dtype(config, self.model.family, self.dtype)
 
     def parts(self) -> dict[str, int]:
         """How many tensors the plan must write by role; the experts' are counted from the geometry, not from what was

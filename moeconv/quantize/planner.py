@@ -20,7 +20,7 @@ from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import in_scope
-from moeconv.quantize.targets import check_targets
+from moeconv.quantize.targets import check_targets, loads_of
 
 
 def plan_quantize(
@@ -43,7 +43,7 @@ def plan_quantize(
     check_mixed(options, format, importance)
     mixed = options.scheme == "mixed"
     name = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
-    warnings = check_targets(format, name, options.target, mixed=mixed, hidden=model.hidden_size)
+    warnings = check_targets(format, name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size)
     if model.quantization:
         stored = model.quantization.get("quant_method")
         raise InputError(
@@ -94,6 +94,11 @@ def plan_quantize(
             raise UsageError(
                 f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
             )
+        if model.family.beside:
+            raise InputError(
+                f"--self-contained is not written for multimodal models, as {model.family.model_type}",
+                hint="Leave it out: `import moeconv.hf` loads the result.",
+            )
         texts = remote_code(model.family.architecture)
         config["auto_map"] = auto_map(model.family.architecture)
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
@@ -117,7 +122,7 @@ def plan_quantize(
             "group_size_by_layer": {str(layer): s.group for layer, s in packing.by_layer.items()},
             "scope": options.scope,
             "double_quant": scheme.nested,
-            "loads": dict(format.mixed if mixed else format.loads[scheme.name]),
+            "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },
         warnings=(*model.checkpoint.warnings, *warnings),
         dropped=model.dropped,

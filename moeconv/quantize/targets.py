@@ -6,19 +6,30 @@ from collections.abc import Sequence
 
 from moeconv.errors import UsageError, escape
 from moeconv.families.served import TARGETS
+from moeconv.families.spec import Family
 from moeconv.options import did_you_mean
 from moeconv.quantize.spec import Format
 
 _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
 
 
+def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
+    """Runtime -> whether it loads a model packed so. `mixed`: bits differ by layer. Of multimodal models, whose modules
+    every engine names in its own way, only transformers was tried."""
+    loads = dict(format.mixed if mixed else format.loads[scheme])
+    if family.beside:
+        loads |= {runtime: "unknown" for runtime, word in loads.items() if runtime != "transformers" and word != "no"}
+    return loads
+
+
 def check_targets(
-    format: Format, scheme: str, targets: Sequence[str], *, mixed: bool = False, hidden: int | None = None
-) -> list[str]:
+    format: Format, scheme: str, targets: Sequence[str], *, family: Family, mixed: bool = False,
+    hidden: int | None = None,
+) -> list[str]:  # fmt: skip
     """Warnings about targets that were not proven. Raises UsageError for one that is unknown or cannot load this.
 
     `mixed`: bits differ by layer. `hidden` is the model's width."""
-    loads = format.mixed if mixed else format.loads[scheme]
+    loads = loads_of(format, scheme, family, mixed=mixed)
     what = f"{format.name} {'with bits that differ by layer' if mixed else scheme}"
     warnings = []
     for target in targets:

@@ -14,6 +14,7 @@ from typing import Any
 from moeconv import __version__
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
+from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.plan import Plan
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
@@ -151,9 +152,10 @@ def _loading(plan: Plan) -> str:
     loads = plan.block.get("loads")
     own = plan.block.get("format") == "bitsandbytes"
     first = "import moeconv.hf  # registers the loader of packed experts\n" if own else ""
+    auto = "AutoModelForImageTextToText" if plan.config.get("model_type") in WRAPPED else "AutoModelForCausalLM"
     code = (
-        f"```python\n{first}from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")\n```'
+        f"```python\n{first}from transformers import {auto}\n\n"
+        f'model = {auto}.from_pretrained("PATH", dtype="auto")\n```'
     )
     parts = []
     if not isinstance(loads, Mapping) or loads.get("transformers") in ("ok", "dequantized"):

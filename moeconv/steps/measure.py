@@ -100,9 +100,11 @@ def families() -> dict[str, Any]:
     from moeconv.families.dense import DENSE
     from moeconv.families.moe import MOE
     from moeconv.families.pairs import PAIRS
+    from moeconv.families.wrappers import WRAPPED
 
     pairs = [{"from": p.source, "to": p.target, "exact": p.exact, "default": p.default, "note": p.note} for p in PAIRS]
-    return {"dense": sorted(DENSE), "moe": sorted(MOE), "pairs": pairs}
+    around = {name: sorted(rows) for name, rows in sorted(WRAPPED.items())}
+    return {"dense": sorted(DENSE), "moe": sorted(MOE), "multimodal": around, "pairs": pairs}
 
 
 def formats() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import Family
 from moeconv.stream.quiet import quiet
 
 
@@ -34,7 +35,9 @@ class Loaded:
 
 
 class Skeleton:
-    """A stock model without weights. `module` is the ForCausalLM, `layers` its decoder layers."""
+    """A stock model without weights. `module` is what the Auto class of the family makes, `layers` its decoder layers.
+
+    Of a multimodal model the language model alone is filled and run, by the stock forward without images."""
 
     def __init__(
         self, model: Model, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: str = "eager"
@@ -42,11 +45,12 @@ class Skeleton:
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
         with quiet():
             self.module = _build(model, dtype, experts)
-            _fill_buffers(self.module, self.device)
             self._mapping = _mapping(self.module)
         decoder = self.module.get_decoder()
-        if decoder is self.module:  # llama4's class names another prefix than it has
-            decoder = next(m for m in self.module.children() if any(isinstance(c, nn.ModuleList) for c in m.children()))
+        if not _has_list(decoder):  # llama4's class names another prefix than it has
+            decoder = next((m for m in decoder.children() if _has_list(m)), decoder)
+        with quiet():  # of what is beside the language model nothing runs
+            _fill_buffers(self.module, decoder if model.family.beside else self.module, self.device)
         lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
         if len(lists) != 1:
             raise InputError(
@@ -151,22 +155,34 @@ class Skeleton:
                     part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
 
 
+def auto_class(family: Family) -> Any:
+    """transformers' Auto class for models of this family."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if family.beside else AutoModelForCausalLM
+
+
+def _has_list(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.ModuleList) for child in module.children())
+
+
 def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = model.checkpoint.path
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # weights arrive decoded
-        config.output_router_logits = config.output_hidden_states = config.output_attentions = False
-        stock = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            part.output_router_logits = part.output_hidden_states = part.output_attentions = False
+        auto = auto_class(model.family)
+        stock = auto._model_mapping[type(config)]
         free = model.family.kind == "moe" and stock._can_set_experts_implementation()
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
-            module = AutoModelForCausalLM.from_config(
+            module = auto.from_config(
                 config,
                 dtype=dtype,
                 attn_implementation="sdpa" if stock._supports_sdpa else "eager",
@@ -182,9 +198,10 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
     return module.eval()
 
 
-def _fill_buffers(module: Any, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies), as from_pretrained does."""
-    for part in module.modules():
+def _fill_buffers(module: Any, inside: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies) in a part of the model, as from_pretrained
+    does."""
+    for part in inside.modules():
         names = [n for n in part._non_persistent_buffers_set if part._buffers.get(n) is not None]
         for name in names:
             part._buffers[name] = torch.empty_like(part._buffers[name], device=device)

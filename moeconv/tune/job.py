@@ -139,12 +139,22 @@ def _always_one(model: Model) -> bool:
     return model.top_k == 1 and model.renormalises
 
 
+def _check_alone(model: Model) -> None:
+    if model.family.beside:
+        raise InputError(
+            f"{model.family.model_type} is multimodal: training would move its language model away from what the "
+            "vision tower was trained beside, and no data here has images",
+            hint="`moeconv prune`, `calibrate`, `evaluate` and `quantize` take it as it is.",
+        )
+
+
 def _check_student(model: Model) -> None:
     if not model.moe_layers:
         raise InputError(
             f"{model.family.model_type} is dense: there is no router to tune",
             hint="Make a Mixture-of-Experts of it first with `moeconv upcycle`.",
         )
+    _check_alone(model)
     model.check_separate_experts()
     if model.quantization:
         raise InputError(
@@ -170,6 +180,7 @@ def _open_teacher(path: str | None, student: Model, objective: str) -> Model | N
             )
         return None
     teacher = open_model(path)
+    _check_alone(teacher)
     sizes = {"vocab_size": "tokens in the vocabulary"}
     if objective == "layerwise":
         sizes |= {"num_hidden_layers": "layers", "hidden_size": "wide"}

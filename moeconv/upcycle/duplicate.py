@@ -15,10 +15,10 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import Role
+from moeconv.families.spec import BESIDE, Role
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
+from moeconv.plan.build import carry, count_planned, parse_dtype, with_dtype
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
 
 
@@ -106,7 +106,8 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
     elif role.group in ("expert", "router"):
         yield _repeated(model, ref, role, times, dtype)
     else:
-        yield carry(ref, role=role.key, dtype=None if role.key in model.family.float32 else dtype)
+        kept = role.key in model.family.float32 or role.group in BESIDE
+        yield carry(ref, role=role.key, dtype=None if kept else dtype)
 
 
 def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str | None) -> Item:
@@ -142,10 +143,7 @@ def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | Non
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
         said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
     text.update(model.family.write(text, said))
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = TORCH_NAMES[dtype]
-    return config
+    return with_dtype(config, model.family, dtype)
 
 
 def _promise(model: Model, times: int) -> dict[str, int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from moeconv.families.model import FAMILIES
+from moeconv.families.spec import Family
+from moeconv.families.wrappers import WRAPPED
 
 VOCAB, HIDDEN = 128, 64
 _COMMON = {
@@ -373,13 +379,74 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "laguna": ("laguna", _SPARSE | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
     "mimo_v2_flash": ("mimo_v2_flash", _SPARSE | {"n_routed_experts": 8, "v_head_dim": 16, "sliding_window": 5}),
 }
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 16, "patch_size": 4}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": 4,
+    "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
+}  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+# expert widths unlike half the hidden size, so that a transposed tensor is seen to be one
+WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4-vision": (
+        "llama4",
+        {
+            "text_config": MOE_CASES["llama4"][1],
+            "vision_config": _VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "text_config": MOE_CASES["qwen3_moe"][1] | _MROPE | {"moe_intermediate_size": 24},
+            "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        },
+    ),
+    "qwen3_5_moe-vision": (
+        "qwen3_5_moe",
+        {
+            "text_config": MOE_CASES["qwen3_5_moe"][1],
+            "vision_config": _QWEN_VISION | {"num_position_embeddings": 16},
+        },
+    ),
+    "glm4v_moe": (
+        "glm4v_moe",
+        {
+            "text_config": _SPARSE
+            | _GROUPS
+            | {"n_routed_experts": 8}
+            | {"rope_parameters": _PARTIAL["rope_parameters"] | {"mrope_section": [2, 1, 1]}},
+            "vision_config": _QWEN_VISION | {"image_size": 16},
+        },
+    ),
+    "aria": ("aria", {"text_config": MOE_CASES["aria_text"][1], "vision_config": _VISION}),
+    "internvl": (
+        "internvl",
+        {
+            "text_config": MOE_CASES["qwen3_moe"][1] | {"model_type": "qwen3_moe"},
+            "vision_config": _VISION | {"image_size": [16, 16], "patch_size": [4, 4]},
+        },
+    ),
+}
+MOE_CASES |= WRAPPED_CASES
+
+
+def row_of(case: str) -> Family:
+    """The family row of an MoE case."""
+    kind = MOE_CASES[case][0]
+    return next(iter(WRAPPED[kind].values())) if kind in WRAPPED else FAMILIES[kind]
+
+
+def auto_class(model_type: str) -> Any:
+    """The Auto class that makes models of this type."""
+    return AutoModelForImageTextToText if model_type in WRAPPED else AutoModelForCausalLM
 
 
 def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> Path:
     """Save a random stock model with save_pretrained; biases and norms are random too, unlike a fresh model's."""
     torch.manual_seed(seed)
     made = AutoConfig.for_model(model_type, **config)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    model = auto_class(model_type).from_config(made, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = "norm" in ".".join(name.split(".")[-2:])  # dbrx's attention lies in a module of that name
@@ -390,7 +457,8 @@ def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: to
 
 def load(path: Path, *, dtype: torch.dtype = torch.float32, experts: str = "eager") -> Any:
     """The stock model, loaded strictly: a tensor that is missing, unexpected or of the wrong shape fails the test."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    kind = json.loads((path / "config.json").read_text())["model_type"]
+    model, info = auto_class(kind).from_pretrained(
         path, dtype=dtype, output_loading_info=True, experts_implementation=experts, trust_remote_code=False
     )
     wrong = {key: value for key, value in info.items() if value and key != "error_msgs"}
@@ -408,3 +476,50 @@ def logits(model: Any, *, length: int = 24, batch: int = 2) -> torch.Tensor:
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference in units of the spread of `a`."""
     return float((a - b).abs().max() / a.std())
+
+
+@contextmanager
+def dropped(model, opened, keep):
+    """Inside the block the stock model's own routers give the dropped experts the lowest logit and no correction.
+
+    The router's matrix is known by its tensor, so the masking needs to know no family's router class.
+    """
+    lowest, gone, changed = -1e30, {}, []
+    for layer, kept in keep.items():
+        out = [e for e in range(opened.num_experts) if e not in kept]
+        for key in ("router.weight", "router.correction", "router.correction_row"):
+            if key not in opened.family.tensors:
+                continue
+            tensor = _in_memory(model, opened.family.name(key, layer=int(layer)))
+            if key == "router.weight":
+                gone[tensor.data_ptr()] = out
+            else:
+                changed.append((tensor, tensor.clone()))
+                tensor.data[..., out] = lowest
+    stock = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        out = stock(x, weight, bias)
+        if weight.data_ptr() in gone:
+            out[..., gone[weight.data_ptr()]] = lowest
+        return out
+
+    torch.nn.functional.linear = linear
+    try:
+        yield model
+    finally:
+        torch.nn.functional.linear = stock
+        for tensor, before in changed:
+            tensor.data.copy_(before)
+
+
+def _in_memory(model, name):
+    """The stock model's tensor of that name on disk, under the name that transformers gives it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    state = dict(model.state_dict(keep_vars=True))
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    return state[rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]]

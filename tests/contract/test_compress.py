@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 
-from moeconv.families.model import FAMILIES, open_model
+from moeconv.families.model import open_model
 from moeconv.tensors import read_tensor
-from tests.contract.stock import MOE_CASES, load, logits, relative_difference, save_stock
+from tests.contract.stock import MOE_CASES, dropped, load, logits, relative_difference, row_of, save_stock
 
 torch.set_num_threads(1)
-SEPARATE = [case for case, (kind, _) in MOE_CASES.items() if not FAMILIES[kind].packed]
+SEPARATE = [case for case in MOE_CASES if not row_of(case).packed]
 _FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in one a format
 INTEGER = [(c, s) for c in SEPARATE for s in ("int4", "int8") if c in _FIRST or s == "int4"]
 BITSANDBYTES = [(c, s) for c in SEPARATE for s in ("nf4", "fp4", "int8") if c in _FIRST or s == "nf4"]
-
-
-@contextmanager
-def _dropped(model, opened, keep):
-    """Inside the block the stock model's own routers give the dropped experts the lowest logit and no correction.
-
-    The router's matrix is known by its tensor, so the masking needs to know no family's router class.
-    """
-    lowest, gone, changed = -1e30, {}, []
-    for layer, kept in keep.items():
-        dropped = [e for e in range(opened.num_experts) if e not in kept]
-        for key in ("router.weight", "router.correction", "router.correction_row"):
-            if key not in opened.family.tensors:
-                continue
-            tensor = _in_memory(model, opened.family.name(key, layer=int(layer)))
-            if key == "router.weight":
-                gone[tensor.data_ptr()] = dropped
-            else:
-                changed.append((tensor, tensor.clone()))
-                tensor.data[..., dropped] = lowest
-    stock = torch.nn.functional.linear
-
-    def linear(x, weight, bias=None):
-        out = stock(x, weight, bias)
-        if weight.data_ptr() in gone:
-            out[..., gone[weight.data_ptr()]] = lowest
-        return out
-
-    torch.nn.functional.linear = linear
-    try:
-        yield model
-    finally:
-        torch.nn.functional.linear = stock
-        for tensor, before in changed:
-            tensor.data.copy_(before)
-
-
-def _in_memory(model, name):
-    """The stock model's tensor of that name on disk, under the name that transformers gives it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    state = dict(model.state_dict(keep_vars=True))
-    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
-    converters = [r for r in rules if isinstance(r, WeightConverter)]
-    return state[rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0]]
 
 
 @pytest.mark.parametrize("keep", [6, 4])
@@ -76,7 +28,7 @@ def test_pruned_equals_the_unpruned_with_the_dropped_experts_masked(tmp_path, cl
     assert all(len(experts) == keep for experts in kept.values())
     model = load(source)
     whole = logits(model)
-    with _dropped(model, open_model(source), kept):
+    with dropped(model, open_model(source), kept):
         masked = logits(model)
     assert relative_difference(masked, whole) > 1e-3, "the dropped experts did nothing"
     assert relative_difference(masked, logits(load(tmp_path / "pruned"))) <= 1e-5

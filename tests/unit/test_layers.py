@@ -14,6 +14,7 @@ from tiny import make_dense, make_moe
 
 import moeconv
 from moeconv.families.model import FAMILIES
+from moeconv.families.wrappers import WRAPPED
 
 ROOT = Path(moeconv.__file__).parent
 FILES = {
@@ -135,7 +136,8 @@ def test_deciding_never_reaches_for_torch_or_bytes(module):
 @MODULES
 def test_no_file_branches_on_a_models_name(module):
     """A family is a row of data."""
-    names = set(FAMILIES) | {f.architecture for f in FAMILIES.values()}
+    rows = [*FAMILIES.values(), *(row for rows in WRAPPED.values() for row in rows.values())]
+    names = {f.model_type for f in rows} | {f.architecture for f in rows}
     for node in ast.walk(parsed(module)):
         operands: list[ast.expr] = []
         if isinstance(node, ast.Compare):

@@ -13,6 +13,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.families.model import FAMILIES, open_model
 from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
 from moeconv.families.spec import FFN_PARTS
+from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.execute import execute
 from moeconv.prune.choice import DEFAULT, resolve_criterion
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score
@@ -306,4 +307,4 @@ def test_targets_and_expert_parallelism(tmp_path):
     with pytest.raises(UsageError, match="does not run flex_olmo"):
         check_served("flex_olmo", ("vllm", "llama.cpp"))
     assert check_served("solar_open", ("vllm",)) == ["nothing says that vllm runs solar_open"]
-    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(FAMILIES)
+    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(FAMILIES) | set(WRAPPED)

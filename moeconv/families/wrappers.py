@@ -1,0 +1,121 @@
+"""Multimodal models with a Mixture-of-Experts inside: a row each says where the language model lies and what is beside
+it. The rows that steps see are made here, from a wrapper and the row of the language model in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from moeconv.families.dense import QK_NORM
+from moeconv.families.moe import ARIA_TEXT, GLM4_MOE, MLP_EXPERTS, QWEN3_5_MOE, QWEN3_MOE
+from moeconv.families.moe_sources import LLAMA4, QWEN_MTP
+from moeconv.families.sliding import NEVER
+from moeconv.families.spec import Family, Layout, Packed, Routing
+
+_EXPERTS = "model.layers.{L}.mlp.experts."
+_STACKED_NAMES = {"expert.gate_up": _EXPERTS + "gate_up_proj", "expert.down": _EXPERTS + "down_proj"}
+SEPARATE = Layout(MLP_EXPERTS)
+STACKED = Layout(_STACKED_NAMES, {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))})
+TRANSPOSED = Layout(_STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """A multimodal family. `texts` are the rows of the language models that it is known to hold; `prefix` and `head`
+    stand in its names where theirs begin with "model." and "lm_head."; `beside` as in Family; `root` is the key of
+    their config; `in_memory` as in Family, of modules that transformers calls otherwise."""
+
+    model_type: str
+    architecture: str
+    texts: tuple[Family, ...]
+    beside: Mapping[str, str]
+    prefix: str = "model.language_model."
+    head: str = "lm_head."
+    root: str = "text_config"
+    in_memory: Mapping[str, str] = field(default_factory=dict)
+
+    def row(self, text: Family) -> Family:
+        """The row of this wrapper around that language model."""
+        return replace(
+            text,
+            model_type=self.model_type,
+            architecture=self.architecture,
+            root=self.root,
+            prefix=self.prefix,
+            beside=self.beside,
+            tensors=self._names(text.tensors),
+            mtp=self._names(text.mtp),
+            dropped=tuple(self._name(name) for name in text.dropped),
+            in_memory={**self.in_memory, **text.in_memory},
+            layouts=tuple(Layout(self._names(way.tensors), way.packed) for way in text.layouts),
+        )
+
+    def _names(self, names: Mapping[str, str]) -> dict[str, str]:
+        return {key: self._name(name) for key, name in names.items()}
+
+    def _name(self, name: str) -> str:
+        for old, new in (("model.", self.prefix), ("lm_head.", self.head)):
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        raise ValueError(name)
+
+
+# router weights are renormalised whatever the config says; saved untransposed by transformers 5, transposed on the hub
+QWEN3_VL_MOE_TEXT = replace(
+    QWEN3_MOE,
+    model_type="qwen3_vl_moe_text",
+    tensors={k: v for k, v in QWEN3_MOE.tensors.items() if k not in MLP_EXPERTS} | _STACKED_NAMES,
+    config={k: v for k, v in QWEN3_MOE.config.items() if k not in ("norm_topk_prob", "use_sliding_window")}
+    | {"num_key_value_heads": 16, "max_position_embeddings": 128000, "rope_theta": 500000.0,
+       "moe_intermediate_size": 1408},
+    packed=STACKED.packed,
+    layouts=(STACKED, TRANSPOSED),
+    sliding=NEVER,
+    routing=Routing("softmax", "always"),
+)  # fmt: skip
+# the hub's checkpoints stack the experts of the model, and of multi-token-prediction layers some do and some do not
+QWEN3_5_MOE_TEXT = replace(QWEN3_5_MOE, layouts=(SEPARATE, STACKED), mtp=QWEN_MTP, mtp_prefix="mtp.")
+GLM4V_MOE_TEXT = replace(
+    GLM4_MOE,
+    model_type="glm4v_moe_text",
+    tensors={k: v for k, v in GLM4_MOE.tensors.items() if k not in QK_NORM},
+    config={k: v for k, v in GLM4_MOE.config.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
+    | {"attention_bias": True, "max_position_embeddings": 65536},
+    mtp={},
+)
+_LLAVA = {"vision_tower.": "vision", "multi_modal_projector.": "vision"}
+
+WRAPPERS = (
+    Wrapper(
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        (LLAMA4,),
+        {"vision_model.": "vision", "multi_modal_projector.": "vision"},
+        prefix="language_model.model.",
+        head="language_model.lm_head.",
+    ),
+    Wrapper("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", (QWEN3_VL_MOE_TEXT,), {"model.visual.": "vision"}),
+    Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE_TEXT,), {"model.visual.": "vision"}),
+    Wrapper("glm4v_moe", "Glm4vMoeForConditionalGeneration", (GLM4V_MOE_TEXT,), {"model.visual.": "vision"}),
+    Wrapper(
+        "aria",
+        "AriaForConditionalGeneration",
+        (ARIA_TEXT,),
+        _LLAVA,
+        prefix="language_model.model.",
+        head="language_model.lm_head.",
+    ),
+    Wrapper(
+        "internvl",
+        "InternVLForConditionalGeneration",
+        (QWEN3_MOE,),
+        _LLAVA,
+        prefix="language_model.model.",
+        head="language_model.lm_head.",
+        in_memory={"language_model.model.": "model.language_model.", **{name: f"model.{name}" for name in _LLAVA}},
+    ),
+)
+# model_type of the wrapper -> model_type of the language model -> the row
+WRAPPED: dict[str, dict[str, Family]] = {
+    wrapper.model_type: {text.model_type: wrapper.row(text) for text in wrapper.texts} for wrapper in WRAPPERS
+}

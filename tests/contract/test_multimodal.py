@@ -1,0 +1,182 @@
+"""Contract: multimodal checkpoints as they lie on the hub; the language model is worked on, all else passes through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from words import add_tokenizer, text
+
+from moeconv.errors import InputError
+from moeconv.families.model import open_model
+from moeconv.stream.layers import LayerStream
+from tests.contract.stock import WRAPPED_CASES, dropped, load, logits, relative_difference, row_of, save_stock
+from tests.tiny import edit_json
+
+torch.set_num_threads(1)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """The checkpoint with these tensors, in one file."""
+    for file in path.glob("model*"):
+        file.unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("case", list(WRAPPED_CASES))
+def test_what_lies_beside_the_language_model_passes_as_it_is(tmp_path, cli, case):
+    source = save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32)
+    found = cli("inspect", source, "--json").json
+    assert found["num_experts"] == 8 and found["parameters_by_role"]["vision"] > 0
+    done = cli("prune", source, tmp_path / "out", "--keep", 6, "--dtype", "bfloat16", "--json")
+    assert done.code == 0, done.out
+    before, after, row = _tensors(source), _tensors(tmp_path / "out"), row_of(case)
+    beside = [name for name in before if name.startswith(tuple(row.beside))]
+    assert beside and not [name for name in beside if not torch.equal(before[name], after[name])]
+    assert after[row.name("embedding.tokens")].dtype == torch.bfloat16 != after[beside[0]].dtype
+    config, now = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
+    edited = {key: now["text_config"].get(key) for key in row.num_experts}
+    assert edited == dict.fromkeys(row.num_experts, 6) and now["text_config"]["dtype"] == "bfloat16"
+    assert now["vision_config"] == config["vision_config"] and now["architectures"] == [row.architecture]
+    checked = cli("verify", tmp_path / "out", "--load", "--json")
+    assert checked.code == 0 and checked.json["loads"]["transformers"], checked.out
+    assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_verify_compares_every_tensor_beside_the_language_model(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *WRAPPED_CASES["qwen3_vl_moe"], dtype=torch.bfloat16)
+    assert cli("prune", source, tmp_path / "out", "--keep", 6, "--json").code == 0
+    assert cli("verify", tmp_path / "out", "--source", source, "--json").code == 0
+    tensors = _tensors(tmp_path / "out")
+    changed = sorted(name for name in tensors if name.startswith("model.visual."))[0]
+    tensors[changed] = tensors[changed] + 1
+    _rewrite(tmp_path / "out", tensors)
+    refused = cli("verify", tmp_path / "out", "--source", source, "--json")
+    assert refused.code == 5 and any(changed in p and "differs" in p for p in refused.json["problems"]), refused.out
+
+
+def _stacked(tensors: dict[str, torch.Tensor], under: str, experts: int) -> None:
+    """The experts of a layer in two tensors, as the hub's Qwen3.5 has them."""
+    gate, up, down = (
+        torch.stack([tensors.pop(f"{under}experts.{e}.{part}_proj.weight") for e in range(experts)])
+        for part in ("gate", "up", "down")
+    )
+    tensors[f"{under}experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+    tensors[f"{under}experts.down_proj"] = down
+
+
+def _as_on_the_hub(path: Path, case: str) -> Path:
+    """The layouts of the experts on the hub; save_pretrained writes others."""
+    kind = case.partition("-")[0]
+    save_stock(path, *WRAPPED_CASES["qwen3_vl_moe" if kind == "qwen3_vl_moe" else "qwen3_5_moe-vision"],
+               dtype=torch.float32)  # fmt: skip
+    tensors = _tensors(path)
+    if kind == "qwen3_vl_moe":
+        packed = {name: t.transpose(1, 2) for name, t in tensors.items() if ".experts." in name}
+        return _rewrite(path, tensors | packed)
+    like, draw = "model.language_model.layers.1.", torch.Generator().manual_seed(1)
+    for name in [name for name in tensors if name.startswith(like)]:
+        tensors["mtp.layers.0." + name.removeprefix(like)] = torch.randn(tensors[name].shape, generator=draw)
+    for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"):
+        tensors[f"mtp.{name}.weight"] = torch.randn((8, 8), generator=draw)
+    for layer in range(3):
+        _stacked(tensors, f"model.language_model.layers.{layer}.mlp.", 8)
+    if case.endswith("stacked"):
+        _stacked(tensors, "mtp.layers.0.mlp.", 8)
+    return _rewrite(path, tensors)
+
+
+@pytest.mark.parametrize("keep", [6, 4])
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe-mtp-stacked"])
+def test_layouts_of_the_hub_are_pruned_and_streamed(tmp_path, cli, case, keep):
+    source = _as_on_the_hub(tmp_path / "moe", case)
+    model = open_model(source)
+    assert model.family.packed["expert.down"].transposed == (case == "qwen3_vl_moe")
+    promised = cli("prune", source, tmp_path / "out", "--keep", keep, "--dry-run", "--json").json
+    done = cli("prune", source, tmp_path / "out", "--keep", keep, "--json")
+    assert done.code == 0 and promised["bytes"] == done.json["bytes"], done.out
+    kept = done.json["prune"]["keep"]
+    stock = load(source)
+    with dropped(stock, model, kept):
+        masked = logits(stock)
+    assert relative_difference(masked, logits(stock)) > 1e-3
+    assert relative_difference(masked, logits(load(tmp_path / "out"))) <= 1e-5
+    ids = np.random.default_rng(0).integers(3, 128, (2, 12))
+    streamed = torch.cat([out for _, out in LayerStream(model, ids).run().logits()])
+    with torch.no_grad():
+        expected = stock(torch.tensor(ids)).logits
+    assert relative_difference(expected, streamed) <= 1e-5
+    if case == "qwen3_vl_moe":
+        return
+    before, after, last = _tensors(source), _tensors(tmp_path / "out"), kept["2"]
+    assert torch.equal(after["mtp.layers.0.mlp.gate.weight"], before["mtp.layers.0.mlp.gate.weight"][last])
+    name = "mtp.layers.0.mlp.experts.{}.down_proj.weight"
+    if case.endswith("stacked"):
+        name = "mtp.layers.0.mlp.experts.gate_up_proj"
+        assert torch.equal(after[name], before[name][last])
+    else:
+        assert all(torch.equal(after[name.format(new)], before[name.format(old)]) for new, old in enumerate(last))
+        assert name.format(keep) not in after
+
+
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl"])
+def test_text_measures_the_language_model(tmp_path, cli, case):
+    path = add_tokenizer(save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32))
+    (tmp_path / "text").write_text(text(600))
+    data = ("--data", tmp_path / "text", "--seq-len", 16, "--json")
+    done = cli("prune", path, tmp_path / "out", "--keep", 6, "--refit", *data)
+    assert done.code == 0, done.out
+    assert done.json["prune"]["criterion"] == "reconstruction"
+    load(tmp_path / "out")
+    assert cli("evaluate", tmp_path / "out", "--reference", path, *data).code == 0
+
+
+def test_what_is_not_done_to_a_multimodal_model_is_refused_with_the_reason(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *WRAPPED_CASES["glm4v_moe"], dtype=torch.bfloat16)
+    (tmp_path / "text").write_text(text(400))
+    data = ("--data", tmp_path / "text", "--json")
+    packing = ("quantize", source, tmp_path / "out", "--format")
+    for arguments, code, word in (
+        (("tune", source, tmp_path / "out", "--objective", "lm", *data), 3, "multimodal"),
+        (("prune", source, tmp_path / "out", "--keep", 4, "--distill", 5, *data), 3, "multimodal"),
+        ((*packing, "bitsandbytes", "--self-contained", "--json"), 3, "multimodal"),
+        ((*packing, "gguf", "--json"), 3, "glm4v_moe"),
+    ):  # fmt: skip
+        refused = cli(*arguments)
+        assert refused.code == code and word in refused.json["error"]["message"], refused.out
+    assert not (tmp_path / "out").exists()
+    done = cli("quantize", source, tmp_path / "packed", "--target", "vllm", "--dry-run", "--json").json
+    assert done["quantize"]["loads"]["vllm"] == "unknown" and any("vllm was not proven" in w for w in done["warnings"])
+
+
+WRONG = {
+    "a dense language model": ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}}, "dense"),
+    "a wrapper without a row": ({"model_type": "llava", "text_config": {"model_type": "qwen3_moe"}}, "no row"),
+    "an unknown text model": ({"model_type": "internvl", "text_config": {"model_type": "qwen2"}}, "is not known"),
+    "no text config": ({"model_type": "aria", "text_config": 3}, "must be an object"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_other_wrappers_are_refused_by_name(tmp_path, name):
+    config, word = WRONG[name]
+    source = save_stock(tmp_path / "moe", *WRAPPED_CASES["internvl"], dtype=torch.bfloat16)
+    edit_json(source / "config.json", **config)
+    with pytest.raises(InputError, match=word):
+        open_model(source)
+
+
+def test_a_tower_that_is_missing_is_named(tmp_path):
+    source = save_stock(tmp_path / "moe", *WRAPPED_CASES["internvl"], dtype=torch.bfloat16)
+    _rewrite(source, {n: t for n, t in _tensors(source).items() if not n.startswith("vision_tower.")})
+    with pytest.raises(InputError, match="begins with vision_tower"):
+        open_model(source)

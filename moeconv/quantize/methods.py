@@ -1,4 +1,4 @@
-"""What --method makes of a planned packing: rtn leaves it, mse searches its scales, gptq takes an overlay's codes."""
+"""What --method makes of a planned packing: rtn leaves it, mse fits its scales, gptq takes an overlay's codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 from moeconv.errors import UsageError
 from moeconv.plan.plan import Item
 
-_SEARCHED = ("pack_int",)  # kernels that can search their scales (parameter `clip`)
+_FITTED = ("pack_int",)  # kernels that can fit their scales (parameter `fit`)
 _FREE = ("pack_int", "pack_bnb4", "pack_bnb8")  # layouts whose codes data can choose
 
 
 def apply_method(item: Item, method: str) -> Item:
     """The item under a method, before any overlay. Raises UsageError for a method that its layout does not have."""
-    if method == "rtn" or item.kernel not in (*_SEARCHED, *_FREE):
+    if method == "rtn" or item.kernel not in (*_FITTED, *_FREE):
         return item
     if method == "gptq" and (item.kernel not in _FREE or item.params.get("nested")):
         raise UsageError(
@@ -25,8 +25,8 @@ def apply_method(item: Item, method: str) -> Item:
             f"blocks of {item.params['block_size']}",
             hint="Use --method rtn, or --format compressed-tensors.",
         )
-    if item.kernel in _SEARCHED:
-        return dataclasses.replace(item, params={**item.params, "clip": True})
+    if item.kernel in _FITTED:
+        return dataclasses.replace(item, params={**item.params, "fit": True})
     if method == "mse":
         raise UsageError(
             "--method mse is for compressed-tensors: bitsandbytes' scale is the block's largest magnitude",

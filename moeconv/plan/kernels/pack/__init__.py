@@ -6,7 +6,7 @@ Every layout is bit-equal to its own library's.
 from moeconv.plan.kernels.pack.common import relative_rms
 from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax, unpack_nf4
 from moeconv.plan.kernels.pack.integer import (
-    clip_scales,
+    fitted_scales,
     int_scales,
     pack_int,
     pack_words,
@@ -17,7 +17,7 @@ from moeconv.plan.kernels.pack.integer import (
 from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise, unpack_int8_rowwise
 
 __all__ = [
-    "clip_scales",
+    "fitted_scales",
     "decode_4bit",
     "decode_int8_rowwise",
     "int_scales",

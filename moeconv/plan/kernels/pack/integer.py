@@ -20,21 +20,21 @@ def pack_int(
     bits: int,
     group_size: int | None,
     scales: Tensor | None = None,
-    clip: bool = False,
+    fit: bool = False,
 ) -> dict[str, Tensor]:
     """Quantize and pack one matrix as compressed-tensors `pack-quantized`, symmetric.
 
     `weight` [out, in] bfloat16, float16 or float32; `group_size` divides `in`, None is one scale a row (channel).
-    `scales` [out, groups] overrides the round-to-nearest scales (GPTQ and friends); `clip` searches them for the least
-    squared error instead (`clip_scales`). Returns `weight_packed` int32 [out, in * bits / 32], `weight_scale` of the
+    `scales` [out, groups] overrides the round-to-nearest scales (GPTQ and friends); `fit` chooses them for the least
+    squared error instead (`fitted_scales`). Returns `weight_packed` int32 [out, in * bits / 32], `weight_scale` of the
     weight's dtype [out, groups], `weight_shape` int64 [2].
 
     Raises UsageError for sizes that do not divide, InputError for NaN or infinity in the weight.
     """
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
-    if scales is None and clip:
-        scales = clip_scales(weight, bits=bits, group_size=group_size)
+    if scales is None and fit:
+        scales = fitted_scales(weight, bits=bits, group_size=group_size)
     given = scales is not None
     if scales is None:
         scales = torch.empty(rows, columns // group, dtype=weight.dtype)
@@ -65,18 +65,18 @@ def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
     return scales
 
 
-def clip_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
+def fitted_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
     """Scales of (nearly) least squared error, [out, groups] in the weight's dtype; never worse than `int_scales`.
 
     Levels run from -8 to 7, so a group's extreme goes to the side with one level more: its scale is negative where the
-    extreme is positive, which every reader multiplies by like any other (ggml's Q4_0 does the same). A few clip ratios
-    of that scale are tried, each with the least-squares fit to the levels that it gives, then the best is fitted once
-    more: the error of a fit is known without another pass."""
+    extreme is positive, which every reader multiplies by like any other (ggml's Q4_0 does the same). That scale is
+    fitted to the levels that it gives, twice. Smaller ones, which clip the extreme, are not tried: they lower the error
+    of the weights by 4 % more and raise that of a layer's output where large weights meet large activations (by a
+    quarter in the first layer of a model that was upcycled)."""
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
     result = torch.empty(rows, columns // group, dtype=weight.dtype)
     work = RowBuffers(rows, columns)
-    ratios = _RATIOS if bits == 4 else _RATIOS[:1]
     for start, stop in work.blocks:
         x = work.load(weight, start, stop).view(-1, group)  # [groups here, group]
         plain = torch.empty(x.shape[0], dtype=weight.dtype)
@@ -85,12 +85,11 @@ def clip_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
         low, high = x.amin(-1), x.amax(-1)
         peak = torch.maximum(high, -low).masked_fill_(high == low, 1.0)
         x.div_(peak[:, None])  # squares of what is left neither overflow nor vanish
-        whole = torch.where(high > -low, -1.0, 1.0) / (1 << (bits - 1))
-        best, most = whole, torch.zeros_like(peak)
-        for step in range(len(ratios) + 1):
-            trial = whole * ratios[step] if step < len(ratios) else best
-            along, energy = _fit(x, trial, levels, bits=bits)
-            fitted = torch.where(energy > 0, along / energy, trial)
+        best = torch.where(high > -low, -1.0, 1.0) / (1 << (bits - 1))
+        most = torch.zeros_like(peak)
+        for _ in range(2):
+            along, energy = _fit(x, best, levels, bits=bits)
+            fitted = torch.where(energy > 0, along / energy, best)
             saved = along * fitted  # sum x^2 less the error with the fitted scale
             better = saved > most
             best, most = torch.where(better, fitted, best), torch.where(better, saved, most)
@@ -103,9 +102,6 @@ def clip_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
         result[start:stop].view(-1).copy_(torch.where((errors[1] < errors[0]) & (stored != 0), stored, plain))
     check_finite(result)
     return result
-
-
-_RATIOS = (1.0, 0.92, 0.84, 0.76, 0.68)  # of the scale that holds the extreme
 
 
 def _fit(x: Tensor, scales: Tensor, levels: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,9 @@ from moeconv.plan.kernels.pack.integer import (
 from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise, unpack_int8_rowwise
 
 __all__ = [
-    "fitted_scales",
     "decode_4bit",
     "decode_int8_rowwise",
+    "fitted_scales",
     "int_scales",
     "pack_int",
     "pack_int8_rowwise",

@@ -42,7 +42,7 @@ def decode_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tens
 
 
 def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """compressed-tensors codes, scales and shape. params: parts, bits, group_size; fit: scales of least error."""
+    """compressed-tensors codes, scales and shape. params: parts, bits, group_size; fit: least error."""
     size, fit = params["group_size"], params.get("fit", False)
     return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=size, fit=fit), params)
 

@@ -41,7 +41,7 @@ def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
     inputs: list[Input] = []
     for ref in item.inputs:
         maker = made[ref.tensor]
-        if _whole(item, ref) and (item.kernel == "copy" or maker.kernel != "copy" or len(maker.inputs) > 1):
+        if _whole(item, ref, maker) and (item.kernel == "copy" or maker.kernel != "copy" or len(maker.inputs) > 1):
             return _joined(item, maker)
         traced = _range(ref, maker)
         if traced is None:
@@ -51,9 +51,10 @@ def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
     return replace(item, inputs=tuple(inputs), changed=item.changed or next(filter(None, moved), ""))
 
 
-def _whole(item: Item, ref: Input) -> bool:
+def _whole(item: Item, ref: Input, maker: Item) -> bool:
     """Whether the item reads one tensor of the first plan and that whole."""
-    return len(item.inputs) == 1 and ref.start == 0
+    sizes = [spec.nbytes for spec in maker.outputs if spec.name == ref.tensor]
+    return len(item.inputs) == 1 and ref.start == 0 and sizes == [ref.nbytes]
 
 
 def _joined(item: Item, maker: Item) -> Item | None:
@@ -74,8 +75,11 @@ def _joined(item: Item, maker: Item) -> Item | None:
 
 
 def _range(ref: Input, maker: Item) -> Input | None:
-    """The bytes of the source behind a range of what a copy of one range makes."""
-    if maker.kernel != "copy" or len(maker.inputs) != 1:
-        return None
-    (source,) = maker.inputs
-    return replace(source, dtype=ref.dtype, shape=ref.shape, start=source.start + ref.start, nbytes=ref.nbytes)
+    """The bytes of the source behind a range of what a copy makes, where they lie in one of the ranges that it
+    joins."""
+    start = ref.start
+    for source in maker.inputs if maker.kernel == "copy" else ():
+        if start >= 0 and start + ref.nbytes <= source.nbytes:
+            return replace(source, dtype=ref.dtype, shape=ref.shape, start=source.start + start, nbytes=ref.nbytes)
+        start -= source.nbytes
+    return None

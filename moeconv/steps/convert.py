@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
+from moeconv.quantize.separate import plan_separate
 from moeconv.steps.common import named, open_resolved, run_plan, scratch
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
@@ -51,9 +53,17 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
     if command == "quantize":
         from moeconv.quantize.planner import plan_quantize
 
-        return plan_quantize(
-            model, importance=_importance(model, values), **named(values, QuantizeOptions, PlanOptions)
+        apart = plan_separate(model)
+        second = plan_quantize(
+            model if apart is None else planned_model(apart),
+            importance=_importance(model, values),
+            **named(values, QuantizeOptions, PlanOptions),
         )
+        if apart is None:
+            return second
+        fused = fuse(apart, second)
+        assert fused is not None  # it reads ranges alone
+        return replace(fused, earlier=apart.earlier)
     return None
 
 
@@ -128,6 +138,8 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
 
     if options.method != "gptq" or write.dry_run:
         return run_plan(plan, model, out, values, meter=meter, check=check)
+    if (apart := plan_separate(model)) is not None:
+        return _after(apart, model, out, values, note="writing the experts apart", meter=meter)
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
     from moeconv.gptq.run import choose_codes
     from moeconv.quantize.planner import plan_quantize
@@ -156,17 +168,24 @@ def _requantize(model: Model, out: str, values: Mapping[str, Any], *, meter: Met
     """Decode a quantized source into a scratch directory, and quantize that."""
     from moeconv.quantize.decode import plan_decode
 
-    write = take(WriteOptions, values)
     decoded = plan_decode(model)
     planned = plan_step("quantize", planned_model(decoded), values)  # refused before anything is decoded
     assert planned is not None
-    if write.dry_run:
+    if take(WriteOptions, values).dry_run:
         return run_plan(planned, model, out, values, meter=meter)
+    return _after(decoded, model, out, values, note="decoding the source", meter=meter)
+
+
+def _after(
+    first: Plan, model: Model, out: str, values: Mapping[str, Any], *, note: str, meter: Meter
+) -> dict[str, Any]:
+    """Write what `first` plans into a scratch directory, and quantize that."""
+    write = take(WriteOptions, values)
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
     with scratch() as folder:
-        meter.note(f"decoding the source into {escape(folder)} ({decoded.nbytes} bytes)")
-        plain = os.path.join(folder, "decoded")
-        execute(decoded, source=model.checkpoint, out=plain, jobs=write.jobs or default_jobs())
+        meter.note(f"{note} into {escape(folder)} ({first.nbytes} bytes)")
+        plain = os.path.join(folder, "plain")
+        execute(first, source=model.checkpoint, out=plain, jobs=write.jobs or default_jobs())
         return quantize(plain, out, values, meter=meter)
 
 

@@ -15,7 +15,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import BESIDE, Role
+from moeconv.families.spec import BESIDE, Role, with_expert
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import carry, count_planned, parse_dtype, with_dtype
@@ -101,7 +101,7 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
         return
     if role.group == "expert" and role.expert is not None:
         for i in range(times):
-            new = model.family.name(role.key, layer=role.layer, expert=role.expert * times + i)
+            new = with_expert(name, role.expert, role.expert * times + i)
             yield carry(ref, role=role.key, name=new, dtype=dtype, changed="expert")
     elif role.group in ("expert", "router"):
         yield _repeated(model, ref, role, times, dtype)
@@ -147,11 +147,9 @@ def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | Non
 
 
 def _promise(model: Model, times: int) -> dict[str, int]:
-    """How many tensors change, counted from the family and not from the items."""
-    layers, count = len(model.moe_layers), {"expert": 0, "router": 0}
-    there = {role.key for role in model.roles.values()}
-    for key, template in model.family.tensors.items():
-        group = key.partition(".")[0]
-        if group in count and key in there:
-            count[group] += layers * (model.num_experts * times if "{E}" in template else 1)
+    """How many tensors change, counted from the source and not from the items."""
+    count = {"expert": 0, "router": 0}
+    for role in model.roles.values():
+        if role.group in count:
+            count[role.group] += 1 if role.expert is None else times
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from words import add_tokenizer, text
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
+from moeconv.plan.execute import execute
+from moeconv.plan.fuse import fuse
+from moeconv.plan.planned import planned_model
+from moeconv.prune.planner import plan_prune
+from moeconv.steps.convert import plan_step
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import WRAPPED_CASES, dropped, load, logits, relative_difference, row_of, save_stock
 from tests.tiny import edit_json
@@ -126,6 +132,52 @@ def test_layouts_of_the_hub_are_pruned_and_streamed(tmp_path, cli, case, keep):
     else:
         assert all(torch.equal(after[name.format(new)], before[name.format(old)]) for new, old in enumerate(last))
         assert name.format(keep) not in after
+
+
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_layouts_of_the_hub_are_multiplied(tmp_path, cli, case):
+    source = _as_on_the_hub(tmp_path / "moe", case)
+    done = cli("upcycle", source, tmp_path / "more", "--experts", 16, "--json")
+    assert done.code == 0 and done.json["upcycle"]["top_k"] == 4, done.out
+    assert relative_difference(logits(load(source)), logits(load(tmp_path / "more"))) <= 1e-5
+    if case == "qwen3_5_moe":
+        before, after = _tensors(source), _tensors(tmp_path / "more")
+        name = "mtp.layers.0.mlp.experts.{}.up_proj.weight"
+        assert all(torch.equal(after[name.format(e)], before[name.format(e // 2)]) for e in range(16))
+
+
+@pytest.mark.parametrize("flags", [("--bits", 4), ("--format", "bitsandbytes"), ("--bits", 8, "--dtype", "bfloat16")])
+def test_stacked_experts_are_packed_as_separate_ones(tmp_path, cli, flags):
+    """transformers loads packed weights by the names of separate experts, so both sources become the same model."""
+    one = save_stock(tmp_path / "one", *WRAPPED_CASES["qwen3_5_moe-vision"], dtype=torch.float32)
+    other, tensors = tmp_path / "other", _tensors(one)
+    shutil.copytree(one, other)
+    for layer in range(3):
+        _stacked(tensors, f"model.language_model.layers.{layer}.mlp.", 8)
+    _rewrite(other, tensors)
+    for source in (one, other):
+        promised = cli("quantize", source, f"{source}-packed", *flags, "--dry-run", "--json").json
+        done = cli("quantize", source, f"{source}-packed", *flags, "--json")
+        assert done.code == 0 and promised["bytes"] == done.json["bytes"], done.out
+        assert done.json["quantize"]["counted"] == {"expert": 3 * 8 * 3}
+    packed = _tensors(tmp_path / "one-packed"), _tensors(tmp_path / "other-packed")
+    assert packed[0].keys() == packed[1].keys()
+    assert all(torch.equal(packed[0][name], packed[1][name]) for name in packed[0])
+
+
+def test_stacked_experts_are_pruned_and_packed_in_one_pass(tmp_path):
+    source = _as_on_the_hub(tmp_path / "moe", "qwen3_5_moe-mtp-stacked")
+    model, values = open_model(source), {"bits": 4}
+    first = plan_prune(model, keep=4, keep_experts={layer: [0, 2, 3, 7] for layer in range(3)})
+    second = plan_step("quantize", planned_model(first), values)
+    fused = fuse(first, second)
+    execute(fused, source=model.checkpoint, out=tmp_path / "fused")
+    execute(first, source=model.checkpoint, out=tmp_path / "pruned")
+    pruned = open_model(tmp_path / "pruned")
+    execute(plan_step("quantize", pruned, values), source=pruned.checkpoint, out=tmp_path / "packed")
+    ours, theirs = _tensors(tmp_path / "fused"), _tensors(tmp_path / "packed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    load(tmp_path / "fused", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl"])

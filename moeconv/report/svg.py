@@ -19,7 +19,7 @@ _IMAGE_COLOURS = ((47, 111, 222), (217, 98, 43))  # readable on both backgrounds
 
 
 def _svg(width: float, height: float, body: str, label: str) -> Markup:
-    style = f"width:{width:.0f}px;min-width:min({width:.0f}px,460px)"  # narrow screens scroll rather than shrink text
+    style = f"width:{width:.0f}px;min-width:min({width:.0f}px,380px)"  # narrow screens scroll rather than shrink text
     return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" '
         f'aria-label="{escape(label)}">{body}</svg>'

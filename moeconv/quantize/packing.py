@@ -70,7 +70,8 @@ class Packing:
         """How many tensors the plan must write by role; the experts' are counted from the geometry, not from what was
         found."""
         counts: dict[str, int] = {}
-        for ref in self.weights:
+        others = (ref for ref in self.weights if self.model.roles[ref.name].group != "expert")
+        for ref in others:
             group = self.model.roles[ref.name].group
             counts[group] = counts.get(group, 0) + len(self.item(ref, self.at(ref)).outputs)
         like = next(r for r in self.weights if self.model.roles[r.name].group == "expert")

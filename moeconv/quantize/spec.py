@@ -42,17 +42,13 @@ class Format:
     nests: tuple[str, ...] = ()  # schemes that double quantization goes with
 
 
-def _stem(ref: TensorRef) -> str:
-    return ref.name.removesuffix(".weight")
-
-
 def codes(
     ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: Any
 ) -> Item:
     """An item of one weight: `parts` are (suffix, name that the kernel gives it, dtype, shape); the first has codes."""
-    numel = math.prod(ref.shape)
+    numel, stem = math.prod(ref.shape), ref.name.removesuffix(".weight")
     specs = tuple(
-        TensorSpec(_stem(ref) + suffix, dtype, shape, role, numel if i == 0 else 0)
+        TensorSpec(stem + suffix, dtype, shape, role, numel if i == 0 else 0)
         for i, (suffix, _, dtype, shape) in enumerate(parts)
     )
     return Item(specs, kernel, (whole(ref),), {"parts": [p[1] for p in parts], **params}, role.partition(".")[0])

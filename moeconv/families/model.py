@@ -206,8 +206,9 @@ def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]
             hint="Correct config.json, or download it again.",
         )
     # the classes tie by the outer key, and files older than transformers 5 have it inside
-    tied = config.get("tie_word_embeddings"), text.get("tie_word_embeddings")
-    return {**family.read(text), "tie_word_embeddings": next((x for x in tied if x), False)}
+    tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
+    said = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
+    return {**family.read(text), **said}
 
 
 def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
@@ -349,6 +350,15 @@ def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
 def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
     config = _text_config(checkpoint.config, family)
     layers = _layer_count(family, config)
+    if (
+        family.kind == "moe"
+        and not _moe_layers(family, config, layers)
+        and not any(map(config.get, family.num_experts))
+    ):
+        raise InputError(
+            f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
+            hint="Of this family only models with experts are known here.",
+        )
     experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
     # before every name is spelled out: a config of a few bytes must not cost gigabytes
     each = experts if any("{E}" in template for template in family.tensors.values()) else 1
@@ -417,8 +427,9 @@ def _check_mtp(model: Model) -> None:
 def _check_complete(model: Model) -> None:
     """Every tensor that the family and config ask for is there, in each layer that needs it."""
     family, moe = model.family, set(model.moe_layers)
-    for start in family.beside:
-        if not any(name.startswith(start) for name in model.roles):
+    for start, group in family.beside.items():
+        has = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
+        if has and not any(name.startswith(start) for name in model.roles):
             raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
     there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):

@@ -126,6 +126,16 @@ PERIOD = Placement(_read_period, lambda moe, layers, get: None, "every layer but
 MOE_LAYERS = Placement(_read_moe_layers, lambda moe, layers, get: {"moe_layers": list(moe)}, "any layer")
 
 
+def switch(key: str) -> Placement:
+    """Every layer where a config key is true."""
+    can = "all layers or none"
+    return Placement(
+        lambda get, layers: tuple(range(layers)) if get(key) else (),
+        lambda moe, layers, get: {key: bool(moe)} if len(moe) in (0, layers) else None,
+        can,
+    )
+
+
 def of_kinds(kinds: Callable[[Get, int], list[str]]) -> Placement:
     """Layers of one block each, by the words of `kinds`: "moe" in place of "mlp"."""
 

@@ -43,7 +43,8 @@ class Routing:
     of a rule that first picks groups of neighbouring experts by the sum of the best `best_of_group` scores in each;
     `grouped_by` is the config key, and its value, without which the groups are not looked at. `float32` says
     that logits are float32 whatever the model's dtype, so that rounding makes no ties; `equal` that experts with equal
-    logits get equal weights; `on_input` that a weight multiplies what goes into an expert, not what comes out.
+    logits get equal weights; `on_input` that a weight multiplies what goes into an expert, not what comes out; `scaled`
+    that every expert's weight has a factor of its own, after they are renormalised.
     """
 
     score: str = "softmax"
@@ -57,6 +58,7 @@ class Routing:
     grouped_by: tuple[str, str] | None = None
     best_of_group: int = 2
     on_input: bool = False
+    scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from moeconv.families.dense import QK_NORM
 from moeconv.families.moe import ARIA_TEXT, GLM4_MOE, MLP_EXPERTS, QWEN3_5_MOE, QWEN3_MOE
-from moeconv.families.moe_sources import LLAMA4, QWEN_MTP
+from moeconv.families.moe_sources import GEMMA4_TEXT, LLAMA4, QWEN_MTP
 from moeconv.families.sliding import NEVER
 from moeconv.families.spec import Family, Layout, Packed, Routing
 
@@ -97,6 +97,17 @@ WRAPPERS = (
     Wrapper("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", (QWEN3_VL_MOE_TEXT,), {"model.visual.": "vision"}),
     Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE_TEXT,), {"model.visual.": "vision"}),
     Wrapper("glm4v_moe", "Glm4vMoeForConditionalGeneration", (GLM4V_MOE_TEXT,), {"model.visual.": "vision"}),
+    Wrapper(
+        "gemma4",
+        "Gemma4ForConditionalGeneration",
+        (GEMMA4_TEXT,),
+        {
+            "model.vision_tower.": "vision",
+            "model.embed_vision.": "vision",
+            "model.audio_tower.": "audio",
+            "model.embed_audio.": "audio",
+        },
+    ),
     Wrapper(
         "aria",
         "AriaForConditionalGeneration",

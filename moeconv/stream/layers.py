@@ -190,8 +190,9 @@ class LayerStream:
     def router_extras(self, layer: int) -> list[str]:
         """Names on disk of what a router adds to its scores for the choice."""
         of_layer = ((n, r) for n, r in self.model.roles.items() if r.layer == layer and r.group == "router")
-        # a plain bias is part of the logits already
-        return [plain_name(name, r) for name, r in of_layer if r.key not in ("router.weight", "router.bias")]
+        # a plain bias is part of the logits already, and a scale has no part in the choice
+        beside = ("router.weight", "router.bias", "router.scale")
+        return [plain_name(name, r) for name, r in of_layer if r.key not in beside]
 
     def run(self) -> LayerStream:
         """Pass all layers without looking."""
@@ -292,7 +293,9 @@ class LayerStream:
         experts = self.skeleton.owner(first["expert"])
         for _ in range(self.model.family.experts_above):
             experts = self.skeleton.parent(experts)
-        return Layer(index, module, norm, self.skeleton.parent(experts), router, experts, self)
+        above = self.skeleton.parent(experts)
+        # experts that are no part of a block of their own are looked at alone
+        return Layer(index, module, norm, experts if above is module else above, router, experts, self)
 
 
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:

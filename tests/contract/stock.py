@@ -379,6 +379,13 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "laguna": ("laguna", _SPARSE | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
     "mimo_v2_flash": ("mimo_v2_flash", _SPARSE | {"n_routed_experts": 8, "v_head_dim": 16, "sliding_window": 5}),
 }
+_GEMMA4 = _MOE | {
+    "num_hidden_layers": 3, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24, "intermediate_size": 48,
+    "enable_moe_block": True, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True, "sliding_window": 5, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+MOE_CASES["gemma4"] = ("gemma4_text", _GEMMA4)
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
            "image_size": 16, "patch_size": 4}  # fmt: skip
 _QWEN_VISION = {
@@ -419,6 +426,18 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _QWEN_VISION | {"image_size": 16},
         },
     ),
+    "gemma4-vision": (
+        "gemma4",
+        {
+            "text_config": _GEMMA4,
+            "vision_config": _VISION | {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
+            "audio_config": None,
+            # the class looks these up in the embeddings, and takes them out of the text
+            "image_token_id": 0,
+            "video_token_id": 1,
+            "audio_token_id": 2,
+        },
+    ),
     "aria": ("aria", {"text_config": MOE_CASES["aria_text"][1], "vision_config": _VISION}),
     "internvl": (
         "internvl",
@@ -449,7 +468,8 @@ def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: to
     model = auto_class(model_type).from_config(made, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            norm = "norm" in ".".join(name.split(".")[-2:])  # dbrx's attention lies in a module of that name
+            # dbrx's attention lies in a module of that name; scales are around 1 as norms are
+            norm = "norm" in ".".join(name.split(".")[-2:]) or name.endswith("scale")
             parameter.copy_(torch.randn_like(parameter) * (0.1 if norm else 0.08) + norm)
     model.to(dtype).save_pretrained(path, max_shard_size="200KB")
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,14 +181,15 @@ def test_stacked_experts_are_pruned_and_packed_in_one_pass(tmp_path):
     load(tmp_path / "fused", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl"])
+@pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl", "gemma4-vision"])
 def test_text_measures_the_language_model(tmp_path, cli, case):
     path = add_tokenizer(save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32))
     (tmp_path / "text").write_text(text(600))
     data = ("--data", tmp_path / "text", "--seq-len", 16, "--json")
     done = cli("prune", path, tmp_path / "out", "--keep", 6, "--refit", *data)
     assert done.code == 0, done.out
-    assert done.json["prune"]["criterion"] == "reconstruction"
+    scaled = row_of(case).routing.scaled  # a rule that reconstruction does not know
+    assert done.json["prune"]["criterion"] == ("saliency" if scaled else "reconstruction")
     load(tmp_path / "out")
     assert cli("evaluate", tmp_path / "out", "--reference", path, *data).code == 0
 
@@ -210,10 +212,23 @@ def test_what_is_not_done_to_a_multimodal_model_is_refused_with_the_reason(tmp_p
     assert done["quantize"]["loads"]["vllm"] == "unknown" and any("vllm was not proven" in w for w in done["warnings"])
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dense language model": ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}}, "dense"),
     "a wrapper without a row": ({"model_type": "llava", "text_config": {"model_type": "qwen3_moe"}}, "no row"),
     "an unknown text model": ({"model_type": "internvl", "text_config": {"model_type": "qwen2"}}, "is not known"),
+    "no experts": (
+        {
+            "model_type": "gemma4",
+            "text_config": {
+                "model_type": "gemma4_text",
+                "vocab_size": 8,
+                "hidden_size": 8,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 2,
+            },
+        },
+        "no layer of this gemma4",
+    ),
     "no text config": ({"model_type": "aria", "text_config": 3}, "must be an object"),
 }
 

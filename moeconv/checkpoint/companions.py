@@ -18,6 +18,7 @@ _PATTERNS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece*.model",
     "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
     *(_LICENCES := ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")),
 )  # fmt: skip
 _NEVER = ("*.py", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.safetensors", "*.index.json", "*.exe", "*.so")

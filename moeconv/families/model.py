@@ -24,7 +24,7 @@ from moeconv.families.pairs import HOMELESS
 from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import FFN_PARTS, Family, Role
-from moeconv.families.wrappers import WRAPPED
+from moeconv.families.wrappers import UNTAKEN, WRAPPED
 
 FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
 _MAX_LAYERS = 4096
@@ -261,6 +261,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise InputError(f"unknown architecture: model_type {escape(model_type)!r}", hint=known)
     if model_type in WRAPPED:
         return _find_wrapped(model_type, config)
+    if model_type in UNTAKEN:
+        raise InputError(f"{model_type} cannot be taken: {UNTAKEN[model_type]}", hint=known)
     if model_type in FAMILIES:
         plain = DENSE.get(model_type)
         return plain if plain is not None and _is_plain(plain, config) else FAMILIES[model_type]

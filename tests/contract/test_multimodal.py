@@ -44,8 +44,12 @@ def test_what_lies_beside_the_language_model_passes_as_it_is(tmp_path, cli, case
     source = save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32)
     found = cli("inspect", source, "--json").json
     assert found["num_experts"] == 8 and found["parameters_by_role"]["vision"] > 0
+    images = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    for name in images:
+        (source / name).write_text("{}")
     done = cli("prune", source, tmp_path / "out", "--keep", 6, "--dtype", "bfloat16", "--json")
     assert done.code == 0, done.out
+    assert all((tmp_path / "out" / name).read_text() == "{}" for name in images)
     before, after, row = _tensors(source), _tensors(tmp_path / "out"), row_of(case)
     beside = [name for name in before if name.startswith(tuple(row.beside))]
     assert beside and not [name for name in beside if not torch.equal(before[name], after[name])]
@@ -215,6 +219,7 @@ def test_what_is_not_done_to_a_multimodal_model_is_refused_with_the_reason(tmp_p
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dense language model": ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}}, "dense"),
     "a wrapper without a row": ({"model_type": "llava", "text_config": {"model_type": "qwen3_moe"}}, "no row"),
+    "text and vision experts in one": ({"model_type": "ernie4_5_vl_moe"}, "one count"),
     "an unknown text model": ({"model_type": "internvl", "text_config": {"model_type": "qwen2"}}, "is not known"),
     "no experts": (
         {

@@ -135,8 +135,8 @@ _TALKER = (
     "its talker is a Mixture-of-Experts of its own that reads what the thinker computes, and no text shows what it does"
 )
 UNTAKEN = {
-    "ernie4_5_vl_moe": "its text and its vision experts have one count in config.json and one numbering on disk, and no "
-    "text shows what the latter do",
+    "ernie4_5_vl_moe": "its text and its vision experts have one count in config.json and one numbering on disk, and "
+    "no text shows what the latter do",
     "qwen3_omni_moe": _TALKER,
     "qwen3_omni_moe_thinker": _TALKER,
 }

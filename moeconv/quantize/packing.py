@@ -108,7 +108,8 @@ def mix(
         return replace(packing, by_layer={layer: schemes[i] for layer, i in zip(of_layer, picked, strict=True)})
 
     def size(of: Packing) -> int:
-        return sum(shard.nbytes for shard in arrange(of.items(), common, model.family))
+        plain = replace(of, overlay=None)  # its codes are of the schemes picked in the end, and as large
+        return sum(shard.nbytes for shard in arrange(plain.items(), common, model.family))
 
     smallest = [min(range(len(row)), key=lambda i: row[i][0]) for row in layers]
     least = sum(row[i][0] for row, i in zip(layers, smallest))

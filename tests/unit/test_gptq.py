@@ -194,6 +194,18 @@ def test_every_expert_is_packed_and_layers_err_less(cli, case, tmp_path, flags):
             assert model.checkpoint.read(name) == source.checkpoint.read(name), ref
 
 
+def test_bits_that_differ_by_layer_are_chosen_once(cli, case, tmp_path):
+    stats = tmp_path / "stats.safetensors"
+    assert cli("calibrate", case[0], stats, "--data", case[1], "--seq-len", 16).code == 0
+    flags = ("--scheme", "mixed", "--average-bits", 7, "--target", "vllm")
+    result = quantized(cli, case, tmp_path / "out", *flags, "--stats", stats)
+    assert sorted(result["quantize"]["bits_by_layer"].values()) == [4, 8]
+    assert all(r["output_rms"] < r["output_rms_rtn"] for r in result["quantize"]["error"]["output"]["layers"])
+    model = open_model(tmp_path / "out")
+    decoded = [decode_weight(model, f"model.layers.{at}.mlp.experts.3.down_proj.weight") for at in (0, 2)]
+    assert all(bool(w.abs().sum() > 0) for w in decoded)
+
+
 def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
     one = quantized(cli, case, tmp_path / "a")["files"]["model.safetensors"]
     assert quantized(cli, case, tmp_path / "b", "--jobs", 1)["files"]["model.safetensors"] == one

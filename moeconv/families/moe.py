@@ -44,12 +44,16 @@ from moeconv.families.dense import (
     qwen3_5_kinds,
 )
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
-from moeconv.families.spec import Family, Packed, Routing
+from moeconv.families.spec import Family, Layout, Packed, Routing
 
 _LAYER = "model.layers.{L}."
 _W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 MLP_EXPERTS = {f"expert.{p}": _LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
+_STACK = _LAYER + "mlp.experts."
+STACKED_NAMES = {"expert.gate_up": _STACK + "gate_up_proj", "expert.down": _STACK + "down_proj"}
+SEPARATE = Layout(MLP_EXPERTS)
+STACKED = Layout(STACKED_NAMES, {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))})
 MLP_ROUTER = {"router.weight": _LAYER + "mlp.gate.weight"}
 SPARSE_BLOCK = {"router.weight": _LAYER + "block_sparse_moe.gate.weight"} | {
     f"expert.{p}": _LAYER + "block_sparse_moe.experts.{E}." + f"{w}.weight" for p, w in _W_NAMES.items()
@@ -204,6 +208,14 @@ MTP = {
     "mtp.project": _LAYER + "eh_proj.weight",
     "mtp.norm": _LAYER + "shared_head.norm.weight",
     "mtp.head": _LAYER + "shared_head.head.weight",
+}
+
+# named beside the model: "model." stands for the prefix "mtp."
+QWEN_MTP = {
+    "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
+    "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
+    "mtp.project": "model.fc.weight",
+    "mtp.norm": "model.norm.weight",
 }
 
 
@@ -683,6 +695,10 @@ QWEN3_5_MOE = moe_row(
     shared_width=("shared_expert_intermediate_size",),
     shared_weight=0.5,  # sigmoid(0) of its gate
     routing=Routing("softmax", "always"),
+    # the hub's checkpoints stack the experts of the model, and of multi-token-prediction layers some do and some do not
+    layouts=(SEPARATE, STACKED),
+    mtp=QWEN_MTP,
+    mtp_prefix="mtp.",
     partial=0.25,
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,

@@ -28,6 +28,7 @@ from moeconv.families.moe import (
     MLP_EXPERTS,
     MLP_ROUTER,
     MTP,
+    QWEN_MTP,
     ROUTER_LOSS,
     SHARED_EXPERT,
     SHARED_EXPERTS,
@@ -45,14 +46,6 @@ _PARTS = ("gate", "up", "down")
 _FF_DENSE = {f"ffn.{p}": _FF + f"{p}_proj.weight" for p in _PARTS}
 _MLA_OPTIONAL = frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"})
 _LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
-
-# named beside the model: "model." stands for the prefix "mtp."
-QWEN_MTP = {
-    "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
-    "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
-    "mtp.project": "model.fc.weight",
-    "mtp.norm": "model.norm.weight",
-}
 
 DEEPSEEK_V2 = moe_row(
     "deepseek_v2",

@@ -7,16 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moeconv.families.dense import QK_NORM
-from moeconv.families.moe import ARIA_TEXT, GLM4_MOE, MLP_EXPERTS, QWEN3_5_MOE, QWEN3_MOE
-from moeconv.families.moe_sources import GEMMA4_TEXT, LLAMA4, QWEN_MTP
+from moeconv.families.moe import ARIA_TEXT, GLM4_MOE, MLP_EXPERTS, QWEN3_5_MOE, QWEN3_MOE, STACKED, STACKED_NAMES
+from moeconv.families.moe_sources import GEMMA4_TEXT, LLAMA4
 from moeconv.families.sliding import NEVER
-from moeconv.families.spec import Family, Layout, Packed, Routing
+from moeconv.families.spec import Family, Layout, Routing
 
-_EXPERTS = "model.layers.{L}.mlp.experts."
-_STACKED_NAMES = {"expert.gate_up": _EXPERTS + "gate_up_proj", "expert.down": _EXPERTS + "down_proj"}
-SEPARATE = Layout(MLP_EXPERTS)
-STACKED = Layout(_STACKED_NAMES, {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))})
-TRANSPOSED = Layout(_STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
+_TRANSPOSED = Layout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +60,15 @@ class Wrapper:
 QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,
     model_type="qwen3_vl_moe_text",
-    tensors={k: v for k, v in QWEN3_MOE.tensors.items() if k not in MLP_EXPERTS} | _STACKED_NAMES,
+    tensors={k: v for k, v in QWEN3_MOE.tensors.items() if k not in MLP_EXPERTS} | STACKED_NAMES,
     config={k: v for k, v in QWEN3_MOE.config.items() if k not in ("norm_topk_prob", "use_sliding_window")}
     | {"num_key_value_heads": 16, "max_position_embeddings": 128000, "rope_theta": 500000.0,
        "moe_intermediate_size": 1408},
     packed=STACKED.packed,
-    layouts=(STACKED, TRANSPOSED),
+    layouts=(STACKED, _TRANSPOSED),
     sliding=NEVER,
     routing=Routing("softmax", "always"),
 )  # fmt: skip
-# the hub's checkpoints stack the experts of the model, and of multi-token-prediction layers some do and some do not
-QWEN3_5_MOE_TEXT = replace(QWEN3_5_MOE, layouts=(SEPARATE, STACKED), mtp=QWEN_MTP, mtp_prefix="mtp.")
 GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
     model_type="glm4v_moe_text",
@@ -95,7 +89,7 @@ WRAPPERS = (
         head="language_model.lm_head.",
     ),
     Wrapper("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", (QWEN3_VL_MOE_TEXT,), {"model.visual.": "vision"}),
-    Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE_TEXT,), {"model.visual.": "vision"}),
+    Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE,), {"model.visual.": "vision"}),
     Wrapper("glm4v_moe", "Glm4vMoeForConditionalGeneration", (GLM4V_MOE_TEXT,), {"model.visual.": "vision"}),
     Wrapper(
         "gemma4",

@@ -21,7 +21,16 @@ from moeconv.plan.planned import planned_model
 from moeconv.prune.planner import plan_prune
 from moeconv.steps.convert import plan_step
 from moeconv.stream.layers import LayerStream
-from tests.contract.stock import WRAPPED_CASES, dropped, load, logits, relative_difference, row_of, save_stock
+from tests.contract.stock import (
+    MOE_CASES,
+    WRAPPED_CASES,
+    dropped,
+    load,
+    logits,
+    relative_difference,
+    row_of,
+    save_stock,
+)
 from tests.tiny import edit_json
 
 torch.set_num_threads(1)
@@ -168,6 +177,20 @@ def test_stacked_experts_are_packed_as_separate_ones(tmp_path, cli, flags):
     packed = _tensors(tmp_path / "one-packed"), _tensors(tmp_path / "other-packed")
     assert packed[0].keys() == packed[1].keys()
     assert all(torch.equal(packed[0][name], packed[1][name]) for name in packed[0])
+
+
+def test_a_language_model_alone_may_have_stacked_experts_too(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_5_moe"], dtype=torch.float32)
+    expected, tensors = logits(load(source)), _tensors(source)
+    for layer in range(3):
+        _stacked(tensors, f"model.layers.{layer}.mlp.", 8)
+    assert open_model(_rewrite(source, tensors)).packed_experts
+    assert relative_difference(expected, logits(load(source))) <= 1e-5
+    done = cli("prune", source, tmp_path / "out", "--keep", 6, "--json")
+    assert done.code == 0, done.out
+    stock = load(source)
+    with dropped(stock, open_model(source), done.json["prune"]["keep"]):
+        assert relative_difference(logits(stock), logits(load(tmp_path / "out"))) <= 1e-5
 
 
 def test_stacked_experts_are_pruned_and_packed_in_one_pass(tmp_path):

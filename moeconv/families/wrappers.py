@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from moeconv.families.dense import QK_NORM
-from moeconv.families.moe import ARIA_TEXT, GLM4_MOE, MLP_EXPERTS, QWEN3_5_MOE, QWEN3_MOE, STACKED, STACKED_NAMES
+from moeconv.families.moe import (
+    ARIA_TEXT,
+    GLM4_MOE,
+    GPT_OSS,
+    MLP_EXPERTS,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+    STACKED,
+    STACKED_NAMES,
+)
 from moeconv.families.moe_sources import GEMMA4_TEXT, LLAMA4
 from moeconv.families.sliding import NEVER
 from moeconv.families.spec import Family, Layout, Routing
@@ -113,7 +122,7 @@ WRAPPERS = (
     Wrapper(
         "internvl",
         "InternVLForConditionalGeneration",
-        (QWEN3_MOE,),
+        (QWEN3_MOE, GPT_OSS),
         _LLAVA,
         prefix="language_model.model.",
         head="language_model.lm_head.",

@@ -167,7 +167,7 @@ def _has_list(module: nn.Module) -> bool:
 
 
 def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel
     from transformers.initialization import no_init_weights
 
     path = model.checkpoint.path
@@ -179,13 +179,14 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
             part.output_router_logits = part.output_hidden_states = part.output_attentions = False
         auto = auto_class(model.family)
         stock = auto._model_mapping[type(config)]
+        inside = [AutoModel._model_mapping[type(config.get_text_config())]] if model.family.beside else []
         free = model.family.kind == "moe" and stock._can_set_experts_implementation()
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
             module = auto.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="sdpa" if stock._supports_sdpa else "eager",
+                attn_implementation="sdpa" if all(c._supports_sdpa for c in (stock, *inside)) else "eager",
                 experts_implementation=experts if free else "eager",
                 trust_remote_code=False,
             )

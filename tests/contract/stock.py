@@ -447,13 +447,20 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+WRAPPED_CASES["internvl-gpt_oss"] = (
+    "internvl",
+    WRAPPED_CASES["internvl"][1] | {"text_config": MOE_CASES["gpt_oss"][1] | {"model_type": "gpt_oss"}},
+)
 MOE_CASES |= WRAPPED_CASES
 
 
 def row_of(case: str) -> Family:
     """The family row of an MoE case."""
-    kind = MOE_CASES[case][0]
-    return next(iter(WRAPPED[kind].values())) if kind in WRAPPED else FAMILIES[kind]
+    kind, config = MOE_CASES[case]
+    if kind not in WRAPPED:
+        return FAMILIES[kind]
+    rows = WRAPPED[kind]
+    return rows[config["text_config"].get("model_type", next(iter(rows)))]
 
 
 def auto_class(model_type: str) -> Any:

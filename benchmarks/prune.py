@@ -138,22 +138,29 @@ def run(bench: Bench, *, seed: int, ratio: float, domain: str, folder: Path, ref
         bench.add(about | {"method": name} | figures)
 
 
-def distill(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, held: Sequence[str]) -> None:
-    """The command itself: default criterion with refit, with distillation, and with both, evaluated on the files."""
-    for name, flags in {"+distill": {}, "+refit+distill": {"refit": True}}.items():
+def repairs(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, held: Sequence[str]) -> None:
+    """The command itself: default criterion with distillation, with refit and distillation, and with merging, evaluated
+    on the files."""
+    evidence_of(bench, open_model(bench.path), folder, seed=seed, domain="all")
+    taught = {"distill": steps}
+    for name, flags in {
+        "+distill": taught,
+        "+refit+distill": taught | {"refit": True},
+        "+merge": {"merge": True},
+    }.items():
         about = {"seed": seed, "ratio": ratio, "domain": "all", "method": "reconstruction" + name}
         if bench.has(**about):
             continue
         out = folder / f"{name.replace('+', '-')}-{seed}-{ratio}"
         values = {
-            "ratio": ratio, "stats": str(folder / f"stats-all-{seed}.safetensors"), "seed": seed, "distill": steps,
+            "ratio": ratio, "stats": str(folder / f"stats-all-{seed}.safetensors"), "seed": seed,
             "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN, "batch_size": 4,
         }  # fmt: skip
         done = prune(bench.path, str(out), values | flags, meter=SilentMeter())
         score = evaluate(out, data=list(held), reference=bench.path, tokens=bench.held.tokens, seq_len=SEQ_LEN, seed=0)
         bench.add(about | {"increase": score["loss"] - score["reference"]["loss"], "kl": score["kl"],
                            "reference": score["reference"]["loss"], "steps": steps,
-                           "distill": done["prune"]["distill"]})  # fmt: skip
+                           "distill": done["prune"].get("distill")})  # fmt: skip
 
 
 def upcycled(dense: str, texts: Path, folder: Path) -> str:
@@ -216,7 +223,7 @@ def main() -> None:
         for domain in asked.domains:
             run(bench, seed=0, ratio=0.5, domain=domain, folder=folder, refits=refits)
         if asked.distill:
-            distill(bench, seed=0, ratio=0.5, steps=asked.distill, folder=folder, held=held)
+            repairs(bench, seed=0, ratio=0.5, steps=asked.distill, folder=folder, held=held)
     print(summary(bench.rows))
 
 

@@ -40,10 +40,11 @@ class Tokens:
 
 def sample_fields(
     experts: nn.Module, tokens: Tokens, biases: Sequence[Tensor], rule: Rule | None, *, num_experts: int,
-    layer: int, one: OneExpert,
+    layer: int, one: OneExpert, scale: Tensor | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """The fields `sample_*` of artifact.py, gathered from all processes; none where `rule` does not reproduce what the
-    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow."""
+    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow. `scale` [E]
+    multiplies the weights behind the rule; it counts as a part of the experts' outputs."""
     matrix = projection(tokens.hidden.shape[1], layer=layer)
     outputs = torch.zeros(tokens.total, num_experts, matrix.shape[1])
     for e in range(num_experts):
@@ -52,6 +53,9 @@ def sample_fields(
     dense = _gathered(
         torch.zeros_like(tokens.logits, dtype=torch.float64).scatter_(1, tokens.index, tokens.weights.double()), tokens
     )
+    if scale is not None:
+        by = scale.double().cpu()
+        dense, outputs = dense / by, outputs * by[None, :, None].float()
     bias = np.zeros(num_experts)
     for extra in biases:
         bias = bias + extra.double().reshape(-1).cpu().numpy()

@@ -65,7 +65,7 @@ def layer_statistics(
     stock = layer.experts.forward
     fields |= sample_fields(
         layer.experts, tokens, layer.biases, rule, num_experts=num_experts, layer=layer.index,
-        one=lambda x, e: one_expert(stock, x, e),
+        one=lambda x, e: one_expert(stock, x, e), scale=layer.scale,
     )  # fmt: skip
     for name, values in fields.items():
         if not np.isfinite(values).all():

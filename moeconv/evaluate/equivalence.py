@@ -91,9 +91,12 @@ def _can_switch(model: Model) -> bool:
 
 def _switch_all_on(stream: Any) -> int:
     """Every router's top-k set to all experts (and to all groups, where it has them). Returns how many those are."""
-    for module in stream.skeleton.module.modules():
-        if type(getattr(module, "top_k", None)) is int:
-            module.top_k = stream.model.num_experts
+    from moeconv.stream.masking import top_k_places
+
+    modules = list(stream.skeleton.module.modules())
+    for at, name in top_k_places(modules, stream.model.family.top_k):
+        setattr(at, name, stream.model.num_experts)
+    for module in modules:
         if type(getattr(module, "topk_group", None)) is int:
             module.topk_group = module.num_group
     return stream.model.num_experts

@@ -768,12 +768,53 @@ NEMOTRON_H = _llama_like(
     no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
 )
 
+# norms in front of and behind both blocks; some full layers take their keys for values too
+GEMMA4_BLOCK = (
+    BLOCK
+    | {
+        "norm.post_attention": _LAYER + "post_attention_layernorm.weight",
+        "norm.ffn": _LAYER + "pre_feedforward_layernorm.weight",
+        "norm.post_ffn": _LAYER + "post_feedforward_layernorm.weight",
+        "norm.layer": _LAYER + "layer_scalar",
+    }
+    | _ATTENTION_BIAS
+    | QK_NORM
+)
+GEMMA4_CONFIG: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+    "rope_theta": 1e6, "tie_word_embeddings": True, "attention_bias": False, "sliding_window": 512,
+    "layer_types": None, "final_logit_softcapping": None, "use_bidirectional_attention": None,
+    "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256, "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "global_head_dim": None,
+    "num_global_key_value_heads": None, "per_layer_config": None, "enable_moe_block": False, "num_experts": None,
+    "top_k_experts": None, "moe_intermediate_size": None,
+}  # fmt: skip
+GEMMA4_ROW: dict[str, Any] = {
+    "optional": frozenset({"attention.v"}),
+    "sliding": sliding.FULL_AT_THE_END,
+    "rope": "own",
+    "partial": 1.0,
+    "words": {"hidden_act": "hidden_activation"},
+    "only": {
+        "hidden_size_per_layer_input": ((0, None), "every layer reads the tokens again (per-layer inputs)"),
+        "num_kv_shared_layers": ((0,), "the last layers attend to keys and values of layers before them"),
+    },
+}
+GEMMA4 = _llama_like(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    GEMMA4_CONFIG,
+    tensors=GEMMA4_BLOCK | DENSE_FFN,
+    no_experts=lambda get: get("enable_moe_block") is False,
+    **GEMMA4_ROW,
+)
+
 DENSE: dict[str, Family] = {
     f.model_type: f
     for f in (
         LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GRANITE, GRANITE_SWA, SEED_OSS, GLM, HELIUM, ARCEE, MINISTRAL,
         MINISTRAL3, CWM, INTERNLM3, IQUESTCODER, COHERE, COHERE2, HUNYUAN, ERNIE4_5, OLMO, OLMO2, OLMO3, LFM2_DENSE,
         SMOLLM3, HYPERCLOVAX, YOUTU, MINICPM3, STABLELM, JAIS2, NEMOTRON,
-        QWEN3_5, GRANITE_HYBRID, BAMBA, NEMOTRON_H,
+        QWEN3_5, GRANITE_HYBRID, BAMBA, NEMOTRON_H, GEMMA4,
     )
 }  # fmt: skip

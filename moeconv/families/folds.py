@@ -98,7 +98,7 @@ def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, s
     family, target = draft.source, draft.target
     if family.rope == target.rope and family.partial is None and target.partial is None:
         return
-    if family.rope == target.rope == "per_layer":
+    if family.rope == target.rope and family.rope in ("per_layer", "own"):
         return
     longest = draft.get("max_position_embeddings")
     if spreads:
@@ -236,6 +236,13 @@ def dbrx_words(draft: Draft) -> None:
         draft.config["clip_qkv"] = 1e30
 
 
+def second_branch(draft: Draft) -> None:
+    """Experts beside a dense branch, each with a norm of its own in front, and a router whose norm times
+    hidden_size^-1/2 has a scale: all read what the FFN reads (the router times a factor that keeps its scale exact)."""
+    draft.tensors["norm.shared"] = source("norm.ffn")
+    draft.tensors["norm.router"] = scale(source("norm.ffn"), 2.0 ** round(math.log2(draft.get("hidden_size")) / 2))
+
+
 def all_layers_slide(draft: Draft) -> None:
     """A family that rotates sliding layers only gets a window as long as the context in every layer."""
     draft.config |= {
@@ -280,5 +287,6 @@ FOLDS: dict[str, Callable[[Draft], None]] = {
         embedding_root, granite_multipliers, minicpm_multipliers, neutral_multipliers, logits_times,
         pairs_to_interleaved_mla, squared_relu, only_silu, legacy_gelu, centred_residual, all_layers_slide,
         expert_biases, below_long_context, attention_kinds, untied_head, unit_norms, dbrx_words,
+        second_branch,
     )
 }  # fmt: skip

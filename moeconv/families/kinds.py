@@ -23,7 +23,8 @@ _DERIVED = {
     "partial_rotary_factor": _NUMBER, "rotary_scaling_factor": _NUMBER, "clip_qkv": _NUMBER, "rms_norm_eps": _NUMBER,
     "layer_types": _LIST, "mlp_layer_types": _LIST, "no_rope_layers": _LIST, "full_attn_idxs": _LIST,
     "mtp_layers_block_type": _LIST, "hybrid_override_pattern": _WORD, "moe_latent_size": _WHOLE,
-    "attn_layer_indices": _LIST,
+    "attn_layer_indices": _LIST, "global_head_dim": _WHOLE, "num_global_key_value_heads": _WHOLE,
+    "final_logit_softcapping": _NUMBER, "use_bidirectional_attention": _WORD, "per_layer_config": _OBJECT,
     "rope_parameters": _OBJECT, "rope_scaling": _OBJECT, "hidden_activation": _WORD, "position_embedding_type": _WORD,
 }  # fmt: skip
 _NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must say them

@@ -312,6 +312,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
     check_kinds(family, _text_config(checkpoint.config, family))
+    _check_only(family, _text_config(checkpoint.config, family))
     family = _with_rule(family, _text_config(checkpoint.config, family))
     family = _with_layout(family, checkpoint)
     roles, dropped = _assign_roles(checkpoint, family)
@@ -321,6 +322,16 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     if not model.quantization:
         _check_shapes(model)
     return model
+
+
+def _check_only(family: Family, config: Mapping[str, Any]) -> None:
+    for key, (values, meaning) in family.only.items():
+        value = family.default(key, config)
+        if value not in values:
+            raise InputError(
+                f"{family.model_type} with {key} = {escape(value)}: {meaning}",
+                hint=f"Known with {key} = {' or '.join(map(str, values))} alone.",
+            )
 
 
 def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:

@@ -12,6 +12,9 @@ from moeconv.families.dense import (
     FFN_BIAS,
     FULL_LAYERS,
     FUSED_QKV,
+    GEMMA4_BLOCK,
+    GEMMA4_CONFIG,
+    GEMMA4_ROW,
     HYBRID_WHERE,
     LFM2,
     LFM2_CONFIG,
@@ -774,11 +777,43 @@ NEMOTRON_H_MOE = moe_row(
     in_memory={"backbone.": "model."},
 )
 
+# the dense FFN beside the experts is a shared expert with norms of its own
+GEMMA4_TEXT = moe_row(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    GEMMA4_CONFIG,
+    GEMMA4_BLOCK
+    | {
+        "norm.ffn": _LAYER + "pre_feedforward_layernorm_2.weight",
+        "norm.shared": _LAYER + "pre_feedforward_layernorm.weight",
+        "norm.post_shared": _LAYER + "post_feedforward_layernorm_1.weight",
+        "norm.post_experts": _LAYER + "post_feedforward_layernorm_2.weight",
+        "norm.router": _LAYER + "router.scale",
+        "router.weight": _LAYER + "router.proj.weight",
+        "router.scale": _LAYER + "router.per_expert_scale",
+        "expert.gate_up": _LAYER + "experts.gate_up_proj",
+        "expert.down": _LAYER + "experts.down_proj",
+    }
+    | {key.replace("ffn.", "shared."): name for key, name in DENSE_FFN.items()},
+    num_experts=("num_experts",),
+    top_k=("top_k_experts",),
+    expert_width="moe_intermediate_size",
+    dense_width="",  # its config has no dense layers beside others
+    shared_width=("intermediate_size",),
+    packed=_PACKED,
+    placement=placement.switch("enable_moe_block"),
+    routing=Routing("softmax", "always", scaled=True),
+    inert={"router.scale": 1.0, "norm.post_shared": 1.0, "norm.post_experts": 1.0},
+    routed_norm="norm.post_experts",
+    **GEMMA4_ROW,
+)
+
 MOE: dict[str, Family] = {
     f.model_type: f
     for f in (
         MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GLM4_MOE, SOLAR_OPEN, DOTS1, MELLUM, HY_V3, GRANITEMOE, GRANITEMOESHARED,
         GRANITEMOEHYBRID, GRANITEMOE_SWA, ARIA_TEXT, GPT_OSS, COHERE2_MOE, HUNYUAN_MOE, ERNIE4_5_MOE, FLEX_OLMO,
         LFM2_MOE, DEEPSEEK_V3, PHIMOE, QWEN3_5_MOE, DBRX, NEMOTRON_H_MOE,
+        GEMMA4_TEXT,
     )
 }  # fmt: skip

@@ -359,57 +359,9 @@ MIMO_V2_FLASH = moe_row(
     routing=GROUPED,
     float32=frozenset({"router.correction"}),
 )
-# the dense FFN beside the experts is a shared expert with norms of its own
-GEMMA4_TEXT = moe_row(
-    "gemma4_text",
-    "Gemma4ForCausalLM",
-    {
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "sliding_window": 512,
-        "layer_types": None,
-        "attention_k_eq_v": False,
-        "enable_moe_block": False,
-        "final_logit_softcapping": None,
-        "moe_intermediate_size": None,
-    },
-    BLOCK
-    | QKV_BIAS
-    | O_BIAS
-    | QK_NORM
-    | {
-        "norm.post_attention": BLOCK["norm.ffn"],
-        "norm.shared": _LAYER + "pre_feedforward_layernorm.weight",
-        "norm.post_shared": _LAYER + "post_feedforward_layernorm_1.weight",
-        "norm.ffn": _LAYER + "pre_feedforward_layernorm_2.weight",
-        "norm.post_experts": _LAYER + "post_feedforward_layernorm_2.weight",
-        "norm.post_ffn": _LAYER + "post_feedforward_layernorm.weight",
-        "norm.layer": _LAYER + "layer_scalar",
-        "norm.router": _LAYER + "router.scale",
-        "router.weight": _LAYER + "router.proj.weight",
-        "router.scale": _LAYER + "router.per_expert_scale",
-        "expert.gate_up": _LAYER + "experts.gate_up_proj",
-        "expert.down": _LAYER + "experts.down_proj",
-    }
-    | {f"shared.{p}": _LAYER + f"mlp.{p}_proj.weight" for p in _PARTS},
-    optional=frozenset({"attention.v"}),  # layers that take the keys for values have none
-    num_experts=("num_experts",),
-    top_k=("top_k_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("intermediate_size",),
-    packed={"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))},
-    placement=placement.switch("enable_moe_block"),
-    routing=Routing("softmax", "always", scaled=True),
-)
-
 MOE_SOURCES: dict[str, Family] = {
     f.model_type: f
     for f in (
         DEEPSEEK_V2, GLM4_MOE_LITE, EXAONE_MOE, AFMOE, QWEN3_NEXT, JAMBA, LLAMA4, MINIMAX_M2, LAGUNA, MIMO_V2_FLASH,
-        GEMMA4_TEXT,
     )
 }  # fmt: skip

@@ -212,6 +212,15 @@ PAIRS: tuple[Pair, ...] = (
         | {"moe_shared_expert_intermediate_size": 128, "moe_latent_size": None, "num_nextn_predict_layers": 0},
         rename={"hybrid_override_pattern": None},
     ),
+    Pair(
+        "gemma4_text",
+        "gemma4_text",
+        default=True,
+        note="zero dense branch of 128 neurons, or the whole FFN in it (--shared-experts full)",
+        config={"intermediate_size": 128},
+        folds=("second_branch",),
+        tolerance=1e-3,
+    ),
     # -- latent attention
     Pair(
         "youtu", "deepseek_v3", default=True, note=_ZERO_FULL, config=_SIGMOID | {"num_nextn_predict_layers": 0},

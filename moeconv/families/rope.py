@@ -2,7 +2,7 @@
 
 Styles: "plain" (one set of parameters), "per_type" (one for full and one for sliding layers), "per_layer" (a base a
 layer, 0 where the layer does not rotate), "no_rope" (plain, with a list of the layers that rotate), "mscale" (plain,
-with an attention factor of its own name).
+with an attention factor of its own name), "own" (per type, by rules that no other family shares: taken over as it is).
 """
 
 from __future__ import annotations

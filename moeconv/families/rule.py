@@ -29,9 +29,7 @@ class Rule:
 def has_numbers(model: Model) -> bool:
     """Whether `route` knows the model's rule."""
     routing = model.family.routing
-    if routing is None or routing.on_input or routing.scaled:
-        return False
-    return routing.score in ("softmax", "softmax_topk", "sigmoid")
+    return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid") and not routing.on_input
 
 
 def rule_of(model: Model) -> Rule:

@@ -107,6 +107,13 @@ def typed(slides: Callable[[int, Mapping[str, Any]], bool], *, idle: int | None 
     return Sliding(read, write)
 
 
+def _read_full_at_the_end(config: Mapping[str, Any], layers: int) -> Pattern:
+    """Gemma 4: five layers of six slide, and the last one never, whatever layer_types says."""
+    found = typed(lambda i, config: (i + 1) % 6 != 0).read(config, layers).layers
+    found = (*found[:-1], False)
+    return Pattern(found, config.get("sliding_window") if any(found) else None)
+
+
 def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
     """SmolLM3: the window is for layers without rotary embeddings, unless layer_types says it layer by layer."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
@@ -153,6 +160,7 @@ ALL_LAYERS = typed(lambda i, config: True)
 ALL_BUT_EVERY_FOURTH = typed(lambda i, config: i % 4 != 0, idle=4096)
 ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, idle=4096)
 EVERY_SECOND = typed(lambda i, config: i % 2 == 0, idle=4096)
+FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda i, config: False, idle=512).write)
 SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
 FROM_MAX_WINDOW = typed(lambda i, config: i >= (config.get("max_window_layers") or 0))
 NO_LAYER = typed(lambda i, config: False)

@@ -102,6 +102,9 @@ class Family:
     with, `beside` the beginnings of the names that pass every step as they are, with a group of BESIDE each.
     Presence: `where` says for a group of keys in which kinds of layers it is; `switched` which keys a config switch
     adds; `inert` the value at which a tensor that the source lacks does nothing.
+    `routed_norm` is the norm behind the routed sum alone, in a family that normalises shared and routed outputs apart
+    before it adds them: parts of an FFN in each do not add up there, and at 0 the experts add nothing. `only` are
+    config keys with the values that every step can take them at, and what another value would mean.
     """
 
     model_type: str
@@ -144,6 +147,8 @@ class Family:
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     words: Mapping[str, str] = field(default_factory=dict)
     experts_above: int = 0
+    routed_norm: str = ""
+    only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     layer_count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
     no_experts: Callable[[Get], bool] | None = None  # which configs this dense row of a family with an MoE row is for
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from moeconv.families.dense import QK_NORM
 from moeconv.families.moe import (
     ARIA_TEXT,
+    GEMMA4_TEXT,
     GLM4_MOE,
     GPT_OSS,
     MLP_EXPERTS,
@@ -17,7 +18,7 @@ from moeconv.families.moe import (
     STACKED,
     STACKED_NAMES,
 )
-from moeconv.families.moe_sources import GEMMA4_TEXT, LLAMA4
+from moeconv.families.moe_sources import LLAMA4
 from moeconv.families.sliding import NEVER
 from moeconv.families.spec import Family, Layout, Routing
 

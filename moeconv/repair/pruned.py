@@ -92,7 +92,15 @@ def masked(
     assert layer.router is not None and layer.experts is not None
     stack = ExitStack()
     stack.enter_context(
-        routed_to(layer.router, layer.ffn, kept, num_experts=stream.model.num_experts, biases=layer.biases, top_k=top_k)
+        routed_to(
+            layer.router,
+            layer.ffn,
+            kept,
+            num_experts=stream.model.num_experts,
+            biases=layer.biases,
+            top_k=top_k,
+            top_k_keys=stream.model.family.top_k,
+        )
     )
     if replaced:
         stack.enter_context(with_down(layer.experts, replaced))

@@ -76,6 +76,14 @@ class Layer:
         state = self._stream.skeleton.module.state_dict(keep_vars=True)
         return [state[self._stream.skeleton.place(name)].detach() for name in self._stream.router_extras(self.index)]
 
+    @property
+    def scale(self) -> Tensor | None:
+        """What each expert's weight is multiplied by behind the rule [E], in families that do."""
+        family, skeleton = self._stream.model.family, self._stream.skeleton
+        if not family.has("router.scale"):
+            return None
+        return skeleton.module.get_parameter(skeleton.place(family.name("router.scale", layer=self.index))).detach()
+
     def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
         """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
         consumed, and is possible once and to the end; without it the pass can be repeated. With `hidden` [n, S, H] the

@@ -6,7 +6,7 @@ groups, normalisation and scaling stay the stock code of any family.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,18 @@ class _Masking(TorchFunctionMode):
         return out
 
 
+def top_k_places(modules: Iterable[nn.Module], keys: Sequence[str]) -> list[tuple[Any, str]]:
+    """Where the stock code reads its top-k: (object, attribute), the modules' own, else the config that they share."""
+    found: list[tuple[Any, str]] = []
+    configs: dict[int, Any] = {}
+    for module in modules:
+        if type(getattr(module, "top_k", None)) is int:
+            found.append((module, "top_k"))
+        configs[id(getattr(module, "config", None))] = getattr(module, "config", None)
+    shared = [(config, key) for config in configs.values() for key in keys if type(getattr(config, key, None)) is int]
+    return found or shared
+
+
 @contextmanager
 def routed_to(
     router: nn.Module,
@@ -40,8 +52,10 @@ def routed_to(
     num_experts: int,
     biases: Sequence[Tensor] = (),
     top_k: int | None = None,
+    top_k_keys: Sequence[str] = (),
 ) -> Iterator[None]:
     """Inside the block the router chooses among the `kept` experts alone, and `top_k` of them where that is given.
+    `top_k_keys` are the config keys that say it, for routers that keep no number of their own.
 
     `biases` are the tensors [E] or [1, E] that the choice is corrected by: a dropped expert's entry must not win.
     """
@@ -49,8 +63,8 @@ def routed_to(
     gone[list(kept)] = False
     stock = router.forward
     changed: list[tuple[Tensor, Tensor]] = []
-    counts = [m for m in ffn.modules() if top_k is not None and isinstance(getattr(m, "top_k", None), int)]
-    before = [m.top_k for m in counts]
+    counts = top_k_places(ffn.modules(), top_k_keys) if top_k is not None else []
+    before = [getattr(at, name) for at, name in counts]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _Masking(gone):
@@ -62,16 +76,16 @@ def routed_to(
             for bias in biases if bool(gone.any()) else ():
                 changed.append((bias, bias.clone()))
                 bias.masked_fill_(gone.view(bias.shape), -torch.inf)
-        for module in counts:
-            module.top_k = top_k  # type: ignore[assignment]
+        for at, name in counts:
+            setattr(at, name, top_k)
         yield
     finally:
         del router.forward
         with torch.no_grad():
             for bias, values in changed:
                 bias.copy_(values)
-        for module, value in zip(counts, before):
-            module.top_k = value
+        for (at, name), value in zip(counts, before):
+            setattr(at, name, value)
 
 
 def check_routed(index: Tensor, weights: Tensor, kept: Sequence[int], *, top_k: int | None, layer: int) -> None:

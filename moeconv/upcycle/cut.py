@@ -101,6 +101,13 @@ def shared_config(target: Family, cut: Cut) -> dict[str, Any]:
     """The config keys that give the target's shared expert `cut.shared` neurons. Raises InputError where none can."""
     if not cut.shared:
         return {}
+    if target.routed_norm and not cut.idle:
+        raise InputError(
+            f"{target.model_type} normalises its dense branch and its experts apart before it adds them "
+            f"({target.tensors[target.routed_norm].rpartition('.layers.{L}.')[2]}), so parts of an FFN in each do not "
+            "add up",
+            hint="--shared-experts full keeps the whole FFN in the dense branch, beside experts that add nothing yet.",
+        )
     keys = target.shared_width
     if not keys:
         raise InputError(

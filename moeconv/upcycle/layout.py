@@ -229,7 +229,7 @@ class Assembly:
         chosen = method.select(matrix, self.options)
         if expert is None:
             return scale(chosen, 1 / self.target.shared_weight) if part == "down" else chosen
-        if self.cut.idle and part.startswith("down"):
+        if self.cut.idle and part.startswith("down") and not self.target.routed_norm:
             return Node("fill", (), {"value": 0.0, "shape": list(self._shape(chosen, layer))})
         total = rule.total if rule else 1.0
         if part == "down":
@@ -265,7 +265,7 @@ class Assembly:
         for key in self.target.tensors:
             group, _, part = key.partition(".")
             if group == "router":
-                node = self._router(layer) if part == "weight" else fill(0.0)
+                node = self._router(layer) if part == "weight" else fill(self.target.inert.get(key, 0.0))
                 if part in CORRECTIONS and (correction := METHODS[self.options.method].correction):
                     node = correction(layer, self.options)
                 yield anchor, self._item(key, layer, node, changed="router", like=gate)[1]

@@ -12,6 +12,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
 from moeconv.families.moe import MOE
+from moeconv.families.node import fill
 from moeconv.families.pairs import find_pair
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
@@ -83,6 +84,8 @@ def plan_upcycle(
         )
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, draft, options, cut, layers)
+    if cut.idle and target.routed_norm:
+        draft.tensors[target.routed_norm] = fill(0.0)  # experts of zero would be normalised into a jolt at once
     draft.warnings += told + _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)

@@ -42,6 +42,10 @@ _MLA = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rop
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16}
 _NEMOTRON_H = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16}
 _MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_GEMMA4_DENSE = {
+    "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "global_head_dim": 16, "hidden_size_per_layer_input": 0, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 _BIASED = _DENSE | {"attention_bias": True}
 
 # name of the case -> (model_type, config, targets; none named: every pair of the source)
@@ -148,6 +152,13 @@ CASES: dict[str, Case] = {
         _HEAD | _NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
         (),
     ),
+    "gemma4_text": ("gemma4_text", _HEAD | _GEMMA4_DENSE, ()),
+    "gemma4_text-k-eq-v": (
+        "gemma4_text",
+        _HEAD | _GEMMA4_DENSE | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+                           "final_logit_softcapping": 30.0, "tie_word_embeddings": False},
+        (),
+    ),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),
@@ -196,6 +207,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
         "partial rotary",
     ),
     "bamba mlp_bias -> granitemoehybrid": ("bamba", _DENSE | _MAMBA | {"mlp_bias": True}, None, "mlp_bias"),
+    "gemma4 per-layer inputs": (
+        "gemma4_text",
+        _HEAD | _GEMMA4_DENSE | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+        None,
+        "hidden_size_per_layer_input",
+    ),
+    "gemma4 shared keys and values": (
+        "gemma4_text",
+        _HEAD | _GEMMA4_DENSE | {"num_kv_shared_layers": 1, "use_double_wide_mlp": True},
+        None,
+        "num_kv_shared_layers",
+    ),
     "gemma2": ("gemma2", _HEAD, None, "softcap"),
     "glm4": ("glm4", _HEAD, None, "norms before and after"),
     "qwen3 mixed sliding -> qwen3_moe": (

@@ -216,8 +216,7 @@ def test_text_measures_the_language_model(tmp_path, cli, case):
     data = ("--data", tmp_path / "text", "--seq-len", 16, "--json")
     done = cli("prune", path, tmp_path / "out", "--keep", 6, "--refit", *data)
     assert done.code == 0, done.out
-    scaled = row_of(case).routing.scaled  # a rule that reconstruction does not know
-    assert done.json["prune"]["criterion"] == ("saliency" if scaled else "reconstruction")
+    assert done.json["prune"]["criterion"] == "reconstruction"
     load(tmp_path / "out")
     assert cli("evaluate", tmp_path / "out", "--reference", path, *data).code == 0
 
@@ -254,6 +253,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
                 "hidden_size": 8,
                 "num_attention_heads": 2,
                 "num_hidden_layers": 2,
+                "hidden_size_per_layer_input": 0,
             },
         },
         "no layer of this gemma4",

@@ -9,6 +9,7 @@ from words import add_tokenizer, text
 
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.families.model import open_model
+from moeconv.families.rule import route, rule_of
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, load, row_of, save_stock
 
@@ -64,6 +65,24 @@ def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
         assert (fields["gate_norm_sum"].sum(0)[fields["count"].sum(0) > 0] > 0).all()
         assert fields["output_cosine"].shape == (model.num_experts, model.num_experts)
     assert torch.allclose(stream.hidden, plain.hidden, atol=1e-5)
+
+
+def test_scales_behind_the_rule_are_a_part_of_the_outputs(tmp_path):
+    """The rule's weights times the sampled outputs are what the layer's experts add, each expert's scale included."""
+    path = save_stock(tmp_path / "moe", *MOE_CASES["gemma4"], dtype=torch.float32)
+    model = open_model(path)
+    for layer in _stream(path, np.random.default_rng(2).integers(3, 128, (2, 12))).layers():
+        assert layer.scale is not None and float(layer.scale.std()) > 0.01
+        added = sum(batch.ffn_output.sum(0) for batch in layer.batches(advance=False)).numpy()
+        fields = layer_statistics(
+            layer, source=torch.zeros(2, dtype=torch.int64), num_sources=1, num_experts=model.num_experts, seed=0,
+            sample_tokens=24, rule=rule_of(model),
+        )  # fmt: skip
+        logits = fields["sample_logits"]
+        chosen, weights = route(rule_of(model), logits, np.ones(8, bool), bias=fields["sample_bias"])
+        outputs = np.take_along_axis(fields["sample_outputs"].astype(np.float64), chosen[..., None], 1)
+        routed = (outputs * weights[..., None]).sum((0, 1)) * fields["sample_unit"] * fields["sample_factor"]
+        assert np.abs(routed - added).max() <= 2e-3 * np.abs(added).max()
 
 
 def test_weights_on_the_input_have_no_statistics(tmp_path, cli):

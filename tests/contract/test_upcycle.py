@@ -8,8 +8,11 @@ from functools import lru_cache
 import pytest
 import torch
 
+from moeconv.families.model import open_model
 from moeconv.families.pairs import PAIRS
 from moeconv.steps.measure import inspect
+from moeconv.stream.layers import LayerStream
+from moeconv.tensors import read_tensor
 from tests.contract.stock import CASES, DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock
 
 torch.set_num_threads(1)
@@ -203,6 +206,17 @@ def test_layers_without_an_ffn_are_left_as_they_are_and_cannot_be_asked_for(tmp_
     assert "layer 0 has no FFN" in done.json["error"]["message"]
     planned = cli("upcycle", source, tmp_path / "moe", "--dry-run", "--json").json
     assert planned["upcycle"]["moe_layers"] == [1, 3]
+
+
+def test_a_router_with_a_norm_of_its_own_reads_what_the_ffn_reads(tmp_path, cli):
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["gemma4_text"], dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--json").json
+    assert done["upcycle"]["equivalence"]["all_on"]["relative"] <= 1e-3
+    model = open_model(tmp_path / "moe")
+    for layer in LayerStream(model, torch.arange(3, 43).view(2, 20)).layers():
+        for batch in layer.batches():
+            expected = batch.ffn_input @ read_tensor(model.checkpoint, model.router_name(layer.index)).T
+            assert torch.allclose(batch.router_logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["noise", "drop"])

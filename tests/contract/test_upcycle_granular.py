@@ -9,6 +9,7 @@ from functools import lru_cache
 import pytest
 import torch
 
+from moeconv.errors import InputError
 from moeconv.families import pairs
 from moeconv.families.model import open_model
 from moeconv.families.moe import MOE
@@ -31,6 +32,7 @@ FIRST = {
 }.values()
 CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if MOE[p.target].routing.equal]
 SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if MOE[p.target].shared_width]
+PARTS = [param for param in SHARED if not MOE[param.values[1].target].routed_norm]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_two_copies_of_any_granularity_are_exact(tmp_path, dense, case, target, 
     assert difference <= 1e-5
 
 
-@pytest.mark.parametrize(("case", "pair"), SHARED)
+@pytest.mark.parametrize(("case", "pair"), PARTS)
 def test_a_shared_expert_of_one_piece_is_exact(tmp_path, dense, case, pair):
     parameters = {"granularity": 4, "shared_experts": "1", "experts": 6, "top_k": 3}
     difference, plan = _difference(dense, case, pair, tmp_path / "moe", **parameters)
@@ -91,9 +93,16 @@ def test_a_shared_expert_of_the_whole_ffn_is_exact_and_the_others_start_at_zero(
     difference, _ = _difference(dense, case, pair, tmp_path / "moe", shared_experts="full", experts=4, method="drop")
     assert difference <= pair.tolerance
     written = open_model(tmp_path / "moe")
+    nothing = written.family.routed_norm or "expert.down"  # what makes the routed experts add nothing
     for name, role in written.roles.items():
-        data = written.checkpoint.read(name) if role.group == "expert" else b""
-        assert not data or any(data) == (role.key != "expert.down"), name
+        data = written.checkpoint.read(name) if role.group == "expert" or role.key == nothing else b""
+        assert not data or any(data) == (role.key != nothing), name
+
+
+def test_parts_that_are_normalised_apart_are_refused(tmp_path, dense):
+    for shared in ("1", "0.25"):
+        with pytest.raises(InputError, match=r"post_feedforward_layernorm_2.*do not add up"):
+            plan_upcycle(open_model(dense("gemma4_text")[0]), granularity=4, shared_experts=shared)
 
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "granitemoeshared"])

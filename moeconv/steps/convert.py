@@ -75,20 +75,22 @@ def prune_and_quantize(
 ) -> dict[str, Any]:
     """Prune with `values`, quantize with `then`, in one pass: only the quantized model is written, to `out`.
 
-    The JSON is quantize's, with prune's block beside it. Raises UsageError where the two cannot be one: `can_fuse`
-    tells before anything is measured.
+    The JSON is quantize's, with prune's block beside it. Only where `can_fuse` says so. Where the one reads parts of
+    what the other computes, the pruned model lies in TMPDIR for a while.
     """
     from moeconv.report.proof import prove_packing
 
     def run(plan: Plan, model: Model, out: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         second = plan_step("quantize", planned_model(plan), then)
         fused = None if second is None else fuse(plan, second)
-        if fused is None:
-            raise UsageError("these two steps cannot be one", hint="Run them one after the other.")
         joint = dict(values) | {k: v for k, v in then.items() if k in WriteOptions.__dataclass_fields__}
-        result = run_plan(
-            fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter
-        )
+        if fused is None:  # a part of what is computed, as of cast experts that lie in one tensor
+            quantizing = dict(then) | {k: v for k, v in joint.items() if k in WriteOptions.__dataclass_fields__}
+            result = _after(plan, model, out, quantizing, note="writing the pruned model", meter=meter)
+        else:
+            result = run_plan(
+                fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter
+            )
         between = {"bytes": planned_model(plan).checkpoint.nbytes, "total": plan.params_total}
         return result | {"prune": dict(plan.block), "between": between | {"active": plan.params_active}}
 

@@ -209,6 +209,25 @@ def test_stacked_experts_are_pruned_and_packed_in_one_pass(tmp_path):
     load(tmp_path / "fused", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # parts of a cast tensor are no byte ranges
+def test_a_recipe_prunes_and_packs_stacked_experts(tmp_path, cli, dtype):
+    source = _as_on_the_hub(tmp_path / "moe", "qwen3_5_moe")
+    (tmp_path / "recipe.yaml").write_text(
+        f"name: both\nsteps:\n  - {{step: prune, from: {source}, to: {tmp_path}/between, with: {{keep: 4, "
+        f"criterion: aimer, dtype: {dtype}}}}}\n  - {{step: quantize, from: {tmp_path}/between, to: {tmp_path}/out, "
+        "with: {bits: 4}}\n"
+    )
+    done = cli("run", tmp_path / "recipe.yaml", "--json")
+    assert done.code == 0 and not (tmp_path / "between").exists(), done.out
+    by_hand = ("--keep", 4, "--criterion", "aimer", "--dtype", dtype)
+    assert cli("prune", source, tmp_path / "pruned", *by_hand, "--json").code == 0
+    assert cli("quantize", tmp_path / "pruned", tmp_path / "packed", "--bits", 4, "--json").code == 0
+    ours, theirs = _tensors(tmp_path / "out"), _tensors(tmp_path / "packed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    steps = json.loads((tmp_path / "out" / "moeconv_manifest.json").read_text())["steps"]
+    assert [step["command"] for step in steps] == ["prune", "quantize"]
+
+
 @pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl", "gemma4-vision"])
 def test_text_measures_the_language_model(tmp_path, cli, case):
     path = add_tokenizer(save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32))

@@ -256,3 +256,4 @@ class Pair:
     rename: Mapping[str, str | None] = field(default_factory=dict)
     folds: tuple[str, ...] = ()
     tolerance: float = 1e-5  # of the logits' spread in float32, what the source's own arithmetic allows
+    unless: str = ""  # of which weights it is not exact, which no header shows

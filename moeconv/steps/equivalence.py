@@ -14,7 +14,7 @@ from typing import Any
 
 from moeconv.errors import CheckError, escape
 from moeconv.families.model import Model
-from moeconv.families.pairs import tolerance
+from moeconv.families.pairs import promise
 from moeconv.plan.plan import Plan
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits
@@ -46,12 +46,15 @@ def equivalence(model: Model, staged: Path, plan: Plan) -> dict[str, Any]:
             f"transformers cannot run the written model: {escape(why)}",
             hint="Nothing was written. Please report it with this message.",
         )
-    limit = max(EXACT_RELATIVE, tolerance(plan.block["from"], plan.block["to"]))
+    allowed, unless = promise(plan.block["from"], plan.block["to"])
+    limit = max(EXACT_RELATIVE, allowed)
     for which, figures in (("", found), (" with all experts on", found.get("all_on"))):
         if plan.block["exact"] and figures and not figures["relative"] <= limit:
             raise CheckError(
                 f"the written model differs from its source{which} by {figures['relative']:.2e} of the logits' spread",
-                hint="Nothing was written. This method promises exactness; please report it.",
+                hint=f"Nothing was written. The pair is exact unless {unless}; --no-check writes it all the same."
+                if unless
+                else "Nothing was written. This method promises exactness; please report it.",
             )
     return {"equivalence": {"checked": True, **found}}
 

@@ -219,6 +219,15 @@ def test_a_router_with_a_norm_of_its_own_reads_what_the_ffn_reads(tmp_path, cli)
             assert torch.allclose(batch.router_logits, expected, atol=1e-5)
 
 
+def test_what_one_norm_more_makes_of_small_outputs_is_refused_with_the_reason(tmp_path, cli):
+    model_type, config = DENSE_CASES["gemma4_text"]
+    source = save_stock(tmp_path / "dense", model_type, config | {"rms_norm_eps": 0.1}, dtype=torch.float32)
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--json")
+    assert done.code == 5 and not (tmp_path / "moe").exists()
+    assert "differs from its source" in done.json["error"]["message"]
+    assert "variance is not well above rms_norm_eps" in done.json["error"]["hint"]
+
+
 @pytest.mark.parametrize("method", ["noise", "drop"])
 def test_methods_that_change_the_function_load_and_differ_between_experts(tmp_path, cli, method):
     source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)

@@ -66,20 +66,22 @@ def plain_names(model: Model, *, beside: bool = False) -> Iterator[tuple[str, in
 
 def plain_name(name: str, role: Role) -> str:
     """The name that a stored tensor has in the unquantized model."""
-    split = packed.split_part(name) if role.part else None
-    return split[0] if split else name
+    return packed.weight_of(name) if role.part else name
 
 
 def read_parts(model: Model, name: str) -> dict[str, Tensor]:
-    """The stored tensors behind plain tensor `name`, keyed by what follows its stem: {".weight": ...} when plain.
+    """The stored tensors behind plain tensor `name`, keyed by what follows its stem: {".weight": ...} when plain; of a
+    tensor of all experts by what follows its name.
 
     Raises KeyError when the checkpoint has nothing of that name.
     """
     checkpoint, stem = model.checkpoint, name.removesuffix(".weight")
+    if any(name + suffix in checkpoint.tensors for suffix in packed.STACKED):
+        stacked = {s: read_tensor(checkpoint, name + s) for s in packed.STACKED_PARTS if name + s in checkpoint.tensors}
+        return stacked | ({"": read_tensor(checkpoint, name)} if name in checkpoint.tensors else {})
     if name in checkpoint.tensors and stem == name:  # a bias
         return {"": read_tensor(checkpoint, name)}
-    suffixes = packed.STACKED_PARTS if stem == name else packed.PARTS
-    parts = {s: read_tensor(checkpoint, stem + s) for s in suffixes if stem + s in checkpoint.tensors}
+    parts = {s: read_tensor(checkpoint, stem + s) for s in packed.PARTS if stem + s in checkpoint.tensors}
     if not parts:
         raise KeyError(name)
     return parts
@@ -97,6 +99,11 @@ def decode_parts(parts: Mapping[str, Tensor], *, name: str, dtype: torch.dtype |
         tensor = _decode_int(parts, name, dtype)
     elif set(parts) in _FLOATS:
         tensor = _decode_float(parts, name)
+    elif any(key.endswith((".quant_state", ".scb")) for key in parts):
+        from moeconv.plan.kernels.pack.stacked import unpack_stacked
+
+        renamed = {key.removeprefix(".weight").removeprefix("."): value for key, value in parts.items()}
+        tensor = unpack_stacked(renamed, name=name, dtype=dtype)
     elif any(key.startswith(".weight.quant_state") for key in parts):
         from moeconv.plan.kernels.pack import unpack_nf4
 

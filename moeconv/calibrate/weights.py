@@ -10,7 +10,7 @@ import numpy as np
 from moeconv.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.families.packed import split_part, suffix_of
+from moeconv.families.packed import SHARED, split_part, suffix_of
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.build import rows, whole
 from moeconv.plan.kernels.arrays import to_float32
@@ -69,7 +69,7 @@ def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
         split = split_part(name) if role.part else None
         stem, suffix = (split[0], suffix_of(name)) if split else (name, "")
         for expert in range(model.num_experts) if role.expert is None else (role.expert,):
-            where = whole(ref) if role.expert is not None else rows(ref, expert, 1)
+            where = whole(ref) if role.expert is not None or role.part in SHARED else rows(ref, expert, 1)
             found.setdefault((role.layer, expert), {}).setdefault(stem, {})[suffix] = where
     return found
 

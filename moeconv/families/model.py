@@ -394,6 +394,8 @@ def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Rol
         if quantized and (split := packed.split_part(name)) is not None and (whole := known.get(split[0])):
             is_plain = role is not None and checkpoint.tensors[name].dtype in FLOAT_DTYPES
             role = role if is_plain else Role(whole.key, whole.layer, whole.expert, split[1])
+        elif quantized and role is not None and checkpoint.tensors[name].dtype in packed.CODES:
+            role = replace(role, part="weight")
         beside = next((group for start, group in family.beside.items() if name.startswith(start)), None)
         if role is not None:
             roles[name] = role

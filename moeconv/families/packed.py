@@ -24,9 +24,24 @@ PARTS: dict[str, str] = {
     ".weight.quant_state.bitsandbytes__fp4": "state",
     ".SCB": "SCB",
 }
-# suffixes behind the name of a tensor without ".weight": MXFP4 codes and exponents of all experts
-STACKED_PARTS: dict[str, str] = {"_blocks": "blocks", "_scales": "exponents"}
+# suffixes behind the whole name of a tensor of all experts: MXFP4 codes and exponents, and what lies beside codes that
+# have the tensor's own name (the first axis counts experts, but in SHARED ones)
+STACKED_PARTS: dict[str, str] = {
+    "_blocks": "blocks",
+    "_scales": "exponents",
+    ".absmax": "absmax",
+    ".quant_map": "quant_map",
+    ".quant_state": "state",
+    ".nested_absmax": "nested_absmax",
+    ".nested_quant_map": "nested_quant_map",
+    ".nested_offset": "nested_offset",
+    ".scb": "SCB",
+}
+STACKED = ("_blocks", "_scales", ".quant_state", ".scb")  # one is there wherever codes are of all experts
+SHARED = ("quant_map", "nested_quant_map", "state")
+CODES = ("U8", "I8")
 _BY_LENGTH = sorted(PARTS, key=len, reverse=True)
+_STACKED_BY_LENGTH = sorted(STACKED_PARTS, key=len, reverse=True)
 
 
 def split_part(name: str) -> tuple[str, str] | None:
@@ -34,10 +49,16 @@ def split_part(name: str) -> tuple[str, str] | None:
     for suffix in _BY_LENGTH:
         if name.endswith(suffix):
             return name[: -len(suffix)] + ".weight", PARTS[suffix]
-    for suffix, part in STACKED_PARTS.items():
+    for suffix in _STACKED_BY_LENGTH:
         if name.endswith(suffix):
-            return name[: -len(suffix)], part
+            return name[: -len(suffix)], STACKED_PARTS[suffix]
     return None
+
+
+def weight_of(name: str) -> str:
+    """The name of the weight that a stored tensor is a part of."""
+    split = split_part(name)
+    return split[0] if split else name
 
 
 def suffix_of(name: str) -> str:

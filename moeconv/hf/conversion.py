@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from moeconv.errors import InputError, escape
 from moeconv.hf.layout import AGAIN, STATE, Layout, companion
@@ -127,7 +127,7 @@ def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
         if isinstance(module, PackedExperts | PackedLinear)
         for name, layout in module.packed.items()
     ]
-    experts = [name for name, layout in packed if layout.experts]
+    experts = [name for name, layout in packed if layout.experts and not layout.stacked]
     linear = sorted({re.sub(r".*\.\d+\.", "", name) for name, layout in packed if not layout.experts})
     made = [_widened(entry) if _builds(entry, experts) else entry for entry in entries]
     return made + [
@@ -137,6 +137,23 @@ def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
             operations=[FusePacked([name], name, [])],
         )
         for name in linear
+    ]
+
+
+def stacked_renamings(model: nn.Module) -> list[Any]:
+    """Experts in one packed tensor: what lies beside the codes has a dot before its last name on disk (transformers'
+    own renamings then match it as they match the codes), which no attribute of a module can have."""
+    names = {
+        f"{path.rpartition('.')[2]}.{name}{suffix}": len(suffix)
+        for path, module in model.named_modules()
+        if isinstance(module, PackedExperts)
+        for name, layout in module.packed.items()
+        if layout.stacked
+        for suffix in layout.tensors
+        if suffix
+    }
+    return [
+        WeightRenaming(re.escape(f"{name[:-size]}.{name[-size + 1 :]}"), name) for name, size in sorted(names.items())
     ]
 
 
@@ -156,6 +173,26 @@ def _widened(converter: WeightConverter) -> WeightConverter:
 # -- saving ------------------------------------------------------------------------------------------------------------
 
 
+def check_stacked(model: nn.Module) -> None:
+    """What the JSON beside 4-bit codes of all experts says is the shape and block size that they are decoded with.
+
+    Raises InputError."""
+    for path, module in model.named_modules():
+        if not isinstance(module, PackedExperts):
+            continue
+        for name, layout in module.packed.items():
+            state = module._buffers.get(f"{name}_quant_state")
+            if state is None or state.is_meta:
+                continue
+            fields = read_quant_state(state)
+            if (fields["shape"], fields["blocksize"]) != ([layout.out, layout.columns], layout.block_size):
+                raise InputError(
+                    f"{escape(path)}.{name}: its quant_state says shape {escape(fields['shape'])} in blocks of "
+                    f"{fields['blocksize']}, the model {[layout.out, layout.columns]} in blocks of {layout.block_size}",
+                    hint=AGAIN,
+                )
+
+
 def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict with every packed parameter as the tensors that it was loaded from, bit for bit; names are
     those before transformers' renaming, which save_pretrained reverses itself."""
@@ -164,6 +201,8 @@ def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(module, PackedExperts | PackedLinear):
             continue
         for name, layout in module.packed.items():
+            if layout.stacked:  # on disk as in memory
+                continue
             target = f"{path}.{name}"
             held = {suffix: state.pop(target + suffix) for suffix in layout.tensors}
             for stem, tensors in _split(layout, held, target):

@@ -30,7 +30,8 @@ AGAIN = "Quantize the source checkpoint again, or load a complete copy of this o
 @dataclass(frozen=True)
 class Layout:
     """How one parameter is packed: experts fused to [experts, parts * out, in], where a part is a projection (gate and
-    up are two), or a linear layer's [out, in] (`experts` 0)."""
+    up are two), or a linear layer's [out, in] (`experts` 0). `state` bytes of JSON say that all experts lie in one
+    tensor on disk, too: then its tensors there are those of the module, [experts, out, in] as the class has them."""
 
     scheme: str  # nf4, fp4 or int8
     experts: int
@@ -41,6 +42,8 @@ class Layout:
     nested: bool = False  # double quantization: 4-bit scales are 8-bit codes themselves
     sources: tuple[str, ...] = ()  # names on disk before renaming, a pattern a part; * is the expert
     dtype: str = "bfloat16"  # of the weight that was packed, as its quant_state says
+    stacked: bool = False
+    state: int = 0  # bytes of the quant_state of all experts
 
     @property
     def count(self) -> int:
@@ -70,6 +73,8 @@ class Layout:
             "_absmax": ((*lead, parts * self.blocks), torch.uint8 if self.nested else torch.float32),
             "_quant_map": ((16,), torch.float32),
         }
+        if self.stacked:
+            plain["_quant_state"] = ((self.state,), torch.uint8)
         if not self.nested:
             return plain
         return plain | {
@@ -135,7 +140,10 @@ def find_layouts(
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # parameter -> source -> names
     layouts: dict[str, Layout] = {}
     for name, (dtype, _) in stored.items():
-        if dtype in ("U8", "I8") and name.endswith(".weight"):
+        if dtype in ("U8", "I8") and not {name + ".quant_state", name + ".scb"}.isdisjoint(stored):
+            target = target_of(name)[0]
+            layouts[target] = _stacked_layout(model, target, parameters, name, stored, block_size=block_size)
+        elif dtype in ("U8", "I8") and name.endswith(".weight"):
             target, source = target_of(name)
             if source is None and _is_linear(model, target):
                 layouts[target] = _linear_layout(parameters[target], name, stored, block_size=block_size)
@@ -191,6 +199,42 @@ def _layout(
         for name in names[source]:
             _check_files(name, layout, stored)
     return layout
+
+
+def _stacked_layout(
+    model: nn.Module,
+    target: str,
+    parameters: Mapping[str, Tensor],
+    name: str,
+    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    block_size: int,
+) -> Layout:
+    """The layout of a parameter whose experts lie in one packed tensor on disk, after every part of it was found."""
+    parameter = parameters.get(target)
+    if parameter is None or parameter.ndim != 3:
+        raise InputError(
+            f"{escape(name)} is stored packed, but {type(model).__name__} has no experts of that name", hint=AGAIN
+        )
+    state = stored.get(f"{name}.quant_state", ("", (0,)))[1]
+    layout = Layout(
+        _stacked_scheme(name, stored), parameter.shape[0], 1, parameter.shape[1], parameter.shape[2], block_size,
+        f"{name}.nested_absmax" in stored, stacked=True, state=state[0],
+    )  # fmt: skip
+    kinds = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
+    for suffix, (shape, dtype) in layout.tensors.items():
+        part = name + suffix.replace("_", ".", 1)
+        if stored.get(part) != (kinds[dtype], shape):
+            raise InputError(
+                f"{escape(part)} is {escape(stored.get(part, 'missing'))}, expected {kinds[dtype]} {list(shape)}",
+                hint=AGAIN,
+            )
+    return layout
+
+
+def _stacked_scheme(name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
+    """nf4 and fp4 differ in their quant_map alone, which the tensors bring along."""
+    return "int8" if stored[name][0] == "I8" else "nf4"
 
 
 def _is_linear(model: nn.Module, target: str) -> bool:

@@ -21,9 +21,15 @@ class PackedExperts(nn.Module):
     stock: type[nn.Module]  # the family's own class
     num_experts: int
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, k], as in the stock class."""
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, k], as in the stock class; a
+        class that is given no index (Llama 4's) runs every expert on its share of the hidden states."""
         total = self.num_experts
+        if top_k_index is None:
+            every = torch.arange(total, device=hidden_states.device)
+            return self.stock.forward(self._decoded(every, dtype=hidden_states.dtype), hidden_states)
         hit = torch.unique(top_k_index)
         hit = hit[hit < total]  # expert parallelism marks the tokens of other ranks with num_experts
         if not hit.numel():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -17,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeconv.errors import InputError, escape
-from moeconv.hf.conversion import FusePacked, disk_tensors, with_companions
+from moeconv.hf.conversion import FusePacked, check_stacked, disk_tensors, stacked_renamings, with_companions
 from moeconv.hf.layout import METHOD, find_layouts, stored_tensors
 from moeconv.hf.modules import install
 
@@ -63,13 +64,17 @@ class PackedExpertsQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        model._weight_conversions = self._conversions or None
+        # as transformers does: what renamed nothing on loading (names of older files) must not rename on saving
+        used = [c for c in self._conversions if not isinstance(c, WeightRenaming) or c.was_used()]
+        model._weight_conversions = used or None
+        check_stacked(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """Lets each converter that builds packed weights collect their companions as well."""
-        self._conversions = list(weight_conversions)
-        return with_companions(weight_conversions, model)
+        """Lets each converter that builds packed weights collect their companions as well, and renames those of experts
+        in one packed tensor."""
+        self._conversions = [*weight_conversions, *stacked_renamings(model)]
+        return with_companions(self._conversions, model)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """The dtype to cast a tensor to. `dtype` is the parameter's; a packed one's must not reach its scales."""

@@ -346,4 +346,4 @@ def _tensors(shard: Shard) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     if shard.gguf is not None:
         yield from ((stack.name, stack.dtype, stack.shape) for stack in shard.gguf.stacks)
     else:
-        yield from ((spec.name, spec.dtype, spec.shape) for item in shard.items for spec in item.outputs)
+        yield from ((spec.name, spec.dtype, spec.shape) for spec in shard.layout())

@@ -165,7 +165,7 @@ def write_items(
             if checksum.wants(ref):
                 checksum.add(crc)
         for spec, data in zip(run.item.outputs, outputs, strict=True):
-            writers[0].write(spec.name, data)
+            writers[0].write(spec.name, data, start=spec.at * spec.nbytes)
             flow.meter.advance(spec.nbytes)
     return checksum.value
 
@@ -197,7 +197,7 @@ def _copy(flow: Flow, run: _Run, checksum: _Checksum, hold: int) -> None:
 def _put(flow: Flow, place: Place, view: memoryview, start: int) -> None:
     writer, spec = place
     flow.check_stop()
-    writer.write(spec.name, view, start=start)
+    writer.write(spec.name, view, start=spec.at * spec.nbytes + start)
     flow.meter.advance(len(view))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,13 +22,18 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An output tensor: name and layout on disk, the role it is counted under, parameters that it stands for."""
+    """An output tensor: name and layout on disk, the role it is counted under, parameters that it stands for.
+
+    One of a tensor's `of` slices along a first axis has its place `at` there; `shape` is then the slice's.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     role: str
     params: int
+    at: int = 0
+    of: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +83,10 @@ class Shard:
         specs = [spec for item in self.items for spec in item.outputs]
         if self.gguf is not None:
             return specs
-        return sorted(specs, key=lambda s: -DTYPE_BITS[s.dtype])
+        whole = [
+            replace(s, shape=(s.of, *s.shape), params=s.params * s.of, of=0) if s.of else s for s in specs if not s.at
+        ]
+        return sorted(whole, key=lambda s: -DTYPE_BITS[s.dtype])
 
     def is_twin(self, other: Shard) -> bool:
         """Whether both are nothing but copies of the same bytes in the same order, under other names."""
@@ -128,7 +136,7 @@ class Plan:
     @cached_property
     def tensors(self) -> int:
         """Tensors in the files; those that GGUF stacks into one count once."""
-        return sum(len(s.gguf.stacks) if s.gguf else sum(len(i.outputs) for i in s.items) for s in self.shards)
+        return sum(len(s.gguf.stacks if s.gguf else s.layout()) for s in self.shards)
 
     @property
     def gguf(self) -> bool:
@@ -175,14 +183,15 @@ def _item_json(item: Item) -> list[Any]:
         item.kernel,
         [[n.origin, n.tensor, n.start, n.nbytes, list(n.shape)] for n in item.inputs],
         dict(item.params),
-        [[o.name, o.dtype, list(o.shape)] for o in item.outputs],
+        [[o.name, o.dtype, list(o.shape), *([o.at, o.of] if o.of else [])] for o in item.outputs],
     ]
 
 
 def pack_shards(
     items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE, group_of: Callable[[Item], Hashable] | None = None
 ) -> tuple[Shard, ...]:
-    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file.
+    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file, and so
+    do the items that make slices of the same tensors.
 
     `group_of` keeps items of different groups in different files; groups come in the order of their first items.
     """
@@ -201,10 +210,22 @@ def pack_shards(
 def _fill(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
     bins: list[list[Item]] = [[]]
     filled = 0
-    for item in items:
-        if bins[-1] and filled + item.nbytes > shard_size:
+    for unit in _units(items):
+        size = sum(item.nbytes for item in unit)
+        if bins[-1] and filled + size > shard_size:
             bins.append([])
             filled = 0
-        bins[-1].append(item)
-        filled += item.nbytes
+        bins[-1].extend(unit)
+        filled += size
     return bins
+
+
+def _units(items: Sequence[Item]) -> list[list[Item]]:
+    """Items one by one, but those that make slices of the same tensors, which lie in one file, together."""
+    units: list[list[Item]] = []
+    for item in items:
+        if item.outputs[0].at:
+            units[-1].append(item)
+        else:
+            units.append([item])
+    return units

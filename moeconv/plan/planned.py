@@ -39,8 +39,7 @@ def planned_model(plan: Plan, *, companions: Path | None = None) -> Model:
     tensors = {
         spec.name: TensorRef(spec.name, spec.dtype, spec.shape, shard.name, 0, spec.nbytes)
         for shard in plan.shards
-        for item in shard.items
-        for spec in item.outputs
+        for spec in shard.layout()
     }
     shards = tuple(shard.name for shard in plan.shards)
     planned = _PlannedCheckpoint(companions or Path("(planned)"), dict(plan.config), tensors, shards, plan.plan_id)

@@ -9,6 +9,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.packed import SHARED
 from moeconv.families.rule import rule_of
 from moeconv.families.spec import with_expert
 from moeconv.options import PruneOptions
@@ -29,6 +30,8 @@ def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
         if role.group not in ("expert", "router") or role.layer is None:
             return None
         axis = model.family.expert_axis(role)
+        if role.part in SHARED and role.expert is None:
+            return None
         if axis is not None:
             return [_cut(model, ref, role.key, keep[role.layer], axis=axis, dtype=dtype, changed=role.group)]
         if role.expert is None or (new := position[role.layer].get(role.expert)) is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.families.model import Model
+from moeconv.families.packed import SHARED
 from moeconv.families.served import check_served
 from moeconv.options import PlanOptions, PruneOptions, parameters_of, take
 from moeconv.plan.arrange import arrange
@@ -130,7 +131,7 @@ def _promise(model: Model, left: int) -> dict[str, int]:
     """Tensors that change by role: those of the kept experts, and every one that has an entry for each expert."""
     counts = {"expert": 0, "router": 0}
     for role in model.roles.values():
-        if role.group in counts:
+        if role.group in counts and (role.expert is not None or role.part not in SHARED):
             counts[role.group] += role.expert is None or role.expert < left
     return counts
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeconv.checkpoint.reader import TensorRef
-from moeconv.plan.build import TORCH_NAMES
+from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
-from moeconv.plan.plan import Item
+from moeconv.plan.plan import Item, TensorSpec
 from moeconv.quantize.spec import Format, Scheme, codes
+
+Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
 
 
 def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
     numel = math.prod(ref.shape)
     if scheme.bits == 8:
-        rows = [(".weight", "", "I8", ref.shape), (".SCB", "SCB", "F32", (ref.shape[0],))]
-        return codes(ref, "pack_bnb8", rows, role)
+        made = [(".weight", "", "I8", ref.shape), (".SCB", "SCB", "F32", (ref.shape[0],))]
+        return codes(ref, "pack_bnb8", made, role)
     blocks = -(-numel // BNB_BLOCK)
     state = quant_state(
         ref.shape, dtype=TORCH_NAMES[ref.dtype], quant_type=scheme.name, nested_offset=0.0 if scheme.nested else None
@@ -35,6 +38,56 @@ def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
             (".weight.nested_quant_map", "nested_quant_map", "F32", (256,)),
         ]
     return codes(ref, "pack_bnb4", parts, role, quant_type=scheme.name, block_size=BNB_BLOCK, nested=scheme.nested)
+
+
+def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[Item]:
+    """A tensor [E, rows, columns] of all experts, an item each: blocks (INT8: rows) run along a matrix as it lies on
+    disk, so that decoding is one reshape. The parts' first axis is the expert, but for what all share; their names
+    begin with the whole name of the tensor, so that what renames it in a runtime renames them too."""
+    numel, shape = math.prod(ref.shape[1:]), ref.shape[1:]
+    group = role.partition(".")[0]
+    if scheme.bits == 8:
+        each = [("", "", "I8", shape), (".scb", "SCB", "F32", shape[:1])]
+        return _slices(ref, "pack_bnb8", each, [], role, group, experts, {})
+    blocks = -(-numel // BNB_BLOCK)
+    each = [
+        ("", "", "U8", ((numel + 1) // 2, 1)),
+        (".absmax", "absmax", "U8" if scheme.nested else "F32", (blocks,)),
+    ]
+    state = quant_state(shape, dtype=TORCH_NAMES[ref.dtype], quant_type=scheme.name)
+    shared = [
+        (".quant_map", "quant_map", "F32", (16,)),
+        (".quant_state", "quant_state", "U8", (len(state),)),
+    ]
+    if scheme.nested:
+        each += [
+            (".nested_absmax", "nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),)),
+            (".nested_offset", "nested_offset", "F32", (1,)),
+        ]
+        shared += [(".nested_quant_map", "nested_quant_map", "F32", (256,))]
+    params = {"quant_type": scheme.name, "block_size": BNB_BLOCK, "nested": scheme.nested}
+    return _slices(ref, "pack_bnb4_slice", each, shared, role, group, experts, params)
+
+
+def _slices(
+    ref: TensorRef, kernel: str, each: Sequence[Part], shared: Sequence[Part], role: str, group: str, experts: int,
+    params: Mapping[str, Any],
+) -> list[Item]:  # fmt: skip
+    """An item an expert; the first one's makes what all share as well."""
+    numel = math.prod(ref.shape[1:])
+    items = []
+    for expert in range(experts):
+        part = replace(rows(ref, expert, 1), shape=ref.shape[1:])
+        specs = [
+            TensorSpec(ref.name + suffix, dtype, shape, role, 0 if suffix else numel, expert, experts)
+            for suffix, _, dtype, shape in each
+        ]
+        names = [name for _, name, _, _ in each]
+        if expert == 0:
+            specs += [TensorSpec(ref.name + suffix, dtype, shape, role, 0) for suffix, _, dtype, shape in shared]
+            names += [name for _, name, _, _ in shared]
+        items.append(Item(tuple(specs), kernel, (part,), {"parts": names, **params}, group))
+    return items
 
 
 def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> dict[str, Any]:
@@ -56,8 +109,8 @@ def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -
 _LOADS = {"transformers": "ok", "vllm": "unknown", "sglang": "ok", "llama.cpp": "no"}
 _NOTES = {
     "transformers": "after `import moeconv.hf`, or with --self-contained and trust_remote_code=True",
-    "vllm": "only by its bitsandbytes plugin on a GPU; not run",
-    "sglang": "read in its source, not run",
+    "vllm": "only by its bitsandbytes plugin on a GPU; not run; not where all experts of a layer lie in one tensor",
+    "sglang": "read in its source, not run; not where all experts of a layer lie in one tensor",
 }
 
 BITSANDBYTES = Format(
@@ -71,4 +124,5 @@ BITSANDBYTES = Format(
     notes=_NOTES,
     remote_code=True,
     nests=("nf4", "fp4"),
+    stack=_stack_bnb,
 )

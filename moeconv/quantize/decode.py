@@ -26,16 +26,14 @@ def plan_decode(model: Model) -> Plan:
     items: list[Item] = []
     for name, role in model.roles.items():
         if role.part:
-            split = packed.split_part(name)
-            assert split is not None  # a role with a part came from it
-            parts.setdefault(split[0], []).append(model.checkpoint.tensors[name])
+            parts.setdefault(packed.weight_of(name), []).append(model.checkpoint.tensors[name])
     for name, role in model.roles.items():
         ref = model.checkpoint.tensors[name]
-        split = packed.split_part(name) if role.part else None
-        if split is None:
+        weight = packed.weight_of(name)
+        if not role.part:
             items.append(carry(ref, role=role.key, params=model.numel(ref)))
-        elif parts[split[0]][0] is ref:
-            items.append(_decoded(split[0], parts[split[0]], role.key, dtype))
+        elif parts[weight][0] is ref:
+            items.append(_decoded(weight, parts[weight], role.key, dtype))
     config = {k: v for k, v in model.checkpoint.config.items() if k not in ("quantization_config", "torch_dtype")}
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     common = take(PlanOptions, {})
@@ -64,7 +62,9 @@ def _shape(name: str, parts: dict[str, TensorRef]) -> tuple[int, ...]:
     if "_blocks" in parts and len(parts["_blocks"].shape) == 4:
         experts, out, groups, width = parts["_blocks"].shape
         return (experts, groups * width * 2, out)
-    codes = parts.get(".weight")
+    codes = parts.get(".weight", parts.get(""))
+    if codes is not None and (".weight.scb" in parts or ".scb" in parts):
+        return codes.shape
     if codes is not None and (codes.dtype in _FLOAT8 or ".SCB" in parts):
         return codes.shape
     if ".weight_packed" in parts and ".weight_scale" in parts:

@@ -8,7 +8,7 @@ from moeconv.errors import UsageError
 from moeconv.plan.plan import Item
 
 _FITTED = ("pack_int",)  # kernels that can fit their scales (parameter `fit`)
-_FREE = ("pack_int", "pack_bnb4", "pack_bnb8")  # layouts whose codes data can choose
+_FREE = ("pack_int", "pack_bnb4", "pack_bnb4_slice", "pack_bnb8")  # layouts whose codes data can choose
 
 
 def apply_method(item: Item, method: str) -> Item:

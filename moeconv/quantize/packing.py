@@ -37,10 +37,16 @@ class Packing:
         layer = self.model.roles[ref.name].layer
         return self.scheme if layer is None else self.by_layer.get(layer, self.scheme)
 
-    def item(self, ref: TensorRef, scheme: Scheme) -> Item:
-        """One weight, packed."""
-        assert self.format.make is not None
-        return apply_method(self.format.make(ref, scheme, self.model.roles[ref.name].key), self.method)
+    def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
+        """One weight, packed; of a tensor that holds all experts of a layer an item each."""
+        role = self.model.roles[ref.name]
+        if role.group == "expert" and role.expert is None:
+            assert self.format.stack is not None
+            made = self.format.stack(ref, scheme, role.key, self.model.num_experts)
+        else:
+            assert self.format.make is not None
+            made = [self.format.make(ref, scheme, role.key)]
+        return [apply_method(item, self.method) for item in made]
 
     def items(self) -> list[Item]:
         """Every tensor of the source, the chosen ones packed under their own names."""
@@ -49,8 +55,8 @@ class Packing:
         def packed(ref: TensorRef) -> list[Item] | None:
             if ref.name not in chosen:
                 return None
-            item = self.item(ref, self.at(ref))
-            return [item] if self.overlay is None else from_overlay(item, self.overlay)
+            made = self.make(ref, self.at(ref))
+            return made if self.overlay is None else [i for item in made for i in from_overlay(item, self.overlay)]
 
         return carry_all(self.model, dtype=self.dtype, replace=packed)
 
@@ -73,12 +79,15 @@ class Packing:
         others = (ref for ref in self.weights if self.model.roles[ref.name].group != "expert")
         for ref in others:
             group = self.model.roles[ref.name].group
-            counts[group] = counts.get(group, 0) + len(self.item(ref, self.at(ref)).outputs)
+            counts[group] = counts.get(group, 0) + self._outputs(ref, self.at(ref))
         like = next(r for r in self.weights if self.model.roles[r.name].group == "expert")
-        matrices = sum(key.startswith("expert.") and "{E}" in name for key, name in self.model.family.tensors.items())
+        keys = [key for key in self.model.family.tensors if key.startswith("expert.") and not key.endswith("_bias")]
+        copies = 1 if self.model.roles[like.name].expert is None else self.model.num_experts
         schemes = [*self.by_layer.values()] + [self.scheme] * len(self.model.mtp_layers)
-        each = [len(self.item(like, scheme).outputs) for scheme in schemes]
-        return counts | {"expert": sum(each) * self.model.num_experts * matrices}
+        return counts | {"expert": sum(self._outputs(like, scheme) for scheme in schemes) * copies * len(keys)}
+
+    def _outputs(self, ref: TensorRef, scheme: Scheme) -> int:
+        return sum(len(item.outputs) for item in self.make(ref, scheme))
 
 
 def mix(
@@ -91,14 +100,17 @@ def mix(
 ) -> Packing:
     """The packing with each layer's scheme out of `schemes`, of least error times importance in the budget, which with
     --max-bytes counts the files to the byte. Raises UsageError when the smallest does not fit."""
-    model, make = packing.model, packing.item
+    model = packing.model
     of_layer: dict[int, list[TensorRef]] = {layer: [] for layer in model.moe_layers}
     for ref in packing.weights:
         of_layer[model.roles[ref.name].layer or 0].append(ref)
     total = sum(importance[layer] for layer in of_layer) or 1.0
     layers = [
         [
-            (sum(make(r, s).nbytes for r in refs), importance[layer] / total * expected_error(packing.format, s))
+            (
+                sum(item.nbytes for r in refs for item in packing.make(r, s)),
+                importance[layer] / total * expected_error(packing.format, s),
+            )
             for s in schemes
         ]
         for layer, refs in of_layer.items()

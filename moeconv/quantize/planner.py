@@ -54,11 +54,11 @@ def plan_quantize(
         raise InputError(
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
-    model.check_separate_experts()
+    _check_layout(model, format, options.method)
     weights = in_scope(model, options.scope)
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
-    _check_weights(weights)
+    _check_weights(model, weights)
     if options.double_quant and name not in format.nests:
         fits = ", ".join(f"{f.name} {scheme}" for f in FORMATS.values() for scheme in f.nests)
         raise UsageError(f"--double-quant has no meaning for {format.name} {name}", hint=f"It goes with {fits}.")
@@ -184,9 +184,36 @@ def _group(format: Format, options: QuantizeOptions, weights: list[TensorRef], *
     return group
 
 
-def _check_weights(weights: list[TensorRef]) -> None:
+def _check_layout(model: Model, format: Format, method: str) -> None:
+    """All experts of a layer in one tensor, in a format that is not for it or as no loader can keep them packed."""
+    if not model.packed_experts:
+        return
+    apart = any(not way.packed for way in model.family.layouts)  # transformers loads codes by expert, see separate.py
+    if format.stack is None or method == "gptq" or apart:
+        what = "--method gptq" if method == "gptq" else f"--format {format.name}"
+        raise InputError(
+            f"{model.family.model_type} keeps all experts of a layer in one tensor; {what} needs one tensor an expert, "
+            "as the runtimes do that read packed weights",
+            hint="`--format bitsandbytes` with --method rtn packs it for `import moeconv.hf`.",
+        )
+    if model.family.layouts and model.family.packed != model.family.layouts[0].packed:
+        raise InputError(
+            f"the experts of this {model.family.model_type} lie transposed to what its class in transformers holds, so "
+            "that their codes would not be those of the matrices that it computes with",
+            hint="Load it in transformers 5 and save it again, which turns them; then quantize that.",
+        )
+    if any(layout.flat for layout in model.family.packed.values()):
+        raise InputError(
+            f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for them, which its "
+            "class in transformers cuts up itself: the loader of packed experts cannot stand in for that",
+            hint="`moeconv prune`, `calibrate` and `evaluate` take it as it is.",
+        )
+
+
+def _check_weights(model: Model, weights: list[TensorRef]) -> None:
     for ref in weights:
-        if ref.dtype not in ("BF16", "F16", "F32") or len(ref.shape) != 2:
+        matrix = len(ref.shape) == (3 if model.roles[ref.name].key in model.family.packed else 2)
+        if ref.dtype not in ("BF16", "F16", "F32") or not matrix:
             raise InputError(
                 f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}: not a matrix of 16 or 32 bit floats",
                 hint="Quantize a bf16, fp16 or fp32 checkpoint.",

@@ -40,6 +40,7 @@ class Format:
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
     remote_code: bool = False  # whether its loader can be written beside the weights
     nests: tuple[str, ...] = ()  # schemes that double quantization goes with
+    stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
 
 
 def codes(

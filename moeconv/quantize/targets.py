@@ -15,8 +15,11 @@ _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of wh
 
 def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
     """Runtime -> whether it loads a model packed so. `mixed`: bits differ by layer. Of multimodal models, whose modules
-    every engine names in its own way, only transformers was tried."""
+    every engine names in its own way, only transformers was tried; packed experts of one tensor have names of our own,
+    which no other runtime knows."""
     loads = dict(format.mixed if mixed else format.loads[scheme])
+    if family.packed and format.stack is not None:
+        return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
     if family.beside:
         loads |= {runtime: "unknown" for runtime, word in loads.items() if runtime != "transformers" and word != "no"}
     return loads

@@ -77,8 +77,10 @@ def _count(plan: Plan, staged: Path) -> dict[str, int]:
         return counts
     model = open_model(staged)
     for name, role in model.roles.items():
-        if role.part in ("packed", "weight") and model.checkpoint.tensors[name].dtype in _CODES:
-            counts[role.group] = counts.get(role.group, 0) + 1
+        ref = model.checkpoint.tensors[name]
+        if role.part in ("packed", "weight") and ref.dtype in _CODES:
+            stacked = role.group == "expert" and role.expert is None
+            counts[role.group] = counts.get(role.group, 0) + (ref.shape[0] if stacked else 1)
     return counts
 
 
@@ -119,10 +121,21 @@ def _decoder(staged: Path):
     """The function from a tensor of codes to the weight that it and its companions decode to."""
     import torch
 
-    from moeconv.tensors import decode_weight
+    from moeconv.families.packed import SHARED, STACKED_PARTS
+    from moeconv.tensors import decode_parts, decode_weight, read_parts
 
     model = open_model(staged)
-    return lambda spec: decode_weight(model, _plain(spec.name), torch.float32)
+
+    def decode(spec: TensorSpec):
+        if not spec.of:
+            return decode_weight(model, _plain(spec.name), torch.float32)
+        parts = {
+            suffix: part if STACKED_PARTS.get(suffix) in SHARED else part[spec.at : spec.at + 1]
+            for suffix, part in read_parts(model, spec.name).items()
+        }
+        return decode_parts(parts, name=spec.name, dtype=torch.float32)[0]
+
+    return decode
 
 
 def _gguf_decoder(shard: Shard, staged: Path):

@@ -13,9 +13,13 @@ from tests.contract.stock import MOE_CASES, dropped, load, logits, relative_diff
 
 torch.set_num_threads(1)
 SEPARATE = [case for case in MOE_CASES if not row_of(case).packed]
+# all experts of a layer in one tensor, which bitsandbytes' format packs as it lies
+STACKED = [c for c in MOE_CASES if c not in SEPARATE and not any(p.flat for p in row_of(c).packed.values())]
 _FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in one a format
 INTEGER = [(c, s) for c in SEPARATE for s in ("int4", "int8") if c in _FIRST or s == "int4"]
 BITSANDBYTES = [(c, s) for c in SEPARATE for s in ("nf4", "fp4", "int8") if c in _FIRST or s == "nf4"]
+BITSANDBYTES += [(c, "nf4") for c in STACKED]
+BITSANDBYTES += [(c, s) for c in ("granitemoe", "gpt_oss", "llama4") for s in ("fp4", "int8", "nf4 --double-quant")]
 
 
 @pytest.mark.parametrize("keep", [6, 4])
@@ -40,6 +44,8 @@ def test_dry_run_states_the_bytes_that_are_written(tmp_path, cli, case):
     steps: list[tuple] = [("prune", "--keep", 4)]
     if case in SEPARATE:
         steps += [("quantize", "--format", "bitsandbytes"), ("quantize", "--bits", 8)]
+    if case in STACKED:
+        steps += [("quantize", "--format", "bitsandbytes", "--double-quant", "--shard-size", "30kB")]
     for i, (verb, *flags) in enumerate(steps):
         out = tmp_path / f"out{i}"
         promised = cli(verb, source, out, *flags, "--dry-run", "--json").json
@@ -97,7 +103,8 @@ def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli,
     import moeconv.hf  # noqa: F401 - registers the loader
 
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    done = cli("quantize", source, tmp_path / "packed", "--format", "bitsandbytes", "--scheme", scheme, "--json")
+    flags = ("--format", "bitsandbytes", "--scheme", *scheme.split(), "--json")
+    done = cli("quantize", source, tmp_path / "packed", *flags)
     assert done.code == 0, done.out
     plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
@@ -105,6 +112,27 @@ def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli,
     assert torch.equal(logits(plain), logits(packed))
     stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
     assert stored, "the experts are not packed in memory"
+    packed.save_pretrained(tmp_path / "again")
+    before, after = (open_model(tmp_path / folder).checkpoint.tensors for folder in ("packed", "again"))
+    assert {n: (r.dtype, r.shape) for n, r in before.items()} == {n: (r.dtype, r.shape) for n, r in after.items()}
+    assert torch.equal(logits(load(tmp_path / "again", dtype=torch.bfloat16)), logits(packed))
+
+
+@pytest.mark.parametrize("scheme", ["nf4 --double-quant", "int8"])
+@pytest.mark.parametrize("case", ["granitemoe", "gpt_oss"])
+def test_codes_of_all_experts_in_one_tensor_are_pruned_as_what_they_decode_to(tmp_path, cli, case, scheme):
+    import moeconv.hf  # noqa: F401 - registers the loader
+
+    source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
+    flags = ("--format", "bitsandbytes", "--scheme", *scheme.split(), "--json")
+    assert cli("quantize", source, tmp_path / "packed", *flags).code == 0
+    plain = _dequantized(source, tmp_path / "packed", tmp_path / "plain")
+    for folder in (tmp_path / "packed", plain):
+        done = cli("prune", folder, folder.with_suffix(".pruned"), "--keep", 5, "--criterion", "magnitude", "--json")
+        assert done.code == 0, done.out
+    assert cli("verify", tmp_path / "packed.pruned", "--json").json["ok"]
+    pruned, decoded = (load(tmp_path / f"{name}.pruned", dtype=torch.bfloat16) for name in ("packed", "plain"))
+    assert torch.equal(logits(pruned), logits(decoded))
 
 
 def test_what_a_router_cannot_give_is_refused_before_any_calibration(tmp_path, cli):
@@ -120,12 +148,25 @@ def test_what_a_router_cannot_give_is_refused_before_any_calibration(tmp_path, c
 
 
 @pytest.mark.parametrize("case", [case for case in MOE_CASES if case not in SEPARATE])
-def test_experts_in_one_tensor_are_not_packed(tmp_path, cli, case):
-    """No stock runtime reads packed weights for them, so nothing is written."""
+def test_experts_in_one_tensor_are_packed_only_for_our_own_loader(tmp_path, cli, case):
+    """No stock runtime reads packed weights for them, so nothing is written for one."""
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    for format in ("compressed-tensors", "bitsandbytes"):
+    for format in ("compressed-tensors", "bitsandbytes")[: 1 if case in STACKED else 2]:
         refused = cli("quantize", source, tmp_path / "out", "--format", format, "--json")
         assert refused.code == 3 and "one tensor" in refused.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_lie_transposed_to_their_class_are_not_packed(tmp_path, cli):
+    """The hub's Qwen3-VL-MoE: transformers turns its matrices while it loads them, which codes cannot be."""
+    from safetensors.torch import load_file, save_file
+
+    source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_vl_moe"], dtype=torch.bfloat16)
+    for file in source.glob("*.safetensors"):
+        turned = {n: t.mT.contiguous() if "mlp.experts" in n else t for n, t in load_file(file).items()}
+        save_file(turned, file, metadata={"format": "pt"})
+    refused = cli("quantize", source, tmp_path / "out", "--format", "bitsandbytes", "--json")
+    assert refused.code == 3 and "transposed" in refused.json["error"]["message"], refused.out
     assert not (tmp_path / "out").exists()
 
 

@@ -513,3 +513,78 @@ def test_self_contained_loads_without_moeconv(tmp_path):
     assert done.returncode == 0, done.stderr
     mine = load(tmp_path / "out")
     assert torch.equal(mine(torch.arange(3, 11)[None]).logits, torch.load(tmp_path / "logits"))
+
+
+# --------------------------------------------------------------------------- all experts of a layer in one tensor
+
+
+def stacked(folder: Path, cli, scheme: str = "nf4 --double-quant") -> Path:
+    """A tiny GPT-OSS (biases per expert, [in, out], gate and up interleaved), quantized by the command."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gpt_oss", **COMMON, intermediate_size=96, num_local_experts=8, head_dim=16),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(folder / "source")
+    flags = ("--format", "bitsandbytes", "--self-contained", "--scheme", *scheme.split(), "--json")
+    done = cli("quantize", folder / "source", folder / "packed", *flags)
+    assert done.code == 0, done.out
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("scheme", ["nf4 --double-quant", "int8"])
+def test_experts_in_one_tensor_decode_only_what_is_hit_and_save_bit_for_bit(tmp_path, cli, scheme):
+    from moeconv.families.model import open_model
+    from moeconv.tensors import decode_weight
+
+    packed = stacked(tmp_path, cli, scheme)
+    decoded = open_model(packed)
+    stock = load(tmp_path / "source")
+    for name, parameter in stock.named_parameters():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            parameter.data.copy_(decode_weight(decoded, name))
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = load(packed, experts_implementation=implementation)
+        stock.set_experts_implementation(implementation)
+        for ids in (tokens(3, 9), tokens(1, 1)):
+            assert torch.equal(model(ids).logits, stock(ids).logits), implementation
+    module = experts_of(model)[0]
+    assert held_bytes(module) <= (0.35 if scheme != "int8" else 0.57) * held_bytes(experts_of(stock)[0])  # biases too
+    few = module._decoded(torch.tensor([1, 6]), dtype=torch.bfloat16)
+    assert few.gate_up_proj.shape[0] == few.gate_up_proj_bias.shape[0] == 2
+    model.save_pretrained(tmp_path / "again")
+    before, after = load_file(packed / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[n]) for n, tensor in before.items())
+    whole = load(packed, device_map="auto")
+    assert torch.equal(whole(ids).logits, model(ids).logits)
+
+
+def test_damaged_codes_of_experts_in_one_tensor_raise(tmp_path, cli):
+    packed = stacked(tmp_path, cli)
+    down = "model.layers.1.mlp.experts.down_proj"
+
+    def other_shape(weights):
+        state = bytes(weights[f"{down}.quant_state"]).replace(b"[96, 64]", b"[64, 96]")
+        weights[f"{down}.quant_state"] = torch.tensor(list(state), dtype=torch.uint8)
+
+    changes = {
+        "absmax": lambda weights: weights.pop(f"{down}.absmax"),
+        "expected U8": lambda weights: weights.update({down: weights[down][:7].clone()}),
+        "quant_state says shape": other_shape,
+    }
+    for i, (words, change) in enumerate(changes.items()):
+        with pytest.raises(InputError, match=words):
+            load(damaged(packed, tmp_path / str(i), change))
+
+
+def test_slices_of_a_tensor_share_a_file_and_do_not_depend_on_the_workers(tmp_path, cli):
+    first = stacked(tmp_path, cli)
+    second = tmp_path / "second"
+    flags = ("--format", "bitsandbytes", "--self-contained", "--double-quant", "--json")
+    for more in (("--jobs", 3), ("--shard-size", "5kB")):
+        done = cli("quantize", tmp_path / "source", second, *flags, *more, "--overwrite")
+        assert done.code == 0, done.out
+        files = list(second.glob("*.safetensors"))
+        tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        whole = load_file(first / "model.safetensors")
+        assert tensors.keys() == whole.keys() and all(torch.equal(t, whole[n]) for n, t in tensors.items())
+    assert len(files) > 3

@@ -27,6 +27,7 @@ _WHERE = {
     "chain": "moeconv.plan.kernels.chain:chain",
     "pack_int": "moeconv.plan.kernels.quantized:pack_int_kernel",
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
+    "pack_bnb4_slice": "moeconv.plan.kernels.quantized:pack_bnb4_slice_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
     "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
 }

@@ -10,6 +10,7 @@ import torch
 from moeconv.errors import InputError, escape
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
+from moeconv.plan.kernels.pack.stacked import pack_slice
 from moeconv.plan.plan import Input, TensorSpec
 from moeconv.tensors import TORCH_DTYPES, decode_parts, to_bytes, to_tensor
 
@@ -50,6 +51,16 @@ def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Te
 def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
     """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size, nested."""
     parts = pack_nf4(
+        _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
+    )
+    return _ordered(parts, params)
+
+
+def pack_bnb4_slice_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+):
+    """One expert's share of tensors that hold all experts' 4-bit codes. params: as of pack_bnb4."""
+    parts = pack_slice(
         _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
     )
     return _ordered(parts, params)

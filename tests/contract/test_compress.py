@@ -112,10 +112,13 @@ def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli,
     assert torch.equal(logits(plain), logits(packed))
     stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
     assert stored, "the experts are not packed in memory"
-    packed.save_pretrained(tmp_path / "again")
-    before, after = (open_model(tmp_path / folder).checkpoint.tensors for folder in ("packed", "again"))
-    assert {n: (r.dtype, r.shape) for n, r in before.items()} == {n: (r.dtype, r.shape) for n, r in after.items()}
-    assert torch.equal(logits(load(tmp_path / "again", dtype=torch.bfloat16)), logits(packed))
+    if case in STACKED:
+        packed.save_pretrained(tmp_path / "again")
+        before, after = (open_model(tmp_path / folder) for folder in ("packed", "again"))
+        assert before.roles.keys() == after.roles.keys()
+        for name in (name for name, role in before.roles.items() if role.group == "expert"):
+            assert torch.equal(read_tensor(before.checkpoint, name), read_tensor(after.checkpoint, name)), name
+        assert torch.equal(logits(load(tmp_path / "again", dtype=torch.bfloat16)), logits(packed))
 
 
 @pytest.mark.parametrize("scheme", ["nf4 --double-quant", "int8"])

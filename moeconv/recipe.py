@@ -110,13 +110,13 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        lines: dict[tuple[Any, ...], int] = {}
+        _note_lines(node, (), lines)  # an alias inside its own anchor never ends
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that the calendar lacks
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         raise UsageError(f"{escape(file.name)}{where}: {escape(problem)}", hint="Correct the YAML.") from None
-    lines: dict[tuple[Any, ...], int] = {}
-    _note_lines(node, (), lines)
     checker = _Checker(file, lines)
     spec = checker.parse(value)
     variables = _variables(checker, spec, settings)
@@ -273,7 +273,10 @@ class _Checker:
     def scalar(self, text: str, path: tuple[Any, ...], variables: _Variables) -> Any:
         """A value with its variables filled in; what stood as one ${variable} is read as YAML reads it."""
         filled = self.fill(text, path, variables, in_path=False)
-        return yaml.safe_load(filled) if _VARIABLE.fullmatch(text) else filled
+        try:
+            return yaml.safe_load(filled) if _VARIABLE.fullmatch(text) else filled
+        except (yaml.YAMLError, ValueError):
+            raise self.fail(path, f"{escape(text)} is {escape(filled)!r}, which is not YAML", "Quote it.") from None
 
     def fill(self, text: str, path: tuple[Any, ...], variables: _Variables, *, in_path: bool) -> str:
         def value(match: re.Match[str]) -> str:

@@ -122,17 +122,23 @@ def _decoder(staged: Path):
     import torch
 
     from moeconv.families.packed import SHARED, STACKED_PARTS
-    from moeconv.tensors import decode_parts, decode_weight, read_parts
+    from moeconv.tensors import decode_parts, decode_weight, to_tensor
 
     model = open_model(staged)
 
     def decode(spec: TensorSpec):
         if not spec.of:
             return decode_weight(model, _plain(spec.name), torch.float32)
-        parts = {
-            suffix: part if STACKED_PARTS.get(suffix) in SHARED else part[spec.at : spec.at + 1]
-            for suffix, part in read_parts(model, spec.name).items()
-        }
+        parts = {}
+        for suffix in ("", *STACKED_PARTS):
+            ref = model.checkpoint.tensors.get(spec.name + suffix)
+            if ref is not None:  # of one expert alone, but what all share
+                size, shape = ref.nbytes // spec.of, (1, *ref.shape[1:])
+                start = spec.at * size
+                if STACKED_PARTS.get(suffix) in SHARED:
+                    start, size, shape = 0, ref.nbytes, ref.shape
+                data = model.checkpoint.read(ref.name, start=start, length=size)
+                parts[suffix] = to_tensor(bytearray(data), ref.dtype, shape)
         return decode_parts(parts, name=spec.name, dtype=torch.float32)[0]
 
     return decode

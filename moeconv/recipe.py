@@ -120,9 +120,11 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     checker = _Checker(file, lines)
     spec = checker.parse(value)
     variables = _variables(checker, spec, settings)
+    steps = [(i, step) for i, s in enumerate(spec.steps) for step in checker.steps(i, s, variables)]
+    checker.order(steps)
     return Recipe(
         spec.name,
-        tuple(step for i, s in enumerate(spec.steps) for step in checker.steps(i, s, variables)),
+        tuple(step for _, step in steps),
         None if spec.evaluate is None else checker.typed("evaluate", spec.evaluate, ("evaluate",), variables),
         None if spec.report is None else checker.path(spec.report, ("report",), variables),
     )
@@ -203,6 +205,25 @@ class _Checker:
                 raise self.fail(path, f"unknown key {escape(path[-1])!r}", o.did_you_mean(path[-1], known)) from None
             where = ".".join(str(p) for p in path)
             raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
+
+    def order(self, steps: Sequence[tuple[int, Step]]) -> None:
+        """Complain of two steps that write the same, and of one that reads what is written only later."""
+        writers: set[str] = set()
+        for at, (index, step) in enumerate(steps):
+            if step.to is not None and os.path.normpath(step.to) in writers:
+                raise self.fail(
+                    ("steps", index, "to"), f"two steps write {escape(os.path.basename(step.to))}",
+                    "Give each a path of its own.",
+                )  # fmt: skip
+            later = {os.path.normpath(s.to) for _, s in steps[at:] if s.to is not None}
+            if os.path.normpath(step.source) in later:
+                raise self.fail(
+                    ("steps", index, "from"),
+                    f"{escape(os.path.basename(step.source))} is written by this step or a later one",
+                    "A step reads what was there before it, or what an earlier step wrote.",
+                )
+            if step.to is not None:
+                writers.add(os.path.normpath(step.to))
 
     def steps(self, index: int, spec: StepSpec, variables: _Variables) -> list[Step]:
         """The step, or one for every combination of its grid's values, which `to` and the name then end with."""
@@ -291,6 +312,8 @@ class _Checker:
     def path(self, text: str, path: tuple[Any, ...], variables: _Variables) -> str:
         """A path relative to the recipe's folder; hub names and absolute paths stay."""
         filled = self.fill(text, path, variables, in_path=True)
+        if not filled.strip():
+            raise self.fail(path, f"{escape(path[-1])} is empty", "Name a path.")
         return filled if filled.startswith("hf://") or filled == "-" else str(self.file.parent / filled)
 
 

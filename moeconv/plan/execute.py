@@ -56,6 +56,13 @@ def default_jobs() -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
+def checked_jobs(jobs: int | None) -> int:
+    """The workers of a run. Raises UsageError for none of them."""
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs {jobs} must be at least 1", hint="Leave it out for one a processor.")
+    return default_jobs() if jobs is None else jobs
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has held, in bytes."""
     try:
@@ -108,9 +115,7 @@ def execute(
     out = Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
-    jobs = default_jobs() if jobs is None else jobs
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs} must be at least 1")
+    jobs = checked_jobs(jobs)
     check_companions(source)  # now, not when hours of work are done
     check_target(out, sources=_directories(flow), overwrite=overwrite)
     key = _resume_key(plan, source, origins or {})

@@ -31,6 +31,11 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
     siblings = [open_resolved(path) for path in options.experts_from]
     if options.method == "split" and options.router != "random":
         raise UsageError("--router: split fits its own router", hint="Leave --router out.")
+    if take(DataOptions, values).data and options.method != "split" and options.router == "random":
+        raise UsageError(
+            "--data says nothing to this upcycle",
+            hint="It goes with --method split and with --router hidden or centroid; leave it out.",
+        )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))
     figures: dict[str, Any] = {}
     with scratch() as folder:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from moeconv.errors import UsageError
 from moeconv.families.node import Node, cut, deal, measured, scale, take
-from moeconv.options import UpcycleOptions
+from moeconv.options import UpcycleOptions, flag_of
 from moeconv.plan.partition import ROUTER_SCALE
 from moeconv.upcycle.cut import Cut, counts
 
@@ -92,7 +93,7 @@ class Method:
     gave); the shared expert is selected and never edited. `scale` is what the routed sum must be multiplied by to be
     the FFN's; `grouped` repeats a router row for the pieces of a copy; `router` gives a layer's rows in place of random
     ones, `correction` its correction bias. `exact` where the model's function does not change. `granularity` is the
-    default number of pieces."""
+    default number of pieces. `reads` are the options that only some methods look at."""
 
     edit: Callable[[Matrix, UpcycleOptions], Node] = keep
     exact: bool = False
@@ -102,6 +103,7 @@ class Method:
     router: Callable[[int, UpcycleOptions, int], Node] | None = None
     correction: Callable[[int, UpcycleOptions], Node] | None = None
     granularity: int = 1
+    reads: tuple[str, ...] = ()
 
 
 def _drawn(matrix: Matrix, kernel: str, purpose: str, **params: Any) -> Node:
@@ -125,16 +127,28 @@ def _drop(matrix: Matrix, options: UpcycleOptions) -> Node:
 
 METHODS: dict[str, Method] = {
     "copy": Method(exact=True),
-    "noise": Method(_noise),
-    "drop": Method(_drop),
+    "noise": Method(_noise, reads=("noise_scale", "noise_fraction")),
+    "drop": Method(_drop, reads=("drop_ratio",)),
     "granular": Method(exact=True, granularity=2),
     "experts-from": Method(),
-    "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2),
+    "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2, reads=("drop_ratio",)),
     "split": Method(
         select=partitioned,
         scale=lambda cut, options: cut.top_k,  # each of the chosen weighs 1 / k
         grouped=False,
         router=_fitted,
         correction=_always_on,
+        reads=("clustering", "stats"),
     ),
 }
+
+
+def check_reads(options: UpcycleOptions) -> None:
+    """Raises UsageError for an option that the method would not look at."""
+    for name in sorted({name for method in METHODS.values() for name in method.reads}):
+        if getattr(options, name) != getattr(UpcycleOptions(), name) and name not in METHODS[options.method].reads:
+            readers = [known for known, method in METHODS.items() if name in method.reads]
+            raise UsageError(
+                f"{flag_of(name)} says nothing to --method {options.method}",
+                hint=f"It goes with --method {' or '.join(readers)}; leave it out.",
+            )

@@ -26,7 +26,7 @@ from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly, sibling_origin
-from moeconv.upcycle.methods import METHODS
+from moeconv.upcycle.methods import METHODS, check_reads
 from moeconv.upcycle.siblings import check_siblings
 from moeconv.upcycle.split import (
     check_partition,
@@ -54,6 +54,7 @@ def plan_upcycle(
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
+    check_reads(options)
     if model.family.kind == "moe" and options.to in (None, model.family.model_type):
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)

@@ -1,4 +1,4 @@
-"""A recipe that YAML itself trips over is refused with its file and line, not with a traceback."""
+"""A recipe that YAML itself trips over, or whose steps cannot follow each other, is refused with its file and line."""
 
 from __future__ import annotations
 
@@ -21,5 +21,22 @@ STEP = "steps:\n  - {step: upcycle, from: a, to: b, with: {experts: %s}}\n"
 )
 def test_a_recipe_that_yaml_cannot_read_is_wrong_usage(tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text, "utf-8")
+    with pytest.raises(UsageError, match=said):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        ([("a", "b"), ("a", "b")], "r.yaml:3: two steps write b"),
+        ([("a", "b"), ("a", "x/../b")], "r.yaml:3: two steps write b"),
+        ([("b", "c"), ("a", "b")], "r.yaml:2: b is written by this step or a later one"),
+        ([("b", "b")], "r.yaml:2: b is written by this step"),
+        ([("''", "b")], "r.yaml:2: from is empty"),
+    ],
+)
+def test_steps_that_cannot_follow_each_other(tmp_path, steps, said):
+    lines = [f"  - {{step: upcycle, from: {a}, to: {b}}}" for a, b in steps]
+    (tmp_path / "r.yaml").write_text("\n".join(["steps:", *lines]), "utf-8")
     with pytest.raises(UsageError, match=said):
         load_recipe(str(tmp_path / "r.yaml"))

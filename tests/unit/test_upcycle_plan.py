@@ -83,7 +83,8 @@ def test_routers_differ_by_layer_and_seed_and_by_nothing_else(tmp_path):
 @pytest.mark.parametrize("method", ["noise", "drop"])
 def test_methods_change_the_same_neurons_of_gate_up_and_down(tmp_path, method):
     model = open_model(make_dense(tmp_path / "m", dtype="F32", layers=1))
-    plan, moe = written(model, tmp_path / "out", method=method, experts=3, drop_ratio=0.25, noise_fraction=0.25)
+    share = {"noise": "noise_fraction", "drop": "drop_ratio"}[method]
+    plan, moe = written(model, tmp_path / "out", method=method, experts=3, **{share: 0.25})
     assert not plan.block["exact"]
     before, after = read_tensors(tmp_path / "m"), read_tensors(tmp_path / "out")
     chosen = set()

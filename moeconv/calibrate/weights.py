@@ -99,7 +99,7 @@ def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
             data = model.checkpoint.read(ref.tensor, start=start, length=length)
             yield to_float32(data, ref.dtype, (length // size,))
         return
-    from moeconv.tensors import decode_parts, to_tensor
+    from moeconv.plan.kernels.stored import decode_parts, to_tensor
 
     read = {
         suffix: to_tensor(model.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes), ref.dtype, ref.shape)

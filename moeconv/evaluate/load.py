@@ -10,9 +10,10 @@ import torch
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
 from moeconv.families.model import Model, find_family
+from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.quiet import quiet
 from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
-from moeconv.tensors import TORCH_DTYPES, decode_weight, plain_names
+from moeconv.tensors import decode_weight, plain_names
 
 _SHOWN = 5  # names of each kind of problem
 

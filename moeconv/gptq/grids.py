@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moeconv.gptq.matrix import Coded, Grid
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
+from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.plan import Item
-from moeconv.tensors import TORCH_DTYPES
 
 KERNELS = ("pack_int", "pack_bnb4", "pack_bnb8")  # whose items this file knows
 

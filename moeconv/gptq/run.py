@@ -29,12 +29,13 @@ from moeconv.gptq.grids import grid_of, on_disk
 from moeconv.gptq.matrix import Coded, damped, gptq, retarget, round_to_nearest
 from moeconv.options import DataOptions, MeasureOptions, check_names, parse_size, take
 from moeconv.plan.kernels.draw import generator
+from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
 from moeconv.stream.experts import one_expert
 from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
 from moeconv.stream.memory import allocate
-from moeconv.tensors import decode_weight, to_bytes, to_tensor
+from moeconv.tensors import decode_weight
 
 VERSION = 1
 HELD_OUT = 16  # every 16th window judges and is not looked at

@@ -17,12 +17,13 @@ from moeconv.calibrate.neurons import NeuronStatistics, activations, down_module
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.families.model import Model
+from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import KIND, VERSION
 from moeconv.prepare.cut import Cut, Ffn, cut_ffn
 from moeconv.stream.layers import layer_bytes, release_memory
 from moeconv.stream.skeleton import Skeleton
-from moeconv.tensors import decode_weight, to_bytes
+from moeconv.tensors import decode_weight
 
 _ROWS = 4096  # tokens in a forward pass
 

@@ -20,10 +20,11 @@ from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
+from moeconv.plan.kernels.stored import to_bytes
 from moeconv.repair.run import OVERLAY_VERSION, on_disk, overlay_names
 from moeconv.stream.experts import activations
 from moeconv.stream.layers import Layer, LayerStream
-from moeconv.tensors import decode_weight, to_bytes
+from moeconv.tensors import decode_weight
 
 _TOKENS = 2048  # on which activations are compared
 

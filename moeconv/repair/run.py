@@ -17,9 +17,9 @@ from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
 from moeconv.repair.pruned import Variant, pruned_pass
 from moeconv.stream.layers import LayerStream
-from moeconv.tensors import TORCH_DTYPES, to_bytes
 
 OVERLAY_VERSION = 1
 

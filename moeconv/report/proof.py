@@ -105,7 +105,8 @@ def _source_weight(source: Model, item: Item, spec: TensorSpec):
     import torch
 
     from moeconv.plan.kernels.ggml import interleave
-    from moeconv.tensors import read_tensor, to_tensor
+    from moeconv.plan.kernels.stored import to_tensor
+    from moeconv.tensors import read_tensor
 
     ref = item.inputs[0]
     if ref.origin != "source":
@@ -122,7 +123,8 @@ def _decoder(staged: Path):
     import torch
 
     from moeconv.families.packed import SHARED, STACKED_PARTS
-    from moeconv.tensors import decode_parts, decode_weight, to_tensor
+    from moeconv.plan.kernels.stored import decode_parts, to_tensor
+    from moeconv.tensors import decode_weight
 
     model = open_model(staged)
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
+from moeconv.plan.kernels.stored import TORCH_DTYPES, decode_parts
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import allocate, release_memory
 from moeconv.stream.skeleton import Skeleton
-from moeconv.tensors import TORCH_DTYPES, decode_parts, plain_name, plain_names, read_parts
+from moeconv.tensors import plain_name, plain_names, read_parts
 
 Parts = dict[str, dict[str, Tensor]]
 

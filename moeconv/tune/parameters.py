@@ -17,7 +17,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
 from moeconv.options import did_you_mean
-from moeconv.tensors import TORCH_DTYPES
+from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.tune.routing import Block
 
 WORDS = ("router", "experts", "shared", "norms")

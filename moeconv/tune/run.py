@@ -24,9 +24,9 @@ from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
+from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import pick_device, start_meter
-from moeconv.tensors import to_bytes
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
 from moeconv.tune.layerwise import Fit, Fitted, each_layer

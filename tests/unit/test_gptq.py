@@ -139,7 +139,7 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     x = inputs(1, width=ref.shape[1])
     coded = gptq(weight, damped((x.T @ x).double(), 0.01), grid, group=group)
     parts = on_disk(item, coded)
-    from moeconv.tensors import SAFETENSORS_DTYPES, decode_parts
+    from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES, decode_parts
 
     for spec in item.outputs:
         assert tuple(parts[spec.name].shape) == spec.shape and SAFETENSORS_DTYPES[parts[spec.name].dtype] == spec.dtype

@@ -38,7 +38,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "plan.arrange": {"errors", "options", "checkpoint", "families"},
     "plan.build": {"errors", "checkpoint", "families"},
     "plan.planned": {"errors", "checkpoint", "families"},
-    "plan.kernels": {"errors", "checkpoint", "tensors"},
+    "plan.kernels": {"errors", "checkpoint"},
     "upcycle": DECIDE,
     "prune": DECIDE,
     "quantize": DECIDE,
@@ -61,7 +61,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 TRANSFORMERS = ("stream", "data", "calibrate", "prepare", "repair", "gptq", "tune", "evaluate", "hf")
-TORCH_AT_IMPORT = (*TRANSFORMERS, "tensors", "plan.kernels.pack", "plan.kernels.quantized")
+TORCH_AT_IMPORT = (*TRANSFORMERS, "tensors", "plan.kernels.pack", "plan.kernels.quantized", "plan.kernels.stored")
 
 
 def room(module: str) -> str:

@@ -14,9 +14,10 @@ import torch
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
+from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.layers import LayerStream, layer_bytes, pick_device
-from moeconv.tensors import decode_weight, plain_names, read_tensor, to_bytes, to_tensor
+from moeconv.tensors import decode_weight, plain_names, read_tensor
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip

@@ -11,8 +11,8 @@ from moeconv.errors import InputError, escape
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
 from moeconv.plan.kernels.pack.stacked import pack_slice
+from moeconv.plan.kernels.stored import TORCH_DTYPES, decode_parts, to_bytes, to_tensor
 from moeconv.plan.plan import Input, TensorSpec
-from moeconv.tensors import TORCH_DTYPES, decode_parts, to_bytes, to_tensor
 
 # Items run side by side; torch's own threads would only fight them (3 to 20 times slower under load).
 torch.set_num_threads(1)

@@ -70,3 +70,14 @@ def left_over() -> Callable[[Path], list[str]]:
         return sorted(e.name for e in os.scandir(folder) if e.name.startswith("out") or "moeconv" in e.name)
 
     return look
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch computes in one thread, as the command does: with more, small matrices are slower and sums vary."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

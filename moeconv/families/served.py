@@ -16,12 +16,13 @@ _EVERYWHERE = frozenset({
     "gpt_oss", "afmoe", "dbrx", "llama4_text",
 })  # fmt: skip
 _RUNS = {
-    "vllm": _EVERYWHERE | {"dots1", "flex_olmo", "nemotron_h", "granitemoe_swa", "granitemoeshared", "hy_v3", "mellum", "minimax_m2",
-                           "glm4_moe_lite", "mimo_v2_flash", "jamba", "llama4", "qwen3_vl_moe", "qwen3_5_moe",
-                           "glm4v_moe", "aria", "internvl", "gemma4", "gemma4_text"},
+    "vllm": _EVERYWHERE | {"dots1", "flex_olmo", "nemotron_h", "granitemoe_swa", "granitemoeshared", "hy_v3", "mellum",
+                           "minimax_m2", "glm4_moe_lite", "mimo_v2_flash", "jamba", "llama4", "qwen3_vl_moe",
+                           "qwen3_5_moe", "glm4v_moe", "aria", "internvl", "gemma4", "gemma4_text"},
     "sglang": _EVERYWHERE | {"dots1", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"},
-    "llama.cpp": _EVERYWHERE | {"dots1", "granitemoeshared", "nemotron_h", "hy_v3", "mellum", "minimax_m2", "mimo_v2_flash", "jamba",
-                                "solar_open", "qwen3_5_moe_text", "laguna", "gemma4", "gemma4_text"},
+    "llama.cpp": _EVERYWHERE | {"dots1", "granitemoeshared", "nemotron_h", "hy_v3", "mellum", "minimax_m2",
+                                "mimo_v2_flash", "jamba", "solar_open", "qwen3_5_moe_text", "laguna", "gemma4",
+                                "gemma4_text"},
 }  # fmt: skip
 _RUNS_NOT = {
     "vllm": frozenset[str](),

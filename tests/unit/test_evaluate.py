@@ -32,12 +32,7 @@ from moeconv.upcycle.planner import plan_upcycle
 SEQ_LEN = 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(path: Path, family: str = "qwen3_moe", **config: Any) -> Path:

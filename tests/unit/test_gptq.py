@@ -30,12 +30,7 @@ from moeconv.tensors import decode_weight
 INT4 = Grid(torch.arange(-8.0, 8.0), 7.5, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs(seed: int, *, tokens: int = 400, width: int = 32) -> torch.Tensor:

@@ -51,9 +51,7 @@ SCHEMES = ["nf4", "fp4", "int8", "nf4-nested"]
 EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def encode(weight: torch.Tensor, name: str, scheme: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

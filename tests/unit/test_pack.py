@@ -16,9 +16,7 @@ from moeconv.plan.kernels import pack
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gauss(*shape: int, seed: int = 0, scale: float = 0.02, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

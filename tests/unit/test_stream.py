@@ -40,12 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 CASES |= {family: (family, {}) for family in (*tiny.DENSE, *tiny.MOE) if family not in CASES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(path: Path, family: str, **config: Any) -> Path:

@@ -31,12 +31,7 @@ SEQ_LEN = 16
 TARGETS = {"qwen2": "glm4_moe", "lfm2": "lfm2_moe", "stablelm": "phimoe", "cohere": "cohere2_moe"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

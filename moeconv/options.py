@@ -65,7 +65,9 @@ class MeasureOptions:
     batch_size: int = option(8, "Sequences per forward pass.")
     seq_len: int | None = option(None, "Tokens per sequence (default: 512, at most the model's).")
     tokens: int | None = option(None, "Tokens to use, sampled with the seed (default: 65536, evaluate: all).")
-    text_field: str = option("text", "Field of .jsonl records that holds the text, or `messages` for chats.")
+    text_field: str = option(
+        "text", "Field of the records that holds the text (default: text, or else messages or conversations)."
+    )
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class DataOptions:
     """Text to run a model on."""
 
     data: tuple[str, ...] = option(
-        (), "Text file, .jsonl, directory, - for standard input, or hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; "
-        "repeatable, FILE=WEIGHT."
+        (), "File of text, JSON, JSON lines, CSV or Parquet, directory, - for standard input, or "
+        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; repeatable, FILE=WEIGHT."
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What `--data` names: text and .jsonl files, directories, standard input, hub data sets -> texts with provenance.
+"""What `--data` names: files, directories, standard input, hub data sets -> texts with provenance.
 
 One value is one source, with one weight: a directory's files are joined, so give files one by one to tell them apart.
 """
@@ -9,23 +9,24 @@ import hashlib
 import math
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from moeconv.checkpoint.strictjson import parse_json
 from moeconv.data.hubdata import read_hub
+from moeconv.data.recognise import JSONL_SUFFIXES, PLAIN_SUFFIXES, TABLE_SUFFIXES, parse_texts
+from moeconv.data.records import Text, text_of
+from moeconv.data.unpack import UNPACKED_SUFFIXES
 from moeconv.errors import InputError, UsageError, escape
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = (".txt", ".text", ".md", *JSONL_SUFFIXES)
-CHAT_FIELD = "messages"
+TEXT_SUFFIXES = (*PLAIN_SUFFIXES, *JSONL_SUFFIXES)
+# files that are read when they are named, and not as part of a directory
+DATA_SUFFIXES = (*TABLE_SUFFIXES, ".json", ".parquet", *UNPACKED_SUFFIXES)
+NOTE_SUFFIXES = (".md",)  # a data set's card
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """One `--data` value. A text is a string, or a list of chat messages for the tokenizer's template.
+    """One `--data` value. A text is a string, or a chat for the tokenizer's template.
 
     `name` is a base name, never a path: statistics are handed around.
     """
@@ -33,7 +34,7 @@ class TextSource:
     name: str
     sha256: str
     weight: float
-    texts: tuple[Any, ...]
+    texts: tuple[Text, ...]
 
 
 def read_sources(
@@ -72,28 +73,44 @@ def _read_source(value: str, weight: float, text_field: str, hub_bytes: int | No
         return TextSource(name, sha256, weight, tuple(texts))
     if value == "-":
         data = sys.stdin.buffer.read()
-        return TextSource("-", hashlib.sha256(data).hexdigest(), weight, _parse(data, "standard input", text_field))
+        return TextSource(
+            "-", hashlib.sha256(data).hexdigest(), weight, parse_texts(data, "standard input", text_field)
+        )
     path = Path(value)
     if path.is_dir():
         return _read_directory(path, weight, text_field)
     data = _read_file(path)
-    return TextSource(path.name, hashlib.sha256(data).hexdigest(), weight, _parse(data, path.name, text_field))
+    return TextSource(path.name, hashlib.sha256(data).hexdigest(), weight, parse_texts(data, path.name, text_field))
 
 
 def _read_directory(directory: Path, weight: float, text_field: str) -> TextSource:
-    files = sorted(p for p in directory.iterdir() if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    files = [p for p in files if not p.name.startswith(".")]
-    if not files:
-        raise InputError(
-            f"--data {escape(directory)}: no {', '.join(TEXT_SUFFIXES)} file in it", hint="Name a file instead."
-        )
+    files = _files_of(directory)
     digest = hashlib.sha256()
-    texts: list[Any] = []
+    texts: list[Text] = []
     for path in files:
         data = _read_file(path)
         digest.update(f"{path.name}\0{hashlib.sha256(data).hexdigest()}\n".encode())
-        texts += _parse(data, path.name, text_field)
+        texts += parse_texts(data, path.name, text_field)
     return TextSource(Path(os.path.abspath(directory)).name, digest.hexdigest(), weight, tuple(texts))
+
+
+def _files_of(directory: Path) -> list[Path]:
+    """The text files of a directory. Raises InputError for none, and for data files beside nothing but notes, which
+    would be read in their place."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith("."))
+    texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
+    others = [p for p in files if p.suffix.lower() in DATA_SUFFIXES]
+    named = f" ({', '.join(escape(p.name) for p in others[:4])})" if others else ""
+    if not texts:
+        raise InputError(
+            f"--data {escape(directory)}: no {', '.join(TEXT_SUFFIXES)} file in it", hint=f"Name a file instead{named}."
+        )
+    if others and all(p.suffix.lower() in NOTE_SUFFIXES for p in texts):
+        raise InputError(
+            f"--data {escape(directory)}: {escape(texts[0].name)} lies beside data files{named}",
+            hint="Name the files that are meant, one --data each.",
+        )
+    return texts
 
 
 def _read_file(path: Path) -> bytes:
@@ -103,41 +120,3 @@ def _read_file(path: Path) -> bytes:
         raise InputError(f"--data {escape(path)} does not exist", hint="Check the path.") from None
     except OSError as error:
         raise InputError(f"--data {escape(path)}: {error.strerror}", hint="Check its permissions.") from None
-
-
-def _parse(data: bytes, name: str, text_field: str) -> tuple[Any, ...]:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{escape(name)} is not UTF-8 text (byte {error.start})", hint="Convert it to UTF-8 text or .jsonl."
-        ) from None
-    if not text.strip():
-        raise InputError(f"{escape(name)} is empty", hint="Give a file with text in it.")
-    if not name.lower().endswith(JSONL_SUFFIXES):
-        return (text,)
-    lines = enumerate(text.split("\n"), 1)
-    return tuple(_record(line, f"{escape(name)}, line {n}", text_field) for n, line in lines if line.strip())
-
-
-def _record(line: str, where: str, text_field: str) -> Any:
-    """The text of one .jsonl record: a string, or a list of messages."""
-    record = parse_json(line.encode(), what=where, hint="Each line must be one JSON object.")
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object", hint='A line looks like {"text": "..."}.')
-    return text_of(record, where, text_field)
-
-
-def text_of(record: Mapping[str, Any], where: str, text_field: str) -> Any:
-    """The text of a record: a string, or a list of messages. Raises InputError where the field holds neither."""
-    field = CHAT_FIELD if text_field not in record and text_field == "text" else text_field
-    value = record.get(field)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value):
-        return value
-    fields = ", ".join(escape(key) for key in list(record)[:8]) or "none"
-    raise InputError(
-        f"{where}: no text in field {escape(text_field)!r} (fields: {fields})",
-        hint="Name the field with --text-field.",
-    )

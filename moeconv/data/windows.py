@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moeconv.data.records import Text
 from moeconv.data.texts import TextSource, read_sources
 from moeconv.data.tokenizer import load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
@@ -162,7 +163,7 @@ def _tokenize(tokenizer: Any, source: TextSource) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Any]) -> list[list[int]]:
+def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Text]) -> list[list[int]]:
     if all(isinstance(text, str) for text in texts):
         return tokenizer(list(texts), verbose=False)["input_ids"]
     if tokenizer.chat_template is None:
@@ -176,10 +177,10 @@ def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Any]) -> list[li
             result.append(tokenizer(text, verbose=False)["input_ids"])
             continue
         try:
-            result.append(tokenizer.apply_chat_template(text, tokenize=True, return_dict=False))
+            result.append(tokenizer.apply_chat_template(text.messages, tokenize=True, return_dict=False))
         except Exception as error:  # jinja and template errors: the template and the record do not fit
             raise InputError(
-                f"{escape(source.name)}: the chat template refuses a record: {escape(error)}",
+                f"{text.where}: the chat template refuses the record: {escape(error)}",
                 hint="Check the roles and order of its messages.",
             ) from error
     return result

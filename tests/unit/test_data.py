@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from words import SPECIAL, WORDS, add_tokenizer, text
+from words import CHAT_TEMPLATE, SPECIAL, WORDS, add_tokenizer, text
 
+from moeconv.data.recognise import parse_texts
+from moeconv.data.records import Chat
 from moeconv.data.texts import split_weight
 from moeconv.data.tokenizer import same_tokenizer
 from moeconv.data.windows import load_tokens, share_out
@@ -248,3 +253,170 @@ def test_hub_data_sets_that_cannot_be_read(model: Path, hub, monkeypatch) -> Non
     with pytest.raises(InputError, match="needs the package `datasets`") as caught:
         load(model, "hf://datasets/o/n")
     assert "pip install" in caught.value.hint
+
+
+# -- what a file holds decides how it is read --------------------------------------------------------------------------
+
+RECORDS = [{"id": 1, "text": "w1 w2"}, {"id": 2, "text": "w3 w4"}]
+AS_RECORDS = [[*ids_of("w1 w2"), EOS, *ids_of("w3 w4")]]
+LINES = "\n".join(map(json.dumps, RECORDS))
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (json.dumps(RECORDS), ("a.json", "a.txt", "a.jsonl", "a")),
+        (json.dumps(RECORDS, indent=2), ("a.json", "a.txt")),
+        (json.dumps(["w1 w2", "w3 w4"]), ("a.json", "a.txt")),
+        (json.dumps({"version": 1, "data": RECORDS}), ("a.json", "a.txt")),
+        (json.dumps({"text": {"0": "w1 w2", "1": "w3 w4"}, "id": {"0": 1, "1": 2}}), ("a.json",)),
+        (json.dumps({"text": ["w1 w2", "w3 w4"], "id": [1, 2]}), ("a.json",)),
+        (LINES, ("a.jsonl", "a.json", "a.txt", "a")),
+        ("\ufeff" + LINES, ("a.jsonl", "a.txt")),
+        ("id,text\n1,w1 w2\n2,w3 w4\n", ("a.csv", "a.txt", "a")),
+        ('\ufeffid,text\r\n1,"w1\r\nw2"\r\n2,w3 w4\r\n', ("a.csv", "a.txt")),
+        ("id\ttext\n1\tw1 w2\n2\tw3 w4\n", ("a.tsv", "a.csv", "a.txt")),
+        ("id;text\n1;w1 w2\n2;w3 w4\n", ("a.csv",)),
+        ("text\nw1 w2\nw3 w4\n", ("a.csv",)),
+    ],
+)
+def test_records_are_recognised_by_content(model: Path, tmp_path: Path, monkeypatch, content, names) -> None:
+    for name in names:
+        (tmp_path / name).write_text(content, newline="")
+        assert load(model, tmp_path / name, seq_len=5).windows.tolist() == AS_RECORDS, name
+    if "a" in names:  # without a suffix: so also on standard input
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content.encode())))
+        assert load(model, "-", seq_len=5).windows.tolist() == AS_RECORDS
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_files_are_read(model: Path, tmp_path: Path, pack) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(pack(LINES.encode()))  # its first bytes say how, not its name
+    assert load(model, tmp_path / "a.jsonl.gz", seq_len=5).windows.tolist() == AS_RECORDS
+    (tmp_path / "b.txt").write_bytes(pack(b"w1 w2"))
+    assert load(model, tmp_path / "b.txt", seq_len=2).windows.tolist() == [ids_of("w1 w2")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[w1] w2 w3 w4 w5",
+        "{w1} w2 w3 w4 w5",
+        '{"w1": w2',
+        '[{"text": "w1 w2"}, {"text": "w3',  # cut off
+        '{"text": "w1"} is how a record looks\nw2\nw3',
+        "[1, 2, 3, 4, 5]",
+        "text, w1, w2\nw3 w4",
+        "id,text\nw1, w2, w3\nw4",
+        "ORC w1 w2 w3 w4",
+        "\ufeffw1 w2 w3 w4",
+    ],
+)
+def test_a_text_that_only_begins_like_data_stays_text(model: Path, tmp_path: Path, content: str) -> None:
+    assert parse_texts(content.encode(), "a.txt", "text") == (content,)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.json", b'[{"text": "w1 w2"}, {"text": "w3', "cut.json: not valid JSON"),
+        ("cut", b'[{"text": "w1 w2"}, {"text": "w3', "cut begins as JSON: not valid JSON"),
+        ("lines.txt", f"{LINES}\n{LINES[:9]}".encode(), "lines.txt, line 3: not valid JSON"),
+        ("list.json", b'[{"body": "w1"}]', r"list.json, record 1: no text in field 'text' \(fields: body\)"),
+        ("object.txt", b'{"body": "w1"}', r"object.txt: no text in field 'text' \(fields: body\)"),
+        ("lists.json", b'{"train": [{"text": "w1"}], "test": [{"text": "w2"}]}', "several lists .train, test"),
+        ("numbers.json", b"[1, 2]", "numbers.json: JSON without records"),
+        ("scalar.json", b'"w1 w2"', "scalar.json: JSON without records"),
+        ("columns.csv", b"id,body\n1,w1\n", r"columns.csv: no column 'text' \(columns: id, body\)"),
+        ("ragged.csv", b"id,text\n1,w1,w2\n", "ragged.csv, line 2: 3 cells, and the header has 2"),
+        ("ragged", b"id,text\n1,w1,w2\n", "ragged, line 2: 3 cells"),
+        ("bare.csv", b"id,text\n", "bare.csv is empty: a header without rows"),
+        ("chat.csv", b"id,messages\n1,\"[{'role': 'user'}]\"\n", "chat.csv, line 2: .* is not JSON"),
+        ("wide.txt", "w1 w2".encode("utf-16"), "wide.txt is UTF-16 text"),
+        ("a.zip", b"PK\x03\x04....", "a.zip is a zip archive"),
+        ("a.pdf", b"%PDF-1.7", "a.pdf is a PDF document"),
+        ("cut.gz", gzip.compress(LINES.encode())[:-9], "cut.gz: gzip data that does not unpack"),
+        ("tar.gz", gzip.compress(b"\0" * 257 + b"ustar" + b"\0" * 250), "tar.gz is a tar archive"),
+        ("a.parquet", b"PAR1 nothing PAR1", "a.parquet is a Parquet file, and the package `pyarrow`"),
+        ("a.zst", b"\x28\xb5\x2f\xfd....", "a.zst is compressed by zstd, and the package `zstandard`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
+)
+def test_data_that_cannot_be_read_is_said_to_be_what_it_is(model, tmp_path, monkeypatch, name, content, message):
+    for package in ("pyarrow", "zstandard", "compression"):
+        monkeypatch.setitem(sys.modules, package, None)  # what an import finds when it is not installed
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load(model, tmp_path / name)
+    assert caught.value.hint
+
+
+def test_parquet(model: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet")
+    assert load(model, tmp_path / "a.parquet", seq_len=5).windows.tolist() == AS_RECORDS
+    chats = [{"conversations": [{"from": "human", "value": "w1"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "b.parquet")
+    (chat,) = parse_texts((tmp_path / "b.parquet").read_bytes(), "b.parquet", "text")
+    assert isinstance(chat, Chat) and chat.messages == [{"role": "user", "content": "w1"}]
+    with pytest.raises(InputError, match=r"no column 'body' \(columns: id, text\)"):
+        load(model, tmp_path / "a.parquet", text_field="body")
+
+
+def test_zstd(model: Path, tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(LINES.encode()))
+    assert load(model, tmp_path / "a.jsonl.zst", seq_len=5).windows.tolist() == AS_RECORDS
+
+
+def test_a_file_that_unpacks_to_more_than_memory_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr("moeconv.data.unpack.MAX_UNPACKED", 1 << 20)
+    with pytest.raises(InputError, match="unpacks to more than"):
+        parse_texts(gzip.compress(bytes(1 << 21)), "zeros.gz", "text")
+
+
+def test_a_directory_does_not_hide_data_behind_its_notes(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text(20))
+    (tmp_path / "train.json").write_text(json.dumps(RECORDS))
+    with pytest.raises(InputError, match=r"README.md lies beside data files \(train.json\)"):
+        load(model, tmp_path)
+    (tmp_path / "a.txt").write_text(text(20))
+    assert load(model, tmp_path).tokens == 40
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "b.csv").write_text("id,text\n1,w1\n")
+    with pytest.raises(InputError, match=r"no \.txt") as caught:
+        load(model, tmp_path / "only")
+    assert "b.csv" in caught.value.hint
+
+
+def test_conversations_of_sharegpt_go_through_the_template(model: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "w1 w2"}, {"from": "gpt", "value": "w3"}]
+    record = {"system": "w9", "conversations": turns}
+    expected = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
+    expected += [{"role": "assistant", "content": "w3"}]
+    for name, content in (("a.jsonl", json.dumps(record)), ("a.json", json.dumps([record])), ("a", json.dumps(record))):
+        (chat,) = parse_texts(content.encode(), name, "text")
+        assert isinstance(chat, Chat) and chat.messages == expected
+    (bare,) = parse_texts(json.dumps([turns]).encode(), "a.json", "text")
+    assert isinstance(bare, Chat) and bare.messages == expected[1:]
+    (tmp_path / "a.csv").write_text('conversations\n"' + json.dumps(turns).replace('"', '""') + '"\n')
+    assert load(model, tmp_path / "a.csv", seq_len=5).tokens == 5  # w1 w2 w3 and the two roles
+    turns[0]["from"] = "narrator"
+    with pytest.raises(InputError, match=r"a.jsonl, line 2: no role is known for `from`: 'narrator'"):
+        parse_texts(f"{LINES[: LINES.index(chr(10))]}\n{json.dumps(record)}".encode(), "a.jsonl", "text")
+
+
+def test_a_record_that_the_template_refuses_names_its_file_and_line(tmp_path: Path) -> None:
+    model = add_tokenizer(tmp_path / "model", chat=True)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    first = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": first + CHAT_TEMPLATE}))
+    records = [{"messages": [{"role": role, "content": "w1"}]} for role in ("user", "assistant")]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    for path, where in ((tmp_path / "corpus", "a.jsonl, line 3"), (tmp_path / "a.json", "a.json, record 2")):
+        with pytest.raises(InputError, match=f"^{where}: the chat template refuses the record: user first"):
+            load(model, path)

@@ -1,0 +1,92 @@
+"""Compressed data files, by their first bytes: gzip, bzip2, xz, zstd; archives are refused by name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Callable
+from typing import IO, Any
+
+from moeconv.errors import InputError, escape
+
+MAX_UNPACKED = 8 << 30  # a file of a few bytes can unpack to more than any memory holds
+_CHUNK = 1 << 20
+
+
+def _zstd(file: IO[bytes]) -> IO[bytes]:
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        import zstandard
+
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return zstd.ZstdFile(file)
+
+
+_OPENERS: tuple[tuple[bytes, str, tuple[str, ...], Callable[[IO[bytes]], Any]], ...] = (
+    (b"\x1f\x8b", "gzip", (".gz",), lambda file: gzip.GzipFile(fileobj=file)),
+    (b"BZh91AY&SY", "bzip2", (".bz2",), bz2.BZ2File),
+    (b"\xfd7zXZ\x00", "xz", (".xz",), lzma.LZMAFile),
+    (b"\x28\xb5\x2f\xfd", "zstd", (".zst", ".zstd"), _zstd),
+)
+UNPACKED_SUFFIXES = tuple(suffix for _, _, suffixes, _ in _OPENERS for suffix in suffixes)
+_REFUSED = (
+    (b"PK\x03\x04", "a zip archive (or an office document)", "Unpack it, and give the text files in it."),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it, and give the text files in it."),
+    (b"%PDF-", "a PDF document", "Extract its text, for example: pdftotext FILE NEW."),
+    (b"ARROW1\0\0", "an Arrow file", "Convert it to Parquet or JSON lines."),
+    (b"SQLite format 3\0", "an SQLite database", "Export the table as CSV or JSON lines."),
+)
+
+
+def unpacked(data: bytes, name: str) -> tuple[bytes, str]:
+    """(the bytes, decompressed where they are compressed; the file's name without the suffix of that).
+
+    Raises InputError for an archive, a damaged file and for more than MAX_UNPACKED bytes.
+    """
+    where = escape(name)
+    for magic, method, suffixes, opener in _OPENERS:
+        if data.startswith(magic):
+            plain = _read(data, where, method, opener)
+            stem = next((name[: -len(s)] for s in suffixes if name.lower().endswith(s)), name)
+            _refuse_archives(plain, where)
+            return plain, stem
+    _refuse_archives(data, where)
+    return data, name
+
+
+def _read(data: bytes, where: str, method: str, opener: Callable[[IO[bytes]], Any]) -> bytes:
+    pieces = []
+    size = 0
+    try:
+        with opener(io.BytesIO(data)) as file:
+            while chunk := file.read(_CHUNK):
+                size += len(chunk)
+                if size > MAX_UNPACKED:
+                    raise InputError(
+                        f"{where} unpacks to more than {MAX_UNPACKED / 2**30:g} GiB",
+                        hint="Give a part of it, decompressed.",
+                    )
+                pieces.append(chunk)
+    except InputError:
+        raise
+    except ImportError:
+        raise InputError(
+            f"{where} is compressed by {method}, and the package `zstandard` is not installed",
+            hint="pip install zstandard, or decompress it: zstd -d FILE.",
+        ) from None
+    except Exception as error:  # OSError, EOFError, LZMAError, zlib.error, ZstdError: one meaning, a damaged file
+        raise InputError(
+            f"{where}: {method} data that does not unpack: {escape(error)}", hint="Is the file complete?"
+        ) from error
+    return b"".join(pieces)
+
+
+def _refuse_archives(data: bytes, where: str) -> None:
+    for magic, kind, hint in _REFUSED:
+        if data.startswith(magic):
+            raise InputError(f"{where} is {kind}", hint=hint)
+    if data[257:262] == b"ustar":
+        raise InputError(f"{where} is a tar archive", hint="Unpack it, and give the text files in it.")

@@ -25,6 +25,7 @@ SINGLE_NAME = "model.safetensors"
 MANIFEST_NAME = "moeconv_manifest.json"
 _SAMPLE_BYTES = 4096
 _SAMPLES_PER_SHARD = 16
+_CHUNK = 1 << 22
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -271,6 +272,14 @@ class Checkpoint:
         buffer = bytearray(self.tensors[name].nbytes - start if length is None else length)
         self.read_into(name, memoryview(buffer), start=start)
         return buffer
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal in dtype, shape and every byte; stops reading at the first difference."""
+        a, b = self.tensors[first], self.tensors[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        ranges = ((start, min(_CHUNK, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK))
+        return all(self.read(first, start=s, length=n) == self.read(second, start=s, length=n) for s, n in ranges)
 
     def companions(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
         """The regular files beside the shards whose names are wanted, by name. Raises InputError for a link that

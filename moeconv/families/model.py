@@ -150,6 +150,15 @@ class Model:
             )
         return count, used
 
+    @cached_property
+    def own_head(self) -> bool:
+        """Whether config ties the output embeddings to the input, and others are stored: transformers 5 then runs the
+        stored ones, where older versions drop them. Equal bytes are simply tied. Reads both up to a difference."""
+        names = {role.key: name for name, role in self.roles.items() if role.group == "embedding" and not role.part}
+        head, tokens = names.get("embedding.lm_head"), names.get("embedding.tokens")
+        tied = bool(self.value("tie_word_embeddings"))
+        return tied and head is not None and tokens is not None and not self.checkpoint.same_bytes(head, tokens)
+
     @property
     def quantization(self) -> dict[str, Any] | None:
         return packed.quantization(self.checkpoint.config)

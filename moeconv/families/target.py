@@ -13,6 +13,7 @@ from typing import Any
 from moeconv.errors import InputError, escape
 from moeconv.families import rope, sliding
 from moeconv.families.folds import FOLDS, Draft, align_layout
+from moeconv.families.head import said_head, untied
 from moeconv.families.model import Model
 from moeconv.families.moe import MOE
 from moeconv.families.node import concat
@@ -48,8 +49,11 @@ def draft_target(model: Model, pair: Pair) -> Draft:
         config=config,
         tensors={key: source_node(key) for key in _source_keys(model)},
         warnings=warnings,
-        tied=bool(model.value("tie_word_embeddings")),
+        tied=bool(model.value("tie_word_embeddings")) and not model.own_head,
     )
+    if model.own_head:
+        draft.config = untied(draft.config, target)
+        draft.warnings += said_head(model)
     align_layout(draft)
     for name in pair.folds:
         FOLDS[name](draft)

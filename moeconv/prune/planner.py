@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
 from moeconv.families.served import check_served
@@ -102,6 +103,7 @@ def plan_prune(
         block=block,
         warnings=(
             *model.checkpoint.warnings,
+            *said_head(model),
             *_warnings(model, "" if left == model.num_experts else name, options, scales, left),
         ),
         dropped=model.dropped,
@@ -137,7 +139,7 @@ def _promise(model: Model, left: int) -> dict[str, int]:
 
 
 def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
-    config = dict(model.checkpoint.config)
+    config = with_head(model)
     nested = config.get(model.family.root) if model.family.root else None
     text = dict(nested) if isinstance(nested, dict) else config
     said = dict.fromkeys(model.family.num_experts, left)

@@ -7,6 +7,7 @@ import math
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, parameters_of, take
 from moeconv.plan.arrange import arrange
@@ -34,7 +35,7 @@ def plan_decode(model: Model) -> Plan:
             items.append(carry(ref, role=role.key, params=model.numel(ref)))
         elif parts[weight][0] is ref:
             items.append(_decoded(weight, parts[weight], role.key, dtype))
-    config = {k: v for k, v in model.checkpoint.config.items() if k not in ("quantization_config", "torch_dtype")}
+    config = {k: v for k, v in with_head(model).items() if k not in ("quantization_config", "torch_dtype")}
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     common = take(PlanOptions, {})
     return Plan(
@@ -45,7 +46,7 @@ def plan_decode(model: Model) -> Plan:
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
-        warnings=tuple(model.checkpoint.warnings),
+        warnings=(*model.checkpoint.warnings, *said_head(model)),
         dropped=model.dropped,
     )
 

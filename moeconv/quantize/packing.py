@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.families.head import with_head
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
@@ -64,7 +65,7 @@ class Packing:
         """config.json with the format's quantization_config in it."""
         make = self.format.config
         assert make is not None
-        config = dict(self.model.checkpoint.config)
+        config = with_head(self.model)
         plain = TORCH_NAMES[self.dtype or self.model.dtype]
         used = dict.fromkeys([*self.by_layer.values()] or [self.scheme])
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}

@@ -9,6 +9,7 @@ from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
@@ -81,7 +82,7 @@ def plan_quantize(
             raise UsageError(f"--method {options.method} is not for --format {format.name}", hint="Use --method rtn.")
         shard, notes = format.shard(model, weights, scheme, dtype)
         shards: tuple[Shard, ...] = (shard,)
-        config, warnings = dict(model.checkpoint.config), [*warnings, *notes]
+        config, warnings = with_head(model), [*warnings, *notes]
         promise = _promise(model, weights, 1)
     else:
         shards = arrange(packing.items(), common, model.family)
@@ -124,7 +125,7 @@ def plan_quantize(
             "double_quant": scheme.nested,
             "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },
-        warnings=(*model.checkpoint.warnings, *warnings),
+        warnings=(*model.checkpoint.warnings, *said_head(model), *warnings),
         dropped=model.dropped,
         texts=texts,
         promise=promise,

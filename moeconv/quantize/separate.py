@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeconv.checkpoint.reader import TensorRef
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import Family, Role
 from moeconv.options import PlanOptions, parameters_of, take
@@ -42,10 +43,11 @@ def plan_separate(model: Model) -> Plan | None:
         command="separate",
         parameters=parameters_of(common),
         identity=model.identity,
-        config=dict(model.checkpoint.config),
+        config=with_head(model),
         shards=arrange(items, common, form),
         params_total=total,
         params_active=active,
+        warnings=tuple(said_head(model)),
         dropped=model.dropped,
     )
 

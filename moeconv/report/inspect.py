@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.families import packed
+from moeconv.families.head import said_head
 from moeconv.families.model import Model
 from moeconv.plan.build import count_params
 
@@ -53,7 +54,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "tensors": len(refs),
         "shards": len(model.checkpoint.shards),
         "identity": model.identity,
-        "warnings": list(model.checkpoint.warnings),
+        "warnings": [*model.checkpoint.warnings, *said_head(model, writes=False)],
     }
 
 

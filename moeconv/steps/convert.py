@@ -188,7 +188,9 @@ def _after(
         meter.note(f"{note} into {escape(folder)} ({first.nbytes} bytes)")
         plain = os.path.join(folder, "plain")
         execute(first, source=model.checkpoint, out=plain, jobs=write.jobs or default_jobs())
-        return quantize(plain, out, values, meter=meter)
+        result = quantize(plain, out, values, meter=meter)
+    result["warnings"] = list(dict.fromkeys([*first.warnings, *result["warnings"]]))
+    return result
 
 
 # -- tune --------------------------------------------------------------------------------------------------------------

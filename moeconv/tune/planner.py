@@ -10,6 +10,7 @@ from typing import Any
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, escape
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
@@ -53,7 +54,7 @@ def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> P
         params_total=total,
         params_active=active,
         block={"objective": made_with.get("objective")},
-        warnings=tuple(model.checkpoint.warnings),
+        warnings=(*model.checkpoint.warnings, *said_head(model)),
         dropped=model.dropped,
         promise=_promise(model, overlay),
     )
@@ -88,7 +89,7 @@ def _ref(info: TensorInfo) -> TensorRef:
 
 def _config(model: Model, dtype: str | None) -> dict[str, Any]:
     """The source's config.json; only `--dtype` changes it."""
-    config = dict(model.checkpoint.config)
+    config = with_head(model)
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = TORCH_NAMES[dtype]

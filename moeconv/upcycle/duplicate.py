@@ -14,6 +14,7 @@ from typing import Any
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role, with_expert
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
@@ -43,7 +44,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     items = [item for name in model.checkpoint.tensors for item in _made(model, name, times, dtype)]
     total, active = count_planned(items, top_k=top_k, num_experts=experts)
     whole = top_k == times * model.top_k
-    warnings = list(model.checkpoint.warnings)
+    warnings = [*model.checkpoint.warnings, *said_head(model)]
     if not whole:
         warnings.append(f"--top-k {top_k} of {times} copies each changes the model; {times * model.top_k} would not")
     return Plan(
@@ -133,7 +134,7 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
 
 
 def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> dict[str, Any]:
-    config = copy.deepcopy(dict(model.checkpoint.config))
+    config = copy.deepcopy(with_head(model))
     text = config
     if model.family.root and isinstance(config.get(model.family.root), dict):
         text = config[model.family.root]

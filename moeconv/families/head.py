@@ -1,0 +1,42 @@
+"""A head of its own under a config that ties it to the embedding, as PEFT's modules_to_save leaves it.
+
+transformers 5 compares the two where both are stored and runs what is stored if they differ; older versions and most
+other runtimes tie whatever config.json ties. Every step writes such a model untied, which all of them read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.families.model import Model
+from moeconv.families.spec import Family
+
+_WHAT = (
+    "config.json ties the output embeddings to the input embeddings, and the stored ones differ: transformers 5 runs "
+    "the stored ones, older runtimes drop them"
+)
+_DONE = ". They are kept, and the result says tie_word_embeddings = false"
+
+
+def said_head(model: Model, *, writes: bool = True) -> list[str]:
+    """The warning about a head that a tied config hides, if there is one; what a step that writes makes of it."""
+    return [_WHAT + _DONE * writes] if model.own_head else []
+
+
+def with_head(model: Model) -> dict[str, Any]:
+    """A copy of config.json, untied where the checkpoint's head is its own."""
+    config = dict(model.checkpoint.config)
+    return untied(config, model.family) if model.own_head else config
+
+
+def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The config with tie_word_embeddings = false, also in the part of it that is a language model's."""
+    result = _off(config)
+    inner = config.get(family.root) if family.root else None
+    return result | {family.root: _off(inner)} if isinstance(inner, dict) else result
+
+
+def _off(config: Mapping[str, Any]) -> dict[str, Any]:
+    """lfm2 knows the key by an older name too."""
+    return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}

@@ -5,11 +5,12 @@ Reads with pread, so nothing that was read stays in this process's memory. Never
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -281,12 +282,20 @@ class Checkpoint:
         ranges = ((start, min(_CHUNK, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK))
         return all(self.read(first, start=s, length=n) == self.read(second, start=s, length=n) for s, n in ranges)
 
-    def companions(self, wanted: Callable[[str], bool]) -> Iterator[Path]:
-        """The regular files beside the shards whose names are wanted, by name. Raises InputError for a link that
-        leaves the directory."""
-        for entry in self._entries():
-            if entry.is_file() and entry.name not in self.shards and wanted(entry.name):
-                yield _confined(self.path, self._root, entry.name, what="the directory")
+    def beside(self) -> dict[str, bool]:
+        """Names of all that lies in the directory beside the shards, and whether each is a regular file."""
+        return {entry.name: entry.is_file() for entry in self._entries() if entry.name not in self.shards}
+
+    def inside(self, folder: str) -> list[str]:
+        """FOLDER/NAME of the regular files in a directory of the checkpoint, by name."""
+        with contextlib.suppress(OSError), os.scandir(self.path / folder) as entries:
+            return sorted(f"{folder}/{entry.name}" for entry in entries if entry.is_file())
+        return []
+
+    def confined(self, name: str) -> Path:
+        """The path of NAME or FOLDER/NAME. Raises InputError for a link that leaves the directory."""
+        folder, _, file = name.rpartition("/")
+        return _confined(self.path / folder, self._root, file, what="the directory")
 
     # -- fingerprints --------------------------------------------------------------------------------------------
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.companions import asks_for_code, has_vocabulary
 from moeconv.errors import InputError, escape
 from moeconv.stream.quiet import quiet
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -18,7 +18,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     Raises InputError when there is none, or none that loads.
     """
     path = Path(directory)
-    if not any((path / name).is_file() for name in _FILES):
+    if not has_vocabulary(path):
         raise InputError(
             f"{escape(path.name)} has no tokenizer",
             hint="Copy tokenizer.json and tokenizer_config.json of the original model beside config.json.",
@@ -31,9 +31,33 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     except Exception as error:
         # Whatever a damaged or foreign tokenizer file makes transformers raise: it is the input's fault.
         raise InputError(
-            f"the tokenizer of {escape(path.name)} does not load: {_first_line(error)}",
-            hint="Copy the tokenizer files of the original model beside config.json.",
+            f"the tokenizer of {escape(path.name)} does not load: {_first_line(error)}", hint=_remedy(path)
         ) from error
+
+
+def _remedy(path: Path) -> str:
+    """What helps where a tokenizer does not load: it may be code, or need a package that is not installed."""
+    if (path / "tokenizer.json").is_file():
+        return "Copy the tokenizer files of the original model beside config.json."
+    if asks_for_code(path):
+        return (
+            "It is Python code beside the weights, which moeconv never runs: save it as tokenizer.json with "
+            "transformers' PreTrainedTokenizerFast, or give a model with such a file."
+        )
+    sentencepiece = any(p.read_bytes()[:1] == b"\n" for p in path.glob("*.model"))  # the first field of its messages
+    needed = ("sentencepiece", "google.protobuf") if sentencepiece else ("tiktoken",)
+    lacking = [name for name in needed if not _installed(name)]
+    if lacking:
+        names = " ".join(name.removeprefix("google.") for name in lacking)
+        return f"Its vocabulary needs a package that is not installed: pip install {names}."
+    return "Copy the tokenizer files of the original model beside config.json."
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def same_tokenizer(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

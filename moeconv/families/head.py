@@ -26,7 +26,7 @@ def said_head(model: Model, *, writes: bool = True) -> list[str]:
 
 def with_head(model: Model) -> dict[str, Any]:
     """A copy of config.json, untied where the checkpoint's head is its own."""
-    config = dict(model.checkpoint.config)
+    config = model.carried_config
     return untied(config, model.family) if model.own_head else config
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from moeconv.checkpoint.companions import without_code
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
@@ -42,6 +43,18 @@ class Model:
     family: Family
     roles: Mapping[str, Role]
     dropped: tuple[str, ...]
+
+    @property
+    def carried_config(self) -> dict[str, Any]:
+        """config.json as a step carries it over: without the names of code that transformers' own class replaces."""
+        return without_code(self.checkpoint.config)[0]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a step that reads the model says of it."""
+        found = without_code(self.checkpoint.config)[1]
+        own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
+        return (*self.checkpoint.warnings, *([f"{own} ({'; '.join(found)})"] if found else []))
 
     @property
     def config(self) -> Mapping[str, Any]:

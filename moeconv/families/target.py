@@ -148,6 +148,8 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, 
         if not str(value).startswith("="):
             result[key] = copy.deepcopy(value)
     result |= pair.config
+    if code := model.carried_config.get("auto_map"):  # of the tokenizer
+        result["auto_map"] = code
     result["model_type"], result["architectures"] = target.model_type, [target.architecture]
     return result, warnings
 

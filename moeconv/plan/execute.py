@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
-from moeconv.checkpoint.companions import check_companions, companions, is_licence
+from moeconv.checkpoint.companions import Companions, find_companions, is_licence
 from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
@@ -116,17 +116,26 @@ def execute(
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
     jobs = checked_jobs(jobs)
-    check_companions(source)  # now, not when hours of work are done
+    companions = companions_of(plan, source)  # now, not when hours of work are done
     check_target(out, sources=_directories(flow), overwrite=overwrite)
     key = _resume_key(plan, source, origins or {})
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None) as directory:
         try:
             records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
-            files, extra, complete = _complete(plan, source, flow, directory, records, check, describe)
+            files, extra, complete = _complete(plan, source, companions, flow, directory, records, check, describe)
         except (InputError, CheckError):
             directory.discard()
             raise
-    return Result(str(out), complete, files, time.monotonic() - began, peak_rss_bytes(), sorted(flow.warnings), extra)
+    warnings = [*companions.warnings, *sorted(flow.warnings)]
+    return Result(str(out), complete, files, time.monotonic() - began, peak_rss_bytes(), warnings, extra)
+
+
+def companions_of(plan: Plan, source: Checkpoint) -> Companions:
+    """The files beside the source's shards that come along to what `plan` writes. Raises InputError."""
+    found = find_companions(source, plan.config, made=plan.texts)
+    if plan.gguf:  # config and tokenizer are inside
+        return Companions({name: path for name, path in found.files.items() if is_licence(name)}, (), (), ())
+    return found
 
 
 def _directories(flow: Flow) -> tuple[Path, ...]:
@@ -242,8 +251,8 @@ def _sha256(path: Path) -> str:
 
 
 def _complete(
-    plan: Plan, source: Checkpoint, flow: Flow, directory: OutputDirectory, records: dict[str, Finished],
-    check: Callable[[Path], Mapping[str, Any]] | None, describe: Describe | None,
+    plan: Plan, source: Checkpoint, companions: Companions, flow: Flow, directory: OutputDirectory,
+    records: dict[str, Finished], check: Callable[[Path], Mapping[str, Any]] | None, describe: Describe | None,
 ) -> tuple[dict[str, str], Mapping[str, Any], bool]:  # fmt: skip
     """When every shard is there: write config, index, companions and manifest, check, commit."""
     with directory.commit_lock() as open_for_commit:
@@ -257,7 +266,7 @@ def _complete(
                 return {name: r.sha256 for name, r in records.items()}, {}, part_came_late
             records[shard.name] = record
         files = {name: {"sha256": r.sha256, "bytes": r.bytes} for name, r in records.items()}
-        for name, data in _small_files(plan, source):
+        for name, data in _small_files(plan, companions):
             write_file(directory.staged / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         manifest = _manifest(plan, source, files)
@@ -278,9 +287,9 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _small_files(plan: Plan, source: Checkpoint):
-    if plan.gguf:  # config and tokenizer are inside
-        yield from ((name, data) for name, data in companions(source) if is_licence(name))
+def _small_files(plan: Plan, companions: Companions) -> Iterator[tuple[str, bytes]]:
+    if plan.gguf:
+        yield from companions.read()
         return
     yield "config.json", _json(plan.config)
     yield from ((name, text.encode()) for name, text in plan.texts.items())
@@ -288,7 +297,7 @@ def _small_files(plan: Plan, source: Checkpoint):
         weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
         total = sum(item.nbytes for item in plan.items())
         yield INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    yield from companions(source)
+    yield from companions.read()
 
 
 def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,12 +323,14 @@ def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[
 
 def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
     """What a run that was cut off left: a companion that the source no longer has, or the old OUT after a swap."""
-    for entry in os.scandir(directory.staged):
-        if entry.name not in expected:
+    folders = {os.path.dirname(name) for name in expected} - {""}
+    for folder in ("", *folders):
+        for entry in os.scandir(directory.staged / folder):
+            name = os.path.join(folder, entry.name)
             with output_errors(entry.path):
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False) and name not in folders:
                     shutil.rmtree(entry.path)
-                else:
+                elif not entry.is_dir(follow_symlinks=False) and name not in expected:
                     os.unlink(entry.path)
 
 

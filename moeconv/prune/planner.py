@@ -102,7 +102,7 @@ def plan_prune(
         params_active=active,
         block=block,
         warnings=(
-            *model.checkpoint.warnings,
+            *model.warnings,
             *said_head(model),
             *_warnings(model, "" if left == model.num_experts else name, options, scales, left),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from moeconv.checkpoint.companions import without_code
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import packed
@@ -35,7 +36,8 @@ def plan_decode(model: Model) -> Plan:
             items.append(carry(ref, role=role.key, params=model.numel(ref)))
         elif parts[weight][0] is ref:
             items.append(_decoded(weight, parts[weight], role.key, dtype))
-    config = {k: v for k, v in with_head(model).items() if k not in ("quantization_config", "torch_dtype")}
+    plain = {k: v for k, v in with_head(model).items() if k not in ("quantization_config", "torch_dtype")}
+    config, _ = without_code(plain)
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     common = take(PlanOptions, {})
     return Plan(
@@ -46,7 +48,7 @@ def plan_decode(model: Model) -> Plan:
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
-        warnings=(*model.checkpoint.warnings, *said_head(model)),
+        warnings=(*model.warnings, *said_head(model)),
         dropped=model.dropped,
     )
 

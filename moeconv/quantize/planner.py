@@ -101,7 +101,7 @@ def plan_quantize(
                 hint="Leave it out: `import moeconv.hf` loads the result.",
             )
         texts = remote_code(model.family.architecture)
-        config["auto_map"] = auto_map(model.family.architecture)
+        config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     return Plan(
         command="quantize",
@@ -125,7 +125,7 @@ def plan_quantize(
             "double_quant": scheme.nested,
             "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },
-        warnings=(*model.checkpoint.warnings, *said_head(model), *warnings),
+        warnings=(*model.warnings, *said_head(model), *warnings),
         dropped=model.dropped,
         texts=texts,
         promise=promise,

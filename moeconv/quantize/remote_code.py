@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 
 import moeconv
+from moeconv.checkpoint.companions import ENTRY
 
 _ROOT = Path(moeconv.__file__).parent
 _LOADER = "moeconv.hf.quantizer"
 _IMPORT = re.compile(r"^from (moeconv[\w.]*) import", re.MULTILINE)
-ENTRY = "modeling_moeconv"
 
 
 def remote_code(architecture: str) -> dict[str, str]:

@@ -95,8 +95,8 @@ def source_metadata(source: Checkpoint) -> dict[str, Any]:
     import yaml
 
     text = ""
-    for path in source.companions(lambda name: name == CARD_NAME):
-        with open(path, encoding="utf-8", errors="replace") as file:
+    if source.beside().get(CARD_NAME):
+        with open(source.confined(CARD_NAME), encoding="utf-8", errors="replace") as file:
             text = file.read(_MOST)
     found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     if not found:

@@ -54,7 +54,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "tensors": len(refs),
         "shards": len(model.checkpoint.shards),
         "identity": model.identity,
-        "warnings": [*model.checkpoint.warnings, *said_head(model, writes=False)],
+        "warnings": [*model.warnings, *said_head(model, writes=False)],
     }
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.companions import is_companion_name
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model, open_model
@@ -44,7 +45,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
         },
         "manifest": checkpoint.manifest is not None,
         "loads": {"transformers": loads},
-        "warnings": list(checkpoint.warnings),
+        "warnings": list(checkpoint.warnings if model is None else model.warnings),
     }
 
 
@@ -58,7 +59,8 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
         return [f"{MANIFEST_NAME} lists no files"]
     problems = []
     for name, entry in sorted(files.items()):
-        if not isinstance(entry, dict) or "/" in name or name in ("", ".", ".."):
+        plain = name not in ("", ".", "..") and ("/" not in name or is_companion_name(name))
+        if not isinstance(entry, dict) or not plain:
             problems.append(f"{MANIFEST_NAME}: bad entry {escape(name)!r}")
             continue
         path = checkpoint.path / name

@@ -13,7 +13,7 @@ from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
 from moeconv.options import WriteOptions, parameters_of, take
-from moeconv.plan.execute import checked_jobs, execute, parse_part, peak_rss_bytes
+from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
@@ -47,6 +47,7 @@ def run_plan(
     checked_jobs(write.jobs)
     if write.dry_run:
         check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+        result["warnings"] += companions_of(plan, model.checkpoint).warnings
         return result
 
     def describe(steps: list[dict[str, Any]], found: Mapping[str, Any]) -> dict[str, bytes]:

@@ -7,13 +7,14 @@ import re
 import sys
 from pathlib import Path
 
+from moeconv.checkpoint.companions import PATTERNS, TEMPLATES, asks_for_code
 from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, UsageError, escape
 
 _HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_SMALL = ("*.json", "README.md", *PATTERNS)
 _FOLDERS = "*/*"  # other formats and copies of the weights
 
 
@@ -37,7 +38,9 @@ def resolve(model: str) -> str:
         path = snapshot_download(match[1], revision=match[2], allow_patterns=list(_SMALL), ignore_patterns=[_FOLDERS])
         # the directory's name is the commit, so that both halves are of one revision
         commit, shards = os.path.basename(path), _shards(Path(path))
-        snapshot_download(match[1], revision=commit, allow_patterns=shards, ignore_patterns=[_FOLDERS])
+        snapshot_download(match[1], revision=commit, allow_patterns=[*shards, f"{TEMPLATES}/*.jinja"])
+        if asks_for_code(Path(path)):
+            snapshot_download(match[1], revision=commit, allow_patterns=["*.py"], ignore_patterns=[_FOLDERS])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -54,7 +54,7 @@ def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> P
         params_total=total,
         params_active=active,
         block={"objective": made_with.get("objective")},
-        warnings=(*model.checkpoint.warnings, *said_head(model)),
+        warnings=(*model.warnings, *said_head(model)),
         dropped=model.dropped,
         promise=_promise(model, overlay),
     )

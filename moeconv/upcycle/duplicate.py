@@ -44,7 +44,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     items = [item for name in model.checkpoint.tensors for item in _made(model, name, times, dtype)]
     total, active = count_planned(items, top_k=top_k, num_experts=experts)
     whole = top_k == times * model.top_k
-    warnings = [*model.checkpoint.warnings, *said_head(model)]
+    warnings = [*model.warnings, *said_head(model)]
     if not whole:
         warnings.append(f"--top-k {top_k} of {times} copies each changes the model; {times * model.top_k} would not")
     return Plan(

@@ -116,7 +116,7 @@ def plan_upcycle(
         params_total=total,
         params_active=active,
         block=_block(pair, options, cut, layers, exact=exact) | block,
-        warnings=(*model.checkpoint.warnings, *draft.warnings),
+        warnings=(*model.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
     )

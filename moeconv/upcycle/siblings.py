@@ -26,7 +26,7 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
     for sibling in siblings:
         _check_config(model, sibling)
         _check_tensors(model, sibling)
-        warnings += sibling.checkpoint.warnings
+        warnings += sibling.warnings
     names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
     if len(set(names)) < len(names):
         warnings.append("--experts-from names a checkpoint more than once: those experts are identical")

@@ -107,6 +107,19 @@ def test_only_what_a_conversion_needs_is_fetched_and_only_once(tmp_path, hub):
     assert code == 0 and len(fetched) == 5
 
 
+def test_templates_and_the_code_that_a_tokenizer_is_are_fetched(tmp_path, hub):
+    environment, folder, fetched = hub
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ x }}")
+    (folder / "tiktoken.model").write_bytes(b"aGk= 0")
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_tiny.T", null]}}')
+    (folder / "original" / "other.py").write_text("")
+    code, done, err = moeconv(environment, "upcycle", "hf://someone/tiny", tmp_path / "moe", "--no-check")
+    assert code == 0, err
+    added = {"additional_chat_templates/rag.jinja", "tiktoken.model", "tokenizer_config.json", "modeling_tiny.py"}
+    assert added <= set(fetched) and added <= set(done["files"]) and "original/other.py" not in fetched
+
+
 @pytest.mark.parametrize(
     ("name", "code"),
     [

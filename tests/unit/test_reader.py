@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny import edit_json, make_dense, make_moe, read_tensors, safetensors_bytes
 
-from moeconv.checkpoint.companions import check_companions, companions
+from moeconv.checkpoint.companions import find_companions
 from moeconv.checkpoint.reader import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -146,7 +146,7 @@ def test_links_that_leave_the_directory(source, tmp_path, name):
     (source / "tokenizer.json").write_text("{}")
     move_out(source / name, tmp_path / "elsewhere")
     with pytest.raises(InputError, match="leaves the checkpoint's directory"):
-        list(companions(Checkpoint(source)))
+        find_companions(Checkpoint(source))
 
 
 def test_links_within_the_directory_and_to_the_directory_are_followed(source, tmp_path):
@@ -174,37 +174,6 @@ def test_what_is_not_a_regular_file(source):
     os.mkfifo(shard)
     with pytest.raises(InputError, match="not a regular file"):
         Checkpoint(source)
-
-
-# -- companions --------------------------------------------------------------------------------------------------
-
-
-def test_companions_are_a_short_list_and_bring_no_code(source):
-    keep = {"tokenizer.json": b"{}", "LICENSE": b"free", "chat_template.jinja": b"{{ x }}", "merges.txt": b"a b"}
-    code = {"auto_map": {"AutoTokenizer": "evil.Tokenizer"}, "model_max_length": 5}
-    for name, data in keep.items():
-        (source / name).write_bytes(data)
-    (source / "tokenizer_config.json").write_text(json.dumps(code))
-    for name in ("modeling_evil.py", "LICENSE.py", "pytorch_model.bin", "tokenizer.json.exe", "notes.txt", "a\nb.txt"):
-        (source / name).write_bytes(b"no")
-    (source / "NOTICE").mkdir()
-    (source / "README.md").symlink_to("/etc/hostname")
-    found = dict(companions(Checkpoint(source)))
-    assert json.loads(found.pop("tokenizer_config.json")) == {"model_max_length": 5}
-    assert found == keep
-
-
-def test_json_without_code_stays_byte_for_byte(source):
-    text = b'{ "model_max_length":5,   "nested": {"auto_map": 1} }'
-    (source / "tokenizer_config.json").write_bytes(text)
-    assert dict(companions(Checkpoint(source))) == {"tokenizer_config.json": text}
-
-
-def test_a_companion_too_large_is_refused_without_reading_it(source):
-    with open(source / "tokenizer.json", "wb") as file:
-        file.truncate(1 << 30)
-    with pytest.raises(InputError, match="too large"):
-        check_companions(Checkpoint(source))
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_unknown_keys_are_carried_with_a_warning_and_code_is_left_behind(tmp_pat
     )
     plan = plan_upcycle(model)
     assert plan.config["invented"] == 5 and not {"auto_map", "_name_or_path"} & set(plan.config)
-    assert [w for w in plan.warnings if "invented" in w] and not [w for w in plan.warnings if "auto_map" in w]
+    assert [w for w in plan.warnings if "invented" in w] and [w for w in plan.warnings if "evil.Model" in w]
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.data.windows import TokenData, load_tokens, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
-from moeconv.families.rule import rule_of
+from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter
@@ -105,7 +105,18 @@ def calibrate(
         write_statistics(path, fields, metadata=about, overwrite=overwrite)
     progress.remove()
     told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
-    return told | {"seconds": time.monotonic() - began}
+    return told | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
+
+
+def _without_sample(model: Model, fields: Fields) -> list[str]:
+    """A warning where a router whose rule is known did not follow it: that is a fault of moeconv."""
+    lost = [layer for layer, of_layer in fields.items() if "sample_unit" not in of_layer]
+    if not lost or not has_numbers(model):
+        return []
+    return [
+        f"layer {lost[0]} ({len(lost)} such): the router of {model.family.model_type} chose other experts than its "
+        "rule, so no token sample is kept and prune goes by saliency; please report it"
+    ]
 
 
 def summary(

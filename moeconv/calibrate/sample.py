@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeconv.families.rule import Rule, route
+from moeconv.families.rule import Rule, explains, weights_of
 from moeconv.plan.kernels.draw import generator
 from moeconv.world import summed
 
 SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
-_AGREE = 0.995  # share of tokens that the rule must route as the stock code did: the rest are ties
-_CLOSE = 1e-2
+_AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
+_CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
 
 OneExpert = Callable[[Tensor, int], Tensor]
 
@@ -50,12 +50,10 @@ def sample_fields(
     for e in range(num_experts):
         outputs[tokens.rows, e] = (one(tokens.hidden, e).double().cpu() @ matrix).float()
     logits = _gathered(tokens.logits, tokens)
-    dense = _gathered(
-        torch.zeros_like(tokens.logits, dtype=torch.float64).scatter_(1, tokens.index, tokens.weights.double()), tokens
-    )
+    index, weights = _gathered(tokens.index, tokens).long(), _gathered(tokens.weights, tokens)
     if scale is not None:
         by = scale.double().cpu()
-        dense, outputs = dense / by, outputs * by[None, :, None].float()
+        weights, outputs = weights / by[index], outputs * by[None, :, None].float()
     bias = np.zeros(num_experts)
     for extra in biases:
         bias = bias + extra.double().reshape(-1).cpu().numpy()
@@ -67,7 +65,9 @@ def sample_fields(
     largest = float(outputs.abs().max()) or 1.0
     fields["sample_outputs"] = (outputs / largest).numpy().astype(np.float16)
     fields["sample_unit"] = np.array([largest])
-    factor = None if rule is None else _factor(rule, fields["sample_logits"], dense.numpy(), bias)
+    rounding = max(torch.finfo(t.dtype).eps for t in (tokens.hidden, tokens.logits, tokens.weights))
+    picks = (index.numpy(), weights.numpy())
+    factor = None if rule is None else _factor(rule, fields["sample_logits"], *picks, bias, rounding)
     if factor is None:
         return {}
     return fields | {"sample_bias": bias, "sample_factor": np.array([factor])}
@@ -104,14 +104,16 @@ def _gathered(values: Tensor, tokens: Tokens) -> Tensor:
     return summed(whole)
 
 
-def _factor(rule: Rule, logits: np.ndarray, stock: np.ndarray, bias: np.ndarray) -> float | None:
-    """What the stock weights are of the rule's (the routed scaling factor), or None when they are not the rule's."""
-    chosen, weights = route(rule, logits, np.ones(logits.shape[1], bool), bias=bias)
-    mine = np.zeros_like(stock)
-    np.put_along_axis(mine, chosen, weights, 1)
-    mine_total = mine.sum()
-    if not mine_total > 0 or not np.isfinite(stock).all():
+def _factor(
+    rule: Rule, logits: np.ndarray, index: np.ndarray, stock: np.ndarray, bias: np.ndarray, rounding: float
+) -> float | None:
+    """What the stock weights `stock` [T, k] of the experts `index` are of the rule's (the routed scaling factor), or
+    None when choice or weights are not the rule's. In 16 bits logits tie or nearly tie in many tokens, and the stock
+    code may then choose any of them."""
+    mine = weights_of(rule, logits, index)
+    if not mine.sum() > 0 or not np.isfinite(stock).all():
         return None
     factor = float(np.median(stock.sum(1) / np.maximum(mine.sum(1), 1e-20)))
     error = np.abs(stock - factor * mine).max(1) / np.maximum(np.abs(stock).max(1), 1e-20)
-    return factor if (error < _CLOSE).mean() >= _AGREE else None
+    fits = (error < max(_CLOSE, 4 * rounding)) & explains(rule, logits, index, bias=bias, rounding=rounding)
+    return factor if fits.mean() >= _AGREE else None

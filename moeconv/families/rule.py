@@ -48,14 +48,7 @@ def route(
     the scores for the choice alone, `factor` multiplies the weights. Fewer than k experts allowed leave the rest of a
     row's weights 0.
     """
-    masked = np.where(allowed, logits.astype(np.float64), -np.inf)
-    if rule.score == "sigmoid":
-        scores = 1 / (1 + np.exp(-masked))
-    else:
-        shifted = masked - masked.max(axis=1, keepdims=True)
-        scores = np.exp(shifted)
-        if rule.score == "softmax":
-            scores /= scores.sum(axis=1, keepdims=True)
+    scores = _scores(rule, np.where(allowed, logits.astype(np.float64), -np.inf))
     choice = np.where(allowed, scores + bias, -np.inf)
     if rule.groups > 1:
         choice = _in_groups(rule, choice)
@@ -63,9 +56,52 @@ def route(
     chosen = np.argpartition(-choice, k - 1, axis=1)[:, :k] if k < logits.shape[1] else _all(choice)
     weights = np.take_along_axis(scores, chosen, 1)
     weights = np.where(np.take_along_axis(choice, chosen, 1) > -np.inf, weights, 0.0)
+    return chosen, _weighed(rule, weights) * factor
+
+
+def weights_of(rule: Rule, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What the rule gives to the experts `chosen` int64 [T, k], whoever chose them: float64 [T, k]."""
+    return _weighed(rule, np.take_along_axis(_scores(rule, logits.astype(np.float64)), chosen, 1))
+
+
+def explains(rule: Rule, logits: np.ndarray, chosen: np.ndarray, *, bias: np.ndarray, rounding: float) -> np.ndarray:
+    """Whether the rule would choose `chosen` [T, k] for logits that differ from `logits` [T, E] by no more than their
+    `rounding` (relative, as `finfo.eps`): bool [T]. With a token's ties and near ties any of them may be chosen."""
+    exact = logits.astype(np.float64)
+    size = np.abs(exact).max(axis=1, keepdims=True)
+    near = np.abs(bias) + (rule.score == "sigmoid")  # scores of a sigmoid are of the size of 1, and so is their error
+
+    def nudged(up: np.ndarray) -> np.ndarray:
+        sign = np.where(up, rounding, -rounding)
+        return np.asarray(_scores(rule, exact + sign * size) + bias + sign * near)
+
+    picked: np.ndarray = np.zeros(exact.shape, bool)
+    np.put_along_axis(picked, chosen, True, 1)
+    choice = nudged(picked)
+    if rule.groups > 1:
+        used = np.repeat(
+            picked.reshape(len(picked), rule.groups, -1).any(axis=2), exact.shape[1] // rule.groups, axis=1
+        )
+        in_groups = _in_groups(rule, nudged(used)) > -np.inf  # groups without a pick are looked at no further
+        choice = np.where(in_groups & used, choice, -np.inf)
+    worst, best_other = np.where(picked, choice, np.inf).min(axis=1), np.where(picked, -np.inf, choice).max(axis=1)
+    return np.asarray((worst >= best_other) & (picked.sum(axis=1) == min(rule.top_k, exact.shape[1])))
+
+
+def _scores(rule: Rule, logits: np.ndarray) -> np.ndarray:
+    if rule.score == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-logits)))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    scores = np.exp(shifted)
+    if rule.score == "softmax":
+        scores /= scores.sum(axis=1, keepdims=True)
+    return np.asarray(scores)
+
+
+def _weighed(rule: Rule, scores: np.ndarray) -> np.ndarray:
     if rule.renormalise or rule.score == "softmax_topk":
-        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-20)
-    return chosen, weights * factor
+        scores = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-20)
+    return scores
 
 
 def _all(choice: np.ndarray) -> np.ndarray:

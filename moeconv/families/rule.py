@@ -67,7 +67,7 @@ def weights_of(rule: Rule, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray
 def explains(rule: Rule, logits: np.ndarray, chosen: np.ndarray, *, bias: np.ndarray, rounding: float) -> np.ndarray:
     """Whether the rule would choose `chosen` [T, k] for logits that differ from `logits` [T, E] by no more than their
     `rounding` (relative, as `finfo.eps`): bool [T]. With a token's ties and near ties any of them may be chosen."""
-    exact = logits.astype(np.float64)
+    exact: np.ndarray = logits.astype(np.float64)
     size = np.abs(exact).max(axis=1, keepdims=True)
     near = np.abs(bias) + (rule.score == "sigmoid")  # scores of a sigmoid are of the size of 1, and so is their error
 

@@ -16,8 +16,8 @@ from moeconv.calibrate.artifact import load_statistics
 from moeconv.calibrate.run import calibrate
 from moeconv.families.model import open_model
 from moeconv.families.rule import Rule, explains, has_numbers, route, rule_of, weights_of
+from moeconv.prune.choice import default_criterion
 from moeconv.prune.criteria import Evidence
-from moeconv.prune.planner import plan_prune
 from tests.contract.stock import MOE_CASES, save_stock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,7 +46,7 @@ def test_real_widths_in_bfloat16_keep_their_sample_and_prune_decides_by_it(tmp_p
     best = -np.sort(-logits, axis=1)
     assert (best[:, 7] == best[:, 8]).mean() > 0.01, "ties at the last choice, which the rule alone cannot decide"
     evidence = Evidence(statistics=statistics, rule=rule_of(model), num_experts=model.num_experts)
-    assert plan_prune(model, keep=64, evidence=evidence).block["criterion"] == "reconstruction"
+    assert default_criterion(model, evidence) == "reconstruction"
 
 
 @pytest.mark.parametrize("case", ["mixtral", "dots1", "deepseek_v3", "gpt_oss", "gemma4", "glm4_moe"])

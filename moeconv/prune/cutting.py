@@ -20,9 +20,14 @@ from moeconv.prune.criteria import Evidence, sample_of
 Keep = Mapping[int, Sequence[int]]
 
 
+def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
+    """`keep` with the multi-token-prediction layers: nothing measures them, so they follow the last layer, whose output
+    they read."""
+    return dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
+
+
 def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
-    # Nothing measures multi-token-prediction layers, so they follow the last layer, whose output they read.
-    keep = dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
+    keep = with_mtp(model, keep)
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 
     def renewed(ref: TensorRef) -> list[Item] | None:

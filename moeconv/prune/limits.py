@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from moeconv.options import PlanOptions, PruneOptions, check_names, flag_of, par
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import parse_dtype
 from moeconv.prune.cutting import pruned_items
+from moeconv.prune.named_modules import check_renumbering
 
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
@@ -70,16 +70,26 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
             )
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
+    largest = _largest_first(model)
     for left in range(experts - 1, 0, -1):
-        keep = {layer: list(range(left)) for layer in model.moe_layers}
+        keep = {layer: sorted(order[:left]) for layer, order in largest.items()}
         shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype)), common, model.family)
         if sum(s.nbytes for s in shards) <= limit:
             return left
     raise UsageError(f"--max-bytes {escape(options.max_bytes)}: too small even with one expert per layer")
 
 
+def _largest_first(model: Model) -> dict[int, list[int]]:
+    """{layer: its experts by their bytes}: a mixed checkpoint stores some in more bits, and any may be kept."""
+    sizes = {layer: [0] * model.num_experts for layer in model.moe_layers}
+    for name, role in model.roles.items():
+        if role.expert is not None and role.layer in sizes:
+            sizes[role.layer][role.expert] += model.checkpoint.tensors[name].nbytes
+    return {layer: sorted(range(len(each)), key=lambda e: -each[e]) for layer, each in sizes.items()}
+
+
 def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -> None:
-    """A quantized source is cut as it lies on disk: nothing of it can be cast, and its config names no expert."""
+    """A quantized source is cut as it lies on disk: nothing of it can be cast, and its config must be renumbered."""
     if model.quantization is None:
         return
     if common.dtype:
@@ -92,14 +102,7 @@ def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -
                 f"{flag_of(name)} changes weights, and this source's are quantized",
                 hint="Leave it out, or prune the unquantized checkpoint and quantize the result.",
             )
-    for key in ("ignore", "modules_to_not_convert"):
-        for word in model.quantization.get(key) or ():
-            if isinstance(word, str) and re.search(r"experts\.\d", word):
-                raise InputError(
-                    f"config.json: quantization_config.{key} names single experts ({escape(word)[:80]}), which a prune "
-                    "renumbers",
-                    hint="Prune the unquantized checkpoint.",
-                )
+    check_renumbering(model, model.quantization)
 
 
 def _check_numbers(options: PruneOptions) -> None:

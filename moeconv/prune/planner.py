@@ -29,8 +29,9 @@ from moeconv.prune.choice import (
     protected_experts,
 )
 from moeconv.prune.criteria import Evidence, Order
-from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_of
+from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_of, with_mtp
 from moeconv.prune.limits import check_feasible, check_prune
+from moeconv.prune.named_modules import renumbered
 
 _RANKS = (2, 4, 8)  # devices that experts are commonly spread over
 
@@ -96,7 +97,7 @@ def plan_prune(
         command="prune",
         parameters=parameters_of(options, common) | _decided_by(evidence, options, block) | prints,
         identity=model.identity,
-        config=_config(model, left, parse_dtype(common.dtype), options.top_k),
+        config=_config(model, keep, parse_dtype(common.dtype), options.top_k),
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
@@ -107,7 +108,7 @@ def plan_prune(
             *_warnings(model, "" if left == model.num_experts else name, options, scales, left),
         ),
         dropped=model.dropped,
-        promise=_promise(model, left),
+        promise=_promise(model, keep),
     )
 
 
@@ -129,17 +130,21 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: Mapping[str, A
     return {"stats": stats, "decided_by": found}
 
 
-def _promise(model: Model, left: int) -> dict[str, int]:
+def _promise(model: Model, keep: Keep) -> dict[str, int]:
     """Tensors that change by role: those of the kept experts, and every one that has an entry for each expert."""
     counts = {"expert": 0, "router": 0}
+    stays = {layer: frozenset(kept) for layer, kept in with_mtp(model, keep).items()}
     for role in model.roles.values():
         if role.group in counts and (role.expert is not None or role.part not in SHARED):
-            counts[role.group] += role.expert is None or role.expert < left
+            counts[role.group] += role.expert is None or role.layer is None or role.expert in stays[role.layer]
     return counts
 
 
-def _config(model: Model, left: int, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
+def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
     config = with_head(model)
+    if model.quantization:
+        config["quantization_config"] = renumbered(model, model.quantization, with_mtp(model, keep))
+    left = len(next(iter(keep.values())))
     nested = config.get(model.family.root) if model.family.root else None
     text = dict(nested) if isinstance(nested, dict) else config
     said = dict.fromkeys(model.family.num_experts, left)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from moeconv.errors import InputError, escape
 from moeconv.hf.layout import AGAIN, STATE, Layout, companion
@@ -195,7 +196,7 @@ def check_stacked(model: nn.Module) -> None:
 
 def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's state dict with every packed parameter as the tensors that it was loaded from, bit for bit; names are
-    those before transformers' renaming, which save_pretrained reverses itself."""
+    those before transformers' renaming, which save_pretrained reverses itself. What lies on disk is read back."""
     state = dict(model.state_dict())
     for path, module in model.named_modules():
         if not isinstance(module, PackedExperts | PackedLinear):
@@ -204,10 +205,15 @@ def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
             if layout.stacked:  # on disk as in memory
                 continue
             target = f"{path}.{name}"
-            held = {suffix: state.pop(target + suffix) for suffix in layout.tensors}
+            held = {suffix: _present(model, target + suffix, state.pop(target + suffix)) for suffix in layout.tensors}
             for stem, tensors in _split(layout, held, target):
                 state |= {companion(stem, suffix): tensor for suffix, tensor in tensors.items()}
     return state
+
+
+def _present(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the module, from the disk where it was offloaded."""
+    return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 
 
 def _split(layout: Layout, held: dict[str, Tensor], target: str) -> Iterator[tuple[str, dict[str, Tensor]]]:

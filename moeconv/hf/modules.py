@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeconv.hf.layout import Layout
-from moeconv.plan.kernels.pack.fourbit import decode_4bit, unnest_absmax
-from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise
+from moeconv.errors import InputError
+from moeconv.hf.layout import STATE, Layout
+from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax
+from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise
+
+Delta = tuple[Tensor, Tensor, float]  # left [experts, rows, r], right [experts, r, columns], and the product's scale
 
 
 class PackedExperts(nn.Module):
     """Mixed in before a family's experts class: same attributes, but the fused parameters are packed."""
 
     packed: dict[str, Layout]  # parameter name -> layout
+    deltas: dict[str, list[Delta]]  # parameter name -> what adapters add to the decoded weight at present
+    dtype: torch.dtype  # of the model around it
     stock: type[nn.Module]  # the family's own class
     num_experts: int
 
@@ -66,7 +71,12 @@ class PackedExperts(nn.Module):
             shared = suffix.endswith("_quant_map") or hit.numel() == layout.experts
             return tensor if shared else tensor.index_select(0, hit)
 
-        return decode(layout, chosen, count=hit.numel(), dtype=dtype)
+        weight = decode(layout, chosen, count=hit.numel(), dtype=dtype)
+        for left, right, scale in self.deltas.get(name, ()):
+            if hit.numel() < layout.experts:
+                left, right = left.index_select(0, hit), right.index_select(0, hit)
+            weight = torch.baddbmm(weight, left.to(dtype), right.to(dtype), alpha=scale)
+        return weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return _keep_scales(self, super()._apply, fn, recurse)
@@ -75,12 +85,13 @@ class PackedExperts(nn.Module):
         return f"{', '.join(f'{name} {layout.scheme}' for name, layout in self.packed.items())}"
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Linear):
     """A linear layer whose weight is packed: the stock class's attributes, decoded for every forward."""
 
     packed: dict[str, Layout]
-    in_features: int
-    out_features: int
+    deltas: dict[str, list[Delta]]
+    dtype: torch.dtype
+    stock: type[nn.Module] = nn.Linear
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`hidden_states` [..., in] -> [..., out]."""
@@ -119,12 +130,76 @@ def decode(layout: Layout, part: Callable[[str], Tensor], *, count: int, dtype: 
     return values.view(shape)
 
 
+def encode(layout: Layout, weight: Tensor, *, quant_map: Tensor | None) -> dict[str, Tensor]:
+    """The inverse of `decode`, rounded to the packed type: `weight` [experts or 1, parts * out, in] -> the module's
+    tensors by suffix, on the CPU. `quant_map` says which 4-bit type it is. Raises InputError for NaN or infinity."""
+    rows = weight.detach().cpu().float().reshape(-1, layout.out, layout.columns)
+    if layout.scheme == "int8":
+        packed = [pack_int8_rowwise(piece) for piece in rows]
+        made = {"": torch.cat([p[""] for p in packed]), "_scb": torch.cat([p["SCB"] for p in packed])}
+    else:
+        kind = _type_of(quant_map)
+        packed = [pack_nf4(p, block_size=layout.block_size, quant_type=kind, nested=layout.nested) for p in rows]
+        made = {"": torch.cat([p[""] for p in packed]), "_absmax": torch.cat([p["absmax"] for p in packed])}
+        if layout.nested:
+            states = [read_quant_state(p[STATE + kind]) for p in packed]
+            made["_nested_absmax"] = torch.cat([p["nested_absmax"] for p in packed])
+            made["_nested_offset"] = torch.tensor([state["nested_offset"] for state in states])
+    return {suffix: tensor.view(layout.tensors[suffix][0]) for suffix, tensor in made.items()}
+
+
+@functools.cache
+def _maps() -> dict[str, Tensor]:
+    return {kind: pack_nf4(torch.zeros(1, 64), quant_type=kind)["quant_map"] for kind in ("nf4", "fp4")}
+
+
+def _type_of(quant_map: Tensor | None) -> str:
+    for kind, values in _maps().items():
+        if quant_map is not None and torch.equal(values, quant_map.cpu().float()):
+            return kind
+    raise InputError(
+        "a 4-bit type that is neither NF4 nor FP4 is only decoded",
+        hint="Decode the model first: model.dequantize().",
+    )
+
+
+def weight_of(module: PackedExperts | PackedLinear, name: str, *, dtype: torch.dtype) -> Tensor:
+    """The whole weight `name` of a module, decoded: [experts, parts * out, in], or [out, in] of a linear layer."""
+    layout = module.packed[name]
+    weight = decode(
+        layout, lambda suffix: getattr(module, name + suffix), count=max(1, layout.experts), dtype=dtype
+    )  # fmt: skip
+    return weight if layout.experts else weight[0]
+
+
+def put_weight(module: PackedExperts | PackedLinear, name: str, weight: Tensor) -> None:
+    """Pack `weight`, as `weight_of` gives it, in place of what the module holds; it is rounded to the packed type."""
+    layout = module.packed[name]
+    for suffix, tensor in encode(layout, weight, quant_map=module._buffers.get(name + "_quant_map")).items():
+        held: Any = getattr(module, name + suffix)
+        held.data = tensor.to(held.device)
+
+
+def unpack(module: PackedExperts | PackedLinear, *, dtype: torch.dtype) -> None:
+    """Make a module the stock one again, with its weights decoded to `dtype`."""
+    for name, layout in module.packed.items():
+        weight = weight_of(module, name, dtype=dtype)
+        for suffix in layout.tensors:
+            if suffix:
+                delattr(module, name + suffix)
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    stock = module.stock
+    del module.packed, module.deltas, module.dtype
+    module.__class__ = stock
+
+
 def _keep_scales(
-    module: nn.Module, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool
+    module: PackedExperts | PackedLinear, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool
 ) -> nn.Module:
     """Moves like every module; but a cast (`model.half()`) leaves the scales in float32, where they are exact."""
     before = dict(module._buffers)
     apply(fn, recurse)
+    module.dtype = fn(torch.empty(0, dtype=module.dtype)).dtype
     for name, old in before.items():
         new = module._buffers[name]
         if old is not None and new is not None and new.dtype != old.dtype:
@@ -144,7 +219,7 @@ def install(model: nn.Module, target: str, layout: Layout) -> None:
     if not isinstance(module, PackedExperts | PackedLinear):
         stock: Any = type(module)
         module.__class__ = _packed_class(stock) if layout.experts else PackedLinear
-        module.packed = {}
+        module.packed, module.deltas, module.dtype = {}, {}, model.dtype
     module.packed[name] = layout
     for suffix, (shape, dtype) in layout.tensors.items():
         empty = torch.empty(shape, dtype=dtype, device="meta")
@@ -152,3 +227,5 @@ def install(model: nn.Module, target: str, layout: Layout) -> None:
             module.register_buffer(name + suffix, empty)
         else:
             module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    for tensor in (module._parameters[name], *(module._buffers[name + suffix] for suffix in layout.tensors if suffix)):
+        tensor._is_hf_initialized = True  # what is offloaded to disk stays on meta, and must not be drawn anew

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
@@ -18,9 +19,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moeconv.errors import InputError, escape
+from moeconv.hf.adapters import teach_peft
 from moeconv.hf.conversion import FusePacked, check_stacked, disk_tensors, stacked_renamings, with_companions
 from moeconv.hf.layout import METHOD, find_layouts, stored_tensors
-from moeconv.hf.modules import install
+from moeconv.hf.modules import PackedExperts, PackedLinear, install, unpack
 
 _SCOPES = ("experts", "experts+shared", "all-linear")
 
@@ -43,6 +45,11 @@ class PackedExpertsConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.fields)
+
+
+# transformers lets a call pass a config of the checkpoint's kind, and tells the kind by the class's name. Scripts for
+# bitsandbytes checkpoints pass a BitsAndBytesConfig: as there, the checkpoint's own is used, with a warning.
+PackedExpertsConfig.__name__ = "BitsAndBytesConfig"
 
 
 class PackedExpertsQuantizer(HfQuantizer):
@@ -68,6 +75,21 @@ class PackedExpertsQuantizer(HfQuantizer):
         used = [c for c in self._conversions if not isinstance(c, WeightRenaming) or c.was_used()]
         model._weight_conversions = used or None
         check_stacked(model)
+        teach_peft()
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """`model.dequantize()`: the stock model, its weights decoded to `dtype`; nothing of it is packed any more."""
+        renamings = stacked_renamings(model)
+        for module in list(model.modules()):
+            if isinstance(module, PackedExperts | PackedLinear):
+                unpack(module, dtype=dtype or model.dtype)
+        if model._weight_conversions:
+            patterns = [entry.source_patterns for entry in renamings]
+            kept = [entry for entry in model._weight_conversions if entry.source_patterns not in patterns]
+            model._weight_conversions = kept or None
+        if hasattr(model.config, "auto_map") and hasattr(transformers, type(model).__name__):
+            del model.config.auto_map  # it led to the loader of packed weights, and the stock class takes plain ones
         return model
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:

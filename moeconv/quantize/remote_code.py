@@ -14,7 +14,6 @@ from moeconv.checkpoint.companions import ENTRY
 
 _ROOT = Path(moeconv.__file__).parent
 _LOADER = "moeconv.hf.quantizer"
-_IMPORT = re.compile(r"^from (moeconv[\w.]*) import", re.MULTILINE)
 
 
 def remote_code(architecture: str) -> dict[str, str]:
@@ -25,7 +24,14 @@ def remote_code(architecture: str) -> dict[str, str]:
         f"from .{_flat(_LOADER)} import register\n\n"
         "register()\n\n\n"
         f"class {architecture}(_Stock):\n"
-        '    """The stock model; importing this file has made its packed weights known to transformers."""\n'
+        '    """The stock model; importing this file has made its packed weights known to transformers."""\n\n'
+        "    # transformers looks for both in the source of the class's own module, which is this file\n"
+        "    @classmethod\n"
+        "    def _can_set_attn_implementation(cls):\n"
+        "        return _Stock._can_set_attn_implementation()\n\n"
+        "    @classmethod\n"
+        "    def _can_set_experts_implementation(cls):\n"
+        "        return _Stock._can_set_experts_implementation()\n"
     )
     files = {f"{ENTRY}.py": entry}
     waiting = [_LOADER]

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.checkpoint.writer import output_errors, replace_file, sync_directory
 from moeconv.errors import InputError, OutputError, escape
@@ -78,18 +78,22 @@ class OutputDirectory:
     `key` names the exact work (plan, source state, version): only finished shards of the same key are found again.
     """
 
-    def __init__(self, out: Path, *, key: str, overwrite: bool = False, shared: bool = False) -> None:
+    def __init__(
+        self, out: Path, *, key: str, overwrite: bool = False, shared: bool = False, lock: StagingLock | None = None
+    ) -> None:
+        """`lock`: the hold on the staging directory that the caller has, and keeps."""
         self.out = out
         self.overwrite = overwrite
         self.shared = shared
-        self.root = out.parent / f".{out.name}.moeconv"
+        self._lock, self._held = lock or StagingLock(out, shared=shared), lock is not None
+        self.root = self._lock.root
         self.work = self.root / key[:32]
         self.staged = self.work / "out"
         self._done = self.work / "done"
-        self._lock_fd = -1
 
     def __enter__(self) -> OutputDirectory:
-        self._lock()
+        if not self._held:
+            self._lock.acquire()
         try:
             with output_errors(self.out):
                 self.staged.mkdir(parents=True, exist_ok=True)
@@ -100,36 +104,8 @@ class OutputDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)  # the lock goes with the descriptor
-            self._lock_fd = -1
-
-    def _lock(self) -> None:
-        mode = (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-        path = self.root / "lock"
-        while True:
-            with output_errors(self.out):
-                self.root.mkdir(exist_ok=True)
-                try:
-                    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                except FileNotFoundError:
-                    continue  # another run committed and removed the directory in between
-            try:
-                fcntl.flock(fd, mode)
-            except OSError:
-                os.close(fd)
-                raise OutputError(
-                    f"another moeconv run is writing {escape(self.out)}",
-                    hint="Wait for it, or give this run another OUT; --part i/n lets runs share one.",
-                ) from None
-            try:
-                same = os.fstat(fd).st_ino == path.stat().st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
-                self._lock_fd = fd
-                return
-            os.close(fd)
+        if not self._held:
+            self._lock.release()
 
     @contextmanager
     def shard_lock(self, name: str) -> Iterator[bool]:
@@ -219,12 +195,9 @@ class OutputDirectory:
     def discard(self) -> None:
         """Remove what was staged for this work, which running it again could not complete. While other parts are at
         work in it, it stays."""
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._lock.alone():
             shutil.rmtree(self.work, ignore_errors=True)
-            if os.listdir(self.root) == ["lock"]:
-                (self.root / "lock").unlink()
-                self.root.rmdir()
+            self._lock.remove_empty()
 
     def free_bytes(self) -> int:
         """Bytes free where OUT will lie."""

@@ -120,8 +120,7 @@ def _prune(block: Mapping[str, Any]) -> dict[str, Any]:
 def _quantize(block: Mapping[str, Any]) -> dict[str, Any]:
     group = f", {block['group_size']} weights a scale" if block.get("group_size") else ""
     rows = {"packing": f"{block['format']} {block['scheme']}{group}, method {block['method']}"}
-    if block.get("error"):
-        error = block["error"]["relative_rms"]
+    if error := block.get("error", {}).get("relative_rms"):  # of a sample that the check decoded
         rows["error"] = f"relative RMS {error['mean']:.4f} mean, {error['max']:.4f} max (decoded sample)"
     rows["loads in"] = ", ".join(f"{name}: {how}" for name, how in block["loads"].items())
     return rows

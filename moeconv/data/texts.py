@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv.data.digest import read_stdin
 from moeconv.data.hubdata import read_hub
 from moeconv.data.recognise import JSONL_SUFFIXES, PLAIN_SUFFIXES, TABLE_SUFFIXES, parse_texts
 from moeconv.data.records import Text, text_of
@@ -72,7 +72,7 @@ def _read_source(value: str, weight: float, text_field: str, hub_bytes: int | No
         texts = [text_of(r, f"{escape(name)}, record {n}", text_field) for n, r in enumerate(records, 1)]
         return TextSource(name, sha256, weight, tuple(texts))
     if value == "-":
-        data = sys.stdin.buffer.read()
+        data = read_stdin()
         return TextSource(
             "-", hashlib.sha256(data).hexdigest(), weight, parse_texts(data, "standard input", text_field)
         )

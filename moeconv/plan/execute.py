@@ -24,12 +24,14 @@ from moeconv.checkpoint.companions import Companions, find_companions, is_licenc
 from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
+from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
 from moeconv.errors import CheckError, InputError, Interrupted, OutputError, UsageError, escape
 from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
 from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 
 _READ = 1 << 22
@@ -102,10 +104,12 @@ def execute(
     overwrite: bool = False,
     strict: bool = False,
     meter: Meter | None = None,
+    lock: StagingLock | None = None,
 ) -> Result:
     """Write the checkpoint that `plan` describes to the directory `out`.
 
-    `origins` are byte sources beside "source" that the plan's inputs name. `check` sees the staged directory before it
+    `origins` are byte sources beside "source" that the plan's inputs name. `lock` is a hold on OUT's staging directory
+    that the caller has taken already. `check` sees the staged directory before it
     is committed; what it returns lands in the result, and an error of its own keeps OUT from being written. `describe`
     turns the manifest's steps and what `check` found into files for people, which the manifest does not name.
     Raises InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
@@ -119,7 +123,7 @@ def execute(
     companions = companions_of(plan, source)  # now, not when hours of work are done
     check_target(out, sources=_directories(flow), overwrite=overwrite)
     key = _resume_key(plan, source, origins or {})
-    with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None) as directory:
+    with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None, lock=lock) as directory:
         try:
             records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
             files, extra, complete = _complete(plan, source, companions, flow, directory, records, check, describe)
@@ -143,13 +147,14 @@ def _directories(flow: Flow) -> tuple[Path, ...]:
 
 
 def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource]) -> str:
-    """Names the exact work: the plan, the version, and the size and mtime of every file that it reads."""
+    """Names the exact work: the plan, the version, size and mtime of every file of a checkpoint that it reads, and the
+    content of artifacts, which another run of the same work may have made again."""
     state: list[Any] = [__version__, plan.plan_id, source.resume_state()]
     for name, origin in sorted(origins.items()):
         if isinstance(origin, Checkpoint):
             state.append([name, origin.resume_state()])
         elif isinstance(origin, SafetensorsFile):
-            state.append([name, origin.size, origin.mtime_ns])
+            state.append([name, origin.size, fingerprint(origin)])
     return hashlib.sha256(canonical_json(state)).hexdigest()
 
 

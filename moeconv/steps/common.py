@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeconv import __version__
 from moeconv.checkpoint.output import check_target
+from moeconv.checkpoint.staging import Measured, StagingLock
+from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
 from moeconv.options import WriteOptions, parameters_of, take
@@ -36,10 +40,11 @@ def run_plan(
     origins: Mapping[str, ByteSource] | None = None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
     figures: Mapping[str, Any] | None = None,
+    lock: StagingLock | None = None,
 ) -> dict[str, Any]:
     """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON.
 
-    `figures` were measured before the plan was made, and stand in the model card.
+    `figures` were measured before the plan was made, and stand in the model card. `lock` is as for `execute`.
     """
     write = take(WriteOptions, values)
     result = planned_json(plan, out, dry_run=write.dry_run)
@@ -65,6 +70,7 @@ def run_plan(
         overwrite=write.overwrite,
         strict=write.strict,
         meter=meter,
+        lock=lock,
     )
     result |= {"seconds": round(done.seconds, 3), "peak_rss_bytes": done.peak_rss_bytes, "files": dict(done.files)}
     result["warnings"] += done.warnings + list(done.extra.get("warnings", ()))
@@ -97,6 +103,31 @@ def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
 def named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     """The values of these groups, as keyword arguments."""
     return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
+
+
+def measuring(command: str, model: Model, out: str, values: Mapping[str, Any], *groups: type, meter: Meter) -> Measured:
+    """Where the command keeps what it measures before it can plan, for its other parts and for another run of it.
+
+    `groups` are the options that decide what is measured; files that they name count by their content.
+    """
+    from moeconv.data.digest import content_of
+
+    write = take(WriteOptions, values)
+    shared = parse_part(write.part) is not None
+    checked_jobs(write.jobs)
+
+    def key() -> str:
+        said = named(values, *groups)
+        said |= {"data": [content_of(value) for value in said.get("data", ())]}
+        if said.get("stats"):
+            said["stats"] = content_of(said["stats"], flag="--stats")
+        if said.get("teacher"):
+            teacher = open_resolved(said["teacher"])
+            said["teacher"] = [teacher.identity, teacher.checkpoint.resume_state()]
+        state = [__version__, command, model.identity, model.checkpoint.resume_state(), said]
+        return hashlib.sha256(canonical_json(state)).hexdigest()
+
+    return Measured(Path(os.path.abspath(out)), key=key, shared=shared, note=meter.note)
 
 
 @contextmanager

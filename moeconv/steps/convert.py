@@ -10,6 +10,7 @@ from typing import Any
 
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.staging import StagingLock
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import (
@@ -30,10 +31,12 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.separate import plan_separate
-from moeconv.steps.common import named, open_resolved, run_plan, scratch
+from moeconv.steps.common import measuring, named, open_resolved, run_plan, scratch
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
-from moeconv.world import current
+from moeconv.world import current, first
+
+_CODES, _OVERLAY = "codes.safetensors", "overlay.safetensors"
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -80,7 +83,9 @@ def prune_and_quantize(
     """
     from moeconv.report.proof import prove_packing
 
-    def run(plan: Plan, model: Model, out: str, values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    def run(
+        plan: Plan, model: Model, out: str, values: Mapping[str, Any], *, lock: StagingLock, **more: Any
+    ) -> dict[str, Any]:
         second = plan_step("quantize", planned_model(plan), then)
         fused = None if second is None else fuse(plan, second)
         joint = dict(values) | {k: v for k, v in then.items() if k in WriteOptions.__dataclass_fields__}
@@ -89,8 +94,9 @@ def prune_and_quantize(
             result = _after(plan, model, out, quantizing, note="writing the pruned model", meter=meter)
         else:
             result = run_plan(
-                fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter
-            )
+                fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter,
+                lock=lock,
+            )  # fmt: skip
         between = {"bytes": planned_model(plan).checkpoint.nbytes, "total": plan.params_total}
         return result | {"prune": dict(plan.block), "between": between | {"active": plan.params_active}}
 
@@ -152,16 +158,23 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]  # multi-token-prediction layers are not run: their experts keep the searched scales
     asked = named(values, DataOptions, MeasureOptions)
-    with scratch() as folder:
-        path = os.path.join(folder, "codes.safetensors")
-        seed = take(PlanOptions, values).seed
-        found = choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **asked)
-        overlay = SafetensorsFile(Path(path))
+    seed = take(PlanOptions, values).seed
+
+    def measure(folder: Path) -> dict[str, Any]:
+        path = folder / _CODES
+        return choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **asked)
+
+    groups = (QuantizeOptions, PlanOptions, DataOptions, MeasureOptions)
+    with measuring("quantize", model, out, values, *groups, meter=meter) as measured:
+        folder, found = measured.once("codes", measure)
+        overlay = SafetensorsFile(folder / _CODES)
         importance = _importance(model, values)
         plan = plan_quantize(
             model, overlay=overlay, importance=importance, **named(values, QuantizeOptions, PlanOptions)
         )
-        result = run_plan(plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay})
+        result = run_plan(
+            plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, lock=measured.lock
+        )
     result["quantize"].setdefault("error", {})["output"] = found
     return result
 
@@ -213,14 +226,28 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
     asked = named(values, TuneOptions, DataOptions, MeasureOptions)
     if asked["teacher"]:
         asked["teacher"] = resolve(asked["teacher"])
-    with scratch() as folder:
-        path = os.path.join(folder, "overlay.safetensors")
-        block = train(str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, meter=meter, **asked)
-        if not current().leads:
-            return {"command": "tune", "output": out, "tune": block}
-        overlay = SafetensorsFile(Path(path))
+    seed, begun = take(PlanOptions, values).seed, False
+
+    def measure(folder: Path) -> dict[str, Any]:
+        return train(str(model.checkpoint.path), folder / _OVERLAY, seed=seed, meter=meter, **asked)
+
+    def together(folder: Path) -> dict[str, Any]:
+        nonlocal begun
+        begun = first(lambda: True)
+        return measure(folder)
+
+    if not current().leads:  # it has part in the work, when the first process finds that there is any
+        return {"command": "tune", "output": out, "tune": measure(Path(out)) if first(lambda: True) else {}}
+    groups = (TuneOptions, PlanOptions, DataOptions, MeasureOptions)
+    with measuring("tune", model, out, values, *groups, meter=meter) as measured:
+        folder, block = measured.once("overlay", together)
+        if not begun:
+            first(lambda: False)
+        overlay = SafetensorsFile(folder / _OVERLAY)
         plan = plan_overlay(model, overlay, **named(values, PlanOptions))
-        result = run_plan(plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block)
+        result = run_plan(
+            plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block, lock=measured.lock
+        )
     result["warnings"] += block.pop("warnings", [])
     result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing
     result["tune"] |= block

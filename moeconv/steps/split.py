@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import (
@@ -21,9 +22,11 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.partition import Partition, load_partition
 from moeconv.upcycle.split import MEASURE, split_options, split_shape
 
+_NEURONS, _PARTITION = "neurons.safetensors", "partition.safetensors"
 
-def measure_partition(model: Model, values: Mapping[str, Any], folder: str, *, meter: Meter) -> Partition:
-    """The partition for the options in `values`, made in `folder` from --stats, or from --data through statistics.
+
+def measure_partition(model: Model, values: Mapping[str, Any], measured: Measured, *, meter: Meter) -> Partition:
+    """The partition for the options in `values`, from --stats, or from --data through statistics; `measured` keeps it.
 
     Raises UsageError where neither or both are given.
     """
@@ -40,13 +43,20 @@ def measure_partition(model: Model, values: Mapping[str, Any], folder: str, *, m
     seed, measure = take(PlanOptions, values).seed, take(MeasureOptions, values)
     stats = options.stats
     if not stats:
-        stats = os.path.join(folder, "neurons.safetensors")
         named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), measure)
-        calibrate(str(model.checkpoint.path), stats, seed=seed, meter=meter, **named)
-    path = os.path.join(folder, "partition.safetensors")
-    write_partition(
-        model, load_neurons(stats, model), path, experts=shape.experts, top_k=shape.top_k, shared=shape.shared,
-        width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best, clustering=options.clustering,
-        device=pick_device(measure.device), seed=seed, meter=meter,
-    )  # fmt: skip
-    return load_partition(path)
+
+        def look(folder: Path) -> None:
+            calibrate(
+                str(model.checkpoint.path), folder / _NEURONS, seed=seed, overwrite=True, meter=meter, **named
+            )  # fmt: skip
+
+        stats = str(measured.once("neurons", look, resumes=True)[0] / _NEURONS)
+
+    def cut(folder: Path) -> None:
+        write_partition(
+            model, load_neurons(stats, model), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
+            shared=shape.shared, width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best,
+            clustering=options.clustering, device=pick_device(measure.device), seed=seed, meter=meter,
+        )  # fmt: skip
+
+    return load_partition(measured.once("partition", cut)[0] / _PARTITION)

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import DataOptions, MeasureOptions, PlanOptions, UpcycleOptions, WriteOptions, take
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    UpcycleOptions,
+    WriteOptions,
+    take,
+)
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
-from moeconv.steps.common import named, open_resolved, run_plan, scratch
+from moeconv.steps.common import measuring, named, open_resolved, run_plan
 from moeconv.steps.equivalence import NOT_CHECKED, equivalence
 from moeconv.steps.kin import check_kin
+
+_ROUTER = "router.safetensors"
 
 
 def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
@@ -38,25 +50,29 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
         )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))
     figures: dict[str, Any] = {}
-    with scratch() as folder:
-        if options.method == "split" and not write.dry_run:
+    measures = (options.method == "split" or options.router != "random") and not write.dry_run
+    with ExitStack() as stack:
+        measured: Measured | None = None
+        if measures:
+            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+            groups = (UpcycleOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
+            measured = stack.enter_context(measuring("upcycle", model, out, values, *groups, meter=meter))
+        if measured and options.method == "split":
             from moeconv.steps.split import measure_partition
 
-            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-            partition = measure_partition(model, values, folder, meter=meter)
+            partition = measure_partition(model, values, measured, meter=meter)
             origins[PARTITION] = partition.file
             plan = plan_upcycle(model, siblings=siblings, partition=partition, **parameters)
         else:
             plan = plan_upcycle(model, siblings=siblings, **parameters)
         warnings = check_kin(model, siblings)
-        if options.router != "random" and not write.dry_run:
-            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-            overlay, figures["router"] = _measured_router(model, plan, folder, values, meter=meter)
+        if measured and options.router != "random":
+            overlay, figures["router"] = _measured_router(model, plan, measured, values, meter=meter)
             origins[ORIGIN] = overlay
             plan = plan_upcycle(model, siblings=siblings, overlay=overlay, **parameters)
         result = run_plan(
             plan, model, out, values, meter=meter, origins=origins, figures=figures,
-            check=lambda staged: equivalence(model, staged, plan),
+            check=lambda staged: equivalence(model, staged, plan), lock=measured.lock if measured else None,
         )  # fmt: skip
     result["warnings"] = warnings + result["warnings"]
     result["upcycle"] = figures | result["upcycle"]
@@ -65,7 +81,7 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
 
 
 def _measured_router(
-    model: Model, plan: Plan, folder: str, values: Mapping[str, Any], *, meter: Meter
+    model: Model, plan: Plan, measured: Measured, values: Mapping[str, Any], *, meter: Meter
 ) -> tuple[SafetensorsFile, dict[str, Any]]:
     """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
     from moeconv.prepare.router import measure_router
@@ -73,8 +89,11 @@ def _measured_router(
 
     asked = named(values, DataOptions, MeasureOptions)
     names, rows = router_rows(plan)
-    path = Path(folder, "router.safetensors")
     kind, seed = take(UpcycleOptions, values).router, take(PlanOptions, values).seed
-    found = measure_router(model, path, kind=kind, names=names, experts=rows, seed=seed, meter=meter, **asked)
-    os.utime(path, ns=(0, 0))  # the plan holds its fingerprint: another run of the same work may resume or share it
-    return SafetensorsFile(path), found
+
+    def measure(folder: Path) -> dict[str, Any]:
+        path = folder / _ROUTER
+        return measure_router(model, path, kind=kind, names=names, experts=rows, seed=seed, meter=meter, **asked)
+
+    folder, found = measured.once("router", measure)
+    return SafetensorsFile(folder / _ROUTER), found

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.writer import output_errors, replace_file
 from moeconv.errors import InputError, OutputError, UsageError, escape
 from moeconv.families.model import Model
@@ -41,8 +42,8 @@ def curve(
             raise UsageError("--curve shows every ratio: it takes no budget", hint="Leave out --ratio and its kin.")
     counts = [n for n in range(1, model.num_experts) if feasible(model, n, parameters)]
     limits.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
-    with scratch() as folder:
-        evidence = gathered(model, values, parameters | {"keep": counts[-1]}, folder, meter=meter)
+    with scratch() as folder, Measured(Path(folder) / "curve", key=lambda: "curve", note=meter.note) as measured:
+        evidence = gathered(model, values, parameters | {"keep": counts[-1]}, measured, meter=meter)
         warnings = settle(model, evidence, options, parameters)
         orders = choice.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))
         assert orders is not None

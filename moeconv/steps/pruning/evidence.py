@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from moeconv.checkpoint.staging import Measured
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
 from moeconv.options import CalibrateOptions, DataOptions, MeasureOptions, PlanOptions, PruneOptions, WriteOptions, take
@@ -16,13 +19,14 @@ from moeconv.prune import choice, limits
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.steps.common import named
 
+_STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
 JUDGE_EVERY = 4  # of --data, the share of windows that judge what was decided on the others
 
 
 def gathered(
-    model: Model, values: Mapping[str, Any], parameters: Mapping[str, Any], folder: str, *, meter: Meter
+    model: Model, values: Mapping[str, Any], parameters: Mapping[str, Any], measured: Measured, *, meter: Meter
 ) -> Evidence:
-    """Everything that the criterion needs, calibrated or read."""
+    """Everything that the criterion needs, calibrated or read; `measured` keeps it."""
     options, data = take(PruneOptions, values), take(DataOptions, values).data
     path = options.stats
     if only_top_k(model, parameters):
@@ -30,15 +34,20 @@ def gathered(
     if data and path is None and (CRITERIA[parameters["criterion"]].needs_data or options.merge or covers(options)):
         from moeconv.calibrate.run import calibrate
 
-        path = os.path.join(folder, "statistics.safetensors")
         judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
         judged = JUDGE_EVERY if judges else None
-        calibrate(
-            str(model.checkpoint.path), path, seed=take(PlanOptions, values).seed, save_every=None, judge_every=judged,
-            meter=meter, **named(values, DataOptions, MeasureOptions, CalibrateOptions),
-        )  # fmt: skip
+        asked = named(values, DataOptions, MeasureOptions, CalibrateOptions)
+        seed = take(PlanOptions, values).seed
+
+        def measure(folder: Path) -> None:
+            calibrate(
+                str(model.checkpoint.path), folder / _STATISTICS, seed=seed, judge_every=judged, overwrite=True,
+                meter=meter, **asked,
+            )  # fmt: skip
+
+        path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
     jobs = take(WriteOptions, values).jobs or default_jobs()
-    return evidence_of(model, path, parameters, jobs=jobs, meter=meter)
+    return evidence_of(model, path, parameters, jobs=jobs, measured=measured, meter=meter)
 
 
 def only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
@@ -51,27 +60,45 @@ def covers(options: PruneOptions) -> bool:
 
 
 def evidence_of(
-    model: Model, path: str | None, parameters: Mapping[str, Any], *, jobs: int | None, meter: Meter | None = None
-) -> Evidence:
-    """Statistics from a file and, unless `jobs` is None (a dry run), what the criterion reads from the weights."""
+    model: Model, path: str | None, parameters: Mapping[str, Any], *, jobs: int | None = None,
+    measured: Measured | None = None, meter: Meter | None = None,
+) -> Evidence:  # fmt: skip
+    """Statistics from a file and, unless nothing is `measured` (a dry run), what the criterion reads from the
+    weights."""
     evidence = Evidence(
         statistics=statistics_of(model, path) if path else None, rule=rule_of(model),
         similarity=parameters["similarity"], seed=parameters["seed"], num_experts=model.num_experts,
     )  # fmt: skip
-    if jobs is None:
+    if measured is None:
         return evidence
+    workers = jobs or default_jobs()
     from moeconv.calibrate import weights
 
     name = parameters["criterion"]
     alike = name == "redundancy" or parameters["merge"]
     if CRITERIA[name].needs == "weights":
         (meter or SilentMeter()).note("reading the experts' weights")
-        evidence = replace(evidence, **{name: getattr(weights, name)(model, jobs=jobs)})
+        scores: dict[str, Any] = {name: _by_layer(measured, name, lambda: getattr(weights, name)(model, jobs=workers))}
+        evidence = replace(evidence, **scores)
     if alike and evidence.similarity in ("aligned", "raw"):
         (meter or SilentMeter()).note("comparing the experts' weights")
-        cosine = weights.weight_cosine(model, aligned=evidence.similarity == "aligned", jobs=jobs)
+        aligned = evidence.similarity == "aligned"
+        cosine = _by_layer(measured, "cosine", lambda: weights.weight_cosine(model, aligned=aligned, jobs=workers))
         evidence = replace(evidence, weight_cosine=cosine)
     return evidence
+
+
+def _by_layer(
+    measured: Measured, name: str, make: Callable[[], Mapping[int, np.ndarray]]
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """What `make` reads from all weights, {layer: array}, read by one part for all."""
+
+    def write(folder: Path) -> None:
+        arrays: dict[str, Any] = {str(layer): array for layer, array in make().items()}
+        np.savez(folder / _ARRAYS, **arrays)
+
+    with np.load(measured.once(name, write)[0] / _ARRAYS, allow_pickle=False) as arrays:
+        return {int(layer): arrays[layer] for layer in arrays.files}
 
 
 def statistics_of(model: Model, path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import InputError
-from moeconv.families.model import Model, open_model
+from moeconv.families.model import Model
 from moeconv.options import (
     CalibrateOptions,
     DataOptions,
@@ -162,6 +163,6 @@ def distilled(
         train="router", steps=take(PruneOptions, values).distill, balance=0.0,
         **{k: v for k, v in asked.items() if k not in parameters_of(TuneOptions())},
     )  # fmt: skip
-    open_model(student)
+    shutil.rmtree(student)
     figures = ("steps", "kl_before", "kl_after", "loss_before", "loss_after", "improved")
     return SafetensorsFile(Path(path)), {name: block[name] for name in figures}

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import UsageError
-from moeconv.options import DataOptions, PlanOptions, PruneOptions, WriteOptions, take
+from moeconv.families.model import Model
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    PruneOptions,
+    WriteOptions,
+    take,
+)
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, planner
-from moeconv.steps.common import named, open_resolved, run_plan, scratch
+from moeconv.prune.criteria import Evidence
+from moeconv.steps.common import measuring, named, open_resolved, run_plan
 from moeconv.steps.pruning.curve import curve
 from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
 from moeconv.steps.pruning.gates import cost, decided
@@ -52,30 +63,69 @@ def prune(
         raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
     limits.check_prune(model, **parameters)  # before anything is measured
     check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
-    with scratch() as folder:
-        if write.dry_run:
-            evidence = evidence_of(model, options.stats, parameters, jobs=None)
-            settle(model, evidence, options, parameters)
-            return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
-        evidence = gathered(model, values, parameters, folder, meter=meter)
+    if write.dry_run:
+        evidence = evidence_of(model, options.stats, parameters)
+        settle(model, evidence, options, parameters)
+        return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
+    groups = (PruneOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
+    with measuring("prune", model, out, values, *groups, meter=meter) as measured:
+        evidence = gathered(model, values, parameters, measured, meter=meter)
         warnings = settle(model, evidence, options, parameters)
-        keep, extra = decided(model, evidence, values, parameters, meter=meter)
-        if judged and not extra:
-            extra = cost(model, evidence, values, parameters, meter=meter)
-        overlays: dict[str, SafetensorsFile] = {}
-        groups: Any = None
-        if options.sequential or options.refit:
-            left = left_of(model, evidence, keep, parameters)
-            overlays, keep = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
-        if options.merge:
-            overlays, groups, keep = merged(model, evidence, keep, values, parameters, folder, meter=meter)
-        if options.distill:
-            found = distilled(model, evidence, keep, overlays, values, parameters, folder, meter=meter)
-            overlays, extra = overlays | {"tuned": found[0]}, extra | {"distill": found[1]}
+        made = _Decision()
+        if measures or judged:
+            folder, found = measured.once(
+                "decision", lambda folder: _decide(model, evidence, values, parameters, str(folder), meter=meter)
+            )
+            made = _Decision.read(folder, found)
         plan = planner.plan_prune(
-            model, evidence=evidence, keep_experts=keep, overlays=overlays or None, groups=groups, **parameters
-        )
-        result = run(plan, model, out, values, meter=meter, origins=overlays or None)
-    result["prune"] |= extra
+            model, evidence=evidence, keep_experts=made.keep, overlays=made.overlays or None, groups=made.groups,
+            **parameters,
+        )  # fmt: skip
+        result = run(plan, model, out, values, meter=meter, origins=made.overlays or None, lock=measured.lock)
+    result["prune"] |= made.extra
     result["warnings"] += warnings
     return result
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What running the model on text decided: keep sets, groups that merge, overlays by origin, figures."""
+
+    keep: dict[int, list[int]] | None = None
+    groups: dict[int, dict[int, list[int]]] | None = None
+    overlays: Mapping[str, SafetensorsFile] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, found: Mapping[str, Any]) -> _Decision:
+        """From what `_decide` returned, as JSON gives it back."""
+        keep, groups = found["keep"], found["groups"]
+        return cls(
+            None if keep is None else {int(at): kept for at, kept in keep.items()},
+            None if groups is None else {int(at): {int(e): g for e, g in of.items()} for at, of in groups.items()},
+            {origin: SafetensorsFile(folder / name) for origin, name in found["overlays"].items()},
+            found["extra"],
+        )
+
+
+def _decide(
+    model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], folder: str, *,
+    meter: Meter,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that takes passes over the model: {keep, groups, overlays {origin: file in `folder`}, extra}."""
+    options = take(PruneOptions, values)
+    keep, extra = decided(model, evidence, values, parameters, meter=meter)
+    if options.top_k is not None and take(DataOptions, values).data and not extra:
+        extra = cost(model, evidence, values, parameters, meter=meter)
+    overlays: dict[str, SafetensorsFile] = {}
+    groups: Any = None
+    if options.sequential or options.refit:
+        left = left_of(model, evidence, keep, parameters)
+        overlays, keep = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
+    if options.merge:
+        overlays, groups, keep = merged(model, evidence, keep, values, parameters, folder, meter=meter)
+    if options.distill:
+        found = distilled(model, evidence, keep, overlays, values, parameters, folder, meter=meter)
+        overlays, extra = overlays | {"tuned": found[0]}, extra | {"distill": found[1]}
+    names = {origin: file.path.name for origin, file in overlays.items()}
+    return {"keep": keep, "groups": groups, "overlays": names, "extra": extra}

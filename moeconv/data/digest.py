@@ -1,0 +1,54 @@
+"""The content that a `--data` or `--stats` value names, as a hash: what is measured on it is named by that."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from moeconv.errors import InputError, escape
+
+_READ = 1 << 22
+_stdin: tuple[Any, bytes] | None = None  # the stream that was read, and what it gave
+
+
+def read_stdin() -> bytes:
+    """All of standard input, which can be read once, also for those who ask again."""
+    global _stdin
+    if _stdin is None or _stdin[0] is not sys.stdin:
+        _stdin = (sys.stdin, sys.stdin.buffer.read())
+    return _stdin[1]
+
+
+def content_of(value: str, *, flag: str = "--data") -> str:
+    """hex sha256 of a file's bytes, of a directory's files with their names, of standard input (`-`), or of the name of
+    a data set on the hub; of `FILE=WEIGHT` with the weight. Raises InputError for a file that cannot be read."""
+    from moeconv.data.texts import split_weight
+
+    path, weight = split_weight(value)
+    digest = hashlib.sha256(f"{weight}\n".encode())
+    if path.startswith("hf://"):
+        digest.update(path.encode())
+    elif path == "-":
+        digest.update(read_stdin())
+    elif os.path.isdir(path):
+        for file in sorted(p for p in Path(path).iterdir() if p.is_file()):
+            digest.update(f"{file.name}\n{_hash(file, flag)}\n".encode(errors="surrogateescape"))
+    else:
+        digest.update(_hash(Path(path), flag).encode())
+    return digest.hexdigest()
+
+
+def _hash(path: Path, flag: str) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(_READ):
+                digest.update(data)
+    except FileNotFoundError:
+        raise InputError(f"{flag} {escape(path)} does not exist", hint="Check the path.") from None
+    except OSError as error:
+        raise InputError(f"{flag} {escape(path)}: {error.strerror}", hint="Check its permissions.") from None
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.checkpoint.staging import Measured
+from moeconv.checkpoint.writer import replace_file
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
 from moeconv.options import CalibrateOptions, DataOptions, MeasureOptions, PlanOptions, PruneOptions, WriteOptions, take
@@ -95,7 +97,9 @@ def _by_layer(
 
     def write(folder: Path) -> None:
         arrays: dict[str, Any] = {str(layer): array for layer, array in make().items()}
-        np.savez(folder / _ARRAYS, **arrays)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        replace_file(folder / _ARRAYS, buffer.getvalue())
 
     with np.load(measured.once(name, write)[0] / _ARRAYS, allow_pickle=False) as arrays:
         return {int(layer): arrays[layer] for layer in arrays.files}

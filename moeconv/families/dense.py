@@ -6,6 +6,14 @@ from typing import Any
 
 from moeconv.families import sliding
 from moeconv.families.placement import Get
+from moeconv.families.shapes import (
+    GATED_QUERY,
+    GEMMA4_SIZES,
+    LATENT,
+    NEMOTRON_H_SIZES,
+    NORM_OF_EACH_HEAD,
+    WHOLE_ROW_NORMS,
+)
 from moeconv.families.sliding import LAYER_TYPES, WINDOW_KEY
 from moeconv.families.spec import Family
 
@@ -400,6 +408,7 @@ COHERE = _llama_like(
     optional=frozenset(QK_NORM),
     neutral=_NO_BIAS | {"use_qk_norm": (False,)},
     rotary="interleaved",
+    shapes=NORM_OF_EACH_HEAD,
 )
 COHERE2 = _llama_like(
     "cohere2",
@@ -456,6 +465,7 @@ OLMO2 = _llama_like(
     "Olmo2ForCausalLM",
     {"rms_norm_eps": 1e-5, "attention_bias": False},
     tensors=BLOCK | POST_NORM | _ATTENTION_BIAS | QK_NORM | DENSE_FFN,
+    shapes=WHOLE_ROW_NORMS,
 )
 OLMO3 = _llama_like(
     "olmo3",
@@ -470,6 +480,7 @@ OLMO3 = _llama_like(
     tensors=BLOCK | POST_NORM | _ATTENTION_BIAS | QK_NORM | DENSE_FFN,
     sliding=sliding.ALL_BUT_LAST_OF_FOUR,
     rope="per_type",
+    shapes=WHOLE_ROW_NORMS,
 )
 LFM2_DENSE = Family(
     model_type="lfm2",
@@ -533,6 +544,7 @@ YOUTU = _llama_like(
     | {"max_position_embeddings": 131072, "tie_word_embeddings": True, "rope_interleave": True, "head_dim": None},
     tensors=WITHOUT_QKVO | MLA | DENSE_FFN,
     optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+    shapes=LATENT,
 )
 MINICPM3 = _llama_like(
     "minicpm3",
@@ -556,6 +568,7 @@ MINICPM3 = _llama_like(
     },
     tensors=WITHOUT_QKVO | {k: v for k, v in MLA.items() if k != "attention.q_whole"} | DENSE_FFN,
     neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
+    shapes=LATENT,
 )
 STABLELM = _llama_like(
     "stablelm",
@@ -638,6 +651,7 @@ QWEN3_5 = _llama_like(
     partial=0.25,
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
 )
 
 MAMBA = {
@@ -766,6 +780,7 @@ NEMOTRON_H = _llama_like(
     where=NEMOTRON_H_WHERE,
     words=NEMOTRON_H_WORDS,
     no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
+    sizes=NEMOTRON_H_SIZES,
 )
 
 # norms in front of and behind both blocks; some full layers take their keys for values too
@@ -790,6 +805,7 @@ GEMMA4_CONFIG: dict[str, Any] = {
     "top_k_experts": None, "moe_intermediate_size": None,
 }  # fmt: skip
 GEMMA4_ROW: dict[str, Any] = {
+    "sizes": GEMMA4_SIZES,
     "optional": frozenset({"attention.v"}),
     "sliding": sliding.FULL_AT_THE_END,
     "rope": "own",

@@ -64,6 +64,11 @@ def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
             _check_rope(key, params)
 
 
+def counts_something(family: Family, key: str) -> bool:
+    """Whether the key's value is a whole number: a size, or a count of experts."""
+    return key in (*family.num_experts, *family.top_k) or _kind_of(key, family.config.get(key)) == _WHOLE
+
+
 def _check_rope(key: str, params: Any) -> None:
     """Rotary parameters, or those of one kind of layers; what has no business in them is the class's affair."""
     if not isinstance(params, dict):

@@ -13,26 +13,22 @@ from functools import cached_property
 from typing import Any
 
 from moeconv.checkpoint.companions import without_code
-from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
-from moeconv.families import packed
+from moeconv.families import check, packed, settings
 from moeconv.families.dense import DENSE
 from moeconv.families.kinds import check_kinds
 from moeconv.families.moe import MOE
 from moeconv.families.moe_sources import MOE_SOURCES
 from moeconv.families.pairs import HOMELESS
+from moeconv.families.roles import assign_roles
+from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
 from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
-from moeconv.families.spec import FFN_PARTS, Family, Role
+from moeconv.families.spec import Family, Role
 from moeconv.families.wrappers import UNTAKEN, WRAPPED
 
 FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
-_MAX_LAYERS = 4096
-_MAX_EXPERTS = 65536
-_MAX_IN_ALL = 1 << 20  # experts of all layers
-_MAX_WIDTH = 1 << 24
-_MAX_MTP = 16  # multi-token-prediction layers
 
 
 @dataclass(frozen=True)
@@ -56,10 +52,10 @@ class Model:
         own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
         return (*self.checkpoint.warnings, *([f"{own} ({'; '.join(found)})"] if found else []))
 
-    @property
+    @cached_property
     def config(self) -> Mapping[str, Any]:
         """The part of config.json that describes the text model."""
-        return _text_config(self.checkpoint.config, self.family)
+        return text_config(self.checkpoint.config, self.family)
 
     def value(self, key: str) -> Any:
         """A config key's value, with transformers' default when config.json leaves it out."""
@@ -67,22 +63,22 @@ class Model:
 
     @cached_property
     def num_layers(self) -> int:
-        return _layer_count(self.family, self.config)
+        return settings.layer_count(self.family, self.config)
 
     @cached_property
     def num_experts(self) -> int:
         """Experts per MoE layer; 0 for a dense model."""
-        return _count(self.config, self.family.num_experts, limit=_MAX_EXPERTS) if self.family.num_experts else 0
+        return settings.count(self.config, self.family.num_experts, limit=MAX_EXPERTS) if self.family.num_experts else 0
 
     @cached_property
     def top_k(self) -> int:
         """Experts per token; 0 for a dense model."""
-        return _count(self.config, self.family.top_k, limit=_MAX_EXPERTS) if self.family.top_k else 0
+        return settings.count(self.config, self.family.top_k, limit=MAX_EXPERTS) if self.family.top_k else 0
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose FFN is a Mixture-of-Experts."""
-        return _moe_layers(self.family, self.config, self.num_layers)
+        return settings.moe_layers(self.family, self.config, self.num_layers)
 
     @cached_property
     def mtp_layers(self) -> tuple[int, ...]:
@@ -94,7 +90,7 @@ class Model:
     @cached_property
     def layer_kinds(self) -> tuple[str, ...] | None:
         """The kind of each layer in a family that mixes kinds (attention, convolution, ...), else None."""
-        return _layer_kinds(self.family, self.config, self.num_layers)
+        return settings.layer_kinds(self.family, self.config, self.num_layers)
 
     def with_ffn(self, layers: Sequence[int], *, every: bool) -> tuple[int, ...]:
         """Those of `layers` that have an FFN. Raises InputError for one without, unless `every` layer is meant."""
@@ -114,7 +110,19 @@ class Model:
     @cached_property
     def ffn_width(self) -> int:
         """Neurons of a dense FFN."""
-        return _whole(self.family.ffn_width(self.value), "intermediate_size", limit=_MAX_WIDTH)
+        return settings.whole(self.family.ffn_width(self.value), "intermediate_size", limit=MAX_WIDTH)
+
+    @cached_property
+    def expert_width(self) -> int:
+        """Neurons of a routed expert."""
+        return check.width_of(self, self.family.expert_width)
+
+    @cached_property
+    def shared_width(self) -> int:
+        """Neurons of the shared expert. Raises KeyError for a family without one."""
+        if not self.family.shared_width:
+            raise KeyError("shared_width")
+        return check.width_of(self, *self.family.shared_width)
 
     @property
     def packed_experts(self) -> bool:
@@ -123,7 +131,7 @@ class Model:
 
     @cached_property
     def hidden_size(self) -> int:
-        return _count(self.config, ("hidden_size",), limit=_MAX_WIDTH)
+        return settings.count(self.config, ("hidden_size",), limit=MAX_WIDTH)
 
     @property
     def dtype(self) -> str:
@@ -217,62 +225,6 @@ class Model:
         return 0
 
 
-def _text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
-    if not family.root:
-        return family.read(config)
-    text = config.get(family.root)
-    if not isinstance(text, dict):
-        raise InputError(
-            f"config.json: {family.root} must be an object with the language model's settings, found "
-            f"{escape(text)[:80]}",
-            hint="Correct config.json, or download it again.",
-        )
-    # the classes tie by the outer key, and files older than transformers 5 have it inside
-    tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
-    said = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
-    return {**family.read(text), **said}
-
-
-def _count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
-    found = {a: config[a] for a in aliases if config.get(a) is not None}
-    values = set(map(repr, found.values()))
-    if len(values) > 1:
-        raise InputError(
-            f"config.json contradicts itself: {', '.join(f'{k} = {escape(v)}' for k, v in found.items())}",
-            hint="Correct config.json.",
-        )
-    return _whole(next(iter(found.values()), None), " or ".join(aliases), limit=limit)
-
-
-def _layer_count(family: Family, config: Mapping[str, Any]) -> int:
-    count = family.layer_count(lambda key: family.default(key, config))
-    return _whole(count, "num_hidden_layers", limit=_MAX_LAYERS)
-
-
-def _whole(value: Any, key: str, *, limit: int) -> int:
-    if type(value) is not int or not 0 < value <= limit:
-        raise InputError(
-            f"config.json: {key} must be a whole number from 1 to {limit}, found {escape(value)}",
-            hint="Correct config.json, or download it again.",
-        )
-    return value
-
-
-def _moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    if family.kind != "moe":
-        return ()
-    return family.placement.read(lambda key: family.default(key, config), layers)
-
-
-def _layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tuple[str, ...] | None:
-    if family.layer_kinds is None:
-        return None
-    kinds = family.layer_kinds(lambda key: family.default(key, config), layers)
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
-        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct config.json.")
-    return tuple(kinds)
-
-
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row for a config.json, by model_type. Raises InputError for an unknown architecture."""
     model_type = config.get("model_type")
@@ -333,27 +285,16 @@ def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
     """
     checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
-    check_kinds(family, _text_config(checkpoint.config, family))
-    _check_only(family, _text_config(checkpoint.config, family))
-    family = _with_rule(family, _text_config(checkpoint.config, family))
-    family = _with_layout(family, checkpoint)
-    roles, dropped = _assign_roles(checkpoint, family)
+    config = text_config(checkpoint.config, family)
+    check_kinds(family, config)
+    check.check_only(family, config)
+    family = _with_layout(_with_rule(family, config), checkpoint)
+    roles, dropped = assign_roles(checkpoint, family)
     model = Model(checkpoint, family, roles, dropped)
-    _check_complete(model)
-    _check_mtp(model)
-    if not model.quantization:
-        _check_shapes(model)
+    check.check_complete(model)
+    check.check_mtp(model)
+    check.check_plain(model)
     return model
-
-
-def _check_only(family: Family, config: Mapping[str, Any]) -> None:
-    for key, (values, meaning) in family.only.items():
-        value = family.default(key, config)
-        if value not in values:
-            raise InputError(
-                f"{family.model_type} with {key} = {escape(value)}: {meaning}",
-                hint=f"Known with {key} = {' or '.join(map(str, values))} alone.",
-            )
 
 
 def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
@@ -372,168 +313,12 @@ def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
     for form in family.forms():
         model = Model(checkpoint, form, {}, ())
         layer = next(iter(model.moe_layers), None)
-        wide = {"expert": _whole(model.value(family.expert_width), family.expert_width, limit=_MAX_WIDTH)}
+        expected = check.Shapes(model)
         for key in (key for key in form.tensors if key.startswith("expert.")):
+            apart = 0 if "{E}" in form.tensors[key] else None
             ref = checkpoint.tensors.get(form.name(key, layer=layer, expert=0))
-            if ref is None or not (quantized or ref.shape == _expected_shape(model, Role(key, layer), wide)):
+            if ref is None or not (quantized or ref.shape == expected(Role(key, layer, apart))):
                 break
         else:
             return form
     return family
-
-
-def _assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
-    config = _text_config(checkpoint.config, family)
-    layers = _layer_count(family, config)
-    if (
-        family.kind == "moe"
-        and not _moe_layers(family, config, layers)
-        and not any(map(config.get, family.num_experts))
-    ):
-        raise InputError(
-            f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
-            hint="Of this family only models with experts are known here.",
-        )
-    experts = _count(config, family.num_experts, limit=_MAX_EXPERTS) if family.num_experts else 0
-    # before every name is spelled out: a config of a few bytes must not cost gigabytes
-    each = experts if any("{E}" in template for template in family.tensors.values()) else 1
-    least = max(layers, len(_moe_layers(family, config, layers)) * each)
-    if least > len(checkpoint.tensors) or layers * experts > _MAX_IN_ALL:
-        raise InputError(
-            f"config.json asks for {layers} layers" + (f" of {experts} experts" if experts else "")
-            + f", which {len(checkpoint.tensors)} tensors cannot be",
-            hint="config.json and the shards do not belong together, or a shard is missing.",
-        )  # fmt: skip
-    known = dict(family.expand(layers=layers, experts=experts))
-    for form in family.forms() if family.layouts else (family,):
-        known |= form.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
-    useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
-    quantized = packed.quantization(checkpoint.config) is not None
-    roles: dict[str, Role] = {}
-    dropped: list[str] = []
-    for name in checkpoint.tensors:
-        role = known.get(name)
-        if quantized and (split := packed.split_part(name)) is not None and (whole := known.get(split[0])):
-            is_plain = role is not None and checkpoint.tensors[name].dtype in FLOAT_DTYPES
-            role = role if is_plain else Role(whole.key, whole.layer, whole.expert, split[1])
-        elif quantized and role is not None and checkpoint.tensors[name].dtype in packed.CODES:
-            role = replace(role, part="weight")
-        beside = next((group for start, group in family.beside.items() if name.startswith(start)), None)
-        if role is not None:
-            roles[name] = role
-        elif beside is not None:
-            roles[name] = Role(f"{beside}.{name}")
-        elif name in useless:
-            dropped.append(name)
-        else:
-            raise InputError(
-                f"tensor {escape(name)!r} is not part of a {family.model_type} model of this config",
-                hint="The checkpoint is of another architecture or version than its config.json says.",
-            )
-    return roles, tuple(dropped)
-
-
-def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> int:
-    """Multi-token-prediction layers that the checkpoint may hold."""
-    if not family.mtp:
-        return 0
-    if family.mtp_prefix:
-        return sum(
-            f"{family.mtp_prefix}layers.{i}.input_layernorm.weight" in checkpoint.tensors for i in range(_MAX_MTP)
-        )
-    count = family.default("num_nextn_predict_layers", config) or 0
-    return min(count, _MAX_MTP)
-
-
-def _check_mtp(model: Model) -> None:
-    """Every expert of a multi-token-prediction layer has the same tensors, and the layer a router."""
-    for layer in model.mtp_layers:
-        parts: dict[int | None, int] = {}
-        for role in model.roles.values():
-            if role.layer == layer and role.group == "expert":
-                parts[role.expert] = parts.get(role.expert, 0) + 1
-        whole = set(parts) in ({None}, set(range(model.num_experts)))
-        if not whole or len(set(parts.values())) != 1 or ("router.weight", layer) not in {
-            (r.key, r.layer) for r in model.roles.values()
-        }:  # fmt: skip
-            raise InputError(
-                f"the multi-token-prediction layer {layer} lacks an expert or its router", hint="A shard is missing."
-            )
-
-
-def _check_complete(model: Model) -> None:
-    """Every tensor that the family and config ask for is there, in each layer that needs it."""
-    family, moe = model.family, set(model.moe_layers)
-    for start, group in family.beside.items():
-        has = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
-        if has and not any(name.startswith(start) for name in model.roles):
-            raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
-    there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
-    for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
-        in_moe = role.layer in moe
-        belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
-        if role.group in family.where and model.layer_kinds and role.layer is not None:
-            belongs = model.layer_kinds[role.layer] in family.where[role.group]
-        wanted = belongs and role.key not in family.optional
-        present = (role.key, role.layer, role.expert) in there
-        if wanted and not present:
-            raise InputError(
-                f"tensor {escape(name)!r} is missing from the checkpoint",
-                hint="config.json and the shards do not belong together, or a shard is missing.",
-            )
-        if present and not belongs:
-            kind = "Mixture-of-Experts" if in_moe else "dense"
-            if role.group in family.where and model.layer_kinds and role.layer is not None:
-                kind = model.layer_kinds[role.layer]
-            raise InputError(
-                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
-                hint="config.json and the shards do not belong together.",
-            )
-    tied = bool(model.value("tie_word_embeddings"))
-    if not tied and ("embedding.lm_head", None, None) not in there:
-        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint="A shard is missing.")
-
-
-def _check_shapes(model: Model) -> None:
-    """Experts, routers and FFNs have the sizes that config.json states."""
-    tensors, family = model.checkpoint.tensors, model.family
-    groups = {role.group for role in model.roles.values()}
-    wide: dict[str, int] = {}
-    if "ffn" in groups:
-        wide["ffn"] = model.ffn_width
-    if "expert" in groups:
-        wide["expert"] = _whole(model.value(family.expert_width), family.expert_width, limit=_MAX_WIDTH)
-    if "shared" in groups and family.shared_width:
-        parts = [_whole(model.value(key), key, limit=_MAX_WIDTH) for key in family.shared_width]
-        wide["shared"] = math.prod(parts)
-    for name, role in model.roles.items():
-        want = _expected_shape(model, role, wide)
-        if want is not None and tensors[name].shape != want:
-            raise InputError(
-                f"tensor {escape(name)!r} has shape {list(tensors[name].shape)}, config.json says {list(want)}",
-                hint="config.json and the shards do not belong together.",
-            )
-
-
-def _expected_shape(model: Model, role: Role, wide: Mapping[str, int]) -> tuple[int, ...] | None:
-    """The shape of an FFN's or expert's matrix, or of a router; None for a tensor that no rule here is about."""
-    group, _, part = role.key.partition(".")
-    hidden = model.hidden_size
-    if role.key == "router.weight":
-        return (model.num_experts, hidden)
-    if group not in wide:
-        return None
-    width = wide[group]
-    layout = model.family.packed.get(role.key) if role.expert is None else None
-    if layout is not None:
-        outside = hidden if "down" in layout.parts[0] else width * len(layout.parts)
-        if layout.parts[0].endswith("_bias"):
-            return (model.num_experts, outside)
-        inside = width if "down" in layout.parts[0] else hidden
-        first, second = (inside, outside) if layout.transposed else (outside, inside)
-        return (model.num_experts * first, second) if layout.flat else (model.num_experts, first, second)
-    if role.key in model.family.fused:
-        return (width * len(model.family.fused[role.key]), hidden)
-    if part in FFN_PARTS:
-        return (hidden, width) if part == "down" else (width, hidden)
-    return None

@@ -46,6 +46,7 @@ from moeconv.families.dense import (
     nemotron_h_layers,
     qwen3_5_kinds,
 )
+from moeconv.families.shapes import GATED_QUERY, LATENT, NEMOTRON_H_SIZES, WHOLE_ROW_NORMS
 from moeconv.families.sliding import LAYER_TYPES_ALTERNATING, SWITCH, WINDOW_KEY
 from moeconv.families.spec import Family, Layout, Packed, Routing
 
@@ -172,6 +173,7 @@ OLMOE = Family(
     num_experts=_EXPERT_COUNT,
     top_k=_TOP_K,
     routing=Routing("softmax", "norm_topk_prob"),
+    shapes=WHOLE_ROW_NORMS,
 )
 
 
@@ -605,6 +607,7 @@ FLEX_OLMO = moe_row(
     BLOCK | POST_NORM | QKV_BIAS | O_BIAS | QK_NORM | MLP_ROUTER | MLP_EXPERTS,
     num_experts=("num_experts",),
     routing=Routing("softmax", "norm_topk_prob"),
+    shapes=WHOLE_ROW_NORMS,
 )
 LFM2_MOE = moe_row(
     "lfm2_moe",
@@ -655,6 +658,7 @@ DEEPSEEK_V3 = moe_row(
     routing=GROUPED,
     mtp=MTP,
     float32=frozenset({"router.correction"}),
+    shapes=LATENT,
 )
 PHIMOE = moe_row(
     "phimoe",
@@ -705,6 +709,7 @@ QWEN3_5_MOE = moe_row(
     partial=0.25,
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
 )
 _DBRX = "transformer.blocks.{L}."
 DBRX = moe_row(
@@ -775,6 +780,7 @@ NEMOTRON_H_MOE = moe_row(
     where=NEMOTRON_H_WHERE,
     words=NEMOTRON_H_WORDS,
     in_memory={"backbone.": "model."},
+    sizes=NEMOTRON_H_SIZES,
 )
 
 # the dense FFN beside the experts is a shared expert with norms of its own

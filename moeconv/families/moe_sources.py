@@ -38,6 +38,7 @@ from moeconv.families.moe import (
     moe_row,
 )
 from moeconv.families.placement import Get
+from moeconv.families.shapes import GATED_QUERY, LAGUNA_SIZES, LATENT, MAMBA_1, MIMO_SIZES, WHOLE_ROW_NORMS
 from moeconv.families.spec import Family, Packed, Routing
 
 _LAYER = "model.layers.{L}."
@@ -73,6 +74,7 @@ DEEPSEEK_V2 = moe_row(
         "softmax", "never", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True,
         grouped_by=("topk_method", "group_limited_greedy"), best_of_group=1,
     ),
+    shapes=LATENT,
 )  # fmt: skip
 GLM4_MOE_LITE = moe_row(
     "glm4_moe_lite",
@@ -95,6 +97,7 @@ GLM4_MOE_LITE = moe_row(
     routing=GROUPED,
     mtp=MTP,
     float32=frozenset({"router.correction"}),
+    shapes=LATENT,
 )
 EXAONE_MOE = moe_row(
     "exaone_moe",
@@ -204,6 +207,7 @@ QWEN3_NEXT = moe_row(
     partial=0.25,
     layer_kinds=qwen3_5_kinds,
     where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
 )
 
 
@@ -249,6 +253,7 @@ JAMBA = moe_row(
     routing=Routing("softmax", "never"),
     layer_kinds=_jamba_kinds,
     where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba"})},
+    shapes=MAMBA_1,
 )  # fmt: skip
 LLAMA4 = moe_row(
     "llama4_text",
@@ -302,6 +307,7 @@ MINIMAX_M2 = moe_row(
     BLOCK | QK_NORM | SPARSE_BLOCK | {"router.correction": _LAYER + "block_sparse_moe.e_score_correction_bias"},
     num_experts=("num_local_experts",),
     routing=Routing("sigmoid", "always"),
+    shapes=WHOLE_ROW_NORMS,
 )
 LAGUNA = moe_row(
     "laguna",
@@ -332,6 +338,8 @@ LAGUNA = moe_row(
     placement=placement.WORDS_FIRST_DENSE,
     routing=Routing("sigmoid", "always", scaling="moe_routed_scaling_factor"),
     in_memory={"mlp.shared_expert.": "mlp.shared_experts."},
+    shapes={"attention.gate": "gates, hidden"},
+    sizes=LAGUNA_SIZES,
 )
 MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
@@ -358,6 +366,7 @@ MIMO_V2_FLASH = moe_row(
     placement=placement.WORDS_FIRST_DENSE,
     routing=GROUPED,
     float32=frozenset({"router.correction"}),
+    sizes=MIMO_SIZES,
 )
 MOE_SOURCES: dict[str, Family] = {
     f.model_type: f

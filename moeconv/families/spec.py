@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moeconv.families.placement import EVERY, Get, Placement
+from moeconv.families.shapes import Size
 from moeconv.families.sliding import NEVER, Sliding
 
 FFN_PARTS = ("gate", "up", "down")
@@ -105,6 +106,7 @@ class Family:
     `routed_norm` is the norm behind the routed sum alone, in a family that normalises shared and routed outputs apart
     before it adds them: parts of an FFN in each do not add up there, and at 0 the experts add nothing. `only` are
     config keys with the values that every step can take them at, and what another value would mean.
+    `shapes` and `sizes` are what the row has otherwise than the tables of shapes.py.
     """
 
     model_type: str
@@ -150,6 +152,8 @@ class Family:
     routed_norm: str = ""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     layer_count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
+    shapes: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Size] = field(default_factory=dict)
     no_experts: Callable[[Get], bool] | None = None  # which configs this dense row of a family with an MoE row is for
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
@@ -213,7 +217,8 @@ class Family:
         return found
 
     def write(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        """A config.json with `values`, which are in the words of these tables, in their places."""
+        """A config.json with `values`, which are in the words of these tables, in their places; a number that stood
+        there as a list with an entry for each layer is written so again."""
         result = dict(config)
         for key, value in values.items():
             *above, last = self.words.get(key, key).split(".")
@@ -221,7 +226,8 @@ class Family:
             for name in above:
                 at[name] = dict(at[name]) if isinstance(at.get(name), Mapping) else {}
                 at = at[name]
-            at[last] = value
+            repeats = type(value) is int and isinstance(at.get(last), list)
+            at[last] = [value] * len(at[last]) if repeats else value
         return result
 
     def default(self, key: str, config: Mapping[str, Any]) -> Any:

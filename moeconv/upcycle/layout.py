@@ -282,9 +282,11 @@ class Assembly:
 
     def _made_shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor that is made from nothing."""
+        counts = {
+            "experts": lambda: self.cut.experts, "width": lambda: self.model.ffn_width, "shared": self._shared_width,
+        }  # fmt: skip
         parts = [
-            shape_of(part, self.draft.config.get, experts=self.cut.experts, width=self.model.ffn_width,
-                     shared=self._shared_width())
+            shape_of(part, self.draft.config.get, counts=counts, shapes=self.target.shapes, sizes=self.target.sizes)
             for part in self.target.fused.get(key, (key,))
         ]  # fmt: skip
         return (sum(shape[0] for shape in parts), *parts[0][1:])

@@ -13,12 +13,18 @@ from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.stream.layers import LayerStream
 from tests import tiny
-from tests.contract.stock import MOE_CASES, save_stock
+from tests.contract.stock import HIDDEN, MOE_CASES, VOCAB, save_stock
 
 torch.set_num_threads(1)
-_TAIL = ("embed_tokens.weight", "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight",
-         "shared_head.head.weight")  # fmt: skip
-_BESIDE = ("pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "fc.weight", "norm.weight")
+_TAIL = {
+    "embed_tokens.weight": (VOCAB, HIDDEN), "enorm.weight": (HIDDEN,), "hnorm.weight": (HIDDEN,),
+    "eh_proj.weight": (HIDDEN, 2 * HIDDEN), "shared_head.norm.weight": (HIDDEN,),
+    "shared_head.head.weight": (VOCAB, HIDDEN),
+}  # fmt: skip
+_BESIDE = {
+    "pre_fc_norm_embedding.weight": (HIDDEN,), "pre_fc_norm_hidden.weight": (HIDDEN,),
+    "fc.weight": (HIDDEN, 2 * HIDDEN), "norm.weight": (HIDDEN,),
+}  # fmt: skip
 
 
 def make(path: Path, case: str) -> tuple[Path, str]:
@@ -36,8 +42,8 @@ def make(path: Path, case: str) -> tuple[Path, str]:
     for name in [n for n in tensors if n.startswith(like)]:
         value = torch.randn(tensors[name].shape, generator=draw).to(tensors[name].dtype)
         tensors[prefix + name.removeprefix(like)] = value
-    for name in extra:
-        tensors[(prefix if extra is _TAIL else "mtp.") + name] = torch.randn(8, 8, generator=draw).bfloat16()
+    for name, shape in extra.items():
+        tensors[(prefix if extra is _TAIL else "mtp.") + name] = torch.randn(shape, generator=draw).bfloat16()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     tiny.edit_json(path / "config.json", num_nextn_predict_layers=1)
     return path, prefix

@@ -196,8 +196,9 @@ def test_sizes_that_the_source_derives_are_said_to_the_target(tmp_path, target):
     """transformers' Qwen2MoeAttention takes head_dim as it stands in the config, null included."""
     path = make_dense(tmp_path / "m", head_dim=16, heads=4, kv_heads=4)
     assert plan_upcycle(open_model(path), to=target).config["head_dim"] == 16
-    edit_json(path / "config.json", head_dim=None, num_key_value_heads=None)
-    config = plan_upcycle(open_model(path), to=target).config
+    derived = make_dense(tmp_path / "derived", heads=4, kv_heads=4)
+    edit_json(derived / "config.json", head_dim=None, num_key_value_heads=None)
+    config = plan_upcycle(open_model(derived), to=target).config
     assert config["head_dim"] == 8 and config["num_key_value_heads"] == 4
 
 

@@ -1,0 +1,161 @@
+"""What opening a model proves: every tensor that family and config ask for is there, with the shape that they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.errors import InputError, escape
+from moeconv.families.settings import MAX_WIDTH, whole
+from moeconv.families.shapes import Place, shape_of
+from moeconv.families.spec import BESIDE, Family, Packed, Role
+
+if TYPE_CHECKING:
+    from moeconv.families.model import Model
+
+_TOGETHER = "config.json and the shards do not belong together"
+
+
+def check_only(family: Family, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a value of a config key at which no step knows the family."""
+    for key, (values, meaning) in family.only.items():
+        value = family.default(key, config)
+        if value not in values:
+            raise InputError(
+                f"{family.model_type} with {key} = {escape(value)}: {meaning}",
+                hint=f"Known with {key} = {' or '.join(map(str, values))} alone.",
+            )
+
+
+def check_complete(model: Model) -> None:
+    """Every tensor that the family and config ask for is there, in each layer that needs it."""
+    family, moe = model.family, set(model.moe_layers)
+    for start, group in family.beside.items():
+        has = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
+        if has and not any(name.startswith(start) for name in model.roles):
+            raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
+    there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
+    for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
+        in_moe = role.layer in moe
+        belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
+        if role.group in family.where and model.layer_kinds and role.layer is not None:
+            belongs = model.layer_kinds[role.layer] in family.where[role.group]
+        wanted = belongs and role.key not in family.optional
+        present = (role.key, role.layer, role.expert) in there
+        if wanted and not present:
+            raise InputError(
+                f"tensor {escape(name)!r} is missing from the checkpoint",
+                hint=f"{_TOGETHER}, or a shard is missing.",
+            )
+        if present and not belongs:
+            kind = "Mixture-of-Experts" if in_moe else "dense"
+            if role.group in family.where and model.layer_kinds and role.layer is not None:
+                kind = model.layer_kinds[role.layer]
+            raise InputError(
+                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
+                hint=f"{_TOGETHER}.",
+            )
+    tied = bool(model.value("tie_word_embeddings"))
+    if not tied and ("embedding.lm_head", None, None) not in there:
+        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint="A shard is missing.")
+
+
+def check_mtp(model: Model) -> None:
+    """Every expert of a multi-token-prediction layer has the same tensors, and the layer a router."""
+    for layer in model.mtp_layers:
+        parts: dict[int | None, int] = {}
+        for role in model.roles.values():
+            if role.layer == layer and role.group == "expert":
+                parts[role.expert] = parts.get(role.expert, 0) + 1
+        complete = set(parts) in ({None}, set(range(model.num_experts)))
+        if not complete or len(set(parts.values())) != 1 or ("router.weight", layer) not in {
+            (r.key, r.layer) for r in model.roles.values()
+        }:  # fmt: skip
+            raise InputError(
+                f"the multi-token-prediction layer {layer} lacks an expert or its router", hint="A shard is missing."
+            )
+
+
+def check_plain(model: Model) -> None:
+    """Every tensor that is no part of a packed weight holds floats, in the shape that config.json says."""
+    expected = Shapes(model)
+    for name, role in model.roles.items():
+        if role.part or role.group in BESIDE:
+            continue
+        ref = model.checkpoint.tensors[name]
+        if ref.dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"tensor {escape(name)!r} is {ref.dtype}, and config.json has no quantization_config that says "
+                "what its codes mean",
+                hint="Correct config.json, or give the unquantized checkpoint.",
+            )
+        want = expected(role)
+        if want is not None and ref.shape != want:
+            raise InputError(
+                f"tensor {escape(name)!r} has shape {list(ref.shape)}, config.json says {list(want)}"
+                + _because(model, role),
+                hint=f"{_TOGETHER}; no runtime loads them.",
+            )
+
+
+def _because(model: Model, role: Role) -> str:
+    """The key of config.json that a reader should look at."""
+    rows = role.key in ("embedding.tokens", "embedding.lm_head")
+    return f" (vocab_size = {model.value('vocab_size')})" if rows else ""
+
+
+class Shapes:
+    """The shapes that config.json gives to the tensors of a model, by role; None where it does not say."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.family = model, model.family
+        self.known: dict[tuple[str, int | None, bool], tuple[int, ...] | None] = {}
+        self.counts: Mapping[str, Callable[[], int]] = {
+            "experts": lambda: model.num_experts,
+            "width": lambda: model.ffn_width,
+            "expert": lambda: model.expert_width,
+            "shared": lambda: model.shared_width,
+        }
+
+    def __call__(self, role: Role) -> tuple[int, ...] | None:
+        """The shape of the plain tensor of this role, as it lies on disk."""
+        stacked = role.expert is None
+        at = (role.key, role.layer if self.family.sizes else None, stacked)
+        if at not in self.known:
+            try:
+                self.known[at] = self._find(role.key, role.layer, stacked=stacked)
+            except KeyError:
+                self.known[at] = None
+        return self.known[at]
+
+    def _find(self, key: str, layer: int | None, *, stacked: bool) -> tuple[int, ...]:
+        layout = self.family.packed.get(key) if stacked else None
+        if layout is not None:
+            return self._stacked(layout)
+        parts = [self._matrix(part, layer) for part in self.family.fused.get(key, (key,))]
+        return (sum(shape[0] for shape in parts), *parts[0][1:])
+
+    def _matrix(self, key: str, layer: int | None) -> tuple[int, ...]:
+        sliding = self.model.sliding.layers if self.family.sizes else ()
+        slides = layer is not None and layer < len(sliding) and sliding[layer]
+        return shape_of(
+            key, self.model.value, counts=self.counts, place=Place(layer, slides), shapes=self.family.shapes,
+            sizes=self.family.sizes,
+        )  # fmt: skip
+
+    def _stacked(self, layout: Packed) -> tuple[int, ...]:
+        experts = self.model.num_experts
+        parts = [self._matrix(f"expert.{part}", None) for part in layout.parts]
+        outside, *inside = (sum(shape[0] for shape in parts), *parts[0][1:])
+        one = (outside, *inside)
+        one = one[::-1] if layout.transposed else one
+        return (experts * one[0], *one[1:]) if layout.flat else (experts, *one)
+
+
+def width_of(model: Model, *keys: str) -> int:
+    """The product of config keys that must be counts."""
+    product = 1
+    for key in keys:
+        product *= whole(model.value(key), key, limit=MAX_WIDTH)
+    return product

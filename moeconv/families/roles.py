@@ -1,0 +1,87 @@
+"""The role of every tensor of a checkpoint, by name: what is no part of the family's model is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.errors import InputError, escape
+from moeconv.families import packed, settings
+from moeconv.families.spec import Family, Role
+
+
+def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
+    """(role of each tensor, names that no loader reads). Raises InputError for a tensor that the family does not have,
+    and for counts that the checkpoint cannot hold."""
+    known = _known_names(checkpoint, family, settings.text_config(checkpoint.config, family))
+    layers = settings.layer_count(family, settings.text_config(checkpoint.config, family))
+    useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
+    quantized = packed.quantization(checkpoint.config) is not None
+    roles: dict[str, Role] = {}
+    dropped: list[str] = []
+    for name, ref in checkpoint.tensors.items():
+        role = _role_of(name, ref.dtype, known) if quantized else known.get(name)
+        beside = next((group for start, group in family.beside.items() if name.startswith(start)), None)
+        if role is not None:
+            roles[name] = role
+        elif beside is not None:
+            roles[name] = Role(f"{beside}.{name}")
+        elif name in useless:
+            dropped.append(name)
+        else:
+            raise InputError(
+                f"tensor {escape(name)!r} is not part of a {family.model_type} model of this config",
+                hint="The checkpoint is of another architecture or version than its config.json says.",
+            )
+    return roles, tuple(dropped)
+
+
+def _role_of(name: str, dtype: str, known: Mapping[str, Role]) -> Role | None:
+    """The role of a tensor of a quantized checkpoint, which may be a part of a packed weight."""
+    role, split = known.get(name), packed.split_part(name)
+    of = known.get(split[0]) if split is not None else None
+    if split is not None and of is not None:
+        is_plain = role is not None and dtype in FLOAT_DTYPES
+        return role if is_plain else Role(of.key, of.layer, of.expert, split[1])
+    return replace(role, part="weight") if role is not None and dtype not in FLOAT_DTYPES else role
+
+
+def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> dict[str, Role]:
+    """Every name that a checkpoint of this config may hold, before any part of a packed weight."""
+    layers = settings.layer_count(family, config)
+    moe = settings.moe_layers(family, config, layers)
+    if family.kind == "moe" and not moe and not any(map(config.get, family.num_experts)):
+        raise InputError(
+            f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
+            hint="Of this family only models with experts are known here.",
+        )
+    experts = settings.count(config, family.num_experts, limit=settings.MAX_EXPERTS) if family.num_experts else 0
+    # before every name is spelled out: a config of a few bytes must not cost gigabytes
+    each = experts if any("{E}" in template for template in family.tensors.values()) else 1
+    least = max(layers, len(moe) * each)
+    if least > len(checkpoint.tensors) or layers * experts > settings.MAX_IN_ALL:
+        raise InputError(
+            f"config.json asks for {layers} layers" + (f" of {experts} experts" if experts else "")
+            + f", which {len(checkpoint.tensors)} tensors cannot be",
+            hint="config.json and the shards do not belong together, or a shard is missing.",
+        )  # fmt: skip
+    known = dict(family.expand(layers=layers, experts=experts))
+    for form in family.forms() if family.layouts else (family,):
+        known |= form.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
+    return known
+
+
+def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> int:
+    """Multi-token-prediction layers that the checkpoint may hold."""
+    if not family.mtp:
+        return 0
+    if family.mtp_prefix:
+        return sum(
+            f"{family.mtp_prefix}layers.{i}.input_layernorm.weight" in checkpoint.tensors
+            for i in range(settings.MAX_MTP)
+        )
+    count = family.default("num_nextn_predict_layers", config) or 0
+    return min(count, settings.MAX_MTP)

@@ -1,0 +1,101 @@
+"""What config.json says of a model, in the words of the tables: its text part, and its counts, checked.
+
+A key that is usually a number may be a list with an entry for each layer; one that is the same in all is its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.errors import InputError, escape
+from moeconv.families.kinds import counts_something
+from moeconv.families.spec import Family
+
+MAX_LAYERS = 4096
+MAX_EXPERTS = 65536
+MAX_IN_ALL = 1 << 20  # experts of all layers
+MAX_WIDTH = 1 << 24
+MAX_MTP = 16  # multi-token-prediction layers
+_CORRECT = "Correct config.json, or download it again."
+
+
+def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The part of config.json that describes the text model. Raises InputError for a part that is no object, and for
+    what differs from layer to layer where every layer must have the same."""
+    if not family.root:
+        return _same_in_all(family.read(config), family)
+    text = config.get(family.root)
+    if not isinstance(text, dict):
+        raise InputError(
+            f"config.json: {family.root} must be an object with the language model's settings, found "
+            f"{escape(text)[:80]}",
+            hint=_CORRECT,
+        )
+    # the classes tie by the outer key, and files older than transformers 5 have it inside
+    tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
+    said = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
+    return {**_same_in_all(family.read(text), family), **said}
+
+
+def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+    """The config with a number in place of each list that repeats it for every layer."""
+    lists = {
+        key: value
+        for key, value in config.items()
+        if isinstance(value, list) and value and all(type(x) is int for x in value) and counts_something(family, key)
+    }
+    for key, value in lists.items():
+        layers = config.get("num_hidden_layers")
+        if type(layers) is int and layers != len(value):
+            raise InputError(f"config.json: {key} has {len(value)} entries for {layers} layers", hint=_CORRECT)
+        other = next((i for i, x in enumerate(value) if x != value[0]), None)
+        if other is not None:
+            raise InputError(
+                f"config.json: {key} differs from layer to layer: {value[0]} in layer 0, {value[other]} in layer "
+                f"{other}",
+                hint="Only models whose layers have the same there are known.",
+            )
+    return {**config, **{key: value[0] for key, value in lists.items()}} if lists else config
+
+
+def count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
+    """The number that any of these keys says. Raises InputError where they contradict each other."""
+    found = {a: config[a] for a in aliases if config.get(a) is not None}
+    if len(set(map(repr, found.values()))) > 1:
+        raise InputError(
+            f"config.json contradicts itself: {', '.join(f'{k} = {escape(v)}' for k, v in found.items())}",
+            hint="Correct config.json.",
+        )
+    return whole(next(iter(found.values()), None), " or ".join(aliases), limit=limit)
+
+
+def whole(value: Any, key: str, *, limit: int) -> int:
+    """The value, if it is a number from 1 to `limit`. Raises InputError."""
+    if type(value) is not int or not 0 < value <= limit:
+        raise InputError(
+            f"config.json: {key} must be a whole number from 1 to {limit}, found {escape(value)}", hint=_CORRECT
+        )
+    return value
+
+
+def layer_count(family: Family, config: Mapping[str, Any]) -> int:
+    found = family.layer_count(lambda key: family.default(key, config))
+    return whole(found, "num_hidden_layers", limit=MAX_LAYERS)
+
+
+def moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """Indices of the layers whose FFN is a Mixture-of-Experts."""
+    if family.kind != "moe":
+        return ()
+    return family.placement.read(lambda key: family.default(key, config), layers)
+
+
+def layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tuple[str, ...] | None:
+    """The kind of each layer in a family that mixes kinds, else None."""
+    if family.layer_kinds is None:
+        return None
+    kinds = family.layer_kinds(lambda key: family.default(key, config), layers)
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
+        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct config.json.")
+    return tuple(kinds)

@@ -13,6 +13,7 @@ from moeconv.families.shapes import (
     NEMOTRON_H_SIZES,
     NORM_OF_EACH_HEAD,
     WHOLE_ROW_NORMS,
+    head_dim,
 )
 from moeconv.families.sliding import LAYER_TYPES, WINDOW_KEY
 from moeconv.families.spec import Family
@@ -221,6 +222,7 @@ GEMMA = _llama_like(
     "gemma",
     "GemmaForCausalLM",
     {
+        "num_key_value_heads": 16,
         "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": None,
@@ -244,6 +246,7 @@ GRANITE_SWA = _llama_like(
     "granite_swa",
     "GraniteSWAForCausalLM",
     {
+        "num_key_value_heads": 4,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
@@ -263,6 +266,8 @@ SEED_OSS = _llama_like(
     "seed_oss",
     "SeedOssForCausalLM",
     {
+        "num_key_value_heads": 8,
+        "attention_dropout": 0.1,
         "head_dim": 128,
         "max_position_embeddings": 524288,
         "attention_bias": True,
@@ -294,6 +299,7 @@ HELIUM = _llama_like(
     "helium",
     "HeliumForCausalLM",
     {
+        "num_key_value_heads": 20,
         "head_dim": 128,
         "rms_norm_eps": 1e-8,
         "max_position_embeddings": 4096,
@@ -341,9 +347,13 @@ MINISTRAL3 = _llama_like(
         "max_position_embeddings": 262144,
         "rope_theta": 1e6,
         "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+        },
     },
     sliding=WINDOW_KEY,
-)
+)  # fmt: skip
 CWM = _llama_like(
     "cwm",
     "CwmForCausalLM",
@@ -353,6 +363,10 @@ CWM = _llama_like(
         "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
         "sliding_window": 8192,
         "layer_types": None,
         "mlp_bias": False,
@@ -361,7 +375,7 @@ CWM = _llama_like(
     },
     neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
     sliding=sliding.ALL_BUT_EVERY_FOURTH,
-)
+)  # fmt: skip
 INTERNLM3 = _llama_like(
     "internlm3",
     "InternLM3ForCausalLM",
@@ -433,7 +447,7 @@ HUNYUAN = _llama_like(
         "attention_bias": False,
         "mlp_bias": False,
         "pretraining_tp": 1,
-        "eod_token_id": None,
+        "eod_token_id": 3,
     },
     tensors=BLOCK | _ATTENTION_BIAS | QK_LAYERNORM | DENSE_FFN,
     neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
@@ -442,6 +456,7 @@ ERNIE4_5 = _llama_like(
     "ernie4_5",
     "Ernie4_5ForCausalLM",
     {
+        "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072,
         "rope_theta": 500000.0,
@@ -499,6 +514,7 @@ LFM2_DENSE = Family(
         "tie_embedding": True,
     },
     ffn_width=_lfm2_width,
+    derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # its older word
     layer_kinds=_lfm2_kinds,
     where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
 )
@@ -528,7 +544,8 @@ SMOLLM3 = _llama_like(
 HYPERCLOVAX = _llama_like(
     "hyperclovax",
     "HyperCLOVAXForCausalLM",
-    {"head_dim": None, "attention_bias": False, "mlp_bias": False, "use_post_norm": True, **MULTIPLIERS},
+    {"head_dim": None, "attention_bias": False, "mlp_bias": False, "use_post_norm": True, **MULTIPLIERS}
+    | {"attention_multiplier": None},
     tensors=BLOCK
     | {f"norm.post{i}": _LAYER + f"post_norm{i}.weight" for i in (1, 2)}
     | _ATTENTION_BIAS
@@ -536,15 +553,18 @@ HYPERCLOVAX = _llama_like(
     | FFN_BIAS,
     optional=frozenset({"norm.post1", "norm.post2"}),
     neutral=_NO_BIAS | {"use_post_norm": (False,)},
+    derived={"attention_multiplier": lambda get: head_dim(get) ** -0.5},
 )
 YOUTU = _llama_like(
     "youtu",
     "YoutuForCausalLM",
     MLA_CONFIG
-    | {"max_position_embeddings": 131072, "tie_word_embeddings": True, "rope_interleave": True, "head_dim": None},
+    | {"num_key_value_heads": 16, "max_position_embeddings": 131072, "tie_word_embeddings": True}
+    | {"initializer_range": None, "rope_interleave": True, "head_dim": "=qk_rope_head_dim"},
     tensors=WITHOUT_QKVO | MLA | DENSE_FFN,
     optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
     shapes=LATENT,
+    derived={"initializer_range": lambda get: 2 / (5 * get("hidden_size")) ** 0.5},
 )
 MINICPM3 = _llama_like(
     "minicpm3",
@@ -555,8 +575,10 @@ MINICPM3 = _llama_like(
         "kv_lora_rank": 256,
         "qk_rope_head_dim": 32,
         "qk_nope_head_dim": 64,
-        "v_head_dim": 64,
-        "head_dim": None,
+        "v_head_dim": None,
+        "head_dim": "=qk_rope_head_dim",
+        "num_key_value_heads": 40,
+        "initializer_range": 0.1,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
@@ -569,11 +591,13 @@ MINICPM3 = _llama_like(
     tensors=WITHOUT_QKVO | {k: v for k, v in MLA.items() if k != "attention.q_whole"} | DENSE_FFN,
     neutral=_NO_BIAS | {"pretraining_tp": (1, None)},
     shapes=LATENT,
+    derived={"v_head_dim": lambda get: get("hidden_size") // get("num_attention_heads")},
 )
 STABLELM = _llama_like(
     "stablelm",
     "StableLmForCausalLM",
     {
+        "num_key_value_heads": 32,
         "layer_norm_eps": 1e-5,
         "max_position_embeddings": 4096,
         "use_qkv_bias": False,
@@ -597,7 +621,7 @@ JAIS2 = _llama_like(
         "max_position_embeddings": 8192,
         "attention_bias": True,
         "mlp_bias": True,
-        "head_dim": 128,
+        "head_dim": None,
     },
     tensors=BLOCK | NORM_BIAS | _ATTENTION_BIAS | UNGATED_FFN,
     neutral=_NO_BIAS,
@@ -607,6 +631,7 @@ NEMOTRON = _llama_like(
     "NemotronForCausalLM",
     {
         "norm_eps": 1e-5,
+        "initializer_range": 0.0134,
         "hidden_act": "relu2",
         "max_position_embeddings": 4096,
         "attention_bias": False,
@@ -678,7 +703,7 @@ GRANITE_HYBRID = _llama_like(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
     {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
-    | {"shared_intermediate_size": 1024, "num_local_experts": 0, "num_experts_per_tok": None},
+    | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2},
     tensors=BLOCK
     | _ATTENTION_BIAS
     | MAMBA
@@ -775,6 +800,7 @@ NEMOTRON_H = _llama_like(
     "NemotronHForCausalLM",
     NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
     tensors=NEMOTRON_H_BLOCK,
+    rope="none",
     layer_kinds=nemotron_h_kinds,
     layer_count=nemotron_h_layers,
     where=NEMOTRON_H_WHERE,
@@ -801,6 +827,10 @@ GEMMA4_CONFIG: dict[str, Any] = {
     "layer_types": None, "final_logit_softcapping": None, "use_bidirectional_attention": None,
     "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256, "attention_k_eq_v": False,
     "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "global_head_dim": None,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
     "num_global_key_value_heads": None, "per_layer_config": None, "enable_moe_block": False, "num_experts": None,
     "top_k_experts": None, "moe_intermediate_size": None,
 }  # fmt: skip

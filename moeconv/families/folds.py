@@ -6,6 +6,7 @@ model's function in exact arithmetic.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,11 +95,15 @@ def _rope(draft: Draft) -> dict[str, Any]:
 
 
 def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:
-    """Say the rotary parameters in the target's style, where it is not the source's own."""
+    """Say the rotary parameters in the target's style, also those that the source's class assumes: others differ."""
     family, target = draft.source, draft.target
-    if family.rope == target.rope and family.partial is None and target.partial is None:
+    if family.rope == target.rope == "none":
         return
-    if family.rope == target.rope and family.rope in ("per_layer", "own"):
+    if family.rope == target.rope == "own":
+        draft.config.setdefault("rope_parameters", copy.deepcopy(family.config["rope_parameters"]))
+        return
+    if family.rope == target.rope == "per_layer":
+        draft.config |= rope.both_wordings(params)
         return
     longest = draft.get("max_position_embeddings")
     if spreads:

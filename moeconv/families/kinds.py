@@ -25,6 +25,7 @@ _DERIVED = {
     "mtp_layers_block_type": _LIST, "hybrid_override_pattern": _WORD, "moe_latent_size": _WHOLE,
     "attn_layer_indices": _LIST, "global_head_dim": _WHOLE, "num_global_key_value_heads": _WHOLE,
     "final_logit_softcapping": _NUMBER, "use_bidirectional_attention": _WORD, "per_layer_config": _OBJECT,
+    "attention_multiplier": _NUMBER, "initializer_range": _NUMBER, "v_head_dim": _WHOLE,
     "rope_parameters": _OBJECT, "rope_scaling": _OBJECT, "hidden_activation": _WORD, "position_embedding_type": _WORD,
 }  # fmt: skip
 _NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must say them
@@ -52,7 +53,7 @@ def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
     for key, default in family.config.items():
         value, kind = config.get(key), _kind_of(key, default)
         missing = key not in config and not (key in _NEEDED and default is None)
-        if kind is None or missing or (value is None and key not in _COMPUTED):
+        if kind is None or missing or (value is None and (key not in _COMPUTED or key in family.derived)):
             continue
         least = 1 if key in _COMPUTED else 0
         most = _LARGEST_OF_A_HEAD if key.endswith(("head_dim", "_heads")) else _LARGEST
@@ -98,6 +99,8 @@ def _kind_of(key: str, default: Any) -> str | None:
         return _NUMBER
     if isinstance(default, list):
         return _LIST
+    if isinstance(default, dict):
+        return _OBJECT
     if isinstance(default, str):
         return _WHOLE if default.startswith("=") else _WORD
     return _DERIVED.get(key)

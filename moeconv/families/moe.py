@@ -292,6 +292,7 @@ DOTS1 = moe_row(
     "dots1",
     "Dots1ForCausalLM",
     {
+        "num_key_value_heads": 32,
         "head_dim": None,
         "attention_bias": False,
         "sliding_window": 4096,
@@ -320,6 +321,11 @@ MELLUM = moe_row(
         "head_dim": 128,
         "max_position_embeddings": 131072,
         "attention_bias": False,
+        "rope_theta": 500000.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
         "sliding_window": 1024,
         "layer_types": None,
         "mlp_layer_types": None,
@@ -344,6 +350,7 @@ HY_V3 = moe_row(
         "head_dim": 128,
         "max_position_embeddings": 131072,
         "rope_theta": 11158840.0,
+        "initializer_range": 0.006,
         "attention_bias": False,
         "mlp_bias": False,
         "mlp_layer_types": None,
@@ -467,6 +474,10 @@ GPT_OSS = moe_row(
         "head_dim": 64,
         "max_position_embeddings": 131072,
         "rope_theta": 150000.0,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
         "attention_bias": True,
         "sliding_window": 128,
         "layer_types": None,
@@ -497,7 +508,7 @@ GPT_OSS = moe_row(
     sliding=sliding.EVERY_SECOND,
     switched={"attention_bias": _QKVO},
     inert={"attention.sinks": -1e30, **_NO_INERT_BIAS},
-)
+)  # fmt: skip
 COHERE2_MOE = moe_row(
     "cohere2_moe",
     "Cohere2MoeForCausalLM",
@@ -507,7 +518,7 @@ COHERE2_MOE = moe_row(
         "logit_scale": 0.0625,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": True,
-        "head_dim": None,
+        "head_dim": 128,
         "attention_bias": False,
         "sliding_window": 4096,
         "sliding_window_pattern": 4,
@@ -541,7 +552,7 @@ HUNYUAN_MOE = moe_row(
         "rms_norm_eps": 1e-5,
         "head_dim": None,
         "attention_bias": False,
-        "eod_token_id": None,
+        "eod_token_id": 3,
         "output_router_logits": False,
     },
     BLOCK
@@ -639,6 +650,7 @@ DEEPSEEK_V3 = moe_row(
     "DeepseekV3ForCausalLM",
     MLA_CONFIG
     | {
+        "num_key_value_heads": 128,
         "max_position_embeddings": 4096,
         "rope_interleave": True,
         "moe_intermediate_size": 2048,
@@ -775,6 +787,7 @@ NEMOTRON_H_MOE = moe_row(
     shared_width=("moe_shared_expert_intermediate_size",),
     placement=placement.of_kinds(nemotron_h_kinds),
     routing=GROUPED,
+    rope="none",
     layer_kinds=nemotron_h_kinds,
     layer_count=nemotron_h_layers,
     where=NEMOTRON_H_WHERE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.families import placement
+from moeconv.families import placement, sliding
 from moeconv.families.dense import (
     BLOCK,
     DENSE_FFN,
@@ -81,6 +81,12 @@ GLM4_MOE_LITE = moe_row(
     "Glm4MoeLiteForCausalLM",
     MLA_CONFIG
     | {
+        "num_key_value_heads": 20,
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
         "moe_intermediate_size": 1536,
         "mlp_layer_types": None,
         "num_nextn_predict_layers": None,
@@ -103,6 +109,8 @@ EXAONE_MOE = moe_row(
     "exaone_moe",
     "ExaoneMoeForCausalLM",
     {
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
         "head_dim": None,
         "sliding_window": 4096,
         "sliding_window_pattern": 4,
@@ -128,6 +136,7 @@ EXAONE_MOE = moe_row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "num_shared_experts"),
     placement=placement.WORDS_OR_FIRST_K,
+    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
     routing=GROUPED,
     float32=frozenset({"router.correction"}),
 )
@@ -135,6 +144,8 @@ AFMOE = moe_row(
     "afmoe",
     "AfmoeForCausalLM",
     {
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
         "head_dim": 128,
         "attention_bias": False,
         "sliding_window": 1024,
@@ -167,6 +178,7 @@ AFMOE = moe_row(
     expert_width="moe_intermediate_size",
     shared_width=("moe_intermediate_size", "num_shared_experts"),
     placement=placement.NUM_DENSE,
+    sliding=sliding.ALL_BUT_GLOBAL,
     routing=Routing("sigmoid", "always", scaling="route_scale"),
     float32=frozenset({"router.correction"}),
 )
@@ -251,6 +263,7 @@ JAMBA = moe_row(
     num_experts=("num_experts",),
     placement=placement.PERIOD,
     routing=Routing("softmax", "never"),
+    rope="none",
     layer_kinds=_jamba_kinds,
     where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba"})},
     shapes=MAMBA_1,
@@ -259,6 +272,7 @@ LLAMA4 = moe_row(
     "llama4_text",
     "Llama4ForCausalLM",
     {
+        "rms_norm_eps": 1e-5,
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 131072,
@@ -313,6 +327,11 @@ LAGUNA = moe_row(
     "laguna",
     "LagunaForCausalLM",
     {
+        "rope_theta": 500000.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
         "num_key_value_heads": 8,
         "head_dim": 128,
         "max_position_embeddings": 131072,
@@ -337,6 +356,8 @@ LAGUNA = moe_row(
     shared_width=("shared_expert_intermediate_size",),
     placement=placement.WORDS_FIRST_DENSE,
     routing=Routing("sigmoid", "always", scaling="moe_routed_scaling_factor"),
+    rope="per_type",
+    partial=1.0,
     in_memory={"mlp.shared_expert.": "mlp.shared_experts."},
     shapes={"attention.gate": "gates, hidden"},
     sizes=LAGUNA_SIZES,
@@ -345,9 +366,17 @@ MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
     {
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.334},
+        },
         "head_dim": 192,
         "max_position_embeddings": 131072,
         "attention_bias": False,
+        "sliding_window": 129,
         "layer_types": None,
         "mlp_layer_types": None,
         "moe_intermediate_size": 2048,
@@ -364,6 +393,9 @@ MIMO_V2_FLASH = moe_row(
     num_experts=("n_routed_experts",),
     expert_width="moe_intermediate_size",
     placement=placement.WORDS_FIRST_DENSE,
+    rope="per_type",
+    partial=1.0,
+    sliding=sliding.ALL_BUT_LAST_OF_SIX,
     routing=GROUPED,
     float32=frozenset({"router.correction"}),
     sizes=MIMO_SIZES,

@@ -2,7 +2,11 @@
 
 Styles: "plain" (one set of parameters), "per_type" (one for full and one for sliding layers), "per_layer" (a base a
 layer, 0 where the layer does not rotate), "no_rope" (plain, with a list of the layers that rotate), "mscale" (plain,
-with an attention factor of its own name), "own" (per type, by rules that no other family shares: taken over as it is).
+with an attention factor of its own name), "own" (per type, by rules that no other family shares: taken over as it is),
+"none" (the family does not rotate).
+
+transformers 5 reads `rope_parameters`; transformers 4, mlx-lm and the converter of llama.cpp read `rope_theta`,
+`rope_scaling` and `partial_rotary_factor` beside it. What is written has both wordings.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ _STILL = 1e30  # a frequency divided by this does not turn at any position
 
 def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None, style: str) -> dict[str, Any]:
     """The parameters of full attention in transformers' words: rope_type, rope_theta and whatever the type needs."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5 prefers them
     if not isinstance(found, dict):
         raise InputError("config.json: rope_parameters must be an object", hint="Correct config.json.")
     nested = found.get("full_attention")
@@ -106,10 +110,10 @@ def write_rope(params: Mapping[str, Any], *, style: str, rotates: Sequence[bool]
     theta = params["rope_theta"]
     if style == "mscale" and params["rope_type"] == "longrope":
         factor = params.get("attention_factor", 1.0)
-        params = {**params, "short_mscale": factor, "long_mscale": factor}
+        params = {"short_mscale": factor, "long_mscale": factor, **params}
     if style == "per_layer":
         thetas = [theta if turns else 0 for turns in rotates]
-        return {"rope_parameters": dict(params), "rope_theta": theta, "layer_rope_theta": thetas}
+        return both_wordings(params) | {"layer_rope_theta": thetas}
     if not all(rotates):
         raise InputError(
             f"layer {list(rotates).index(False)} has no rotary embedding (no_rope_layers), which the target cannot "
@@ -118,7 +122,30 @@ def write_rope(params: Mapping[str, Any], *, style: str, rotates: Sequence[bool]
         )
     if style == "per_type":
         return {"rope_parameters": {word: dict(params) for word in ("full_attention", "sliding_attention")}}
-    result = {"rope_parameters": dict(params), "rope_theta": theta}
-    if "partial_rotary_factor" in params:
-        result["partial_rotary_factor"] = params["partial_rotary_factor"]
+    return both_wordings(params)
+
+
+def both_wordings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """One set of parameters in the words of transformers 5, and in those of transformers 4."""
+    beside = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: copy.deepcopy(value) for key, value in params.items() if key not in beside}
+    scales = params["rope_type"] != "default" or len(scaling) > 1
+    # null where nothing scales: a class of transformers 4 may assume a scaling of its own
+    result = {"rope_parameters": dict(params), "rope_scaling": scaling if scales else None}
+    result |= {key: params[key] for key in beside if key in params}
+    if params["rope_type"] == "longrope" and "original_max_position_embeddings" in params:
+        result["original_max_position_embeddings"] = params["original_max_position_embeddings"]
     return result
+
+
+def added_wordings(
+    config: Mapping[str, Any], *, assumed: Any, theta: float, partial: float | None, style: str
+) -> dict[str, Any]:
+    """What a config.json that says its rotary parameters in one wording lacks of both. `assumed` are the class's
+    parameters where config has none."""
+    if style not in ("plain", "mscale"):
+        return {}
+    params = read_rope({"rope_parameters": assumed, **config}, theta=theta, partial=partial, style=style)
+    both = both_wordings(params)
+    return {key: value for key, value in both.items() if config.get(key) is None and (value is not None or
+            key not in config)}  # fmt: skip

@@ -162,6 +162,8 @@ ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, id
 EVERY_SECOND = typed(lambda i, config: i % 2 == 0, idle=4096)
 FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda i, config: False, idle=512).write)
 SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
+ALL_BUT_LAST_OF_SIX = typed(lambda i, config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # and the first
+ALL_BUT_GLOBAL = typed(lambda i, config: (i + 1) % (config.get("global_attn_every_n_layers") or 4) != 0, idle=4096)
 FROM_MAX_WINDOW = typed(lambda i, config: i >= (config.get("max_window_layers") or 0))
 NO_LAYER = typed(lambda i, config: False)
 KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")

@@ -154,6 +154,7 @@ class Family:
     layer_count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
     shapes: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Get], Any]] = field(default_factory=dict)  # rules of the class for keys left out
     no_experts: Callable[[Get], bool] | None = None  # which configs this dense row of a family with an MoE row is for
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
@@ -231,7 +232,9 @@ class Family:
         return result
 
     def default(self, key: str, config: Mapping[str, Any]) -> Any:
-        """The value of a key: what config.json says, else what transformers assumes."""
+        """The value of a key: what config.json says, else what transformers assumes or derives."""
+        if key in self.derived and config.get(key) is None:
+            return self.derived[key](lambda other: self.default(other, config))
         if key in config:
             return config[key]
         value = self.config.get(key)

@@ -79,17 +79,6 @@ def _source_keys(model: Model) -> list[str]:
     return list(keys)
 
 
-def _fill_rope(config: dict[str, Any], theta: float) -> None:
-    """Say the rotary base explicitly: families assume different ones when it is missing."""
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict):
-        nested = [v for v in parameters.values() if isinstance(v, dict)]
-        for entry in nested or [parameters]:
-            entry.setdefault("rope_theta", config.get("rope_theta", theta))
-    else:
-        config.setdefault("rope_theta", theta)
-
-
 def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
     """Null asks the source's class to derive a value; not every target's class does, so it is said or left out."""
     result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
@@ -138,7 +127,6 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, 
         result.setdefault("num_key_value_heads", model.value("num_attention_heads"))
     if "head_dim" in target.config:  # said, since classes differ in what they take a missing one for
         result["head_dim"] = head_dim(model.value)
-    _fill_rope(result, family.config["rope_theta"])
     result |= _windows(model, pair, target, layers)
     if family.layer_kinds and target.layer_kinds:
         result["layer_types"] = family.layer_kinds(model.value, layers)

@@ -38,6 +38,7 @@ class Wrapper:
     prefix: str = "model.language_model."
     head: str = "lm_head."
     root: str = "text_config"
+    tied: bool = False  # whether the head is the embedding where neither config says it
     in_memory: Mapping[str, str] = field(default_factory=dict)
 
     def row(self, text: Family) -> Family:
@@ -49,6 +50,7 @@ class Wrapper:
             root=self.root,
             prefix=self.prefix,
             beside=self.beside,
+            config=text.config | {"tie_word_embeddings": self.tied},
             tensors=self._names(text.tensors),
             mtp=self._names(text.mtp),
             dropped=tuple(self._name(name) for name in text.dropped),
@@ -71,7 +73,8 @@ QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,
     model_type="qwen3_vl_moe_text",
     tensors={k: v for k, v in QWEN3_MOE.tensors.items() if k not in MLP_EXPERTS} | STACKED_NAMES,
-    config={k: v for k, v in QWEN3_MOE.config.items() if k not in ("norm_topk_prob", "use_sliding_window")}
+    config={k: v for k, v in QWEN3_MOE.config.items()
+            if k not in ("norm_topk_prob", "use_sliding_window", "sliding_window")}
     | {"num_key_value_heads": 16, "max_position_embeddings": 128000, "rope_theta": 500000.0,
        "moe_intermediate_size": 1408},
     packed=STACKED.packed,
@@ -111,6 +114,7 @@ WRAPPERS = (
             "model.audio_tower.": "audio",
             "model.embed_audio.": "audio",
         },
+        tied=True,
     ),
     Wrapper(
         "aria",
@@ -127,6 +131,7 @@ WRAPPERS = (
         _LLAVA,
         prefix="language_model.model.",
         head="language_model.lm_head.",
+        tied=True,
         in_memory={"language_model.model.": "model.language_model.", **{name: f"model.{name}" for name in _LLAVA}},
     ),
 )

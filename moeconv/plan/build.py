@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import BESIDE, Family
+from moeconv.families.spec import BESIDE
 from moeconv.plan.plan import Input, Item, TensorSpec
 
 # --dtype in the words of torch -> as safetensors names it
@@ -100,16 +99,3 @@ def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef],
             made = [carry(refs[name], role=role.key, dtype=to, params=model.numel(refs[name]))]
         items.extend(made)
     return items
-
-
-def with_dtype(config: Mapping[str, Any], family: Family, dtype: str | None) -> dict[str, Any]:
-    """A config.json that says the dtype that the model is cast to, also where a language model's own says one."""
-    result = dict(config)
-    if dtype:
-        inner = config.get(family.root) if family.root else None
-        for text in (result, *([dict(inner)] if isinstance(inner, dict) else [])):
-            text.pop("torch_dtype", None)
-            text["dtype"] = TORCH_NAMES[dtype]
-            if text is not result:
-                result[family.root] = text
-    return result

@@ -15,9 +15,10 @@ from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
 from moeconv.families.served import check_served
+from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, PruneOptions, parameters_of, take
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import count_planned, parse_dtype, with_dtype
+from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan
 from moeconv.prune.choice import (
@@ -145,15 +146,10 @@ def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = Non
     if model.quantization:
         config["quantization_config"] = renumbered(model, model.quantization, with_mtp(model, keep))
     left = len(next(iter(keep.values())))
-    nested = config.get(model.family.root) if model.family.root else None
-    text = dict(nested) if isinstance(nested, dict) else config
     said = dict.fromkeys(model.family.num_experts, left)
     if top_k is not None:
         said |= dict.fromkeys(model.family.top_k, top_k)
-    text.update(model.family.write(text, said))
-    if isinstance(nested, dict):
-        config[model.family.root] = text
-    return with_dtype(config, model.family, dtype)
+    return written_config(config, model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _warnings(

@@ -10,6 +10,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families import packed
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
+from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, parameters_of, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, count_planned, whole
@@ -36,15 +37,14 @@ def plan_decode(model: Model) -> Plan:
             items.append(carry(ref, role=role.key, params=model.numel(ref)))
         elif parts[weight][0] is ref:
             items.append(_decoded(weight, parts[weight], role.key, dtype))
-    plain = {k: v for k, v in with_head(model).items() if k not in ("quantization_config", "torch_dtype")}
-    config, _ = without_code(plain)
+    config, _ = without_code({k: v for k, v in with_head(model).items() if k != "quantization_config"})
     total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
     common = take(PlanOptions, {})
     return Plan(
         command="decode",
         parameters=parameters_of(common),
         identity=model.identity,
-        config=config | {"dtype": TORCH_NAMES[dtype]},
+        config=written_config(config, model.family, dtype=TORCH_NAMES[dtype]),
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,

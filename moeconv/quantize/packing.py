@@ -10,9 +10,10 @@ from typing import Any
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.families.head import with_head
 from moeconv.families.model import Model
+from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, carry_all, with_dtype
+from moeconv.plan.build import TORCH_NAMES, carry_all
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Item
 from moeconv.quantize.methods import apply_method
@@ -65,13 +66,15 @@ class Packing:
         """config.json with the format's quantization_config in it."""
         make = self.format.config
         assert make is not None
-        config = with_head(self.model)
+        config = written_config(
+            with_head(self.model), self.model.family, dtype=TORCH_NAMES[self.dtype] if self.dtype else None
+        )
         plain = TORCH_NAMES[self.dtype or self.model.dtype]
         used = dict.fromkeys([*self.by_layer.values()] or [self.scheme])
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
         mixed = len(used) > 1
         config["quantization_config"] = merge_configs(configs, self.by_layer) if mixed else configs[next(iter(used))]
-        return with_dtype(config, self.model.family, self.dtype)
+        return config
 
     def parts(self) -> dict[str, int]:
         """How many tensors the plan must write by role; the experts' are counted from the geometry, not from what was

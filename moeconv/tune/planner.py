@@ -12,6 +12,7 @@ from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_
 from moeconv.errors import InputError, escape
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
+from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, check_names, parameters_of, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
@@ -88,12 +89,8 @@ def _ref(info: TensorInfo) -> TensorRef:
 
 
 def _config(model: Model, dtype: str | None) -> dict[str, Any]:
-    """The source's config.json; only `--dtype` changes it."""
-    config = with_head(model)
-    if dtype:
-        config.pop("torch_dtype", None)
-        config["dtype"] = TORCH_NAMES[dtype]
-    return config
+    """The source's config.json; only `--dtype` changes it, and what some reader lacks is added."""
+    return written_config(with_head(model), model.family, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _promise(model: Model, overlay: SafetensorsFile) -> dict[str, int]:

@@ -6,7 +6,6 @@ divided by the sum where the family renormalises, by the larger softmax where it
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +16,10 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role, with_expert
+from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import carry, count_planned, parse_dtype, with_dtype
+from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
 
 
@@ -134,17 +134,12 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
 
 
 def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> dict[str, Any]:
-    config = copy.deepcopy(with_head(model))
-    text = config
-    if model.family.root and isinstance(config.get(model.family.root), dict):
-        text = config[model.family.root]
-    said: dict[str, Any] = {key: experts for key in model.family.num_experts if key in model.config}
+    said: dict[str, Any] = dict.fromkeys(model.family.num_experts, experts)
     said |= dict.fromkeys(model.family.top_k, top_k)
     rule = model.family.routing
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
         said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
-    text.update(model.family.write(text, said))
-    return with_dtype(config, model.family, dtype)
+    return written_config(with_head(model), model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _promise(model: Model, times: int) -> dict[str, int]:

@@ -16,6 +16,7 @@ from moeconv.families.node import fill
 from moeconv.families.pairs import find_pair
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
+from moeconv.families.written import other_values_elsewhere, written_config
 from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
@@ -98,6 +99,7 @@ def plan_upcycle(
             f"{', '.join(sorted(set(assembly.rounded)))}: what is folded into these weights is rounded to their dtype; "
             "--dtype float32 keeps it exact"
         )
+    draft.warnings += other_values_elsewhere(target, draft.config)
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
     made, block = _parameters(options, common, siblings), {}
     if overlay:
@@ -111,7 +113,7 @@ def plan_upcycle(
         command="upcycle",
         parameters=made,
         identity=model.identity,
-        config=target.write({}, draft.config),
+        config=written_config(target.write({}, draft.config), target),
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,

@@ -111,7 +111,7 @@ def test_dtype_holds_for_every_tensor_and_for_config(tmp_path, method, dtype):
     plan, moe = written(model, tmp_path / "out", method=method, dtype=dtype, experts=2)
     want = {None: "BF16", "bfloat16": "BF16", "float32": "F32", "float16": "F16"}[dtype]
     assert {r.dtype for r in moe.checkpoint.tensors.values()} == {want}
-    assert moe.config["dtype"] == (dtype or "bfloat16") and "torch_dtype" not in moe.config
+    assert moe.config["dtype"] == moe.config["torch_dtype"] == (dtype or "bfloat16")
     assert plan.block["exact"] == (METHODS[method].exact and want != "F16")  # float32 holds every bfloat16 exactly
 
 

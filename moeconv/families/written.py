@@ -1,0 +1,100 @@
+"""config.json as it is written: what changes under every alias that is there, and what other readers need added.
+
+A reader of one wording takes another's as missing and assumes a default, without a word. So both wordings are written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, OLD_WORDS, READERS
+from moeconv.families.rope import added_wordings
+from moeconv.families.spec import Family
+
+
+def written_config(
+    config: Mapping[str, Any], family: Family, *, said: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """A config.json with `said` (in the words of the family's row) and the `dtype` (in those of torch) in it, as every
+    reader reads it. What the source says otherwise stays word for word."""
+    result = copy.deepcopy(dict(config))
+    nested = result.get(family.root) if family.root else None
+    text = nested if isinstance(nested, dict) else result
+    changed = _everywhere(family, text, said or {})
+    text.update(family.write(text, changed))
+    text.update(family.write(text, added(family, family.read(text))))
+    _reword(family, text)
+    for part in [result] if text is result else [result, text]:
+        _say_dtype(part, dtype)
+    return result
+
+
+def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config (in the words of the family's row) lacks for some reader: keys with their values."""
+
+    def get(key: str) -> Any:
+        return found[key] if key in found else family.default(key, values)
+
+    found: dict[str, Any] = {}
+    for aliases in (family.num_experts, family.top_k):
+        known = next((values[key] for key in aliases if values.get(key) is not None), None)
+        if known is not None:
+            found |= {key: known for key in aliases if values.get(key) is None}
+    if family.kind == "moe" and "rope_theta" in family.config:
+        found |= added_wordings(
+            values, assumed=family.config.get("rope_parameters"), theta=family.config["rope_theta"],
+            partial=family.partial, style=family.rope,
+        )  # fmt: skip
+    for key, value in READERS.get(family.model_type, {}).items():
+        if values.get(key) is None and (made := _value(value, get)) is not None:
+            found[key] = made
+    return found
+
+
+def other_values_elsewhere(family: Family, values: Mapping[str, Any]) -> list[str]:
+    """Warnings about settings that transformers 5 alone reads."""
+    return [
+        f"{key} = {values[key]} is read by transformers 5 alone: transformers 4, vLLM, SGLang and llama.cpp compute "
+        f"{family.model_type} with {fixed}, so the result is right in transformers 5 only"
+        for key, fixed in FIXED_ELSEWHERE.get(family.model_type, {}).items()
+        if values.get(key, fixed) != fixed
+    ]
+
+
+def _value(rule: Any, get: Callable[[str], Any]) -> Any:
+    if callable(rule):
+        return rule(get)
+    return get(rule[1:]) if isinstance(rule, str) and rule.startswith("=") else copy.deepcopy(rule)
+
+
+def _everywhere(family: Family, text: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """`said`, and the new value under every alias that holds the old one: a number, or a number for each layer."""
+    values, changed = family.read(text), dict(said)
+    for key, new in said.items():
+        old = values.get(key)
+        for alias in next((names for names in ALIASES if key in names), ()):
+            held = text.get(alias)
+            if alias in changed or held is None or old is None:
+                continue
+            if held == old and type(held) is type(old):
+                changed[alias] = new
+            elif isinstance(held, list) and held and all(each == old for each in held):
+                changed[alias] = [new] * len(held)
+    return changed
+
+
+def _reword(family: Family, text: dict[str, Any]) -> None:
+    """Words of a list that one version of transformers does not know, in those that all know."""
+    for key, words in OLD_WORDS.get(family.model_type, {}).items():
+        if isinstance(text.get(key), list):
+            text[key] = [words.get(word, word) if isinstance(word, str) else word for word in text[key]]
+
+
+def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
+    """The dtype in the words of transformers 5 and of transformers 4."""
+    for key, other in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
+        says = dtype or part.get(key) or part.get(other)
+        if says is not None:
+            part[key] = says

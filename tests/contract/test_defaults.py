@@ -1,0 +1,161 @@
+"""Every default in every family row is what transformers' class assumes when config.json leaves the key out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moeconv.families.dense import DENSE
+from moeconv.families.moe import MOE
+from moeconv.families.moe_sources import MOE_SOURCES
+from moeconv.families.rope import KEYS as ROPE
+from moeconv.families.rope import both_wordings, read_rope
+from moeconv.families.sliding import KEYS as SLIDING
+from moeconv.families.spec import Family
+from moeconv.families.target import TRAINING
+from moeconv.families.wrappers import WRAPPED
+from moeconv.plan.meter import SilentMeter
+from moeconv.steps.upcycling import upcycle
+from tests.contract.stock import DENSE_CASES, save_stock
+
+# name -> (model_type of the class that reads the keys, row)
+ROWS: dict[str, tuple[str, Family]] = {
+    f"{row.model_type} ({row.kind})": (row.model_type, row)
+    for table in (DENSE, MOE, MOE_SOURCES)
+    for row in table.values()
+} | {f"{outer}/{text}": (text, row) for outer, rows in WRAPPED.items() for text, row in rows.items()}
+# what a checkpoint must say; head counts that no class has for a default, so that nothing is right by chance
+SIZES = {"vocab_size": 160, "hidden_size": 336, "num_hidden_layers": 6, "num_attention_heads": 12,
+         "intermediate_size": 96}  # fmt: skip
+# sizes that the class checks against another
+_MAMBA = {"mamba_n_heads": 12, "mamba_expand": 2, "mamba_d_head": 56}
+BESIDE = {"granitemoehybrid": _MAMBA, "bamba": _MAMBA}
+# rows and keys whose default is not compared, and why
+KNOWN = {
+    ("nemotron", "num_key_value_heads"): "the class leaves it null, which its attention cannot compute with",
+    ("nemotron_h", "time_step_limit"): "the class's default is infinite, which no JSON holds",
+    ("granitemoehybrid", "time_step_limit"): "the class's default is infinite, which no JSON holds",
+    ("bamba", "time_step_limit"): "the class's default is infinite, which no JSON holds",
+    ("nemotron_h", "mtp_layers_block_type"): "says nothing while there is no prediction layer",
+    ("lfm2", "tie_embedding"): "an older word for tie_word_embeddings, which the class does not keep",
+    ("nemotron_h", "layer_types"): "the class's default has no meaning for another number of layers",
+}
+
+
+def _class_config(model_type: str, row: Family, **values: Any) -> dict[str, Any]:
+    """What the class makes of these values (in the row's words) and of nothing else."""
+    transformers.logging.set_verbosity_error()
+    made = CONFIG_MAPPING[model_type](**row.write({}, values))
+    return row.read(made.to_dict())
+
+
+def _sizes(model_type: str, row: Family, **other: int) -> dict[str, int]:
+    return {k: v for k, v in (SIZES | other).items() if k in row.config} | BESIDE.get(model_type, {})
+
+
+def _compared() -> list[tuple[str, str]]:
+    return [
+        (name, key)
+        for name, (model_type, row) in ROWS.items()
+        for key in row.config
+        if key not in SIZES and key not in ROPE and (model_type, key) not in KNOWN
+    ]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_defaults_are_those_of_the_class(name):
+    model_type, row = ROWS[name]
+    said = _sizes(model_type, row)
+    plain = _class_config(model_type, row, **said)
+    # other sizes: what stays the same is a constant, and what changes is derived
+    other = _sizes(model_type, row, hidden_size=672, num_hidden_layers=9)
+    other |= {"mamba_d_head": 112} if "mamba_d_head" in other else {}
+    elsewhere = _class_config(model_type, row, **other)
+    wrong = []
+    for key in (key for at, key in _compared() if at == name and key not in said):
+        ours, theirs = row.default(key, said), plain.get(key)
+        if key == "tie_word_embeddings" and row.root:  # the classes tie by the outer config
+            theirs = CONFIG_MAPPING[row.model_type]().tie_word_embeddings
+        if key not in plain:  # the class does not know it
+            neutral = row.neutral.get(key, ())
+            if ours is not None and key not in TRAINING and ours not in neutral and row.kind == "dense":
+                wrong.append((key, ours, "no such key"))
+        elif ours is None:
+            if theirs is not None and theirs == elsewhere[key]:
+                wrong.append((key, ours, theirs))
+        elif key in SLIDING and not said.get("use_sliding_window") and theirs in (None, 0):
+            continue  # a window that is switched off; its default is looked at below
+        elif ours != theirs:
+            wrong.append((key, ours, theirs))
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rotary_parameters_are_those_of_the_class(name):
+    model_type, row = ROWS[name]
+    theirs = _class_config(model_type, row, **_sizes(model_type, row)).get("rope_parameters")
+    if not theirs:
+        assert row.rope == "none"
+        return
+    assumed = row.config.get("rope_parameters")
+    ours = read_rope({"rope_parameters": assumed}, theta=row.config["rope_theta"], partial=row.partial, style=row.rope)
+    for kind, each in theirs.items() if "full_attention" in theirs else [("full_attention", theirs)]:
+        want = {key: value for key, value in each.items() if key not in ("type", "max_position_embeddings")}
+        found = ours if kind == "full_attention" or not assumed else assumed[kind]
+        full = {"partial_rotary_factor": 1.0}
+        assert full | dict(found) == full | want, kind
+    # both wordings mean the same to the class
+    if row.rope in ("plain", "mscale"):
+        again = _class_config(model_type, row, **_sizes(model_type, row), **both_wordings(ours))
+        assert {k: v for k, v in again["rope_parameters"].items() if k in ours} == ours
+
+
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 5}, {"use_sliding_window": True, "sliding_window": 5,
+                                    "max_window_layers": 2}], ids=["nothing", "window", "switched"])  # fmt: skip
+@pytest.mark.parametrize("name", ROWS)
+def test_layers_without_a_list_are_those_of_the_class(name, window):
+    """Which layers slide, are Mixtures-of-Experts, or are of which kind, when config.json has no list of them."""
+    model_type, row = ROWS[name]
+    said = _sizes(model_type, row) | {key: value for key, value in window.items() if key in row.config}
+    theirs, layers = _class_config(model_type, row, **said), SIZES["num_hidden_layers"]
+
+    def get(key: str) -> Any:
+        return row.default(key, said)
+
+    words = theirs.get("layer_types")
+    if (model_type, "layer_types") not in KNOWN:
+        if words is not None and "layer_types" in row.config and row.layer_kinds is None:
+            found = row.sliding.read({**row.config, **said}, layers)
+            slides = tuple(word == "sliding_attention" and theirs["sliding_window"] for word in words)
+            assert tuple(map(bool, slides)) == found.layers
+            assert not any(found.layers) or found.window == theirs["sliding_window"]
+        elif words is None and "sliding_window" in theirs:
+            found = row.sliding.read({**row.config, **said}, layers)
+            assert (found.window if any(found.layers) else None) == (theirs["sliding_window"] or None)
+        if row.layer_kinds and words is not None:
+            assert row.layer_kinds(get, layers) == words
+        if row.kind == "moe" and (kinds := theirs.get("mlp_layer_types")) is not None:
+            assert row.placement.read(get, layers) == tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+        if row.kind == "moe" and theirs.get("moe_layers") is not None:
+            assert row.placement.read(get, layers) == tuple(theirs["moe_layers"])
+
+
+def test_hundreds_of_values_are_compared():
+    assert len(_compared()) > 800
+
+
+def test_a_derived_value_is_converted_as_the_class_derives_it(tmp_path):
+    """HyperCLOVA X scales attention by head_dim ** -0.5 where config.json says nothing; Granite by 1."""
+    path = save_stock(tmp_path / "dense", *DENSE_CASES["hyperclovax"], dtype=torch.float32)
+    config = json.loads((path / "config.json").read_text())
+    del config["attention_multiplier"]
+    (path / "config.json").write_text(json.dumps(config))
+    result = upcycle(str(path), str(tmp_path / "moe"), {"experts": 4}, meter=SilentMeter())
+    assert result["upcycle"]["exact"]
+    made = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert made["attention_multiplier"] == pytest.approx(config["head_dim"] ** -0.5)

@@ -1,0 +1,94 @@
+"""Does transformers 4 read what is written as transformers 5 does? Tiny outputs of every family that it knows.
+
+Skipped unless MOECONV_TRANSFORMERS4_PYTHON names an interpreter with transformers 4 (environments.sh). The sources are
+saved by transformers 5, so that their configs have its words alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moeconv.families.pairs import PAIRS
+from moeconv.plan.meter import SilentMeter
+from moeconv.steps.pruning.step import prune
+from moeconv.steps.upcycling import upcycle
+from tests.contract.stock import CASES, MOE_CASES, load, row_of, save_stock
+
+VARIABLE = "MOECONV_TRANSFORMERS4_PYTHON"
+IDS = np.random.default_rng(0).integers(4, 128, (2, 16)).tolist()
+pytestmark = pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} is not set")
+# what transformers 4 cannot compute, whatever config.json says
+NOT_THERE = {
+    "phimoe": "its hub checkpoints name a class that transformers 4 spells otherwise",
+}
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    script = Path(__file__).parent / "run_transformers4.py"
+    done = subprocess.run(
+        [os.environ[VARIABLE], str(script)], input=json.dumps(job), capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def _known() -> set[str]:
+    return set(_run({"models": {}})["known"])
+
+
+def _compare(models: dict[str, Path], folder: Path) -> dict[str, str]:
+    """{name: what is wrong} of the models that transformers 4 reads otherwise."""
+    out = folder / "logits.safetensors"
+    found = _run({"models": {name: str(path) for name, path in models.items()}, "ids": IDS, "out": str(out)})
+    theirs, wrong = load_file(out), {}
+    for name, path in models.items():
+        if name not in theirs:
+            wrong[name] = found[name]
+            continue
+        with torch.no_grad():
+            mine = load(path)(torch.tensor(IDS)).logits.float()
+        apart = float((mine - theirs[name]).abs().max() / mine.std())
+        print(f"{name:32} {apart:.1e} {found[name] or ''}")
+        if found[name] or not apart < 1e-5:
+            wrong[name] = found[name] or f"{apart:.1e} of the spread apart"
+    print("WRONG", json.dumps(wrong, indent=1))
+    return wrong
+
+
+def test_pruned_models_of_every_family(tmp_path):
+    known, models = _known(), {}
+    for case, (kind, config) in MOE_CASES.items():
+        if kind not in known:
+            continue
+        source = save_stock(tmp_path / f"{case}-source", kind, config, dtype=torch.float32)
+        top_k = row_of(case).routing.top_k
+        values = {"keep": 4, "criterion": "random"} | ({} if top_k else {"top_k": 2})
+        prune(str(source), str(tmp_path / case), values, meter=SilentMeter())
+        models[case] = tmp_path / case
+    assert len(models) > 15
+    assert not _compare(models, tmp_path)
+
+
+def test_upcycled_models_of_every_pair(tmp_path):
+    known, models = _known(), {}
+    for case, (kind, config, targets) in CASES.items():
+        pairs = [p.target for p in PAIRS if p.source == kind and (not targets or p.target in targets)]
+        for target in (t for t in pairs if t in known):
+            source = tmp_path / f"{case}-source"
+            if not source.exists():
+                save_stock(source, kind, config, dtype=torch.float32)
+            out = tmp_path / f"{case}-{target}"
+            upcycle(str(source), str(out), {"to": target, "experts": 4, "no_check": True}, meter=SilentMeter())
+            models[f"{case} -> {target}"] = out
+    assert len(models) > 40
+    assert not _compare(models, tmp_path)

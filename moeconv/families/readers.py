@@ -91,6 +91,16 @@ READERS: Mapping[str, Mapping[str, Any]] = {
 OLD_WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
     "granitemoehybrid": {"layer_types": {"linear_attention": "mamba", "full_attention": "attention"}},
 }
+# model_type -> nested configs, whose class in transformers 4 takes these keys and no other
+NESTED: Mapping[str, Mapping[str, frozenset[str]]] = {
+    "dbrx": {
+        "attn_config": frozenset({"model_type", "attn_pdrop", "clip_qkv", "kv_n_heads", "rope_theta"}),
+        "ffn_config": frozenset({
+            "model_type", "ffn_act_fn", "ffn_hidden_size", "moe_num_experts", "moe_top_k", "moe_jitter_eps",
+            "moe_loss_weight", "moe_normalize_expert_weights",
+        }),
+    },
+}  # fmt: skip
 # model_type -> keys that transformers 5 alone reads, with the value that every other reader computes with
 FIXED_ELSEWHERE: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},

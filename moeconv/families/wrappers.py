@@ -50,7 +50,7 @@ class Wrapper:
             root=self.root,
             prefix=self.prefix,
             beside=self.beside,
-            config=text.config | {"tie_word_embeddings": self.tied},
+            config={**text.config, "tie_word_embeddings": self.tied},
             tensors=self._names(text.tensors),
             mtp=self._names(text.mtp),
             dropped=tuple(self._name(name) for name in text.dropped),

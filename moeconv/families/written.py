@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, OLD_WORDS, READERS
+from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, NESTED, OLD_WORDS, READERS
 from moeconv.families.rope import added_wordings
 from moeconv.families.spec import Family
 
@@ -28,6 +28,8 @@ def written_config(
     _reword(family, text)
     for part in [result] if text is result else [result, text]:
         _say_dtype(part, dtype)
+    if text is not result:
+        _say_tied(result, text)
     return result
 
 
@@ -86,10 +88,14 @@ def _everywhere(family: Family, text: Mapping[str, Any], said: Mapping[str, Any]
 
 
 def _reword(family: Family, text: dict[str, Any]) -> None:
-    """Words of a list that one version of transformers does not know, in those that all know."""
+    """Words of a list that one version of transformers does not know, in those that all know; keys of a nested config
+    that its class refuses are left out."""
     for key, words in OLD_WORDS.get(family.model_type, {}).items():
         if isinstance(text.get(key), list):
             text[key] = [words.get(word, word) if isinstance(word, str) else word for word in text[key]]
+    for key, known in NESTED.get(family.model_type, {}).items():
+        if isinstance(text.get(key), dict):
+            text[key] = {name: value for name, value in text[key].items() if name in known}
 
 
 def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
@@ -98,3 +104,10 @@ def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
         says = dtype or part.get(key) or part.get(other)
         if says is not None:
             part[key] = says
+
+
+def _say_tied(outer: dict[str, Any], text: dict[str, Any]) -> None:
+    """Whether the head is the embedding: transformers 5 asks the outer config, version 4 that of the language model."""
+    said = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
+    if said:
+        outer["tie_word_embeddings"] = text["tie_word_embeddings"] = any(said)

@@ -26,10 +26,13 @@ from tests.contract.stock import CASES, MOE_CASES, load, row_of, save_stock
 VARIABLE = "MOECONV_TRANSFORMERS4_PYTHON"
 IDS = np.random.default_rng(0).integers(4, 128, (2, 16)).tolist()
 pytestmark = pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} is not set")
-# what transformers 4 cannot compute, whatever config.json says
+# cases that transformers 4 cannot read for what is in the tensors, and not in config.json
 NOT_THERE = {
-    "phimoe": "its hub checkpoints name a class that transformers 4 spells otherwise",
+    "qwen3_vl_moe": "transformers 5 saves its experts as [E, out, in], version 4 and the hub have [E, in, out]",
 }
+SETTINGS = {"jamba": {"use_mamba_kernels": False}}  # the kernels of its class want a GPU
+LIMIT = 1e-5  # of the logits' spread
+LIMITS = {"qwen3_next": 2e-5}  # its delta rule goes through the tokens in another order
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -59,18 +62,18 @@ def _compare(models: dict[str, Path], folder: Path) -> dict[str, str]:
             mine = load(path)(torch.tensor(IDS)).logits.float()
         apart = float((mine - theirs[name]).abs().max() / mine.std())
         print(f"{name:32} {apart:.1e} {found[name] or ''}")
-        if found[name] or not apart < 1e-5:
+        if found[name] or not apart < LIMITS.get(name, LIMIT):
             wrong[name] = found[name] or f"{apart:.1e} of the spread apart"
-    print("WRONG", json.dumps(wrong, indent=1))
+    print("wrong:", json.dumps(wrong, indent=1))
     return wrong
 
 
 def test_pruned_models_of_every_family(tmp_path):
     known, models = _known(), {}
     for case, (kind, config) in MOE_CASES.items():
-        if kind not in known:
+        if kind not in known or case in NOT_THERE:
             continue
-        source = save_stock(tmp_path / f"{case}-source", kind, config, dtype=torch.float32)
+        source = save_stock(tmp_path / f"{case}-source", kind, config | SETTINGS.get(case, {}), dtype=torch.float32)
         top_k = row_of(case).routing.top_k
         values = {"keep": 4, "criterion": "random"} | ({} if top_k else {"top_k": 2})
         prune(str(source), str(tmp_path / case), values, meter=SilentMeter())

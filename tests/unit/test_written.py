@@ -1,0 +1,146 @@
+"""config.json as every reader reads it: both wordings, every alias, and the keys that other runtimes look for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tiny import make_dense, make_moe
+
+from moeconv.families.model import open_model
+from moeconv.families.moe import MOE
+from moeconv.families.moe_sources import MOE_SOURCES
+from moeconv.families.pairs import PAIRS
+from moeconv.families.readers import ALIASES, READERS
+from moeconv.families.spec import Family
+from moeconv.families.wrappers import WRAPPED
+from moeconv.families.written import written_config
+from moeconv.prune.planner import plan_prune
+from moeconv.quantize.planner import plan_quantize
+from moeconv.upcycle.planner import plan_upcycle
+
+FAMILIES = MOE | MOE_SOURCES
+ROWS = {**FAMILIES, **{f"{outer}/{text}": row for outer, rows in WRAPPED.items() for text, row in rows.items()}}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}}
+# what a config that transformers 5 saved always has
+LISTS = {"mimo_v2_flash": {"layer_types": ["full_attention"] * 4, "mlp_layer_types": ["sparse"] * 4}}
+SCALED = {"rope_type": "linear", "factor": 4.0}
+
+
+def _config(row: Family, **more: Any) -> dict[str, Any]:
+    """A config.json in the words of transformers 5 alone, sizes and counts included."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "head_dim": 8}  # fmt: skip
+    counts = {row.num_experts[0]: 8, row.top_k[0]: 2}
+    text = row.write({"model_type": row.model_type}, sizes | counts) | LISTS.get(row.model_type, {}) | more
+    return (
+        {"model_type": row.model_type, row.root: text, "dtype": "bfloat16"}
+        if row.root
+        else text | {"dtype": "bfloat16"}
+    )
+
+
+def _text(row: Family, config: dict[str, Any]) -> dict[str, Any]:
+    return dict(row.read(config[row.root] if row.root else config))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_both_wordings_and_every_key_of_other_readers(name):
+    row = ROWS[name]
+    written = written_config(_config(row, **ROPE), row)
+    text = _text(row, written)
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    for aliases, count in ((row.num_experts, 8), (row.top_k, 2)):
+        assert {text[alias] for alias in aliases} == {count}
+    for key in READERS.get(row.model_type, {}):
+        assert text[key] is not None, key
+    if row.rope in ("plain", "mscale"):
+        assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 12345.0
+        assert text["rope_scaling"] is None  # said, since a class may assume a scaling
+        if row.partial is not None:
+            assert text["partial_rotary_factor"] == row.partial
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.rope in ("plain", "mscale")])
+def test_a_wording_is_read_as_the_other_says(name):
+    row = ROWS[name]
+    new = written_config(_config(row, rope_parameters={**SCALED, "rope_theta": 5e5}), row)
+    old = written_config(_config(row, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0}), row)
+    for text in (_text(row, new), _text(row, old)):
+        assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 5e5
+        assert text["rope_parameters"]["rope_type"] == "linear" and text["rope_scaling"]["factor"] == 4.0
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_the_source_says_stays_and_nothing_is_added_twice(name):
+    row = ROWS[name]
+    said = dict.fromkeys(READERS.get(row.model_type, {}), "said")
+    once = written_config(_config(row, **ROPE, **said), row)
+    assert _text(row, once).items() >= said.items()
+    assert written_config(once, row) == once
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_alias_of_a_changed_number_is_stale(name):
+    """Whatever other words a published config has for the number of experts or of those per token."""
+    row = FAMILIES[name]
+    for key, old, new in ((row.num_experts[0], 8, 6), (row.top_k[0], 2, 1), (row.expert_width, 24, 16)):
+        names = next((names for names in ALIASES if key in names), (key,))
+        beside = {alias: old for alias in names if alias not in row.words}
+        said = {**{alias: [old] * 4 for alias in names if alias not in (*beside, *row.words)}, **beside}
+        config = _config(row) | row.write({}, {key: old}) | said
+        text = written_config(config, row, said={key: new})
+        assert {text[alias] for alias in beside} <= {new} and row.read(text)[key] == new
+        listed = _config(row) | row.write({}, {key: old}) | {names[-1]: [old] * 4}
+        if names[-1] != key:
+            assert written_config(listed, row, said={key: new})[names[-1]] == [new] * 4
+        # a number of its own is nobody's alias
+        other = _config(row) | row.write({}, {key: old}) | {names[-1]: 77}
+        if names[-1] not in (key, *row.num_experts, *row.top_k):
+            assert written_config(other, row, said={key: new})[names[-1]] == 77
+
+
+def test_gpt_oss_says_experts_per_token_anew():
+    row = FAMILIES["gpt_oss"]
+    text = written_config(_config(row) | {"experts_per_token": 2}, row, said={"num_experts_per_tok": 1})
+    assert text["experts_per_token"] == text["num_experts_per_tok"] == 1
+
+
+def test_every_verb_writes_what_is_missing(tmp_path):
+    """A source in the words of transformers 5 alone, as its save_pretrained makes them."""
+    path = make_moe(tmp_path / "m", "qwen3_moe", hidden=128, intermediate=256)
+    config = json.loads((path / "config.json").read_text())
+    theta = config.pop("rope_theta")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta * 3}
+    del config["num_experts"]
+    (path / "config.json").write_text(json.dumps(config))
+    model = open_model(path)
+    for plan in (
+        plan_prune(model, keep=2, criterion="random"),
+        plan_quantize(model, group_size="128"),
+        plan_upcycle(model, experts=8),
+    ):
+        assert plan.config["rope_theta"] == theta * 3 and plan.config["rope_scaling"] is None
+        assert plan.config["torch_dtype"] == plan.config["dtype"]
+        assert plan.config["num_experts"] == plan.config["num_local_experts"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(p.source, p.target) for p in PAIRS if p.source in ("llama", "mistral", "qwen2", "qwen3")]
+)
+def test_upcycled_configs_have_both_wordings_and_the_readers_keys(tmp_path, source, target):
+    path = make_dense(tmp_path / "m", source)
+    config = json.loads((path / "config.json").read_text())
+    del config["rope_theta"]
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
+    (path / "config.json").write_text(json.dumps(config))
+    row = MOE[target]
+    plan = plan_upcycle(open_model(path), to=target, **({"top_k": 2} if row.routing.top_k else {}))
+    text = row.read(plan.config)
+    assert plan.config["dtype"] == plan.config["torch_dtype"]
+    assert set(READERS.get(target, {})) <= {key for key, value in text.items() if value is not None}
+    if row.rope == "plain":
+        assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 54321.0 and text["rope_scaling"] is None
+    if target == "gpt_oss":  # whose activation transformers 4 and the engines compute with numbers of their own
+        assert any("swiglu_alpha" in warning for warning in plan.warnings)

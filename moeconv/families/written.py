@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, NESTED, OLD_WORDS, READERS
+from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, NESTED, OLD_WORDS, ONE_WINDOW_ELSEWHERE, READERS
 from moeconv.families.rope import added_wordings
 from moeconv.families.spec import Family
 
@@ -57,12 +57,21 @@ def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def other_values_elsewhere(family: Family, values: Mapping[str, Any]) -> list[str]:
     """Warnings about settings that transformers 5 alone reads."""
-    return [
-        f"{key} = {values[key]} is read by transformers 5 alone: transformers 4, vLLM, SGLang and llama.cpp compute "
-        f"{family.model_type} with {fixed}, so the result is right in transformers 5 only"
+    others = "transformers 4, vLLM, SGLang and llama.cpp compute"
+    found = [
+        f"{key} = {values[key]} is read by transformers 5 alone: {others} {family.model_type} with {fixed}, so the "
+        "result is right in transformers 5 only"
         for key, fixed in FIXED_ELSEWHERE.get(family.model_type, {}).items()
         if values.get(key, fixed) != fixed
     ]
+    slides = {word == "sliding_attention" for word in values.get("layer_types") or ()}
+    if family.model_type in ONE_WINDOW_ELSEWHERE and len(slides) > 1:
+        found.append(
+            f"layer_types is read by transformers 5 alone: {others} {family.model_type} with one window for all layers "
+            "or none, so the result is right in transformers 5 only, except for prompts within the window of "
+            f"{values.get('sliding_window')} tokens"
+        )
+    return found
 
 
 def _value(rule: Any, get: Callable[[str], Any]) -> Any:

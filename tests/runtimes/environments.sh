@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [vllm].
-# Each is of its own because vLLM pins its own torch and transformers. Prints the two variables that tests/runtimes reads.
+# Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [vllm] [transformers4].
+# Each is of its own because vLLM pins its own torch and transformers. Prints the three variables that tests/runtimes reads.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    echo "usage: $0 DIR [llama.cpp] [vllm]" >&2
+    echo "usage: $0 DIR [llama.cpp] [vllm] [transformers4]" >&2
     exit 2
 fi
 root=$1
 shift
-[ $# -gt 0 ] || set -- llama.cpp vllm
+[ $# -gt 0 ] || set -- llama.cpp vllm transformers4
 python=${PYTHON:-python3}
 
 for runtime in "$@"; do
     case $runtime in
+    transformers4)
+        "$python" -m venv "$root/transformers4"
+        "$root/transformers4/bin/pip" install -q torch==2.13.0 transformers==4.57.6 numpy accelerate
+        "$root/transformers4/bin/python" -c 'import transformers'
+        ;;
     llama.cpp)
         "$python" -m venv "$root/llama.cpp"
         "$root/llama.cpp/bin/pip" install -q xllamacpp
@@ -45,10 +50,11 @@ PY
         "$root/vllm/bin/python" -c 'import vllm'
         ;;
     *)
-        echo "unknown runtime $runtime; known: llama.cpp vllm" >&2
+        echo "unknown runtime $runtime; known: llama.cpp vllm transformers4" >&2
         exit 2
         ;;
     esac
 done
 echo "export MOECONV_VLLM_PYTHON=$root/vllm/bin/python"
 echo "export MOECONV_LLAMA_CPP_PYTHON=$root/llama.cpp/bin/python"
+echo "export MOECONV_TRANSFORMERS4_PYTHON=$root/transformers4/bin/python"

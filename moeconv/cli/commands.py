@@ -95,8 +95,9 @@ def _evaluate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 
 
 def _gates_failed(result: Mapping[str, Any]) -> CheckError | None:
-    failed = [f"{name} {g['value']} against {g['limit']}" for name, g in result["gates"].items() if not g["passed"]]
-    return None if result["passed"] else CheckError(f"gate failed: {'; '.join(failed)}")
+    from moeconv.steps import measure
+
+    return measure.failure(result)
 
 
 def _verify(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:

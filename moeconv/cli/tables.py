@@ -181,7 +181,8 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
         rows["reference"] = f"{_number(reference['loss'])} nats, perplexity {_number(reference['perplexity'], 3)}"
         rows["KL"] = f"{_number(result['kl'])} nats"
         rows["same top-1"] = f"{100 * (result['top1_agreement'] or 0):.2f} %"
-    rows["speed"] = f"{result['tokens_per_second']:.0f} tokens/s"
+    if result["tokens_per_second"] is not None:
+        rows["speed"] = f"{result['tokens_per_second']:.0f} tokens/s"
     tables = [pairs(rows)]
     if result.get("sources"):
         rows_by_source = [[s["name"], s["tokens"], _number(s["loss"])] for s in result["sources"]]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.errors import UsageError
+from moeconv.errors import CheckError, UsageError
 
 # parameter -> (figure that it limits, whether the figure must be at least the limit)
 GATES: dict[str, tuple[str, bool]] = {
@@ -39,6 +39,17 @@ def judge(limits: Mapping[str, float | None], figures: Mapping[str, float]) -> d
             passed = value >= limit if at_least else value <= limit  # both are false for NaN
             judged[name] = {"limit": limit, "value": finite(value), "passed": passed}
     return judged
+
+
+def failure(result: Mapping[str, Any]) -> CheckError | None:
+    """What evaluate's JSON object ends the command with, where it did not pass."""
+    if result["passed"]:
+        return None
+    if result.get("not_finite"):
+        return CheckError(f"the loss is NaN or infinite: {result['not_finite']['message']}",
+                          hint=result["not_finite"]["hint"])  # fmt: skip
+    failed = [f"{name} {g['value']} against {g['limit']}" for name, g in result["gates"].items() if not g["passed"]]
+    return CheckError(f"gate failed: {'; '.join(failed)}")
 
 
 def finite(value: float) -> float | None:

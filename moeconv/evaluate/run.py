@@ -8,19 +8,21 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moeconv.calibrate.routing import LoadCounter
 from moeconv.calibrate.run import sequence_length
 from moeconv.data.tokenizer import same_tokenizer
-from moeconv.data.windows import load_tokens
+from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window
 from moeconv.families.model import Model, open_model
 from moeconv.options import parse_size
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import LayerStream, pick_device, start_meter
 
 SEQ_LEN = 256
@@ -49,8 +51,9 @@ def evaluate(
 
     All of `data` is used, or a sample of `tokens`, in sequences of `seq_len` (256, at most the models'). `tokens` in
     the result are the predicted ones, a sequence's first is not; losses are nats per predicted token; `kl` is the mean
-    KL(reference || model). A figure that is NaN or infinite is None and fails its gate. The caller turns
-    `passed` == False into exit 5. `dtype` None is float32 on the CPU, else the checkpoint's own.
+    KL(reference || model). A figure that is NaN or infinite is None and fails its gate; `not_finite` {message, hint}
+    then names the first layer and tensor that make it (else None), and `passed` is False. The caller turns `passed` ==
+    False into exit 5. `dtype` None is float32 on the CPU, else the checkpoint's own.
 
     Raises UsageError for a gate without a reference, InputError for unusable data or tokenizers that differ.
     """
@@ -75,19 +78,42 @@ def evaluate(
     read = load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
     start_meter(meter, *models)
     began = time.monotonic()
-    stream, layers = _pass(models[0], read.windows, options)
-    seconds = time.monotonic() - began
-    other = _pass(models[1], read.windows, options)[0] if len(models) == 2 else None
-    meter.note("computing the losses")
-    scores, tail_seconds = _score(stream, other, read.source, len(read.sources))
-    result = _result(scores, [s.name for s in read.sources], compared=other is not None)
+    layers: list[dict[str, Any]] = []
+    problem: NotFiniteError | None = None
+    rate = None
+    try:
+        stream = _pass(models[0], read.windows, options, loads=layers)
+        seconds = time.monotonic() - began
+        other = _pass(models[1], read.windows, options, loads=[]) if len(models) == 2 else None
+        meter.note("computing the losses")
+        scores, tail_seconds = _score(stream, other, read.source, len(read.sources))
+        rate = read.tokens / (seconds + tail_seconds)
+        problem = _tail_problem(models, scores, dtype=stream.dtype)
+    except NotFiniteError as error:
+        scores, problem = _unknown(read), error
+    result = _result(scores, [s.name for s in read.sources], compared=len(models) == 2)
     gates = judge(limits, result.pop("figures"))
     return result | {
-        "tokens_per_second": read.tokens / (seconds + tail_seconds),
+        "tokens_per_second": rate,
         "layers": layers,
-        "passed": all(gate["passed"] for gate in gates.values()),
+        "passed": problem is None and all(gate["passed"] for gate in gates.values()),
         "gates": gates,
+        "not_finite": None if problem is None else {"message": problem.message, "hint": problem.hint},
     }
+
+
+def _unknown(read: TokenData) -> list[Score]:
+    """Scores of data on which a layer computes NaN: the tokens alone are known."""
+    counts = np.bincount(read.source, minlength=len(read.sources)) * (read.seq_len - 1)
+    return [Score(int(n), math.nan, math.nan, math.nan) for n in counts]
+
+
+def _tail_problem(models: Sequence[Model], scores: Sequence[Score], *, dtype: torch.dtype) -> NotFiniteError | None:
+    """What made a loss NaN or infinite although every layer was finite: the final norm or the output head."""
+    for model, field in zip(models, ("loss", "reference_loss")):
+        if not all(math.isfinite(getattr(score, field)) for score in scores):
+            return not_finite(model, None, dtype=dtype)
+    return None
 
 
 def _dtype(word: str | None) -> torch.dtype | None:
@@ -96,11 +122,10 @@ def _dtype(word: str | None) -> torch.dtype | None:
     return None if word is None else getattr(torch, word)
 
 
-def _pass(model: Model, windows: Any, options: dict[str, Any]) -> tuple[LayerStream, list[dict[str, Any]]]:
-    """The model passed up to its final hidden states, and the routing load of its MoE layers."""
+def _pass(model: Model, windows: Any, options: dict[str, Any], *, loads: list[dict[str, Any]]) -> LayerStream:
+    """The model passed up to its final hidden states; the routing load of its MoE layers goes to `loads`."""
     # transformers' own default for experts, so that this measures what a user runs
     stream = LayerStream(model, windows, experts="grouped_mm", **options)
-    loads = []
     for layer in stream.layers():
         if layer.experts is None:
             continue
@@ -109,7 +134,7 @@ def _pass(model: Model, windows: Any, options: dict[str, Any]) -> tuple[LayerStr
             assert batch.router_logits is not None and batch.top_k_index is not None
             counter.add(router_logits=batch.router_logits, top_k_index=batch.top_k_index)
         loads.append(counter.result())
-    return stream, loads
+    return stream
 
 
 def _score(stream: LayerStream, other: LayerStream | None, source: Any, sources: int) -> tuple[list[Score], float]:

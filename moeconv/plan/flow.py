@@ -25,6 +25,8 @@ from moeconv.plan.plan import Input, Item, Shard, TensorSpec
 CHUNK = 1 << 22  # bytes that a copy moves at a time
 HOLD = 1 << 25  # bytes that all workers together may hold of tensors with several copies in one file
 
+_DAMAGED = "The checkpoint is damaged. Without --strict, copying such a tensor is a warning (packing it never works)."
+
 
 class ByteSource(Protocol):
     """What items read from: a Checkpoint, or one safetensors file."""
@@ -58,7 +60,7 @@ class Flow:
             self._seen.add((ref.origin, ref.tensor))
             text = f"tensor {escape(ref.tensor)!r} holds NaN or infinite values"
             if self.strict:
-                raise InputError(text, hint="The checkpoint is damaged. Without --strict this is only a warning.")
+                raise InputError(text, hint=_DAMAGED)
             self.warnings.append(text)
 
 

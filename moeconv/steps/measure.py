@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.errors import UsageError, escape
+from moeconv.errors import CheckError, UsageError, escape
 from moeconv.options import (
     CalibrateOptions,
     DataOptions,
@@ -55,6 +55,13 @@ def evaluate(source: str, values: Mapping[str, Any], *, meter: Meter) -> dict[st
     if options.reference:
         named["reference"] = resolve(options.reference)
     return measure(resolve(source), seed=take(PlanOptions, values).seed, meter=meter, **named)
+
+
+def failure(result: Mapping[str, Any]) -> CheckError | None:
+    """What an evaluation that did not pass ends its command with."""
+    from moeconv.evaluate.gates import failure as of
+
+    return of(result)
 
 
 def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:

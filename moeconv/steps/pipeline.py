@@ -73,8 +73,8 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
             row = {"step": step.name, "seconds": round(seconds, 3)}
             row |= {k: result[k] for k in ("loss", "kl", "passed") if k in result}
         rows.append(row | {"output": step.to, "kept": kept, "result": result})
-        if result.get("passed") is False:
-            raise CheckError(f"{step.name}: a gate failed: {json.dumps(result['gates'])}")
+        if result.get("passed") is False and (failed := measure.failure(result)) is not None:
+            raise CheckError(f"{step.name}: {failed.message}", hint=failed.hint)
     summary = _summary(recipe, rows, warnings, dry_run=False)
     if recipe.report is not None:
         summary["report"] = _report(recipe, summary)
@@ -194,8 +194,8 @@ def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:
     if reference == path or (reference in later and not os.path.exists(reference)):
         parameters = {k: v for k, v in parameters.items() if not k.startswith(("max_", "min_")) and k != "reference"}
     result = measure.evaluate(path, parameters, meter=meter)
-    if not result["passed"]:
-        raise CheckError(f"{escape(path)}: a gate failed: {json.dumps(result['gates'])}")
+    if (failed := measure.failure(result)) is not None:
+        raise CheckError(f"{escape(path)}: {failed.message}", hint=failed.hint)
     return result
 
 

@@ -18,6 +18,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES, decode_parts
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import allocate, release_memory
 from moeconv.stream.skeleton import Skeleton
@@ -88,7 +89,8 @@ class Layer:
     def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
         """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
         consumed, and is possible once and to the end; without it the pass can be repeated. With `hidden` [n, S, H] the
-        inputs are read from there and the outputs go there, and the stream itself stays where it is."""
+        inputs are read from there and the outputs go there, and the stream itself stays where it is. Raises
+        NotFiniteError where the layer makes NaN or infinity."""
         own = hidden is None
         if own and (self.advanced or self._halfway):
             raise ValueError(f"layer {self.index} has been passed already")
@@ -101,6 +103,7 @@ class Layer:
             parts = (self.norm, self.ffn, self.router, self.experts)
             with torch.no_grad(), captured(*parts, on_input=on_input) as seen:
                 outputs = self.run(inputs)
+            check_finite(model, outputs, layer=self.index)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 flow[rows].copy_(outputs)
@@ -281,6 +284,7 @@ class LayerStream:
                     f"{self.model.family.model_type} cannot be streamed: its layers look at the tokens themselves",
                     hint="This family is not supported by the commands that run a model.",
                 )
+        check_finite(self.model, hidden, layer=None)
         self.skeleton.empty(embedding)
         release_memory()
         return hidden

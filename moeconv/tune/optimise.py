@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from moeconv.errors import MoeconvError
 from moeconv.tune.parameters import (
     Piece,
     exact,
@@ -84,16 +85,20 @@ def optimise(
     measure: Callable[[], M],
     score: Callable[[M], float],
     note: Callable[[int, M | None], None],
+    not_finite: Callable[[], MoeconvError],
 ) -> Outcome[M]:
     """Train the pieces' parameters and leave the best values in them (the first ones when none was better).
 
     `step(i)` leaves gradients and says whether they are finite: training ends where they are not. `score` is what the
-    held-out data is judged by, lower is better. `note` hears of every step, and of every measure.
+    held-out data is judged by, lower is better. `note` hears of every step, and of every measure. Raises
+    `not_finite()` where the first measure is NaN or infinite: there is nothing to train from.
     """
     groups = parameters_by_word(pieces)
     parameters = [p for found in groups.values() for p in found]
     leaves = {id(p): nn.Parameter(own(p), requires_grad=False) for p in parameters}  # a shard of some, by themselves
     before = measure()
+    if not math.isfinite(score(before)):
+        raise not_finite()
     best_values, bare = snapshot(pieces), 0  # looks since the best
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(

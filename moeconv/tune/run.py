@@ -26,6 +26,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.finite import NotFiniteError, not_finite, scanned
 from moeconv.stream.layers import pick_device, start_meter
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
@@ -196,6 +197,7 @@ def _whole(run: Run) -> dict[str, Any]:
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
             note=_noting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
+            not_finite=lambda: _first_bad(job),
         )
         run.put(pieces, outcome.improved)
     before, after = outcome.before, outcome.after
@@ -203,6 +205,12 @@ def _whole(run: Run) -> dict[str, Any]:
     block = _block(run, [outcome], loads, trained=training, held=held)
     block |= {"loss_before": before.loss, "loss_after": after.loss, "kl_before": before.kl, "kl_after": after.kl}
     return block | {"warnings": [*job.warnings, *_remarks(outcome, _JUDGED[job.objective])]}
+
+
+def _first_bad(job: Job) -> NotFiniteError:
+    """Which tensor of the student, or of the teacher where the student's are finite, makes the loss NaN."""
+    mine = scanned(job.student, dtype=torch.float32)
+    return scanned(job.teacher, dtype=torch.float32) if mine.overflows and job.teacher is not None else mine
 
 
 # -- a layer at a time -----------------------------------------------------------------------------------------------
@@ -260,6 +268,7 @@ def _fit(run: Run, fit: Fit, *, training: int) -> Outcome[Fitted]:
         measure=lambda: fit.measure(batch=size),
         score=lambda measured: measured.error,
         note=_noting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
+        not_finite=lambda: not_finite(job.student, layer, dtype=torch.float32),
     )
     run.put(pieces, outcome.improved)
     return outcome

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ MANIFEST_NAME = "moeconv_manifest.json"
 _SAMPLE_BYTES = 4096
 _SAMPLES_PER_SHARD = 16
 _CHUNK = 1 << 22
+_HUB_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -150,6 +152,14 @@ def _confined(directory: Path, root: Path, name: str, *, what: str) -> Path:
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{escape(name)} is not a regular file", hint="The checkpoint is damaged or hostile.")
     return path
+
+
+def hub_name(path: Path) -> str | None:
+    """OWNER/NAME of a snapshot in the hub's cache, else None."""
+    for part in path.absolute().parts:
+        if match := _HUB_CACHE.match(part):
+            return f"{match[1]}/{match[2]}"
+    return None
 
 
 class Checkpoint:
@@ -281,6 +291,12 @@ class Checkpoint:
             return False
         ranges = ((start, min(_CHUNK, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK))
         return all(self.read(first, start=s, length=n) == self.read(second, start=s, length=n) for s, n in ranges)
+
+    @property
+    def name(self) -> str:
+        """What people call it: NAME of the hub's OWNER/NAME, else the directory's name."""
+        found = hub_name(self.path)
+        return found.partition("/")[2] if found else self.path.resolve().name
 
     def beside(self) -> dict[str, bool]:
         """Names of all that lies in the directory beside the shards, and whether each is a regular file."""

@@ -15,7 +15,8 @@ from moeconv.plan.plan import Plan
 class _PlannedCheckpoint:
     """The part of Checkpoint's face that planners use. It has no bytes to read."""
 
-    path: Path
+    path: Path  # of the companions, which will come along
+    name: str
     config: dict[str, Any]
     tensors: dict[str, TensorRef]
     shards: tuple[str, ...]
@@ -27,6 +28,14 @@ class _PlannedCheckpoint:
     def nbytes(self) -> int:
         return sum(ref.nbytes for ref in self.tensors.values())
 
+    def beside(self) -> dict[str, bool]:
+        """Names of the companions."""
+        return {entry.name: entry.is_file() for entry in self.path.iterdir()} if self.path.is_dir() else {}
+
+    def confined(self, name: str) -> Path:
+        """The path of a companion."""
+        return self.path / name
+
     def same_bytes(self, first: str, second: str) -> bool:
         """Asked of a tied head that is stored: the plan has untied what differs (families/head.py)."""
         return True
@@ -35,10 +44,10 @@ class _PlannedCheckpoint:
         return self.plan_id
 
 
-def planned_model(plan: Plan, *, companions: Path | None = None) -> Model:
+def planned_model(plan: Plan, *, companions: Path | None = None, name: str = "model") -> Model:
     """The model that `plan` will write, for planning on; reading its bytes is an AttributeError.
 
-    `companions` is the directory whose tokenizer and other small files will come along.
+    `companions` is the directory whose tokenizer and other small files will come along, `name` the output's.
     """
     tensors = {
         spec.name: TensorRef(spec.name, spec.dtype, spec.shape, shard.name, 0, spec.nbytes)
@@ -46,5 +55,6 @@ def planned_model(plan: Plan, *, companions: Path | None = None) -> Model:
         for spec in shard.layout()
     }
     shards = tuple(shard.name for shard in plan.shards)
-    planned = _PlannedCheckpoint(companions or Path("(planned)"), dict(plan.config), tensors, shards, plan.plan_id)
+    path = companions or Path("(planned)")
+    planned = _PlannedCheckpoint(path, name, dict(plan.config), tensors, shards, plan.plan_id)
     return open_model(cast(Checkpoint, planned))

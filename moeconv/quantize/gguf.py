@@ -33,9 +33,10 @@ def gguf_shard(
     stacks: dict[str, list[TensorSpec]] = {}
     items: list[Item] = []
     fallen: list[str] = []
-    order = {name: i for i, name in enumerate(model.roles)}
+    kept = [name for name, role in model.roles.items() if role.layer not in model.mtp_layers]
+    order = {name: i for i, name in enumerate(kept)}
     # experts of a projection side by side, since they are one tensor
-    names = sorted(model.roles, key=lambda n: (_place(row, model, n, order), model.roles[n].expert or 0))
+    names = sorted(kept, key=lambda n: (_place(row, model, n, order), model.roles[n].expert or 0))
     for name in names:
         ref, role = model.checkpoint.tensors[name], model.roles[name]
         target = tensor_name(row, role)
@@ -46,9 +47,8 @@ def gguf_shard(
         spec = TensorSpec(part, kind, ref.shape, role.key, math.prod(ref.shape))
         stacks.setdefault(target, []).append(spec)
         items.append(_item(model, row, ref, role, spec, packed=name in packed))
-    data, count = metadata(model, row, scheme=scheme.name)
+    data, count, warnings = metadata(model, row, scheme=scheme.name)
     head = GgufHead(data, count, tuple(_stack(name, specs) for name, specs in stacks.items()))
-    warnings = []
     if fallen:
         more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
         warnings.append(f"stored as {_FALLBACK}, since 256 does not divide their width: {fallen[0]}{more}")

@@ -1,53 +1,55 @@
-"""The metadata of a GGUF file: hyperparameters and the tokenizer, encoded by the `gguf` package."""
+"""The metadata of a GGUF file: what the model is, hyperparameters and the tokenizer, encoded by the `gguf` package."""
 
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.card import source_metadata
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.rope import read_rope
 from moeconv.families.shapes import head_dim
+from moeconv.quantize.gguf_tokenizer import add_tokenizer
 from moeconv.quantize.llama_cpp import LlamaCpp
 
-_NORMAL, _CONTROL, _USER, _UNUSED = 1, 3, 4, 5  # ggml's token types
 _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14}  # llama.cpp's llama_ftype
-
-_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# the regular expression of a byte-level BPE's pre-tokenizer -> llama.cpp's word for it. Texts that tokenize otherwise
-# would be a silently wrong model, so what is not here is refused.
-PRE_TOKENIZERS: dict[str, str] = {
-    "": "gpt-2",  # ByteLevel's own
-    _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: "llama-bpe",
-    _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: "qwen2",
+_SETTINGS = "generation_config.json"
+# its key -> llama.cpp's word for the setting, and the type
+_SAMPLING: dict[str, tuple[str, type]] = {
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "temperature": ("temp", float),
+    "repetition_penalty": ("penalty_repeat", float),
 }
-_IGNORE_MERGES = ("llama-bpe",)
 
 
-def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int]:
-    """(encoded key-value pairs, their number). Raises InputError without a tokenizer that llama.cpp knows."""
+def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, list[str]]:
+    """(encoded key-value pairs, their number, warnings). Raises InputError without a tokenizer that llama.cpp knows."""
     gguf = import_gguf()
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         path = Path(folder) / "head.gguf"
         writer = gguf.GGUFWriter(path, row.arch)
+        for key, value in _general(gguf, model).items():
+            _add(writer, f"general.{key}", value)
         for key, value in _numbers(model, row).items():
             _add(writer, f"{row.arch}.{key}", value)
         writer.add_file_type(_FILE_TYPES[scheme])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _tokenizer(gguf, writer, model)
+        notes = add_tokenizer(gguf, writer, model.checkpoint.path, size=int(model.value("vocab_size")))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
         data = path.read_bytes()
     (count,) = struct.unpack_from("<Q", data, 16)
-    return data[24:], count
+    return data[24:], count, notes
 
 
 def import_gguf() -> Any:
@@ -58,6 +60,26 @@ def import_gguf() -> Any:
         raise InputError("--format gguf needs the gguf package", hint="pip install 'moeconv[gguf]'") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
+
+
+def _general(gguf: Any, model: Model) -> Mapping[str, Any]:
+    """What programs show of a model, and how it wants to be sampled, without `general.` in front."""
+    source = model.checkpoint
+    card = source_metadata(source)
+    experts = [name for name, role in model.roles.items() if role.group == "expert"]
+    in_experts = sum(math.prod(source.tensors[name].shape) for name in experts)
+    total = sum(math.prod(source.tensors[name].shape) for name in model.roles)
+    size = gguf.size_label(total, total - in_experts, in_experts // max(1, model.num_experts), model.num_experts)
+    found: dict[str, Any] = {"type": "model", "name": source.name, "size_label": size}
+    found |= {key: card[key] for key in ("license",) if isinstance(card.get(key), str)}
+    settings: Mapping[str, Any] = {}
+    if (source.path / _SETTINGS).is_file():
+        settings = read_json_object(source.path / _SETTINGS, what=_SETTINGS)
+    for key, (word, kind) in _SAMPLING.items():
+        value = settings.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"sampling.{word}"] = kind(value)
+    return found
 
 
 def _numbers(model: Model, row: LlamaCpp) -> Mapping[str, Any]:
@@ -100,56 +122,3 @@ def _numbers(model: Model, row: LlamaCpp) -> Mapping[str, Any]:
 def _add(writer: Any, key: str, value: Any) -> None:
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add[type(value)](key, value)
-
-
-def _tokenizer(gguf: Any, writer: Any, model: Model) -> None:
-    folder = model.checkpoint.path
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError("a GGUF file holds its tokenizer, and there is no tokenizer.json", hint="Add it.")
-    tokenizer = read_json_object(folder / "tokenizer.json", what="tokenizer.json")
-    try:
-        pre = _pre_tokenizer(tokenizer)
-        size = int(model.value("vocab_size"))
-        words: dict[int, tuple[str, int]] = {i: (w, _NORMAL) for w, i in tokenizer["model"]["vocab"].items()}
-        for token in tokenizer.get("added_tokens") or ():
-            words[token["id"]] = (token["content"], _CONTROL if token["special"] else _USER)
-        if any(type(i) is not int or not 0 <= i < size for i in words):
-            raise InputError(
-                f"tokenizer.json has more tokens than the model's {size}", hint="They do not belong together."
-            )
-        rows = [words.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list([word for word, _ in rows])
-        writer.add_token_types([kind for _, kind in rows])
-        vocabulary = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
-        # without a template that adds it, transformers adds no token in front; llama.cpp's default differs by model
-        vocabulary.add_special_token = {"bos": False, "eos": False} | vocabulary.add_special_token
-        vocabulary.add_to_gguf(writer, quiet=True)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"tokenizer.json is not what it should be: {escape(error)}", hint="Restore it.") from None
-
-
-def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how texts are split. Raises InputError for one that it does not know."""
-    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    last = steps[-1]
-    known = model.get("type") == "BPE" and not model.get("byte_fallback") and last.get("type") == "ByteLevel"
-    known = known and not last.get("add_prefix_space")
-    pattern: str | None = None
-    if known and len(steps) == 1 and last.get("use_regex", True):
-        pattern = ""
-    elif known and len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
-        pattern = (steps[0].get("pattern") or {}).get("Regex")
-        if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-            pattern = None
-    normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    known = pattern in PRE_TOKENIZERS and normalizer in (None, "NFC")
-    # whether a word that is a token as a whole skips the merges is part of llama.cpp's word too
-    if not known or bool(model.get("ignore_merges")) != (PRE_TOKENIZERS[pattern or ""] in _IGNORE_MERGES):
-        raise InputError(
-            "the tokenizer splits texts in a way that llama.cpp is not known to",
-            hint=f"Known are byte-level BPEs that split as {', '.join(sorted(PRE_TOKENIZERS.values()))} do.",
-        )
-    return PRE_TOKENIZERS[pattern or ""]

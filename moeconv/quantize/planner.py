@@ -56,7 +56,9 @@ def plan_quantize(
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
     _check_layout(model, format, options.method)
-    weights = in_scope(model, options.scope)
+    # a GGUF file is of the model alone: llama.cpp predicts a token at a time
+    ahead = () if format.shard is None else tuple(n for n, r in model.roles.items() if r.layer in model.mtp_layers)
+    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(ahead)]
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
     _check_weights(model, weights)
@@ -68,10 +70,10 @@ def plan_quantize(
     packing = Packing(
         model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
     )
-    if model.mtp_layers and (mixed or format.shard is not None):
-        what = "bits that differ by layer" if mixed else f"--format {format.name}"
+    if model.mtp_layers and mixed and not ahead:
         raise InputError(
-            f"{what} cannot be written for the multi-token-prediction layers {list(model.mtp_layers)}",
+            "bits that differ by layer cannot be written for the multi-token-prediction layers "
+            f"{list(model.mtp_layers)}",
             hint="Use one scheme for all layers with --format compressed-tensors or bitsandbytes.",
         )
     if mixed:
@@ -83,7 +85,12 @@ def plan_quantize(
         shard, notes = format.shard(model, weights, scheme, dtype)
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
-        promise = _promise(model, weights, 1)
+        if ahead:
+            warnings.append(
+                f"left out: the multi-token-prediction layers {list(model.mtp_layers)} ({len(ahead)} tensors), which "
+                "llama.cpp does not run"
+            )
+        promise = _promise(model, weights, 1, layers=len(model.moe_layers))
     else:
         shards = arrange(packing.items(), common, model.family)
         config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
@@ -126,7 +133,7 @@ def plan_quantize(
             "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },
         warnings=(*model.warnings, *said_head(model), *warnings),
-        dropped=model.dropped,
+        dropped=(*model.dropped, *ahead),
         texts=texts,
         promise=promise,
     )
@@ -156,11 +163,12 @@ def _fitting(format: Format, options: QuantizeOptions, weights: list[TensorRef])
     return [g for g in GROUP_SIZES if all(ref.shape[1] % g == 0 for ref in weights)]
 
 
-def _promise(model: Model, weights: list[TensorRef], parts: int) -> dict[str, int]:
-    """Tensors that are written by role; the experts' are counted from the geometry, not from what was found."""
+def _promise(model: Model, weights: list[TensorRef], parts: int, *, layers: int) -> dict[str, int]:
+    """Tensors that are written by role; the experts' are counted from the geometry of `layers`, not from what was
+    found."""
     groups = [model.roles[ref.name].group for ref in weights]
     counts = {group: groups.count(group) * parts for group in sorted(set(groups))}
-    return counts | {"expert": len(model.moe_layers + model.mtp_layers) * model.num_experts * _matrices(model) * parts}
+    return counts | {"expert": layers * model.num_experts * _matrices(model) * parts}
 
 
 def _matrices(model: Model) -> int:

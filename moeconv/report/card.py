@@ -6,23 +6,18 @@ It is not part of the manifest, so that people may edit it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
-from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.card import source_metadata
+from moeconv.checkpoint.reader import Checkpoint, hub_name
 from moeconv.errors import escape
 from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.plan import Plan
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
 
-CARD_NAME = "README.md"
-_MOST = 1 << 16  # bytes of a source's card that are looked at
-_HUB_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")
-_CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 _TUNED = {"loss": "nats per token", "kl": "nats per token of KL to the teacher", "error": "of layer error"}
 _TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
 
@@ -80,42 +75,6 @@ def _relation(steps: Sequence[Mapping[str, Any]]) -> str:
     if "experts-from" in methods:
         return "merge"
     return "quantized" if commands == {"quantize"} else "finetune"
-
-
-def hub_name(path: Path) -> str | None:
-    """OWNER/NAME of a snapshot in the hub's cache, else None."""
-    for part in path.absolute().parts:
-        if match := _HUB_CACHE.match(part):
-            return f"{match[1]}/{match[2]}"
-    return None
-
-
-def source_metadata(source: Checkpoint) -> dict[str, Any]:
-    """Licence, language and base model of the source's card; what it cannot read it leaves out."""
-    import yaml
-
-    text = ""
-    if source.beside().get(CARD_NAME):
-        with open(source.confined(CARD_NAME), encoding="utf-8", errors="replace") as file:
-            text = file.read(_MOST)
-    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    if not found:
-        return {}
-    try:
-        value = yaml.safe_load(found[1])
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}
-    if not isinstance(value, dict):
-        return {}
-    return {key: words for key in _CARRIED if (words := _words(value.get(key))) is not None}
-
-
-def _words(value: Any) -> str | list[str] | None:
-    """A short printable string or a list of such, else None."""
-    if isinstance(value, list):
-        words = [w for item in value[:50] if isinstance(w := _words(item), str)]
-        return words or None
-    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200 else None
 
 
 # -- text --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
+from moeconv.checkpoint.card import CARD_NAME
 from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.staging import Measured, StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
@@ -21,7 +22,7 @@ from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_par
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
-from moeconv.report.card import CARD_NAME, model_card
+from moeconv.report.card import model_card
 from moeconv.steps.hub import resolve
 
 

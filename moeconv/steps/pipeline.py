@@ -130,7 +130,9 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
                 parameters = {"total": plan.params_total, "active": plan.params_active}
                 row = _planned_row(step.name, parameters, plan.nbytes, seconds=0.0)
             else:
-                models[step.to] = source if plan is None else planned_model(plan, companions=source.checkpoint.path)
+                models[step.to] = source if plan is None else planned_model(
+                    plan, companions=source.checkpoint.path, name=Path(step.to).name
+                )  # fmt: skip
                 row = _row(step.name, models[step.to], seconds=0.0, evaluation={})
             unwritten += row["bytes"] or 0 if _fuses(recipe, at) else 0
             jobs = step.parameters.get("jobs") or default_jobs()

@@ -88,6 +88,48 @@ def random_model(family: str, out: Path) -> Path:
     return out
 
 
+def sentencepiece(folder: Path, *, size: int = 2048) -> Path:
+    """Give a model a BPE with byte fallback in place of its tokenizer, as SentencePiece's become in tokenizer.json:
+    every way to make a token of two is a merge, and the merges are in the order of the tokens."""
+    from tokenizers import SentencePieceBPETokenizer
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = SentencePieceBPETokenizer()
+    trained.train([str(DEMO_DATA / "calibration.txt")], vocab_size=size - len(special), limit_alphabet=200,
+                  show_progress=False, special_tokens=["<unk>"])  # fmt: skip
+    learned = sorted(trained.get_vocab().items(), key=lambda pair: pair[1])
+    pieces = dict.fromkeys([*special, *(piece for piece, _ in learned)])
+    merges = [
+        f"{piece[:at]} {piece[at:]}" for piece in pieces if piece not in special
+        for at in range(1, len(piece)) if piece[:at] in pieces and piece[at:] in pieces
+    ]  # fmt: skip
+    visible = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    value = {
+        "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": special[i], "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for i in range(3)],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, visible]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+                  "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": merges},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(value))
+    return folder
+
+
+def texts_elsewhere(packed: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as llama.cpp tokenizes them with a GGUF file."""
+    command = [os.environ[RUNTIMES["llama.cpp"]], str(HERE / "run_llama_cpp.py"), str(packed / "model.gguf")]
+    job = json.dumps({"prompts": [], "length": 1, "texts": list(texts)})
+    done = subprocess.run(
+        command, input=job, capture_output=True, text=True, check=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    return json.loads(done.stdout)["texts"]
+
+
 def moe_source(model: Path, out: Path) -> Path:
     """The model itself when it has experts, else what `upcycle --method drop` makes of it."""
     from moeconv.plan.meter import SilentMeter

@@ -62,3 +62,26 @@ def test_every_family_that_gguf_is_written_for(tmp_path, family):
     runtimes.dequantized(source, packed, plain, parameters)
     found = runtimes.agreement("llama.cpp", packed, plain, runtimes.prompts(source))
     assert found["agreement"] >= 0.85, found
+
+
+@pytest.mark.skipif("MOECONV_LLAMA_CPP_PYTHON" not in os.environ, reason="MOECONV_LLAMA_CPP_PYTHON is not set")
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_llama_cpp_tokenizes_texts_as_transformers_does(tmp_path, kind):
+    from tokenizers import Tokenizer
+
+    source = runtimes.random_model("mixtral", tmp_path / "source")
+    if kind == "sentencepiece":
+        runtimes.sentencepiece(source)
+    runtimes.quantize(source, tmp_path / "packed", {"format": "gguf", "scheme": "q8_0"})
+    text = (DEMO_DATA / "heldout.txt").read_text()
+    texts = [text[at : at + 500] for at in range(0, 20_000, 500)]
+    texts += [
+        "  two  spaces\n\n\ttab",
+        "\u00e9migr\u00e9 \u65e5\u672c\u8a9e \U0001f642",
+        " in front",
+        "behind ",
+        "12345",
+    ]
+    reference = Tokenizer.from_file(str(source / "tokenizer.json"))
+    wanted = [reference.encode(text, add_special_tokens=False).ids for text in texts]
+    assert runtimes.texts_elsewhere(tmp_path / "packed", texts) == wanted

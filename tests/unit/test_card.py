@@ -7,8 +7,8 @@ import json
 import yaml
 from tiny import make_dense
 
-from moeconv.checkpoint.reader import Checkpoint
-from moeconv.report.card import hub_name, source_metadata
+from moeconv.checkpoint.card import source_metadata
+from moeconv.checkpoint.reader import Checkpoint, hub_name
 from moeconv.report.history import command_line
 
 

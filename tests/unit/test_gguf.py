@@ -16,7 +16,7 @@ from moeconv.plan.execute import execute
 from moeconv.plan.kernels.ggml import interleave
 from moeconv.plan.kernels.pack import ggml
 from moeconv.plan.meter import SilentMeter
-from moeconv.quantize.gguf_metadata import PRE_TOKENIZERS
+from moeconv.quantize.gguf_tokenizer import PRE_TOKENIZERS
 from moeconv.quantize.planner import plan_quantize
 
 gguf = pytest.importorskip("gguf")
@@ -176,20 +176,114 @@ def test_tokenizers_that_are_not_known_are_refused(tmp_path):
         with pytest.raises(InputError):
             plan_quantize(open_model(path), format="gguf")
     words = {chr(33 + i): i for i in range(64)}
-    for regex, name in PRE_TOKENIZERS.items():
+    for (regex, whole), name in PRE_TOKENIZERS.items():
         if regex:
             known = split | {"pattern": {"Regex": regex}}
             pre = {"type": "Sequence", "pretokenizers": [known, level]}
-            model = {"type": "BPE", "vocab": words, "merges": [], "ignore_merges": name == "llama-bpe"}
+            model = {"type": "BPE", "vocab": words, "merges": [], "ignore_merges": whole}
             tokenizer(path, pre_tokenizer=pre, model=model)
             plan = plan_quantize(open_model(path), format="gguf")
             assert name.encode() in plan.shards[0].gguf.metadata
-            tokenizer(path, pre_tokenizer=pre, model=model | {"ignore_merges": name != "llama-bpe"})
-            with pytest.raises(InputError, match="splits texts"):
-                plan_quantize(open_model(path), format="gguf")
+            if (regex, not whole) not in PRE_TOKENIZERS:
+                tokenizer(path, pre_tokenizer=pre, model=model | {"ignore_merges": not whole})
+                with pytest.raises(InputError, match="splits texts"):
+                    plan_quantize(open_model(path), format="gguf")
     (path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         plan_quantize(open_model(path), format="gguf")
+
+
+def sentencepiece(path, **changes):
+    """A BPE with byte fallback, as SentencePiece models become in a tokenizer.json."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "ab"]
+    pieces.append("\u2581ab")
+    model = {
+        "type": "BPE", "byte_fallback": True, "unk_token": "<unk>", "fuse_unk": True,
+        "vocab": {piece: i for i, piece in enumerate(pieces)},
+        "merges": ["\u2581 a", ["a", "b"], "\u2581a b", "\u2581 ab"],
+    } | changes.pop("model", {})  # fmt: skip
+    visible = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    special = [{"id": i, "content": pieces[i], "special": True} for i in range(3)]
+    value = {
+        "version": "1.0", "added_tokens": [*special, {"id": 265, "content": "<call>", "special": False}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, visible]},
+        "pre_tokenizer": None, "model": model,
+    } | changes  # fmt: skip
+    (path / "tokenizer.json").write_text(json.dumps(value))
+    (path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
+    return path
+
+
+def test_a_sentencepiece_tokenizer_becomes_scores_and_types(tmp_path):
+    path = sentencepiece(make_moe(tmp_path / "m", "mixtral", hidden=64, intermediate=512, vocab=300))
+    _, plan, reader = write(path, tmp_path / "out")
+
+    def value(key):
+        return reader.fields[f"tokenizer.ggml.{key}"].contents()
+
+    tokens, types, scores = value("tokens"), value("token_type"), value("scores")
+    assert (value("model"), value("add_space_prefix"), value("add_bos_token")) == ("llama", True, True)
+    assert not any("space in front" in text for text in plan.warnings)
+    assert len(tokens) == len(types) == len(scores) == 300
+    assert types[:3] == [2, 3, 3] and set(types[3:259]) == {6} and set(types[259:265]) == {1}
+    assert (types[265], types[266]) == (4, 5)
+    found = {token: score for token, score in zip(tokens, scores) if token in ("\u2581a", "ab", "\u2581ab")}
+    assert found == {"\u2581a": 0.0, "ab": -1.0, "\u2581ab": -2.0}  # the order of the merges that make them
+    assert "tokenizer.ggml.merges" not in reader.fields
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"merges": ["a b", "\u2581 a", "\u2581a b"]}},  # another way to make the last token is no merge
+        {"model": {"merges": ["\u2581a b", "\u2581 a", "a b", "\u2581 ab"]}},  # one token in two places of the order
+        {"model": {"merges": ["\u2581 a", "\u2581a b", "\u2581 ab"]}},  # "ab" would be joined all the same
+        {"normalizer": {"type": "NFKC"}},
+        {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "split": True}},
+    ],
+)
+def test_a_sentencepiece_tokenizer_that_scores_cannot_say_is_refused(tmp_path, changes):
+    path = make_moe(tmp_path / "m", "mixtral", hidden=64, intermediate=512, vocab=300)
+    sentencepiece(path, **changes)
+    with pytest.raises(InputError, match="splits texts"):
+        plan_quantize(open_model(path), format="gguf")
+
+
+@pytest.mark.parametrize(("scheme", "front"), [("first", True), ("always", True), ("never", False)])
+def test_the_space_in_front_is_said_by_either_wording(tmp_path, scheme, front):
+    path = make_moe(tmp_path / "m", "mixtral", hidden=64, intermediate=512, vocab=300)
+    pre = {"type": "Metaspace", "replacement": "\u2581", "split": False, "prepend_scheme": scheme}
+    sentencepiece(path, normalizer=None, pre_tokenizer=pre)
+    _, plan, reader = write(path, tmp_path / "out")
+    assert reader.fields["tokenizer.ggml.add_space_prefix"].contents() is front
+    assert any("puts a space in front of every piece" in text for text in plan.warnings) is front
+
+
+def test_what_the_model_is_and_how_it_is_sampled_stands_in_the_file(tmp_path):
+    path = make(tmp_path / "Tiny-MoE")
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True, "min_p": None}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    _, _, reader = write(path, tmp_path / "out")
+    found = {key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")}
+    sampling = {key.removeprefix("general.sampling."): v for key, v in found.items() if ".sampling." in key}
+    assert sampling == {"temp": pytest.approx(0.6), "top_k": 20, "top_p": pytest.approx(0.95)}
+    assert (found["general.name"], found["general.type"]) == ("Tiny-MoE", "model")
+    assert found["general.license"] == "apache-2.0" and found["general.size_label"].startswith("4x")
+
+
+def test_prediction_layers_are_left_out_by_name(tmp_path):
+    from test_mtp import make as make_predicting
+
+    path = tokenizer(make_predicting(tmp_path / "m", "glm4_moe", n_group=1, topk_group=1)[0], size=128)
+    model, plan, reader = write(path, tmp_path / "out", scheme="q8_0")
+    ahead = [name for name, role in model.roles.items() if role.layer in model.mtp_layers]
+    assert ahead and set(ahead) <= set(plan.dropped)
+    assert any("multi-token-prediction layers" in text and "llama.cpp does not run" in text for text in plan.warnings)
+    layers = {int(t.name.split(".")[1]) for t in reader.tensors if t.name.startswith("blk.")}
+    assert layers == set(range(model.num_layers))
+    assert reader.fields["glm4moe.block_count"].contents() == model.num_layers
+    assert plan.changed["expert"] == len(model.moe_layers) * model.num_experts * 3
 
 
 def test_other_refusals(tmp_path):

@@ -27,10 +27,10 @@ _BESIDE = {
 }  # fmt: skip
 
 
-def make(path: Path, case: str) -> tuple[Path, str]:
+def make(path: Path, case: str, **changes: object) -> tuple[Path, str]:
     """A stock checkpoint of three layers with one multi-token-prediction layer more; and the prefix of its names."""
     kind, config = MOE_CASES[case]
-    save_stock(path, kind, config, dtype=torch.bfloat16)
+    save_stock(path, kind, {**config, **changes}, dtype=torch.bfloat16)
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         tensors |= load_file(file)

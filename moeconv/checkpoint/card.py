@@ -1,0 +1,40 @@
+"""What a checkpoint's model card says of it: the fields that an output carries over."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from moeconv.checkpoint.reader import Checkpoint
+
+CARD_NAME = "README.md"
+_MOST = 1 << 16  # bytes of a source's card that are looked at
+_CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+
+
+def source_metadata(source: Checkpoint) -> dict[str, Any]:
+    """Licence, language and base model of the source's card; what it cannot read it leaves out."""
+    import yaml
+
+    text = ""
+    if source.beside().get(CARD_NAME):
+        with open(source.confined(CARD_NAME), encoding="utf-8", errors="replace") as file:
+            text = file.read(_MOST)
+    found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    if not found:
+        return {}
+    try:
+        value = yaml.safe_load(found[1])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {key: words for key in _CARRIED if (words := _words(value.get(key))) is not None}
+
+
+def _words(value: Any) -> str | list[str] | None:
+    """A short printable string or a list of such, else None."""
+    if isinstance(value, list):
+        words = [w for item in value[:50] if isinstance(w := _words(item), str)]
+        return words or None
+    return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200 else None

@@ -1,0 +1,176 @@
+"""The tokenizer inside a GGUF file: tokens, types, merges or scores, and llama.cpp's word for how texts are split.
+
+A file whose texts tokenize otherwise than in transformers is a silently wrong model, so only what llama.cpp is known to
+do exactly is written: byte-level BPE of known splits, and SentencePiece's BPE with byte fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.errors import InputError, escape
+
+# ggml's token types
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+
+_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
+_QWEN2 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+# (regular expression of a byte-level BPE's pre-tokenizer, whether a word that is a token as a whole skips the merges)
+# -> llama.cpp's word for both
+PRE_TOKENIZERS: dict[tuple[str, bool], str] = {
+    ("", False): "gpt-2",  # ByteLevel's own
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "glm4",
+    (_QWEN2, False): "qwen2",
+}
+
+
+def add_tokenizer(gguf: Any, writer: Any, folder: Path, *, size: int) -> list[str]:
+    """Write the tokenizer of a checkpoint's directory, padded to the `size` rows of the model's embedding; gives
+    warnings.
+
+    Raises InputError without a tokenizer.json, or for one that llama.cpp is not known to follow."""
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            "a GGUF file holds its tokenizer, and there is no tokenizer.json",
+            hint="Make one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) in transformers.",
+        )
+    tokenizer = read_json_object(folder / "tokenizer.json", what="tokenizer.json")
+    try:
+        if tokenizer["model"].get("type") != "BPE":
+            raise _unknown()
+        rows = _rows(tokenizer, size)
+        sentencepiece = bool(tokenizer["model"].get("byte_fallback"))
+        notes = []
+        if sentencepiece:
+            writer.add_tokenizer_model("llama")
+            writer.add_tokenizer_pre("default")
+            writer.add_token_scores(_scores(tokenizer, [word for word, _ in rows]))
+            writer.add_add_space_prefix(_space_in_front(tokenizer))
+            if _space_in_front(tokenizer) and tokenizer.get("pre_tokenizer"):
+                notes.append(
+                    "llama.cpp puts a space in front of every piece of text, this tokenizer only where a text does not "
+                    "begin with one (and not behind a special token): such texts begin with another token there"
+                )
+        else:
+            writer.add_tokenizer_model("gpt2")
+            writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+        writer.add_token_list([word for word, _ in rows])
+        writer.add_token_types([kind for _, kind in rows])
+        vocabulary = gguf.SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=size)
+        # without a template that adds it, transformers adds no token in front; llama.cpp's default differs by model
+        vocabulary.add_special_token = {"bos": False, "eos": False} | vocabulary.add_special_token
+        vocabulary.add_to_gguf(writer, quiet=True)
+        return notes
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise InputError(f"tokenizer.json is not what it should be: {escape(error)}", hint="Restore it.") from None
+
+
+def _rows(tokenizer: Mapping[str, Any], size: int) -> list[tuple[str, int]]:
+    """(token, type) of every row of the embedding."""
+    model = tokenizer["model"]
+    kinds = dict.fromkeys(model["vocab"], _NORMAL)
+    if model.get("byte_fallback"):
+        kinds |= {f"<0x{byte:02X}>": _BYTE for byte in range(256)}
+        kinds |= {model["unk_token"]: _UNKNOWN} if model.get("unk_token") else {}
+    words = {i: (word, kinds[word]) for word, i in model["vocab"].items()}
+    for token in tokenizer.get("added_tokens") or ():
+        held = words.get(token["id"], ("", _NORMAL))[1]
+        kind = _CONTROL if token["special"] else _USER
+        words[token["id"]] = (token["content"], held if held == _UNKNOWN else kind)
+    if any(type(i) is not int or not 0 <= i < size for i in words):
+        raise InputError(f"tokenizer.json has more tokens than the model's {size}", hint="They do not belong together.")
+    return [words.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
+
+
+# -- byte-level BPE ----------------------------------------------------------------------------------------------------
+
+
+def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how texts are split. Raises InputError for one that it does not know."""
+    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    last = steps[-1]
+    known = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    pattern: str | None = None
+    if known and len(steps) == 1 and last.get("use_regex", True):
+        pattern = ""
+    elif known and len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
+        pattern = (steps[0].get("pattern") or {}).get("Regex")
+        if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
+            pattern = None
+    normalizer = (tokenizer.get("normalizer") or {}).get("type")
+    name = None if pattern is None else PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
+    if name is None or normalizer not in (None, "NFC"):
+        raise _unknown()
+    return name
+
+
+def _unknown() -> InputError:
+    known = sorted({*PRE_TOKENIZERS.values()})
+    return InputError(
+        "the tokenizer splits texts in a way that llama.cpp is not known to",
+        hint="Known are SentencePiece's BPE with byte fallback, and byte-level BPEs that split as "
+        f"{', '.join(known)} do.",
+    )
+
+
+# -- SentencePiece -----------------------------------------------------------------------------------------------------
+
+
+def _space_in_front(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether a space is put in front of a text. Raises InputError for texts that are not just spaces made visible."""
+    normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if not pre and steps and steps[-1] == replaced:
+        if len(steps) == 1:
+            return False
+        if steps[:-1] == [{"type": "Prepend", "prepend": _SPACE}]:
+            return True
+    if not steps and pre.get("type") == "Metaspace" and pre.get("replacement") == _SPACE and not pre.get("split", True):
+        return pre.get("prepend_scheme", "always") != "never"
+    raise _unknown()
+
+
+def _scores(tokenizer: Mapping[str, Any], words: Sequence[str]) -> list[float]:
+    """The score of every token: llama.cpp joins the neighbours whose token has the highest one.
+
+    A tokenizer.json lists merges in the order of those scores. Raises InputError where joining by token, in that
+    order, would not do what the merges say."""
+    model = tokenizer["model"]
+    if model.get("ignore_merges") or model.get("dropout"):
+        raise _unknown()
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    if any(len(pair) != 2 for pair in merges):
+        raise ValueError("a merge that is not of two tokens")
+    rank: dict[str, int] = {}
+    before = ""
+    for at, (left, right) in enumerate(merges):
+        made = left + right
+        if made in rank and made != before:  # another token came in between: no one score says both places
+            raise _unknown()
+        rank.setdefault(made, at)
+        before = made
+    vocabulary, pairs = model["vocab"], set(merges)
+    if any(pair not in pairs for word in rank for pair in _halves(word, vocabulary)):
+        raise _unknown()
+    # what no merge makes must never be made by joining: it is a single character, or met whole as a special token
+    special = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+    loose = (word for word in vocabulary if word not in rank and word not in special and len(word) > 1)
+    if any(True for word in loose for _ in _halves(word, vocabulary)):
+        raise _unknown()
+    return [-float(rank[word]) if word in rank else 0.0 for word in words]
+
+
+def _halves(word: str, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The ways to make a token of two tokens."""
+    for at in range(1, len(word)):
+        if word[:at] in vocabulary and word[at:] in vocabulary:
+            yield word[:at], word[at:]

@@ -169,7 +169,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,), (),
          _verify, tables.verified, _problems,
          extra=(("source", str, None, "Compare unchanged tensors with this checkpoint."),
-                ("load", bool, False, "Also load the model in transformers, strictly."))),
+                ("load", bool, False, "Also load the model in transformers, strictly, and run it."))),
     Verb("report", "One HTML page: what was done, sizes, loads, similarities, losses.",
          (MODEL, Positional("out", "HTML file to write.")), (), _report, tables.reported,
          extra=(("stats", str, None, "Statistics from `moeconv calibrate`, of this model or of one it was made from."),

@@ -217,7 +217,7 @@ def verified(result: Mapping[str, Any]) -> list[Table]:
         "verdict": "whole" if result["ok"] else f"{len(result['problems'])} problems",
         "checked": f"{checked['tensors']} tensors in {checked['shards']} shards, {human_bytes(checked['bytes'])}",
         "manifest": "every file hashed" if result["manifest"] else "none: moeconv did not write this checkpoint",
-        "transformers": None if loads is None else ("loads strictly" if loads else "does not load"),
+        "transformers": None if loads is None else ("loads strictly and runs" if loads else "does not load and run"),
     }
     tables = [pairs(rows)]
     if result["problems"]:

@@ -9,6 +9,7 @@ import torch
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
+from moeconv.evaluate.default_run import loaded_problem
 from moeconv.families.model import Model, find_family
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.quiet import quiet
@@ -19,7 +20,8 @@ _SHOWN = 5  # names of each kind of problem
 
 
 def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load the model with its Auto class, weights and all, and report what transformers says of it.
+    """Load the model with its Auto class, weights and all, run it on a few tokens with transformers' defaults, and
+    report what transformers says of it.
 
     {ok, problems [sentences], missing [names], unexpected [names], mismatched [names]}. A checkpoint that moeconv
     packed is loaded with `moeconv.hf` registered. Raises InputError only when the directory is no checkpoint.
@@ -30,7 +32,7 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
         if isinstance(quantization, dict) and "moeconv" in quantization:
             import moeconv.hf  # noqa: F401  (registers the quantizer)
         with quiet():
-            _, info = auto_class(find_family(checkpoint.config)).from_pretrained(
+            module, info = auto_class(find_family(checkpoint.config)).from_pretrained(
                 str(checkpoint.path),
                 dtype="auto",
                 output_loading_info=True,
@@ -48,6 +50,8 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
     problems = [f"{kind}: {_some(found)}" for kind, found in names.items() if found]
     problems += [escape(message) for message in info["error_msgs"][:_SHOWN]]
+    if not problems and (problem := loaded_problem(checkpoint, module)):
+        problems = [f"loads, and does not run: {problem}"]
     return {"ok": not problems, "problems": problems, **names}
 
 

@@ -746,6 +746,7 @@ DBRX = moe_row(
         **{f"expert.{p}": _DBRX + f"ffn.experts.mlp.{w}" for p, w in (("gate", "w1"), ("up", "v1"), ("down", "w2"))},
     },
     base={key: value for key, value in BASE_CONFIG.items() if key != "rms_norm_eps"},
+    experts_run="eager",
     num_experts=("moe_num_experts",),
     top_k=("moe_top_k",),
     fused=FUSED_QKV,

@@ -297,6 +297,7 @@ LLAMA4 = moe_row(
     }
     | {f"shared.{p}": _FF + f"shared_expert.{p}_proj.weight" for p in _PARTS}
     | _FF_DENSE,
+    experts_run="eager",
     num_experts=("num_local_experts",),
     packed={
         "expert.gate_up": Packed(("gate", "up"), transposed=True),

@@ -155,6 +155,7 @@ class Family:
     shapes: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, Size] = field(default_factory=dict)
     derived: Mapping[str, Callable[[Get], Any]] = field(default_factory=dict)  # rules of the class for keys left out
+    experts_run: str = "grouped_mm"  # transformers' default, a key of widths.STRIDES; "eager": loops of its own
     no_experts: Callable[[Get], bool] | None = None  # which configs this dense row of a family with an MoE row is for
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:

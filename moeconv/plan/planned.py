@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.families.model import Model, open_model
-from moeconv.plan.plan import Plan
+from moeconv.plan.flow import ByteSource, make
+from moeconv.plan.plan import Item, Plan
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,25 @@ class _PlannedCheckpoint:
         return self.plan_id
 
 
-def planned_model(plan: Plan, *, companions: Path | None = None, name: str = "model") -> Model:
-    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError.
+@dataclass(frozen=True)
+class _MadeCheckpoint(_PlannedCheckpoint):
+    """One whose bytes are made whenever they are read."""
+
+    items: Mapping[str, Item] = field(default_factory=dict)
+    origins: Mapping[str, ByteSource] = field(default_factory=dict)
+
+    def read(self, name: str, *, start: int = 0, length: int | None = None) -> bytearray:
+        (data,) = make(self.items[name], self.origins)
+        view = memoryview(data).cast("B")
+        return bytearray(view[start:] if length is None else view[start : start + length])
+
+
+def planned_model(
+    plan: Plan, *, companions: Path | None = None, name: str = "model",
+    origins: Mapping[str, ByteSource] | None = None,
+) -> Model:  # fmt: skip
+    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError, unless the `origins`
+    of the plan's inputs are given: its tensors are then made in memory, each time that one is read.
 
     `companions` is the directory whose tokenizer and other small files will come along, `name` the output's.
     """
@@ -55,6 +74,8 @@ def planned_model(plan: Plan, *, companions: Path | None = None, name: str = "mo
         for spec in shard.layout()
     }
     shards = tuple(shard.name for shard in plan.shards)
-    path = companions or Path("(planned)")
-    planned = _PlannedCheckpoint(path, name, dict(plan.config), tensors, shards, plan.plan_id)
+    about = (companions or Path("(planned)"), name, dict(plan.config), tensors, shards, plan.plan_id)
+    planned = _PlannedCheckpoint(*about)
+    if origins is not None:
+        planned = _MadeCheckpoint(*about, items={i.outputs[0].name: i for i in plan.items()}, origins=origins)
     return open_model(cast(Checkpoint, planned))

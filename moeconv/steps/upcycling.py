@@ -50,6 +50,7 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
         )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))
     figures: dict[str, Any] = {}
+    split_by: Path | None = None
     measures = (options.method == "split" or options.router != "random") and not write.dry_run
     with ExitStack() as stack:
         measured: Measured | None = None
@@ -61,7 +62,7 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
             from moeconv.steps.split import measure_partition
 
             partition = measure_partition(model, values, measured, meter=meter)
-            origins[PARTITION] = partition.file
+            origins[PARTITION], split_by = partition.file, partition.file.path
             plan = plan_upcycle(model, siblings=siblings, partition=partition, **parameters)
         else:
             plan = plan_upcycle(model, siblings=siblings, **parameters)
@@ -72,7 +73,8 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
             plan = plan_upcycle(model, siblings=siblings, overlay=overlay, **parameters)
         result = run_plan(
             plan, model, out, values, meter=meter, origins=origins, figures=figures,
-            check=lambda staged: equivalence(model, staged, plan), lock=measured.lock if measured else None,
+            check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),
+            lock=measured.lock if measured else None,
         )  # fmt: skip
     result["warnings"] = warnings + result["warnings"]
     result["upcycle"] = figures | result["upcycle"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from moeconv.errors import UsageError
@@ -93,7 +94,10 @@ class Method:
     gave); the shared expert is selected and never edited. `scale` is what the routed sum must be multiplied by to be
     the FFN's; `grouped` repeats a router row for the pieces of a copy; `router` gives a layer's rows in place of random
     ones, `correction` its correction bias. `exact` where the model's function does not change. `granularity` is the
-    default number of pieces. `reads` are the options that only some methods look at."""
+    default number of pieces. `reads` are the options that only some methods look at.
+
+    `idle` are the values of options at which it edits nothing; `drift` bounds what it edits otherwise: (share of the
+    neurons, RMS of the change in units of the matrix's)."""
 
     edit: Callable[[Matrix, UpcycleOptions], Node] = keep
     exact: bool = False
@@ -104,6 +108,8 @@ class Method:
     correction: Callable[[int, UpcycleOptions], Node] | None = None
     granularity: int = 1
     reads: tuple[str, ...] = ()
+    idle: Mapping[str, Any] = field(default_factory=dict)
+    drift: Callable[[UpcycleOptions], tuple[float, float]] | None = None
 
 
 def _drawn(matrix: Matrix, kernel: str, purpose: str, **params: Any) -> Node:
@@ -125,13 +131,37 @@ def _drop(matrix: Matrix, options: UpcycleOptions) -> Node:
     return _drawn(matrix, "redraw_neurons", "drop", fraction=options.drop_ratio)
 
 
+_MARGIN = 1.5  # over what is expected, for matrices that are small
+
+
+def _redrawn(options: UpcycleOptions) -> tuple[float, float]:
+    """New values of the old ones' mean and deviation are sqrt(2) away from them, at most over the whole matrix."""
+    return options.drop_ratio, _MARGIN * math.sqrt(2)
+
+
 METHODS: dict[str, Method] = {
     "copy": Method(exact=True),
-    "noise": Method(_noise, reads=("noise_scale", "noise_fraction")),
-    "drop": Method(_drop, reads=("drop_ratio",)),
+    "noise": Method(
+        _noise,
+        reads=("noise_scale", "noise_fraction"),
+        idle={"noise_fraction": 0.0},
+        drift=lambda options: (
+            options.noise_fraction,
+            _MARGIN * options.noise_scale * math.sqrt(options.noise_fraction),
+        ),
+    ),
+    "drop": Method(_drop, reads=("drop_ratio",), idle={"drop_ratio": 0.0}, drift=_redrawn),
     "granular": Method(exact=True, granularity=2),
     "experts-from": Method(),
-    "shuffle": Method(_drop, select=shuffled, grouped=False, granularity=2, reads=("drop_ratio",)),
+    "shuffle": Method(
+        _drop,
+        select=shuffled,
+        grouped=False,
+        granularity=2,
+        reads=("drop_ratio",),
+        idle={"drop_ratio": 0.0},
+        drift=_redrawn,
+    ),
     "split": Method(
         select=partitioned,
         scale=lambda cut, options: cut.top_k,  # each of the chosen weighs 1 / k

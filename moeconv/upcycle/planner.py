@@ -37,6 +37,7 @@ from moeconv.upcycle.split import (
     split_parameters,
     split_shape,
 )
+from moeconv.upcycle.widths import check_widths
 
 
 def plan_upcycle(
@@ -86,9 +87,10 @@ def plan_upcycle(
         )
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, draft, options, cut, layers)
+    wide = check_widths(model, options, target, cut, dtype or model.dtype)
     if cut.idle and target.routed_norm:
         draft.tensors[target.routed_norm] = fill(0.0)  # experts of zero would be normalised into a jolt at once
-    draft.warnings += told + _ties(options, target, cut, dtype or model.dtype)
+    draft.warnings += told + wide + _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)
         draft.config["dtype"] = TORCH_NAMES[dtype]

@@ -108,9 +108,9 @@ def test_parts_that_are_normalised_apart_are_refused(tmp_path, dense):
 @pytest.mark.parametrize("target", ["qwen2_moe", "granitemoeshared"])
 def test_a_share_of_the_ffn_may_be_any_where_the_width_is_free(tmp_path, dense, target):
     pair = next(p for p in PAIRS if (p.source, p.target) == ("llama", target))
-    difference, plan = _difference(dense, "llama", pair, tmp_path / "moe", shared_experts="0.3", experts=4)
+    difference, plan = _difference(dense, "llama", pair, tmp_path / "moe", shared_experts="0.29", experts=4)
     assert difference <= 1e-5
-    assert (plan.block["shared_width"], plan.block["expert_width"]) == (29, 67)
+    assert (plan.block["shared_width"], plan.block["expert_width"]) == (28, 68)
 
 
 def test_some_dense_layers_keep_their_width_beside_narrow_experts(tmp_path, dense):

@@ -50,7 +50,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "repair": MEASURE,
     "gptq": MEASURE,
     "tune": MEASURE,
-    "evaluate": MEASURE | {"hf", "repair"},
+    "evaluate": MEASURE | {"hf", "repair", "upcycle"},
     "hf": {"errors", "plan"},
     "report": DECIDE | {"tensors", "calibrate", "evaluate", "hf", "units"},
     "recipe": {"errors", "options"},

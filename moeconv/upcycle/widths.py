@@ -1,0 +1,56 @@
+"""Cuts whose experts transformers' default kernels cannot compute: refused, with the nearest that they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.families.spec import Family
+from moeconv.families.widths import multiple_of, why_not
+from moeconv.options import UpcycleOptions
+from moeconv.upcycle.cut import Cut, counts, cut_ffn
+from moeconv.upcycle.methods import METHODS
+
+_SHOWN = 2  # good cuts on either side
+_TRIED = 4096
+_EAGER = 'it runs with experts_implementation="eager"'
+
+
+def check_widths(model: Model, options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
+    """Warnings where the source's own sizes do not fit the kernels; UsageError for a cut that makes others of good
+    ones. `options` are those that the cut was made by."""
+    why = why_not(target, width=cut.width, hidden=model.hidden_size, dtype=dtype)
+    if why is None:
+        return []
+    unit = multiple_of(target, dtype)
+    if model.hidden_size % unit or model.ffn_width % unit:
+        return [f"{why}; the source's sizes are no better: {_EAGER}"]
+    near = list(_near(model.ffn_width, options, cut, unit))
+    hint = f"Nearest that run: {', '.join(near)}." if near else "Leave out what cuts the FFN."
+    raise UsageError(why, hint=hint)
+
+
+def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[str]:
+    """The nearest cuts below and above whose width `unit` divides, by the flag that makes them."""
+    shared, pieces = options.shared_experts, options.granularity or METHODS[options.method].granularity
+    if shared is not None and not shared.isdecimal():
+        for step in (-1, 1):
+            found = (h for h in range(cut.shared + step, ffn * (step > 0), step) if (ffn - h) % (unit * pieces) == 0)
+            yield from (f"--shared-experts {_share(h, ffn)} (width {(ffn - h) // pieces})"
+                        for h, _ in zip(found, range(_SHOWN)))  # fmt: skip
+        return
+    held = int(shared or 0)
+    least = counts(options)[1] if options.method == "split" else 1  # experts that a token is given
+    good = [g for g in range(held + least, min(ffn, _TRIED) + 1) if ffn % (g * unit) == 0]
+    for granularity in sorted(good, key=lambda g: abs(g - pieces))[: 2 * _SHOWN]:
+        width = cut_ffn(ffn, granularity=granularity, shared=shared).width
+        if options.method == "split":
+            yield f"--experts {granularity - held} (width {width})"
+        else:
+            yield f"--granularity {granularity} (width {width})"
+
+
+def _share(held: int, ffn: int) -> str:
+    """The shortest share that is so many neurons."""
+    return next(text for digits in range(1, 12) if round(float(text := f"{held / ffn:.{digits}f}") * ffn) == held)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from moeconv.errors import UsageError, escape
 
@@ -19,9 +20,18 @@ T = TypeVar("T")
 SCOPES = ("experts", "experts+shared", "all-linear")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str | None = None) -> Any:
-    """A dataclass field with its help text; `flag` overrides the flag's spelling."""
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+Reads = Literal["", "model", "file", "data"]
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str | None = None, reads: Reads = ""
+) -> Any:
+    """A dataclass field with its help text; `flag` overrides the flag's spelling.
+
+    `reads` says what the command reads at the path that is the value, so that no output can replace it: a model's
+    directory, a file, or data (a file or a directory, FILE=WEIGHT).
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "reads": reads})
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class DataOptions:
 
     data: tuple[str, ...] = option(
         (), "File of text, JSON, JSON lines, CSV or Parquet, directory, - for standard input, or "
-        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; repeatable, FILE=WEIGHT."
+        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; repeatable, FILE=WEIGHT.", reads="data"
     )  # fmt: skip
 
 
@@ -94,8 +104,9 @@ class UpcycleOptions:
         choices=("copy", "noise", "drop", "granular", "shuffle", "split", "experts-from"),
     )
     experts_from: tuple[str, ...] = option(
-        (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts."
-    )
+        (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts.",
+        reads="model",
+    )  # fmt: skip
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
     layers: str = option(
         "all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N, where it costs least."
@@ -118,7 +129,9 @@ class UpcycleOptions:
     clustering: str = option(
         "refined", "split: how neurons are grouped.", choices=("refined", "magnitude", "binary", "random")
     )
-    stats: str | None = option(None, "split: neuron statistics of the dense model from `moeconv calibrate`.")
+    stats: str | None = option(
+        None, "split: neuron statistics of the dense model from `moeconv calibrate`.", reads="file"
+    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ class PruneOptions:
     similarity: str = option(
         "output", "Likeness of experts (redundancy, merge).", choices=("output", "aligned", "raw", "router")
     )
-    stats: str | None = option(None, "Statistics from `moeconv calibrate`.")
+    stats: str | None = option(None, "Statistics from `moeconv calibrate`.", reads="file")
     refit: bool = option(False, "Refit the kept experts' down_proj on --data to what the whole layer gave.")
     refit_strength: float = option(0.3, "Ridge of --refit, in units of the mean squared activation.")
     refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
@@ -184,7 +197,9 @@ class QuantizeOptions:
     )  # fmt: skip
     average_bits: float | None = option(None, "mixed: bits an expert weight, scales included, such as 5.")
     max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.")
-    stats: str | None = option(None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.")
+    stats: str | None = option(
+        None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
+    )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
     scope: str = option("experts", "What is packed; router, embeddings, norms and lm_head stay.", choices=SCOPES)
     target: tuple[str, ...] = option(
@@ -213,7 +228,9 @@ class TuneOptions:
     """moeconv tune"""
 
     objective: str = option("layerwise", "What is minimised.", choices=("layerwise", "distill", "lm"))
-    teacher: str | None = option(None, "Dense source, or the model before an edit (layerwise and distill need it).")
+    teacher: str | None = option(
+        None, "Dense source, or the model before an edit (layerwise and distill need it).", reads="model"
+    )
     train: str = option("router", "What trains: router, or with more words: router,experts,shared,norms.")
     steps: int = option(100, "Optimiser steps (per layer with layerwise).")
     learning_rate: float | None = option(
@@ -250,10 +267,95 @@ class TuneOptions:
 class EvaluateOptions:
     """moeconv evaluate"""
 
-    reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.")
+    reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.", reads="model")
     max_loss_increase: float | None = option(None, "Gate: loss at most this much above the reference (nats per token).")
     max_kl: float | None = option(None, "Gate: KL(reference || model) at most this (nats per token).")
     min_agreement: float | None = option(None, "Gate: share of tokens with the reference's top-1 at least this.")
+
+
+@dataclass(frozen=True)
+class ArtifactOptions:
+    """How a single file is written."""
+
+    overwrite: bool = option(False, "Replace the file when the new one is complete.")
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    """What random draws begin with."""
+
+    seed: int = option(0, "Seed of every random draw.")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """moeconv calibrate, of files instead of data"""
+
+    merge: tuple[str, ...] = option(
+        (), "Instead of running data: add these statistics files; repeatable.", reads="file"
+    )
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What is drawn of the data."""
+
+    seed: int = option(0, "Seed of the sample when --tokens is given.")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """moeconv verify"""
+
+    source: str | None = option(None, "Compare unchanged tensors with this checkpoint.", reads="model")
+    load: bool = option(False, "Also load the model in transformers, strictly, and run it.")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """moeconv report"""
+
+    stats: str | None = option(
+        None, "Statistics from `moeconv calibrate`, of this model or of one it was made from.", reads="file"
+    )
+    results: tuple[str, ...] = option((), "JSON that a command printed with --json; repeatable.", reads="file")
+    reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
+    title: str | None = option(None, "Title of the page (default: the directory's name).")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """moeconv run"""
+
+    set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.")
+    dry_run: bool = option(False, "Print the steps and sizes, write nothing.")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """moeconv demo"""
+
+    where: bool = option(False, "Only say where its model and texts lie.")
+
+
+def reads_of(
+    values: Mapping[str, Any], *groups: type, kinds: tuple[Reads, ...] = ("model", "file", "data")
+) -> list[tuple[str, str]]:
+    """(flag, path) of everything that the options of these groups name in `values`, hub names (hf://) among them; not
+    standard input.
+
+    Data may be FILE=WEIGHT, and a file may have a `=` in its name: both are given.
+    """
+    found: list[tuple[str, str]] = []
+    for f in (f for group in groups for f in dataclasses.fields(group)):
+        kind, value = f.metadata["reads"], values.get(f.name)
+        if kind not in kinds or not value:
+            continue
+        for path in map(str, (value,) if isinstance(value, str | os.PathLike) else value):
+            found.append((flag_of(f.name), path))
+            if kind == "data" and "=" in path:
+                found.append((flag_of(f.name), path.rpartition("=")[0]))
+    return [(flag, path) for flag, path in found if path not in ("", "-")]
 
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*$", re.IGNORECASE)

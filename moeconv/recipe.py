@@ -33,7 +33,6 @@ from moeconv.errors import UsageError, escape
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_PATH_KEYS = ("stats", "teacher", "reference")
 _COMMON = (o.PlanOptions, o.WriteOptions)
 _MEASURE = (o.DataOptions, o.MeasureOptions)
 
@@ -86,7 +85,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `moeconv run` runs.
+    """What `moeconv run` runs; `path` is the file that it stands in.
 
     `evaluate` are parameters of an evaluation after every step that writes a model, `report` the HTML file to write at
     the end.
@@ -95,7 +94,8 @@ class Recipe:
     name: str
     steps: tuple[Step, ...]
     evaluate: Mapping[str, Any] | None
-    report: str | None = None
+    report: str | None
+    path: str
 
 
 def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
@@ -127,6 +127,7 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
         tuple(step for _, step in steps),
         None if spec.evaluate is None else checker.typed("evaluate", spec.evaluate, ("evaluate",), variables),
         None if spec.report is None else checker.path(spec.report, ("report",), variables),
+        path,
     )
 
 
@@ -275,11 +276,12 @@ class _Checker:
             if key not in fields:
                 raise self.fail(at, f"{command} has no parameter {escape(key)!r}", o.did_you_mean(key, fields))
             filled: Any = value
-            if key in ("data", "experts_from"):
+            field = fields[key].__dataclass_fields__[key]  # type: ignore[attr-defined]
+            in_path = bool(field.metadata["reads"])
+            if in_path and isinstance(field.default, tuple):
                 listed = value if isinstance(value, list) else [value]
                 filled = tuple(self.path(v, at, variables) if isinstance(v, str) else v for v in listed)
             elif isinstance(value, str):
-                in_path = key in _PATH_KEYS
                 filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
             try:
                 checked: Any = TypeAdapter(fields[key]).validate_python({key: filled})

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, is_artifact, read_metadata_json
 from moeconv.checkpoint.writer import writing_artifact
-from moeconv.errors import InputError, OutputError, escape
+from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 
 KIND = "statistics"
@@ -119,21 +119,7 @@ def layer_importance(statistics: Statistics) -> dict[int, float]:
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds the statistics of an MoE; `calibrate` writes those of a dense model's neurons too."""
-    try:
-        read_metadata_json(SafetensorsFile(Path(path)), kind=KIND)
-    except InputError:
-        return False
-    return True
-
-
-def check_artifact_target(path: Path, *, what: str, overwrite: bool) -> None:
-    """Refuse, before any work, a path where the file `what` could not be put. Raises OutputError."""
-    if path.is_dir():
-        raise OutputError(f"{escape(path)} is a directory", hint=f"Give the name of the {what} file.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{escape(path.parent)} does not exist", hint="Create it first.")
+    return is_artifact(path, KIND)
 
 
 def write_statistics(

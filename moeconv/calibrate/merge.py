@@ -14,14 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.artifact import (
-    PER_SOURCE,
-    Statistics,
-    check_artifact_target,
-    load_statistics,
-    write_statistics,
-)
-from moeconv.calibrate.run import summary
+from moeconv.calibrate.artifact import PER_SOURCE, Statistics, load_statistics, write_statistics
+from moeconv.calibrate.run import check_statistics_target, summary
 from moeconv.calibrate.sample import SAMPLE, joined
 from moeconv.calibrate.statistics import logit_correlation
 from moeconv.errors import InputError, UsageError, escape
@@ -53,7 +47,8 @@ def merge_statistics(
     if len(files) < 2:
         raise UsageError("--merge needs at least two statistics files", hint="Repeat it: --merge A --merge B.")
     model, path = open_model(model_path), Path(stats_path)
-    check_artifact_target(path, what="statistics", overwrite=overwrite)
+    reads = [("the model", model_path), *(("--merge", file) for file in files)]
+    check_statistics_target(path, reads=reads, overwrite=overwrite)
     loaded = [load_statistics(file) for file in files]
     for one in loaded:
         one.check_belongs(model)

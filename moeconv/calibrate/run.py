@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.artifact import check_artifact_target, write_statistics
+from moeconv.calibrate.artifact import KIND, write_statistics
+from moeconv.calibrate.neurons import KIND as NEURONS
 from moeconv.calibrate.neurons import SAMPLE_TOKENS as NEURON_SAMPLE
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
+from moeconv.checkpoint.reader import is_artifact
+from moeconv.checkpoint.target import Inputs, check_file_target
 from moeconv.data.windows import TokenData, load_tokens, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
-from moeconv.options import parse_size
+from moeconv.options import DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter
 from moeconv.world import World, current, first
@@ -77,7 +80,9 @@ def calibrate(
             "does not exist apart from its weight, so none of the statistics is defined",
             hint="`moeconv prune` without --data takes the weights; `moeconv evaluate` runs it.",
         )
-    check_artifact_target(path, what="statistics", overwrite=overwrite)
+    check_statistics_target(
+        path, reads=[("the model", model_path), *reads_of({"data": data}, DataOptions)], overwrite=overwrite
+    )
     length = sequence_length(model, seq_len, default=SEQ_LEN)
     meter.note("reading the data")
     read = first(
@@ -117,6 +122,14 @@ def _without_sample(model: Model, fields: Fields) -> list[str]:
         f"layer {lost[0]} ({len(lost)} such): the router of {model.family.model_type} chose other experts than its "
         "rule, so no token sample is kept and prune goes by saliency; please report it"
     ]
+
+
+def check_statistics_target(path: Path, *, reads: Inputs, overwrite: bool) -> None:
+    """Refuse, before any work, a path where a statistics file could not be put. Raises OutputError."""
+    check_file_target(
+        path, what="statistics", reads=reads, overwrite=overwrite,
+        replaces=lambda old: is_artifact(old, KIND, NEURONS),
+    )  # fmt: skip
 
 
 def summary(

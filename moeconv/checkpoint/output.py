@@ -21,6 +21,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.checkpoint.target import check_swap
 from moeconv.checkpoint.writer import output_errors, replace_file, sync_directory
 from moeconv.errors import InputError, OutputError, escape
 
@@ -49,27 +50,6 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL):
         return False
     raise OSError(code, os.strerror(code), str(target))
-
-
-def check_target(out: Path, *, sources: tuple[Path, ...], overwrite: bool) -> None:
-    """Refuse an OUT that exists, is a link, or is, holds or lies in a source. Raises OutputError."""
-    real = Path(os.path.realpath(out))
-    for source in sources:
-        origin = Path(os.path.realpath(source))
-        if real == origin or origin in real.parents or real in origin.parents:
-            raise OutputError(
-                f"OUT {escape(out)} and the source {escape(source)} share a directory",
-                hint="The source is never modified: choose another OUT.",
-            )
-    if os.path.islink(out):
-        raise OutputError(f"OUT {escape(out)} is a symbolic link", hint="Give the directory that it should become.")
-    if os.path.exists(out):
-        if not os.path.isdir(out):
-            raise OutputError(f"OUT {escape(out)} exists and is not a directory", hint="Choose another OUT.")
-        if not overwrite:
-            raise OutputError(f"OUT {escape(out)} exists already", hint="Choose another OUT, or pass --overwrite.")
-    if not os.path.isdir(out.parent):
-        raise OutputError(f"{escape(out.parent)} does not exist", hint="Create it first.")
 
 
 class OutputDirectory:
@@ -166,10 +146,12 @@ class OutputDirectory:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Make `staged` the OUT in one rename, then clear the staging directory."""
+        """Make `staged` the OUT in one rename, then clear the staging directory. Raises OutputError where OUT appeared
+        meanwhile, or came to hold what a swap would lose."""
         with output_errors(self.out):
             sync_directory(self.staged)
             if self.out.exists() and self.overwrite:
+                check_swap(self.out)  # again: this run may have taken hours
                 if not _renameat2(self.staged, self.out, _RENAME_EXCHANGE):
                     old = self.work / "old"
                     os.rename(self.out, old)

@@ -126,7 +126,7 @@ class SafetensorsFile:
         return buffer
 
 
-def _allowed_root(directory: Path) -> Path:
+def allowed_root(directory: Path) -> Path:
     """Where links of a checkpoint may lead: its directory, or its own repository in a hub cache."""
     real = Path(os.path.realpath(directory))
     if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir():
@@ -175,7 +175,7 @@ class Checkpoint:
             )
         if not os.path.isdir(path):
             raise InputError(f"{escape(path)} is not a directory", hint="Give the directory that holds config.json.")
-        self._root = _allowed_root(self.path)
+        self._root = allowed_root(self.path)
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
         if not os.path.lexists(self.path / "config.json") and any(e.name.endswith(".gguf") for e in self._entries()):
@@ -370,6 +370,16 @@ def read_metadata_json(file: SafetensorsFile, *, kind: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("kind") != kind:
         raise InputError(f"{file.label} is not a moeconv {kind} file", hint=f"Make one with the command for {kind}.")
     return value
+
+
+def is_artifact(path: str | os.PathLike[str], *kinds: str) -> bool:
+    """Whether a file is a moeconv artifact of one of these kinds."""
+    try:
+        text = SafetensorsFile(Path(path)).metadata.get("moeconv", "")
+        value = parse_json(text.encode(), what="metadata") if text else None
+    except InputError:
+        return False
+    return isinstance(value, dict) and value.get("kind") in kinds
 
 
 def artifact_metadata(kind: str, **fields: Any) -> dict[str, str]:

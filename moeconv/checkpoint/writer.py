@@ -142,13 +142,18 @@ def writing_artifact(
 
     Raises OutputError when `path` exists and `overwrite` is not set.
     """
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = ShardWriter(temporary, tensors, metadata=metadata)
     try:
         yield writer
         writer.finish()
+        if os.path.lexists(path) and not overwrite:
+            raise OutputError(
+                f"{escape(path)} appeared while this run was writing",
+                hint="Move it away and run the same command again.",
+            )
         with output_errors(path):
             os.replace(temporary, path)
         sync_directory(path.parent)

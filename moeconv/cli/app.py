@@ -22,7 +22,7 @@ from moeconv.cli.progress import make_meter
 from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
-from moeconv.options import flag_of
+from moeconv.options import flag_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.world import World, current, first, join, launched, settle
@@ -58,9 +58,6 @@ def _flag_parameters(verb: Verb) -> list[tuple[str, Any, Any]]:
             else:
                 kind = _annotation(hints[field.name], field.name, help, choices)
             flags.append((field.name, kind, default))
-    for name, kind, default, help in verb.extra:
-        nullable = kind | None if default is None and isinstance(kind, type) else kind
-        flags.append((name, _annotation(nullable, name, help), list(default) if default == () else default))
     return flags
 
 
@@ -99,6 +96,7 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     values.pop("quiet", None)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     _read_stdin(verb, values)
+    _guard(verb, values)
     meter = SilentMeter() if _SINK.mute else make_meter()
     try:
         result = verb.run(values, meter)
@@ -138,6 +136,16 @@ def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
         raise UsageError("standard input can be read once: only one argument may be -", hint="Give a path.")
     if dashes and dashes[0] != "data":
         values[dashes[0]] = first(lambda: model_from_stdin(sys.stdin.buffer.read()))
+
+
+def _guard(verb: Verb, values: Mapping[str, Any]) -> None:
+    """Refuse an output that is, holds or lies in anything that the command reads. Raises OutputError."""
+    from moeconv.steps.guard import guard  # what only the version or help asks for reads nothing
+
+    given = [(p, values[p.name]) for p in verb.positionals if values[p.name]]
+    reads = [(p.name.upper(), path) for p, path in given if p.reads] + reads_of(values, *verb.groups)
+    for path in (path for p, path in given if p.writes):
+        guard(path, reads)
 
 
 def build_app() -> typer.Typer:

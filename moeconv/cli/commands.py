@@ -19,12 +19,15 @@ Run = Callable[[Mapping[str, Any], Meter], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Positional:
-    """An argument without a flag; `model` ones may be `-`, the JSON or path on standard input."""
+    """An argument without a flag; `model` ones may be `-`, the JSON or path on standard input. `reads` as in
+    `options.option`; the path of one that `writes` is never one that the command reads."""
 
     name: str
     help: str
     model: bool = False
     required: bool = True
+    reads: o.Reads = ""
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,16 @@ class Verb:
     run: Run
     table: Callable[[Mapping[str, Any]], Any]
     failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda result: None
-    extra: tuple[tuple[str, type, Any, str], ...] = ()  # (name, type, default, help) of flags of this verb alone
     distributed: bool = False  # may be started several times by torchrun
 
 
-MODEL = Positional("model", "Checkpoint directory, hf://OWNER/NAME[@REVISION], or - for standard input.", model=True)
-SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or - for standard input.", model=True)
-OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).")
+MODEL = Positional("model", "Checkpoint directory, hf://OWNER/NAME[@REVISION], or - for standard input.", model=True,
+                   reads="model")  # fmt: skip
+SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or - for standard input.", model=True,
+                    reads="model")  # fmt: skip
+OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).", writes=True)
 _PLAN = (o.PlanOptions, o.WriteOptions)
 _MEASURE = (o.DataOptions, o.MeasureOptions)
-_OVERWRITE = ("overwrite", bool, False, "Replace the file when the new one is complete.")
 
 
 def _upcycle(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
@@ -149,41 +152,31 @@ VERBS: tuple[Verb, ...] = (
     Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT),
          (o.UpcycleOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _upcycle, tables.written),
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
-         (MODEL, Positional("stats", "Statistics file to write (.safetensors).")),
-         (o.CalibrateOptions, *_MEASURE), _calibrate, tables.calibrated,
-         extra=(_OVERWRITE, ("seed", int, 0, "Seed of every random draw."),
-                ("merge", list[str], (), "Instead of running data: add these statistics files; repeatable.")),
-         distributed=True),
+         (MODEL, Positional("stats", "Statistics file to write (.safetensors).", writes=True)),
+         (o.CalibrateOptions, *_MEASURE, o.ArtifactOptions, o.SeedOptions, o.MergeOptions), _calibrate,
+         tables.calibrated, distributed=True),
     Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
          (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written, distributed=True),
     Verb("prune", "Remove redundant experts.",
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
-                            required=False)),
+                            required=False, writes=True)),
          (o.PruneOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _prune, tables.pruned),
     Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), (o.QuantizeOptions, *_MEASURE, *_PLAN),
          _quantize,
          tables.written),
     Verb("evaluate", "Loss on text, alone or against a reference, with gates for CI.", (MODEL,),
-         (o.EvaluateOptions, *_MEASURE), _evaluate, tables.evaluated, _gates_failed,
-         extra=(("seed", int, 0, "Seed of the sample when --tokens is given."),)),
-    Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,), (),
-         _verify, tables.verified, _problems,
-         extra=(("source", str, None, "Compare unchanged tensors with this checkpoint."),
-                ("load", bool, False, "Also load the model in transformers, strictly, and run it."))),
+         (o.EvaluateOptions, *_MEASURE, o.SampleOptions), _evaluate, tables.evaluated, _gates_failed),
+    Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),
+         (o.VerifyOptions,), _verify, tables.verified, _problems),
     Verb("report", "One HTML page: what was done, sizes, loads, similarities, losses.",
-         (MODEL, Positional("out", "HTML file to write.")), (), _report, tables.reported,
-         extra=(("stats", str, None, "Statistics from `moeconv calibrate`, of this model or of one it was made from."),
-                ("results", list[str], (), "JSON that a command printed with --json; repeatable."),
-                ("reference", str, None, "Checkpoint to compare sizes with, such as the dense source."),
-                ("title", str, None, "Title of the page (default: the directory's name)."), _OVERWRITE)),
-    Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file."),), (), _run_recipe, tables.steps_table,
-         extra=(("set", list[str], (), "Set a variable of the recipe: KEY=VALUE; repeatable."),
-                ("dry_run", bool, False, "Print the steps and sizes, write nothing."))),
+         (MODEL, Positional("out", "HTML file to write.", writes=True)), (o.ReportOptions, o.ArtifactOptions), _report,
+         tables.reported),
+    Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file.", reads="file"),), (o.RunOptions,),
+         _run_recipe, tables.steps_table),
     Verb("families", "The supported families and conversions.", (), (), _families, tables.family_table),
     Verb("formats", "The quantization formats and the runtimes that load them.", (), (), _formats,
          tables.format_table),
     Verb("demo", "The whole pipeline on the small checkpoint that ships with moeconv.",
-         (Positional("dir", "Directory to write to (default: a temporary one).", required=False),), (), _demo,
-         tables.steps_table,
-         extra=(("where", bool, False, "Only say where its model and texts lie."),)),
+         (Positional("dir", "Directory to write to (default: a temporary one).", required=False, writes=True),),
+         (o.DemoOptions,), _demo, tables.steps_table),
 )  # fmt: skip

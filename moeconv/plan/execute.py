@@ -22,10 +22,11 @@ from typing import Any
 from moeconv import __version__
 from moeconv.checkpoint.companions import Companions, find_companions, is_licence
 from moeconv.checkpoint.gguf import written_tensors
-from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
+from moeconv.checkpoint.output import Finished, OutputDirectory
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
 from moeconv.errors import CheckError, InputError, Interrupted, OutputError, UsageError, escape
 from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
@@ -121,7 +122,7 @@ def execute(
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
     jobs = checked_jobs(jobs)
     companions = companions_of(plan, source)  # now, not when hours of work are done
-    check_target(out, sources=_directories(flow), overwrite=overwrite)
+    check_target(out, reads=_read_by(flow), overwrite=overwrite)
     key = _resume_key(plan, source, origins or {})
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None, lock=lock) as directory:
         try:
@@ -142,8 +143,10 @@ def companions_of(plan: Plan, source: Checkpoint) -> Companions:
     return found
 
 
-def _directories(flow: Flow) -> tuple[Path, ...]:
-    return tuple(o.path for o in flow.origins.values() if isinstance(o, Checkpoint))
+def _read_by(flow: Flow) -> list[tuple[str, Path]]:
+    """(what it is, its path) of everything on disk that the plan reads."""
+    kept = ((name, o.path) for name, o in flow.origins.items() if isinstance(o, Checkpoint | SafetensorsFile))
+    return [(f"the {name}", path) for name, path in kept]
 
 
 def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource]) -> str:

@@ -9,10 +9,13 @@ from typing import Any
 from markupsafe import Markup
 
 from moeconv import __version__
+from moeconv.checkpoint.target import starts_with
 from moeconv.report import svg
 from moeconv.units import human_bytes, human_count, human_seconds
 
 _PAGE = Path(__file__).parent / "page"
+# what every page has begun with and says of itself
+_MARKS = ((b"<!doctype html>", b"report of moeconv "),)
 _FOLD_ABOVE = 8  # layers; more small charts than this are folded away
 _NONE = "–"
 _ERRORS = {
@@ -53,6 +56,11 @@ def render(figures: Mapping[str, Any], *, title: str) -> str:
         balance=_balance(figures),
         balance_title="Balance of the routers",
     )
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a page that `render` made."""
+    return starts_with(path, *_MARKS)
 
 
 def _or_none(show: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.checkpoint.card import CARD_NAME
-from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.staging import Measured, StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
 from moeconv.options import WriteOptions, parameters_of, take
@@ -52,7 +52,7 @@ def run_plan(
     part = parse_part(write.part)
     checked_jobs(write.jobs)
     if write.dry_run:
-        check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+        check_out(out, model, values)
         result["warnings"] += companions_of(plan, model.checkpoint).warnings
         return result
 
@@ -79,6 +79,12 @@ def run_plan(
     if part is not None:
         result |= {"part": write.part, "complete": done.complete}
     return result
+
+
+def check_out(out: str, model: Model, values: Mapping[str, Any]) -> None:
+    """Refuse, before any work, an OUT directory that cannot be written under the WriteOptions in `values`."""
+    reads = [("the source", model.checkpoint.path)]
+    check_target(Path(os.path.abspath(out)), reads=reads, overwrite=take(WriteOptions, values).overwrite)
 
 
 def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:

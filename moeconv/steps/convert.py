@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.errors import UsageError, escape
@@ -31,7 +30,7 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.separate import plan_separate
-from moeconv.steps.common import measuring, named, open_resolved, run_plan, scratch
+from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan, scratch
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
 from moeconv.world import current, first
@@ -148,7 +147,7 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         return run_plan(plan, model, out, values, meter=meter, check=check)
     if (apart := plan_separate(model)) is not None:
         return _after(apart, model, out, values, note="writing the experts apart", meter=meter)
-    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    check_out(out, model, values)
     from moeconv.gptq.run import choose_codes
     from moeconv.quantize.planner import plan_quantize
 
@@ -196,7 +195,7 @@ def _after(
 ) -> dict[str, Any]:
     """Write what `first` plans into a scratch directory, and quantize that."""
     write = take(WriteOptions, values)
-    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    check_out(out, model, values)
     with scratch() as folder:
         meter.note(f"{note} into {escape(folder)} ({first.nbytes} bytes)")
         plain = os.path.join(folder, "plain")
@@ -220,7 +219,7 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
             hint="The result has the size of its input: see `moeconv inspect`.",
         )
     model = open_resolved(source)
-    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    check_out(out, model, values)
     from moeconv.tune.run import tune as train
 
     asked = named(values, TuneOptions, DataOptions, MeasureOptions)

@@ -18,6 +18,13 @@ _SMALL = ("*.json", "README.md", *PATTERNS)
 _FOLDERS = "*/*"  # other formats and copies of the weights
 
 
+def cache() -> str:
+    """The directory in which the hub's files are kept on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE
+
+
 def resolve(model: str) -> str:
     """A local directory for MODEL: itself, or the hub's cached snapshot for hf://OWNER/NAME[@REVISION].
 

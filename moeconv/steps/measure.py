@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.target import check_file_target
 from moeconv.errors import CheckError, UsageError, escape
 from moeconv.options import (
     CalibrateOptions,
@@ -76,13 +77,13 @@ def report(
     reference: str | None = None, title: str | None = None, overwrite: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the HTML report of a checkpoint. `results` are JSON objects of other steps. The JSON: its figures."""
-    from moeconv.calibrate.artifact import check_artifact_target, load_statistics
+    from moeconv.calibrate.artifact import load_statistics
     from moeconv.checkpoint.writer import replace_file
     from moeconv.report.figures import gather
     from moeconv.report.html import render
 
     path = Path(out)
-    check_artifact_target(path, what="report", overwrite=overwrite)
+    check_report_target(path, overwrite=overwrite)
     model = open_resolved(source)
     figures = gather(
         model,
@@ -93,6 +94,13 @@ def report(
     page = render(figures, title=escape(title or model.checkpoint.path.resolve().name)).encode()
     replace_file(path, page)
     return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+
+
+def check_report_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a path where a report could not be put. Raises OutputError."""
+    from moeconv.report.html import is_report
+
+    check_file_target(path, what="report", reads=(), overwrite=overwrite, replaces=is_report)
 
 
 def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:

@@ -20,15 +20,17 @@ from moeconv.checkpoint.strictjson import canonical_json, read_json_object
 from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import CheckError, MoeconvError, escape
 from moeconv.families.model import Model, open_model
+from moeconv.options import reads_of
 from moeconv.plan.build import count_params
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.memory import memory_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.planned import planned_model
-from moeconv.recipe import Recipe, Step, load_recipe
+from moeconv.recipe import GROUPS, Recipe, Step, load_recipe
 from moeconv.steps import convert, measure
 from moeconv.steps.common import open_resolved
 from moeconv.steps.pruning.step import prune
+from moeconv.steps.recipe_guard import guard_recipe, read_by
 from moeconv.steps.upcycling import upcycle
 
 _LEDGER = ".moeconv-ledger.json"
@@ -45,6 +47,7 @@ def run_recipe(
 
 def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
     """Run the steps in order; the first that fails ends the run with its error."""
+    guard_recipe(recipe)
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
     first = open_resolved(recipe.steps[0].source)
@@ -87,8 +90,8 @@ def _fuses(recipe: Recipe, at: int) -> bool:
     step, then = recipe.steps[at], recipe.steps[at + 1] if at + 1 < len(recipe.steps) else None
     if then is None or (step.command, then.command) != ("prune", "quantize") or then.source != step.to:
         return False
-    readers = [v for s in recipe.steps for v in (s.source, s.parameters.get("teacher"), s.parameters.get("reference"))]
-    alone = readers.count(step.to) == 1 and recipe.evaluate is None and not os.path.lexists(str(step.to))
+    alone = [path for s in recipe.steps for _, path in read_by(s)].count(str(step.to)) == 1
+    alone = alone and recipe.evaluate is None and not os.path.lexists(str(step.to))
     return alone and convert.can_fuse(step.parameters, then.parameters)
 
 
@@ -104,6 +107,7 @@ def _report(recipe: Recipe, summary: Mapping[str, Any]) -> str:
     assert recipe.report is not None
     from moeconv.calibrate.artifact import is_statistics
 
+    os.makedirs(os.path.dirname(os.path.abspath(recipe.report)), exist_ok=True)
     made = [step.to for step in recipe.steps if step.command == "calibrate" and step.to is not None]
     statistics = [path for path in made if is_statistics(path)]
     measure.report(
@@ -115,6 +119,7 @@ def _report(recipe: Recipe, summary: Mapping[str, Any]) -> str:
 
 def plan_all(recipe: Recipe) -> dict[str, Any]:
     """Every step's exact sizes, each planned on the plan of the one before it; nothing is read but headers."""
+    guard_recipe(recipe)
     models: dict[str, Model] = {}
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
@@ -239,11 +244,10 @@ def _remembered(to: str | None, key: str, run: Callable[[str], dict[str, Any]]) 
 
 def _key(step: Step) -> str:
     """What makes a step's output: command, parameters, version, and the bytes of its inputs."""
-    inputs = [open_resolved(step.source).identity]
-    for name in ("teacher", "reference"):
-        if step.parameters.get(name):
-            inputs.append(open_resolved(step.parameters[name]).identity)
-    files = [*step.parameters.get("data", ()), *filter(None, [step.parameters.get("stats")])]
+    groups = GROUPS[step.command]
+    models = [step.source, *(path for _, path in reads_of(step.parameters, *groups, kinds=("model",)))]
+    files = [path for kind in ("data", "file") for _, path in reads_of(step.parameters, *groups, kinds=(kind,))]
+    inputs = [open_resolved(path).identity for path in models]
     state = [__version__, step.command, dict(step.parameters), inputs, [_file_state(f) for f in files]]
     return hashlib.sha256(canonical_json(json.loads(json.dumps(state)))).hexdigest()
 

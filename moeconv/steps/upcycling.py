@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
@@ -27,7 +25,7 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
-from moeconv.steps.common import measuring, named, open_resolved, run_plan
+from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
 from moeconv.steps.equivalence import NOT_CHECKED, equivalence
 from moeconv.steps.kin import check_kin
 
@@ -55,7 +53,7 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
     with ExitStack() as stack:
         measured: Measured | None = None
         if measures:
-            check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+            check_out(out, model, values)
             groups = (UpcycleOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
             measured = stack.enter_context(measuring("upcycle", model, out, values, *groups, meter=meter))
         if measured and options.method == "split":

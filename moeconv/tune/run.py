@@ -19,11 +19,12 @@ import torch
 
 from moeconv.calibrate.run import SEQ_LEN as DEFAULT_SEQ_LEN
 from moeconv.calibrate.run import TOKENS, sequence_length
-from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.checkpoint.reader import artifact_metadata, is_artifact
+from moeconv.checkpoint.target import check_file_target
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
-from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, take
+from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, reads_of, take
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
@@ -66,13 +67,19 @@ def tune(
 
     Returns {objective, train, steps, learning_rate, loss_before, loss_after, kl_before, kl_after, improved, layers
     [{layer, load, entropy, max_over_mean, dead, before}], tokens {trained, held_out}, seconds, warnings}.
-    Raises InputError for models or data that do not go together, or routers that have no gradient.
+    Raises InputError for models or data that do not go together, or routers that have no gradient, OutputError for an
+    overlay that exists or is read.
     """
     began = time.monotonic()
     check_names(parameters, TuneOptions, DataOptions, MeasureOptions)
     options, measure = take(TuneOptions, parameters), take(MeasureOptions, parameters)
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     device, path = pick_device(measure.device), Path(overlay_path)
+    if current().leads:
+        check_file_target(
+            path, what="overlay", reads=[("the model", model_path), *reads_of(parameters, TuneOptions, DataOptions)],
+            overwrite=overwrite, replaces=lambda old: is_artifact(old, "overlay"),
+        )  # fmt: skip
     job = make_job(model_path, options, seed=seed, batch_size=measure.batch_size)
     meter = meter or SilentMeter()
     meter.note("reading the data")

@@ -354,8 +354,8 @@ def test_an_output_that_shares_a_directory_with_the_source(refused, tmp_path):
         tmp_path / "deep-link" / "source", f"{source}/../source", f"{source}/.", "/",
     ):  # fmt: skip
         for given in (source, tmp_path / "link"):
-            refused(4, "share a directory", "upcycle", given, where, "--no-check", "--overwrite")
-            refused(4, "share a directory", "upcycle", given, where, "--dry-run")
+            refused(4, "SOURCE", "upcycle", given, where, "--no-check", "--overwrite")
+            refused(4, "SOURCE", "upcycle", given, where, "--dry-run")
 
 
 # -- values --------------------------------------------------------------------------------------------------------

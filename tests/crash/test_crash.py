@@ -201,14 +201,12 @@ def test_overwrite_keeps_the_old_directory_until_the_new_one_is_complete(server,
     precious.write_bytes(b"precious")
 
     def old(out: Path) -> tuple[object, ...]:
-        """OUT as it was: a model of another plan, with links and a folder of its owner's."""
+        """OUT as it was: a model of another plan, with links in it."""
         shutil.copytree(tmp_path / "old", out, symlinks=True)
         for name in ("config.json", *sorted(n for n in os.listdir(out) if n.endswith(".safetensors"))[:2]):
             (out / name).unlink()
             (out / name).symlink_to(precious)
-        os.link(precious, out / "LICENSE")
-        (out / "notes").mkdir()
-        (out / "notes" / "mine.txt").write_text("mine")
+        os.link(precious, out / "README.md")
         return work.words(out, "--overwrite", "--jobs", 1)
 
     model = open_model(work.source)

@@ -236,7 +236,7 @@ def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
 
     def add(*files: str) -> Any:
         named = [word for file in files for word in ("--merge", tmp_path / file)]
-        return cli("calibrate", path, tmp_path / "sum", *named, "--overwrite", "--json")
+        return cli("calibrate", path, tmp_path / "total", *named, "--overwrite", "--json")
 
     twice = add("sum", "seed")  # the sum holds common.txt with seed 0
     assert twice.code == 0 and "tokens may be shared" in twice.json["warnings"][0]

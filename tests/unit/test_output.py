@@ -9,7 +9,8 @@ import pytest
 from tiny import hashes
 
 from moeconv.checkpoint import output as module
-from moeconv.checkpoint.output import Finished, OutputDirectory, check_target
+from moeconv.checkpoint.output import Finished, OutputDirectory
+from moeconv.checkpoint.target import check_target
 from moeconv.errors import OutputError
 
 
@@ -26,45 +27,11 @@ def stage(directory: OutputDirectory, **files: str) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
-def test_targets_that_share_a_directory_with_a_source(tmp_path):
-    source = tmp_path / "models" / "source"
-    source.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(source)
-    (tmp_path / "models-link").symlink_to(tmp_path / "models")
-    for bad in (
-        source, source / "inside", source / "a" / "b", source.parent, tmp_path, tmp_path / "link",
-        tmp_path / "link" / "inside", tmp_path / "models-link" / "source", source / ".." / "source",
-    ):  # fmt: skip
-        with pytest.raises(OutputError, match="share a directory"):
-            check_target(bad, sources=(source,), overwrite=True)
-        with pytest.raises(OutputError, match="share a directory"):
-            check_target(bad, sources=(tmp_path / "other", tmp_path / "link"), overwrite=True)
-    check_target(tmp_path / "models" / "source2", sources=(source,), overwrite=False)
-
-
-def test_targets_that_exist(tmp_path, out):
-    check_target(out, sources=(), overwrite=False)
-    out.mkdir()
-    with pytest.raises(OutputError, match="exists already"):
-        check_target(out, sources=(), overwrite=False)
-    check_target(out, sources=(), overwrite=True)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(out)
-    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    for overwrite in (False, True):
-        for name, says in (("file", "not a directory"), ("link", "symbolic link"), ("dangling", "symbolic link")):
-            with pytest.raises(OutputError, match=says):
-                check_target(tmp_path / name, sources=(), overwrite=overwrite)
-        for below in ("gone/out", "file/out"):
-            with pytest.raises(OutputError, match="does not exist"):
-                check_target(tmp_path / below, sources=(), overwrite=overwrite)
-
-
 @pytest.mark.parametrize("length", [250, 300])
 def test_names_too_long_for_the_file_system(tmp_path, length):
     out = tmp_path / ("o" * length)
     with pytest.raises(OutputError, match="File name too long"):
-        check_target(out, sources=(), overwrite=False)
+        check_target(out, reads=(), overwrite=False)
         with OutputDirectory(out, key="k"):
             pytest.fail("there is no such directory")
 
@@ -184,6 +151,7 @@ def test_commit_moves_everything_and_leaves_nothing_else(tmp_path, out):
 def test_commit_swaps_an_old_directory_only_when_asked(tmp_path, out):
     out.mkdir()
     (out / "old").write_text("old")
+    (out / "moeconv_manifest.json").write_text('{"files": {"old": {}}}')
     before = hashes(out)
     with OutputDirectory(out, key="k") as directory:
         stage(directory, a="1")
@@ -192,6 +160,20 @@ def test_commit_swaps_an_old_directory_only_when_asked(tmp_path, out):
     assert hashes(out) == before
     with OutputDirectory(out, key="k", overwrite=True) as directory:
         assert os.listdir(directory.staged) == ["a"]
+        directory.commit()
+    assert os.listdir(out) == ["a"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("either_rename")
+def test_what_came_to_lie_in_the_old_directory_meanwhile_is_not_lost(tmp_path, out):
+    out.mkdir()
+    with OutputDirectory(out, key="k", overwrite=True) as directory:
+        stage(directory, a="1")
+        (out / "mine").write_text("mine")
+        with pytest.raises(OutputError, match="would lose: mine$"):
+            directory.commit()
+        assert hashes(out).keys() == {"mine"} and os.listdir(directory.staged) == ["a"]
+        (out / "mine").unlink()
         directory.commit()
     assert os.listdir(out) == ["a"] and os.listdir(tmp_path) == ["out"]
 

@@ -102,8 +102,12 @@ def test_statistics_of_a_stranger_are_refused_and_a_page_is_not_replaced_unasked
     assert done.code == 3 and not (tmp_path / "r.html").exists()
     (tmp_path / "r.html").write_text("mine")
     assert cli("report", model, tmp_path / "r.html", "--json").code == 4
+    refused = cli("report", model, tmp_path / "r.html", "--overwrite", "--json")
+    assert refused.code == 4 and "not a report file of moeconv" in refused.json["error"]["message"]
     assert (tmp_path / "r.html").read_text() == "mine"
-    assert cli("report", model, tmp_path / "r.html", "--overwrite", "--json").code == 0
+    (tmp_path / "r.html").unlink()
+    for words in ([], ["--overwrite"]):
+        assert cli("report", model, tmp_path / "r.html", *words, "--json").code == 0
     (tmp_path / "wrong.json").write_text('{"error": {"code": 3, "message": "x", "hint": ""}}')
     assert cli("report", model, tmp_path / "q.html", "--results", tmp_path / "wrong.json", "--json").code == 3
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.staging import Measured
-from moeconv.checkpoint.writer import output_errors, replace_file
-from moeconv.errors import InputError, OutputError, UsageError, escape
+from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.checkpoint.target import check_file_target, starts_with
+from moeconv.checkpoint.writer import replace_file
+from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.options import PruneOptions, WriteOptions, take
 from moeconv.plan.meter import Meter
@@ -20,6 +24,7 @@ from moeconv.steps.pruning.evidence import gathered, settle
 from moeconv.steps.pruning.gates import AT_ONCE, Judge, feasible, increase
 
 PLOTS = (".png", ".svg", ".pdf")
+_MAKER = "moeconv prune --curve"  # what a plot says of itself
 
 
 def curve(
@@ -28,10 +33,13 @@ def curve(
     """Loss and KL against the share of experts removed, for nested plans; OUT takes the data or a plot of it."""
     options = take(PruneOptions, values)
     path = None if out is None else Path(out)
-    if path is not None and (path.suffix not in (".json", *PLOTS) or path.is_dir()):
+    if path is not None and (path.suffix not in (".json", *PLOTS) or os.path.isdir(path)):
         raise UsageError(f"--curve writes no model: {escape(out)} must end in .json, {', '.join(PLOTS)}")
-    if path is not None and path.exists() and not take(WriteOptions, values).overwrite:
-        raise OutputError(f"{escape(out)} exists already", hint="Remove it, or pass --overwrite.")
+    if path is not None:
+        check_file_target(
+            path, what="curve", reads=[("the model", model.checkpoint.path)],
+            overwrite=take(WriteOptions, values).overwrite, replaces=is_curve,
+        )  # fmt: skip
     for flag in ("merge", "sequential", "distill"):
         if getattr(options, flag):
             raise UsageError(
@@ -79,6 +87,17 @@ def curve(
     return result
 
 
+def is_curve(path: Path) -> bool:
+    """Whether a file holds what `prune --curve` writes: its data, or a plot of them."""
+    if path.suffix in PLOTS:
+        return starts_with(path, *((begin, _MAKER.encode()) for begin in (b"\x89PNG", b"<?xml", b"%PDF")))
+    try:
+        value = read_json_object(path, what=escape(path))
+    except InputError:
+        return False
+    return value.get("command") == "prune" and isinstance(value.get("curve"), list)
+
+
 def _stability(
     model: Model, evidence: Evidence, criterion: str, orders: Mapping[int, Order], counts: Sequence[int],
     protected: Mapping[int, frozenset[int]],
@@ -114,6 +133,7 @@ def _draw(result: Mapping[str, Any], path: Path) -> None:
     axis.set(xlabel="share of the experts removed", ylabel="nats per token", title=result["criterion"])
     axis.grid(alpha=0.3)
     axis.legend()
-    with output_errors(path):
-        figure.savefig(path, bbox_inches="tight")
+    picture, key = io.BytesIO(), "Software" if path.suffix == ".png" else "Creator"
+    figure.savefig(picture, format=path.suffix[1:], bbox_inches="tight", metadata={key: _MAKER})
     pyplot.close(figure)
+    replace_file(path, picture.getvalue())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.output import check_target
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
@@ -24,7 +22,7 @@ from moeconv.options import (
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import Evidence
-from moeconv.steps.common import measuring, named, open_resolved, run_plan
+from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
 from moeconv.steps.pruning.curve import curve
 from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
 from moeconv.steps.pruning.gates import cost, decided
@@ -62,7 +60,7 @@ def prune(
     if out is None:
         raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
     limits.check_prune(model, **parameters)  # before anything is measured
-    check_target(Path(os.path.abspath(out)), sources=(model.checkpoint.path,), overwrite=write.overwrite)
+    check_out(out, model, values)
     if write.dry_run:
         evidence = evidence_of(model, options.stats, parameters)
         settle(model, evidence, options, parameters)

@@ -1,0 +1,201 @@
+"""Where an output may go: never onto, around or into what the command reads, and never onto what moeconv cannot know.
+
+A directory is swapped only when it is empty, when moeconv wrote it, or when it is one checkpoint and nothing else; a
+file only when it is of the kind that replaces it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.card import CARD_NAME
+from moeconv.checkpoint.companions import TEMPLATES, is_companion_name
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, allowed_root
+from moeconv.checkpoint.staging import staging_of
+from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.errors import InputError, OutputError, escape
+
+Inputs = Iterable[tuple[str, str | os.PathLike[str]]]  # (the word that names it: SOURCE, --teacher; its path)
+_BESIDE = (CARD_NAME, "README", ".gitattributes", ".gitignore")  # files of a repository that are no model's
+_READ = 1 << 24  # bytes of a file in which its marks are sought
+_NAMED = 5  # files that a message names
+
+
+def check_apart(out: str | os.PathLike[str], reads: Inputs, *, staging: bool = False) -> None:
+    """Refuse an OUT that is, holds or lies in anything that the command reads. Raises OutputError.
+
+    `staging`: nor may the directory beside OUT in which it is made, which is removed at the end.
+    """
+    path = Path(os.path.abspath(out))
+    ours = [(f"OUT {escape(out)}", path)]
+    if staging:
+        ours.append((f"the staging directory of OUT {escape(out)}", staging_of(path)))
+    for word, read in reads:
+        for where, is_directory in _places(Path(read)):
+            for name, place in ours:
+                how = _relation(Path(os.path.realpath(place)), where, is_directory=is_directory)
+                if how:
+                    raise OutputError(
+                        f"{name} {how} {word} {escape(read)}",
+                        hint="What a command reads is never replaced: choose another OUT.",
+                    )
+
+
+def _relation(out: Path, read: Path, *, is_directory: bool) -> str:
+    """How OUT touches a path that is read, both without links; empty where it does not."""
+    if out == read:
+        return "is"
+    if out in read.parents:
+        return "holds"
+    return "lies in" if is_directory and read in out.parents else ""
+
+
+def _places(read: Path) -> Iterator[tuple[Path, bool]]:
+    """(path without links, whether it is a directory) of everything whose loss would be the loss of `read`: where its
+    name stands, where it leads, and where the links of a checkpoint's files lead (a hub cache, say)."""
+    named = Path(os.path.abspath(read))
+    yield Path(os.path.realpath(named.parent)) / named.name, False
+    if not os.path.isdir(read):
+        yield Path(os.path.realpath(read)), False
+        return
+    yield allowed_root(read), True
+    yield Path(os.path.realpath(read)), True
+    try:
+        with os.scandir(read) as entries:
+            links = [entry.path for entry in entries if entry.is_symlink()]
+    except OSError:
+        return
+    yield from ((Path(os.path.realpath(link)), os.path.isdir(link)) for link in links)
+
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+def check_target(out: Path, *, reads: Inputs, overwrite: bool) -> None:
+    """Refuse an OUT directory that touches what is read, that is a link, or whose swap would lose something.
+
+    Raises OutputError.
+    """
+    check_apart(out, reads)
+    if os.path.islink(out):
+        raise OutputError(f"OUT {escape(out)} is a symbolic link", hint="Give the directory that it should become.")
+    if os.path.exists(out):
+        if not os.path.isdir(out):
+            raise OutputError(f"OUT {escape(out)} exists and is not a directory", hint="Choose another OUT.")
+        if not overwrite:
+            raise OutputError(f"OUT {escape(out)} exists already", hint="Choose another OUT, or pass --overwrite.")
+        check_swap(out)
+    if not os.path.isdir(out.parent):
+        raise OutputError(f"{escape(out.parent)} does not exist", hint="Create it first.")
+
+
+def check_swap(out: Path) -> None:
+    """Refuse to swap a directory that holds more than an output of moeconv or a single checkpoint; it names what would
+    be lost. Raises OutputError."""
+    try:
+        lost = strangers(out)
+    except OSError as error:
+        raise OutputError(f"cannot list OUT {escape(out)}: {error.strerror}", hint="Check its permissions.") from None
+    if lost:
+        names = ", ".join(escape(name) for name in lost[:_NAMED])
+        more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
+        raise OutputError(
+            f"OUT {escape(out)} holds what --overwrite would lose: {names}{more}",
+            hint="It swaps an empty directory, an output of moeconv, or a single checkpoint, with nothing else in it: "
+            "move these away, or choose another OUT.",
+        )
+
+
+def strangers(directory: Path) -> list[str]:
+    """What lies in a directory beside an output of moeconv or beside a single checkpoint, in name order: file names,
+    and names of folders with a slash behind. Everything, where it is neither of them."""
+    ours = _manifest_files(directory)
+    known = _checkpoint_files(directory) if ours is None else ours
+    return list(_unknown(directory, "", known, companions=ours is None and bool(known)))
+
+
+def _unknown(directory: Path, prefix: str, known: frozenset[str], *, companions: bool) -> Iterator[str]:
+    with os.scandir(directory / prefix) as scanned:
+        entries = sorted(scanned, key=lambda entry: entry.name)
+    for entry in entries:
+        name = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            inside = any(k.startswith(f"{name}/") for k in known) or (companions and name == TEMPLATES)
+            yield from _unknown(directory, f"{name}/", known, companions=companions) if inside else (f"{name}/",)
+        elif name not in known and not (companions and is_companion_name(name)):
+            yield name
+
+
+def _manifest_files(directory: Path) -> frozenset[str] | None:
+    """The files of an output of moeconv, as its manifest names them; None for a directory without one."""
+    files = _json(directory / MANIFEST_NAME).get("files")
+    if not isinstance(files, dict) or not files:
+        return None
+    return frozenset({*map(str, files), MANIFEST_NAME, CARD_NAME})
+
+
+def _checkpoint_files(directory: Path) -> frozenset[str]:
+    """The files that make a directory a checkpoint; empty where it is none."""
+    shards = shards_of(directory)
+    if not shards or not os.path.isfile(directory / "config.json"):
+        return frozenset()
+    return frozenset({"config.json", INDEX_NAME, *shards, *_BESIDE})
+
+
+def shards_of(directory: Path) -> frozenset[str]:
+    """The names of a checkpoint's weight files as its index has them, or the one of a checkpoint without an index."""
+    weight_map = _json(directory / INDEX_NAME).get("weight_map")
+    if isinstance(weight_map, dict):
+        return frozenset(name for name in weight_map.values() if isinstance(name, str))
+    return frozenset({SINGLE_NAME} if os.path.isfile(directory / SINGLE_NAME) else ())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is none that can be read."""
+    try:
+        return read_json_object(path, what=path.name)
+    except InputError:
+        return {}
+
+
+# -- single files ------------------------------------------------------------------------------------------------------
+
+
+def check_file_target(
+    path: Path, *, what: str, reads: Inputs, overwrite: bool, replaces: Callable[[Path], bool]
+) -> None:
+    """Refuse, before any work, a path where the file `what` (a word for people) could not be put, or where it would
+    replace something else: what is read, a model's weights, or a file that is not `replaces`. Raises OutputError."""
+    check_apart(path, reads)
+    if os.path.isdir(path):
+        raise OutputError(f"{escape(path)} is a directory", hint=f"Give the name of the {what} file.")
+    if os.path.islink(path):
+        raise OutputError(f"{escape(path)} is a symbolic link", hint=f"Give the name of the {what} file itself.")
+    directory = path.absolute().parent
+    if os.path.isfile(directory / "config.json") and path.name in {SINGLE_NAME, *shards_of(directory)}:
+        raise OutputError(
+            f"{escape(path)} is a file of the model in {escape(directory)}", hint="Choose another name, elsewhere."
+        )
+    if os.path.exists(path):
+        if not overwrite:
+            raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
+        if not os.path.isfile(path) or (os.path.getsize(path) and not replaces(path)):
+            raise OutputError(
+                f"{escape(path)} is not a {what} file of moeconv, and --overwrite replaces no other",
+                hint="Remove it yourself, or choose another name.",
+            )
+    if not os.path.isdir(directory):
+        raise OutputError(f"{escape(path.parent)} does not exist", hint="Create it first.")
+
+
+def starts_with(path: Path, *marks: Sequence[bytes]) -> bool:
+    """Whether a file begins with the first mark of a row and holds the others, for any row."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_READ)
+    except OSError:
+        return False
+    return any(data.startswith(row[0]) and all(mark in data for mark in row) for row in marks)

@@ -59,7 +59,7 @@ def _places(read: Path) -> Iterator[tuple[Path, bool]]:
     named = Path(os.path.abspath(read))
     yield Path(os.path.realpath(named.parent)) / named.name, False
     if not os.path.isdir(read):
-        yield Path(os.path.realpath(read)), False
+        yield Path(os.path.realpath(read)), not os.path.exists(read)  # an output to come may be a directory
         return
     yield allowed_root(read), True
     yield Path(os.path.realpath(read)), True

@@ -20,10 +20,12 @@ def read_by(step: Step) -> list[tuple[str, str]]:
 def guard_recipe(recipe: Recipe) -> None:
     """Refuse a recipe before any of its steps runs. Raises OutputError."""
     outputs = [step.to for step in recipe.steps if step.to is not None]
-    written = {os.path.abspath(out) for out in outputs}
-    reads = [("the recipe", recipe.path), *(read for step in recipe.steps for read in read_by(step))]
-    reads += [] if recipe.evaluate is None else reads_of(recipe.evaluate, *GROUPS["evaluate"])
-    given = [(word, path) for word, path in reads if os.path.abspath(path) not in written]
+    given, written = [("the recipe", recipe.path)], set[str]()
+    for step in recipe.steps:  # what an earlier one wrote is to be read, and nested in nothing
+        given += [(word, path) for word, path in read_by(step) if os.path.abspath(path) not in written]
+        written |= {os.path.abspath(step.to)} if step.to is not None else set()
+    measured = [] if recipe.evaluate is None else reads_of(recipe.evaluate, *GROUPS["evaluate"])
+    given += [(word, path) for word, path in measured if os.path.abspath(path) not in written]
     for at, out in enumerate(outputs):
         guard(out, [*given, *(("the output", other) for other in outputs[:at] + outputs[at + 1 :])])
     if recipe.report is not None:

@@ -240,9 +240,9 @@ def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
 
     twice = add("sum", "seed")  # the sum holds common.txt with seed 0
     assert twice.code == 0 and "tokens may be shared" in twice.json["warnings"][0]
-    assert load_statistics(tmp_path / "sum").metadata["sources"][0]["tokens"] == 20 * SEQ_LEN
-    assert len(load_statistics(tmp_path / "sum").metadata["merged"]) == 3
-    kept = (tmp_path / "sum").read_bytes()
+    assert load_statistics(tmp_path / "total").metadata["sources"][0]["tokens"] == 20 * SEQ_LEN
+    assert len(load_statistics(tmp_path / "total").metadata["merged"]) == 3
+    kept = (tmp_path / "total").read_bytes()
     for files, code, said in (
         (("a",), 2, "at least two"), (("a", "sum"), 3, "count twice"), (("a", "short"), 3, "seq_len: 16 and 8"),
         (("a", "foreign"), 3, "another model"), (("a", "old"), 3, "no logit_sum"), (("a", "nowhere"), 3, "not exist"),
@@ -250,7 +250,7 @@ def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
         refused = add(*files)
         assert refused.code == code and said in refused.json["error"]["message"], (files, refused)
     assert cli("calibrate", path, tmp_path / "sum", "--merge", "x", "--data", paths[0]).code == 2
-    assert (tmp_path / "sum").read_bytes() == kept
+    assert (tmp_path / "total").read_bytes() == kept
 
 
 KILLED = """

@@ -13,4 +13,8 @@ def guard(out: str, reads: Iterable[tuple[str, str]]) -> None:
 
     `reads` are (the word that names it, the path). Raises OutputError.
     """
-    check_apart(out, [(word, cache() if path.startswith("hf://") else path) for word, path in reads])
+    check_apart(out, [_local(word, path) for word, path in reads], staging=True)
+
+
+def _local(word: str, path: str) -> tuple[str, str]:
+    return (f"the hub's cache of {word} {path}:", cache()) if path.startswith("hf://") else (word, path)

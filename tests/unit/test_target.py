@@ -24,6 +24,8 @@ from moeconv.errors import OutputError
 from moeconv.options import flag_of
 from moeconv.plan.meter import SilentMeter
 from moeconv.recipe import DEMO_DATA, GROUPS
+from moeconv.steps.guard import guard
+from moeconv.steps.hub import cache as cache_of_the_hub
 from moeconv.steps.pipeline import run_recipe
 from moeconv.steps.pruning.curve import is_curve
 
@@ -194,12 +196,15 @@ def test_a_path_is_the_same_under_all_its_names(room, monkeypatch):
         (cache / "snapshots" / "0", [cache / "blobs", cache, cache / "out", cache / "snapshots", room / "hub"]),
         (room / "links", [model, room / "in", "links"]),
         (room / "in" / "file", ["in-link/file", "in", "in-link"]),
-        (room / ".out.moeconv" / "key" / "out", ["out"]),
     ):  # fmt: skip
         for out in outs:
             for overwrite in (False, True):
                 with pytest.raises(OutputError, match=r"(is|holds|lies in) --teacher"):
                     check_target(Path(os.path.abspath(out)), reads=[("--teacher", read)], overwrite=overwrite)
+    with pytest.raises(OutputError, match=r"staging directory of OUT .* holds --teacher"):  # it is removed at the end
+        guard(str(room / "out"), [("--teacher", str(room / ".out.moeconv" / "key" / "out"))])
+    with pytest.raises(OutputError, match="lies in the hub's cache of SOURCE hf://a/b"):
+        guard(os.path.join(cache_of_the_hub(), "out"), [("SOURCE", "hf://a/b")])
     check_target(
         room / "in" / "model2", reads=[("--teacher", model), ("--data", room / "in" / "file")], overwrite=False
     )

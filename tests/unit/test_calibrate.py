@@ -383,6 +383,7 @@ def test_targets_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
     path = make(tmp_path / "model")
     out = tmp_path / "stats"
     out.write_text("old")
+    (tmp_path / "folder").mkdir()
 
     def run(target: Path, **more: Any) -> None:
         calibrate(path, target, data=texts(tmp_path), seq_len=SEQ_LEN, **more)
@@ -392,7 +393,9 @@ def test_targets_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OutputError, match="exists already"):
             run(out)
         with pytest.raises(OutputError, match="is a directory"):
-            run(tmp_path, overwrite=True)
+            run(tmp_path / "folder", overwrite=True)
+        with pytest.raises(OutputError, match="not a statistics file"):
+            run(out, overwrite=True)
         with pytest.raises(OutputError, match="does not exist"):
             run(tmp_path / "nowhere" / "stats")
         with pytest.raises(UsageError, match="--seq-len 129 is more than the model's 128"):
@@ -400,9 +403,11 @@ def test_targets_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UsageError, match="sample-tokens"):
             run(tmp_path / "new", sample_tokens=0)
     assert out.read_text() == "old"
-    run(out, overwrite=True)
+    out.unlink()
+    for _ in range(2):
+        run(out, overwrite=True)
     assert load_statistics(out).layers == (0, 1)
-    assert sorted(os.listdir(tmp_path)) == ["common.txt", "model", "rare.txt", "stats"]
+    assert sorted(os.listdir(tmp_path)) == ["common.txt", "folder", "model", "rare.txt", "stats"]
 
 
 def test_the_default_length_is_at_most_the_models(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """moeconv: dense checkpoints to Mixture-of-Experts, pruned and quantized, exactly and in constant memory.
 
-The library face, imported lazily: `import moeconv` loads neither torch nor transformers.
+`moeconv.api` is the library face; its functions are names of this package too. `import moeconv` loads neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -10,25 +11,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_FACE = {
-    "open": "moeconv.families.model:open_model",
-    "plan_upcycle": "moeconv.upcycle.planner:plan_upcycle",
-    "plan_prune": "moeconv.prune.planner:plan_prune",
-    "plan_quantize": "moeconv.quantize.planner:plan_quantize",
-    "plan_overlay": "moeconv.tune.planner:plan_overlay",
-    "execute": "moeconv.plan.execute:execute",
-    "calibrate": "moeconv.calibrate.run:calibrate",
-    "tune": "moeconv.tune.run:tune",
-    "evaluate": "moeconv.evaluate.run:evaluate",
-    "verify": "moeconv.report.verify:verify",
-    "inspect": "moeconv.report.inspect:inspect",
-}
+# Names of functions that are sub-packages as well: the package can be called, so that which of the two was imported
+# first makes no difference (see callable_package.py).
+_PACKAGES = ("calibrate", "evaluate", "tune")
+_FUNCTIONS = ("execute", "inspect", "plan_overlay", "plan_prune", "plan_quantize", "plan_upcycle", "verify")
 
-__all__ = ["__version__", *sorted(_FACE)]
+__all__ = ["__version__", "api", *_PACKAGES, *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FACE:
+    if name in ("api", *_PACKAGES):
+        return import_module(f"moeconv.{name}")
+    if name == "open":  # not in __all__: `import *` must leave the built-in alone
+        name = "open_model"
+    elif name not in _FUNCTIONS:
         raise AttributeError(f"module 'moeconv' has no attribute {name!r}")
-    module, _, attribute = _FACE[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return getattr(import_module("moeconv.api"), name)

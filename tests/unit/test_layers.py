@@ -25,12 +25,14 @@ FILES = {
 ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
 # room -> rooms that it may know beside itself
 DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
-STREAM = DECIDE | {"tensors", "stream", "data", "world"}
+STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "world": {"errors"},
     "units": set(),
+    "callable_package": set(),
+    "api": {"calibrate", "evaluate", "families", "plan", "prune", "quantize", "report", "tune", "upcycle"},
     "checkpoint": {"errors"},
     "families": {"errors", "checkpoint"},
     "options": {"errors"},

@@ -1,0 +1,49 @@
+"""The library face: every function that a program calls, loaded when it is first asked for.
+
+`import moeconv.api` loads neither torch nor transformers. The names are those of the commands; parameters are the words
+of the flags.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moeconv.calibrate.run import calibrate as calibrate
+    from moeconv.evaluate.run import evaluate as evaluate
+    from moeconv.families.model import open_model as open_model
+    from moeconv.plan.execute import execute as execute
+    from moeconv.prune.planner import plan_prune as plan_prune
+    from moeconv.quantize.planner import plan_quantize as plan_quantize
+    from moeconv.report.inspect import inspect as inspect
+    from moeconv.report.verify import verify as verify
+    from moeconv.tune.planner import plan_overlay as plan_overlay
+    from moeconv.tune.run import tune as tune
+    from moeconv.upcycle.planner import plan_upcycle as plan_upcycle
+
+_HOMES = {
+    "calibrate": "moeconv.calibrate.run",
+    "evaluate": "moeconv.evaluate.run",
+    "execute": "moeconv.plan.execute",
+    "inspect": "moeconv.report.inspect",
+    "open_model": "moeconv.families.model",
+    "plan_overlay": "moeconv.tune.planner",
+    "plan_prune": "moeconv.prune.planner",
+    "plan_quantize": "moeconv.quantize.planner",
+    "plan_upcycle": "moeconv.upcycle.planner",
+    "tune": "moeconv.tune.run",
+    "verify": "moeconv.report.verify",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -35,6 +35,10 @@ class Routes:
     index: Tensor
     weights: Tensor
 
+    def where(self, chosen: Tensor) -> Routes:
+        """The tokens that `chosen` bool [T] marks."""
+        return Routes(self.hidden[chosen], self.index[chosen], self.weights[chosen])
+
 
 def refit_layer(
     experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], refit: Refit
@@ -62,6 +66,31 @@ def refit_layer(
             change[e] += step.T
             missing[rows] -= inner @ step
     return {e: (w.double() + change[e]).to(w.dtype) for e, w in before.items()}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a layer's refit fared on its held-out tokens: relative errors with the old weights and with the new ones,
+    tokens per expert that shaped these, and whether they are `kept`."""
+
+    layer: int
+    error_before: float
+    error_after: float
+    tokens_per_expert: float
+    kept: bool
+
+
+def judged(
+    experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], after: Mapping[int, Tensor]
+) -> tuple[float, float]:
+    """Squared norms of what the layer's output lacks [T, H], with the old down projections and with the new ones."""
+    left = missing.double().clone()
+    for e, weight in after.items():
+        rows, slot = (routes.index == e).nonzero(as_tuple=True)
+        if len(rows):
+            inner = _inner(experts, routes.hidden[rows], e) * routes.weights[rows, slot][:, None].double()
+            left[rows] -= inner @ (weight.double() - before[e].double()).T
+    return float(missing.double().square().sum()), float(left.square().sum())
 
 
 def _inner(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:

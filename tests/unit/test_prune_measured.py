@@ -13,6 +13,7 @@ from words import add_tokenizer, text
 
 from moeconv.calibrate.artifact import load_statistics
 from moeconv.calibrate.run import calibrate
+from moeconv.data.heldout import held_out
 from moeconv.data.windows import load_tokens, split_windows
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
@@ -230,6 +231,43 @@ def test_a_masked_and_refitted_variant_is_the_pruned_file(tmp_path: Path, case: 
         return float((variant.hidden - stream.hidden).norm())
 
     assert apart(refitted) < 0.9 * apart(plain)
+
+
+def test_a_refit_is_never_worse_on_the_held_out_tokens(tmp_path: Path) -> None:
+    path = make(tmp_path / "model", "olmoe", num_hidden_layers=1)
+    model, kept = open_model(path), []
+    (tmp_path / "a.txt").write_text(text(32 * SEQ_LEN))
+    for windows, strength in ((1, 1e-6), (2, 1e-6), (3, 1e-6), (16, 1e-6), (32, 0.3)):
+        data = load_tokens([str(tmp_path / "a.txt")], path, tokens=windows * SEQ_LEN, seq_len=SEQ_LEN, seed=0)
+        held = torch.from_numpy(held_out(windows, SEQ_LEN))
+        keep = {0: [0, 2, 5]}
+        refitted, plain = Variant(keep=dict(keep), refit=Refit(strength, 2)), Variant(keep=dict(keep))
+        stream = LayerStream(model, data.windows)
+        pruned_pass(stream, [plain, refitted])
+        new, old = (float((v.hidden - stream.hidden)[held].double().norm()) for v in (refitted, plain))
+        (fitted,) = refitted.fitted
+        assert new <= old and fitted.kept == (fitted.error_after <= fitted.error_before)
+        assert new / old == pytest.approx(fitted.error_after / fitted.error_before if fitted.kept else 1, rel=1e-3)
+        kept.append(fitted.kept)
+    assert not all(kept) and kept[-1], "fits without a ridge on so few tokens err more, one on many less"
+
+
+def test_a_refit_on_too_little_text_says_so(tmp_path: Path, cli: Any) -> None:
+    path = make(tmp_path / "model", "olmoe")
+    (tmp_path / "a.txt").write_text(text(SEQ_LEN))
+    flags = ("--ratio", 0.5, "--criterion", "random", "--data", tmp_path / "a.txt", "--seq-len", SEQ_LEN, "--json")
+    done = cli("prune", path, tmp_path / "out", "--refit", "--refit-strength", 1e-6, *flags)
+    assert done.code == 0, done.out
+    layers = done.json["prune"]["refit"]["layers"]
+    back = [row["layer"] for row in layers if not row["kept"]]
+    assert back and all(row["error_before"] < row["error_after"] for row in layers if not row["kept"])
+    assert sum("tokens per expert on average" in w for w in done.json["warnings"]) == 1
+    assert sum("err more on held-out tokens" in w for w in done.json["warnings"]) == 1
+    assert cli("prune", path, tmp_path / "plain", *flags, "--no-check").code == 0
+    one, other = open_model(tmp_path / "out"), open_model(tmp_path / "plain")
+    for name, role in one.roles.items():
+        if role.layer in back:
+            assert one.checkpoint.read(name) == other.checkpoint.read(name)
 
 
 def test_refit_is_the_ridge_solution(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ def left_of(
 def repaired(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, left: int, values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
-) -> tuple[dict[str, SafetensorsFile], dict[int, list[int]]]:  # fmt: skip
+) -> tuple[dict[str, SafetensorsFile], dict[int, list[int]], dict[str, Any]]:  # fmt: skip
     """Pass the model once more, each layer on the pruned layers before it: chosen there (--sequential), and refitted
-    to the unpruned model's stream (--refit)."""
+    to the unpruned model's stream (--refit). Returns the overlays, what is kept, and how the refit fared."""
     from moeconv.repair.pruned import Variant, pruned_pass
     from moeconv.repair.run import repair
 
@@ -65,11 +65,27 @@ def repaired(
     )
     if not options.refit:
         pruned_pass(stream, [variant])
-        return {}, {layer: sorted(kept) for layer, kept in variant.keep.items()}
+        return {}, {layer: sorted(kept) for layer, kept in variant.keep.items()}, {}
     path = Path(folder) / "refit.safetensors"
     settings = {"method": "refit", "strength": options.refit_strength, "sweeps": options.refit_sweeps}
     repair(stream, read, variant, path, left=left, settings=settings)
-    return {"refit": SafetensorsFile(path)}, {layer: sorted(kept) for layer, kept in variant.keep.items()}
+    kept = {layer: sorted(kept) for layer, kept in variant.keep.items()}
+    return {"refit": SafetensorsFile(path)}, kept, {"refit": {"layers": [asdict(f) for f in variant.fitted]}}
+
+
+def remarks_on(extra: Mapping[str, Any]) -> list[str]:
+    """Warnings of a refit: too little text, and layers that stay as they were cut."""
+    from moeconv.data.heldout import few_tokens, layers_in_words
+
+    layers = extra.get("refit", {}).get("layers", [])
+    warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in layers}, what="--refit")
+    back = [row["layer"] for row in layers if not row["kept"]]
+    if back:
+        warnings.append(
+            f"--refit: {layers_in_words(back)} keep the weights that they had, because the refitted ones err more on "
+            "held-out tokens"
+        )
+    return warnings
 
 
 class _Fields:

@@ -26,7 +26,7 @@ from moeconv.steps.common import check_out, measuring, named, open_resolved, run
 from moeconv.steps.pruning.curve import curve
 from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
 from moeconv.steps.pruning.gates import cost, decided
-from moeconv.steps.pruning.repairs import REPAIRS, distilled, left_of, merged, repaired
+from moeconv.steps.pruning.repairs import REPAIRS, distilled, left_of, merged, remarks_on, repaired
 
 Run = Callable[..., dict[str, Any]]  # as run_plan
 
@@ -81,7 +81,7 @@ def prune(
         )  # fmt: skip
         result = run(plan, model, out, values, meter=meter, origins=made.overlays or None, lock=measured.lock)
     result["prune"] |= made.extra
-    result["warnings"] += warnings
+    result["warnings"] += [*warnings, *remarks_on(made.extra)]
     return result
 
 
@@ -119,7 +119,8 @@ def _decide(
     groups: Any = None
     if options.sequential or options.refit:
         left = left_of(model, evidence, keep, parameters)
-        overlays, keep = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
+        overlays, keep, fared = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
+        extra |= fared
     if options.merge:
         overlays, groups, keep = merged(model, evidence, keep, values, parameters, folder, meter=meter)
     if options.distill:

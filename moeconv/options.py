@@ -210,7 +210,7 @@ class QuantizeOptions:
     )
     double_quant: bool = option(False, "Quantize the scales too (bitsandbytes nf4 and fp4).")
     requantize: bool = option(
-        False, "Take a source that is quantized already (FP8, MXFP4, ...): it is decoded first, into TMPDIR."
+        False, "Take a source that is quantized already (FP8, MXFP4, ...): each weight is decoded as it is packed."
     )
 
 

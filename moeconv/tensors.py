@@ -14,7 +14,9 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.families import packed
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role
+from moeconv.plan.kernels.chain import between
 from moeconv.plan.kernels.stored import decode_parts, to_tensor
+from moeconv.plan.plan import Item
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -60,6 +62,14 @@ def read_parts(model: Model, name: str) -> dict[str, Tensor]:
     if not parts:
         raise KeyError(name)
     return parts
+
+
+def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
+    """The matrix that a packing item of a plan packs, as its kernel is given it: of the plan's source, decoded or cast
+    where the plan does that first."""
+    read = [(ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs]
+    ((ref, data),) = [between(read, item.params)] if item.kernel == "chain" else read
+    return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 
 def decode_weight(model: Model, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from moeconv.gptq.matrix import Coded, Grid
+from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.plan import Item
 
-KERNELS = ("pack_int", "pack_bnb4", "pack_bnb8")  # whose items this file knows
-
 
 def grid_of(item: Item) -> tuple[Grid, int]:
     """The levels that an item's codes stand for, and the weights that share a scale."""
+    item = last_stage(item)
     width = item.inputs[0].shape[1]
     if item.kernel == "pack_int":
         half = 1 << (item.params["bits"] - 1)
@@ -34,15 +34,9 @@ def _empty_4bit(item: Item) -> dict[str, Tensor]:
     return pack_nf4(weight, block_size=item.params["block_size"], quant_type=item.params["quant_type"])
 
 
-def supported(item: Item) -> bool:
-    """Whether the item's groups are parts of rows, so that its codes can be chosen freely."""
-    if item.kernel not in KERNELS or len(item.inputs) != 1 or item.params.get("nested"):
-        return False
-    return len(item.inputs[0].shape) == 2 and item.inputs[0].shape[1] % grid_of(item)[1] == 0
-
-
 def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
     """The item's output tensors, by name, that decode to `coded`."""
+    item = last_stage(item)
     levels, scales = coded.levels.cpu(), coded.scales.cpu()
     parts: dict[str, Tensor] = {}
     if item.kernel == "pack_int":

@@ -24,18 +24,20 @@ from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
+from moeconv.families import packed
 from moeconv.families.model import Model
+from moeconv.families.spec import Role
 from moeconv.gptq.grids import grid_of, on_disk
 from moeconv.gptq.matrix import Coded, damped, gptq, retarget, round_to_nearest
 from moeconv.options import DataOptions, MeasureOptions, check_names, parse_size, take
 from moeconv.plan.kernels.draw import generator
-from moeconv.plan.kernels.stored import to_bytes, to_tensor
+from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
 from moeconv.stream.experts import one_expert
 from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
 from moeconv.stream.memory import allocate
-from moeconv.tensors import decode_weight
+from moeconv.tensors import decode_weight, packed_source
 
 VERSION = 1
 HELD_OUT = 16  # every 16th window judges and is not looked at
@@ -51,12 +53,16 @@ def choose_codes(
     path: str | os.PathLike[str],
     *,
     damping: float,
+    view: Model | None = None,
     seed: int = 0,
     meter: Meter | None = None,
     **parameters: Any,
 ) -> dict[str, Any]:
     """Write an overlay with the outputs of `items`, planned packings of expert weights; returns {layers: [{layer,
     output_rms, output_rms_rtn, fewest_tokens}], tokens, held_out}.
+
+    `view` is the model whose weights the items pack, where it is not `model` itself but planned on it: decoded, or with
+    its experts taken apart. The overlay is then of that one.
 
     `output_rms` is the error of the layer's FFN against the unquantized one on the same inputs, relative, on windows
     that chose nothing; `output_rms_rtn` what round-to-nearest has there. parameters: DataOptions and MeasureOptions.
@@ -66,6 +72,7 @@ def choose_codes(
     measure = take(MeasureOptions, parameters)
     if not 0 < damping < 1e6:
         raise UsageError(f"--damping {damping} must be above 0", hint="0.01 is usual.")
+    view = view or model
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     meter = meter or SilentMeter()
     meter.note("reading the data")
@@ -80,12 +87,12 @@ def choose_codes(
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
     metadata = artifact_metadata(
-        "overlay", version=VERSION, identity=model.identity, method="gptq", damping=damping, seed=seed,
+        "overlay", version=VERSION, identity=view.identity, method="gptq", damping=damping, seed=seed,
         seq_len=data.seq_len, sources=sources,
     )  # fmt: skip
-    by_layer: dict[int, list[Item]] = {}
+    by_layer: dict[int | None, list[Item]] = {}
     for item in items:
-        by_layer.setdefault(_layer_of(model, item), []).append(item)
+        by_layer.setdefault(_role_of(view, item).layer, []).append(item)
     header = [(spec.name, spec.dtype, spec.shape) for item in items for spec in item.outputs]
     rows = []
     with writing_artifact(Path(path), header, metadata=metadata) as writer:
@@ -96,7 +103,7 @@ def choose_codes(
 
         for layer in stream.layers():
             if layer.index in by_layer:
-                work = _Layer(model, stream, layer, by_layer[layer.index], damping, seed, budget)
+                work = _Layer(model, view, stream, layer, by_layer[layer.index], damping, seed, budget)
                 with torch.no_grad():
                     rows.append(work.run(put))
                 meter.note(
@@ -106,10 +113,13 @@ def choose_codes(
     return {"layers": rows, "tokens": data.tokens, "held_out": int(_held(len(data.windows)).sum()) * data.seq_len}
 
 
-def _layer_of(model: Model, item: Item) -> int:
-    layer = model.roles[item.inputs[0].tensor].layer
-    assert layer is not None
-    return layer
+def _name_of(item: Item) -> str:
+    """The weight that an item packs, by its name in the view."""
+    return packed.weight_of(item.outputs[0].name)
+
+
+def _role_of(view: Model, item: Item) -> Role:
+    return view.roles[_name_of(item)]
 
 
 def _held(windows: int) -> Tensor:
@@ -149,6 +159,7 @@ class _Layer:
     """The work on one layer. `items` are the packings of its experts' weights."""
 
     model: Model
+    view: Model
     stream: LayerStream
     layer: Layer
     items: Sequence[Item]
@@ -164,7 +175,7 @@ class _Layer:
         original = copy.deepcopy(experts)
         by_expert: dict[int, dict[str, Item]] = {}
         for item in self.items:
-            role = self.model.roles[item.inputs[0].tensor]
+            role = _role_of(self.view, item)
             by_expert.setdefault(int(role.expert or 0), {})[role.key.partition(".")[2]] = item
         pool = self._pool(seen)
         shown = {e: self._shown(seen, e, pool) for e in by_expert}
@@ -175,13 +186,13 @@ class _Layer:
             hessian = damped(shown[e].moment(x), self.damping)
             for part, item in parts.items():
                 weight, (grid, group) = self._weight(item), grid_of(item)
-                rounded[item.inputs[0].tensor] = round_to_nearest(weight, grid, group=group).decoded()
+                rounded[_name_of(item)] = round_to_nearest(weight, grid, group=group).decoded()
                 if part == "down":
-                    weights[item.inputs[0].tensor] = weight
+                    weights[_name_of(item)] = weight
                     continue
                 coded = gptq(weight, hessian, grid, group=group)
                 put(on_disk(item, coded))
-                weights[item.inputs[0].tensor] = coded.decoded()
+                weights[_name_of(item)] = coded.decoded()
         held = seen.held if bool(seen.held.any()) else ~seen.held
         wanted = self._output(seen, held)
         self._fill(rounded)
@@ -190,10 +201,10 @@ class _Layer:
         for e, parts in by_expert.items():
             item = parts["down"]
             x = seen.inputs[shown[e].rows].to(self.stream.device)
-            coded = self._down(item, weights[item.inputs[0].tensor], shown[e], _hidden(original, x, e),
+            coded = self._down(item, weights[_name_of(item)], shown[e], _hidden(original, x, e),
                                _hidden(experts, x, e))  # fmt: skip
             put(on_disk(item, coded))
-            weights[item.inputs[0].tensor] = coded.decoded()
+            weights[_name_of(item)] = coded.decoded()
         del original
         self._fill(weights)
         reached = _relative(self._output(seen, held), wanted)
@@ -247,22 +258,20 @@ class _Layer:
         return _Expert(rows, weights.to(self.stream.device), count)
 
     def _weight(self, item: Item) -> Tensor:
-        """The source's weight [out, in], float32."""
-        (ref,) = item.inputs
-        data = bytearray(ref.nbytes)
-        self.model.checkpoint.read_into(ref.tensor, memoryview(data), start=ref.start)
-        weight = to_tensor(data, ref.dtype, ref.shape).float()
+        """The weight [out, in] that an item packs, float32."""
+        weight = packed_source(self.model.checkpoint, item).float()
         if not bool(torch.isfinite(weight).all()):
             raise InputError(
-                f"tensor {ref.tensor!r} holds NaN or infinite values", hint="Repair or replace the source checkpoint."
+                f"tensor {item.inputs[0].tensor!r} holds NaN or infinite values",
+                hint="Repair or replace the source checkpoint.",
             )
         return weight.to(self.stream.device)
 
     def _fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Put weights, by name on disk, into the layer's experts; what else they have comes from the source."""
+        """Put weights, by their names in the view, into the layer's experts; what else they have is the source's."""
         experts, skeleton = self.layer.experts, self.stream.skeleton
         assert experts is not None
-        names = [n for n, role in self.model.roles.items() if (role.layer, role.group) == (self.layer.index, "expert")]
+        names = [n for n, role in self.view.roles.items() if (role.layer, role.group) == (self.layer.index, "expert")]
         skeleton.empty(experts)
         filled = {name: weights[name] if name in weights else decode_weight(self.model, name) for name in names}
         skeleton.fill(filled, under=skeleton.name_of(experts) + ".")

@@ -5,50 +5,71 @@ Same tensors, config and companions as the two after one another; what lies betw
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from moeconv.plan.plan import Input, Item, Plan, Shard
+from moeconv.checkpoint.header import tensor_nbytes
+from moeconv.plan.plan import Input, Item, Plan
 
 
 def fuse(first: Plan, second: Plan) -> Plan | None:
     """`second`, with its inputs traced back through `first` to that one's source; None where they cannot be.
 
-    `second` must have been planned on `planned_model(first)`. A role that both change is counted as the second does.
+    `second` must have been planned on `planned_model(first)`; what it takes from an overlay, it takes. A role that both
+    change is counted as the second does.
     """
-    if any(ref.origin != "source" for plan in (first, second) for item in plan.items() for ref in item.inputs):
-        return None  # overlays belong to one of the two
+    if any(ref.origin != "source" for item in first.items() for ref in item.inputs):
+        return None  # an overlay of the first has names of its own
     made = {spec.name: item for item in first.items() for spec in item.outputs}
     shards = []
     for shard in second.shards:
         items = [_through(item, made) for item in shard.items]
         if any(item is None for item in items):
             return None
-        shards.append(Shard(shard.name, tuple(item for item in items if item is not None)))
+        shards.append(replace(shard, items=tuple(item for item in items if item is not None)))
     return replace(
         second,
         identity=first.identity,
         shards=tuple(shards),
-        warnings=(*first.warnings, *second.warnings),
+        warnings=tuple(dict.fromkeys((*first.warnings, *second.warnings))),
         dropped=first.dropped,
-        promise={**first.promise, **second.promise},
+        promise=_promise(first, second, made),
         earlier=(*first.earlier, first),
     )
+
+
+def _promise(first: Plan, second: Plan, made: Mapping[str, Item]) -> dict[str, int]:
+    """What both promise; of a first plan that promises nothing, what the second carries on as that one made it."""
+    if first.promise or not second.promise:
+        return {**first.promise, **second.promise}
+    promise = dict(second.promise)
+    for item in second.items():
+        if not item.changed and (role := _moved(item, made)):
+            promise[role] = promise.get(role, 0) + len(item.outputs)
+    return promise
+
+
+def _moved(item: Item, made: Mapping[str, Item]) -> str:
+    """The role under which the first plan counts what an item reads."""
+    changed = (made[ref.tensor].changed for ref in item.inputs if ref.origin == "source")
+    return next(filter(None, changed), "")
 
 
 def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
     """An item of the second plan that reads the first one's source."""
     inputs: list[Input] = []
     for ref in item.inputs:
+        if ref.origin != "source":
+            inputs.append(ref)
+            continue
         maker = made[ref.tensor]
         if _whole(item, ref, maker) and (item.kernel == "copy" or maker.kernel != "copy" or len(maker.inputs) > 1):
             return _joined(item, maker)
         traced = _range(ref, maker)
         if traced is None:
-            return None
+            return _cut(item, maker) if len(item.inputs) == 1 and maker.kernel == "decode" else None
         inputs.append(traced)
-    moved = [made[ref.tensor].changed for ref in item.inputs]
-    return replace(item, inputs=tuple(inputs), changed=item.changed or next(filter(None, moved), ""))
+    return replace(item, inputs=tuple(inputs), changed=item.changed or _moved(item, made))
 
 
 def _whole(item: Item, ref: Input, maker: Item) -> bool:
@@ -61,17 +82,41 @@ def _joined(item: Item, maker: Item) -> Item | None:
     """What the maker makes, under the item's name, or with the item's kernel after it."""
     if len(maker.outputs) != 1 or maker.outputs[0].nbytes != item.inputs[0].nbytes:
         return None
-    changed = item.changed or maker.changed
     if item.kernel == "copy":
-        return Item(item.outputs, maker.kernel, maker.inputs, maker.params, changed)
-    (between,) = maker.outputs
-    shape = item.inputs[0].shape
+        return Item(item.outputs, maker.kernel, maker.inputs, maker.params, item.changed or maker.changed)
+    return _chain(item, maker, maker.inputs, maker.outputs[0].shape, 0)
+
+
+def _chain(item: Item, maker: Item, inputs: Sequence[Input], shape: Sequence[int], start: int) -> Item:
+    """The item's kernel on the bytes from `start` on of what the maker's makes of `inputs`, of shape `shape`."""
+    (between,), (ref,) = maker.outputs, item.inputs
     params = {
         "first": {"kernel": maker.kernel, "params": dict(maker.params)},
-        "between": [between.name, between.dtype, list(shape)],
+        "between": [between.name, between.dtype, list(shape), start, list(ref.shape)],
         "then": {"kernel": item.kernel, "params": dict(item.params)},
     }
-    return Item(item.outputs, "chain", maker.inputs, params, changed)
+    return Item(item.outputs, "chain", tuple(inputs), params, item.changed or maker.changed)
+
+
+def _cut(item: Item, maker: Item) -> Item:
+    """The item on a part of what the maker decodes: of a tensor of all experts, those alone are decoded that it lies
+    in."""
+    (ref,), (whole,) = item.inputs, maker.outputs
+    if not whole.shape or any(not part.shape for part in maker.inputs):
+        return _chain(item, maker, maker.inputs, whole.shape, ref.start)
+    row = tensor_nbytes(whole.dtype, whole.shape[1:])
+    first = ref.start // row
+    count = -(-(ref.start + ref.nbytes) // row) - first
+    shared = maker.params.get("shared", [False] * len(maker.inputs))
+    if len(whole.shape) < 3 or any(p.shape[0] != whole.shape[0] for p, s in zip(maker.inputs, shared) if not s):
+        return _chain(item, maker, maker.inputs, whole.shape, ref.start)
+    inputs = [part if s else _rows(part, first, count) for part, s in zip(maker.inputs, shared, strict=True)]
+    return _chain(item, maker, inputs, (count, *whole.shape[1:]), ref.start - first * row)
+
+
+def _rows(ref: Input, first: int, count: int) -> Input:
+    size = ref.nbytes // ref.shape[0]
+    return replace(ref, shape=(count, *ref.shape[1:]), start=ref.start + first * size, nbytes=count * size)
 
 
 def _range(ref: Input, maker: Item) -> Input | None:

@@ -69,6 +69,14 @@ class Item:
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.outputs)
 
+    @property
+    def held(self) -> int:
+        """Bytes of what lies between two kernels of one item."""
+        if "between" not in self.params:
+            return 0
+        _, dtype, shape, *_ = self.params["between"]
+        return tensor_nbytes(dtype, shape)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -150,8 +158,8 @@ class Plan:
 
     @cached_property
     def largest_item(self) -> int:
-        """Bytes of the inputs and outputs of the largest computed item: what one worker holds at a time."""
-        computed = [i.nbytes + sum(n.nbytes for n in i.inputs) for i in self.items() if i.kernel != "copy"]
+        """Bytes of the largest computed item, with what it reads and what lies between: one worker's at a time."""
+        computed = [i.nbytes + i.held + sum(n.nbytes for n in i.inputs) for i in self.items() if i.kernel != "copy"]
         return max(computed, default=0)
 
     @cached_property

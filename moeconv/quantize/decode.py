@@ -56,8 +56,12 @@ def plan_decode(model: Model) -> Plan:
 def _decoded(name: str, refs: list[TensorRef], key: str, dtype: str) -> Item:
     shape = _shape(name, {packed.suffix_of(ref.name): ref for ref in refs})
     spec = TensorSpec(name, dtype, shape, key, math.prod(shape))
-    suffixes = [packed.suffix_of(ref.name) for ref in refs]
-    return Item((spec,), "decode", tuple(whole(ref) for ref in refs), {"parts": suffixes}, key.partition(".")[0])
+    params = {
+        "parts": [packed.suffix_of(ref.name) for ref in refs],
+        # of a tensor of all experts: the parts that have no entry for each of them
+        "shared": [(packed.split_part(ref.name) or ("", ""))[1] in packed.SHARED for ref in refs],
+    }
+    return Item((spec,), "decode", tuple(whole(ref) for ref in refs), params, key.partition(".")[0])
 
 
 def _shape(name: str, parts: dict[str, TensorRef]) -> tuple[int, ...]:

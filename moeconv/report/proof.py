@@ -20,9 +20,10 @@ _LIMITS = {4: 0.4, 8: 0.05}
 _CODES = ("U8", "I8", "I32")
 
 
-def prove_packing(plan: Plan, source: Model, staged: Path) -> dict[str, Any]:
+def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | None = None) -> dict[str, Any]:
     """{error: {relative_rms: {mean, max}, layers, sampled}, counted}: the first and last matrix of every role in every
     layer decoded and compared with its source; `counted` is the number of packed weights by role, as found on disk.
+    Where codes come from an overlay, `before` is the plan that would have made them.
 
     Raises CheckError when a decoded weight is further from its source than codes of that width can be, or when a role
     has fewer or more packed weights than the plan says.
@@ -35,7 +36,7 @@ def prove_packing(plan: Plan, source: Model, staged: Path) -> dict[str, Any]:
         raise CheckError(f"packed weights on disk are {counted}, the plan says {planned}")
     decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
     layers: dict[int | None, list[float]] = {}
-    for layer, item, spec in _sample(plan, source):
+    for layer, item, spec in _sample(before or plan, source):
         error = relative_rms(_source_weight(source, item, spec), decode(spec))
         if not error <= _LIMITS[4 if spec.nbytes * 8 < 6 * spec.params else 8]:
             raise CheckError(
@@ -88,8 +89,7 @@ def _sample(plan: Plan, source: Model) -> Iterator[tuple[int | None, Item, Tenso
     """(layer, item, codes) of the first and the last matrix of every role in every layer."""
     ends: dict[tuple[int | None, str], list[tuple[Item, TensorSpec]]] = {}
     for item, spec in _packed(plan):
-        role = source.roles[_plain(spec.name) if item.inputs[0].origin != "source" else item.inputs[0].tensor]
-        ends.setdefault((role.layer, spec.role), [])[1:] = [(item, spec)]
+        ends.setdefault((source.roles[item.inputs[0].tensor].layer, spec.role), [])[1:] = [(item, spec)]
     for (layer, _), pairs in sorted(ends.items(), key=lambda entry: (entry[0][0] or 0, entry[0][1])):
         yield from ((layer, item, spec) for item, spec in pairs)
 
@@ -101,19 +101,15 @@ def _plain(name: str) -> str:
 
 
 def _source_weight(source: Model, item: Item, spec: TensorSpec):
-    """What was packed, in float32; codes that came from an overlay have the source's weight of the same name."""
+    """What was packed, in float32."""
     import torch
 
     from moeconv.plan.kernels.ggml import interleave
-    from moeconv.plan.kernels.stored import to_tensor
-    from moeconv.tensors import read_tensor
+    from moeconv.tensors import packed_source
 
-    ref = item.inputs[0]
-    if ref.origin != "source":
-        return read_tensor(source.checkpoint, _plain(spec.name)).float()
-    data = source.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)
-    weight = to_tensor(bytearray(data), ref.dtype, ref.shape).float()
-    if heads := item.params.get("heads"):
+    weight = packed_source(source.checkpoint, item).float()
+    then = item.params["then"]["params"] if item.kernel == "chain" else item.params
+    if heads := then.get("heads"):
         return torch.from_numpy(interleave(weight.numpy(), heads))
     return weight
 

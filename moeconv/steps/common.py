@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.checkpoint.card import CARD_NAME
-from moeconv.checkpoint.staging import Measured, StagingLock
+from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
@@ -41,11 +41,12 @@ def run_plan(
     origins: Mapping[str, ByteSource] | None = None,
     check: Callable[[Path], Mapping[str, Any]] | None = None,
     figures: Mapping[str, Any] | None = None,
-    lock: StagingLock | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON.
 
-    `figures` were measured before the plan was made, and stand in the model card. `lock` is as for `execute`.
+    `figures` were measured before the plan was made, and stand in the model card. `measured` has the hold on
+    OUT's staging directory.
     """
     write = take(WriteOptions, values)
     result = planned_json(plan, out, dry_run=write.dry_run)
@@ -71,7 +72,7 @@ def run_plan(
         overwrite=write.overwrite,
         strict=write.strict,
         meter=meter,
-        lock=lock,
+        lock=None if measured is None else measured.lock,
     )
     result |= {"seconds": round(done.seconds, 3), "peak_rss_bytes": done.peak_rss_bytes, "files": dict(done.files)}
     result["warnings"] += done.warnings + list(done.extra.get("warnings", ()))

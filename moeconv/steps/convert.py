@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.reader import SafetensorsFile
-from moeconv.checkpoint.staging import StagingLock
-from moeconv.errors import UsageError, escape
-from moeconv.families.model import Model
+from moeconv.checkpoint.staging import Measured
+from moeconv.errors import UsageError
+from moeconv.families.model import Model, open_model
 from moeconv.options import (
     DataOptions,
     MeasureOptions,
@@ -30,12 +29,12 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.separate import plan_separate
-from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan, scratch
+from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
 from moeconv.world import current, first
 
-_CODES, _OVERLAY = "codes.safetensors", "overlay.safetensors"
+_CODES, _OVERLAY, _PRUNED = "codes.safetensors", "overlay.safetensors", "pruned"
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -53,23 +52,43 @@ def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | N
         parameters["criterion"] = resolve_criterion(parameters["criterion"], has_data=has_data, model=model)
         return plan_prune(model, **parameters)
     if command == "quantize":
-        from moeconv.quantize.planner import plan_quantize
-
-        apart = plan_separate(model)
-        second = plan_quantize(
-            model if apart is None else planned_model(apart),
-            importance=_importance(model, values),
-            **named(values, QuantizeOptions, PlanOptions),
-        )
-        if apart is None:
-            return second
-        fused = fuse(apart, second)
-        assert fused is not None  # it reads ranges alone
-        return replace(fused, earlier=apart.earlier)
+        return plan_packing(model, values).plan
     return None
 
 
 # -- quantize ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A plan of packing, read from the source, and the model whose weights it packs: the source, decoded where it is
+    quantized, with its experts taken apart."""
+
+    plan: Plan
+    view: Model
+
+
+def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: SafetensorsFile | None = None) -> _Packing:
+    """Plan a quantize; `overlay` has codes that data chose, for weights of the view."""
+    from moeconv.quantize.decode import plan_decode
+    from moeconv.quantize.planner import plan_quantize
+
+    view, before, where = model, list[Plan](), model.checkpoint.path
+    if model.quantization and take(QuantizeOptions, values).requantize:
+        before.append(plan_decode(model))
+        view = planned_model(before[-1], companions=where)
+    if (apart := plan_separate(view)) is not None:
+        before.append(apart)
+        view = planned_model(apart, companions=where)
+    plan = plan_quantize(
+        view, overlay=overlay, importance=_importance(model, values), **named(values, QuantizeOptions, PlanOptions)
+    )
+    for made in reversed(before):
+        fused = fuse(made, plan)
+        assert fused is not None  # it decodes, and reads ranges
+        # that experts were taken apart says nothing of the model: no step of its own
+        plan = fused if made.command == "decode" else replace(fused, earlier=plan.earlier)
+    return _Packing(plan, view)
 
 
 def prune_and_quantize(
@@ -78,28 +97,47 @@ def prune_and_quantize(
     """Prune with `values`, quantize with `then`, in one pass: only the quantized model is written, to `out`.
 
     The JSON is quantize's, with prune's block beside it. Only where `can_fuse` says so. Where the one reads parts of
-    what the other computes, the pruned model lies in TMPDIR for a while.
+    what the other computes, the pruned model lies beside OUT for a while.
     """
     from moeconv.report.proof import prove_packing
 
     def run(
-        plan: Plan, model: Model, out: str, values: Mapping[str, Any], *, lock: StagingLock, **more: Any
+        plan: Plan, model: Model, out: str, values: Mapping[str, Any], *, measured: Measured, **more: Any
     ) -> dict[str, Any]:
         second = plan_step("quantize", planned_model(plan), then)
         fused = None if second is None else fuse(plan, second)
         joint = dict(values) | {k: v for k, v in then.items() if k in WriteOptions.__dataclass_fields__}
         if fused is None:  # a part of what is computed, as of cast experts that lie in one tensor
             quantizing = dict(then) | {k: v for k, v in joint.items() if k in WriteOptions.__dataclass_fields__}
-            result = _after(plan, model, out, quantizing, note="writing the pruned model", meter=meter)
+            result = _after(plan, model, out, quantizing, measured=measured, meter=meter)
         else:
             result = run_plan(
                 fused, model, out, joint, check=lambda staged: prove_packing(fused, model, staged), meter=meter,
-                lock=lock,
+                measured=measured,
             )  # fmt: skip
         between = {"bytes": planned_model(plan).checkpoint.nbytes, "total": plan.params_total}
         return result | {"prune": dict(plan.block), "between": between | {"active": plan.params_active}}
 
     return prune(source, out, values, meter=meter, run=run)
+
+
+def _after(
+    first: Plan, model: Model, out: str, values: Mapping[str, Any], *, measured: Measured, meter: Meter
+) -> dict[str, Any]:
+    """Write what `first` plans beside OUT, and quantize that."""
+    from moeconv.report.proof import prove_packing
+
+    def write(folder: Path) -> None:
+        meter.note(f"writing the pruned model beside OUT ({first.nbytes} bytes)")
+        jobs = take(WriteOptions, values).jobs or default_jobs()
+        execute(first, source=model.checkpoint, out=folder / _PRUNED, jobs=jobs, overwrite=True)
+
+    pruned = open_model(measured.once("pruned", write, resumes=True)[0] / _PRUNED)
+    plan = plan_packing(pruned, values).plan
+    return run_plan(
+        plan, pruned, out, values, check=lambda staged: prove_packing(plan, pruned, staged), measured=measured,
+        meter=meter,
+    )  # fmt: skip
 
 
 def can_fuse(values: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
@@ -132,28 +170,22 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
             "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
         )
         raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
-    if model.quantization and options.requantize:
-        return _requantize(model, out, values, meter=meter)
-    plan = plan_step("quantize", model, values)
-    assert plan is not None
+    packing = plan_packing(model, values)
+    plan = before = packing.plan
 
     def check(staged: Path) -> dict[str, Any]:
         from moeconv.report.proof import prove_packing
 
-        assert plan is not None
-        return prove_packing(plan, model, staged)
+        return prove_packing(plan, model, staged, before=before)
 
     if options.method != "gptq" or write.dry_run:
         return run_plan(plan, model, out, values, meter=meter, check=check)
-    if (apart := plan_separate(model)) is not None:
-        return _after(apart, model, out, values, note="writing the experts apart", meter=meter)
     check_out(out, model, values)
     from moeconv.gptq.run import choose_codes
-    from moeconv.quantize.planner import plan_quantize
 
-    packed = [
+    chosen = [
         item
-        for item in plan.items()
+        for item in before.items()
         if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]  # multi-token-prediction layers are not run: their experts keep the searched scales
     asked = named(values, DataOptions, MeasureOptions)
@@ -161,47 +193,19 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
 
     def measure(folder: Path) -> dict[str, Any]:
         path = folder / _CODES
-        return choose_codes(model, packed, path, damping=options.damping, seed=seed, meter=meter, **asked)
+        return choose_codes(
+            model, chosen, path, damping=options.damping, view=packing.view, seed=seed, meter=meter, **asked
+        )
 
     groups = (QuantizeOptions, PlanOptions, DataOptions, MeasureOptions)
     with measuring("quantize", model, out, values, *groups, meter=meter) as measured:
         folder, found = measured.once("codes", measure)
         overlay = SafetensorsFile(folder / _CODES)
-        importance = _importance(model, values)
-        plan = plan_quantize(
-            model, overlay=overlay, importance=importance, **named(values, QuantizeOptions, PlanOptions)
-        )
+        plan = plan_packing(model, values, overlay=overlay).plan
         result = run_plan(
-            plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, lock=measured.lock
+            plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
         )
     result["quantize"].setdefault("error", {})["output"] = found
-    return result
-
-
-def _requantize(model: Model, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
-    """Decode a quantized source into a scratch directory, and quantize that."""
-    from moeconv.quantize.decode import plan_decode
-
-    decoded = plan_decode(model)
-    planned = plan_step("quantize", planned_model(decoded), values)  # refused before anything is decoded
-    assert planned is not None
-    if take(WriteOptions, values).dry_run:
-        return run_plan(planned, model, out, values, meter=meter)
-    return _after(decoded, model, out, values, note="decoding the source", meter=meter)
-
-
-def _after(
-    first: Plan, model: Model, out: str, values: Mapping[str, Any], *, note: str, meter: Meter
-) -> dict[str, Any]:
-    """Write what `first` plans into a scratch directory, and quantize that."""
-    write = take(WriteOptions, values)
-    check_out(out, model, values)
-    with scratch() as folder:
-        meter.note(f"{note} into {escape(folder)} ({first.nbytes} bytes)")
-        plain = os.path.join(folder, "plain")
-        execute(first, source=model.checkpoint, out=plain, jobs=write.jobs or default_jobs())
-        result = quantize(plain, out, values, meter=meter)
-    result["warnings"] = list(dict.fromkeys([*first.warnings, *result["warnings"]]))
     return result
 
 
@@ -245,7 +249,7 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
         overlay = SafetensorsFile(folder / _OVERLAY)
         plan = plan_overlay(model, overlay, **named(values, PlanOptions))
         result = run_plan(
-            plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block, lock=measured.lock
+            plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block, measured=measured
         )
     result["warnings"] += block.pop("warnings", [])
     result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing

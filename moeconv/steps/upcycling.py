@@ -72,7 +72,7 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
         result = run_plan(
             plan, model, out, values, meter=meter, origins=origins, figures=figures,
             check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),
-            lock=measured.lock if measured else None,
+            measured=measured,
         )  # fmt: skip
     result["warnings"] = warnings + result["warnings"]
     result["upcycle"] = figures | result["upcycle"]

@@ -79,7 +79,7 @@ def prune(
             model, evidence=evidence, keep_experts=made.keep, overlays=made.overlays or None, groups=made.groups,
             **parameters,
         )  # fmt: skip
-        result = run(plan, model, out, values, meter=meter, origins=made.overlays or None, lock=measured.lock)
+        result = run(plan, model, out, values, meter=meter, origins=made.overlays or None, measured=measured)
     result["prune"] |= made.extra
     result["warnings"] += [*warnings, *remarks_on(made.extra)]
     return result

@@ -14,6 +14,8 @@ from moeconv.families.model import Model
 from moeconv.plan.kernels.arrays import to_float32
 
 _SAMPLE = 1 << 16  # bytes of one FFN matrix
+_SAME_WORDS = 0.9  # of the smaller vocabulary
+_NAMED = 3  # tokens
 _KIN = 0.3  # cosine of fine-tunes of one base is near 1, of strangers near 0
 
 
@@ -26,12 +28,7 @@ def check_kin(model: Model, siblings: Sequence[Model]) -> list[str]:
     for sibling in siblings:
         where, theirs = escape(sibling.checkpoint.path), _vocabulary(sibling)
         if ours is not None and theirs is not None and ours != theirs:
-            odd = next((word for word in sorted(ours.keys() & theirs.keys()) if ours[word] != theirs[word]), None)
-            what = f"token {escape(odd)!r} is {theirs[odd]}, in SOURCE {ours[odd]}" if odd else "it has other tokens"
-            raise InputError(
-                f"{where} has another vocabulary than SOURCE: {what}",
-                hint="Experts read SOURCE's embeddings; take siblings that were trained with its tokenizer.",
-            )
+            warnings.append(_compare_vocabularies(where, ours, theirs))
         cosine = _cosine(model, sibling)
         if abs(cosine) < _KIN:
             warnings.append(
@@ -39,6 +36,27 @@ def check_kin(model: Model, siblings: Sequence[Model]) -> list[str]:
                 " (fine-tunes of one base have 0.9 and more); its experts will not fit the other layers"
             )
     return warnings
+
+
+def _compare_vocabularies(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What to say of tokens that were added, removed or renamed. Raises InputError for another vocabulary."""
+    shared = ours.keys() & theirs.keys()
+    odd = next((word for word in sorted(shared) if ours[word] != theirs[word]), None)
+    if odd is not None or len(shared) < _SAME_WORDS * min(len(ours), len(theirs)):
+        what = f"token {escape(odd)!r} is {theirs[odd]}, in SOURCE {ours[odd]}" if odd else "it has other tokens"
+        raise InputError(
+            f"{where} has another vocabulary than SOURCE: {what}",
+            hint="Experts read SOURCE's embeddings; take siblings that were trained with its tokenizer.",
+        )
+    parts = [
+        f"{what} {len(words)} ({', '.join(map(escape, words[:_NAMED]))}{', ...' * (len(words) > _NAMED)})"
+        for what, words in (("has", sorted(theirs.keys() - shared)), ("lacks", sorted(ours.keys() - shared)))
+        if words
+    ]
+    return (
+        f"{where} {' and '.join(parts)} tokens that SOURCE has otherwise: texts are read with SOURCE's tokenizer and "
+        "embeddings, since only FFNs are taken"
+    )
 
 
 def _vocabulary(model: Model) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Several fine-tuned siblings of one base, whose FFNs become the experts (Branch-Train-MiX, arXiv 2403.07816).
 
-Everything outside the FFNs comes from SOURCE; a sibling must therefore be the same architecture, in every number.
+Everything outside the FFNs comes from SOURCE; a sibling must therefore be the same architecture, in every number that a
+layer computes with, in whatever words its config says them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.meaning import OUTSIDE_THE_LAYERS, meaning
 from moeconv.families.model import Model
-from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
 
-_HINT = "Siblings are fine-tunes of one base, with the same config.json and vocabulary."
+_HINT = "Siblings are fine-tunes of one base: their layers compute with the same numbers."
 
 
 def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
@@ -24,7 +25,7 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
         )
     warnings: list[str] = []
     for sibling in siblings:
-        _check_config(model, sibling)
+        warnings += _check_config(model, sibling)
         _check_tensors(model, sibling)
         warnings += sibling.warnings
     names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
@@ -35,22 +36,32 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
     return warnings
 
 
-def _check_config(model: Model, sibling: Model) -> None:
+def _check_config(model: Model, sibling: Model) -> list[str]:
+    """Warnings about settings outside the layers; raises InputError for one that their computation depends on."""
     where = escape(sibling.checkpoint.path)
-    if sibling.family is not model.family:
+    if _parts(model) != _parts(sibling):
         raise InputError(
             f"{where} is {sibling.family.model_type}, SOURCE is {model.family.model_type}: their FFNs do not fit",
             hint=_HINT,
         )
     if sibling.quantization:
         raise InputError(f"{where} is quantized", hint="Give the unquantized checkpoint.")
-    for key in sorted(set(model.family.config) - CARRIED - LEFT_OUT - TRAINING):
-        ours, theirs = model.value(key), sibling.value(key)
-        if ours != theirs:
-            hint = _HINT
-            if key == "vocab_size":
-                hint = "One of them added tokens, or pads its embeddings; take siblings with the vocabulary of SOURCE."
-            raise InputError(f"{where} has {escape(key)} = {escape(theirs)}, SOURCE has {escape(ours)}", hint=hint)
+    ours, theirs = meaning(model), meaning(sibling)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            its, mine = escape(theirs.get(key)), escape(ours.get(key))
+            raise InputError(f"{where} has {escape(key)} = {its}, SOURCE has {mine}", hint=_HINT)
+    other = [
+        f"{key} = {escape(sibling.value(key))} (SOURCE: {escape(model.value(key))})"
+        for key in OUTSIDE_THE_LAYERS
+        if sibling.value(key) != model.value(key) and key in model.family.config and key in sibling.family.config
+    ]
+    return [f"{where} has {', '.join(other)}: SOURCE's is written, since only FFNs are taken"] if other else []
+
+
+def _parts(model: Model) -> frozenset[str]:
+    """The kinds of tensors in the layers: what shows that two families are one architecture."""
+    return frozenset(role.key for role in model.roles.values() if role.layer is not None)
 
 
 def _check_tensors(model: Model, sibling: Model) -> None:

@@ -92,7 +92,8 @@ def _broken(path, **config):
     [
         ({"rope_theta": 5e5}, 3, "rope_theta"),
         ({"rms_norm_eps": 1e-6}, 3, "rms_norm_eps = 1e-06, SOURCE has 1e-05"),
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, 3, "is mistral, SOURCE is llama"),
+        ({"hidden_act": "gelu"}, 3, "hidden_act = gelu, SOURCE has silu"),
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, 3, "self_attn.q_proj.bias"),
     ],
 )
 def test_what_is_no_sibling_is_refused_by_its_difference(tmp_path, cli, change, code, words):
@@ -123,24 +124,49 @@ def test_wrong_uses_are_usage_errors(tmp_path, cli, flags, words):
     assert (done.code, words in done.json["error"]["message"]) == (2, True), done.out
 
 
-def test_another_vocabulary_size_is_refused_and_strangers_are_warned_of(tmp_path, cli):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}, ()),
+        ({"max_position_embeddings": 4096}, ("max_position_embeddings = 4096 (SOURCE: 64)", "only FFNs are taken")),
+        ({"torch_dtype": "bfloat16"}, ()),
+        ({"rope_scaling": None, "rope_theta": 10000.0, "rope_parameters": None}, ()),
+        ({"head_dim": None, "num_key_value_heads": 2, "layer_types": None}, ()),
+    ],
+    ids=["mistral", "longer", "dtype", "older rotary words", "derived"],
+)
+def test_what_concerns_no_layer_is_a_warning_and_other_words_are_none(tmp_path, cli, change, words):
+    base, paths = family(tmp_path, count=2)
+    odd = _broken(paths[1], **change)
+    flags = ("--experts-from", paths[0], "--experts-from", odd, "--json")
+    plain = cli("upcycle", base, tmp_path / "plain", "--experts-from", paths[0], "--experts-from", paths[1], "--json")
+    done = cli("upcycle", base, tmp_path / "moe", *flags)
+    assert done.code == 0, done.out
+    new = [text for text in done.json["warnings"] if text not in plain.json["warnings"]]
+    assert len(new) == bool(words) and all(word in new[0] for word in words)
+    assert torch.equal(logits(load(tmp_path / "moe")), logits(load(tmp_path / "plain")))
+
+
+def test_tokens_that_were_added_and_renamed_are_named(tmp_path, cli):
+    base, paths = family(tmp_path, count=2)
+    words = {f"w{i}": i for i in range(40)}
+    odd = {k: v for k, v in words.items() if k != "w39"} | {"<tool>": 39, "<end>": 40}
+    for path, vocabulary in ((base, words), (paths[0], words), (paths[1], odd)):
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    done = cli("upcycle", base, tmp_path / "moe", "--experts-from", paths[0], "--experts-from", paths[1], "--json")
+    told = next(text for text in done.json["warnings"] if "tokens" in text)
+    assert done.code == 0 and "has 2 (<end>, <tool>) and lacks 1 (w39)" in told and str(paths[1]) in told
+
+
+def test_another_vocabulary_size_is_warned_of_and_so_are_strangers(tmp_path, cli):
     base, paths = family(tmp_path, count=1)
     model_type, config = DENSE_CASES["llama"]
     wide = save_stock(tmp_path / "wide", model_type, config | {"vocab_size": 130}, dtype=torch.float32)
     done = cli("upcycle", base, tmp_path / "moe", "--experts-from", paths[0], "--experts-from", wide, "--json")
-    assert done.code == 3 and "vocab_size = 130" in done.json["error"]["message"]
+    assert done.code == 0 and any("vocab_size = 130 (SOURCE: 128)" in text for text in done.json["warnings"])
     stranger = save_stock(tmp_path / "stranger", model_type, config, dtype=torch.float32, seed=9)
-    done = cli(
-        "upcycle",
-        base,
-        tmp_path / "moe",
-        "--experts-from",
-        paths[0],
-        "--experts-from",
-        stranger,
-        "--no-check",
-        "--json",
-    )
+    flags = ("--experts-from", paths[0], "--experts-from", stranger, "--no-check", "--json")
+    done = cli("upcycle", base, tmp_path / "other", *flags)
     assert done.code == 0 and any("does not look like a sibling" in text for text in done.json["warnings"])
 
 

@@ -1,0 +1,68 @@
+"""What a config.json means to transformers, whatever words say it: one model in two wordings means the same.
+
+Defaults are filled in, rotary parameters, sliding windows and kinds of layers are spelled out, and settings that
+compute nothing are left out, so that families that differ in words alone (llama, mistral) can be compared too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families import rope, sliding
+from moeconv.families.model import Model
+from moeconv.families.shapes import head_dim
+from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
+
+# what says how many positions or tokens there are, or ends a text: nothing of it is in the weights of a layer
+OUTSIDE_THE_LAYERS = ("max_position_embeddings", "tie_word_embeddings", "vocab_size", "eod_token_id", "tie_embedding")
+# rotary parameters of these types are the same whatever the longest text
+_LENGTH_FREE = ("default", "linear", "llama3")
+
+
+def meaning(model: Model) -> dict[str, Any]:
+    """What the settings of a model's layers compute, by names of our own where words differ."""
+    family = model.family
+    spelled = {*rope.KEYS, *sliding.KEYS, "sliding_window_pattern", "head_dim", "num_key_value_heads"}
+    found = {
+        key: model.value(key)
+        for key in family.config
+        if key not in spelled | CARRIED | LEFT_OUT | TRAINING and key not in OUTSIDE_THE_LAYERS
+    }
+    found = {
+        key: value for key, value in found.items()
+        if not any(value == n and type(value) is type(n) for n in family.neutral.get(key, ()))
+    }  # fmt: skip
+    window = model.sliding
+    slides = window.window is not None and window.window < model.value("max_position_embeddings")
+    found |= {
+        "head_dim": head_dim(model.value),
+        "num_key_value_heads": model.value("num_key_value_heads") or model.value("num_attention_heads"),
+        "num_hidden_layers": model.num_layers,
+        "sliding_window": window.window if slides else None,
+        "sliding layers": window.layers if slides else (),
+        "kinds of layers": model.layer_kinds,
+        "order of rotary dimensions": family.rotary,
+        "offset of norms": family.norm_offset,
+    }
+    return found | _rope(model)
+
+
+def _rope(model: Model) -> dict[str, Any]:
+    """The rotary parameters, and the longest text where they depend on it."""
+    family = model.family
+    if family.rope == "none":
+        return {}
+    said = {key: value for key in rope.KEYS if (value := model.value(key)) is not None}
+    params = rope.read_rope(said, theta=family.config["rope_theta"], partial=family.partial, style=family.rope)
+    if params.get("partial_rotary_factor") == 1.0:
+        del params["partial_rotary_factor"]
+    found: dict[str, Any] = {"rope_parameters": params}
+    if params["rope_type"] not in _LENGTH_FREE:
+        found["max_position_embeddings"] = model.value("max_position_embeddings")
+    if family.rope in ("per_type", "per_layer", "own", "no_rope"):
+        found |= {key: said.get(key) for key in ("layer_rope_theta",) if family.rope == "per_layer"}
+        if family.rope == "no_rope":
+            found["rotating layers"] = rope.rotating(model.value, model.num_layers)
+        elif isinstance(nested := said.get("rope_parameters"), dict):
+            found["rope_parameters of sliding layers"] = nested.get("sliding_attention")
+    return found

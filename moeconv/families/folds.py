@@ -237,6 +237,12 @@ def dbrx_words(draft: Draft) -> None:
     """DBRX reads the rotary base in two places, and cannot compute without a clip: one that nothing reaches."""
     draft.config["rope_parameters"] = params = _rope(draft)
     draft.config["rope_theta"] = params["rope_theta"]
+    draft.config.pop("rope_scaling", None)  # its class would take the base from beside it, where DBRX has none
+    if params["rope_type"] != "default":
+        draft.warnings.append(
+            f"rotary embeddings of type {params['rope_type']} are read by transformers 5 alone: transformers 4, vLLM, "
+            "SGLang and llama.cpp compute dbrx without scaling, so the result is right in transformers 5 only"
+        )
     if draft.get("clip_qkv") is None:
         draft.config["clip_qkv"] = 1e30
 

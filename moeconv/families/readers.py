@@ -104,7 +104,6 @@ NESTED: Mapping[str, Mapping[str, frozenset[str]]] = {
 # model_type -> keys that transformers 5 alone reads, with the value that every other reader computes with
 FIXED_ELSEWHERE: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
-    "dbrx": {"rope_scaling": None},
 }
 # families in which every other reader slides in all layers or in none, whatever layer_types says
 ONE_WINDOW_ELSEWHERE = frozenset({"qwen2_moe"})

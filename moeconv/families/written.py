@@ -44,7 +44,7 @@ def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
         known = next((values[key] for key in aliases if values.get(key) is not None), None)
         if known is not None:
             found |= {key: known for key in aliases if values.get(key) is None}
-    if family.kind == "moe" and "rope_theta" in family.config:
+    if family.kind == "moe" and "rope_theta" in family.config and "rope_theta" not in family.words:
         found |= added_wordings(
             values, assumed=family.config.get("rope_parameters"), theta=family.config["rope_theta"],
             partial=family.partial, style=family.rope,

@@ -23,7 +23,7 @@ from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
-from moeconv.plan.plan import Plan
+from moeconv.plan.plan import Item, Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly, sibling_origin
@@ -38,6 +38,8 @@ from moeconv.upcycle.split import (
     split_shape,
 )
 from moeconv.upcycle.widths import check_widths
+
+_TRIFLE = 0.03  # of the active parameters
 
 
 def plan_upcycle(
@@ -111,6 +113,7 @@ def plan_upcycle(
         block = split_block(partition, shape)
     exact = lossless and pair.exact and (method.exact or cut.idle)
     total, active = count_planned(items, top_k=cut.top_k, num_experts=cut.experts)
+    draft.warnings += _idle_shared(items, target, cut, active)
     return Plan(
         command="upcycle",
         parameters=made,
@@ -228,6 +231,18 @@ def _ties(options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list
         f"{target.model_type} rounds its router's logits to {TORCH_NAMES[dtype]}: where two copies' logits become "
         "equal, a token may get pieces of both (0.3 to 0.8 % of tokens in bfloat16); "
         "with glm4_moe, dots1 and deepseek_v3 that cannot happen"
+    ]
+
+
+def _idle_shared(items: Sequence[Item], target: Family, cut: Cut, active: int) -> list[str]:
+    """A shared expert of zeros that the family cannot be without, where it is more than a trifle."""
+    zeros = sum(spec.params for item in items for spec in item.outputs if spec.role.startswith("shared."))
+    if cut.shared or zeros < _TRIFLE * active:
+        return []
+    return [
+        f"{target.model_type} cannot be without a shared expert as wide as a routed one: {zeros:,} parameters of zero, "
+        f"{zeros / active:.0%} of those that every token computes; --method granular --granularity 8 makes it an "
+        "eighth as wide, and with --shared-experts 1 it holds a piece of the FFN instead"
     ]
 
 

@@ -308,3 +308,15 @@ def test_planning_reads_no_tensor(tmp_path, monkeypatch):
     assert model.identity
     monkeypatch.setattr(SafetensorsFile, "read_at", lambda *_: pytest.fail("bytes were read"))
     json.dumps(plan_upcycle(model, method="drop").to_json())
+
+
+def test_a_shared_expert_of_zeros_is_said_with_its_size(tmp_path):
+    """As wide as a routed expert, and computed for every token."""
+    model = open_model(make_dense(tmp_path / "m", intermediate=256, layers=2))
+    plan = plan_upcycle(model, to="glm4_moe")
+    zeros = 2 * 3 * 256 * 32
+    (told,) = [text for text in plan.warnings if "of zero" in text]
+    assert f"{zeros:,} parameters of zero" in told and f"{zeros / plan.params_active:.0%}" in told
+    for parameters in ({"to": "mixtral"}, {"to": "glm4_moe", "method": "granular", "granularity": 4, "top_k": 3,
+                                           "experts": 6, "shared_experts": "1"}):  # fmt: skip
+        assert not any("of zero" in text for text in plan_upcycle(model, **parameters).warnings)

@@ -72,6 +72,19 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 
+def read_rows(model: Model, name: str, first: int, stop: int, *, of: int) -> dict[str, Tensor]:
+    """Rows `first` to `stop` of the stored tensors behind plain tensor `name`, each of which has `of` rows. Keys are
+    those of `read_parts`."""
+    checkpoint = model.checkpoint
+    found: dict[str, Tensor] = {}
+    for suffix in ("", *packed.STACKED_PARTS):
+        if (ref := checkpoint.tensors.get(name + suffix)) is not None:
+            row = ref.nbytes // of
+            data = checkpoint.read(ref.name, start=first * row, length=(stop - first) * row)
+            found[suffix] = to_tensor(data, ref.dtype, (stop - first, *ref.shape[1:]))
+    return found
+
+
 def decode_weight(model: Model, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """The float weight of plain name `name` (`...down_proj.weight`), also when it is stored packed."""
     return decode_parts(read_parts(model, name), name=name, dtype=dtype)

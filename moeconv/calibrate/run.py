@@ -16,6 +16,7 @@ from moeconv.calibrate.neurons import KIND as NEURONS
 from moeconv.calibrate.neurons import SAMPLE_TOKENS as NEURON_SAMPLE
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
+from moeconv.calibrate.sample import sample_size
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.checkpoint.reader import is_artifact
@@ -31,7 +32,6 @@ from moeconv.world import World, current, first
 
 TOKENS = 65536
 SEQ_LEN = 512
-SAMPLE_TOKENS = 2048
 
 
 def calibrate(
@@ -61,10 +61,11 @@ def calibrate(
     of the windows, and the first one writes.
 
     `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
-    the model's). Of each layer `sample_tokens` tokens (2048) go through all experts, for their similarity; of a dense
-    model the FFN inputs of as many (16384) are kept.
+    the model's). Of each layer `sample_tokens` tokens (`sample.sample_size`: 2048, fewer where that cost most of the
+    work) go through all experts, for their similarity; of a dense model the FFN inputs of as many (16384) are kept.
     With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
-    The summary: output, tokens, sources, seconds, layers [{layer, load, entropy, max_over_mean, dead}].
+    The summary: output, tokens, sample_tokens, sources, seconds, warnings,
+    layers [{layer, load, entropy, max_over_mean, dead}].
     Raises InputError for unusable data, OutputError when the file exists and `overwrite` is not set.
     """
     began = time.monotonic()
@@ -97,7 +98,7 @@ def calibrate(
             model, read, path, dtype=dtype, device=target, batch_size=batch_size, max_memory=budget, meter=meter,
             seed=seed, sample_tokens=sample_tokens, overwrite=overwrite,
         )  # fmt: skip
-    sample_tokens = sample_tokens or SAMPLE_TOKENS
+    sample_tokens = sample_tokens or sample_size(read.tokens, top_k=model.top_k, num_experts=model.num_experts)
     mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
     stream = LayerStream(
         model, read.windows[mine], dtype=dtype, device=target, batch_size=size, max_memory=budget, meter=meter
@@ -110,6 +111,7 @@ def calibrate(
         write_statistics(path, fields, metadata=about, overwrite=overwrite)
     progress.remove()
     told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
+    told["sample_tokens"] = min(sample_tokens, read.tokens)
     return told | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
 
 

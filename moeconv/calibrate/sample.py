@@ -6,7 +6,7 @@ tokens, are those of the full outputs to about a percent, in a size that does no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from moeconv.families.rule import Rule, explains, weights_of
 from moeconv.plan.kernels.draw import generator
+from moeconv.stream.experts import pair_outputs
 from moeconv.world import summed
 
 SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
 _AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
 _CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
 
-OneExpert = Callable[[Tensor, int], Tensor]
+LARGEST, SMALLEST = 2048, 256  # tokens of the default sample
+SAMPLE_ROWS = 256  # tokens of it whose outputs of all experts are held at a time
+_COST = 4  # how often the work of routing may be spent on it
+_PRODUCT_ROWS = 32  # tokens over which cosines are summed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +42,43 @@ class Tokens:
     total: int
 
 
+def sample_size(tokens: int, *, top_k: int, num_experts: int) -> int:
+    """Tokens of the default sample: 2048, or as many as cost all experts four times what routing `tokens` does to
+    `top_k` of them, but 256 at least."""
+    return min(LARGEST, max(SMALLEST, _COST * tokens * top_k // max(1, num_experts)))
+
+
+def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
+    """What every expert gives for `hidden` [n, H]: the sum over tokens of the cosine of two experts' outputs, float64
+    [E, E], and the outputs times `matrix` [H, P], float32 [n, E, P]. A zero output has cosine 0 with everything."""
+    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=hidden.device)
+    projected = torch.empty(len(hidden), num_experts, matrix.shape[1], device=hidden.device)
+    by = matrix.to(hidden.device, torch.float32)
+    every = torch.arange(num_experts, device=hidden.device)
+    room = torch.empty(num_experts * min(SAMPLE_ROWS, len(hidden)), hidden.shape[1], device=hidden.device)
+    for start in range(0, len(hidden), SAMPLE_ROWS):
+        chunk = hidden[start : start + SAMPLE_ROWS]
+        token = torch.arange(len(chunk), device=hidden.device).repeat(num_experts)
+        outputs = room[: num_experts * len(chunk)]
+        for rows, block in pair_outputs(experts, chunk, token, every.repeat_interleave(len(chunk))):
+            outputs[rows] = block
+        outputs = outputs.view(num_experts, len(chunk), -1)
+        projected[start : start + len(chunk)] = (outputs @ by).transpose(0, 1)
+        for part in outputs.split(_PRODUCT_ROWS, dim=1):
+            units = nn.functional.normalize(part, dim=-1, eps=1e-30).flatten(1)  # [E, n * H]
+            total += (units @ units.T).double()
+    return total, projected
+
+
 def sample_fields(
-    experts: nn.Module, tokens: Tokens, biases: Sequence[Tensor], rule: Rule | None, *, num_experts: int,
-    layer: int, one: OneExpert, scale: Tensor | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    outputs: Tensor, tokens: Tokens, biases: Sequence[Tensor], rule: Rule | None, *, scale: Tensor | None = None
+) -> dict[str, np.ndarray]:
     """The fields `sample_*` of artifact.py, gathered from all processes; none where `rule` does not reproduce what the
-    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow. `scale` [E]
-    multiplies the weights behind the rule; it counts as a part of the experts' outputs."""
-    matrix = projection(tokens.hidden.shape[1], layer=layer)
-    outputs = torch.zeros(tokens.total, num_experts, matrix.shape[1])
-    for e in range(num_experts):
-        outputs[tokens.rows, e] = (one(tokens.hidden, e).double().cpu() @ matrix).float()
+    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow. `outputs`
+    [n, E, P] are the experts', projected. `scale` [E] multiplies the weights behind the rule; it counts as a part of
+    the experts' outputs."""
+    num_experts = outputs.shape[1]
+    outputs = _gathered(outputs, tokens, torch.float32)
     logits = _gathered(tokens.logits, tokens)
     index, weights = _gathered(tokens.index, tokens).long(), _gathered(tokens.weights, tokens)
     if scale is not None:
@@ -61,7 +91,6 @@ def sample_fields(
         "sample_logits": logits.float().numpy(),
         "sample_scale": _gathered(tokens.scale, tokens).double().numpy(),
     }
-    outputs = summed(outputs)
     largest = float(outputs.abs().max()) or 1.0
     fields["sample_outputs"] = (outputs / largest).numpy().astype(np.float16)
     fields["sample_unit"] = np.array([largest])
@@ -97,10 +126,10 @@ def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 SAMPLE = ("sample_logits", "sample_outputs", "sample_scale", "sample_unit", "sample_bias", "sample_factor")
 
 
-def _gathered(values: Tensor, tokens: Tokens) -> Tensor:
+def _gathered(values: Tensor, tokens: Tokens, dtype: torch.dtype = torch.float64) -> Tensor:
     """The rows of all processes."""
-    whole = torch.zeros(tokens.total, *values.shape[1:], dtype=torch.float64)
-    whole[tokens.rows] = values.double().cpu()
+    whole = torch.zeros(tokens.total, *values.shape[1:], dtype=dtype)
+    whole[tokens.rows] = values.to("cpu", dtype)
     return summed(whole)
 
 

@@ -1,7 +1,7 @@
 """The statistics of one MoE layer, summed in float64 while the stream passes through it; artifact.py lists them.
 
 Expert outputs are taken on routed tokens only, out of the pass itself: the stock experts module is called with weight 1
-for one expert at a time, and the outputs are then weighted and summed as the module itself does it.
+for every (token, expert) pair, and the outputs are then weighted and summed as the module itself does it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from moeconv.calibrate.artifact import PER_SOURCE
 from moeconv.calibrate.routing import router_entropy
-from moeconv.calibrate.sample import Tokens, sample_fields
+from moeconv.calibrate.sample import Tokens, on_all_experts, projection, sample_fields
 from moeconv.errors import InputError
 from moeconv.families.rule import Rule
 from moeconv.plan.kernels.draw import generator
-from moeconv.stream.experts import one_expert
+from moeconv.stream.experts import pair_outputs
 from moeconv.stream.layers import Batch, Layer
+from moeconv.stream.stored import stored_in
 from moeconv.world import summed
 
-_SAMPLE_BYTES = 1 << 26  # outputs of all experts held at a time
 _ROWS = 256  # tokens widened to float64 at a time
 
-OnExpert = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, token [n], slot [n], output [n, H]
+OnPairs = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # expert [n], which ascends, token, slot, output [n, H]
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def layer_statistics(
     sample: list[tuple[Tensor, ...]] = []
     chosen: Tensor | None = None
     places, taken = torch.empty(0, dtype=torch.int64), 0
-    with each_expert(layer.experts, sums.on_expert):
+    with each_expert(layer.experts, sums.on_pairs):
         for batch in layer.batches(advance=hidden is None, hidden=hidden):
             length = batch.inputs.shape[1]
             if chosen is None:
@@ -60,13 +60,10 @@ def layer_statistics(
     fields = sums.fields()
     x, logits, index, weights, scale = (torch.cat(parts) for parts in zip(*sample))
     tokens = Tokens(x, logits, index, weights, scale, places, taken)
-    similar = output_cosine(layer.experts, tokens.hidden, num_experts=num_experts)
-    fields["output_cosine"] = np.clip(summed(torch.from_numpy(similar)).numpy() / max(1, taken), -1, 1)
-    stock = layer.experts.forward
-    fields |= sample_fields(
-        layer.experts, tokens, layer.biases, rule, num_experts=num_experts, layer=layer.index,
-        one=lambda x, e: one_expert(stock, x, e), scale=layer.scale,
-    )  # fmt: skip
+    matrix = projection(x.shape[1], layer=layer.index)
+    similar, outputs = on_all_experts(layer.experts, x, matrix, num_experts=num_experts)
+    fields["output_cosine"] = np.clip(summed(similar).cpu().numpy() / max(1, taken), -1, 1)
+    fields |= sample_fields(outputs, tokens, layer.biases, rule, scale=layer.scale)
     for name, values in fields.items():
         if not np.isfinite(values).all():
             raise InputError(
@@ -84,19 +81,17 @@ def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
 
 
 @contextmanager
-def each_expert(experts: nn.Module, on_expert: OnExpert) -> Iterator[None]:
+def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
     """Inside the block the experts module shows every expert's unweighted output; what it returns stays the same."""
-    stock = experts.forward
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])  # most families hand over tokens, some windows of them
+        flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]  # some families hand over windows
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        token, slot, weights = order // k, order % k, top_k_weights.reshape(-1)[order, None]
         total = torch.zeros_like(flat)
-        for expert in torch.unique(top_k_index).tolist():
-            slot, token = (expert == top_k_index.T).nonzero(as_tuple=True)
-            output = one_expert(stock, flat[token], expert, like=top_k_weights)
-            on_expert(expert, token, slot, output)
-            weighted = output * top_k_weights[token, slot, None]
-            total.index_add_(0, token, weighted.to(total.dtype))
+        for rows, output in pair_outputs(experts, flat, token, expert, dtype=top_k_weights.dtype):
+            on_pairs(expert[rows], token[rows], slot[rows], output)
+            total.index_add_(0, token[rows], (output * weights[rows]).to(total.dtype))
         return total.view(hidden.shape)
 
     experts.forward = forward
@@ -104,21 +99,8 @@ def each_expert(experts: nn.Module, on_expert: OnExpert) -> Iterator[None]:
         yield
     finally:
         del experts.forward
-
-
-def output_cosine(experts: nn.Module, hidden: Tensor, *, num_experts: int) -> np.ndarray:
-    """Sum over tokens of the cosine of two experts' outputs, [E, E]; `hidden` [n, H], every expert evaluated on each.
-
-    A zero output has cosine 0 with everything.
-    """
-    total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=hidden.device)
-    step = max(1, _SAMPLE_BYTES // (4 * num_experts * hidden.shape[1]))
-    for start in range(0, len(hidden), step):
-        chunk = hidden[start : start + step]
-        outputs = torch.stack([one_expert(experts.forward, chunk, e).float() for e in range(num_experts)])
-        units = torch.nn.functional.normalize(outputs, dim=-1, eps=1e-30).flatten(1)  # [E, n * H]
-        total += (units @ units.T).double()
-    return total.cpu().numpy()
+        if (stored := stored_in(experts)) is not None:
+            experts.forward = stored.forward  # type: ignore[method-assign]
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
@@ -164,9 +146,12 @@ class _Sums:
         assert self.layer.router is not None
         return torch.zeros(shape, dtype=torch.float64, device=self.layer.router.weight.device)
 
-    def on_expert(self, expert: int, token: Tensor, slot: Tensor, output: Tensor) -> None:
-        self.norms.append((token, slot, torch.linalg.vector_norm(output.double(), dim=-1)))
-        self.out[expert] += output.sum(0, dtype=torch.float64)
+    def on_pairs(self, expert: Tensor, token: Tensor, slot: Tensor, output: Tensor) -> None:
+        for rows in range(0, len(output), _ROWS):
+            wide = output[rows : rows + _ROWS].double()
+            here = slice(rows, rows + len(wide))
+            self.norms.append((token[here], slot[here], torch.linalg.vector_norm(wide, dim=-1)))
+            self.out.index_add_(0, expert[here], wide)
 
     def add(self, batch: Batch) -> None:
         index, logits = batch.top_k_index, batch.router_logits

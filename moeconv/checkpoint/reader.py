@@ -112,6 +112,20 @@ class SafetensorsFile:
                 raise InputError(f"{self.label} changed while it was being read", hint="Run the command again.")
             self._fill(fd, start, view)
 
+    def advise(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Tell the system that byte ranges [start, end) of the file are read next."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        joined: list[list[int]] = []
+        for start, end in sorted(ranges):
+            if joined and start <= joined[-1][1] + _CHUNK:
+                joined[-1][1] = max(joined[-1][1], end)
+            else:
+                joined.append([start, end])
+        with contextlib.suppress(OSError, InputError), self._opened() as fd:
+            for start, end in joined:
+                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
         info = self.tensors[name]
@@ -283,6 +297,15 @@ class Checkpoint:
         buffer = bytearray(self.tensors[name].nbytes - start if length is None else length)
         self.read_into(name, memoryview(buffer), start=start)
         return buffer
+
+    def advise(self, names: Iterable[str]) -> None:
+        """Tell the system that these tensors are read next, so that it may bring them into its cache: a hint, which
+        takes no memory of this process and fails in silence."""
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for ref in (self.tensors[name] for name in names):
+            ranges.setdefault(ref.shard, []).append((ref.start, ref.start + ref.nbytes))
+        for shard, found in ranges.items():
+            self._open(shard).advise(found)
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Whether two tensors are equal in dtype, shape and every byte; stops reading at the first difference."""

@@ -83,7 +83,7 @@ def choose_codes(
     start_meter(meter, model)
     stream = LayerStream(
         model, data.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
-        max_memory=None if budget is None else budget // 3, meter=meter,
+        max_memory=None if budget is None else budget // 3, in_place=True, meter=meter,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
     metadata = artifact_metadata(

@@ -161,7 +161,7 @@ def _refitted(
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
     whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
     held = torch.cat(held_rows)
-    before = {e: down_projection(layer.experts, e).clone() for e in kept}
+    before = {e: down_projection(layer.experts, e) for e in kept}
     made = refit_layer(layer.experts, whole.where(~held), missing[~held], before, variant.refit)
     old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
     shown = float((whole.where(~held).weights != 0).sum()) / len(kept)

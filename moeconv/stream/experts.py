@@ -1,4 +1,4 @@
-"""Single experts of a stock experts module, whatever its layout: their outputs, activations and down projections."""
+"""Experts of a stock experts module, whatever its layout and place: their outputs, activations and down projections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
+from moeconv.stream.stored import class_forward, stored_in
+
+_ROWS = 8192  # (token, expert) pairs computed at a time
 
 
 def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
@@ -18,6 +21,30 @@ def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, l
     index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
     ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
     return forward(hidden, index, ones).reshape(hidden.shape)
+
+
+def pair_outputs(
+    experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, *, dtype: torch.dtype | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, unweighted outputs [m, H]) for the pairs of `token` int64 [n], a row of `hidden` [T, H], and `expert`
+    int64 [n], which must ascend: blocks in order. `dtype` is that of the weights that the module takes."""
+    for module, first, rows in _modules(experts, expert):
+        forward = class_forward(module)
+        for start in range(rows.start, rows.stop, _ROWS):
+            block = slice(start, min(start + _ROWS, rows.stop))
+            given = hidden[token[block]]
+            ones = torch.ones(len(given), 1, dtype=dtype or hidden.dtype, device=hidden.device)
+            yield block, forward(given, expert[block, None] - first, ones).reshape(given.shape)
+
+
+def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, int, slice]]:
+    """(module, its first expert, the rows of `expert` that are its) that hold weights in the computation's dtype."""
+    stored = stored_in(experts)
+    if stored is None:
+        yield experts, 0, slice(0, len(expert))
+        return
+    for first, stop, rows in stored.pairs(expert):
+        yield stored.module(first, stop), first, rows
 
 
 class _LastProduct(TorchFunctionMode):
@@ -38,9 +65,10 @@ _PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.mat
 
 def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """What an expert's down projection reads, [n, I], and the expert's output [n, H], for `hidden` [n, H]."""
+    module, at = _alone(experts, expert)
     with _LastProduct() as seen:
-        output = one_expert(type(experts).forward.__get__(experts), hidden, expert)
-    width = down_projection(experts, expert).shape[1]
+        output = one_expert(class_forward(module), hidden, at)
+    width = _down(module, at).shape[1]
     if seen.left is None or seen.left.shape != (len(hidden), width):
         raise InputError(
             "the experts of this family are not computed as a product with down_proj at the end",
@@ -50,7 +78,18 @@ def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor
 
 
 def down_projection(experts: nn.Module, expert: int) -> Tensor:
-    """An expert's down projection as a view [H, I]. Raises InputError where the class of transformers has none."""
+    """A copy of an expert's down projection, [H, I]. Raises InputError where the class of transformers has none."""
+    return _down(*_alone(experts, expert)).clone()
+
+
+def _alone(experts: nn.Module, expert: int) -> tuple[nn.Module, int]:
+    """A module that holds the weights of an expert, and its number there."""
+    stored = stored_in(experts)
+    return (experts, expert) if stored is None else (stored.module(expert, expert + 1), 0)
+
+
+def _down(experts: nn.Module, expert: int) -> Tensor:
+    """A view [H, I]."""
     if not hasattr(experts, "down_proj"):
         raise InputError(
             f"{type(experts).__name__} of transformers keeps no down_proj of its experts, which this computes with",
@@ -63,13 +102,22 @@ def down_projection(experts: nn.Module, expert: int) -> Tensor:
 @contextmanager
 def with_down(experts: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
     """Inside the block the experts' down projections are the given [H, I] ones."""
-    before = {e: down_projection(experts, e).clone() for e in replaced}
+    stored = stored_in(experts)
+    if stored is not None:
+        before = stored.down
+        stored.down = before | dict(replaced)
+        try:
+            yield
+        finally:
+            stored.down = before
+        return
+    kept = {e: _down(experts, e).clone() for e in replaced}
     with torch.no_grad():
         for e, values in replaced.items():
-            down_projection(experts, e).copy_(values)
+            _down(experts, e).copy_(values)
     try:
         yield
     finally:
         with torch.no_grad():
-            for e, values in before.items():
-                down_projection(experts, e).copy_(values)
+            for e, values in kept.items():
+                _down(experts, e).copy_(values)

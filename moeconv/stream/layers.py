@@ -1,13 +1,13 @@
 """The layer stream: run a checkpoint of any size a decoder layer at a time, one layer's weights in memory.
 
 Masks, rotary embeddings and layer types come from the stock forward itself: it runs once over layers that only write
-down what they are called with. The next layer's bytes are read while this one computes.
+down what they are called with. While a layer computes, the system is told to bring the next one's bytes into its cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,9 +22,8 @@ from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import allocate, release_memory
 from moeconv.stream.skeleton import Skeleton
+from moeconv.stream.stored import Names, names_of, place
 from moeconv.tensors import plain_name, plain_names, read_parts
-
-Parts = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +126,8 @@ class LayerStream:
 
     Iterate `layers()` once, then `logits()` as often as needed. `dtype` None is float32 on the CPU, elsewhere the
     checkpoint's own. Activations of more than `max_memory` bytes lie in an unnamed file that is mapped into memory.
+    Unless `held`, a large layer's experts stay on disk and are read whenever they are computed with.
+    `in_place`: experts are ordinary parameters in `dtype`, instead of staying as they are stored.
     `meter` hears of every layer that is done. Raises InputError for token ids outside the vocabulary or a checkpoint
     that does not load strictly.
     """
@@ -141,11 +142,14 @@ class LayerStream:
         batch_size: int = 8,
         experts: str = "eager",
         max_memory: int | None = None,
+        held: bool = True,
+        in_place: bool = False,
         meter: Meter | None = None,
     ) -> None:
         if batch_size < 1:
             raise UsageError("--batch-size must be at least 1")
         self.model, self.batch_size, self.max_memory = model, batch_size, max_memory
+        self.held, self.in_place = held, in_place
         self._meter = meter or SilentMeter()
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
@@ -180,16 +184,13 @@ class LayerStream:
         if first == self.model.num_layers:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="moeconv-read") as pool:
-            ahead: Future[Parts] | None = pool.submit(self._read, self._names[first])
             for index, module in enumerate(self.skeleton.layers):
                 if index < first:
                     continue
-                assert ahead is not None
-                parts, ahead = ahead.result(), None  # a future would keep the bytes
-                self._fill(parts, under=self.skeleton.name_of(module) + ".")
-                if index + 1 < self.model.num_layers:
-                    ahead = pool.submit(self._read, self._names[index + 1])
                 layer = self._layer(index, module)
+                self._fill_layer(layer)
+                if index + 1 < self.model.num_layers:
+                    pool.submit(self.model.checkpoint.advise, self._stored_names(index + 1))
                 yield layer
                 if not layer.advanced:
                     layer.pass_on()
@@ -224,7 +225,7 @@ class LayerStream:
         embedding = self._embedding_names()
         tied = bool(self.skeleton.module.all_tied_weights_keys)
         names = [n for n in self._names[None] if tied or n not in embedding]
-        self._fill(self._read(names), under="")
+        self._fill(names, under="")
         self.skeleton.tie()
         missing = [n for n, p in self.skeleton.module.get_output_embeddings().named_parameters() if p.is_meta]
         if missing:
@@ -255,13 +256,26 @@ class LayerStream:
                 hint="The tokenizer in the checkpoint's directory belongs to another model.",
             )
 
-    def _read(self, names: list[str]) -> Parts:
-        return {name: read_parts(self.model, name) for name in names}
+    def _stored_names(self, layer: int) -> list[str]:
+        return [name for name, role in self.model.roles.items() if role.layer == layer]
 
-    def _fill(self, parts: Parts, *, under: str) -> None:
-        """Decode and place what `_read` gave, which is let go on the way."""
-        tensors = {name: decode_parts(parts.pop(name), name=name) for name in list(parts)}
-        self.skeleton.fill(tensors, under=under)
+    def _fill_layer(self, layer: Layer) -> None:
+        """Give a layer its weights: the experts as they are stored, the others as they are computed with."""
+        under, names = self.skeleton.name_of(layer.module) + ".", self._names[layer.index]
+        experts = names_of(self.model, layer.index) if layer.experts is not None else None
+        if layer.experts is None or experts is None or not self._place(layer.experts, experts):
+            return self._fill(names, under=under)
+        placed = {*experts.packed, *(name for of_one in experts.alone for name in of_one)}
+        beside = self.skeleton.name_of(layer.experts) + "."
+        self._fill([name for name in names if name not in placed], under=under, beside=beside)
+
+    def _place(self, experts: nn.Module, names: Names) -> bool:
+        return place(self.skeleton, experts, names, in_place=self.in_place, held=self.held)
+
+    def _fill(self, names: list[str], *, under: str, beside: str | None = None) -> None:
+        """Read, decode and place tensors."""
+        tensors = {name: decode_parts(read_parts(self.model, name), name=name) for name in names}
+        self.skeleton.fill(tensors, under=under, beside=beside)
 
     def _embedding_names(self) -> list[str]:
         place = self.skeleton.name_of(self.skeleton.module.get_input_embeddings()) + "."
@@ -271,7 +285,7 @@ class LayerStream:
     def _embed(self) -> Tensor:
         """The first layer's inputs [n, S, H]; notes on the way what every layer is called with, per batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
-        self._fill(self._read(self._embedding_names()), under=self.skeleton.name_of(embedding) + ".")
+        self._fill(self._embedding_names(), under=self.skeleton.name_of(embedding) + ".")
         hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self.max_memory)
         for rows in self.rows():
             ids = self.windows[rows].to(self.device)

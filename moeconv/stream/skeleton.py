@@ -11,6 +11,7 @@ import os
 # oneDNN keeps packed weights per shape; without a limit that is a second copy of the layers. Read at its first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,7 @@ class Skeleton:
             )
         self.decoder, self.layers = decoder, lists[0]
         self._names = {id(m): name for name, m in self.module.named_modules()}
+        self._places: dict[str, tuple[str, str | None]] = {}
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -70,11 +72,18 @@ class Skeleton:
 
     def place(self, name: str) -> str:
         """The name in memory of the parameter that takes (a part of) tensor `name` of the disk."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+        return self._renamed(name)[0]
 
-        renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
-        converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
-        return rename_source_key(name, renamings, converters, self.module.base_model_prefix, self.state)[0]
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """Where a tensor of the disk goes, and the pattern of the conversion that takes it there."""
+        if name not in self._places:
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            renamings = [m for m in self._mapping if isinstance(m, WeightRenaming)]
+            converters = [m for m in self._mapping if isinstance(m, WeightConverter)]
+            prefix = self.module.base_model_prefix
+            self._places[name] = rename_source_key(name, renamings, converters, prefix, self.state)
+        return self._places[name]
 
     def owner(self, name: str) -> nn.Module:
         """The module that holds the parameter of tensor `name` of the disk."""
@@ -101,8 +110,31 @@ class Skeleton:
         mismatched = sorted({str(m[0]) for m in info.mismatched_keys})
         return Loaded(tuple(sorted(info.missing_keys)), tuple(sorted(info.unexpected_keys)), (*mismatched, *broken))
 
-    def fill(self, tensors: dict[str, Tensor], *, under: str) -> None:
-        """Put tensors in place; with them everything whose name starts with `under` must be there. Empties `tensors`.
+    def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{parameter: value} that transformers makes of tensors named as on disk, for as many experts as they are of.
+        Empties `tensors`; places nothing, and casts nothing."""
+        from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+        patterns = {p: m for m in self._mapping if isinstance(m, WeightConverter) for p in m.source_patterns}
+        made: dict[str, Tensor] = {}
+        converters: dict[str, WeightConverter] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            target, pattern = self._renamed(name)
+            tensor = tensors.pop(name)
+            if pattern is None:
+                made[target] = tensor
+            else:
+                converter = converters.setdefault(target, copy.deepcopy(patterns[pattern]))
+                converter.add_tensor(target, name, pattern, tensor)
+        with torch.no_grad():
+            for target in list(converters):
+                found = converters.pop(target).convert(target, model=self.module, config=self.module.config)
+                made |= {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
+        return made
+
+    def fill(self, tensors: dict[str, Tensor], *, under: str, beside: str | None = None) -> None:
+        """Put tensors in place; with them everything whose name starts with `under` must be there, but for what starts
+        with `beside`. Empties `tensors`.
 
         Raises InputError when transformers would leave a parameter random or a tensor unused.
         """
@@ -110,6 +142,7 @@ class Skeleton:
         loaded = self.load(tensors)
         tensors.clear()
         missing = [name for name in loaded.missing if under and name.startswith(under)]
+        missing = [name for name in missing if beside is None or not name.startswith(beside)]
         for names, what in ((missing, "lacks"), (loaded.unexpected, "has"), (loaded.mismatched, "has a misshapen")):
             if names:
                 raise InputError(
@@ -150,6 +183,8 @@ class Skeleton:
     def empty(module: nn.Module) -> None:
         """Let go of the parameters of `module` and everything in it."""
         for part in module.modules():
+            if vars(part).pop("stored", None) is not None:  # experts that are not in their parameters
+                vars(part).pop("forward", None)
             for name, parameter in part._parameters.items():
                 if parameter is not None:
                     part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)

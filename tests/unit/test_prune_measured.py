@@ -278,7 +278,7 @@ def test_refit_is_the_ridge_solution(tmp_path: Path) -> None:
     batch = next(iter(layer.batches(advance=False, hidden=torch.randn(8, SEQ_LEN, 64))))
     hidden, missing = batch.ffn_input, torch.randn(len(batch.ffn_input), 64)
     index, weights = torch.zeros(len(hidden), 1, dtype=torch.int64), torch.full((len(hidden), 1), 0.7)
-    before = {0: down_projection(layer.experts, 0).clone()}
+    before = {0: down_projection(layer.experts, 0)}
     made = refit_layer(layer.experts, Routes(hidden, index, weights), missing, before, Refit(0.1, 3))[0]
     a = 0.7 * activations(layer.experts, hidden, 0)[0].double()
     gram = a.T @ a

@@ -109,10 +109,12 @@ def _chooser(
     """Statistics of a layer on what the pruned layers before it give, and the criterion on those."""
     import torch
 
-    from moeconv.calibrate.run import SAMPLE_TOKENS
+    from moeconv.calibrate.sample import sample_size
     from moeconv.calibrate.statistics import layer_statistics
 
-    sample = take(CalibrateOptions, values).sample_tokens or SAMPLE_TOKENS
+    sample = take(CalibrateOptions, values).sample_tokens or sample_size(
+        read.tokens, top_k=model.top_k, num_experts=model.num_experts
+    )
     options = take(PruneOptions, values)
 
     def choose(layer: Any, hidden: Any) -> list[int]:

@@ -1,0 +1,218 @@
+"""A layer's experts as they are stored: decoded and widened a few at a time, when they are computed with.
+
+The stock experts module keeps its parameters on the meta device. For a few experts a shallow copy of it gets theirs,
+and runs on the tokens of those experts alone, so that the arithmetic stays the stock code's in any family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.families.model import Model
+from moeconv.families.packed import SHARED
+from moeconv.plan.kernels.stored import decode_parts
+from moeconv.stream.skeleton import Skeleton
+from moeconv.tensors import plain_name, read_parts, read_rows
+
+GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
+
+Parts = dict[str, dict[str, Tensor]]  # plain name -> suffix -> stored tensor
+
+
+@dataclass(frozen=True)
+class Names:
+    """Plain names of a layer's expert tensors: `alone` per expert, `packed` those that hold all experts."""
+
+    alone: tuple[tuple[str, ...], ...]
+    packed: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.alone)
+
+    def read(self, model: Model, first: int, stop: int) -> Parts:
+        """The stored tensors of experts `first` to `stop`."""
+        parts = {name: read_parts(model, name) for of_one in self.alone[first:stop] for name in of_one}
+        return parts | {name: read_rows(model, name, first, stop, of=len(self)) for name in self.packed}
+
+    def cut(self, parts: Parts, first: int, start: int, stop: int) -> Parts:
+        """Of the stored tensors of experts from `first` on: those of `start` to `stop`, as views."""
+        alone = {name: parts[name] for of_one in self.alone[start:stop] for name in of_one}
+        rows = slice(start - first, stop - first)
+        return alone | {n: {key: part[rows] for key, part in parts[n].items()} for n in self.packed}
+
+
+def names_of(model: Model, layer: int) -> Names | None:
+    """The expert tensors of a layer; None where they cannot be cut into experts."""
+    alone: list[dict[str, None]] = [{} for _ in range(model.num_experts)]
+    packed: dict[str, None] = {}
+    for stored, role in model.roles.items():
+        if role.layer != layer or role.group != "expert":
+            continue
+        if role.expert is not None:
+            alone[role.expert][plain_name(stored, role)] = None
+        elif role.part in SHARED or model.checkpoint.tensors[stored].shape[:1] != (model.num_experts,):
+            return None
+        else:
+            packed[plain_name(stored, role)] = None
+    return Names(tuple(map(tuple, alone)), tuple(packed))
+
+
+@dataclass(eq=False)
+class StoredExperts:
+    """The weights of one layer's experts, beside their stock module.
+
+    `fused` {parameter: [E, ...]} in the dtype of the disk, where that is a float; otherwise `raw` {first expert of a
+    group: stored tensors}, or what `names` reads from the disk at every use. `down` {expert: [H, I]} replaces down
+    projections.
+    """
+
+    stock: nn.Module
+    model: Model
+    skeleton: Skeleton
+    names: Names
+    size: int
+    dtypes: Mapping[str, torch.dtype]
+    fused: dict[str, Tensor] = field(default_factory=dict)
+    raw: dict[int, Parts] = field(default_factory=dict)
+    down: dict[int, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        """(first, stop) of the experts that are widened together."""
+        for first in range(0, len(self.names), self.size):
+            yield first, min(first + self.size, len(self.names))
+
+    def weights(self, first: int, stop: int) -> dict[str, Tensor]:
+        """{parameter: [stop - first, ...]} as the experts are computed with; within one group."""
+        if self.fused:
+            found = {leaf: self._widened(leaf, whole[first:stop]) for leaf, whole in self.fused.items()}
+        else:
+            start = first // self.size * self.size
+            held = self.raw.get(start)
+            parts = (
+                self.names.read(self.model, first, stop) if held is None else self.names.cut(held, start, first, stop)
+            )
+            found = {leaf: self._widened(leaf, value) for leaf, value in self.converted(parts).items()}
+        for expert in self.down.keys() & set(range(first, stop)):
+            into = found["down_proj"][expert - first]
+            (into.T if getattr(self.stock, "is_transposed", False) else into).copy_(self.down[expert])
+        return found
+
+    def _widened(self, leaf: str, value: Tensor) -> Tensor:
+        """The values in the dtype of the computation, in memory that the next group will use: new pages cost more."""
+        held = self.buffers.get(leaf)
+        if held is None:
+            shape = (self.size, *value.shape[1:])
+            held = self.buffers[leaf] = torch.empty(shape, dtype=self.dtypes[leaf], device=value.device)
+        return held[: len(value)].copy_(value)
+
+    def converted(self, parts: Parts) -> dict[str, Tensor]:
+        """The stock module's parameters from stored tensors, which are let go on the way."""
+        prefix = self.skeleton.name_of(self.stock) + "."
+        tensors = {name: decode_parts(parts.pop(name), name=name) for name in list(parts)}
+        made = self.skeleton.convert(tensors)
+        return {name.removeprefix(prefix): value for name, value in made.items()}
+
+    def module(self, first: int, stop: int) -> nn.Module:
+        """The stock module of experts `first` to `stop` alone, which it counts from 0; until the next one is asked
+        for, which gets the same memory."""
+        part = copy.copy(self.stock)
+        held = {leaf: nn.Parameter(value, False) for leaf, value in self.weights(first, stop).items()}
+        count = len(self.names)
+        counts = {
+            key: stop - first for key, n in vars(part).items() if type(n) is int and n == count and "expert" in key
+        }
+        vars(part).update(counts, _parameters=held)
+        vars(part).pop("forward", None)
+        return part
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The stock module's output: sums over a token's experts in ascending order, as the eager stock code's."""
+        flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        total, weights = torch.zeros_like(flat), top_k_weights.reshape(-1)
+        for first, stop, rows in self.pairs(expert):
+            pair = order[rows]
+            token = pair // k
+            given = flat[token], expert[rows, None] - first, weights[pair, None]
+            total.index_add_(0, token, class_forward(self.module(first, stop))(*given).to(total.dtype))
+        return total.view(hidden.shape)
+
+    def pairs(self, expert: Tensor) -> Iterator[tuple[int, int, slice]]:
+        """(first, stop, rows) of every group of experts that occurs in `expert` int64 [n], which ascends."""
+        bounds = torch.tensor([[first, stop] for first, stop in self.groups()], device=expert.device)
+        for (first, stop), (start, end) in zip(bounds.tolist(), torch.searchsorted(expert, bounds).tolist()):
+            if end > start:
+                yield first, stop, slice(start, end)
+
+
+def class_forward(experts: nn.Module) -> Callable[..., Tensor]:
+    """The stock forward, whatever stands in its place in this object."""
+    return type(experts).forward.__get__(experts)  # type: ignore[no-any-return]
+
+
+def stored_in(experts: nn.Module) -> StoredExperts | None:
+    """Where a module's experts are, if they are not in its parameters."""
+    return vars(experts).get("stored")
+
+
+def place(skeleton: Skeleton, experts: nn.Module, names: Names, *, in_place: bool, held: bool) -> bool:
+    """Give a stock experts module its weights. False, and nothing done, where they do not come apart by expert.
+
+    `in_place` makes them ordinary parameters in the dtype and on the device of the computation; otherwise they stay as
+    they are stored, in memory, or on disk unless `held`. What is as wide on disk as it is computed with, or is computed
+    elsewhere than on the CPU, or is small, is put in place.
+    """
+    model, leaves = skeleton.model, dict(experts.named_parameters())
+    takes = inspect.signature(type(experts).forward).parameters
+    plain = all("." not in leaf and p.shape[:1] == (len(names),) for leaf, p in leaves.items())
+    if not plain or len(takes) != 4 or (model.family.routing and model.family.routing.on_input):
+        return False
+    wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())
+    dtypes = {leaf: p.dtype for leaf, p in leaves.items()}
+    stored = StoredExperts(experts, model, skeleton, names, max(1, GROUP_BYTES // max(1, wide)), dtypes)
+    one = stored.converted(names.read(model, 0, 1))
+    if {leaf: value.shape for leaf, value in one.items()} != {n: (1, *p.shape[1:]) for n, p in leaves.items()}:
+        return False
+    floats = _plain_floats(model, names)
+    whole = (
+        in_place
+        or wide * len(names) <= GROUP_BYTES
+        or skeleton.device.type != "cpu"
+        or (floats and all(one[leaf].dtype.itemsize >= d.itemsize for leaf, d in dtypes.items()))
+    )
+    if whole or (floats and held):
+        stored.fused = _fuse(stored, leaves, dtypes if whole else {leaf: v.dtype for leaf, v in one.items()})
+    elif held:
+        stored.raw = {first: names.read(model, first, stop) for first, stop in stored.groups()}
+    if whole:
+        for leaf in leaves:
+            experts._parameters[leaf] = nn.Parameter(stored.fused[leaf], False)
+        return True
+    vars(experts).update(stored=stored, forward=stored.forward)
+    return True
+
+
+def _plain_floats(model: Model, names: Names) -> bool:
+    """Whether no tensor needs decoding."""
+    every = (*names.packed, *(name for of_one in names.alone for name in of_one))
+    tensors = model.checkpoint.tensors
+    return all(name in tensors and tensors[name].dtype in ("F64", "F32", "BF16", "F16") for name in every)
+
+
+def _fuse(
+    stored: StoredExperts, leaves: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
+    """{parameter: [E, ...]}, filled a group at a time as it is read."""
+    device = stored.skeleton.device
+    fused = {leaf: torch.empty(p.shape, dtype=dtypes[leaf], device=device) for leaf, p in leaves.items()}
+    for first, stop in stored.groups():
+        for leaf, value in stored.converted(stored.names.read(stored.model, first, stop)).items():
+            fused[leaf][first:stop].copy_(value)
+    return fused

@@ -1,0 +1,184 @@
+"""Experts that stay as they are stored and are widened a few at a time give what experts in place give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from words import add_tokenizer, text
+
+from moeconv.calibrate import sample
+from moeconv.calibrate.artifact import load_statistics
+from moeconv.calibrate.run import calibrate
+from moeconv.calibrate.sample import on_all_experts, sample_size
+from moeconv.families.model import open_model
+from moeconv.plan.execute import execute
+from moeconv.quantize.planner import plan_quantize
+from moeconv.repair.pruned import Variant, pruned_pass
+from moeconv.repair.refit import Refit
+from moeconv.stream import stored
+from moeconv.stream.experts import activations, down_projection, one_expert, pair_outputs, with_down
+from moeconv.stream.layers import LayerStream
+from tests.contract.stock import MOE_CASES, save_stock
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = np.random.default_rng(0).integers(3, 60, (2, 12))
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is too large to be put in place, every group a single expert."""
+    monkeypatch.setattr(stored, "GROUP_BYTES", 1)
+
+
+def passed(path: Path, **keywords: Any) -> tuple[torch.Tensor, int]:
+    """The final activations, and how many layers kept their experts as stored."""
+    stream, count = LayerStream(open_model(path), IDS, dtype=torch.float32, **keywords), 0
+    for layer in stream.layers():
+        count += layer.experts is not None and stored.stored_in(layer.experts) is not None
+    return stream.hidden, count
+
+
+LAYOUTS = {  # per expert, packed, transposed with biases, without a gate, in groups; dbrx and llama4 do not come apart
+    "mixtral": 3, "granitemoe": 3, "gpt_oss": 3, "aria_text": 3, "nemotron_h": 2, "deepseek_v3": 2, "qwen3_5_moe": 3,
+    "dbrx": 0, "llama4": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_every_layout_bit_for_bit(tmp_path: Path, case: str, experts: str, one_at_a_time: None) -> None:
+    path = Path(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16))
+    expected, none = passed(path, experts=experts, in_place=True)
+    found, count = passed(path, experts=experts)
+    assert (none, count) == (0, LAYOUTS[case])
+    assert torch.equal(found, expected)
+
+
+def fp8(path: Path) -> Path:
+    """A Qwen3-MoE whose experts are FP8 in blocks of 128 x 128, as DeepSeek-V3 is published."""
+    tiny.make_moe(path, "qwen3_moe", experts=6, hidden=128, intermediate=256)
+    draw, tensors = np.random.default_rng(1), tiny.read_tensors(path)
+    for name, (_, shape, _) in list(tensors.items()):
+        if ".experts." in name:
+            codes = draw.integers(0, 120, shape, np.uint8) | draw.integers(0, 2, shape, np.uint8) << 7
+            scales = draw.uniform(1e-3, 2e-3, tuple(-(-n // 128) for n in shape)).astype(np.float32)
+            tensors[name] = ("F8_E4M3", shape, codes.tobytes())
+            tensors[f"{name}_scale_inv"] = ("F32", scales.shape, scales.tobytes())
+    tiny.write_shards(path, tensors)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def packed(path: Path, format: str, scheme: str) -> Path:
+    if format == "fp8":
+        return fp8(path)
+    source = open_model(tiny.make_moe(path.with_name("plain"), "qwen3_moe", experts=6, hidden=64, intermediate=128))
+    plan = plan_quantize(source, format=format, scheme=scheme, group_size="auto")
+    execute(plan, source=source.checkpoint, out=path)
+    return path
+
+
+PACKINGS = [("compressed-tensors", "int4"), ("bitsandbytes", "nf4"), ("bitsandbytes", "int8"), ("fp8", "")]
+
+
+@pytest.mark.parametrize(("format", "scheme"), PACKINGS)
+def test_every_packing_from_memory_and_from_disk(tmp_path: Path, format: str, scheme: str, one_at_a_time: None) -> None:
+    path = packed(tmp_path / "moe", format, scheme)
+    expected, _ = passed(path, in_place=True)
+    for held in (True, False):
+        found, count = passed(path, held=held)
+        assert count == 2 and torch.equal(found, expected)
+
+
+def test_parameters_stay_empty_and_nothing_is_left_behind(tmp_path: Path, one_at_a_time: None) -> None:
+    path = tiny.make_moe(tmp_path / "moe", "qwen3_moe", experts=6)
+    stream = LayerStream(open_model(path), IDS)
+    for layer in stream.layers():
+        assert layer.experts is not None and all(p.is_meta for p in layer.experts.parameters())
+        held = stored.stored_in(layer.experts)
+        assert held is not None and {t.dtype for t in held.fused.values()} == {torch.bfloat16}
+    assert all("forward" not in vars(m) and stored.stored_in(m) is None for m in stream.skeleton.module.modules())
+
+
+def test_statistics_of_both_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = add_tokenizer(tiny.make_moe(tmp_path / "moe", "qwen3_moe", experts=6, top_k=3))
+    (tmp_path / "text").write_text(text(300))
+    for name, size in (("placed", 1 << 25), ("stored", 1)):
+        monkeypatch.setattr(stored, "GROUP_BYTES", size)
+        calibrate(path, tmp_path / name, data=[str(tmp_path / "text")], seq_len=16, device="cpu")
+    one, other = (load_statistics(tmp_path / name).file for name in ("placed", "stored"))
+    assert all(one.read(name) == other.read(name) for name in one.tensors)
+
+
+def test_refit_and_replaced_down_projections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.make_moe(tmp_path / "moe", "qwen3_moe", experts=6, top_k=2)
+    made: dict[int, list[torch.Tensor]] = {}
+    for size in (1 << 25, 1):
+        monkeypatch.setattr(stored, "GROUP_BYTES", size)
+        stream = LayerStream(open_model(path), IDS)
+        variant = Variant(keep={0: [0, 1, 2, 4], 1: [1, 2, 3, 5]}, refit=Refit())
+        seen = made.setdefault(size, [])
+        variant.on_layer = lambda layer, replaced, seen=seen: seen.extend(replaced.values())
+        pruned_pass(stream, [variant])
+        seen.append(variant.hidden)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made[1 << 25], made[1], strict=True))
+
+
+def test_one_expert_alone(tmp_path: Path, one_at_a_time: None) -> None:
+    path = Path(save_stock(tmp_path / "moe", *MOE_CASES["gpt_oss"], dtype=torch.bfloat16))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    twins = [next(LayerStream(open_model(path), IDS, in_place=flag).layers()).experts for flag in (True, False)]
+    placed, kept = twins
+    assert placed is not None and kept is not None and stored.stored_in(kept) is not None
+    for mine, theirs in zip(activations(placed, x, 3), activations(kept, x, 3)):
+        assert torch.equal(mine, theirs)
+    down = down_projection(kept, 3)
+    assert torch.equal(down, down_projection(placed, 3))
+    for experts in (placed, kept):
+        before = one_expert(experts.forward, x, 3)
+        with with_down(experts, {3: down * 2}):
+            assert torch.equal(down_projection(experts, 3), down * 2)
+            assert not torch.equal(one_expert(experts.forward, x, 3), before)
+        assert torch.equal(one_expert(experts.forward, x, 3), before)
+
+
+@pytest.mark.parametrize("size", [1, 1 << 25])
+def test_all_pairs_at_once_are_the_experts_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Outputs of any (token, expert) list, cosines and projections, against one expert after another in float64."""
+    monkeypatch.setattr(stored, "GROUP_BYTES", size)
+    monkeypatch.setattr(sample, "SAMPLE_ROWS", 7)
+    path = Path(save_stock(tmp_path / "moe", *MOE_CASES["qwen3_moe"], dtype=torch.bfloat16))
+    experts = next(LayerStream(open_model(path), IDS).layers()).experts
+    assert experts is not None
+    draw = torch.Generator().manual_seed(0)
+    x, matrix = torch.randn(20, 64, generator=draw), torch.randn(64, 9, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        alone = torch.stack([one_expert(experts.forward, x, e) for e in range(8)]).double()  # [E, n, H]
+        expert = torch.randint(0, 8, (50,), generator=draw).sort().values
+        token = torch.randint(0, 20, (50,), generator=draw)
+        blocks = list(pair_outputs(experts, x, token, expert))
+        assert torch.allclose(torch.cat([b for _, b in blocks]).double(), alone[expert, token], rtol=1e-6, atol=1e-7)
+        cosine, projected = on_all_experts(experts, x, matrix, num_experts=8)
+    units = torch.nn.functional.normalize(alone, dim=-1)
+    expected = torch.einsum("ith,jth->ij", units, units)
+    assert (cosine - expected).abs().max() <= 1e-6 * len(x)
+    wanted = torch.einsum("eth,hp->tep", alone, matrix)
+    assert (projected - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_the_default_sample_is_sized_by_its_cost() -> None:
+    assert sample_size(65536, top_k=8, num_experts=128) == 2048
+    assert sample_size(2048, top_k=8, num_experts=128) == 512
+    assert sample_size(1024, top_k=1, num_experts=128) == 256
+    assert sample_size(65536, top_k=8, num_experts=256) == 2048

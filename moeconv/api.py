@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeconv.calibrate.run import calibrate as calibrate
+    from moeconv.checkpoint.reader import follow_links as follow_links
     from moeconv.evaluate.run import evaluate as evaluate
     from moeconv.families.model import open_model as open_model
     from moeconv.plan.execute import execute as execute
@@ -26,6 +27,7 @@ _HOMES = {
     "calibrate": "moeconv.calibrate.run",
     "evaluate": "moeconv.evaluate.run",
     "execute": "moeconv.plan.execute",
+    "follow_links": "moeconv.checkpoint.reader",
     "inspect": "moeconv.report.inspect",
     "open_model": "moeconv.families.model",
     "plan_overlay": "moeconv.tune.planner",

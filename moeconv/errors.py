@@ -29,6 +29,10 @@ class InputError(MoeconvError):
     exit_code = 3
 
 
+class Unsupported(InputError):
+    """A checkpoint of an architecture that no step takes; it may be whole (exit 3)."""
+
+
 class OutputError(MoeconvError):
     """The output cannot be written: it exists, the disk is full, permission is missing (exit 4)."""
 

@@ -35,6 +35,15 @@ def option(
 
 
 @dataclass(frozen=True)
+class ReadOptions:
+    """How checkpoints are read."""
+
+    follow_links: bool = option(
+        False, "Let files of a checkpoint be links that leave its directory, as old downloads with --local-dir have."
+    )
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """What shapes the files of every written checkpoint."""
 

@@ -33,8 +33,9 @@ from moeconv.errors import UsageError, escape
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_COMMON = (o.PlanOptions, o.WriteOptions)
+_COMMON = (o.PlanOptions, o.WriteOptions, o.ReadOptions)
 _MEASURE = (o.DataOptions, o.MeasureOptions)
+_READ = (o.ReadOptions,)
 
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
@@ -42,8 +43,8 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
     "prune": (o.PruneOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
     "quantize": (o.QuantizeOptions, *_MEASURE, *_COMMON),
-    "calibrate": (o.CalibrateOptions, *_MEASURE),
-    "evaluate": (o.EvaluateOptions, *_MEASURE),
+    "calibrate": (o.CalibrateOptions, *_MEASURE, *_READ),
+    "evaluate": (o.EvaluateOptions, *_MEASURE, *_READ),
 }
 
 

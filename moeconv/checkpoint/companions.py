@@ -118,7 +118,7 @@ def _asks_for_code(path: Path) -> bool:
 
 def asks_for_code(directory: Path) -> bool:
     """Whether the small files of a directory, as a step carries them over, ask for Python files beside them."""
-    config = read_json_object(directory / "config.json", what=escape(directory))
+    config = read_json_object(directory / "config.json", what=escape(directory / "config.json"), constants=True)
     beside = [path for path in directory.glob("*.json") if is_companion_name(path.name)]
     return bool(_code_of(without_code(config)[0])) or any(map(_asks_for_code, beside))
 

@@ -6,6 +6,7 @@ Reads with pread, so nothing that was read stays in this process's memory. Never
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -13,15 +14,18 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.header import TensorInfo, header_length, parse_header
+from moeconv.checkpoint.strangers import refusal
 from moeconv.checkpoint.strictjson import canonical_json, parse_json, read_json_object
 from moeconv.errors import InputError, escape
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MANIFEST_NAME = "moeconv_manifest.json"
@@ -29,7 +33,6 @@ _SAMPLE_BYTES = 4096
 _SAMPLES_PER_SHARD = 16
 _CHUNK = 1 << 22
 _HUB_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,20 @@ class SafetensorsFile:
         return buffer
 
 
+_following: ContextVar[bool] = ContextVar("following", default=False)
+
+
+@contextmanager
+def follow_links(allowed: bool = True) -> Iterator[None]:
+    """Let checkpoints that are opened in this block hold links that leave their directory, as old downloads into a
+    local directory do. With `allowed` false the block changes nothing."""
+    token = _following.set(allowed or _following.get())
+    try:
+        yield
+    finally:
+        _following.reset(token)
+
+
 def allowed_root(directory: Path) -> Path:
     """Where links of a checkpoint may lead: its directory, or its own repository in a hub cache."""
     real = Path(os.path.realpath(directory))
@@ -148,8 +165,9 @@ def allowed_root(directory: Path) -> Path:
     return real
 
 
-def _confined(directory: Path, root: Path, name: str, *, what: str) -> Path:
-    """The path of a file that a checkpoint names. Raises InputError unless it is a plain name inside `directory`."""
+def _confined(directory: Path, root: Path | None, name: str, *, what: str) -> Path:
+    """The path of a file that a checkpoint names. Raises InputError unless it is a plain name inside `directory`, and
+    where it is a link that leads out of `root` (None: anywhere)."""
     plain = name and name not in (".", "..") and not any(c in name for c in "/\\\0") and name.isprintable()
     if not plain:
         raise InputError(
@@ -158,10 +176,16 @@ def _confined(directory: Path, root: Path, name: str, *, what: str) -> Path:
         )
     path = directory / name
     real = Path(os.path.realpath(path))
-    if real != root / real.name and root not in real.parents:
+    if root is not None and real != root / real.name and root not in real.parents:
         raise InputError(
-            f"{escape(name)} is a link that leaves the checkpoint's directory",
-            hint="Copy the file into the directory if you trust it.",
+            f"{escape(name)} is a link that leaves the checkpoint's directory, to {escape(real)}",
+            hint="Pass --follow-links (follow_links in Python and recipes) if you trust where it leads, or copy the "
+            "file into the directory.",
+        )
+    if os.path.islink(path) and not os.path.exists(path):
+        raise InputError(
+            f"{escape(name)} is a link to {escape(real)}, where nothing is",
+            hint="Download the checkpoint again: what the link led to is gone.",
         )
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{escape(name)} is not a regular file", hint="The checkpoint is damaged or hostile.")
@@ -177,9 +201,12 @@ def hub_name(path: Path) -> str | None:
 
 
 class Checkpoint:
-    """A directory of safetensors shards with a config.json, checked on opening. Thread-safe for reads."""
+    """A directory of safetensors shards with a config.json, checked on opening. Thread-safe for reads.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    `follow_links` lets its files be links that leave the directory, as the block of `follow_links` does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, follow_links: bool = False) -> None:
         self.path = Path(path)
         self.warnings: list[str] = []
         if not os.path.exists(path):  # False also for a name that no file system can hold
@@ -189,13 +216,14 @@ class Checkpoint:
             )
         if not os.path.isdir(path):
             raise InputError(f"{escape(path)} is not a directory", hint="Give the directory that holds config.json.")
-        self._root = allowed_root(self.path)
+        self._root = None if follow_links or _following.get() else allowed_root(self.path)
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
-        if not os.path.lexists(self.path / "config.json") and any(e.name.endswith(".gguf") for e in self._entries()):
-            self._refuse_other_formats()
-        config_path = _confined(self.path, self._root, "config.json", what="moeconv")
-        self.config: dict[str, Any] = read_json_object(config_path, what=escape(self.path))
+        self._stored: Mapping[str, str] = {}  # names in the shards of tensors that are called otherwise here
+        if not os.path.lexists(self.path / CONFIG_NAME):
+            raise refusal(self.path, self._entries(), lacks=f": {CONFIG_NAME} is missing")
+        config_path = _confined(self.path, self._root, CONFIG_NAME, what="moeconv")
+        self.config: dict[str, Any] = read_json_object(config_path, what=escape(config_path), constants=True)
         self._weight_map = self._read_index()
         self.tensors: Mapping[str, TensorRef] = self._read_headers()
 
@@ -207,9 +235,10 @@ class Checkpoint:
         if not index_path.exists() and not index_path.is_symlink():
             if (self.path / SINGLE_NAME).exists() or (self.path / SINGLE_NAME).is_symlink():
                 return None
-            self._refuse_other_formats()
+            lacks = f" has neither {INDEX_NAME} nor {SINGLE_NAME}"
+            raise refusal(self.path, self._entries(), lacks=lacks)
         index_path = _confined(self.path, self._root, INDEX_NAME, what="moeconv")
-        index = read_json_object(index_path, what=escape(self.path))
+        index = read_json_object(index_path, what=escape(index_path))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise InputError(f"{INDEX_NAME}: weight_map must map tensor names to files", hint="Download it again.")
@@ -224,25 +253,6 @@ class Checkpoint:
                 return sorted(entries, key=lambda e: e.name)
         except OSError as error:
             raise InputError(f"cannot list {escape(self.path)}: {error.strerror}", hint="Check permissions.") from None
-
-    def _refuse_other_formats(self) -> None:
-        names = [entry.name for entry in self._entries()]
-        pickles = [n for n in names if n.endswith(_PICKLES)]
-        if pickles:
-            raise InputError(
-                f"{escape(self.path)} holds pickled weights ({escape(pickles[0])}), which can run code when loaded",
-                hint="Convert it to safetensors first, in a sandbox: load it with transformers there and "
-                "save_pretrained(..., safe_serialization=True).",
-            )
-        if any(n.endswith(".gguf") for n in names):
-            raise InputError(
-                f"{escape(self.path)} holds GGUF weights, which moeconv writes but does not read",
-                hint="Give the safetensors checkpoint that the GGUF was made from.",
-            )
-        raise InputError(
-            f"{escape(self.path)} has neither {INDEX_NAME} nor {SINGLE_NAME}",
-            hint="Give a directory of safetensors shards as transformers' save_pretrained writes it.",
-        )
 
     def _read_headers(self) -> dict[str, TensorRef]:
         self.shards: tuple[str, ...] = (
@@ -286,11 +296,21 @@ class Checkpoint:
                 file = self._files[shard] = SafetensorsFile(path, label=shard)
             return file
 
+    def renamed(self, names: Mapping[str, str], warning: str) -> Checkpoint:
+        """This checkpoint with other names for some of its tensors, {name here: new name}, and a `warning` of it."""
+        other = copy.copy(self)
+        other.warnings = [*self.warnings, warning]
+        other.tensors = {
+            names.get(name, name): replace(ref, name=names.get(name, name)) for name, ref in self.tensors.items()
+        }
+        other._stored = {new: self._stored.get(old, old) for old, new in names.items()}
+        return other
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
-        self._open(self.tensors[name].shard).read_into(name, view, start=start)
+        self._open(self.tensors[name].shard).read_into(self._stored.get(name, name), view, start=start)
 
     def read(self, name: str, *, start: int = 0, length: int | None = None) -> bytearray:
         """Bytes of tensor `name`, whole or a range of it."""

@@ -1,4 +1,5 @@
-"""JSON as moeconv accepts it from files it did not write: bounded, no duplicate keys, no NaN, no half characters."""
+"""JSON as moeconv accepts it from files it did not write: bounded, no duplicate keys, no half characters, and NaN and
+Infinity only where Python's own JSON is what others write (config.json)."""
 
 from __future__ import annotations
 
@@ -47,42 +48,51 @@ def _check_cost(data: bytes | bytearray | memoryview, *, limit: int, what: str) 
         )
 
 
-def parse_json(data: bytes | bytearray | memoryview, *, what: str, hint: str = "", limit: int | None = None) -> Any:
-    """Parse UTF-8 JSON strictly. Raises InputError that names `what`; with `limit` also for what is larger than that
-    many bytes or than MAX_VALUES values, without parsing it."""
+def parse_json(
+    data: bytes | bytearray | memoryview,
+    *,
+    what: str,
+    hint: str = "",
+    limit: int | None = None,
+    constants: bool = False,
+) -> Any:
+    """Parse UTF-8 JSON strictly; with `constants` NaN and Infinity are numbers, as in Python. Raises InputError that
+    names `what`; with `limit` also for what is larger than that many bytes or than MAX_VALUES values, without parsing
+    it."""
     if limit is not None:
         _check_cost(data, limit=limit, what=what)
     try:
         text = bytes(data).decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite
-        )  # fmt: skip
+        numbers: dict[str, Any] = {} if constants else {"parse_constant": _no_constant, "parse_float": _finite}
+        value = json.loads(text, object_pairs_hook=_no_duplicates, **numbers)
         if "\\u" in text:  # an escaped half of a surrogate pair is no character: it could not be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except RecursionError:
         raise InputError(f"{what}: nested too deeply", hint=hint or "The file is damaged or hostile.") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(f"{what}: not valid JSON ({escape(error)})", hint=hint or "Download it again.") from None
+        raise InputError(
+            f"{what}: not valid JSON ({escape(error)})", hint=hint or "Correct it, or download it again."
+        ) from None
 
 
-def read_json_object(path: Path, *, what: str) -> dict[str, Any]:
+def read_json_object(path: Path, *, what: str, constants: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file. Raises InputError when missing, too large or not an object."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise InputError(f"{what}: {size} bytes is too large for {escape(path.name)}", hint="The file is damaged.")
+            raise InputError(f"{what}: {size} bytes is too large", hint="The file is damaged.")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{what}: {escape(path.name)} is missing", hint="Is this a checkpoint directory?") from None
+        raise InputError(f"{what} is missing", hint="Is this a checkpoint directory?") from None
     except OSError as error:
-        raise InputError(f"{what}: cannot read {escape(path.name)}: {error.strerror}", hint="") from None
-    value = parse_json(data, what=what, limit=MAX_JSON_BYTES)
+        raise InputError(f"cannot read {what}: {error.strerror}", hint="Check permissions.") from None
+    value = parse_json(data, what=what, limit=MAX_JSON_BYTES, constants=constants)
     if not isinstance(value, dict):
         raise InputError(f"{what}: expected a JSON object, found {type(value).__name__}", hint="Download it again.")
     return value
 
 
 def canonical_json(value: Any) -> bytes:
-    """One byte sequence for one value: sorted keys, no spaces, ASCII. For hashes and ids."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    """One byte sequence for one value: sorted keys, no spaces, ASCII, Infinity as in Python. For hashes and ids."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

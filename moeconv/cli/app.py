@@ -25,6 +25,7 @@ from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import flag_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
+from moeconv.steps.hub import reading
 from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
@@ -99,7 +100,8 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     _guard(verb, values)
     meter = SilentMeter() if _SINK.mute else make_meter()
     try:
-        result = verb.run(values, meter)
+        with reading(values):
+            result = verb.run(values, meter)
     finally:
         if not isinstance(meter, SilentMeter):
             meter.close()

@@ -49,7 +49,8 @@ MODEL = Positional("model", "Checkpoint directory, hf://OWNER/NAME[@REVISION], o
 SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or - for standard input.", model=True,
                     reads="model")  # fmt: skip
 OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).", writes=True)
-_PLAN = (o.PlanOptions, o.WriteOptions)
+_READ = (o.ReadOptions,)
+_PLAN = (o.PlanOptions, o.WriteOptions, *_READ)
 _MEASURE = (o.DataOptions, o.MeasureOptions)
 
 
@@ -147,13 +148,13 @@ def _formats(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), (), _inspect,
+    Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), _READ, _inspect,
          tables.inspected),
     Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT),
          (o.UpcycleOptions, *_MEASURE, o.CalibrateOptions, *_PLAN), _upcycle, tables.written),
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
          (MODEL, Positional("stats", "Statistics file to write (.safetensors).", writes=True)),
-         (o.CalibrateOptions, *_MEASURE, o.ArtifactOptions, o.SeedOptions, o.MergeOptions), _calibrate,
+         (o.CalibrateOptions, *_MEASURE, o.ArtifactOptions, o.SeedOptions, o.MergeOptions, *_READ), _calibrate,
          tables.calibrated, distributed=True),
     Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT),
          (o.TuneOptions, *_MEASURE, *_PLAN), _tune, tables.written, distributed=True),
@@ -165,11 +166,11 @@ VERBS: tuple[Verb, ...] = (
          _quantize,
          tables.written),
     Verb("evaluate", "Loss on text, alone or against a reference, with gates for CI.", (MODEL,),
-         (o.EvaluateOptions, *_MEASURE, o.SampleOptions), _evaluate, tables.evaluated, _gates_failed),
+         (o.EvaluateOptions, *_MEASURE, o.SampleOptions, *_READ), _evaluate, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),
-         (o.VerifyOptions,), _verify, tables.verified, _problems),
+         (o.VerifyOptions, *_READ), _verify, tables.verified, _problems),
     Verb("report", "One HTML page: what was done, sizes, loads, similarities, losses.",
-         (MODEL, Positional("out", "HTML file to write.", writes=True)), (o.ReportOptions, o.ArtifactOptions), _report,
+         (MODEL, Positional("out", "HTML file to write.", writes=True)), (o.ReportOptions, o.ArtifactOptions, *_READ), _report,
          tables.reported),
     Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file.", reads="file"),), (o.RunOptions,),
          _run_recipe, tables.steps_table),

@@ -10,7 +10,8 @@ import torch
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
 from moeconv.evaluate.default_run import loaded_problem
-from moeconv.families.model import Model, find_family
+from moeconv.families.find import find_family
+from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.quiet import quiet
 from moeconv.stream.skeleton import Loaded, Skeleton, auto_class

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, Unsupported, escape
+from moeconv.families.names import why_no_head
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
 from moeconv.families.spec import BESIDE, Family, Packed, Role
@@ -18,11 +19,11 @@ _TOGETHER = "config.json and the shards do not belong together"
 
 
 def check_only(family: Family, config: Mapping[str, Any]) -> None:
-    """Raises InputError for a value of a config key at which no step knows the family."""
+    """Raises Unsupported for a value of a config key at which no step knows the family."""
     for key, (values, meaning) in family.only.items():
         value = family.default(key, config)
         if value not in values:
-            raise InputError(
+            raise Unsupported(
                 f"{family.model_type} with {key} = {escape(value)}: {meaning}",
                 hint=f"Known with {key} = {' or '.join(map(str, values))} alone.",
             )
@@ -58,7 +59,7 @@ def check_complete(model: Model) -> None:
             )
     tied = bool(model.value("tie_word_embeddings"))
     if not tied and ("embedding.lm_head", None, None) not in there:
-        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint="A shard is missing.")
+        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint=why_no_head(model.dropped))
 
 
 def check_mtp(model: Model) -> None:

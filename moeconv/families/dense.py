@@ -805,6 +805,7 @@ NEMOTRON_H = _llama_like(
     layer_count=nemotron_h_layers,
     where=NEMOTRON_H_WHERE,
     words=NEMOTRON_H_WORDS,
+    base_prefix="backbone.",
     no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
     sizes=NEMOTRON_H_SIZES,
 )

@@ -5,6 +5,7 @@ The kind of a key is the kind of its default. Null stays what it is: a family's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,5 +111,5 @@ def _is(kind: str, value: Any) -> bool:
     if kind == _WHOLE:
         return type(value) is int and value >= 0
     if kind == _NUMBER:
-        return type(value) in (int, float)
+        return type(value) in (int, float) and math.isfinite(value)
     return isinstance(value, {_SWITCH: bool, _WORD: str, _LIST: list, _OBJECT: dict}[kind])

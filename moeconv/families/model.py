@@ -16,19 +16,14 @@ from moeconv.checkpoint.companions import without_code
 from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
-from moeconv.families.dense import DENSE
+from moeconv.families.find import find_family
 from moeconv.families.kinds import check_kinds
-from moeconv.families.moe import MOE
-from moeconv.families.moe_sources import MOE_SOURCES
-from moeconv.families.pairs import HOMELESS
+from moeconv.families.names import as_loaded, heads
 from moeconv.families.roles import assign_roles
 from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
 from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import Family, Role
-from moeconv.families.wrappers import UNTAKEN, WRAPPED
-
-FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
 
 
 @dataclass(frozen=True)
@@ -42,15 +37,23 @@ class Model:
 
     @property
     def carried_config(self) -> dict[str, Any]:
-        """config.json as a step carries it over: without the names of code that transformers' own class replaces."""
-        return without_code(self.checkpoint.config)[0]
+        """config.json as a step carries it over: without the names of code that transformers' own class replaces, and
+        with the language model's class where a head of another is left out."""
+        config = without_code(self.checkpoint.config)[0]
+        return config | ({"architectures": [self.family.architecture]} if heads(self.dropped) else {})
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a step that reads the model says of it."""
         found = without_code(self.checkpoint.config)[1]
         own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
-        return (*self.checkpoint.warnings, *([f"{own} ({'; '.join(found)})"] if found else []))
+        lost = heads(self.dropped)
+        other = "left out as transformers' language model leaves it out, the head of another class"
+        return (
+            *self.checkpoint.warnings,
+            *([f"{own} ({'; '.join(found)})"] if found else []),
+            *([f"{other}: {', '.join(map(escape, lost[:4]))}"] if lost else []),
+        )
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -225,66 +228,15 @@ class Model:
         return 0
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The row for a config.json, by model_type. Raises InputError for an unknown architecture."""
-    model_type = config.get("model_type")
-    known = f"Known families: {', '.join(sorted({*FAMILIES, *WRAPPED}))} (`moeconv families`)."
-    inside = {key: value["model_type"] for key, value in config.items() if isinstance(value, dict)
-              and isinstance(value.get("model_type"), str)}  # fmt: skip
-    if not isinstance(model_type, str):
-        raise InputError(f"unknown architecture: model_type {escape(model_type)!r}", hint=known)
-    if model_type in WRAPPED:
-        return _find_wrapped(model_type, config)
-    if model_type in UNTAKEN:
-        raise InputError(f"{model_type} cannot be taken: {UNTAKEN[model_type]}", hint=known)
-    if model_type in FAMILIES:
-        plain = DENSE.get(model_type)
-        return plain if plain is not None and _is_plain(plain, config) else FAMILIES[model_type]
-    if model_type in HOMELESS:
-        raise InputError(
-            f"{model_type} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[model_type]}", hint=known
-        )
-    for key, text in inside.items():
-        if text in FAMILIES or text in HOMELESS:
-            kind = "dense" if text in DENSE or text in HOMELESS else "Mixture-of-Experts"
-            raise InputError(
-                f"{escape(model_type)} is a multimodal model around {text} ({kind}, config.json: {key}), and no row "
-                "says how its tensors lie and what of them is the language model",
-                hint=f"Multimodal families: {', '.join(sorted(WRAPPED))}. Of others give the language model alone.",
-            )
-    raise InputError(f"unknown architecture: model_type {escape(model_type)!r}", hint=known)
-
-
-def _find_wrapped(model_type: str, config: Mapping[str, Any]) -> Family:
-    """The row of a multimodal model, by the language model in it."""
-    rows = WRAPPED[model_type]
-    root = next(iter(rows.values())).root
-    nested = config.get(root)
-    text = nested.get("model_type") if isinstance(nested, dict) else None
-    if text is None and len(rows) == 1:
-        return next(iter(rows.values()))
-    if not isinstance(text, str) or text not in rows:
-        raise InputError(
-            f"{model_type} around {escape(text)!r} (config.json: {root}.model_type) is not known",
-            hint=f"Known in {model_type}: {', '.join(sorted(rows))}.",
-        )
-    return rows[text]
-
-
-def _is_plain(plain: Family, config: Mapping[str, Any]) -> bool:
-    """Whether config is that of the dense row of a family that has an MoE row too."""
-    family = FAMILIES[plain.model_type]
-    said = family.read(config)
-    return plain.no_experts is not None and plain.no_experts(lambda key: family.default(key, said))
-
-
-def open_model(path: str | os.PathLike[str] | Checkpoint) -> Model:
-    """Open a checkpoint directory and check that its tensors are those of its family and config.
+def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool = False) -> Model:
+    """Open a checkpoint directory and check that its tensors are those of its family and config. With `follow_links`
+    its files may be links that leave the directory.
 
     Raises InputError for an unknown architecture, a missing or unexpected tensor, or a shape that contradicts config.
     """
-    checkpoint = Checkpoint(path) if isinstance(path, str | os.PathLike) else path
+    checkpoint = Checkpoint(path, follow_links=follow_links) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
+    checkpoint = as_loaded(checkpoint, family)
     config = text_config(checkpoint.config, family)
     check_kinds(family, config)
     check.check_only(family, config)

@@ -756,6 +756,7 @@ DBRX = moe_row(
         "expert.down": Packed(("down",), transposed=True, flat=True),
     },
     routing=Routing("softmax", "moe_normalize_expert_weights"),
+    base_prefix="transformer.",
     words={
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
@@ -793,6 +794,7 @@ NEMOTRON_H_MOE = moe_row(
     layer_count=nemotron_h_layers,
     where=NEMOTRON_H_WHERE,
     words=NEMOTRON_H_WORDS,
+    base_prefix="backbone.",
     in_memory={"backbone.": "model."},
     sizes=NEMOTRON_H_SIZES,
 )

@@ -306,6 +306,7 @@ LLAMA4 = moe_row(
     ffn_width=lambda get: get("intermediate_size_mlp"),
     shared_width=("intermediate_size",),
     placement=placement.MOE_LAYERS,
+    base_prefix="",
     routing=Routing("sigmoid", "never", on_input=True),
 )
 MINIMAX_M2 = moe_row(

@@ -8,8 +8,9 @@ from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families import packed, settings
+from moeconv.families.names import is_head
 from moeconv.families.spec import Family, Role
 
 
@@ -29,7 +30,7 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
             roles[name] = role
         elif beside is not None:
             roles[name] = Role(f"{beside}.{name}")
-        elif name in useless:
+        elif name in useless or is_head(name):
             dropped.append(name)
         else:
             raise InputError(
@@ -54,7 +55,7 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     layers = settings.layer_count(family, config)
     moe = settings.moe_layers(family, config, layers)
     if family.kind == "moe" and not moe and not any(map(config.get, family.num_experts)):
-        raise InputError(
+        raise Unsupported(
             f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
             hint="Of this family only models with experts are known here.",
         )

@@ -134,6 +134,7 @@ class Family:
     packed: Mapping[str, Packed] = field(default_factory=dict)
     layouts: tuple[Layout, ...] = ()  # all that loaders take for the experts, where that is more than one
     prefix: str = "model."
+    base_prefix: str = "model."  # the base model's prefix, which a name may lack or have twice; "" where it may not
     beside: Mapping[str, str] = field(default_factory=dict)
     rotary: str = "half"
     rope: str = "plain"  # how config words rotary parameters, see rope.py

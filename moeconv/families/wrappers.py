@@ -49,6 +49,7 @@ class Wrapper:
             architecture=self.architecture,
             root=self.root,
             prefix=self.prefix,
+            base_prefix="model." if self.prefix.startswith("model.") else "",
             beside=self.beside,
             config={**text.config, "tie_word_embeddings": self.tied},
             tensors=self._names(text.tensors),

@@ -291,15 +291,16 @@ def _complete(
         return {name: str(entry["sha256"]) for name, entry in sorted(files.items())}, extra, True
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n").encode()
+def _json(value: Any, *, constants: bool = False) -> bytes:
+    """`constants`: Infinity and NaN are written as transformers writes and reads them."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=constants) + "\n").encode()
 
 
 def _small_files(plan: Plan, companions: Companions) -> Iterator[tuple[str, bytes]]:
     if plan.gguf:
         yield from companions.read()
         return
-    yield "config.json", _json(plan.config)
+    yield "config.json", _json(plan.config, constants=True)
     yield from ((name, text.encode()) for name, text in plan.texts.items())
     if len(plan.shards) > 1:
         weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}

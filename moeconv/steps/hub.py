@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from moeconv.checkpoint.companions import PATTERNS, TEMPLATES, asks_for_code
-from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, follow_links
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, UsageError, escape
+from moeconv.options import ReadOptions, take
 
 _HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -23,6 +27,11 @@ def cache() -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return HF_HUB_CACHE
+
+
+def reading(values: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The block in which a command reads its checkpoints as its ReadOptions say."""
+    return follow_links(take(ReadOptions, values).follow_links)
 
 
 def resolve(model: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
-from moeconv.checkpoint.reader import MANIFEST_NAME
+from moeconv.checkpoint.reader import MANIFEST_NAME, follow_links
 from moeconv.checkpoint.strictjson import canonical_json, read_json_object
 from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import CheckError, MoeconvError, escape
@@ -42,7 +42,8 @@ def run_recipe(
 ) -> dict[str, Any]:  # fmt: skip
     """Run (or plan) every step of a recipe file. The JSON: output, and a row a step."""
     recipe = load_recipe(path, settings=settings)
-    return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)
+    with follow_links(any(step.parameters.get("follow_links") for step in recipe.steps)):  # said once, of all it reads
+        return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)
 
 
 def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:

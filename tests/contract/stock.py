@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from moeconv.families.model import FAMILIES
+from moeconv.families.find import FAMILIES
 from moeconv.families.spec import Family
 from moeconv.families.wrappers import WRAPPED
 

@@ -13,7 +13,7 @@ import pytest
 from tiny import make_dense, make_moe
 
 import moeconv
-from moeconv.families.model import FAMILIES
+from moeconv.families.find import FAMILIES
 from moeconv.families.wrappers import WRAPPED
 
 ROOT = Path(moeconv.__file__).parent

@@ -10,7 +10,8 @@ from tiny import MOE, decode, edit_json, make_dense, make_moe, random_tensors, r
 
 from moeconv.calibrate.weights import aimer
 from moeconv.errors import InputError, UsageError
-from moeconv.families.model import FAMILIES, open_model
+from moeconv.families.find import FAMILIES
+from moeconv.families.model import open_model
 from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
 from moeconv.families.spec import FFN_PARTS
 from moeconv.families.wrappers import WRAPPED

@@ -1,0 +1,108 @@
+"""The row for a config.json, by its model_type; or why no step takes such a model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.errors import Unsupported, escape
+from moeconv.families.dense import DENSE
+from moeconv.families.moe import MOE
+from moeconv.families.moe_sources import MOE_SOURCES
+from moeconv.families.pairs import HOMELESS
+from moeconv.families.spec import Family
+from moeconv.families.wrappers import UNTAKEN, WRAPPED
+
+FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
+_LIST = "`moeconv families` lists what is taken; `moeconv inspect` and `verify` answer for any checkpoint."
+_ALONE = (
+    "Of multimodal models those around a Mixture-of-Experts are taken "
+    f"({', '.join(sorted(WRAPPED))}); of others give the language model as a checkpoint of its own."
+)
+_TEXT_ROOTS = ("text_config", "llm_config", "language_config", "thinker_config")
+# keys of config.json that only models with more than a language model have
+_BESIDE_TEXT = (
+    "vision_config", "audio_config", "vision_tower", "mm_vision_tower", "visual", "thinker_config", "image_token_id",
+    "image_token_index", "vision_start_token_id", "audio_token_id", "img_processor", "embd_layer",
+)  # fmt: skip
+
+
+def accepted() -> dict[str, tuple[str, ...]]:
+    """Every model_type that `find_family` takes: "dense" and "moe" (a few are both), and "multimodal"."""
+    kinds = {
+        kind: sorted({name for rows in (DENSE, FAMILIES) for name, row in rows.items() if row.kind == kind})
+        for kind in ("dense", "moe")
+    }
+    return {**{kind: tuple(names) for kind, names in kinds.items()}, "multimodal": tuple(sorted(WRAPPED))}
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row for a config.json. Raises Unsupported for an architecture that no step takes."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}", hint=_LIST)
+    if model_type in WRAPPED:
+        return _find_wrapped(model_type, config)
+    if model_type in FAMILIES:
+        plain = DENSE.get(model_type)
+        return plain if plain is not None and _is_plain(plain, config) else FAMILIES[model_type]
+    if model_type in UNTAKEN:
+        raise Unsupported(f"{model_type} cannot be taken: {UNTAKEN[model_type]}", hint=_LIST)
+    if model_type in HOMELESS:
+        raise Unsupported(
+            f"{model_type} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[model_type]}", hint=_LIST
+        )
+    if beside := [key for key in config if key in _BESIDE_TEXT]:
+        text = _language_model(config)
+        raise Unsupported(
+            f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and no row says "
+            "which of its tensors are the language model and how that runs without the rest",
+            hint=_ALONE,
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise Unsupported(
+            f"{escape(model_type)} is an encoder-decoder model; only decoders are taken, which most runtimes serve as "
+            "a Mixture-of-Experts",
+            hint=_LIST,
+        )
+    own = "; its class is code beside the weights (auto_map), which is never run" if "auto_map" in config else ""
+    raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}{own}", hint=_near(model_type))
+
+
+def _near(model_type: str) -> str:
+    close = difflib.get_close_matches(model_type, [*FAMILIES, *WRAPPED], n=1)
+    return f"Did you mean {close[0]}? {_LIST}" if close else _LIST
+
+
+def _language_model(config: Mapping[str, Any]) -> str:
+    """In words: the language model inside a multimodal one, as far as config.json tells it."""
+    nested = ((key, part) for key, part in config.items() if isinstance(part, Mapping) and key in _TEXT_ROOTS)
+    key, text = next(nested, ("", config))
+    experts = any("expert" in word and isinstance(n, int) and n > 1 for word, n in text.items())
+    kind = "Mixture-of-Experts" if experts else "dense"
+    name = text.get("model_type") if key else None
+    return f"{escape(name)}, a {kind} language model" if name else f"a {kind} language model"
+
+
+def _find_wrapped(model_type: str, config: Mapping[str, Any]) -> Family:
+    """The row of a multimodal model, by the language model in it."""
+    rows = WRAPPED[model_type]
+    root = next(iter(rows.values())).root
+    nested = config.get(root)
+    text = nested.get("model_type") if isinstance(nested, dict) else None
+    if text is None and len(rows) == 1:
+        return next(iter(rows.values()))
+    if not isinstance(text, str) or text not in rows:
+        raise Unsupported(
+            f"{model_type} around {escape(text)!r} (config.json: {root}.model_type) is not known",
+            hint=f"Known in {model_type}: {', '.join(sorted(rows))}.",
+        )
+    return rows[text]
+
+
+def _is_plain(plain: Family, config: Mapping[str, Any]) -> bool:
+    """Whether config is that of the dense row of a family that has an MoE row too."""
+    family = FAMILIES[plain.model_type]
+    said = family.read(config)
+    return plain.no_experts is not None and plain.no_experts(lambda key: family.default(key, said))

@@ -1,0 +1,91 @@
+"""Tensor names as transformers takes them: with or without the base model's prefix, and beside heads that no language
+model has. What it does not take is refused by its cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.errors import InputError, escape
+from moeconv.families.spec import Family
+
+_SAVE_INNER = "Save the model inside with save_pretrained, or write the tensors again without that part of their names."
+# parts of names that training tools add around modules -> (tool, what to do)
+_ADDED = {
+    "_orig_mod": ("torch.compile", _SAVE_INNER),
+    "_fsdp_wrapped_module": ("FSDP", _SAVE_INNER),
+    "_checkpoint_wrapped_module": ("activation checkpointing", _SAVE_INNER),
+    "module": ("DataParallel or DeepSpeed", _SAVE_INNER),
+    "base_model": ("PEFT", "Merge the adapter: peft's merge_and_unload(), then save_pretrained."),
+}
+_AT_START = ("module", "base_model")  # elsewhere they may be a family's own word
+_ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
+# heads that other classes than a language model's have, which transformers leaves out
+_HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "reward_head.", "regression_head.")
+
+
+def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint under the names that transformers' class gives its tensors: one prefix of the base model is added
+    or taken away as from_pretrained does. Raises InputError for names that a training tool has wrapped."""
+    base = family.base_prefix
+    usual = (base, "lm_head.", *family.beside) if base else ("",)
+    doubles = not family.beside and base not in family.in_memory
+    renamed: dict[str, str] = {}
+    inside = _second_words(family)
+    for name in checkpoint.tensors:
+        _check_tool(name)
+        if not base:
+            continue
+        if not name.startswith(usual) and name.partition(".")[0] in inside:
+            renamed[name] = base + name
+        elif doubles and name.startswith((base + base, f"{base}lm_head.")):
+            renamed[name] = name.removeprefix(base)
+    if not renamed:
+        return checkpoint
+    if twice := next((new for new in renamed.values() if new in checkpoint.tensors), None):
+        raise InputError(
+            f"the checkpoint holds {escape(twice)!r} twice, with and without the prefix {base!r}",
+            hint="Write it again with one of the two.",
+        )
+    return checkpoint.renamed(renamed, f"{len(renamed)} tensors are named as a base model saves them: read with the "
+                              f"prefix {base!r} added or taken away, as transformers does, and written so")  # fmt: skip
+
+
+def _second_words(family: Family) -> set[str]:
+    """What follows the base model's prefix in the names of a family."""
+    names: Iterable[str] = (*family.tensors.values(), *family.mtp.values(), *family.beside)
+    return {n.removeprefix(family.base_prefix).partition(".")[0] for n in names if n.startswith(family.base_prefix)}
+
+
+def _check_tool(name: str) -> None:
+    parts = name.split(".")
+    found = next((p for i, p in enumerate(parts) if p in _ADDED and (i == 0 or p not in _AT_START)), None)
+    if found is not None:
+        tool, remedy = _ADDED[found]
+        raise InputError(
+            f"tensor {escape(name)!r} has the name that {tool} gives it ({found}.); transformers would leave it "
+            "out and start with random weights",
+            hint=remedy,
+        )
+    if any(part in _ADAPTERS for part in parts):
+        raise InputError(f"tensor {escape(name)!r} belongs to an adapter", hint=_ADDED["base_model"][1])
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is of a classification, reward or value head, which no language model has."""
+    return name.startswith(_HEADS)
+
+
+def heads(names: Iterable[str]) -> list[str]:
+    """Those of the names that are heads'."""
+    return [name for name in names if is_head(name)]
+
+
+def why_no_head(dropped: Iterable[str]) -> str:
+    """What to do about a checkpoint without a language model's head; `dropped` are its tensors that are left out."""
+    if lost := heads(dropped):
+        return f"It has another head ({escape(lost[0])}): give the language model that it was trained from."
+    return (
+        "A shard is missing; or it is a base model, such as one that makes embeddings, to which transformers would add "
+        "a random head: give the language model that it was made from."
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moeconv.errors import InputError, escape
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(?!consolidated)(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHOWN = 4
 _MAX_ADAPTER = 1 << 20
 _ORIGINAL = (

@@ -151,23 +151,29 @@ def _tune_layers(block: Mapping[str, Any]) -> Table:
 def inspected(result: Mapping[str, Any]) -> list[Table]:
     """A checkpoint."""
     parameters = result["parameters"]
-    moe = result["kind"] == "moe"
+    moe, known = result["kind"] == "moe", result["kind"] is not None
+    names = ", ".join(word for word in (result["kind"] or "unknown", result["architecture"]) if word)
+    active = f", {human_count(parameters['active'])} active per token" if known else ""
     rows = {
-        "family": f"{result['model_type']} ({result['kind']}, {result['architecture']})",
-        "parameters": f"{human_count(parameters['total'])} total, {human_count(parameters['active'])} active per token",
-        "layers": f"{result['layers']}" + (f", {len(result['moe_layers'])} with experts" if moe else ""),
+        "family": f"{result['model_type']} ({names})",
+        "parameters": f"{human_count(parameters['total'])} total{active}",
+        "prediction": f"{human_count(parameters['prediction'])} more in layers {result['mtp_layers']}"
+        if parameters["prediction"] else None,
+        "layers": None if result["layers"] is None else
+        f"{result['layers']}" + (f", {len(result['moe_layers'])} with experts" if moe else ""),
         "experts": f"{result['num_experts']} per layer, top-{result['top_k']}" if moe else None,
-        "FLOPs per token": human_count(result["flops_per_token"]),
+        "FLOPs per token": human_count(result["flops_per_token"]) if known else None,
         "size": f"{human_bytes(result['bytes'])}, {result['tensors']} tensors, {result['shards']} shards",
         "dtypes": ", ".join(f"{d} {human_bytes(n)}" for d, n in result["dtypes"].items()),
         "quantization": None,
-    }
+    }  # fmt: skip
     if result["quantization"]:
         q = result["quantization"]
-        rows["quantization"] = f"{q['format']}, {q['bits']} bits" + (f" ({q['scheme']})" if q["scheme"] else "")
+        bits = f", {q['bits']} bits" if q["bits"] else ""
+        rows["quantization"] = f"{q['format']}{bits}" + (f" ({q['scheme']})" if q["scheme"] else "")
     roles = result["parameters_by_role"]
     by_role = [[r, human_count(n), human_bytes(result["bytes_by_role"].get(r, 0))] for r, n in roles.items()]
-    return [pairs(rows), grid(["role", "parameters", "bytes"], by_role)]
+    return [pairs(rows), *([grid(["role", "parameters", "bytes"], by_role)] if by_role else [])]
 
 
 def evaluated(result: Mapping[str, Any]) -> list[Table]:

@@ -5,7 +5,6 @@ Opening a model proves that config and tensors agree, so that nothing later has 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +88,12 @@ class Model:
         class of transformers runs and serving engines use to guess tokens ahead."""
         layers = {r.layer for r in self.roles.values() if r.group == "expert" and r.layer is not None}
         return tuple(sorted(layer for layer in layers if layer >= self.num_layers))
+
+    @cached_property
+    def prediction_layers(self) -> tuple[int, ...]:
+        """All multi-token-prediction layers, dense ones too, numbered on from the model's own."""
+        layers = {r.layer for r in self.roles.values() if r.layer is not None and r.layer >= self.num_layers}
+        return tuple(sorted(layers))
 
     @cached_property
     def layer_kinds(self) -> tuple[str, ...] | None:
@@ -217,15 +222,7 @@ class Model:
 
     def numel(self, ref: TensorRef) -> int:
         """Parameters that a tensor stands for: elements of a plain tensor or of the codes of a packed weight."""
-        part = self.roles[ref.name].part
-        elements = math.prod(ref.shape)
-        if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
-            return elements
-        if part == "blocks":
-            return 2 * elements
-        if part in ("packed", "weight"):
-            return ref.nbytes * 8 // (packed.bits_of(self.checkpoint.config) or 8)
-        return 0
+        return packed.elements(ref, self.roles[ref.name].part, bits=packed.bits_of(self.checkpoint.config))
 
 
 def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool = False) -> Model:

@@ -5,8 +5,11 @@ A packed weight is the tensor that transformers would call X.weight, stored as X
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from moeconv.checkpoint.reader import TensorRef
 
 # suffix that takes the place of ".weight" -> name of the part. The first two carry the codes.
 PARTS: dict[str, str] = {
@@ -65,6 +68,17 @@ def suffix_of(name: str) -> str:
     """What a stored tensor's name has behind the stem of its weight: the keys of `tensors.read_parts`."""
     split = split_part(name)
     return "" if split is None else name.removeprefix(split[0].removesuffix(".weight"))
+
+
+def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
+    """Parameters that a stored tensor stands for: elements of a plain tensor, or of the codes of a packed weight of
+    `bits`; 0 for what only helps to decode. `part` as split_part names it, "" for a plain tensor."""
+    count = math.prod(ref.shape)
+    if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
+        return count
+    if part == "blocks":
+        return 2 * count
+    return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight") else 0
 
 
 def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -205,6 +205,16 @@ class Family:
                 for expert in range(experts) if "{E}" in template else (None,):
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
 
+    def predicts(self, name: str, *, layers: int) -> bool:
+        """Whether a tensor belongs to the multi-token-prediction layers behind the `layers` of the model itself."""
+        if not self.mtp:
+            return False
+        if self.mtp_prefix:
+            return name.startswith(self.mtp_prefix)
+        before = next(template for template in self.mtp.values() if "{L}" in template).partition("{L}")[0]
+        number = name.removeprefix(before).partition(".")[0] if name.startswith(before) else ""
+        return number.isdecimal() and int(number) >= layers
+
     def read(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The keys of a config.json in the words of these tables."""
         if not self.words:

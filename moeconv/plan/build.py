@@ -63,21 +63,35 @@ def carry(
 
 
 def count_params(model: Model) -> tuple[int, int]:
-    """(total, active per token) parameters of a checkpoint. A tied embedding counts once."""
-    refs = model.checkpoint.tensors
-    counted = ((model.roles[name].group, model.numel(ref)) for name, ref in refs.items() if name in model.roles)
-    return _active(counted, model.top_k, model.num_experts)
+    """(total, active per token) parameters of a checkpoint, without its multi-token-prediction layers, which only
+    drafting runs. A tied embedding counts once."""
+    tensors = model.checkpoint.tensors
+    counted = ((name, role.group, model.numel(tensors[name])) for name, role in model.roles.items())
+    return _active(counted, model.family, model.num_layers, top_k=model.top_k, num_experts=model.num_experts)
 
 
-def count_planned(items: Iterable[Item], *, top_k: int, num_experts: int) -> tuple[int, int]:
-    """(total, active per token) parameters of what a plan writes."""
-    counted = ((spec.role.partition(".")[0], spec.params) for item in items for spec in item.outputs)
-    return _active(counted, top_k, num_experts)
+def count_prediction(model: Model) -> int:
+    """Parameters of the multi-token-prediction layers."""
+    names = (name for name in model.roles if model.family.predicts(name, layers=model.num_layers))
+    return sum(model.numel(model.checkpoint.tensors[name]) for name in names)
 
 
-def _active(counted: Iterable[tuple[str, int]], top_k: int, num_experts: int) -> tuple[int, int]:
+def count_planned(
+    items: Iterable[Item], family: Family, *, layers: int, top_k: int, num_experts: int
+) -> tuple[int, int]:  # fmt: skip
+    """(total, active per token) parameters of what a plan writes for a `family` with so many `layers`, counted as
+    `count_params` counts."""
+    counted = ((spec.name, spec.role.partition(".")[0], spec.params) for item in items for spec in item.outputs)
+    return _active(counted, family, layers, top_k=top_k, num_experts=num_experts)
+
+
+def _active(
+    counted: Iterable[tuple[str, str, int]], family: Family, layers: int, *, top_k: int, num_experts: int
+) -> tuple[int, int]:  # fmt: skip
     total = experts = beside = 0
-    for group, params in counted:
+    for name, group, params in counted:
+        if family.predicts(name, layers=layers):
+            continue
         total += params
         experts += params if group == "expert" else 0
         beside += params if group in BESIDE else 0

@@ -79,7 +79,7 @@ def plan_prune(
     items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype)), scales)
     items = replaced(items, overlays or {})
     top_k = options.top_k or model.top_k
-    total, active = count_planned(items, top_k=top_k, num_experts=left)
+    total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=left)
     block: dict[str, Any] = {
         "criterion": None if left == model.num_experts else name,
         "experts_before": model.num_experts,

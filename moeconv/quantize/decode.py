@@ -38,7 +38,9 @@ def plan_decode(model: Model) -> Plan:
         elif parts[weight][0] is ref:
             items.append(_decoded(weight, parts[weight], role.key, dtype))
     config, _ = without_code({k: v for k, v in with_head(model).items() if k != "quantization_config"})
-    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    total, active = count_planned(
+        items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
+    )
     common = take(PlanOptions, {})
     return Plan(
         command="decode",

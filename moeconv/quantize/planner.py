@@ -109,7 +109,9 @@ def plan_quantize(
             )
         texts = remote_code(model.family.architecture)
         config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
-    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    total, active = count_planned(
+        items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
+    )
     return Plan(
         command="quantize",
         parameters=parameters_of(options, common)

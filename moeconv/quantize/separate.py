@@ -37,7 +37,9 @@ def plan_separate(model: Model) -> Plan | None:
         ]
 
     items = carry_all(model, dtype=None, replace=apart)
-    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    total, active = count_planned(
+        items, form, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
+    )
     common = take(PlanOptions, {})
     return Plan(
         command="separate",

@@ -7,12 +7,13 @@ from typing import Any
 from moeconv.families import packed
 from moeconv.families.head import said_head
 from moeconv.families.model import Model
-from moeconv.plan.build import count_params
+from moeconv.plan.build import count_params, count_prediction
 
 
 def inspect(model: Model) -> dict[str, Any]:
-    """The JSON object of `moeconv inspect`. `flops_per_token` are 2 per active parameter that multiplies, without
-    the attention's dependence on context length."""
+    """The JSON object of `moeconv inspect`. The input embedding counts among the active parameters, but not among those
+    that multiply, of which `flops_per_token` are 2 each, without the attention's dependence on context length;
+    multi-token-prediction layers count apart."""
     refs = model.checkpoint.tensors
     dtypes: dict[str, int] = {}
     by_role: dict[str, int] = {}
@@ -23,8 +24,9 @@ def inspect(model: Model) -> dict[str, Any]:
         role = model.roles.get(name)
         if role is None:
             continue
-        by_role[role.group] = by_role.get(role.group, 0) + model.numel(ref)
-        bytes_by_role[role.group] = bytes_by_role.get(role.group, 0) + ref.nbytes
+        group = "prediction" if model.family.predicts(name, layers=model.num_layers) else role.group
+        by_role[group] = by_role.get(group, 0) + model.numel(ref)
+        bytes_by_role[group] = bytes_by_role.get(group, 0) + ref.nbytes
         lookup += model.numel(ref) if role.key == "embedding.tokens" else 0
     total, active = count_params(model)
     tied = not any(role.key == "embedding.lm_head" for role in model.roles.values())
@@ -35,7 +37,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "architecture": model.family.architecture,
         "layers": model.num_layers,
         "moe_layers": list(model.moe_layers),
-        "mtp_layers": list(model.mtp_layers),
+        "mtp_layers": list(model.prediction_layers),
         "num_experts": model.num_experts,
         "top_k": model.top_k,
         "shared_experts": int(by_role.get("shared", 0) > 0),
@@ -44,6 +46,7 @@ def inspect(model: Model) -> dict[str, Any]:
             "active": active,
             "experts": by_role.get("expert", 0),
             "router": by_role.get("router", 0),
+            "prediction": count_prediction(model),
         },
         "parameters_by_role": dict(sorted(by_role.items())),
         "bytes_by_role": dict(sorted(bytes_by_role.items())),

@@ -9,8 +9,9 @@ from typing import Any
 
 from moeconv.checkpoint.companions import is_companion_name
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
+from moeconv.report.unknown import said
 
 _CHUNK = 1 << 22
 
@@ -21,8 +22,11 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
     problems: list[str] = []
     checkpoint = Checkpoint(path)
     model: Model | None = None
+    unknown: list[str] = []
     try:
         model = open_model(checkpoint)
+    except Unsupported as error:
+        unknown.append(f"{said(error)}; its structure was not checked")
     except InputError as error:
         problems.append(error.message)
     problems += _check_hashes(checkpoint)
@@ -45,7 +49,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
         },
         "manifest": checkpoint.manifest is not None,
         "loads": {"transformers": loads},
-        "warnings": list(checkpoint.warnings if model is None else model.warnings),
+        "warnings": [*(checkpoint.warnings if model is None else model.warnings), *unknown],
     }
 
 

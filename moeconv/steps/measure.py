@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.target import check_file_target
-from moeconv.errors import CheckError, UsageError, escape
+from moeconv.errors import CheckError, Unsupported, UsageError, escape
+from moeconv.families.model import open_model
 from moeconv.options import (
     CalibrateOptions,
     DataOptions,
@@ -23,10 +25,15 @@ from moeconv.steps.hub import resolve
 
 
 def inspect(source: str) -> dict[str, Any]:
-    """What a checkpoint is, from its headers."""
+    """What a checkpoint is, from its headers; of one that no step takes, what these alone say."""
     from moeconv.report.inspect import inspect as look
+    from moeconv.report.unknown import inspect_unknown
 
-    return look(open_resolved(source))
+    checkpoint = Checkpoint(resolve(source))
+    try:
+        return look(open_model(checkpoint))
+    except Unsupported as why:
+        return inspect_unknown(checkpoint, why)
 
 
 def calibrate(source: str, stats: str, values: Mapping[str, Any], *, overwrite: bool, meter: Meter) -> dict[str, Any]:
@@ -112,14 +119,14 @@ def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 def families() -> dict[str, Any]:
     """The supported families and conversions."""
-    from moeconv.families.dense import DENSE
-    from moeconv.families.moe import MOE
+    from moeconv.families.find import accepted
     from moeconv.families.pairs import PAIRS
     from moeconv.families.wrappers import WRAPPED
 
     pairs = [{"from": p.source, "to": p.target, "exact": p.exact, "default": p.default, "note": p.note} for p in PAIRS]
     around = {name: sorted(rows) for name, rows in sorted(WRAPPED.items())}
-    return {"dense": sorted(DENSE), "moe": sorted(MOE), "multimodal": around, "pairs": pairs}
+    taken = accepted()
+    return {"dense": list(taken["dense"]), "moe": list(taken["moe"]), "multimodal": around, "pairs": pairs}
 
 
 def formats() -> dict[str, Any]:

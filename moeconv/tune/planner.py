@@ -45,7 +45,9 @@ def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> P
         ]  # fmt: skip
 
     items = carry_all(model, dtype=dtype, replace=replace)
-    total, active = count_planned(items, top_k=model.top_k, num_experts=model.num_experts)
+    total, active = count_planned(
+        items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
+    )
     return Plan(
         command="tune",
         parameters=parameters_of(common) | {"overlay": fingerprint(overlay), "made_with": made_with},

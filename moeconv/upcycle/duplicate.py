@@ -42,7 +42,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
         raise UsageError(f"--top-k {top_k} must be from 1 to the number of experts ({experts})")
     dtype = parse_dtype(common.dtype)
     items = [item for name in model.checkpoint.tensors for item in _made(model, name, times, dtype)]
-    total, active = count_planned(items, top_k=top_k, num_experts=experts)
+    total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=experts)
     whole = top_k == times * model.top_k
     warnings = [*model.warnings, *said_head(model)]
     if not whole:

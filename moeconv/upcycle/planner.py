@@ -112,7 +112,7 @@ def plan_upcycle(
         made |= split_parameters(partition)
         block = split_block(partition, shape)
     exact = lossless and pair.exact and (method.exact or cut.idle)
-    total, active = count_planned(items, top_k=cut.top_k, num_experts=cut.experts)
+    total, active = count_planned(items, target, layers=model.num_layers, top_k=cut.top_k, num_experts=cut.experts)
     draft.warnings += _idle_shared(items, target, cut, active)
     return Plan(
         command="upcycle",

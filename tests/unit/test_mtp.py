@@ -49,6 +49,17 @@ def make(path: Path, case: str, **changes: object) -> tuple[Path, str]:
     return path, prefix
 
 
+def counted_apart(source: Path, found: dict) -> bool:
+    """Whether the layer's parameters are in `prediction` and nowhere else."""
+    sizes = {n: t.numel() for f in source.glob("*.safetensors") for n, t in load_file(f).items()}
+    mine = sum(size for n, size in sizes.items() if n.startswith(("model.layers.3.", "mtp.", "model.mtp.")))
+    parameters = found["parameters"]
+    assert parameters["prediction"] == mine == found["parameters_by_role"]["prediction"]
+    assert parameters["total"] == sum(sizes.values()) - mine
+    assert sum(found["parameters_by_role"].values()) == sum(sizes.values())
+    return found["flops_per_token"] < 2 * parameters["active"] < 2 * parameters["total"]
+
+
 CASES = ["glm4_moe", "deepseek_v3", "glm4_moe_lite", "qwen3_next"]
 
 
@@ -57,6 +68,7 @@ def test_prune_cuts_it_like_the_last_layer(tmp_path: Path, cli, case: str) -> No
     source, prefix = make(tmp_path / "moe", case)
     found = cli("inspect", source, "--json").json
     assert found["mtp_layers"] == [3] and 3 not in found["moe_layers"]
+    assert counted_apart(source, found)
     promised = cli("prune", source, tmp_path / "out", "--keep", 4, "--dry-run", "--json").json
     done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
     assert done.code == 0, done.out

@@ -1,0 +1,58 @@
+"""Names with one prefix of the base model less or more: taken exactly where transformers takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moeconv.errors import InputError
+from moeconv.families.model import open_model
+from moeconv.stream.quiet import quiet
+from moeconv.stream.skeleton import auto_class
+from tests.contract.stock import MOE_CASES, save_stock
+
+Rename = Callable[[str, str], str]
+CHANGES: dict[str, Rename] = {
+    "without": lambda name, base: name.removeprefix(base),
+    "twice": lambda name, base: base + name,
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "base", "how"),
+    [
+        ("qwen3_moe", "model.", "without"),
+        ("qwen3_moe", "model.", "twice"),
+        ("dbrx", "transformer.", "without"),
+        ("dbrx", "transformer.", "twice"),
+        ("nemotron_h", "backbone.", "without"),
+        ("nemotron_h", "backbone.", "twice"),
+        ("llama4", "model.", "without"),
+        ("gemma4-vision", "model.", "without"),
+        ("qwen3_5_moe-vision", "model.", "twice"),
+        ("aria", "language_model.", "without"),
+    ],
+)
+def test_taken_where_transformers_takes_them(tmp_path: Path, case: str, base: str, how: str) -> None:
+    kind, config = MOE_CASES[case]
+    save_stock(tmp_path / "m", kind, config, dtype=torch.bfloat16)
+    family, tensors = open_model(tmp_path / "m").family, {}
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (tmp_path / "m" / "model.safetensors.index.json").unlink(missing_ok=True)
+    named = {CHANGES[how](name, base): tensor for name, tensor in tensors.items()}
+    save_file(named, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with quiet():
+        _, info = auto_class(family).from_pretrained(tmp_path / "m", output_loading_info=True)
+    theirs = not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    try:
+        ours = set(open_model(tmp_path / "m").roles) == set(tensors)
+    except InputError:
+        ours = False
+    assert ours or not theirs, "transformers takes what is refused here"
+    assert theirs or not ours, "taken here, and transformers starts with random weights"

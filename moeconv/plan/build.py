@@ -9,7 +9,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import BESIDE
+from moeconv.families.spec import BESIDE, Family
 from moeconv.plan.plan import Input, Item, TensorSpec
 
 # --dtype in the words of torch -> as safetensors names it

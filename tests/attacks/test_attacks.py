@@ -189,9 +189,6 @@ BAD: dict[str, tuple[Ruin, str]] = {
     "a header of a terabyte": (written(FIRST, struct.pack("<Q", 1 << 40) + bytes(100)), "the header claims"),
     "a header of 2^64": (written(FIRST, b"\xff" * 8 + bytes(100)), "the header claims"),
     "trailing bytes": (lambda p: (p / FIRST).write_bytes((p / FIRST).read_bytes() + b"x"), "the file has"),
-    "an unknown architecture": (config(model_type="gpt\x1b[31m"), "unknown architecture: model_type 'gpt\\\\x1b[31m'"),
-    "no architecture": (config(drop=("model_type",)), "unknown architecture"),
-    "an architecture that is a list": (config(model_type=["llama"]), "unknown architecture"),
     "too few layers": (config(num_hidden_layers=1), "is not part of a llama model"),
     "too many layers": (config(num_hidden_layers=3), "is missing from the checkpoint"),
     "a billion layers": (config(num_hidden_layers=10**9), "from 1 to 4096"),
@@ -215,6 +212,25 @@ def _forget(path: Path) -> None:
     index = json.loads((path / INDEX_NAME).read_text())
     del index["weight_map"]["model.norm.weight"]
     (path / INDEX_NAME).write_text(json.dumps(index))
+
+
+UNKNOWN: dict[str, tuple[Ruin, str]] = {
+    "an unknown architecture": (config(model_type="gpt\x1b[31m"), "unknown architecture: model_type 'gpt\\\\x1b[31m'"),
+    "no architecture": (config(drop=("model_type",)), "unknown architecture"),
+    "an architecture that is a list": (config(model_type=["llama"]), "unknown architecture"),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+def test_unknown_architectures_are_looked_at_and_not_taken(cli, refused, tmp_path, out, what):
+    ruin, says = UNKNOWN[what]
+    source = make_dense(tmp_path / "source", shards=3)
+    ruin(source)
+    refused(3, says, "upcycle", source, out, "--no-check")
+    for command in ("inspect", "verify"):
+        outcome = cli(command, source)
+        assert outcome.code == 0 and says in outcome.err, outcome
+        assert all(line.isprintable() for line in (outcome.out + outcome.err).splitlines()), outcome
 
 
 @pytest.mark.parametrize("what", BAD)

@@ -14,7 +14,16 @@ __version__ = "0.1.0"
 # Names of functions that are sub-packages as well: the package can be called, so that which of the two was imported
 # first makes no difference (see callable_package.py).
 _PACKAGES = ("calibrate", "evaluate", "tune")
-_FUNCTIONS = ("execute", "follow_links", "inspect", "plan_overlay", "plan_prune", "plan_quantize", "plan_upcycle", "verify")
+_FUNCTIONS = (
+    "execute",
+    "follow_links",
+    "inspect",
+    "plan_overlay",
+    "plan_prune",
+    "plan_quantize",
+    "plan_upcycle",
+    "verify",
+)
 
 __all__ = ["__version__", "api", *_PACKAGES, *_FUNCTIONS]
 

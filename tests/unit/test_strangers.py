@@ -21,16 +21,18 @@ from moeconv.upcycle.planner import plan_upcycle
 
 
 def test_an_adapter_says_whose_it_is(tmp_path: Path, cli) -> None:
-    (tmp_path / "adapter_model.safetensors").touch()
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
     config = {"peft_type": "LORA", "base_model_name_or_path": "someone/base"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    done = cli("prune", tmp_path, tmp_path / "out", "--ratio", 0.5, "--json")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    done = cli("prune", folder, tmp_path / "out", "--ratio", 0.5, "--json")
     assert done.code == 3
     error = done.json["error"]
     assert "adapter (LORA) of someone/base" in error["message"] and "merge_and_unload" in error["hint"]
-    (tmp_path / "adapter_config.json").write_text("{")
+    (folder / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"is an adapter \(PEFT\), not a model"):
-        Checkpoint(tmp_path)
+        Checkpoint(folder)
 
 
 @pytest.mark.parametrize("lost", [(), (2,)])

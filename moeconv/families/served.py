@@ -22,12 +22,12 @@ _RUNS = {
     "sglang": _EVERYWHERE | {"dots1", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"},
     "llama.cpp": _EVERYWHERE | {"dots1", "granitemoeshared", "nemotron_h", "hy_v3", "mellum", "minimax_m2",
                                 "mimo_v2_flash", "jamba", "solar_open", "qwen3_5_moe_text", "laguna", "gemma4",
-                                "gemma4_text"},
+                                "gemma4_text", "glm4_moe_lite"},
 }  # fmt: skip
 _RUNS_NOT = {
     "vllm": frozenset[str](),
     "sglang": frozenset({"flex_olmo"}),
-    "llama.cpp": frozenset({"flex_olmo", "granitemoe_swa", "aria_text", "glm4_moe_lite"}),
+    "llama.cpp": frozenset({"flex_olmo", "granitemoe_swa", "aria_text"}),
 }
 
 

@@ -13,11 +13,25 @@ from moeconv.quantize.spec import Format
 _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
 
 
+_SOFTMAX = (
+    "the kernel of its CPU backend is for routers that are a softmax and nothing else, and this family's scores by "
+    "sigmoid or has a correction bias; on a GPU it was not run"
+)
+
+
+def _softmax_alone(family: Family) -> bool:
+    """Whether the router is a softmax without a correction of the choice: all that vLLM's CPU kernel computes."""
+    corrected = any(key.startswith("router.correction") for key in family.tensors)
+    return family.routing is not None and family.routing.score.startswith("softmax") and not corrected
+
+
 def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
     """Runtime -> whether it loads a model packed so. `mixed`: bits differ by layer. Of multimodal models, whose modules
     every engine names in its own way, only transformers was tried; packed experts of one tensor have names of our own,
     which no other runtime knows."""
     loads = dict(format.mixed if mixed else format.loads[scheme])
+    if loads["vllm"] == "ok" and not _softmax_alone(family):
+        loads["vllm"] = "unknown"  # refused by its CPU backend, measured; on a GPU not run
     if family.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
     if family.beside:
@@ -41,7 +55,7 @@ def check_targets(
         if loads[target] == "no":
             raise UsageError(f"--target {target} cannot load {what}", hint="`moeconv formats` shows what it loads.")
         if loads[target] == "unknown":
-            note = format.notes.get(target)
+            note = format.notes.get(target) if target != "vllm" or _softmax_alone(family) else _SOFTMAX
             warnings.append(f"{target} was not proven to load {what}" + (f": {note}" if note else ""))
         if target == "vllm" and format.grouped and hidden is not None and hidden % _MARLIN:
             warnings.append(

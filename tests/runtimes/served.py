@@ -1,6 +1,6 @@
 """Which families does vLLM run, plain and packed in INT4? Random models of each, pruned by moeconv, as a table.
 
-    MOECONV_VLLM_PYTHON=... python tests/runtimes/served.py [FAMILY ...]
+    MOECONV_VLLM_PYTHON=... python tests/runtimes/served.py [--plain] [FAMILY ...]
 
 What it prints is what families/served.py and quantize/targets.py say of vLLM. Agreement as in agreement.py: the share
 of greedy tokens that are the choice of transformers too.
@@ -8,8 +8,7 @@ of greedy tokens that are the choice of transformers too.
 
 from __future__ import annotations
 
-import shutil
-import sys
+import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = runtimes.LLAMA_CPP_FAMILIES | {
 }
 
 
-def measure(family: str, work: Path) -> Iterator[tuple[str, str]]:
+def measure(family: str, work: Path, *, packed_too: bool) -> Iterator[tuple[str, str]]:
     """(what was run, share of greedy tokens that agree or the runtime's last words)."""
     made, source = work / "made", work / "source"
     runtimes.LLAMA_CPP_FAMILIES[family] = FAMILIES[family]
     runtimes.random_model(family, made)
     prune(str(made), str(source), {"keep": 6, "criterion": "random"}, meter=SilentMeter())
     asked = runtimes.prompts(source)
-    for name, parameters in (("bf16", None), ("int4 g32", {"group_size": "32"})):
+    for name, parameters in (("bf16", None), ("int4 g32", {"group_size": "32"}))[: 1 + packed_too]:
         packed, plain = (source, source) if parameters is None else (work / "packed", work / "plain")
         try:
             if parameters is not None:
@@ -65,12 +64,15 @@ def measure(family: str, work: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--plain", action="store_true", help="bfloat16 alone")
+    options = parser.parse_args()
     print("| family | weights | greedy tokens that agree |\n|---|---|---|")
-    for family in sys.argv[1:] or FAMILIES:
+    for family in options.families:
         with tempfile.TemporaryDirectory() as folder:
-            for name, found in measure(family, Path(folder)):
+            for name, found in measure(family, Path(folder), packed_too=not options.plain):
                 print(f"| {family} | {name} | {found} |", flush=True)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

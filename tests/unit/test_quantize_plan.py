@@ -9,12 +9,13 @@ import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
-from moeconv.families.model import open_model
+from moeconv.families.model import FAMILIES, open_model
+from moeconv.families.served import check_served
 from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import BITS, FORMATS, choose_group, choose_scheme
 from moeconv.quantize.planner import plan_quantize
-from moeconv.quantize.targets import TARGETS
+from moeconv.quantize.targets import TARGETS, check_targets, loads_of
 
 IN_PLACE = [f for f in FORMATS.values() if f.shard is None]  # gguf has tests of its own
 EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s) for f in IN_PLACE for s in f.schemes])
@@ -265,3 +266,17 @@ def test_every_scheme_says_who_loads_it():
         for loads in (*format.loads.values(), format.mixed):
             assert set(loads) == set(TARGETS) and set(loads.values()) <= words
         assert set(format.notes) <= set(TARGETS)
+
+
+def test_int4_in_vllm_is_proven_for_softmax_routers_alone():
+    """Its CPU backend refuses INT4 of routers with sigmoid scores or a correction bias: measured."""
+    format = FORMATS["compressed-tensors"]
+    for name, word in (
+        ("qwen3_moe", "ok"), ("mixtral", "ok"), ("olmoe", "ok"), ("glm4_moe", "unknown"), ("ernie4_5_moe", "unknown"),
+        ("dots1", "unknown"), ("minimax_m2", "unknown"), ("deepseek_v3", "unknown"),
+    ):  # fmt: skip
+        family = FAMILIES[name]
+        assert loads_of(format, "int4", family)["vllm"] == word
+        warnings = check_targets(format, "int4", ["vllm"], family=family)
+        assert [("router" in text) for text in warnings] == ([] if word == "ok" else [True])
+    assert check_served("glm4_moe_lite", ["llama.cpp"]) == []

@@ -9,7 +9,8 @@ import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
-from moeconv.families.model import FAMILIES, open_model
+from moeconv.families.find import FAMILIES
+from moeconv.families.model import open_model
 from moeconv.families.served import check_served
 from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model

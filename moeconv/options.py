@@ -17,6 +17,13 @@ from moeconv.errors import UsageError, escape
 
 T = TypeVar("T")
 
+# defaults that help texts state, and that the code takes from here
+TOKENS, SEQ_LEN = 65536, 512
+EVALUATE_SEQ_LEN = 256
+SAMPLE_TOKENS, LEAST_SAMPLE = 2048, 256  # per layer of a Mixture-of-Experts
+NEURON_TOKENS = 16384  # per layer of a dense model
+EXPERTS, TOP_K = 8, 2
+LOOKS = 4
 SCOPES = ("experts", "experts+shared", "all-linear")
 
 
@@ -82,8 +89,13 @@ class MeasureOptions:
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
     max_memory: str | None = option(None, "Budget for activations in memory, such as 4GB (default: no limit).")
     batch_size: int = option(8, "Sequences per forward pass.")
-    seq_len: int | None = option(None, "Tokens per sequence (default: 512, at most the model's).")
-    tokens: int | None = option(None, "Tokens to use, sampled with the seed (default: 65536, evaluate: all).")
+    seq_len: int | None = option(
+        None, f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's)."
+    )
+    tokens: int | None = option(
+        None, f"Tokens to use, sampled with the seed (default: {TOKENS}; evaluate: all; tune by distill or lm: as many "
+        "as its steps take)."
+    )  # fmt: skip
     text_field: str = option(
         "text", "Field of the records that holds the text (default: text, or else messages or conversations)."
     )
@@ -104,9 +116,13 @@ class UpcycleOptions:
     """moeconv upcycle"""
 
     experts: int | None = option(
-        None, "Experts per layer (default: 8; with --experts-from one a sibling; of an MoE source twice its own)."
-    )
-    top_k: int | None = option(None, "Experts per token (default: 2, or all pieces of one copy of the FFN).")
+        None, f"Experts per layer (default: {EXPERTS}; with --experts-from one per sibling; of an MoE source twice its "
+        "own)."
+    )  # fmt: skip
+    top_k: int | None = option(
+        None, f"Experts per token (default: {TOP_K}, or all pieces of one copy of the FFN; of an MoE source its own, "
+        "times the copies)."
+    )  # fmt: skip
     method: str = option(
         "copy",
         "How experts are made from the FFN.",
@@ -228,8 +244,9 @@ class CalibrateOptions:
     """moeconv calibrate"""
 
     sample_tokens: int | None = option(
-        None, "Tokens per layer on which all experts are compared (2048), or whose FFN inputs are kept (dense: 16384)."
-    )
+        None, f"Tokens per layer on which all experts are compared (default: {SAMPLE_TOKENS}, with many experts fewer, at "
+        f"least {LEAST_SAMPLE}), or whose FFN inputs are kept (dense, default: {NEURON_TOKENS})."
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -251,7 +268,7 @@ class TuneOptions:
     )  # fmt: skip
     warmup: float = option(0.1, "Share of the steps in which the rate rises to its peak.")
     look_every: int | None = option(
-        None, "Steps between looks at the held-out tenth of the data; the best look is kept (default: four looks)."
+        None, f"Steps between looks at the held-out tenth of the data; the best look is kept (default: {LOOKS} looks)."
     )
     patience: int | None = option(None, "Stop early after this many looks without improvement (default: all steps).")
     balance: float = option(0.01, "Weight of the load-balance loss, taken per layer.")
@@ -267,8 +284,9 @@ class TuneOptions:
         "with the largest weights (default: no limit)."
     )  # fmt: skip
     straight_through: bool | None = option(
-        None, "Router gradient through all experts, DenseMixer (default: unless experts train too)."
-    )
+        None, "Router gradient through all experts, DenseMixer (default: unless experts train too, and where the one "
+        "weight of a token is always 1)."
+    )  # fmt: skip
     balance_only: bool = option(False, "Train on the balance loss alone, also where experts are identical.")
 
 

@@ -32,7 +32,6 @@ from moeconv.stream.layers import Layer, LayerStream
 
 KIND = "neurons"
 VERSION = 1
-SAMPLE_TOKENS = 16384
 TOP = 0.1  # share of a token's neurons that count as active
 _REQUIRED = ("version", "identity", "model_type", "layers", "width", "tokens", "sources")
 

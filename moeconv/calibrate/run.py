@@ -13,7 +13,6 @@ import torch
 
 from moeconv.calibrate.artifact import KIND, write_statistics
 from moeconv.calibrate.neurons import KIND as NEURONS
-from moeconv.calibrate.neurons import SAMPLE_TOKENS as NEURON_SAMPLE
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.sample import sample_size
@@ -25,13 +24,10 @@ from moeconv.data.windows import TokenData, load_tokens, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
-from moeconv.options import DataOptions, parse_size, reads_of
+from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter
 from moeconv.world import World, current, first
-
-TOKENS = 65536
-SEQ_LEN = 512
 
 
 def calibrate(
@@ -157,7 +153,7 @@ def _dense(
         model, read.windows, dtype=dtype, device=device, batch_size=batch_size, max_memory=max_memory, meter=meter
     )
     block = measure_neurons(
-        stream, read, path, seed=seed, sample_tokens=sample_tokens or NEURON_SAMPLE, overwrite=overwrite
+        stream, read, path, seed=seed, sample_tokens=sample_tokens or NEURON_TOKENS, overwrite=overwrite
     )
     sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
     return {"output": str(path), "tokens": read.tokens, "sources": sources} | block

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.families.rule import Rule, explains, weights_of
+from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS
 from moeconv.plan.kernels.draw import generator
 from moeconv.stream.experts import pair_outputs
 from moeconv.world import summed
@@ -22,7 +23,6 @@ SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
 _AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
 _CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
 
-LARGEST, SMALLEST = 2048, 256  # tokens of the default sample
 SAMPLE_ROWS = 256  # tokens of it whose outputs of all experts are held at a time
 _COST = 4  # how often the work of routing may be spent on it
 _PRODUCT_ROWS = 32  # tokens over which cosines are summed in float32
@@ -45,7 +45,7 @@ class Tokens:
 def sample_size(tokens: int, *, top_k: int, num_experts: int) -> int:
     """Tokens of the default sample: 2048, or as many as cost all experts four times what routing `tokens` does to
     `top_k` of them, but 256 at least."""
-    return min(LARGEST, max(SMALLEST, _COST * tokens * top_k // max(1, num_experts)))
+    return min(SAMPLE_TOKENS, max(LEAST_SAMPLE, _COST * tokens * top_k // max(1, num_experts)))
 
 
 def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,11 @@ from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window
 from moeconv.families.model import Model, open_model
-from moeconv.options import parse_size
+from moeconv.options import EVALUATE_SEQ_LEN, parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import LayerStream, pick_device, start_meter
 
-SEQ_LEN = 256
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -49,11 +48,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """The JSON object of `moeconv evaluate`.
 
-    All of `data` is used, or a sample of `tokens`, in sequences of `seq_len` (256, at most the models'). `tokens` in
-    the result are the predicted ones, a sequence's first is not; losses are nats per predicted token; `kl` is the mean
-    KL(reference || model). A figure that is NaN or infinite is None and fails its gate; `not_finite` {message, hint}
-    then names the first layer and tensor that make it (else None), and `passed` is False. The caller turns `passed` ==
-    False into exit 5. `dtype` None is float32 on the CPU, else the checkpoint's own.
+    All of `data` is used, or a sample of `tokens`, in sequences of `seq_len` (256, at most the models'), as the result
+    says too. `tokens` in the result are the predicted ones, a sequence's first is not; losses are nats per predicted
+    token; `kl` is the mean KL(reference || model). A figure that is NaN or infinite is None and fails its gate;
+    `not_finite` {message, hint} then names the first layer and tensor that make it (else None), and `passed` is False.
+    The caller turns `passed` == False into exit 5. `dtype` None is float32 on the CPU, else the checkpoint's own.
 
     Raises UsageError for a gate without a reference, InputError for unusable data or tokenizers that differ.
     """
@@ -73,7 +72,7 @@ def evaluate(
             "the model and its reference have different tokenizers: their losses cannot be compared",
             hint="Compare with a model that has the same tokenizer.json.",
         )
-    length = min(sequence_length(model, seq_len, default=SEQ_LEN) for model in models)
+    length = min(sequence_length(model, seq_len, default=EVALUATE_SEQ_LEN) for model in models)
     meter.note("reading the data")
     read = load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
     start_meter(meter, *models)
@@ -94,6 +93,7 @@ def evaluate(
     result = _result(scores, [s.name for s in read.sources], compared=len(models) == 2)
     gates = judge(limits, result.pop("figures"))
     return result | {
+        "seq_len": read.seq_len,
         "tokens_per_second": rate,
         "layers": layers,
         "passed": problem is None and all(gate["passed"] for gate in gates.values()),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
+from moeconv.calibrate.run import sequence_length
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import load_tokens
@@ -29,7 +29,7 @@ from moeconv.families.model import Model
 from moeconv.families.spec import Role
 from moeconv.gptq.grids import grid_of, on_disk
 from moeconv.gptq.matrix import Coded, damped, gptq, retarget, round_to_nearest
-from moeconv.options import DataOptions, MeasureOptions, check_names, parse_size, take
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, check_names, parse_size, take
 from moeconv.plan.kernels.draw import generator
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
+from moeconv.calibrate.run import sequence_length
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
-from moeconv.options import parse_size
+from moeconv.options import SEQ_LEN, TOKENS, parse_size
 from moeconv.plan.kernels.draw import generator
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prepare.centroids import balanced_centroids

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moeconv.errors import MoeconvError
+from moeconv.options import LOOKS
 from moeconv.tune.parameters import (
     Piece,
     exact,
@@ -30,7 +31,6 @@ from moeconv.world import all_agree, current, summed
 
 M = TypeVar("M")
 
-_LOOKS = 4  # how often the held-out data is measured on the way, unless asked otherwise
 _FLOOR = 0.1  # of the peak, where cosine and linear end
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
@@ -60,7 +60,7 @@ class Plan:
     def looks(self) -> set[int]:
         """Steps after which the held-out data is measured; the last is one of them."""
         if self.look_every is None:
-            return {round(self.steps * (i + 1) / _LOOKS) for i in range(_LOOKS)} - {0}
+            return {round(self.steps * (i + 1) / LOOKS) for i in range(LOOKS)} - {0}
         return {*range(self.look_every, self.steps, self.look_every), self.steps}
 
 

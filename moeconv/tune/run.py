@@ -17,14 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.run import SEQ_LEN as DEFAULT_SEQ_LEN
-from moeconv.calibrate.run import TOKENS, sequence_length
+from moeconv.calibrate.run import sequence_length
 from moeconv.checkpoint.reader import artifact_metadata, is_artifact
 from moeconv.checkpoint.target import check_file_target
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.errors import InputError, UsageError
-from moeconv.options import DataOptions, MeasureOptions, TuneOptions, check_names, parse_size, reads_of, take
+from moeconv.options import (
+    SEQ_LEN,
+    TOKENS,
+    DataOptions,
+    MeasureOptions,
+    TuneOptions,
+    check_names,
+    parse_size,
+    reads_of,
+    take,
+)
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
@@ -119,7 +128,7 @@ class Run:
 def _read(job: Job, paths: Sequence[str], measure: MeasureOptions) -> TokenData:
     """The windows: as many as are drawn or, layer by layer, as calibration uses, unless --tokens says otherwise."""
     models = [m for m in (job.student, job.teacher) if m is not None]
-    length = min(sequence_length(m, measure.seq_len, default=DEFAULT_SEQ_LEN) for m in models)
+    length = min(sequence_length(m, measure.seq_len, default=SEQ_LEN) for m in models)
     drawn = round(job.plan.steps * job.batch_size / (1 - HELD_OUT)) + job.batch_size
     tokens = measure.tokens or (TOKENS if job.objective == "layerwise" else max(drawn, 2) * length)
     return load_tokens(

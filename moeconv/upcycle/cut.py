@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.spec import Family
-from moeconv.options import UpcycleOptions
+from moeconv.options import EXPERTS, TOP_K, UpcycleOptions
 
 _SHARE = re.compile(r"^(?:(\d+(?:\.\d+)?)%|(\d*\.\d+|\d+\.\d*))$")
 
@@ -39,8 +39,8 @@ class Cut:
 
 
 def counts(options: UpcycleOptions) -> tuple[int, int]:
-    """(experts, top-k) of a method without copies: 8 and 2 where nothing is said."""
-    return (8 if options.experts is None else options.experts), (2 if options.top_k is None else options.top_k)
+    """(experts, top-k) of a method without copies: the defaults where nothing is said."""
+    return EXPERTS if options.experts is None else options.experts, TOP_K if options.top_k is None else options.top_k
 
 
 def cut_ffn(ffn: int, *, granularity: int, shared: str | None) -> Cut:

@@ -17,7 +17,7 @@ from moeconv.families.pairs import find_pair
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
 from moeconv.families.written import other_values_elsewhere, written_config
-from moeconv.options import PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
+from moeconv.options import EXPERTS, TOP_K, PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.overlay import ORIGIN as OVERLAY
@@ -165,17 +165,17 @@ def _with_siblings(
 
 
 def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
-    """The cut with the numbers of experts: 8 and 2, or one a sibling, in whole copies, where nothing is said."""
+    """The cut with the numbers of experts: the defaults, or one per sibling, in whole copies, where nothing is said."""
     experts, top_k = options.experts, options.top_k
     if experts is None:
-        experts = cut.pieces * (siblings or -(-8 // cut.pieces))
+        experts = cut.pieces * (siblings or -(-EXPERTS // cut.pieces))
     if siblings and experts % (siblings * cut.pieces):
         raise UsageError(
             f"--experts {experts}: {siblings} siblings make {siblings * cut.pieces} experts, or a multiple of that",
             hint="Leave --experts out.",
         )
     if top_k is None:
-        top_k = min(experts, cut.pieces * -(-2 // cut.pieces))
+        top_k = min(experts, cut.pieces * -(-TOP_K // cut.pieces))
     return replace(cut, experts=experts, top_k=top_k)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from moeconv.families.model import Model
-from moeconv.options import DataOptions, MeasureOptions, PlanOptions, PruneOptions, parse_size, take
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, PlanOptions, PruneOptions, parse_size, take
 from moeconv.plan.meter import Meter
 
 
 def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
     """The windows of --data, as calibration draws them."""
-    from moeconv.calibrate.run import SEQ_LEN, TOKENS, sequence_length
+    from moeconv.calibrate.run import sequence_length
     from moeconv.data.windows import load_tokens
 
     measure = take(MeasureOptions, values)

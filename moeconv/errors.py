@@ -5,6 +5,9 @@ What went wrong and where stands in the message; what to do next stands in the h
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MoeconvError(Exception):
     """Base of all errors that moeconv raises on purpose. `exit_code` is the process's exit status."""
@@ -66,3 +69,17 @@ def escape(text: object) -> str:
     name that is longer than any message should be loses its middle."""
     safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
     return safe if len(safe) <= _LONGEST else f"{safe[:400]} ... {safe[-100:]}"
+
+
+def closest(word: object, known: Iterable[object]) -> str | None:
+    """The known word that is most like this one, whatever the case of its letters; None where none is alike."""
+    by_letters = {str(k).lower(): str(k) for k in known}
+    close = difflib.get_close_matches(str(word).lower(), by_letters, n=1)
+    return by_letters[close[0]] if close else None
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """A hint that names the closest known word, or all of them."""
+    words = [str(k) for k in known]
+    close = closest(word, words)
+    return f"Did you mean {close}?" if close else f"Known: {', '.join(sorted(words))}."

@@ -6,14 +6,13 @@ A group is a frozen dataclass; a field's metadata holds its help text and, where
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from moeconv.errors import UsageError, escape
+from moeconv.errors import UsageError, did_you_mean, escape
 
 T = TypeVar("T")
 
@@ -244,8 +243,8 @@ class CalibrateOptions:
     """moeconv calibrate"""
 
     sample_tokens: int | None = option(
-        None, f"Tokens per layer on which all experts are compared (default: {SAMPLE_TOKENS}, with many experts fewer, at "
-        f"least {LEAST_SAMPLE}), or whose FFN inputs are kept (dense, default: {NEURON_TOKENS})."
+        None, f"Tokens per layer on which all experts are compared (default: {SAMPLE_TOKENS}, with many experts fewer, "
+        f"at least {LEAST_SAMPLE}), or whose FFN inputs are kept (dense, default: {NEURON_TOKENS})."
     )  # fmt: skip
 
 
@@ -445,12 +444,6 @@ def check_names(values: Mapping[str, Any], *groups: type) -> None:
     for name in values:
         if name not in known:
             raise UsageError(f"unknown parameter {escape(name)!r}", hint=did_you_mean(name, known))
-
-
-def did_you_mean(word: object, known: Any) -> str:
-    """A hint that names the closest known word, or all of them."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1)
-    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(sorted(str(k) for k in known))}."
 
 
 def flag_of(name: str) -> str:

@@ -29,7 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from moeconv import options as o
-from moeconv.errors import UsageError, escape
+from moeconv.errors import UsageError, did_you_mean, escape
 
 DEMO_DATA = Path(__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -170,7 +170,7 @@ def _variables(checker: _Checker, spec: RecipeSpec, settings: Sequence[str]) -> 
         if not equals or key not in spec.vars:
             known = spec.vars or ["(the recipe has no vars)"]
             raise UsageError(
-                f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe", hint=o.did_you_mean(key, known)
+                f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe", hint=did_you_mean(key, known)
             )
         given[key] = value
     for key, default in spec.vars.items():  # a variable may use those above it
@@ -204,7 +204,7 @@ class _Checker:
                     if "steps" in path
                     else tuple(RecipeSpec.model_fields)
                 )
-                raise self.fail(path, f"unknown key {escape(path[-1])!r}", o.did_you_mean(path[-1], known)) from None
+                raise self.fail(path, f"unknown key {escape(path[-1])!r}", did_you_mean(path[-1], known)) from None
             where = ".".join(str(p) for p in path)
             raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
 
@@ -255,7 +255,7 @@ class _Checker:
     def step(self, index: int, spec: StepSpec, variables: _Variables) -> Step:
         path = ("steps", index)
         if spec.step not in GROUPS:
-            raise self.fail((*path, "step"), f"unknown step {escape(spec.step)!r}", o.did_you_mean(spec.step, GROUPS))
+            raise self.fail((*path, "step"), f"unknown step {escape(spec.step)!r}", did_you_mean(spec.step, GROUPS))
         if (spec.to is None) != (spec.step == "evaluate"):
             text = "evaluate writes nothing: leave out `to`" if spec.to else f"{spec.step} needs `to`"
             raise self.fail(path, text)
@@ -275,7 +275,7 @@ class _Checker:
         for key, value in values.items():
             at = (*path, key)
             if key not in fields:
-                raise self.fail(at, f"{command} has no parameter {escape(key)!r}", o.did_you_mean(key, fields))
+                raise self.fail(at, f"{command} has no parameter {escape(key)!r}", did_you_mean(key, fields))
             filled: Any = value
             field = fields[key].__dataclass_fields__[key]  # type: ignore[attr-defined]
             in_path = bool(field.metadata["reads"])
@@ -306,7 +306,7 @@ class _Checker:
         def value(match: re.Match[str]) -> str:
             found = variables.get(match[1], in_path=in_path)
             if found is None:
-                hint = o.did_you_mean(match[1], variables.values)
+                hint = did_you_mean(match[1], variables.values)
                 raise self.fail(path, f"no variable ${{{escape(match[1])}}}", hint)
             return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, closest, escape
 from moeconv.families.moe import MOE
 from moeconv.families.spec import Family, Pair
 
@@ -317,7 +317,15 @@ def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
         rows = [p for p in able if p.with_shared] or able or rows
     if rows:
         return rows[0]
-    can = ", ".join(p.target for p in PAIRS if p.source == source.model_type) or "nothing yet"
+    can = ", ".join(p.target for p in mine) or "nothing yet"
+    if to is not None and to not in MOE:
+        named = {word: row.model_type for row in MOE.values() for word in (row.model_type, row.architecture)}
+        close = closest(to, named)
+        meant = f"Did you mean {named[close]}? " if close else ""
+        raise InputError(
+            f"--to {escape(to)}: no such Mixture-of-Experts family",
+            hint=f"{meant}{source.model_type} can become: {can}.",
+        )
     why = IMPOSSIBLE.get((source.model_type, to or ""), f"no exact mapping from {source.model_type} to it is known")
     raise InputError(f"cannot write {source.model_type} as {escape(to)}: {why}", hint=f"It can become: {can}.")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moeconv.errors import UsageError, escape
+from moeconv.errors import UsageError, did_you_mean, escape
 
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 _EVERYWHERE = frozenset({
@@ -44,7 +44,7 @@ def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
     warnings = []
     for target in targets:
         if target not in TARGETS:
-            raise UsageError(f"--target {escape(target)}: unknown runtime", hint=f"One of: {', '.join(TARGETS)}.")
+            raise UsageError(f"--target {escape(target)}: unknown runtime", hint=did_you_mean(target, TARGETS))
         found = served(model_type, target)
         if found == "no":
             raise UsageError(

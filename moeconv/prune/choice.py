@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.errors import InputError, UsageError, did_you_mean, escape
 from moeconv.families.model import Model
 from moeconv.families.rule import has_numbers, rule_of
-from moeconv.options import PlanOptions, PruneOptions, did_you_mean, flag_of, take
+from moeconv.options import PlanOptions, PruneOptions, flag_of, take
 from moeconv.prune.criteria import CRITERIA, Criterion, Evidence, Order, similarity, stand_ins
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import parse_protect

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moeconv.errors import UsageError, escape
+from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.families.served import TARGETS
 from moeconv.families.spec import Family
-from moeconv.options import did_you_mean
 from moeconv.quantize.spec import Format
 
 _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples

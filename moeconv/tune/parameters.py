@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.errors import InputError, UsageError, did_you_mean, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
-from moeconv.options import did_you_mean
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.tune.routing import Block
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,8 @@ def test_how_a_tune_is_run(models):
 def test_how_many_tokens_are_compared(models, monkeypatch, tmp_path):
     from moeconv.calibrate import run
 
-    (sample, neurons) = map(int, re.findall(r"default: (\d+)", FIELDS["calibrate", "sample_tokens"].metadata["help"]))
+    words = r"default: (\d+), with many experts fewer, at least (\d+).*default: (\d+)"
+    most, least, neurons = map(int, re.search(words, FIELDS["calibrate", "sample_tokens"].metadata["help"]).groups())
     seen: list[int] = []
 
     def note(*_: Any, sample_tokens: int, **__: Any) -> None:
@@ -163,11 +165,12 @@ def test_how_many_tokens_are_compared(models, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "run_key", note)
     monkeypatch.setattr(run, "LayerStream", lambda *_, **__: None)
     monkeypatch.setattr(run, "start_meter", lambda *_: None)
-    monkeypatch.setattr(run, "load_tokens", lambda *_, **__: type("Read", (), {"windows": np.zeros((8, 4))})())
-    for path in models[::-1]:
+    for path, tokens in ((models[1], 10**6), (models[1], 32), (models[0], 32)):
+        read = SimpleNamespace(windows=np.zeros((8, 4)), tokens=tokens)
+        monkeypatch.setattr(run, "load_tokens", lambda *_, read=read, **__: read)
         with pytest.raises(Asked):
             run.calibrate(path, tmp_path / "s", data=["x"])
-    assert seen == [sample, neurons]
+    assert seen == [most, least, neurons]
 
 
 def test_how_many_workers(monkeypatch):

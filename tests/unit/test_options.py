@@ -7,14 +7,13 @@ import dataclasses
 import pytest
 
 from moeconv import options
-from moeconv.errors import UsageError
+from moeconv.errors import UsageError, did_you_mean
 from moeconv.options import (
     MeasureOptions,
     PlanOptions,
     QuantizeOptions,
     UpcycleOptions,
     check_names,
-    did_you_mean,
     flag_of,
     parse_layers,
     parse_size,

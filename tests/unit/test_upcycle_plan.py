@@ -249,7 +249,7 @@ def test_every_dense_family_has_exactly_one_default():
 
 
 def test_a_target_nobody_knows_and_a_number_that_experts_cannot_be_multiplied_to(tmp_path):
-    with pytest.raises(InputError, match=r"cannot write llama as \\x1bfoo"):
+    with pytest.raises(InputError, match=r"--to \\x1bfoo: no such"):
         plan_upcycle(open_model(make_dense(tmp_path / "m")), to="\x1bfoo")
     with pytest.raises(UsageError, match="only be multiplied as a whole"):
         plan_upcycle(open_model(make_moe(tmp_path / "moe")), experts=6)
@@ -320,3 +320,17 @@ def test_a_shared_expert_of_zeros_is_said_with_its_size(tmp_path):
     for parameters in ({"to": "mixtral"}, {"to": "glm4_moe", "method": "granular", "granularity": 4, "top_k": 3,
                                            "experts": 6, "shared_experts": "1"}):  # fmt: skip
         assert not any("of zero" in text for text in plan_upcycle(model, **parameters).warnings)
+
+
+@pytest.mark.parametrize("word", ["Mixtral", "mixtrl", "MixtralForCausalLM", "MIXTRAL"])
+def test_a_target_that_is_misspelt_is_guessed(tmp_path, word):
+    model = open_model(make_dense(tmp_path / "m"))
+    with pytest.raises(InputError, match=f"--to {word}: no such") as caught:
+        plan_upcycle(model, to=word)
+    assert caught.value.hint.startswith("Did you mean mixtral? llama can become: mixtral, ")
+    for unlike in ("zzz", "llama"):
+        with pytest.raises(InputError, match="no such") as caught:
+            plan_upcycle(model, to=unlike)
+        assert caught.value.hint.startswith("llama can become: mixtral, ")
+    with pytest.raises(InputError, match="cannot write llama as deepseek_v3"):
+        plan_upcycle(model, to="deepseek_v3")

@@ -58,6 +58,9 @@ class _MadeCheckpoint(_PlannedCheckpoint):
         view = memoryview(data).cast("B")
         return bytearray(view[start:] if length is None else view[start : start + length])
 
+    def advise(self, names: object) -> None:
+        """Nothing lies on disk that could be read ahead."""
+
 
 def planned_model(
     plan: Plan, *, companions: Path | None = None, name: str = "model",

@@ -78,7 +78,10 @@ class WriteOptions:
     part: str | None = option(
         None, "Write only share I of N of the shards, as I/N counted from 0; the last one commits."
     )
-    overwrite: bool = option(False, "Swap OUT for the new directory once that is complete.")
+    overwrite: bool = option(
+        False, "Swap OUT for the new directory once that is complete, where OUT is empty, an output of moeconv, or a "
+        "single checkpoint, with nothing else in it."
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ class EvaluateOptions:
 class ArtifactOptions:
     """How a single file is written."""
 
-    overwrite: bool = option(False, "Replace the file when the new one is complete.")
+    overwrite: bool = option(False, "Replace the file, of the same kind, when the new one is complete.")
 
 
 @dataclass(frozen=True)

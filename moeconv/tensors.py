@@ -5,17 +5,18 @@ Imports torch: only the measuring commands import this module, and those lazily.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from moeconv.checkpoint.reader import Checkpoint
-from moeconv.families import packed
 from moeconv.families.model import Model
+from moeconv.families.packed import weight_of
 from moeconv.families.spec import BESIDE, Role
 from moeconv.plan.kernels.chain import between
-from moeconv.plan.kernels.stored import decode_parts, to_tensor
+from moeconv.plan.kernels.decode import decode_parts
+from moeconv.plan.kernels.stored import to_tensor
 from moeconv.plan.plan import Item
 
 
@@ -43,25 +44,23 @@ def plain_names(model: Model, *, beside: bool = False) -> Iterator[tuple[str, in
 
 def plain_name(name: str, role: Role) -> str:
     """The name that a stored tensor has in the unquantized model."""
-    return packed.weight_of(name) if role.part else name
+    return weight_of(name) if role.part else name
 
 
 def read_parts(model: Model, name: str) -> dict[str, Tensor]:
-    """The stored tensors behind plain tensor `name`, keyed by what follows its stem: {".weight": ...} when plain; of a
-    tensor of all experts by what follows its name.
+    """The stored tensors behind plain tensor `name`, by what each is of it: "weight" alone where it is not packed.
 
     Raises KeyError when the checkpoint has nothing of that name.
     """
-    checkpoint, stem = model.checkpoint, name.removesuffix(".weight")
-    if any(name + suffix in checkpoint.tensors for suffix in packed.STACKED):
-        stacked = {s: read_tensor(checkpoint, name + s) for s in packed.STACKED_PARTS if name + s in checkpoint.tensors}
-        return stacked | ({"": read_tensor(checkpoint, name)} if name in checkpoint.tensors else {})
-    if name in checkpoint.tensors and stem == name:  # a bias
-        return {"": read_tensor(checkpoint, name)}
-    parts = {s: read_tensor(checkpoint, stem + s) for s in packed.PARTS if stem + s in checkpoint.tensors}
-    if not parts:
-        raise KeyError(name)
-    return parts
+    stored = model.stored.get(name)
+    parts = {"weight": name} if stored is None else stored.parts
+    return {part: read_tensor(model.checkpoint, tensor) for part, tensor in parts.items()}
+
+
+def decode_read(model: Model, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The float tensor from what `read_parts` gave for plain name `name`."""
+    stored = model.stored.get(name)
+    return decode_parts(parts, name=name, how=None if stored is None else stored.how, dtype=dtype)
 
 
 def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
@@ -75,16 +74,16 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
 def read_rows(model: Model, name: str, first: int, stop: int, *, of: int) -> dict[str, Tensor]:
     """Rows `first` to `stop` of the stored tensors behind plain tensor `name`, each of which has `of` rows. Keys are
     those of `read_parts`."""
-    checkpoint = model.checkpoint
+    checkpoint, stored = model.checkpoint, model.stored.get(name)
     found: dict[str, Tensor] = {}
-    for suffix in ("", *packed.STACKED_PARTS):
-        if (ref := checkpoint.tensors.get(name + suffix)) is not None:
-            row = ref.nbytes // of
-            data = checkpoint.read(ref.name, start=first * row, length=(stop - first) * row)
-            found[suffix] = to_tensor(data, ref.dtype, (stop - first, *ref.shape[1:]))
+    for part, tensor in ({"weight": name} if stored is None else stored.parts).items():
+        ref = checkpoint.tensors[tensor]
+        row = ref.nbytes // of
+        data = checkpoint.read(ref.name, start=first * row, length=(stop - first) * row)
+        found[part] = to_tensor(data, ref.dtype, (stop - first, *ref.shape[1:]))
     return found
 
 
 def decode_weight(model: Model, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """The float weight of plain name `name` (`...down_proj.weight`), also when it is stored packed."""
-    return decode_parts(read_parts(model, name), name=name, dtype=dtype)
+    return decode_read(model, name, read_parts(model, name), dtype)

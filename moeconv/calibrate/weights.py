@@ -10,7 +10,7 @@ import numpy as np
 from moeconv.checkpoint.header import DTYPE_BITS, FLOAT_DTYPES
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.families.packed import SHARED, split_part, suffix_of
+from moeconv.families.packed import SHARED, weight_of
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.build import rows, whole
 from moeconv.plan.kernels.arrays import to_float32
@@ -56,7 +56,7 @@ def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int
     }
 
 
-Parts = dict[str, Input]  # what follows a weight's stem -> where that part of it lies
+Parts = dict[str, Input]  # part of a stored weight -> where that lies
 
 
 def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
@@ -66,11 +66,10 @@ def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
         if role.group != "expert" or role.layer is None or role.key.endswith("_bias"):
             continue
         ref = model.checkpoint.tensors[name]
-        split = split_part(name) if role.part else None
-        stem, suffix = (split[0], suffix_of(name)) if split else (name, "")
+        stem = weight_of(name) if role.part else name
         for expert in range(model.num_experts) if role.expert is None else (role.expert,):
             where = whole(ref) if role.expert is not None or role.part in SHARED else rows(ref, expert, 1)
-            found.setdefault((role.layer, expert), {}).setdefault(stem, {})[suffix] = where
+            found.setdefault((role.layer, expert), {}).setdefault(stem, {})[role.part or "weight"] = where
     return found
 
 
@@ -91,7 +90,8 @@ def _sums_of(model: Model, matrices: Mapping[str, Parts], layer: int, expert: in
 
 def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
     """A matrix's numbers in float32, flat, a block at a time; a quantized one is decoded whole."""
-    if set(parts) == {""}:
+    stored = model.stored.get(name)
+    if stored is None:
         (ref,) = parts.values()
         size = DTYPE_BITS[ref.dtype] // 8
         for start in range(ref.start, ref.start + ref.nbytes, _BLOCK * size):
@@ -99,13 +99,14 @@ def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
             data = model.checkpoint.read(ref.tensor, start=start, length=length)
             yield to_float32(data, ref.dtype, (length // size,))
         return
-    from moeconv.plan.kernels.stored import decode_parts, to_tensor
+    from moeconv.plan.kernels.decode import decode_parts
+    from moeconv.plan.kernels.stored import to_tensor
 
     read = {
-        suffix: to_tensor(model.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes), ref.dtype, ref.shape)
-        for suffix, ref in parts.items()
+        part: to_tensor(model.checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes), ref.dtype, ref.shape)
+        for part, ref in parts.items()
     }
-    yield decode_parts(read, name=name).float().numpy().reshape(-1)
+    yield decode_parts(read, name=name, how=stored.how).float().numpy().reshape(-1)
 
 
 # -- similarity of weights -------------------------------------------------------------------------------------------

@@ -244,6 +244,12 @@ class Checkpoint:
             raise InputError(f"{INDEX_NAME}: weight_map must map tensor names to files", hint="Download it again.")
         if not weight_map:
             raise InputError(f"{INDEX_NAME}: weight_map is empty", hint="Download it again.")
+        if os.path.lexists(self.path / SINGLE_NAME) and set(weight_map.values()) != {SINGLE_NAME}:
+            raise InputError(
+                f"{escape(self.path)} holds both {SINGLE_NAME} and {INDEX_NAME} with shards of its own: transformers "
+                f"loads {SINGLE_NAME} alone, other programs load the shards",
+                hint="Keep the one that is meant, and move the other away.",
+            )
         return weight_map
 
     def _entries(self) -> list[os.DirEntry[str]]:

@@ -151,12 +151,12 @@ def _tune_layers(block: Mapping[str, Any]) -> Table:
 def inspected(result: Mapping[str, Any]) -> list[Table]:
     """A checkpoint."""
     parameters = result["parameters"]
-    moe, known = result["kind"] == "moe", result["kind"] is not None
+    moe, known = result["kind"] == "moe", parameters["active"] is not None
     names = ", ".join(word for word in (result["kind"] or "unknown", result["architecture"]) if word)
     active = f", {human_count(parameters['active'])} active per token" if known else ""
     rows = {
         "family": f"{result['model_type']} ({names})",
-        "parameters": f"{human_count(parameters['total'])} total{active}",
+        "parameters": None if parameters["total"] is None else f"{human_count(parameters['total'])} total{active}",
         "prediction": f"{human_count(parameters['prediction'])} more in layers {result['mtp_layers']}"
         if parameters["prediction"] else None,
         "layers": None if result["layers"] is None else

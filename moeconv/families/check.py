@@ -6,8 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, Unsupported, escape
+from moeconv.families.foreign import GIVE, bits_of, recognise
+from moeconv.families.methods import encodings, quantization_method
 from moeconv.families.names import why_no_head
+from moeconv.families.packed import Stored, fit, weight_of
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
 from moeconv.families.spec import BESIDE, Family, Packed, Role
@@ -16,6 +20,28 @@ if TYPE_CHECKING:
     from moeconv.families.model import Model
 
 _TOGETHER = "config.json and the shards do not belong together"
+
+
+def check_foreign(checkpoint: Checkpoint) -> None:
+    """Raises Unsupported for weights that are quantized in a way that is known and not read, or said so elsewhere."""
+    nested = [
+        key for key, part in checkpoint.config.items() if isinstance(part, dict) and "quantization_config" in part
+    ]
+    if nested and "quantization_config" not in checkpoint.config:
+        raise Unsupported(
+            f"quantization_config stands inside {escape(nested[0])} of config.json, where moeconv does not read it",
+            hint="Move it to the top level, where transformers looks first.",
+        )
+    found = recognise(checkpoint.config, checkpoint.tensors)
+    if found is not None:
+        way, settings = found
+        bits, group = bits_of(way, settings), settings.get("group_size")
+        numbers = [f"{bits} bits"] * (bits is not None) + [f"groups of {group}"] * (type(group) is int and group > 0)
+        raise Unsupported(
+            f"the weights are quantized by {way.name}" + (f" ({', '.join(numbers)})" if numbers else "")
+            + ", which moeconv does not read",
+            hint=GIVE,
+        )  # fmt: skip
 
 
 def check_only(family: Family, config: Mapping[str, Any]) -> None:
@@ -95,9 +121,57 @@ def check_plain(model: Model) -> None:
         if want is not None and ref.shape != want:
             raise InputError(
                 f"tensor {escape(name)!r} has shape {list(ref.shape)}, config.json says {list(want)}"
-                + _because(model, role),
-                hint=f"{_TOGETHER}; no runtime loads them.",
+                + _because(model, role) + ": no runtime loads this model",
+                hint=f"{_TOGETHER}: download the checkpoint again.",
+            )  # fmt: skip
+
+
+def check_stored(model: Model) -> None:
+    """Every packed weight has all its parts, of the shapes that follow from its own, and no router is packed."""
+    for role in model.roles.values():
+        if role.part and role.group == "router":
+            raise Unsupported(
+                f"the router of layer {role.layer} is quantized, and routers are read and cut row by row as they are",
+                hint="Give a checkpoint that leaves routers unquantized (modules_to_not_convert, ignore).",
             )
+    _ = model.stored
+
+
+def stored_weights(model: Model) -> dict[str, Stored]:
+    """Every packed weight of the model, by its plain name."""
+    quantization = model.quantization
+    if quantization is None:
+        return {}
+    method, forms, expected = quantization_method(quantization), encodings(quantization), Shapes(model)
+    found: dict[str, Stored] = {}
+    for weight, refs in _grouped(model).items():
+        role = model.roles[next(iter(refs.values())).name]
+        shape = expected(role) or (refs["weight"].shape if "weight" in refs else None)
+        if shape is None:
+            raise Unsupported(f"{escape(weight)!r} is quantized, and config.json does not say its shape", hint=GIVE)
+        layout = model.family.packed.get(role.key) if role.expert is None else None
+        stacked = layout is not None and not layout.flat
+        found[weight] = fit(weight, refs, shape, forms, stacked=stacked, method=method)
+    return found
+
+
+def _grouped(model: Model) -> dict[str, dict[str, TensorRef]]:
+    """The tensors of every packed weight, by part. A tensor that has the weight's name counts as its codes."""
+    tensors = model.checkpoint.tensors
+    groups: dict[str, dict[str, TensorRef]] = {}
+    for name, role in model.roles.items():
+        if role.part:
+            of = groups.setdefault(weight_of(name), {})
+            if role.part in of:
+                raise InputError(
+                    f"tensors {escape(of[role.part].name)!r} and {escape(name)!r} are the same part of a weight",
+                    hint="The checkpoint is damaged.",
+                )
+            of[role.part] = tensors[name]
+    for weight, refs in groups.items():
+        if "weight" not in refs and weight in tensors:
+            refs["weight"] = tensors[weight]
+    return groups
 
 
 def _because(model: Model, role: Role) -> str:

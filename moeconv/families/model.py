@@ -5,6 +5,7 @@ Opening a model proves that config and tensors agree, so that nothing later has 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +193,12 @@ class Model:
     def quantization(self) -> dict[str, Any] | None:
         return packed.quantization(self.checkpoint.config)
 
+    @cached_property
+    def stored(self) -> Mapping[str, packed.Stored]:
+        """Every weight that is packed, by its plain name. Raises InputError for one whose parts are not what
+        quantization_config and the weight's shape ask for, Unsupported for a packing that is not read."""
+        return check.stored_weights(self)
+
     def router_name(self, layer: int) -> str:
         return self.family.name("router.weight", layer=layer)
 
@@ -221,8 +228,11 @@ class Model:
         return self.checkpoint.identity(name for name, role in self.roles.items() if role.group == "router")
 
     def numel(self, ref: TensorRef) -> int:
-        """Parameters that a tensor stands for: elements of a plain tensor or of the codes of a packed weight."""
-        return packed.elements(ref, self.roles[ref.name].part, bits=packed.bits_of(self.checkpoint.config))
+        """Parameters that a tensor stands for: elements of a plain tensor; of a packed weight all are its codes'."""
+        role = self.roles[ref.name]
+        if not role.part:
+            return math.prod(ref.shape)
+        return math.prod(self.stored[packed.weight_of(ref.name)].shape) if role.part in packed.CODES else 0
 
 
 def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool = False) -> Model:
@@ -233,6 +243,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     """
     checkpoint = Checkpoint(path, follow_links=follow_links) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
+    check.check_foreign(checkpoint)
     checkpoint = as_loaded(checkpoint, family)
     config = text_config(checkpoint.config, family)
     check_kinds(family, config)
@@ -243,6 +254,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     check.check_complete(model)
     check.check_mtp(model)
     check.check_plain(model)
+    check.check_stored(model)
     return model
 
 

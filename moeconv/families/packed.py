@@ -1,4 +1,4 @@
-"""How a quantized weight is spread over several tensors on disk: the suffixes that replace `.weight`.
+"""How a quantized weight is spread over several tensors on disk: the suffixes that replace `.weight`, and their parts.
 
 A packed weight is the tensor that transformers would call X.weight, stored as X + one suffix per part.
 """
@@ -6,18 +6,28 @@ A packed weight is the tensor that transformers would call X.weight, stored as X
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.checkpoint.strictjson import parse_json
+from moeconv.errors import InputError, escape
+from moeconv.families.encodings import ANY_LENGTH, Encoding, Part, Shape, parts_of
+from moeconv.families.methods import encodings
 
 # suffix that takes the place of ".weight" -> name of the part. The first two carry the codes.
 PARTS: dict[str, str] = {
     ".weight_packed": "packed",
     ".weight": "weight",
     ".weight_scale": "scale",
-    ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: a scale for every block of 128 x 128
+    ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: a scale for every block
+    ".weight_zero_point": "zero_point",
+    ".weight_global_scale": "global_scale",
+    ".weight_g_idx": "order",
     ".input_scale": "input_scale",  # of activations; no part of the weight's value
+    ".activation_scale": "input_scale",
+    ".input_global_scale": "input_scale",
     ".weight_shape": "shape",
     ".weight.absmax": "absmax",
     ".weight.quant_map": "quant_map",
@@ -25,6 +35,7 @@ PARTS: dict[str, str] = {
     ".weight.nested_quant_map": "nested_quant_map",
     ".weight.quant_state.bitsandbytes__nf4": "state",
     ".weight.quant_state.bitsandbytes__fp4": "state",
+    ".weight_format": "format",
     ".SCB": "SCB",
 }
 # suffixes behind the whole name of a tensor of all experts: MXFP4 codes and exponents, and what lies beside codes that
@@ -32,6 +43,7 @@ PARTS: dict[str, str] = {
 STACKED_PARTS: dict[str, str] = {
     "_blocks": "blocks",
     "_scales": "exponents",
+    "_scale_inv": "scale_inv",
     ".absmax": "absmax",
     ".quant_map": "quant_map",
     ".quant_state": "state",
@@ -40,9 +52,8 @@ STACKED_PARTS: dict[str, str] = {
     ".nested_offset": "nested_offset",
     ".scb": "SCB",
 }
-STACKED = ("_blocks", "_scales", ".quant_state", ".scb")  # one is there wherever codes are of all experts
+CODES = ("weight", "packed", "blocks")
 SHARED = ("quant_map", "nested_quant_map", "state")
-CODES = ("U8", "I8")
 _BY_LENGTH = sorted(PARTS, key=len, reverse=True)
 _STACKED_BY_LENGTH = sorted(STACKED_PARTS, key=len, reverse=True)
 
@@ -64,15 +75,20 @@ def weight_of(name: str) -> str:
     return split[0] if split else name
 
 
-def suffix_of(name: str) -> str:
-    """What a stored tensor's name has behind the stem of its weight: the keys of `tensors.read_parts`."""
-    split = split_part(name)
-    return "" if split is None else name.removeprefix(split[0].removesuffix(".weight"))
+def name_of(weight: str, part: str, *, stacked: bool) -> str:
+    """The name on disk of a part of a weight."""
+    if part == "weight":
+        return weight
+    for suffixes, stem in ((STACKED_PARTS, weight), (PARTS, weight.removesuffix(".weight"))):
+        suffix = next((s for s, word in suffixes.items() if word == part), None)
+        if suffix is not None and (suffixes is PARTS or stacked):
+            return stem + suffix
+    raise KeyError(part)
 
 
 def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
-    """Parameters that a stored tensor stands for: elements of a plain tensor, or of the codes of a packed weight of
-    `bits`; 0 for what only helps to decode. `part` as split_part names it, "" for a plain tensor."""
+    """Parameters that a stored tensor of a model of no known family stands for: elements of a plain tensor, or of the
+    codes of a packed weight of `bits`; 0 for what only helps to decode. `part` as split_part names it, "" for plain."""
     count = math.prod(ref.shape)
     if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
         return count
@@ -87,22 +103,85 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(value) if isinstance(value, dict) else None
 
 
-_BITS = {"fp8": 8, "mxfp4": 4}
-
-
 def bits_of(config: Mapping[str, Any]) -> int | None:
     """Bits per packed element that a quantization_config states, or None when it does not say."""
     value = quantization(config)
-    if value is None:
+    try:
+        return encodings(value)[0].bits if value is not None else None
+    except InputError:
         return None
-    if value.get("quant_method") in _BITS:
-        return _BITS[value["quant_method"]]
-    if value.get("load_in_4bit") or value.get("load_in_8bit"):
-        return 4 if value.get("load_in_4bit") else 8
-    groups = value.get("config_groups")
-    if isinstance(groups, dict):
-        for group in groups.values():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict) and isinstance(weights.get("num_bits"), int):
-                return weights["num_bits"]
-    return value.get("bits") if isinstance(value.get("bits"), int) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A packed weight: its form, its own shape (as it lies on disk once it is decoded), and its tensors by part."""
+
+    encoding: Encoding
+    shape: Shape
+    parts: Mapping[str, str]
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What a kernel decodes by, as plain JSON values."""
+        form = self.encoding
+        return {"form": form.name, "bits": form.bits, "grid": list(form.grid), "shape": list(self.shape)}
+
+
+def fit(
+    weight: str, refs: Mapping[str, TensorRef], shape: Shape, forms: Iterable[Encoding], *, stacked: bool, method: str
+) -> Stored:
+    """The form of those that a weight's tensors, by part, are in. Raises InputError that names each part that is
+    missing, misshapen or too many for the nearest form."""
+    nearest: list[str] | None = None
+    for encoding in forms:
+        try:
+            wanted = parts_of(encoding, shape, stacked=stacked)
+        except ValueError:  # a form of matrices, or of tensors of all experts
+            continue
+        wrong = _differences(weight, refs, wanted, stacked=stacked)
+        if not wrong:
+            return Stored(encoding, shape, {part: ref.name for part, ref in refs.items()})
+        if nearest is None or len(wrong) < len(nearest):
+            nearest = wrong
+    if nearest is None:
+        nearest = [f"{escape(weight)!r} of shape {list(shape)} cannot be stored so"]
+    more = f" (and {len(nearest) - 1} more: {'; '.join(nearest[1:4])})" if len(nearest) > 1 else ""
+    raise InputError(
+        f"{nearest[0]}{more}; config.json says that weights are quantized by {escape(method)}",
+        hint="The checkpoint is incomplete or damaged, or its quantization_config is of another: download it again.",
+    )
+
+
+def stated_shape(checkpoint: Checkpoint, stored: Stored) -> Any:
+    """The shape that a packed weight states beside its codes, of one expert where it holds all; None where it states
+    none. Reads a few bytes. Raises InputError for a state that is damaged."""
+    if "shape" in stored.parts:
+        ref = checkpoint.tensors[stored.parts["shape"]]
+        data, size = bytes(checkpoint.read(ref.name)), ref.nbytes // 2
+        return [int.from_bytes(data[:size], "little", signed=True), int.from_bytes(data[size:], "little", signed=True)]
+    if "state" in stored.parts:
+        name = stored.parts["state"]
+        fields = parse_json(bytes(checkpoint.read(name)), what=escape(name))
+        return fields.get("shape") if isinstance(fields, dict) else "no object"
+    return None
+
+
+def _differences(weight: str, refs: Mapping[str, TensorRef], wanted: Mapping[str, Part], *, stacked: bool) -> list[str]:
+    wrong = []
+    for part, want in wanted.items():
+        ref = refs.get(part)
+        if ref is None:
+            if want.needed:
+                stem = weight.removesuffix(".weight")
+                name = stem + want.suffix if want.suffix else name_of(weight, part, stacked=stacked)
+                wrong.append(f"tensor {escape(name)!r} is missing, without which {escape(weight)!r} cannot be decoded")
+            continue
+        fits = ref.shape in want.shapes or (want.shapes == ANY_LENGTH and len(ref.shape) == 1 and ref.shape[0] > 0)
+        if ref.dtype not in want.dtypes or not fits:
+            shapes = " or ".join(str(list(s)) for s in want.shapes[:1]) or "one dimension"
+            wrong.append(
+                f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}, where {want.dtypes[0]} {shapes} is "
+                "expected"
+            )
+    wrong += [f"tensor {escape(refs[part].name)!r} is there without need" for part in refs if part not in wanted]
+    return wrong

@@ -6,6 +6,7 @@ from typing import Any
 
 from moeconv.families import packed
 from moeconv.families.head import said_head
+from moeconv.families.methods import quantization_method
 from moeconv.families.model import Model
 from moeconv.plan.build import count_params, count_prediction
 
@@ -67,7 +68,7 @@ def _quantization(model: Model) -> dict[str, Any] | None:
         return None
     ours = value.get("moeconv")
     return {
-        "format": value.get("quant_method"),
+        "format": quantization_method(value),
         "bits": packed.bits_of(model.checkpoint.config),
         "scheme": ours.get("scheme") if isinstance(ours, dict) else None,
         "roles": sorted({role.group for role in model.roles.values() if role.part}),

@@ -118,8 +118,9 @@ def _decoder(staged: Path):
     """The function from a tensor of codes to the weight that it and its companions decode to."""
     import torch
 
-    from moeconv.families.packed import SHARED, STACKED_PARTS
-    from moeconv.plan.kernels.stored import decode_parts, to_tensor
+    from moeconv.families.packed import SHARED
+    from moeconv.plan.kernels.decode import decode_parts
+    from moeconv.plan.kernels.stored import to_tensor
     from moeconv.tensors import decode_weight
 
     model = open_model(staged)
@@ -127,17 +128,16 @@ def _decoder(staged: Path):
     def decode(spec: TensorSpec):
         if not spec.of:
             return decode_weight(model, _plain(spec.name), torch.float32)
-        parts = {}
-        for suffix in ("", *STACKED_PARTS):
-            ref = model.checkpoint.tensors.get(spec.name + suffix)
-            if ref is not None:  # of one expert alone, but what all share
-                size, shape = ref.nbytes // spec.of, (1, *ref.shape[1:])
-                start = spec.at * size
-                if STACKED_PARTS.get(suffix) in SHARED:
-                    start, size, shape = 0, ref.nbytes, ref.shape
-                data = model.checkpoint.read(ref.name, start=start, length=size)
-                parts[suffix] = to_tensor(bytearray(data), ref.dtype, shape)
-        return decode_parts(parts, name=spec.name, dtype=torch.float32)[0]
+        parts, stored = {}, model.stored[spec.name]
+        for part, name in stored.parts.items():
+            ref = model.checkpoint.tensors[name]
+            size, shape = ref.nbytes // spec.of, (1, *ref.shape[1:])  # of one expert alone, but what all share
+            start = spec.at * size
+            if part in SHARED:
+                start, size, shape = 0, ref.nbytes, ref.shape
+            data = model.checkpoint.read(name, start=start, length=size)
+            parts[part] = to_tensor(bytearray(data), ref.dtype, shape)
+        return decode_parts(parts, name=spec.name, how=stored.how, dtype=torch.float32)[0]
 
     return decode
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
-from moeconv.plan.kernels.stored import TORCH_DTYPES, decode_parts
+from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import allocate, release_memory
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import Names, names_of, place
-from moeconv.tensors import plain_name, plain_names, read_parts
+from moeconv.tensors import decode_weight, plain_name, plain_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +274,7 @@ class LayerStream:
 
     def _fill(self, names: list[str], *, under: str, beside: str | None = None) -> None:
         """Read, decode and place tensors."""
-        tensors = {name: decode_parts(read_parts(self.model, name), name=name) for name in names}
+        tensors = {name: decode_weight(self.model, name) for name in names}
         self.skeleton.fill(tensors, under=under, beside=beside)
 
     def _embedding_names(self) -> list[str]:

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
-from moeconv.plan.kernels.stored import decode_parts
 from moeconv.stream.skeleton import Skeleton
-from moeconv.tensors import plain_name, read_parts, read_rows
+from moeconv.tensors import decode_read, plain_name, read_parts, read_rows
 
 GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
 
-Parts = dict[str, dict[str, Tensor]]  # plain name -> suffix -> stored tensor
+Parts = dict[str, dict[str, Tensor]]  # plain name -> part -> stored tensor
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class StoredExperts:
     def converted(self, parts: Parts) -> dict[str, Tensor]:
         """The stock module's parameters from stored tensors, which are let go on the way."""
         prefix = self.skeleton.name_of(self.stock) + "."
-        tensors = {name: decode_parts(parts.pop(name), name=name) for name in list(parts)}
+        tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
         made = self.skeleton.convert(tensors)
         return {name.removeprefix(prefix): value for name, value in made.items()}
 

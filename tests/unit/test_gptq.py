@@ -134,12 +134,20 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     x = inputs(1, width=ref.shape[1])
     coded = gptq(weight, damped((x.T @ x).double(), 0.01), grid, group=group)
     parts = on_disk(item, coded)
-    from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES, decode_parts
+    from moeconv.checkpoint.reader import TensorRef
+    from moeconv.families.methods import encodings
+    from moeconv.families.packed import fit, split_part
+    from moeconv.plan.kernels.decode import decode_parts
+    from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES
+    from moeconv.quantize.formats import BITS, FORMATS, Scheme
 
     for spec in item.outputs:
         assert tuple(parts[spec.name].shape) == spec.shape and SAFETENSORS_DTYPES[parts[spec.name].dtype] == spec.dtype
-    stem = ref.tensor.removesuffix(".weight")
-    decoded = decode_parts({n.removeprefix(stem): t for n, t in parts.items()}, name=ref.tensor, dtype=torch.float32)
+    refs = {split_part(s.name)[1]: TensorRef(s.name, s.dtype, s.shape, "", 0, s.nbytes) for s in item.outputs}
+    forms = encodings(FORMATS[format].config(Scheme(scheme, BITS[scheme], group), [], "bfloat16", "experts"))
+    stored = fit(ref.tensor, refs, ref.shape, forms, stacked=False, method=format)
+    by_part = {part: parts[name] for part, name in stored.parts.items()}
+    decoded = decode_parts(by_part, name=ref.tensor, how=stored.how, dtype=torch.float32)
     assert relative_rms(coded.decoded(), decoded) < 2e-3  # one rounding to bf16 at most
     assert float(coded.levels.abs().max()) > 0
 

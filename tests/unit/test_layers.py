@@ -74,7 +74,14 @@ MAY_KNOW: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 TRANSFORMERS = ("stream", "data", "calibrate", "prepare", "repair", "gptq", "tune", "evaluate", "hf")
-TORCH_AT_IMPORT = (*TRANSFORMERS, "tensors", "plan.kernels.pack", "plan.kernels.quantized", "plan.kernels.stored")
+TORCH_AT_IMPORT = (
+    *TRANSFORMERS,
+    "tensors",
+    "plan.kernels.pack",
+    "plan.kernels.quantized",
+    "plan.kernels.stored",
+    "plan.kernels.decode",
+)
 
 
 def room(module: str) -> str:

@@ -247,10 +247,10 @@ def test_what_cannot_be_quantized(tmp_path):
         plan_quantize(
             open_model(make_moe(tmp_path / "odd8", hidden=36, intermediate=30)), scheme="int8", group_size="channel"
         )
-    packed = make_moe(tmp_path / "packed")
-    edit_json(packed / "config.json", quantization_config={"quant_method": "awq"})
+    left_over = make_moe(tmp_path / "left_over")  # a config of a quantized model, over weights that are not
+    edit_json(left_over / "config.json", quantization_config={"quant_method": "fp8"})
     with pytest.raises(InputError, match="quantized already"):
-        plan_quantize(open_model(packed))
+        plan_quantize(open_model(left_over))
     flat = make_moe(tmp_path / "flat")
     tensors = read_tensors(flat)
     name = next(n for n in tensors if ".experts.0.w1" in n)

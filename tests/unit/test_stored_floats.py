@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.plan.kernels.pack.floats import unpack_fp8_blocks, unpack_mxfp4
+from moeconv.plan.kernels.pack.floats import times, unpack_mxfp4
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.decode import plan_decode
 from moeconv.stream.layers import LayerStream
@@ -24,28 +24,37 @@ from tests.contract.stock import MOE_CASES, load, logits, save_stock
 
 torch.set_num_threads(1)
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-_CHANNEL = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}
+_CHANNEL = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        }
+    },
+}
 
 
 def test_fp8_blocks_decode_as_transformers_does() -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     torch.manual_seed(0)
-    for shape, grid in (((256, 384), (2, 3)), ((64, 96), (1, 1)), ((64, 96), (2, 3))):
+    for shape, block in (((256, 384), (128, 128)), ((64, 96), (64, 96)), ((64, 96), (32, 32))):
         codes = torch.randn(shape).to(torch.float8_e4m3fn)
-        scales = torch.rand(grid) + 0.01
+        scales = torch.rand(shape[0] // block[0], shape[1] // block[1]) + 0.01
         for dtype in (torch.float32, torch.bfloat16):
             stock = Fp8Dequantize(None)._dequantize_one(codes, scales, dtype)
-            assert torch.equal(unpack_fp8_blocks(codes, scales).to(dtype), stock)
+            assert torch.equal(times(codes.float(), scales, block).to(dtype), stock)
 
 
 def test_fp8_blocks_are_cut_off_at_the_edge() -> None:
-    codes = torch.ones(576, 130).to(torch.float8_e4m3fn)
+    codes = torch.ones(576, 130)
     scales = torch.arange(10, dtype=torch.float32).reshape(5, 2)
-    weight = unpack_fp8_blocks(codes, scales)
+    weight = times(codes, scales, (128, 128))
     assert weight[127, 0] == 0 and weight[128, 0] == 2 and weight[575, 129] == 9 and weight[0, 128] == 1
-    with pytest.raises(ValueError, match="scales for"):
-        unpack_fp8_blocks(codes, torch.ones(400, 2))
+    with pytest.raises(ValueError, match="for blocks"):
+        times(codes, torch.ones(400, 2), (128, 128))
 
 
 def test_mxfp4_decodes_as_transformers_does() -> None:
@@ -185,6 +194,9 @@ def test_quantize_asks_before_it_decodes(tmp_path: Path, cli) -> None:
 
 def test_what_prune_refuses_of_a_quantized_source(tmp_path: Path) -> None:
     path = make_fp8(tmp_path / "stored")
-    tiny.edit_json(path / "config.json", quantization_config=_FP8 | {"ignore": ["model.layers.0.mlp.experts.3.w1"]})
-    with pytest.raises(InputError, match="names single experts"):
+    tiny.edit_json(
+        path / "config.json",
+        quantization_config=_FP8 | {"weight_block_size": [32, 32], "ignore": ["model.layers.0.mlp.experts.3.w1"]},
+    )
+    with pytest.raises(InputError, match="names an expert that no tensor belongs to"):
         plan_prune(open_model(path), keep=4)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moeconv.errors import InputError, escape
 from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
 from moeconv.plan.kernels.pack.stacked import pack_slice
-from moeconv.plan.kernels.stored import TORCH_DTYPES, decode_parts, to_bytes, to_tensor
+from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes, to_tensor
 from moeconv.plan.plan import Input, TensorSpec
 
 # Items run side by side; torch's own threads would only fight them (3 to 20 times slower under load).
@@ -28,18 +28,12 @@ def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> li
 
 
 def decode_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
-    """A stored weight as plain numbers in the output's dtype. params: parts, the inputs' suffixes."""
+    """A stored weight as plain numbers in the output's dtype. params: parts, what each input is; how, its form."""
     (spec,) = outputs
     parts = {
         key: to_tensor(memoryview(data), ref.dtype, ref.shape) for key, (ref, data) in zip(params["parts"], inputs)
     }
-    weight = decode_parts(parts, name=spec.name, dtype=TORCH_DTYPES[spec.dtype])
-    if tuple(weight.shape) != spec.shape:
-        raise InputError(
-            f"{escape(spec.name)} decodes to shape {list(weight.shape)}, its headers say {list(spec.shape)}",
-            hint="The checkpoint is damaged.",
-        )
-    return [to_bytes(weight)]
+    return [to_bytes(decode_parts(parts, name=spec.name, how=params["how"], dtype=TORCH_DTYPES[spec.dtype]))]
 
 
 def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

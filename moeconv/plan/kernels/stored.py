@@ -5,8 +5,6 @@ Imports torch: kernels and the measuring commands import this module, and those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -36,79 +34,3 @@ def to_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in order; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())
-
-
-def decode_parts(parts: Mapping[str, Tensor], *, name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """The float weight from what `read_parts` returned; `dtype` None is what its format decodes to.
-
-    compressed-tensors decodes to its scales' dtype, bitsandbytes 4-bit to the dtype that was packed, row-wise INT8 and
-    FP8 blocks to float32, MXFP4 to bfloat16: what stock runtimes compute with. Raises InputError for an incomplete or
-    unknown packing.
-    """
-    parts = {key: value for key, value in parts.items() if key != ".input_scale"}
-    if ".weight_packed" in parts:
-        tensor = _decode_int(parts, name, dtype)
-    elif set(parts) in _FLOATS:
-        tensor = _decode_float(parts, name)
-    elif any(key.endswith((".quant_state", ".scb")) for key in parts):
-        from moeconv.plan.kernels.pack.stacked import unpack_stacked
-
-        renamed = {key.removeprefix(".weight").removeprefix("."): value for key, value in parts.items()}
-        tensor = unpack_stacked(renamed, name=name, dtype=dtype)
-    elif any(key.startswith(".weight.quant_state") for key in parts):
-        from moeconv.plan.kernels.pack import unpack_nf4
-
-        renamed = {key.removeprefix(".weight").removeprefix("."): value for key, value in parts.items()}
-        tensor = unpack_nf4(renamed, dtype=dtype)
-    elif ".SCB" in parts and ".weight" in parts:
-        from moeconv.plan.kernels.pack import unpack_int8_rowwise
-
-        tensor = unpack_int8_rowwise({"": parts[".weight"], "SCB": parts[".SCB"]}, dtype=dtype or torch.float32)
-    else:
-        (tensor,) = parts.values() if len(parts) == 1 else (None,)
-        if tensor is None or not tensor.is_floating_point():
-            raise InputError(
-                f"{escape(name)} is packed in a way that moeconv does not read ({', '.join(sorted(parts))})",
-                hint="Give the unquantized checkpoint.",
-            )
-    return tensor if dtype is None else tensor.to(dtype)
-
-
-_FLOATS: tuple[set[str], ...] = (
-    {".weight", ".weight_scale_inv"},
-    {".weight", ".weight_scale"},
-    {"_blocks", "_scales"},
-)
-
-
-def _decode_float(parts: Mapping[str, Tensor], name: str) -> Tensor:
-    from moeconv.plan.kernels.pack.floats import unpack_fp8, unpack_fp8_blocks, unpack_mxfp4
-
-    try:
-        if "_blocks" in parts:
-            return unpack_mxfp4(parts["_blocks"], parts["_scales"])
-        if ".weight_scale_inv" in parts:
-            return unpack_fp8_blocks(parts[".weight"], parts[".weight_scale_inv"])
-        return unpack_fp8(parts[".weight"], parts[".weight_scale"])
-    except (ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{escape(name)} does not decode: {escape(error)}",
-            hint="The checkpoint is damaged, or its packing unknown.",
-        ) from None
-
-
-def _decode_int(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype | None) -> Tensor:
-    from moeconv.plan.kernels.pack import unpack_int
-
-    missing = [key for key in (".weight_scale", ".weight_shape") if key not in parts]
-    if missing:
-        raise InputError(f"{escape(name)}: {missing[0]} is missing", hint="The checkpoint is incomplete.")
-    words, shape = parts[".weight_packed"], parts[".weight_shape"].tolist()
-    bits = words.shape[-1] * 32 // max(1, shape[-1])  # per tensor, so that layers may differ in width
-    if words.ndim != 2 or len(shape) != 2 or words.shape[0] != shape[0] or bits not in (4, 8):
-        raise InputError(
-            f"{escape(name)}: words of shape {list(words.shape)} do not hold a weight of shape {shape}",
-            hint="The checkpoint is damaged, or its packing is unknown.",
-        )
-    keys = ("weight_packed", "weight_scale", "weight_shape")
-    return unpack_int({key: parts["." + key] for key in keys}, bits=bits, dtype=dtype)

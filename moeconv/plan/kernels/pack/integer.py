@@ -158,16 +158,34 @@ def unpack_words(words: Tensor, *, bits: int, columns: int) -> Tensor:
     return levels.view(rows, -1)[:, :columns]
 
 
-def unpack_int(packed: Mapping[str, Tensor], *, bits: int, dtype: torch.dtype | None = None) -> Tensor:
+def unpack_levels(words: Tensor, *, bits: int, columns: int) -> Tensor:
+    """`unpack_words`, of words in any layout. Raises ValueError for words that are not of so many columns."""
+    if words.ndim != 2 or words.shape[1] != -(-columns * bits // 32):
+        raise ValueError(f"words of shape {list(words.shape)} do not hold {columns} columns of {bits} bits")
+    return unpack_words(words, bits=bits, columns=columns)
+
+
+def unpack_int(
+    packed: Mapping[str, Tensor], *, bits: int, dtype: torch.dtype | None = None, zero_points: Tensor | None = None
+) -> Tensor:
     """Decode `pack_int`'s tensors to [out, in]: level * scale in float32, rounded once to `dtype` (the scale's if None,
-    which is what compressed-tensors itself returns)."""
+    which is what compressed-tensors itself returns). `zero_points` int8 [out, groups] are taken from the levels first.
+
+    Raises ValueError for words, scales or zero points that are not of the shape stated."""
     rows, columns = (int(size) for size in packed["weight_shape"])
     words, scales = packed["weight_packed"], packed["weight_scale"]
+    groups = scales.shape[1]
+    if words.shape[0] != rows or scales.shape[0] != rows or not groups or columns % groups:
+        raise ValueError(f"scales of shape {list(scales.shape)} and words of shape {list(words.shape)}")
+    if zero_points is not None and zero_points.shape != scales.shape:
+        raise ValueError(f"zero points of shape {list(zero_points.shape)} for scales of shape {list(scales.shape)}")
     result = torch.empty(rows, columns, dtype=dtype or scales.dtype)
-    group = columns // scales.shape[1]
     for start, stop in row_blocks(rows, columns):
-        levels = unpack_words(words[start:stop], bits=bits, columns=columns).float()
-        levels.view(-1, group).mul_(scales[start:stop].reshape(-1, 1).float())
+        levels = unpack_levels(words[start:stop], bits=bits, columns=columns).float()
+        each = levels.view(-1, columns // groups)
+        if zero_points is not None:
+            each.sub_(zero_points[start:stop].reshape(-1, 1).float())
+        each.mul_(scales[start:stop].reshape(-1, 1).float())
         result[start:stop].copy_(levels)
     return result
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moeconv.errors import InputError, escape
 from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax
 from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise
 from moeconv.plan.kernels.states import quant_state
@@ -24,36 +23,31 @@ def pack_slice(weight: Tensor, *, block_size: int, quant_type: str, nested: bool
     return parts | {"quant_state": torch.tensor(list(state.encode()), dtype=torch.uint8)}
 
 
-def unpack_stacked(parts: Mapping[str, Tensor], *, name: str, dtype: torch.dtype | None = None) -> Tensor:
+def unpack_stacked(parts: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
     """Decode "" (codes, the experts along the first axis) with what lies beside them: [E, rows, columns].
 
-    `dtype` None is the dtype that was packed (of row-wise INT8 float32). Raises InputError for what is incomplete."""
-    try:
-        if "scb" in parts:
-            return decode_int8_rowwise(parts[""], scb=parts["scb"], dtype=dtype or torch.float32)
-        state = read_quant_state(parts["quant_state"])
-        experts, (rows, columns) = parts[""].shape[0], state["shape"]
-        size = state["blocksize"]
-        codes, absmax = parts[""].reshape(experts, (rows * columns + 1) // 2), parts["absmax"]
-        if "nested_offset" in parts:
-            absmax = unnest_absmax(
-                absmax,
-                nested_absmax=parts["nested_absmax"],
-                nested_quant_map=parts["nested_quant_map"],
-                offset=parts["nested_offset"].reshape(experts),
-            )
-        absmax = absmax.reshape(experts, -(-rows * columns // size))
-        to = dtype or getattr(torch, state["dtype"])
-        result = torch.empty(experts, rows, columns, dtype=to)
-        for expert in range(experts):
-            values = decode_4bit(
-                codes[expert], absmax=absmax[expert], quant_map=parts["quant_map"], count=rows * columns,
-                block_size=size, dtype=to,
-            )  # fmt: skip
-            result[expert] = values.view(rows, columns)
-        return result
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{escape(name)}: the codes of its experts do not decode: {escape(error)}",
-            hint="The checkpoint is incomplete or damaged; quantize it again.",
-        ) from None
+    `dtype` None is the dtype that was packed (of row-wise INT8 float32). Raises KeyError for a part that is missing,
+    RuntimeError for one that is misshapen."""
+    if "scb" in parts:
+        return decode_int8_rowwise(parts[""], scb=parts["scb"], dtype=dtype or torch.float32)
+    state = read_quant_state(parts["quant_state"])
+    experts, (rows, columns) = parts[""].shape[0], state["shape"]
+    size = state["blocksize"]
+    codes, absmax = parts[""].reshape(experts, (rows * columns + 1) // 2), parts["absmax"]
+    if "nested_offset" in parts:
+        absmax = unnest_absmax(
+            absmax,
+            nested_absmax=parts["nested_absmax"],
+            nested_quant_map=parts["nested_quant_map"],
+            offset=parts["nested_offset"].reshape(experts),
+        )
+    absmax = absmax.reshape(experts, -(-rows * columns // size))
+    to = dtype or getattr(torch, state["dtype"])
+    result = torch.empty(experts, rows, columns, dtype=to)
+    for expert in range(experts):
+        values = decode_4bit(
+            codes[expert], absmax=absmax[expert], quant_map=parts["quant_map"], count=rows * columns,
+            block_size=size, dtype=to,
+        )  # fmt: skip
+        result[expert] = values.view(rows, columns)
+    return result

@@ -1,0 +1,73 @@
+"""Quantized checkpoints that no command takes: how each is recognised, by config.json or by names, and what to give.
+
+A row each. Those that are read stand in methods.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+GIVE = (
+    "Give the unquantized checkpoint that it was made from, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
+    "bitsandbytes, FP8 blocks or MXFP4."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A way to quantize. `methods` are its words for quant_method, `endings` those of its tensors, all of which some
+    weight has; `key` is the key of config.json where its settings stand; `bits` are the words for the width."""
+
+    name: str
+    methods: tuple[str, ...] = ()
+    endings: tuple[str, ...] = ()
+    key: str = "quantization_config"
+    bits: tuple[str, ...] = ("bits",)
+
+
+# in the order in which they are tried by their endings: what asks for more comes first
+FOREIGN: tuple[Foreign, ...] = (
+    Foreign("GPTQ", ("gptq", "gptqmodel"), (".qweight", ".qzeros", ".scales", ".g_idx")),
+    Foreign("AWQ", ("awq", "gemm"), (".qweight", ".qzeros", ".scales"), bits=("bits", "w_bit")),
+    Foreign("AutoRound", ("auto-round", "auto_round", "intel/auto-round")),
+    Foreign("MLX", (), (".scales", ".biases"), key="quantization"),
+    Foreign("HQQ", ("hqq",), (".W_q",), bits=("nbits", "bits")),
+    Foreign("AQLM", ("aqlm",), (".codebooks", ".codes"), bits=("nbits_per_codebook",)),
+    Foreign("VPTQ", ("vptq",), (".centroids.weight",)),
+    Foreign("EXL3", ("exl3",), (".trellis",)),
+    Foreign("EXL2", ("exl2",), (".q_weight", ".q_scale")),
+    Foreign("ModelOpt", ("modelopt", "modelopt_fp4"), (".weight_scale_2",)),
+    Foreign("Quark", ("quark",)),
+    Foreign("Quanto", ("quanto",), (".weight._data", ".weight._scale"), bits=("weights",)),
+    Foreign("EETQ", ("eetq",), (".weight_scales",)),
+    Foreign("torchao", ("torchao",), bits=("quant_type",)),
+    Foreign("BitNet", ("bitnet",)),
+    Foreign("SpQR", ("spqr",)),
+    Foreign("HIGGS", ("higgs",)),
+    Foreign("FP-Quant", ("fp_quant",), (".qweight", ".scales", ".forward_hadamard_matrix")),
+)
+
+
+def recognise(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Foreign, dict[str, Any]] | None:
+    """(the way, its settings in config.json) of a checkpoint that is quantized in one of these ways; what config.json
+    says goes before what the names show."""
+    settings = config.get("quantization_config")
+    said = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(said, str):
+        found = next((way for way in FOREIGN if said.lower() in way.methods), None)
+        return None if found is None else (found, dict(settings or {}))
+    ends = {"." + name.rpartition(".")[2] for name in names} | {
+        "." + ".".join(name.rsplit(".", 2)[1:]) for name in names
+    }
+    for way in FOREIGN:
+        if way.endings and ends.issuperset(way.endings):
+            own = config.get(way.key)
+            return way, dict(own) if isinstance(own, dict) else {}
+    return None
+
+
+def bits_of(way: Foreign, settings: Mapping[str, Any]) -> int | None:
+    """Bits of a weight, where the settings say a number."""
+    return next((settings[key] for key in way.bits if type(settings.get(key)) is int), None)

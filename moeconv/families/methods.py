@@ -1,0 +1,152 @@
+"""What a quantization_config says of how weights are stored, as the library that wrote it reads it.
+
+A row for each quant_method in METHODS. What config.json leaves out is what the library assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moeconv.errors import InputError, Unsupported, escape
+from moeconv.families.encodings import Encoding
+from moeconv.families.foreign import GIVE
+
+Config = Mapping[str, Any]
+_BLOCK = [128, 128]  # of transformers' FineGrainedFP8Config
+
+
+def encodings(quantization: Config) -> tuple[Encoding, ...]:
+    """The forms that a packed weight may have, the likeliest first. Raises Unsupported for a method or a form that is
+    not read, InputError for settings that are none."""
+    method = quantization_method(quantization)
+    if method not in METHODS:
+        raise Unsupported(
+            f"the weights are quantized by {escape(method)} (config.json: quantization_config.quant_method), which "
+            "moeconv does not read",
+            hint=GIVE,
+        )
+    return METHODS[method](quantization)
+
+
+def quantization_method(quantization: Config) -> str:
+    """quant_method; files of bitsandbytes' early days have only its switches."""
+    said = quantization.get("quant_method")
+    switched = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return str(said) if said is not None or not switched else "bitsandbytes"
+
+
+def _fp8(quantization: Config) -> tuple[Encoding, ...]:
+    block = quantization.get("weight_block_size", _BLOCK)
+    static = quantization.get("activation_scheme") == "static"
+    if block is None:
+        return (Encoding("float8-blocks", 8, static=static, scale="scale_inv"),)
+    return (Encoding("float8-blocks", 8, _block(block, "weight_block_size"), static=static, scale="scale_inv"),)
+
+
+def _block(value: Any, key: str) -> tuple[int, int]:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
+        raise InputError(
+            f"config.json: quantization_config.{key} must be two whole numbers above 0, found {escape(value)[:80]}",
+            hint="Correct config.json, or download it again.",
+        )
+    return value[0], value[1]
+
+
+def _bitsandbytes(quantization: Config) -> tuple[Encoding, ...]:
+    storage = quantization.get("bnb_4bit_quant_storage") or "uint8"
+    if storage != "uint8":
+        raise Unsupported(
+            f"the 4-bit codes are stored as {escape(storage)} (bnb_4bit_quant_storage), which moeconv does not read",
+            hint="Save the model with bnb_4bit_quant_storage uint8, or give the unquantized checkpoint.",
+        )
+    ours = quantization.get("moeconv")
+    block = ours.get("block_size") if isinstance(ours, dict) else None
+    sizes = [block] if type(block) is int and block > 0 else [64, 128]  # 128 on AMD's older GPUs
+    nested = bool(quantization.get("bnb_4bit_use_double_quant"))
+    kind = "fp4" if quantization.get("bnb_4bit_quant_type") == "fp4" else "nf4"
+    four = [
+        Encoding("bitsandbytes4", 4, nested=n, block=b, quant_type=kind) for n in (nested, not nested) for b in sizes
+    ]
+    eight = [Encoding("bitsandbytes8", 8)]
+    return tuple([*four, *eight] if quantization.get("load_in_4bit") else [*eight, *four])
+
+
+def _compressed(quantization: Config) -> tuple[Encoding, ...]:
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+        raise InputError(
+            "config.json: quantization_config.config_groups must say how weights are quantized",
+            hint="Correct config.json, or download it again.",
+        )
+    sparsity = quantization.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
+        raise _unread(f"the weights are sparse ({escape(sparsity.get('format'))})")
+    whole = quantization.get("format")
+    return tuple(dict.fromkeys(_group(group, group.get("format") or whole) for group in groups.values()))
+
+
+def _group(group: Config, layout: Any) -> Encoding:
+    """The form of one group of compressed-tensors."""
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, dict):
+        raise _unread("compressed-tensors with a group whose weights are not quantized")
+    static = isinstance(activations, dict) and activations.get("dynamic") is False
+    kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
+    for name, (kinds, widths) in _COMPRESSED.items():
+        if name == layout and kind in kinds and bits in widths:
+            break
+    else:
+        raise _unread(f"compressed-tensors {escape(layout)} of {escape(bits)}-bit {escape(kind)}")
+    if weights.get("actorder") in ("group", True):
+        raise _unread("compressed-tensors with groups in the order of activations (actorder group)")
+    form = "float8" if kind == "float" and bits == 8 else _FORMS[name]
+    return Encoding(form, bits, _grid(weights), zero_points=weights.get("symmetric") is False, static=static)
+
+
+# compressed-tensors' layouts: which numbers they hold, and the row of encodings.PARTS
+_COMPRESSED: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "pack-quantized": (("int",), (4, 8)),
+    "int-quantized": (("int",), (8,)),
+    "float-quantized": (("float",), (8,)),
+    "naive-quantized": (("int", "float"), (8,)),
+    "nvfp4-pack-quantized": (("float",), (4,)),
+    "mxfp4-pack-quantized": (("float",), (4,)),
+}
+_FORMS = {
+    "pack-quantized": "packed-int",
+    "int-quantized": "int8",
+    "naive-quantized": "int8",
+    "float-quantized": "float8",
+    "nvfp4-pack-quantized": "nvfp4",
+    "mxfp4-pack-quantized": "mxfp4-rows",
+}
+
+
+def _grid(weights: Config) -> tuple[int | None, int | None]:
+    """(rows, columns) of weights that share a scale."""
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None:  # what the library derives
+        strategy = "tensor" if size is None else "group" if type(size) is int and size > 0 else "channel"
+    if strategy == "tensor":
+        return None, None
+    if strategy == "channel":
+        return 1, None
+    if strategy == "block":
+        return _block(weights.get("block_structure"), "block_structure")
+    if strategy in ("group", "tensor_group") and type(size) is int and size > 0:
+        return 1, size
+    raise _unread(f"compressed-tensors with strategy {escape(strategy)} and group_size {escape(size)}")
+
+
+def _unread(what: str) -> Unsupported:
+    return Unsupported(f"{what}: this packing is not read by moeconv", hint=GIVE)
+
+
+METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
+    "compressed-tensors": _compressed,
+    "bitsandbytes": _bitsandbytes,
+    "fp8": _fp8,
+    "fbgemm_fp8": lambda quantization: (Encoding("float8", 8, (1, None)),),
+    "mxfp4": lambda quantization: (Encoding("mxfp4", 4),),
+}

@@ -1,0 +1,117 @@
+"""A stored weight's parts as the floats that they mean: a decoder for each form, by the form's name.
+
+Imports torch: kernels and the measuring commands import this module, and those lazily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeconv.errors import InputError, escape
+from moeconv.plan.kernels.pack import floats
+from moeconv.plan.kernels.pack.fourbit import unpack_nf4
+from moeconv.plan.kernels.pack.integer import unpack_int, unpack_levels
+from moeconv.plan.kernels.pack.rowwise import unpack_int8_rowwise
+from moeconv.plan.kernels.pack.stacked import unpack_stacked
+
+How = Mapping[str, Any]  # form (a row of DECODERS), bits, grid (rows, columns that share a scale; None for all), shape
+Parts = Mapping[str, Tensor]
+
+
+def decode_parts(parts: Parts, *, name: str, how: How | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The float weight from its stored parts, keyed by what each part is; `dtype` None is what its form decodes to.
+
+    `how` None is a plain tensor, "weight" alone. compressed-tensors decodes to its scales' dtype, bitsandbytes 4-bit to
+    the dtype that was packed, row-wise INT8 and FP8 blocks to float32, four-bit floats to bfloat16: what stock runtimes
+    compute with. Raises InputError for parts that are missing, or do not decode to the shape that `how` states.
+    """
+    if how is None:
+        return _plain(parts, name=name, dtype=dtype)
+    try:
+        tensor = DECODERS[how["form"]](parts, how, dtype)
+    except KeyError as error:
+        raise InputError(f"{escape(name)}: its part {error} is missing", hint="The checkpoint is incomplete.") from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{escape(name)} does not decode: {escape(error)}",
+            hint="The checkpoint is damaged, or its packing unknown.",
+        ) from None
+    # of what holds all experts any number of them may be given
+    if list(tensor.shape[-2:]) != how["shape"][-2:] or tensor.ndim != len(how["shape"]):
+        raise InputError(
+            f"{escape(name)} decodes to shape {list(tensor.shape)}, config.json says {list(how['shape'])}",
+            hint="config.json and the shards do not belong together.",
+        )
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _plain(parts: Parts, *, name: str, dtype: torch.dtype | None) -> Tensor:
+    if set(parts) != {"weight"} or parts["weight"].dtype not in _PLAIN:
+        found = ", ".join(f"{part} {str(t.dtype).removeprefix('torch.')}" for part, t in parts.items())
+        raise InputError(
+            f"{escape(name)} is packed in a way that moeconv does not read ({found})",
+            hint="Give the unquantized checkpoint.",
+        )
+    return parts["weight"] if dtype is None else parts["weight"].to(dtype)
+
+
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _packed_int(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    said = parts["shape"].tolist()
+    if said != list(how["shape"]):
+        raise ValueError(f"its weight_shape is {said}, config.json says {list(how['shape'])}")
+    zero_points = parts.get("zero_point")
+    rows = said[0]
+    scales = parts["scale"].reshape(1, 1).expand(rows, 1) if parts["scale"].numel() == 1 else parts["scale"]
+    if zero_points is not None and zero_points.dtype == torch.int8:
+        zero_points = zero_points.reshape(1, 1).expand(rows, 1)
+    elif zero_points is not None:
+        zero_points = unpack_levels(zero_points.T, bits=how["bits"], columns=rows).T
+    words = {"weight_packed": parts["packed"], "weight_scale": scales, "weight_shape": parts["shape"]}
+    return unpack_int(words, bits=how["bits"], dtype=dtype, zero_points=zero_points)
+
+
+def _codes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    """A byte a weight: (code - zero point) * scale in the scale's dtype, as compressed-tensors computes it."""
+    scales = parts["scale"]
+    values = parts["weight"].to(scales.dtype)
+    if "zero_point" in parts:
+        values -= floats.spread(parts["zero_point"].to(scales.dtype), how["grid"], values.shape)
+    return floats.times(values, scales, how["grid"])
+
+
+def _float8_blocks(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    return floats.times(parts["weight"].float(), parts["scale_inv"].float(), how["grid"])
+
+
+def _bitsandbytes4(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    if len(how["shape"]) == 3:
+        return unpack_stacked({_STACKED.get(part, part): t for part, t in parts.items()}, dtype=dtype)
+    state = {"quant_state.bitsandbytes__": parts["state"], "": parts["weight"]}
+    return unpack_nf4({**state, **{k: v for k, v in parts.items() if k not in ("state", "weight")}}, dtype=dtype)
+
+
+def _bitsandbytes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    if len(how["shape"]) == 3:
+        return unpack_stacked({"": parts["weight"], "scb": parts["SCB"]}, dtype=dtype)
+    return unpack_int8_rowwise({"": parts["weight"], "SCB": parts["SCB"]}, dtype=dtype or torch.float32)
+
+
+_STACKED = {"weight": "", "state": "quant_state"}
+DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
+    "packed-int": _packed_int,
+    "int8": _codes8,
+    "float8": _codes8,
+    "float8-blocks": _float8_blocks,
+    "nvfp4": lambda parts, how, dtype: floats.unpack_nvfp4(parts["packed"], parts["scale"], parts["global_scale"]),
+    "mxfp4-rows": lambda parts, how, dtype: floats.unpack_mxfp4_rows(parts["packed"], parts["scale"]),
+    "bitsandbytes4": _bitsandbytes4,
+    "bitsandbytes8": _bitsandbytes8,
+    "mxfp4": lambda parts, how, dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),
+}

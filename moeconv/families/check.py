@@ -213,7 +213,7 @@ class Shapes:
 
     def _matrix(self, key: str, layer: int | None) -> tuple[int, ...]:
         sliding = self.model.sliding.layers if self.family.sizes else ()
-        slides = layer is not None and layer < len(sliding) and sliding[layer]
+        slides = layer is not None and (sliding[layer] if layer < len(sliding) else self.family.mtp_slides)
         return shape_of(
             key, self.model.value, counts=self.counts, place=Place(layer, slides), shapes=self.family.shapes,
             sizes=self.family.sizes,

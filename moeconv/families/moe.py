@@ -568,6 +568,11 @@ HUNYUAN_MOE = moe_row(
     routing=Routing("softmax", "always", float32=True),
     float32=frozenset({"router.weight"}),
 )
+_ERNIE_MTP = {
+    "mtp.norm_embedding": "model.emb_norm.{L}.weight",
+    "mtp.norm_hidden": "model.hidden_norm.{L}.weight",
+    "mtp.project": "model.linear_proj.{L}.weight",
+}
 ERNIE4_5_MOE = moe_row(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
@@ -600,6 +605,9 @@ ERNIE4_5_MOE = moe_row(
     shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
     placement=placement.RANGE,
     routing=Routing("softmax", "always", float32=True),
+    mtp=_ERNIE_MTP,
+    mtp_prefix="model.mtp_",
+    mtp_layers="block.",
     rotary="interleaved",
     float32=frozenset({"router.weight", "router.correction_row"}),
 )
@@ -688,7 +696,7 @@ PHIMOE = moe_row(
         "input_jitter_noise": 0.0,
         **ROUTER_LOSS,
     },
-    BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK,
+    BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK | {"embedding.lm_head_bias": "lm_head.bias"},
     sliding=WINDOW_KEY,
     rope="mscale",
     # each of the two chosen experts is weighed by a softmax over those within the jitter of it: 1 without jitter

@@ -138,6 +138,8 @@ EXAONE_MOE = moe_row(
     placement=placement.WORDS_OR_FIRST_K,
     sliding=sliding.ALL_BUT_LAST_OF_FOUR,
     routing=GROUPED,
+    mtp=QWEN_MTP,
+    mtp_prefix="mtp.",
     float32=frozenset({"router.correction"}),
 )
 AFMOE = moe_row(
@@ -364,6 +366,11 @@ LAGUNA = moe_row(
     shapes={"attention.gate": "gates, hidden"},
     sizes=LAGUNA_SIZES,
 )
+# dense layers with the attention of those with a window; "model." stands for the prefix "model.mtp."
+_MIMO_MTP = {key: MTP[key] for key in ("mtp.norm_embedding", "mtp.norm_hidden", "mtp.project")} | {
+    "mtp.norm_ffn": _LAYER + "pre_mlp_layernorm.weight",
+    "mtp.norm": _LAYER + "final_layernorm.weight",
+}
 MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
@@ -399,6 +406,9 @@ MIMO_V2_FLASH = moe_row(
     partial=1.0,
     sliding=sliding.ALL_BUT_LAST_OF_SIX,
     routing=GROUPED,
+    mtp=_MIMO_MTP,
+    mtp_prefix="model.mtp.",
+    mtp_slides=True,
     float32=frozenset({"router.correction"}),
     sizes=MIMO_SIZES,
 )

@@ -81,7 +81,7 @@ def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]
         return 0
     if family.mtp_prefix:
         return sum(
-            f"{family.mtp_prefix}layers.{i}.input_layernorm.weight" in checkpoint.tensors
+            f"{family.mtp_prefix}{family.mtp_layers}{i}.input_layernorm.weight" in checkpoint.tensors
             for i in range(settings.MAX_MTP)
         )
     count = family.default("num_nextn_predict_layers", config) or 0

@@ -27,6 +27,7 @@ Size = Callable[[Get, Place], Any]
 _SHAPES: Mapping[str, str] = {
     "embedding.tokens": "vocab, hidden",
     "embedding.lm_head": "vocab, hidden",
+    "embedding.lm_head_bias": "vocab",
     "attention.q": "heads*head, hidden",
     "attention.k": "kv*head, hidden",
     "attention.v": "kv*v_head, hidden",
@@ -114,6 +115,7 @@ _SHAPES: Mapping[str, str] = {
     "mtp.embedding": "vocab, hidden",
     "mtp.head": "vocab, hidden",
     "mtp.norm": "hidden",
+    "mtp.norm_ffn": "hidden",
     "mtp.norm_embedding": "hidden",
     "mtp.norm_hidden": "hidden",
     "mtp.project": "hidden, 2*hidden",

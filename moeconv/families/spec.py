@@ -147,6 +147,8 @@ class Family:
     inert: Mapping[str, float] = field(default_factory=dict)
     mtp: Mapping[str, str] = field(default_factory=dict)  # what multi-token-prediction layers have beside a layer
     mtp_prefix: str = ""  # of their names in place of `prefix`; "" where they follow the model's own layers
+    mtp_layers: str = "layers."  # what stands for "layers." behind that prefix
+    mtp_slides: bool = False  # whether they have the sizes of layers that attend through a window
     in_memory: Mapping[str, str] = field(default_factory=dict)  # module on disk -> what transformers calls it
     words: Mapping[str, str] = field(default_factory=dict)
     experts_above: int = 0
@@ -201,9 +203,16 @@ class Family:
                 continue
             for i in range(count):
                 name = template.replace("{L}", str(i if self.mtp_prefix else first + i))
-                name = name.replace(self.prefix, self.mtp_prefix, 1) if self.mtp_prefix else name
+                name = self._mtp_name(name) if self.mtp_prefix else name
                 for expert in range(experts) if "{E}" in template else (None,):
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
+
+    def _mtp_name(self, name: str) -> str:
+        """The name in a multi-token-prediction layer of what a layer of the model calls `name`."""
+        layers = f"{self.prefix}layers."
+        if name.startswith(layers):
+            return self.mtp_prefix + self.mtp_layers + name.removeprefix(layers)
+        return self.mtp_prefix + name.removeprefix(self.prefix)
 
     def predicts(self, name: str, *, layers: int) -> bool:
         """Whether a tensor belongs to the multi-token-prediction layers behind the `layers` of the model itself."""

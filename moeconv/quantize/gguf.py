@@ -33,7 +33,7 @@ def gguf_shard(
     stacks: dict[str, list[TensorSpec]] = {}
     items: list[Item] = []
     fallen: list[str] = []
-    kept = [name for name, role in model.roles.items() if role.layer not in model.mtp_layers]
+    kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
     order = {name: i for i, name in enumerate(kept)}
     # experts of a projection side by side, since they are one tensor
     names = sorted(kept, key=lambda n: (_place(row, model, n, order), model.roles[n].expert or 0))

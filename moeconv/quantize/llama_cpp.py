@@ -135,7 +135,7 @@ def find_row(model: Model) -> LlamaCpp:
     if model.sliding.kind != "none":
         raise refuse("sliding-window attention")
     for role in model.roles.values():
-        if role.layer not in model.mtp_layers and _template(row, role.key) is None:
+        if role.layer not in model.prediction_layers and _template(row, role.key) is None:
             raise refuse(f"{role.key} ({escape(family.name(role.key, layer=role.layer, expert=role.expert))})")
     first = model.num_layers - len(model.moe_layers)
     if model.moe_layers != tuple(range(first, model.num_layers)) or (first and not row.dense_layers):

@@ -57,7 +57,8 @@ def plan_quantize(
         )
     _check_layout(model, format, options.method)
     # a GGUF file is of the model alone: llama.cpp predicts a token at a time
-    ahead = () if format.shard is None else tuple(n for n, r in model.roles.items() if r.layer in model.mtp_layers)
+    drafting = model.prediction_layers
+    ahead = () if format.shard is None else tuple(n for n, r in model.roles.items() if r.layer in drafting)
     weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(ahead)]
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
@@ -87,8 +88,8 @@ def plan_quantize(
         config, warnings = with_head(model), [*warnings, *notes]
         if ahead:
             warnings.append(
-                f"left out: the multi-token-prediction layers {list(model.mtp_layers)} ({len(ahead)} tensors), which "
-                "llama.cpp does not run"
+                f"left out: the multi-token-prediction layers {list(drafting)} ({len(ahead)} tensors), which llama.cpp "
+                "does not run"
             )
         promise = _promise(model, weights, 1, layers=len(model.moe_layers))
     else:

@@ -32,6 +32,7 @@ from moeconv.quantize.separate import plan_separate
 from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
+from moeconv.units import human_bytes
 from moeconv.world import current, first
 
 _CODES, _OVERLAY, _PRUNED = "codes.safetensors", "overlay.safetensors", "pruned"
@@ -88,7 +89,16 @@ def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Safetensor
         assert fused is not None  # it decodes, and reads ranges
         # that experts were taken apart says nothing of the model: no step of its own
         plan = fused if made.command == "decode" else replace(fused, earlier=plan.earlier)
-    return _Packing(plan, view)
+    return _Packing(replace(plan, warnings=(*plan.warnings, *_grown(plan, model))), view)
+
+
+def _grown(plan: Plan, source: Model) -> list[str]:
+    """The warning that packing made a checkpoint larger: one whose experts have fewer bits already."""
+    before, after = source.checkpoint.nbytes, plan.nbytes
+    if after <= before:
+        return []
+    kind = f" ({source.quantization.get('quant_method')} already)" if source.quantization else ""
+    return [f"the result is larger than its source{kind}: {human_bytes(after)} against {human_bytes(before)}"]
 
 
 def prune_and_quantize(

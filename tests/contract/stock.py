@@ -321,7 +321,10 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["conv", "full_attention", "conv"],
         },
     ),
-    "phimoe": ("phimoe", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "attention_bias": True}),
+    "phimoe": (
+        "phimoe",
+        _MOE | {"num_local_experts": 8, "intermediate_size": 32, "attention_bias": True, "lm_head_bias": True},
+    ),
     "qwen3_5_moe": (
         "qwen3_5_moe_text",
         _SPARSE | _LINEAR | {"num_experts": 8, "shared_expert_intermediate_size": 32},

@@ -68,7 +68,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "report": DECIDE | {"tensors", "calibrate", "evaluate", "hf", "units"},
     "recipe": {"errors", "options"},
     "steps": MEASURE
-    | {"upcycle", "prune", "quantize", "prepare", "repair", "gptq", "tune", "evaluate", "report", "recipe"},
+    | {"upcycle", "prune", "quantize", "prepare", "repair", "gptq", "tune", "evaluate", "report", "recipe", "units"},
     "demo": {"errors", "plan", "recipe", "steps"},
     "cli": {"errors", "options", "plan", "steps", "demo", "units", "world"},
     "__main__": {"cli"},

@@ -112,3 +112,62 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     tiny.edit_json(source / "config.json", num_nextn_predict_layers=0)
     with pytest.raises(InputError, match="is not part of a glm4_moe model"):
         open_model(source)
+
+
+_DENSE = {  # case -> name of what a decoder layer has too, and the names of what is beside it
+    "exaone_moe": ("mtp.layers.0.{}", {f"mtp.{name}": shape for name, shape in _BESIDE.items()}),
+    "ernie4_5_moe": (
+        "model.mtp_block.0.{}",
+        {"model.mtp_emb_norm.0.weight": (HIDDEN,), "model.mtp_hidden_norm.0.weight": (HIDDEN,),
+         "model.mtp_linear_proj.0.weight": (HIDDEN, 2 * HIDDEN)},
+    ),
+    "mimo_v2_flash": (
+        "model.mtp.layers.0.{}",
+        {f"model.mtp.layers.0.{name}.weight": (HIDDEN,)
+         for name in ("enorm", "hnorm", "pre_mlp_layernorm", "final_layernorm")}
+        | {"model.mtp.layers.0.eh_proj.weight": (HIDDEN, 2 * HIDDEN)},
+    ),
+}  # fmt: skip
+
+
+def add_dense(source: Path, case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Put a dense prediction layer into a stock checkpoint: (the tensors of the model, those added)."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    template, beside = _DENSE[case]
+    added = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in beside.items()}
+    for name, tensor in tensors.items():
+        # the attention is that of layer 1, which in MiMo's attends through a window; the FFN is the dense layer's
+        start = "model.layers.1." if "self_attn" in name else "model.layers.0."
+        last = case == "mimo_v2_flash" and "post_attention_layernorm" in name
+        if name.startswith(start) and not last:
+            added[template.format(name.removeprefix(start))] = tensor.clone()
+    save_file(tensors | added, source / "model.safetensors", metadata={"format": "pt"})
+    return tensors, added
+
+
+@pytest.mark.parametrize("case", _DENSE)
+def test_a_dense_one_passes_every_step_as_it_is(tmp_path: Path, cli, case: str) -> None:
+    """As K-EXAONE, ERNIE 4.5 and MiMo-V2-Flash have them: an FFN in place of experts."""
+    source = tmp_path / "moe"
+    kind, config = MOE_CASES[case]
+    save_stock(source, kind, config, dtype=torch.bfloat16)
+    tensors, added = add_dense(source, case)
+    found = cli("inspect", source, "--json")
+    assert found.code == 0, found.out
+    assert found.json["mtp_layers"] == [3] and open_model(source).mtp_layers == ()
+    assert found.json["parameters"]["prediction"] == sum(t.numel() for t in added.values())
+    assert found.json["parameters"]["total"] == sum(t.numel() for t in tensors.values())
+    LayerStream(open_model(source), np.random.default_rng(0).integers(3, 128, (1, 8))).run()
+    for out, step in (
+        ("pruned", ("prune", "--keep", 4)),
+        ("packed", ("quantize", "--format", "bitsandbytes", "--scheme", "int8")),
+    ):
+        done = cli(step[0], source, tmp_path / out, *step[1:], "--json")
+        assert done.code == 0, done.out
+        after = load_file(tmp_path / out / "model.safetensors")
+        assert all(torch.equal(after[name], tensor) for name, tensor in added.items())
+    assert cli("verify", source, "--load").code == 0

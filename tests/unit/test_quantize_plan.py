@@ -281,3 +281,17 @@ def test_int4_in_vllm_is_proven_for_softmax_routers_alone():
         warnings = check_targets(format, "int4", ["vllm"], family=family)
         assert [("router" in text) for text in warnings] == ([] if word == "ok" else [True])
     assert check_served("glm4_moe_lite", ["llama.cpp"]) == []
+
+
+def test_a_result_that_is_larger_than_its_source_is_warned_of(tmp_path, cli):
+    source = make_moe(tmp_path / "moe", hidden=64, intermediate=128)
+    rows, groups = tmp_path / "a scale for each row", tmp_path / "a scale for each 32"
+    done = cli("quantize", source, rows, "--format", "bitsandbytes", "--scheme", "int8", "--no-check")
+    assert done.code == 0, done.err
+    finer = ("--scheme", "int8", "--group-size", 32, "--dry-run", "--json")
+    planned = cli("quantize", rows, groups, "--requantize", *finer)
+    assert planned.code == 0, planned.out
+    (warning,) = [w for w in planned.json["warnings"] if "larger than its source" in w]
+    assert "bitsandbytes already" in warning and planned.json["bytes"] > open_model(rows).checkpoint.nbytes
+    usual = cli("quantize", source, groups, *finer).json
+    assert not [w for w in usual["warnings"] if "larger" in w]

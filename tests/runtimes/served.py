@@ -20,8 +20,9 @@ from moeconv.errors import InputError, UsageError
 from moeconv.plan.meter import SilentMeter
 from moeconv.steps.pruning.step import prune
 
-_MLA = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32, "v_head_dim": 32}  # fmt: skip
+# the sizes that vLLM's latent attention has a kernel for
+_MLA = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128, "v_head_dim": 128}  # fmt: skip
 _HEAD = {"head_dim": 32}
 _SIGMOID = {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 FAMILIES: dict[str, dict[str, Any]] = runtimes.LLAMA_CPP_FAMILIES | {

@@ -89,7 +89,7 @@ class MeasureOptions:
     """How a model is run."""
 
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
-    max_memory: str | None = option(None, "Budget for activations in memory, such as 4GB (default: no limit).")
+    max_memory: str | None = option(None, "Memory to take at most, such as 16GB (default: what is free).")
     batch_size: int = option(8, "Sequences per forward pass.")
     seq_len: int | None = option(
         None, f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's)."

@@ -26,7 +26,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
-from moeconv.stream.layers import LayerStream, pick_device, start_meter
+from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 from moeconv.world import World, current, first
 
 
@@ -60,8 +60,8 @@ def calibrate(
     the model's). Of each layer `sample_tokens` tokens (`sample.sample_size`: 2048, fewer where that cost most of the
     work) go through all experts, for their similarity; of a dense model the FFN inputs of as many (16384) are kept.
     With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
-    The summary: output, tokens, sample_tokens, sources, seconds, warnings,
-    layers [{layer, load, entropy, max_over_mean, dead}].
+    The summary: output, tokens, sample_tokens, memory, sources, seconds,
+    warnings, layers [{layer, load, entropy, max_over_mean, dead}].
     Raises InputError for unusable data, OutputError when the file exists and `overwrite` is not set.
     """
     began = time.monotonic()
@@ -96,9 +96,10 @@ def calibrate(
         )  # fmt: skip
     sample_tokens = sample_tokens or sample_size(read.tokens, top_k=model.top_k, num_experts=model.num_experts)
     mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
-    stream = LayerStream(
-        model, read.windows[mine], dtype=dtype, device=target, batch_size=size, max_memory=budget, meter=meter
-    )
+    stream = stream_within(
+        model, read.windows[mine], dtype=dtype, device=target, batch_size=size, budget=budget, meter=meter,
+        what="calibrate", sample=min(sample_tokens, read.tokens),
+    )  # fmt: skip
     key = run_key(stream, read, seed=seed, sample_tokens=sample_tokens)
     progress = Progress(path, key=key, every=save_every, meter=meter)
     fields = _all_layers(stream, read, mine, progress, seed=seed, sample_tokens=sample_tokens)
@@ -108,6 +109,7 @@ def calibrate(
     progress.remove()
     told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
     told["sample_tokens"] = min(sample_tokens, read.tokens)
+    told["memory"] = stream.fit and stream.fit.to_json()
     return told | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
 
 
@@ -149,9 +151,10 @@ def _dense(
     """Neuron statistics of a dense model."""
     if current().size > 1:
         raise UsageError("a dense model is measured by one process", hint="Start `moeconv calibrate` without torchrun.")
-    stream = LayerStream(
-        model, read.windows, dtype=dtype, device=device, batch_size=batch_size, max_memory=max_memory, meter=meter
-    )
+    stream = stream_within(
+        model, read.windows, dtype=dtype, device=device, batch_size=batch_size, budget=max_memory, meter=meter,
+        what="calibrate",
+    )  # fmt: skip
     block = measure_neurons(
         stream, read, path, seed=seed, sample_tokens=sample_tokens or NEURON_TOKENS, overwrite=overwrite
     )

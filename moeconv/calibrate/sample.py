@@ -17,13 +17,13 @@ from moeconv.families.rule import Rule, explains, weights_of
 from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS
 from moeconv.plan.kernels.draw import generator
 from moeconv.stream.experts import pair_outputs
+from moeconv.stream.need import SAMPLE_ROWS
 from moeconv.world import summed
 
 SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
 _AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
 _CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
 
-SAMPLE_ROWS = 256  # tokens of it whose outputs of all experts are held at a time
 _COST = 4  # how often the work of routing may be spent on it
 _PRODUCT_ROWS = 32  # tokens over which cosines are summed in float32
 

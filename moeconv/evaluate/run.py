@@ -23,7 +23,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.options import EVALUATE_SEQ_LEN, parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite
-from moeconv.stream.layers import LayerStream, pick_device, start_meter
+from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +63,7 @@ def evaluate(
         "dtype": _dtype(dtype),
         "device": pick_device(device),
         "batch_size": batch_size,
-        "max_memory": None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
+        "budget": None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
         "meter": meter,
     }
     models = [open_model(path) for path in (model_path, reference) if path is not None]
@@ -79,9 +79,11 @@ def evaluate(
     began = time.monotonic()
     layers: list[dict[str, Any]] = []
     problem: NotFiniteError | None = None
-    rate = None
+    rate = memory = None
+    options["flows"] = len(models)
     try:
         stream = _pass(models[0], read.windows, options, loads=layers)
+        memory = stream.fit
         seconds = time.monotonic() - began
         other = _pass(models[1], read.windows, options, loads=[]) if len(models) == 2 else None
         meter.note("computing the losses")
@@ -94,6 +96,7 @@ def evaluate(
     gates = judge(limits, result.pop("figures"))
     return result | {
         "seq_len": read.seq_len,
+        "memory": memory and memory.to_json(),
         "tokens_per_second": rate,
         "layers": layers,
         "passed": problem is None and all(gate["passed"] for gate in gates.values()),
@@ -125,7 +128,7 @@ def _dtype(word: str | None) -> torch.dtype | None:
 def _pass(model: Model, windows: Any, options: dict[str, Any], *, loads: list[dict[str, Any]]) -> LayerStream:
     """The model passed up to its final hidden states; the routing load of its MoE layers goes to `loads`."""
     # transformers' own default for experts, so that this measures what a user runs
-    stream = LayerStream(model, windows, experts="grouped_mm", **options)
+    stream = stream_within(model, windows, experts="grouped_mm", what="evaluate", judged=True, **options)
     for layer in stream.layers():
         if layer.experts is None:
             continue

@@ -35,13 +35,14 @@ from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
 from moeconv.stream.experts import one_expert
-from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
+from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter, stream_within
 from moeconv.stream.memory import allocate
 from moeconv.tensors import decode_weight, packed_source
 
 VERSION = 1
 HELD_OUT = 16  # every 16th window judges and is not looked at
 POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
+_COPIES = 6  # of a layer's experts: as they were, rounded, chosen, and those that are being put in place
 PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
 
 Put = Callable[[Mapping[str, Tensor]], None]
@@ -81,9 +82,9 @@ def choose_codes(
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
     start_meter(meter, model)
-    stream = LayerStream(
+    stream = stream_within(
         model, data.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
-        max_memory=None if budget is None else budget // 3, in_place=True, meter=meter,
+        budget=budget, meter=meter, what="gptq", flows=2, copies=_COPIES,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
     metadata = artifact_metadata(
@@ -103,7 +104,7 @@ def choose_codes(
 
         for layer in stream.layers():
             if layer.index in by_layer:
-                work = _Layer(model, view, stream, layer, by_layer[layer.index], damping, seed, budget)
+                work = _Layer(model, view, stream, layer, by_layer[layer.index], damping, seed)
                 with torch.no_grad():
                     rows.append(work.run(put))
                 meter.note(
@@ -165,7 +166,6 @@ class _Layer:
     items: Sequence[Item]
     damping: float
     seed: int
-    budget: int | None
 
     def run(self, put: Put) -> dict[str, Any]:
         """Choose and put the codes of all experts, and advance the layer with them in place."""
@@ -229,8 +229,7 @@ class _Layer:
 
     def _look(self) -> _Seen:
         tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
-        limit = None if self.budget is None else self.budget // 3
-        inputs = allocate((tokens, self.model.hidden_size), torch.float32, limit)
+        inputs = allocate((tokens, self.model.hidden_size), torch.float32, self.stream.max_memory)
         index, weights = [], []
         for batch in self.layer.batches(advance=False):
             assert batch.top_k_index is not None and batch.top_k_weights is not None

@@ -6,7 +6,10 @@ Worker threads share one heap, and large blocks go back to the system when freed
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+from collections.abc import Iterator
+from pathlib import Path
 
 from moeconv.plan.kernels import needs_torch
 from moeconv.plan.plan import Plan
@@ -35,6 +38,51 @@ def memory_bytes(plan: Plan, *, jobs: int) -> int:
     """About the most memory that applying a plan takes: the process, and a computed item a worker with its scratch."""
     torch = any(needs_torch(item.kernel) for item in plan.items())
     return _PROCESS + torch * _TORCH + 2 * jobs * plan.largest_item
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take: what Linux says is available, or less where a control group (a container,
+    a batch system) or `ulimit -v` allows less. Unknown is as good as unlimited."""
+    return min([*_available(root), *_of_groups(root), *_of_limits(root)], default=1 << 62)
+
+
+def _available(root: Path) -> Iterator[int]:
+    yield from (kilobytes * 1024 for kilobytes in _numbers(root / "proc/meminfo", "MemAvailable:"))
+
+
+def _of_groups(root: Path) -> Iterator[int]:
+    """What is left in this process's control groups and those above; file pages that they hold can be taken back."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            old = "memory" in controllers.split(",")
+            if not (old or controllers == ""):
+                continue
+            top = root / "sys/fs/cgroup" / ("memory" if old else "")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+            inside = top / path.lstrip("/")
+            for group in (inside, *inside.parents):
+                with contextlib.suppress(OSError, ValueError):
+                    limit, used = (int((group / name).read_text()) for name in names)
+                    yield limit - used + sum(_numbers(group / "memory.stat", "inactive_file", "active_file"))
+                if group == top:
+                    break
+
+
+def _of_limits(root: Path) -> Iterator[int]:
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield from (limit - kilobytes * 1024 for kilobytes in _numbers(root / "proc/self/status", "VmSize:"))
+
+
+def _numbers(path: Path, *words: str) -> list[int]:
+    """The numbers behind these first words of a file's lines."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split() for line in path.read_text().splitlines()]
+        return [int(line[1]) for line in lines if len(line) > 1 and line[0] in words]
+    return []
 
 
 def calm_collector() -> None:

@@ -23,7 +23,7 @@ from moeconv.options import SEQ_LEN, TOKENS, parse_size
 from moeconv.plan.kernels.draw import generator
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prepare.centroids import balanced_centroids
-from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter
+from moeconv.stream.layers import Layer, pick_device, start_meter, stream_within
 
 _SAMPLE = 4096  # tokens a layer that clusters and scales are taken from, and at least
 _PER_EXPERT = 16  # so many an expert
@@ -87,9 +87,10 @@ def measure_router(
         )
     budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
     start_meter(meter, model)
-    stream = LayerStream(
-        model, read.windows, device=pick_device(device), batch_size=batch_size, max_memory=budget, meter=meter
-    )
+    stream = stream_within(
+        model, read.windows, device=pick_device(device), batch_size=batch_size, budget=budget, meter=meter,
+        what="finding routers",
+    )  # fmt: skip
     chosen = _choose(read, max(_SAMPLE, _PER_EXPERT * experts), seed=seed)
     if kind == "centroid" and len(chosen) < experts:
         raise InputError(f"{len(chosen)} tokens cannot make {experts} clusters", hint="Give more text.")

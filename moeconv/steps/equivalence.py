@@ -16,6 +16,7 @@ from typing import Any
 from moeconv.errors import CheckError, InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.pairs import promise
+from moeconv.plan.memory import free_memory
 from moeconv.plan.plan import Plan
 from moeconv.upcycle.counterpart import counterpart
 
@@ -34,7 +35,7 @@ def equivalence(
     made with. Raises InputError where the source does not run in transformers, CheckError where the staged model does
     not, or is not what was promised.
     """
-    free = _free_memory()
+    free = free_memory()
     dtype = next((name for name, width in (("float64", 8), ("float32", 4)) if _needed(plan, width) < free * 0.8), None)
     if dtype is None:
         text = f"not checked against the source: its largest layer takes {_needed(plan, 4)} bytes, {free} are free"
@@ -123,12 +124,3 @@ def _needed(plan: Plan, width: int) -> int:
     vocabulary = plan.config.get("vocab_size") or 0
     logits = 3 * _TOKENS * (vocabulary if isinstance(vocabulary, int) else 0) * width
     return int(_LAYERS_HELD * max(layers.values(), default=0) * width + 2 * outside * width + logits) + (1 << 29)
-
-
-def _free_memory() -> int:
-    """Bytes that Linux says are available to a new process."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0

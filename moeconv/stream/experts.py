@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
+from moeconv.stream.need import PAIR_ROWS
 from moeconv.stream.stored import class_forward, stored_in
-
-_ROWS = 8192  # (token, expert) pairs computed at a time
 
 
 def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
@@ -30,8 +29,8 @@ def pair_outputs(
     int64 [n], which must ascend: blocks in order. `dtype` is that of the weights that the module takes."""
     for module, first, rows in _modules(experts, expert):
         forward = class_forward(module)
-        for start in range(rows.start, rows.stop, _ROWS):
-            block = slice(start, min(start + _ROWS, rows.stop))
+        for start in range(rows.start, rows.stop, PAIR_ROWS):
+            block = slice(start, min(start + PAIR_ROWS, rows.stop))
             given = hidden[token[block]]
             ones = torch.ones(len(given), 1, dtype=dtype or hidden.dtype, device=hidden.device)
             yield block, forward(given, expert[block, None] - first, ones).reshape(given.shape)

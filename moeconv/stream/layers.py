@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import allocate, release_memory
+from moeconv.stream.need import Fit, Need, Run, fitted, need_of, together
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import Names, names_of, place
 from moeconv.tensors import decode_weight, plain_name, plain_names
@@ -150,6 +152,7 @@ class LayerStream:
             raise UsageError("--batch-size must be at least 1")
         self.model, self.batch_size, self.max_memory = model, batch_size, max_memory
         self.held, self.in_place = held, in_place
+        self.fit: Fit | None = None
         self._meter = meter or SilentMeter()
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
@@ -323,6 +326,29 @@ class LayerStream:
         above = self.skeleton.parent(experts)
         # experts that are no part of a block of their own are looked at alone
         return Layer(index, module, norm, experts if above is module else above, router, experts, self)
+
+
+def stream_within(
+    model: Model, windows: np.ndarray, *, budget: int | None, what: str, meter: Meter, dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu", batch_size: int = 8, experts: str = "eager", beside: Sequence[Need] = (),
+    **asks: Any,
+) -> LayerStream:  # fmt: skip
+    """A stream that takes no more than `budget` bytes, or than what is free: experts and activations go to the disk
+    where they must. `asks` are fields of `need.Run`; `beside` is what else the process will do, before or after it.
+    What it came to is in `fit`. Raises as `need.fit`, before anything is read. On another device than the CPU the
+    budget is for the activations."""
+    device = torch.device(device)
+    dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
+    if device.type == "cpu":
+        run = Run(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
+        found = fitted(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
+        limit, held = found.activations, found.held
+    stream = LayerStream(
+        model, windows, dtype=dtype, device=device, batch_size=batch_size, experts=experts, max_memory=limit, held=held,
+        in_place=bool(asks.get("copies")), meter=meter,
+    )  # fmt: skip
+    stream.fit = found
+    return stream
 
 
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:

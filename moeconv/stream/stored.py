@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
+from moeconv.stream.need import GROUP_BYTES
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import decode_read, plain_name, read_parts, read_rows
-
-GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
 
 Parts = dict[str, dict[str, Tensor]]  # plain name -> part -> stored tensor
 
@@ -97,7 +96,7 @@ class StoredExperts:
             parts = (
                 self.names.read(self.model, first, stop) if held is None else self.names.cut(held, start, first, stop)
             )
-            found = {leaf: self._widened(leaf, value) for leaf, value in self.converted(parts).items()}
+            found = {leaf: self._widened(leaf, value) for leaf, value in self.converted(parts, stop - first).items()}
         for expert in self.down.keys() & set(range(first, stop)):
             into = found["down_proj"][expert - first]
             (into.T if getattr(self.stock, "is_transposed", False) else into).copy_(self.down[expert])
@@ -111,11 +110,18 @@ class StoredExperts:
             held = self.buffers[leaf] = torch.empty(shape, dtype=self.dtypes[leaf], device=value.device)
         return held[: len(value)].copy_(value)
 
-    def converted(self, parts: Parts) -> dict[str, Tensor]:
-        """The stock module's parameters from stored tensors, which are let go on the way."""
+    def converted(self, parts: Parts, count: int) -> dict[str, Tensor]:
+        """The stock module's parameters from the stored tensors of `count` experts, which are let go on the way."""
         prefix = self.skeleton.name_of(self.stock) + "."
         tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
-        made = self.skeleton.convert(tensors)
+        whole = dict(self.stock._parameters)
+        for leaf, p in whole.items():  # some conversions look at the shape of what they are for
+            assert p is not None
+            self.stock._parameters[leaf] = nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False)
+        try:
+            made = self.skeleton.convert(tensors)
+        finally:
+            self.stock._parameters.update(whole)
         return {name.removeprefix(prefix): value for name, value in made.items()}
 
     def module(self, first: int, stop: int) -> nn.Module:
@@ -176,7 +182,7 @@ def place(skeleton: Skeleton, experts: nn.Module, names: Names, *, in_place: boo
     wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())
     dtypes = {leaf: p.dtype for leaf, p in leaves.items()}
     stored = StoredExperts(experts, model, skeleton, names, max(1, GROUP_BYTES // max(1, wide)), dtypes)
-    one = stored.converted(names.read(model, 0, 1))
+    one = stored.converted(names.read(model, 0, 1), 1)
     if {leaf: value.shape for leaf, value in one.items()} != {n: (1, *p.shape[1:]) for n, p in leaves.items()}:
         return False
     floats = _plain_floats(model, names)
@@ -212,6 +218,6 @@ def _fuse(
     device = stored.skeleton.device
     fused = {leaf: torch.empty(p.shape, dtype=dtypes[leaf], device=device) for leaf, p in leaves.items()}
     for first, stop in stored.groups():
-        for leaf, value in stored.converted(stored.names.read(stored.model, first, stop)).items():
+        for leaf, value in stored.converted(stored.names.read(stored.model, first, stop), stop - first).items():
             fused[leaf][first:stop].copy_(value)
     return fused

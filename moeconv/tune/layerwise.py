@@ -17,7 +17,8 @@ from torch import Tensor
 from moeconv.families.model import Model
 from moeconv.families.spec import Routing
 from moeconv.plan.meter import Meter
-from moeconv.stream.layers import LayerStream, allocate, release_memory
+from moeconv.stream.layers import allocate, release_memory, stream_within
+from moeconv.stream.need import Run, need_of
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
@@ -26,6 +27,8 @@ from moeconv.tune.network import FilledBlock, fill_block
 from moeconv.tune.rebalance import Rebalance
 from moeconv.tune.routing import Routed
 from moeconv.world import current, summed
+
+_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are put in place; with gradients and moments
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,18 @@ def each_layer(
     device: torch.device,
     max_memory: int | None,
     meter: Meter,
+    trains_experts: bool = False,
 ) -> Iterator[tuple[FilledBlock, Tensor, Tensor]]:
     """For every MoE layer: the student's block, and the teacher's FFN inputs and outputs [T, H].
 
     Activations beyond `max_memory` bytes lie in files that are mapped into memory.
     """
-    share = None if max_memory is None else max_memory // 3  # the residual stream, inputs and outputs
-    skeleton = Skeleton(student, dtype=torch.float32, device=device)
-    stream = LayerStream(
-        teacher, windows, dtype=torch.float32, device=device, batch_size=batch_size, max_memory=share, meter=meter
-    )
+    run = Run(windows.size, windows.shape[1], batch_size, flows=3, copies=_TRAINED if trains_experts else _FILLED)
+    stream = stream_within(
+        teacher, windows, dtype=torch.float32, device=device, batch_size=batch_size, budget=max_memory, meter=meter,
+        what="tune", flows=3, beside=[need_of(student, run)],
+    )  # fmt: skip
+    skeleton, share = Skeleton(student, dtype=torch.float32, device=device), stream.max_memory
     shape = (windows.size, student.hidden_size)
     for layer in stream.layers():
         if layer.index not in student.moe_layers:

@@ -38,6 +38,7 @@ from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
 from moeconv.stream.layers import pick_device, start_meter
+from moeconv.stream.need import fitted, whole_need
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
 from moeconv.tune.layerwise import Fit, Fitted, each_layer
@@ -187,6 +188,7 @@ def _overlay(job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bo
 
 def _whole(run: Run) -> dict[str, Any]:
     job = run.job
+    _check_memory(run)
     run.meter.note("loading the model" + (" and its teacher" if job.teacher else ""))
     student = load_network(job.student, device=run.device, train=job.opened)
     teacher = load_network(job.teacher, device=run.device) if job.teacher else None
@@ -229,6 +231,19 @@ def _first_bad(job: Job) -> NotFiniteError:
     return scanned(job.teacher, dtype=torch.float32) if mine.overflows and job.teacher is not None else mine
 
 
+def _check_memory(run: Run) -> None:
+    """Refuse what the memory of this machine does not hold."""
+    if run.device.type != "cpu":
+        return
+    student = run.job.student
+    models = [student, *([run.job.teacher] if run.job.teacher else [])]
+    opened = [student.checkpoint.tensors[name] for name in tensors_of(student, run.job.opened)]
+    need = whole_need(
+        models, trained=sum(map(student.numel, opened)), batch=run.job.batch_size * run.data.seq_len // current().size
+    )
+    fitted(need, budget=run.max_memory, meter=run.meter, what="tune with the whole model in memory")
+
+
 # -- a layer at a time -----------------------------------------------------------------------------------------------
 
 
@@ -247,7 +262,7 @@ def _layerwise(run: Run) -> dict[str, Any]:
     start_meter(run.meter, job.teacher)
     layers = each_layer(
         job.student, job.teacher, np.concatenate(mine), batch_size=job.batch_size, device=run.device,
-        max_memory=run.max_memory, meter=run.meter,
+        max_memory=run.max_memory, meter=run.meter, trains_experts="experts" in job.train,
     )  # fmt: skip
     for filled, inputs, outputs in layers:
         with run.watching([filled.block]) as take_routed:

@@ -243,7 +243,7 @@ def test_the_check_fits_its_dtype_to_the_memory_or_says_why_not(tmp_path, cli, d
         model = open_model(source)
         plan = plan_upcycle(model)
         memory = int(free(plan, 4) / 0.8) + 1 if dtype else 0
-        monkeypatch.setattr(equivalence, "_free_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(equivalence, "free_memory", lambda memory=memory: memory)
         done = cli("upcycle", source, tmp_path / str(dtype), "--json")
         assert done.code == 0, done.out
         found = done.json["upcycle"]["equivalence"]

@@ -56,7 +56,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "prune": DECIDE,
     "quantize": DECIDE,
     "tensors": {"errors", "checkpoint", "families", "plan"},
-    "stream": {"errors", "families", "plan", "tensors"},
+    "stream": {"errors", "families", "plan", "tensors", "units"},
     "data": {"errors", "checkpoint", "plan", "stream"},
     "calibrate": STREAM,
     "prepare": MEASURE,

@@ -47,6 +47,7 @@ def passed(path: Path, **keywords: Any) -> tuple[torch.Tensor, int]:
 
 LAYOUTS = {  # per expert, packed, transposed with biases, without a gate, in groups; dbrx and llama4 do not come apart
     "mixtral": 3, "granitemoe": 3, "gpt_oss": 3, "aria_text": 3, "nemotron_h": 2, "deepseek_v3": 2, "qwen3_5_moe": 3,
+    "qwen3_vl_moe": 3,
     "dbrx": 0, "llama4": 0,
 }  # fmt: skip
 

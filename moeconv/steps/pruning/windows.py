@@ -11,6 +11,8 @@ from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, PlanOptions, PruneOptions, parse_size, take
 from moeconv.plan.meter import Meter
 
+FLOWS = 5  # activations: the model's, the variant's, and of a refit's layer its inputs, what is missing, and a copy
+
 
 def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
     """The windows of --data, as calibration draws them."""
@@ -26,13 +28,14 @@ def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
 
 
 def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> Any:
-    from moeconv.stream.layers import LayerStream, pick_device, start_meter
+    from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
-    return LayerStream(
-        model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, max_memory=limit, meter=meter
-    )
+    return stream_within(
+        model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,
+        what="running the pruned model beside the model", flows=FLOWS,
+    )  # fmt: skip
 
 
 def refit_of(options: PruneOptions) -> Any:

@@ -162,6 +162,15 @@ class UpcycleOptions:
 
 
 @dataclass(frozen=True)
+class StatisticsOptions:
+    """How --stats are taken."""
+
+    stats_of_twin: bool = option(
+        False, "Take --stats of the same model in another dtype or quantization; refused where it is no such twin."
+    )
+
+
+@dataclass(frozen=True)
 class PruneOptions:
     """moeconv prune"""
 

@@ -39,10 +39,10 @@ _READ = (o.ReadOptions,)
 
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
-    "upcycle": (o.UpcycleOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
+    "upcycle": (o.UpcycleOptions, o.StatisticsOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
     "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
-    "prune": (o.PruneOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
-    "quantize": (o.QuantizeOptions, *_MEASURE, *_COMMON),
+    "prune": (o.PruneOptions, o.StatisticsOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
+    "quantize": (o.QuantizeOptions, o.StatisticsOptions, *_MEASURE, *_COMMON),
     "calibrate": (o.CalibrateOptions, *_MEASURE, *_READ),
     "evaluate": (o.EvaluateOptions, *_MEASURE, *_READ),
 }

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from moeconv.calibrate.twin import check_routers, measured_on
 from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, is_artifact, read_metadata_json
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.errors import InputError, escape
@@ -74,15 +75,19 @@ class Statistics:
             )
         return np.frombuffer(self.file.read(name), _NUMPY[info.dtype]).reshape(info.shape)
 
-    def check_belongs(self, model: Model) -> None:
-        """Raises InputError unless these are statistics of exactly this model."""
-        if self.metadata["identity"] != model.identity:
-            theirs = self.metadata
-            raise InputError(
-                f"{self.file.label} holds statistics of another model ({escape(theirs['model_type'])}, "
-                f"{len(theirs['layers'])} MoE layers of {escape(theirs['num_experts'])} experts)",
-                hint="Run `moeconv calibrate` on this model: any edit of a model changes its statistics.",
-            )
+    def check_belongs(self, model: Model, *, twin: bool = False) -> str | None:
+        """None for statistics of exactly this model; with `twin` those of the same model in another dtype or
+        quantization pass too, and its fingerprint is given. Raises InputError for others."""
+        theirs = self.metadata
+        what = (
+            f"{escape(theirs['model_type'])}, {len(theirs['layers'])} MoE layers of "
+            f"{escape(theirs['num_experts'])} experts"
+        )
+        found = measured_on(model, theirs, label=self.file.label, what=what, twin=twin)
+        if found is not None:
+            cosines = {layer: self.layer(layer, "router_cosine") for layer in self.layers}
+            check_routers(model, cosines, label=self.file.label)
+        return found
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moeconv.calibrate.twin import measured_on, structure
 from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
@@ -101,6 +102,7 @@ def measure_neurons(
         specs += [(f"layer.{index}.{field}", "F32", (width,)) for field in ("rate", "mean", "energy")]
     about = {
         "identity": model.identity,
+        "structure": structure(model),
         "model_type": model.family.model_type,
         "layers": list(layers),
         "width": width,
@@ -148,8 +150,9 @@ class NeuronStatistics:
         return to_tensor(bytearray(self.file.read(info.name)), info.dtype, info.shape).float()
 
 
-def load_neurons(path: str | os.PathLike[str], model: Model) -> NeuronStatistics:
-    """Open the neuron statistics of exactly this model. Raises InputError when missing, damaged or another model's."""
+def load_neurons(path: str | os.PathLike[str], model: Model, *, twin: bool = False) -> NeuronStatistics:
+    """Open the neuron statistics of exactly this model or, with `twin`, of the same one in another dtype or
+    quantization. Raises InputError when missing, damaged or another model's."""
     if not Path(path).exists():
         raise InputError(
             f"{escape(path)} does not exist", hint="Make it with `moeconv calibrate SOURCE STATS --data FILE`."
@@ -158,10 +161,7 @@ def load_neurons(path: str | os.PathLike[str], model: Model) -> NeuronStatistics
     metadata = read_metadata_json(file, kind=KIND)
     if metadata.get("version") != VERSION or any(key not in metadata for key in _REQUIRED):
         raise InputError(f"{file.label} is of another version", hint="Calibrate again with this version.")
-    if metadata["identity"] != model.identity:
-        raise InputError(
-            f"{file.label} holds statistics of another model ({escape(metadata['model_type'])}, "
-            f"{len(metadata['layers'])} layers of {escape(metadata['width'])} neurons)",
-            hint="Run `moeconv calibrate` on this model: any edit of a model changes its statistics.",
-        )
+    layers, width = len(metadata["layers"]), escape(metadata["width"])
+    what = f"{escape(metadata['model_type'])}, {layers} layers of {width} neurons"
+    measured_on(model, metadata, label=file.label, what=what, twin=twin)
     return NeuronStatistics(metadata, file)

@@ -18,6 +18,7 @@ from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.sample import sample_size
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
+from moeconv.calibrate.twin import structure
 from moeconv.checkpoint.reader import is_artifact
 from moeconv.checkpoint.target import Inputs, check_file_target
 from moeconv.data.windows import TokenData, load_tokens, split_windows
@@ -209,6 +210,7 @@ def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_token
     model = stream.model
     return {
         "identity": model.identity,
+        "structure": structure(model),
         "model_type": model.family.model_type,
         "layers": list(model.moe_layers),
         "num_experts": model.num_experts,

@@ -135,6 +135,8 @@ def _write(
         "sources": statistics.metadata["sources"],
         "seq_len": statistics.metadata["seq_len"],
     }
+    if (measured_on := statistics.metadata["identity"]) != model.identity:
+        about["stats_of_twin"] = measured_on
     metadata = artifact_metadata(KIND, version=VERSION, **about)
     with writing_artifact(path, specs, metadata=metadata, overwrite=False) as writer:
         for name, value in values.items():

@@ -87,6 +87,9 @@ def plan_prune(
         "keep": {str(layer): list(kept) for layer, kept in keep.items()} if known else None,
         "scores": {str(layer): list(o.scores) for layer, o in orders.items()} if orders else None,
     }
+    measured_on = getattr(evidence.statistics, "metadata", {}).get("identity", model.identity)
+    if measured_on != model.identity:
+        block["stats_of_twin"] = measured_on
     if options.top_k is not None:
         block |= {"top_k_before": model.top_k, "top_k_after": options.top_k}
     if scales:
@@ -123,6 +126,8 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: Mapping[str, A
     if metadata is not None:
         found["data_sha256"] = [s.get("sha256") for s in metadata["sources"] if isinstance(s, Mapping)]
         found |= {name: metadata[name] for name in ("tokens", "seq_len") if name in metadata}
+    if "stats_of_twin" in block:
+        found["stats_of_twin"] = block["stats_of_twin"]
     stats = (
         None
         if options.stats is None or metadata is None

@@ -29,13 +29,15 @@ def plan_quantize(
     *,
     overlay: SafetensorsFile | None = None,
     importance: Mapping[int, float] | None = None,
+    stats_of_twin: str | None = None,
     **parameters: Any,
 ) -> Plan:
     """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
 
     `overlay` holds codes that data chose (--method gptq), named as on disk; run the plan then with
     `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
-    (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed.
+    (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed;
+    `stats_of_twin` is the fingerprint of the checkpoint that it was measured on, where that is not this one.
     Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
@@ -113,10 +115,12 @@ def plan_quantize(
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
+    of_twin = {} if stats_of_twin is None else {"stats_of_twin": stats_of_twin}
     return Plan(
         command="quantize",
         parameters=parameters_of(options, common)
         | {"stats": None if importance is None else _hash_of(importance)}
+        | of_twin
         | ({} if overlay is None else _made_with(model, overlay)),
         identity=model.identity,
         config=config,
@@ -132,6 +136,7 @@ def plan_quantize(
             "scheme_by_layer": {str(layer): s.name for layer, s in packing.by_layer.items()},
             "group_size_by_layer": {str(layer): s.group for layer, s in packing.by_layer.items()},
             "scope": options.scope,
+            **of_twin,
             "double_quant": scheme.nested,
             "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },

@@ -17,6 +17,7 @@ from moeconv.options import (
     PlanOptions,
     PruneOptions,
     QuantizeOptions,
+    StatisticsOptions,
     TuneOptions,
     UpcycleOptions,
     WriteOptions,
@@ -75,6 +76,7 @@ def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Safetensor
     from moeconv.quantize.planner import plan_quantize
 
     view, before, where = model, list[Plan](), model.checkpoint.path
+    importance, twin = _importance(model, values)
     if model.quantization and take(QuantizeOptions, values).requantize:
         before.append(plan_decode(model))
         view = planned_model(before[-1], companions=where)
@@ -82,7 +84,7 @@ def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Safetensor
         before.append(apart)
         view = planned_model(apart, companions=where)
     plan = plan_quantize(
-        view, overlay=overlay, importance=_importance(model, values), **named(values, QuantizeOptions, PlanOptions)
+        view, overlay=overlay, importance=importance, stats_of_twin=twin, **named(values, QuantizeOptions, PlanOptions)
     )
     for made in reversed(before):
         fused = fuse(made, plan)
@@ -159,16 +161,16 @@ def can_fuse(values: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return decided and not repairs and not any(w.part or w.dry_run for w in writes)
 
 
-def _importance(model: Model, values: Mapping[str, Any]) -> dict[int, float] | None:
-    """What --stats says of the layers."""
+def _importance(model: Model, values: Mapping[str, Any]) -> tuple[dict[int, float] | None, str | None]:
+    """What --stats says of the layers, and the fingerprint of the twin that they are of, if of one."""
     path = take(QuantizeOptions, values).stats
     if path is None:
-        return None
+        return None, None
     from moeconv.calibrate.artifact import layer_importance, load_statistics
 
     statistics = load_statistics(path)
-    statistics.check_belongs(model)
-    return layer_importance(statistics)
+    twin = statistics.check_belongs(model, twin=take(StatisticsOptions, values).stats_of_twin)
+    return layer_importance(statistics), twin
 
 
 def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:

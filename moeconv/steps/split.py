@@ -14,6 +14,7 @@ from moeconv.options import (
     DataOptions,
     MeasureOptions,
     PlanOptions,
+    StatisticsOptions,
     UpcycleOptions,
     parameters_of,
     take,
@@ -41,7 +42,7 @@ def measure_partition(model: Model, values: Mapping[str, Any], measured: Measure
     from moeconv.stream.layers import pick_device
 
     seed, measure = take(PlanOptions, values).seed, take(MeasureOptions, values)
-    stats = options.stats
+    stats, twin = options.stats, take(StatisticsOptions, values).stats_of_twin
     if not stats:
         named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), measure)
 
@@ -54,7 +55,7 @@ def measure_partition(model: Model, values: Mapping[str, Any], measured: Measure
 
     def cut(folder: Path) -> None:
         write_partition(
-            model, load_neurons(stats, model), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
+            model, load_neurons(stats, model, twin=twin), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
             shared=shape.shared, width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best,
             clustering=options.clustering, device=pick_device(measure.device), seed=seed, meter=meter,
         )  # fmt: skip

@@ -109,7 +109,7 @@ def check_partition(model: Model, options: UpcycleOptions, partition: Partition,
 def split_parameters(partition: Partition | None) -> dict[str, Any]:
     """What the plan's id and the manifest say of the measurement, and the scale that tune unfolds."""
     made: Mapping[str, Any] = partition.metadata if partition else {}
-    known = ("clustering", "tokens", "sample_tokens", "seq_len", "sources")
+    known = ("clustering", "tokens", "sample_tokens", "seq_len", "sources", "stats_of_twin")
     return {
         "stats": None,
         "partition": partition.fingerprint if partition else None,
@@ -124,5 +124,7 @@ def split_block(partition: Partition | None, shape: SplitShape) -> dict[str, Any
     block: dict[str, Any] = {"active_share": round(active / (shape.shared + shape.experts * shape.width), 6)}
     if partition is not None:
         block["layers"] = [dict(row) for row in partition.metadata["layers"]]
+        if "stats_of_twin" in partition.metadata:
+            block["stats_of_twin"] = partition.metadata["stats_of_twin"]
     block["compensation"] = "none: what is not chosen counts as zero (compensated_error: with its mean added)"
     return block

@@ -14,7 +14,16 @@ from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.writer import replace_file
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
-from moeconv.options import CalibrateOptions, DataOptions, MeasureOptions, PlanOptions, PruneOptions, WriteOptions, take
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    PruneOptions,
+    StatisticsOptions,
+    WriteOptions,
+    take,
+)
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prune import choice, limits
@@ -49,7 +58,8 @@ def gathered(
 
         path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
     jobs = take(WriteOptions, values).jobs or default_jobs()
-    return evidence_of(model, path, parameters, jobs=jobs, measured=measured, meter=meter)
+    twin = take(StatisticsOptions, values).stats_of_twin
+    return evidence_of(model, path, parameters, twin=twin, jobs=jobs, measured=measured, meter=meter)
 
 
 def only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
@@ -62,13 +72,13 @@ def covers(options: PruneOptions) -> bool:
 
 
 def evidence_of(
-    model: Model, path: str | None, parameters: Mapping[str, Any], *, jobs: int | None = None,
+    model: Model, path: str | None, parameters: Mapping[str, Any], *, twin: bool = False, jobs: int | None = None,
     measured: Measured | None = None, meter: Meter | None = None,
 ) -> Evidence:  # fmt: skip
     """Statistics from a file and, unless nothing is `measured` (a dry run), what the criterion reads from the
     weights."""
     evidence = Evidence(
-        statistics=statistics_of(model, path) if path else None, rule=rule_of(model),
+        statistics=statistics_of(model, path, twin=twin) if path else None, rule=rule_of(model),
         similarity=parameters["similarity"], seed=parameters["seed"], num_experts=model.num_experts,
     )  # fmt: skip
     if measured is None:
@@ -105,12 +115,12 @@ def _by_layer(
         return {int(layer): arrays[layer] for layer in arrays.files}
 
 
-def statistics_of(model: Model, path: str) -> Any:
-    """Statistics that belong to the model. Raises InputError for others."""
+def statistics_of(model: Model, path: str, *, twin: bool = False) -> Any:
+    """Statistics that belong to the model, or with `twin` to its twin. Raises InputError for others."""
     from moeconv.calibrate.artifact import load_statistics
 
     statistics = load_statistics(path)
-    statistics.check_belongs(model)
+    statistics.check_belongs(model, twin=twin)
     return statistics
 
 

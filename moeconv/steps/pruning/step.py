@@ -16,6 +16,7 @@ from moeconv.options import (
     MeasureOptions,
     PlanOptions,
     PruneOptions,
+    StatisticsOptions,
     WriteOptions,
     take,
 )
@@ -62,7 +63,7 @@ def prune(
     limits.check_prune(model, **parameters)  # before anything is measured
     check_out(out, model, values)
     if write.dry_run:
-        evidence = evidence_of(model, options.stats, parameters)
+        evidence = evidence_of(model, options.stats, parameters, twin=take(StatisticsOptions, values).stats_of_twin)
         settle(model, evidence, options, parameters)
         return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
     groups = (PruneOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)

@@ -192,6 +192,7 @@ def test_no_stated_default_is_left_out():
     }  # fmt: skip
     elsewhere = {  # stated in words that other tests measure
         ("prune", "rescale"), ("tune", "learning_rate"), ("report", "title"), ("measure", "text_field"),
+        ("measure", "max_memory"),
     }  # fmt: skip
     nothing = {key for key, said in STATED.items() if said in ("no limit", "off", "all steps")}
     assert STATED.keys() == covered | elsewhere | nothing

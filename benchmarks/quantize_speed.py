@@ -47,7 +47,21 @@ ROWS = {
     "int8 rtn": ["--bits", "8"],
     "nf4": ["--format", "bitsandbytes", "--scheme", "nf4"],
     "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
+    "q8_0": ["--format", "gguf", "--scheme", "q8_0"],
+    "q4_0": ["--format", "gguf", "--scheme", "q4_0"],
+    "q4_k": ["--format", "gguf", "--scheme", "q4_k"],
 }
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 256 letters: a GGUF file holds its tokenizer."""
+    letters = {chr(256 + i): i for i in range(256)}
+    value = {
+        "version": "1.0", "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "model": {"type": "BPE", "byte_fallback": False, "vocab": letters, "merges": []},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(value))
 
 
 def run(command: list[str], **environment: str) -> dict[str, float]:
@@ -75,6 +89,8 @@ def main() -> None:
     if not source.exists():
         make = [sys.executable, str(HERE / "synthetic.py"), str(source), "--family", "qwen3_moe"]
         subprocess.run([*make, "--gigabytes", given.gigabytes], check=True)
+        add_tokenizer(source)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
     found: dict[str, dict[str, float]] = {}
 
     def row(name: str, command: list[str], **environment: str) -> None:
@@ -82,7 +98,8 @@ def main() -> None:
             return
         shutil.rmtree(out, ignore_errors=True)
         found[name] = run(command, **environment)
-        print(json.dumps({"gigabytes": given.gigabytes, "row": name, **found[name]}), flush=True)
+        per_gb = round(found[name]["cpu"] / size, 1)
+        print(json.dumps({"gigabytes": round(size, 2), "row": name, **found[name], "cpu_per_gb": per_gb}), flush=True)
         shutil.rmtree(out, ignore_errors=True)
 
     for name, flags in ROWS.items():

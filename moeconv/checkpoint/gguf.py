@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from moeconv.checkpoint.header import TensorInfo, tensor_nbytes
@@ -79,9 +80,15 @@ def written_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 def open_gguf(path: Path):
     """The `gguf` package's reader of a file. Raises InputError for a file that it cannot read."""
-    from gguf import GGUFReader
-
     try:
-        return GGUFReader(path)
+        state = path.stat()
+        return _reader(path, state.st_mtime_ns, state.st_size)
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise InputError(f"{escape(path.name)} is not a readable GGUF file: {error}", hint="Write it again.") from None
+
+
+@lru_cache(maxsize=1)  # it takes 15 us for each token of the vocabulary, and what was written is looked at three times
+def _reader(path: Path, mtime: int, size: int):
+    from gguf import GGUFReader
+
+    return GGUFReader(path)

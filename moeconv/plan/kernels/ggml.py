@@ -16,14 +16,19 @@ from moeconv.plan.plan import Input, TensorSpec
 def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
     """params: heads, above 0 where each head's rows go from halves to pairs (llama.cpp's rotary order for llama)."""
     ((ref, data),), (spec,) = inputs, outputs
-    weight = to_float32(data, ref.dtype, ref.shape)
-    if params["heads"]:
-        weight = interleave(weight, params["heads"])
     if spec.dtype not in BLOCK_DTYPES:
-        return [from_float(weight, spec.dtype)]
-    from moeconv.plan.kernels.pack.ggml import encode
+        weight = to_float32(data, ref.dtype, ref.shape)
+        return [from_float(interleave(weight, params["heads"]) if params["heads"] else weight, spec.dtype)]
+    import torch
 
-    return [encode(np.ascontiguousarray(weight, np.float32), spec.dtype)]
+    from moeconv.plan.kernels.pack.ggml import encode
+    from moeconv.plan.kernels.stored import to_tensor
+
+    torch.set_num_threads(1)  # the pool is the parallelism
+    if params["heads"]:
+        turned = interleave(to_float32(data, ref.dtype, ref.shape), params["heads"])
+        return [encode(torch.from_numpy(np.ascontiguousarray(turned, np.float32)), spec.dtype)]
+    return [encode(to_tensor(memoryview(data), ref.dtype, ref.shape), spec.dtype)]
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:

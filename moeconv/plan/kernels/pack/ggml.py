@@ -1,36 +1,40 @@
-"""ggml's block formats. Q8_0 and Q4_0 are encoded by the `gguf` package; Q4_K, which it only decodes, here.
+"""ggml's block formats: Q8_0 and Q4_0 to the bytes that the `gguf` package makes, Q4_K by a search of our own.
 
-Q4_K: super-blocks of 256 = 8 blocks of 32; w = d * scale * q - dmin * min with q in 0..15, scale and min of 6 bits,
-d and dmin float16: 4.5 bits a weight (ggml's block_q4_K).
+Decoding is the package's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
+from torch import Tensor
 
-from moeconv.errors import InputError
+from moeconv.plan.kernels.pack.common import BLOCK, check_finite, check_matrix
+from moeconv.plan.kernels.pack.q4_k import encode_q4_k
 
-_ROWS = 1 << 16  # elements in float32 at a time: what stays in cache
-_STEPS = 21  # inverse scales that are tried, as many as ggml's make_qkx2_quants tries
-
-
-def encode(weight: np.ndarray, dtype: str) -> bytes:
-    """`weight` float32 [rows, columns] -> the bytes of Q8_0, Q4_0 or Q4_K, row after row.
-
-    Raises InputError for NaN or infinity in the weight."""
-    if not np.isfinite(weight).all():
-        raise InputError("NaN or infinity cannot be quantized", hint="Repair or replace the source checkpoint.")
-    step = max(1, _ROWS // max(1, weight.shape[1]))
-    return b"".join(_encode(weight[first : first + step], dtype) for first in range(0, len(weight), step))
+_BLOCK = 2 * BLOCK  # Q4_K calls torch twice as often as the other packings
+# trunc(x + copysign(_HALF, x)) rounds to the nearest integer, halves away from zero: 0.5 itself would carry
+# 0.49999997 over
+_HALF = 0.49999997
 
 
-def _encode(rows: np.ndarray, dtype: str) -> bytes:
-    if dtype == "Q4_K":
-        return encode_q4_k(rows).tobytes()
-    from gguf import GGMLQuantizationType
-    from gguf.quants import quantize
+def encode(weight: Tensor, dtype: str) -> memoryview:
+    """`weight` [rows, columns] of any float -> the bytes of Q8_0, Q4_0 or Q4_K, row after row.
 
-    return quantize(rows, GGMLQuantizationType[dtype]).tobytes()
+    Raises InputError for NaN or infinity in the weight, and for values that the format cannot hold."""
+    check_matrix(weight)
+    make, size, nbytes = _FORMATS[dtype]
+    out = torch.empty(weight.numel() // size, nbytes, dtype=torch.uint8)
+    flat = weight.reshape(-1)
+    step = _BLOCK // size * size
+    work = torch.empty(4, min(step, len(flat)))  # allocated once: fresh pages cost as much as a pass over them
+    for first in range(0, len(flat), step):
+        part = flat[first : first + step]
+        blocks = work[0, : len(part)].copy_(part).view(-1, size)
+        make(blocks, out[first // size : first // size + len(blocks)], work[1:])
+    return memoryview(out.numpy().reshape(-1))
 
 
 def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,59 +48,39 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.n
     return dequantize(octets, kind).reshape(shape)
 
 
-def encode_q4_k(weight: np.ndarray) -> np.ndarray:
-    """float32 [rows, columns], columns of whole 256s -> uint8 [rows * columns / 256, 144].
-
-    Scale and minimum of every block of 32 are searched for the least squared error (as ggml's make_qkx2_quants, without
-    its weighting), then rounded to 6 bits, and the codes chosen for what they were rounded to."""
-    x = weight.reshape(-1, 8, 32)
-    scale, offset = _search(x)
-    if max(scale.max(initial=0), offset.max(initial=0)) > 63 * 65504:
-        raise InputError("its values are too large for Q4_K", hint="Use another scheme.")
-    d = (scale.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)  # [n, 1]
-    dmin = (offset.max(-1, keepdims=True) / 63).astype(np.float16).astype(np.float32)
-    scales = np.rint(_divide(scale, d)).clip(0, 63).astype(np.uint8)
-    mins = np.rint(_divide(offset, dmin)).clip(0, 63).astype(np.uint8)
-    step, low = (d * scales)[..., None], (dmin * mins)[..., None]
-    codes = np.rint(_divide(x + low, step)).clip(0, 15).astype(np.uint8)
-    blocks: np.ndarray = np.empty((len(x), 144), np.uint8)
-    blocks[:, 0:2] = d.astype(np.float16).view(np.uint8)
-    blocks[:, 2:4] = dmin.astype(np.float16).view(np.uint8)
-    blocks[:, 4:8] = (scales[:, :4] & 63) | (scales[:, 4:] >> 4 << 6)
-    blocks[:, 8:12] = (mins[:, :4] & 63) | (mins[:, 4:] >> 4 << 6)
-    blocks[:, 12:16] = (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4
-    pairs = codes.reshape(-1, 4, 2, 32)  # a byte holds a value of an even block below one of the odd block after it
-    blocks[:, 16:] = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
-    return blocks
+def _q8_0(x: Tensor, out: Tensor, work: Tensor) -> None:
+    """float32 [n, 32] -> uint8 [n, 34]: a float16 scale, the largest magnitude over 127, and 32 codes of 8 bits."""
+    peak = torch.maximum(x.amax(1), x.amin(1).neg_()).abs_()  # no -0
+    check_finite(peak)
+    d = peak / 127
+    inverse = torch.where(d > 0, d.reciprocal(), 0.0)
+    levels, halves = work[:2, : x.numel()].view(2, -1, 32).unbind()
+    torch.mul(x, inverse[:, None], out=levels)
+    levels.add_(torch.copysign(halves.fill_(_HALF), levels, out=halves))
+    out[:, :2] = d.half().view(torch.uint8).view(-1, 2)
+    out[:, 2:].copy_(levels.to(torch.int32))  # truncates; the low byte is the level in two's complement
 
 
-def _search(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, -minimum) [n, 8], neither negative, of least squared error for x [n, 8, 32] and codes 0..15."""
-    low = np.minimum(x.min(-1), 0)  # [n, 8]
-    width = x.max(-1) - low
-    unit = _divide(x - low[..., None], np.maximum(width, 0)[..., None])  # 0..1
-    # what a code's least squares needs, taken in units of the block's width so that float32 does
-    y = unit - _divide(-low, width)[..., None]
-    total, energy, count = y.sum(-1), np.einsum("nbi,nbi->nb", y, y), np.float32(x.shape[-1])
-    best_scale, best_offset = np.full_like(low, 1 / 15), _divide(-low, width)
-    least = np.full_like(low, np.inf)
-    codes = np.empty_like(x)
-    for i in range(_STEPS):
-        np.multiply(unit, np.float32(15 - 1 + 0.1 * i), out=codes)
-        np.clip(np.rint(codes, out=codes), 0, 15, out=codes)
-        # least squares for y = scale * code - offset, offset at least 0
-        c, cc, cy = codes.sum(-1), np.einsum("nbi,nbi->nb", codes, codes), np.einsum("nbi,nbi->nb", codes, y)
-        determinant = count * cc - c * c
-        scale, offset = _divide(count * cy - c * total, determinant), _divide(c * cy - cc * total, determinant)
-        alone = offset < 0
-        scale, offset = np.where(alone, _divide(cy, cc), scale), np.where(alone, 0, offset)
-        error = energy + scale * (scale * cc - 2 * (cy + offset * c)) + offset * (2 * total + count * offset)
-        better = (error < least) & (scale > 0)
-        least = np.where(better, error, least)
-        best_scale, best_offset = np.where(better, scale, best_scale), np.where(better, offset, best_offset)
-    return best_scale * width, np.where(width > 0, best_offset * width, -low)
+def _q4_0(x: Tensor, out: Tensor, work: Tensor) -> None:
+    """float32 [n, 32] -> uint8 [n, 18]: a float16 scale, the value of largest magnitude over -8, and 32 codes of 4
+    bits: a value of the first half below one of the second."""
+    high, low = x.amax(1), x.amin(1)
+    check_finite(high - low)
+    peak = torch.where(high > -low, high, low)
+    tied = (high == -low).nonzero().flatten()  # of two such values the first one counts
+    if len(tied):
+        rows = x[tied]
+        peak[tied] = rows.gather(1, (rows.abs() == high[tied, None]).int().argmax(1, keepdim=True))[:, 0]
+    d = peak / -8
+    inverse = torch.where(d != 0, d.reciprocal(), 0.0)
+    codes = (x.double() * inverse.double()[:, None]).add_(8.5).to(torch.int32).clamp_(0, 15)
+    out[:, :2] = d.half().view(torch.uint8).view(-1, 2)
+    out[:, 2:].copy_(codes[:, :16] | codes[:, 16:] << 4)
 
 
-def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a / b, and 0 where b is 0."""
-    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), a.dtype), where=b != 0)
+# dtype -> (encoder of float32 [blocks, elements] into uint8 [blocks, bytes] with scratch memory, elements, bytes)
+_FORMATS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], None], int, int]] = {
+    "Q8_0": (_q8_0, 32, 34),
+    "Q4_0": (_q4_0, 32, 18),
+    "Q4_K": (encode_q4_k, 256, 144),
+}

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moeconv.calibrate.run import sequence_length
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
+from moeconv.data.heldout import few_tokens, held_out, layers_in_words
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
 from moeconv.families import packed
@@ -40,10 +41,9 @@ from moeconv.stream.memory import allocate
 from moeconv.tensors import decode_weight, packed_source
 
 VERSION = 1
-HELD_OUT = 16  # every 16th window judges and is not looked at
 POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
-_COPIES = 6  # of a layer's experts: as they were, rounded, chosen, and those that are being put in place
 PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
+_COPIES = 6  # of a layer's experts: as they were, rounded, chosen, and those that are being put in place
 
 Put = Callable[[Mapping[str, Tensor]], None]
 
@@ -60,13 +60,15 @@ def choose_codes(
     **parameters: Any,
 ) -> dict[str, Any]:
     """Write an overlay with the outputs of `items`, planned packings of expert weights; returns {layers: [{layer,
-    output_rms, output_rms_rtn, fewest_tokens}], tokens, held_out}.
+    output_rms, output_rms_rtn, output_rms_gptq, kept, fewest_tokens, tokens_per_expert}], tokens, held_out}.
 
     `view` is the model whose weights the items pack, where it is not `model` itself but planned on it: decoded, or with
     its experts taken apart. The overlay is then of that one.
 
-    `output_rms` is the error of the layer's FFN against the unquantized one on the same inputs, relative, on windows
-    that chose nothing; `output_rms_rtn` what round-to-nearest has there. parameters: DataOptions and MeasureOptions.
+    `output_rms` is the error of the layer's FFN against the unquantized one on the same inputs, relative, on tokens
+    that chose nothing; `output_rms_rtn` is what round-to-nearest has there, `output_rms_gptq` what the chosen codes
+    have. Where they err more, the layer gets the nearest codes and `kept` is False. parameters: DataOptions and
+    MeasureOptions.
     Raises InputError for unusable data, or activations that are not finite.
     """
     check_names(parameters, DataOptions, MeasureOptions)
@@ -111,7 +113,20 @@ def choose_codes(
                     f"layer {layer.index}: output error {rows[-1]['output_rms']:.4f}, "
                     f"round-to-nearest {rows[-1]['output_rms_rtn']:.4f}"
                 )
-    return {"layers": rows, "tokens": data.tokens, "held_out": int(_held(len(data.windows)).sum()) * data.seq_len}
+    return {"layers": rows, "tokens": data.tokens, "held_out": int(held_out(*data.windows.shape).sum())}
+
+
+def remarks_on(found: Mapping[str, Any]) -> list[str]:
+    """Warnings of `choose_codes`: too little text, and layers that keep the nearest codes."""
+    rows = found["layers"]
+    warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in rows}, what="--method gptq")
+    back = [row["layer"] for row in rows if not row["kept"]]
+    if back:
+        warnings.append(
+            f"--method gptq: {layers_in_words(back)} keep round-to-nearest, because the chosen codes err more on "
+            "held-out tokens"
+        )
+    return warnings
 
 
 def _name_of(item: Item) -> str:
@@ -121,11 +136,6 @@ def _name_of(item: Item) -> str:
 
 def _role_of(view: Model, item: Item) -> Role:
     return view.roles[_name_of(item)]
-
-
-def _held(windows: int) -> Tensor:
-    """Which windows are held out, bool [windows]; none where there are too few."""
-    return torch.arange(windows) % HELD_OUT == HELD_OUT - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +178,8 @@ class _Layer:
     seed: int
 
     def run(self, put: Put) -> dict[str, Any]:
-        """Choose and put the codes of all experts, and advance the layer with them in place."""
+        """Choose and put the codes of all experts, and advance the layer with them in place. The nearest codes stand
+        where the chosen ones err more on the held-out tokens."""
         experts = self.layer.experts
         assert experts is not None
         seen = self._look()
@@ -179,6 +190,7 @@ class _Layer:
             by_expert.setdefault(int(role.expert or 0), {})[role.key.partition(".")[2]] = item
         pool = self._pool(seen)
         shown = {e: self._shown(seen, e, pool) for e in by_expert}
+        chosen: list[Mapping[str, Tensor]] = []  # packed: small beside the weights
         weights: dict[str, Tensor] = {}
         rounded: dict[str, Tensor] = {}
         for e, parts in by_expert.items():
@@ -186,36 +198,48 @@ class _Layer:
             hessian = damped(shown[e].moment(x), self.damping)
             for part, item in parts.items():
                 weight, (grid, group) = self._weight(item), grid_of(item)
-                rounded[_name_of(item)] = round_to_nearest(weight, grid, group=group).decoded()
+                rounded[_name_of(item)] = self._nearest(item).decoded()
                 if part == "down":
                     weights[_name_of(item)] = weight
                     continue
                 coded = gptq(weight, hessian, grid, group=group)
-                put(on_disk(item, coded))
+                chosen.append(on_disk(item, coded))
                 weights[_name_of(item)] = coded.decoded()
-        held = seen.held if bool(seen.held.any()) else ~seen.held
-        wanted = self._output(seen, held)
+        wanted = self._output(seen, seen.held)
         self._fill(rounded)
-        baseline = _relative(self._output(seen, held), wanted)
+        baseline = _relative(self._output(seen, seen.held), wanted)
         self._fill(weights)
         for e, parts in by_expert.items():
             item = parts["down"]
             x = seen.inputs[shown[e].rows].to(self.stream.device)
             coded = self._down(item, weights[_name_of(item)], shown[e], _hidden(original, x, e),
                                _hidden(experts, x, e))  # fmt: skip
-            put(on_disk(item, coded))
+            chosen.append(on_disk(item, coded))
             weights[_name_of(item)] = coded.decoded()
         del original
         self._fill(weights)
-        reached = _relative(self._output(seen, held), wanted)
+        reached = _relative(self._output(seen, seen.held), wanted)
+        kept = reached <= baseline
+        if not kept:
+            chosen = [on_disk(item, self._nearest(item)) for item in self.items]
+            self._fill(rounded)
+        for coded_parts in chosen:
+            put(coded_parts)
         for _ in self.layer.batches():  # what the next layer is given
             pass
         return {
             "layer": self.layer.index,
-            "output_rms": reached,
+            "output_rms": min(reached, baseline),
             "output_rms_rtn": baseline,
+            "output_rms_gptq": reached,
+            "kept": kept,
             "fewest_tokens": min(s.tokens for s in shown.values()),
+            "tokens_per_expert": sum(s.tokens for s in shown.values()) / len(shown),
         }
+
+    def _nearest(self, item: Item) -> Coded:
+        grid, group = grid_of(item)
+        return round_to_nearest(self._weight(item), grid, group=group)
 
     def _down(self, item: Item, weight: Tensor, shown: _Expert, wanted: Tensor, given: Tensor) -> Coded:
         """Codes of a down projection that make up for the gate and up in front of it, where they can."""
@@ -236,7 +260,7 @@ class _Layer:
             inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.ffn_input)
             index.append(batch.top_k_index.cpu())
             weights.append(batch.top_k_weights.float().cpu())
-        held = _held(len(self.stream.windows)).repeat_interleave(length)
+        held = torch.from_numpy(held_out(*self.stream.windows.shape)).flatten()
         return _Seen(inputs, torch.cat(index), torch.cat(weights), held)
 
     def _pool(self, seen: _Seen) -> Tensor:

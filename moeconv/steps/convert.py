@@ -193,7 +193,7 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
     if options.method != "gptq" or write.dry_run:
         return run_plan(plan, model, out, values, meter=meter, check=check)
     check_out(out, model, values)
-    from moeconv.gptq.run import choose_codes
+    from moeconv.gptq.run import choose_codes, remarks_on
 
     chosen = [
         item
@@ -218,6 +218,7 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
             plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
         )
     result["quantize"].setdefault("error", {})["output"] = found
+    result["warnings"] += remarks_on(found)
     return result
 
 

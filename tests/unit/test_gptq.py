@@ -197,6 +197,33 @@ def test_every_expert_is_packed_and_layers_err_less(cli, case, tmp_path, flags):
             assert model.checkpoint.read(name) == source.checkpoint.read(name), ref
 
 
+def test_too_little_text_is_warned_of_and_no_layer_is_worse_than_the_nearest_codes(cli, case, tmp_path):
+    fell = 0
+    for i, tokens in enumerate((16, 32, 48)):
+        (tmp_path / f"{i}.txt").write_text(text(tokens, seed=i))
+        given = (case[0], tmp_path / f"{i}.txt")
+        result = quantized(cli, given, tmp_path / f"out{i}", "--scheme", "int8", "--damping", 1e-6)
+        found = result["quantize"]["error"]["output"]
+        assert found["held_out"] == tokens // 4
+        for row in found["layers"]:
+            assert row["output_rms"] <= row["output_rms_rtn"]
+            assert row["kept"] == (row["output_rms_gptq"] <= row["output_rms_rtn"])
+        back = [row["layer"] for row in found["layers"] if not row["kept"]]
+        fell += len(back)
+        assert sum("tokens per expert on average" in w for w in result["warnings"]) == 1
+        assert sum("keep round-to-nearest" in w for w in result["warnings"]) == bool(back)
+        plain = tmp_path / f"plain{i}"
+        assert cli("quantize", case[0], plain, "--scheme", "int8").code == 0
+        written, nearest, source = open_model(tmp_path / f"out{i}"), open_model(plain), open_model(case[0])
+        for layer in back:  # up to the rounding of the scales, the codes of a plain run
+            name = source.expert_name("up", layer=layer, expert=2)
+            one, other = (decode_weight(model, name).float() for model in (written, nearest))
+            assert relative_rms(decode_weight(source, name).float(), one) <= 1.05 * relative_rms(
+                decode_weight(source, name).float(), other
+            )
+    assert fell, "codes that 12 to 36 tokens choose err more on others, in some layer"
+
+
 def test_bits_that_differ_by_layer_are_chosen_once(cli, case, tmp_path):
     stats = tmp_path / "stats.safetensors"
     assert cli("calibrate", case[0], stats, "--data", case[1], "--seq-len", 16).code == 0

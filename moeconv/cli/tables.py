@@ -55,6 +55,8 @@ def written(result: Mapping[str, Any]) -> list[Table]:
     rows |= {"upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune}[result["command"]](block)
     if result.get("complete") is False:
         rows["part"] = f"{result['part']} is done, others are not"
+    if memory := result.get("memory"):
+        rows["memory"] = f"{human_bytes(memory['peak_bytes'])}, at least {human_bytes(memory['least_bytes'])}"
     if not result["dry_run"]:
         rows["time"] = f"{human_seconds(result['seconds'])}, peak memory {human_bytes(result['peak_rss_bytes'])}"
     if not result["dry_run"] and result.get("complete") is not False:

@@ -38,6 +38,7 @@ from moeconv.plan.plan import Item
 from moeconv.stream.experts import one_expert
 from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter, stream_within
 from moeconv.stream.memory import allocate
+from moeconv.stream.need import GPTQ
 from moeconv.tensors import decode_weight, packed_source
 
 VERSION = 1
@@ -86,7 +87,7 @@ def choose_codes(
     start_meter(meter, model)
     stream = stream_within(
         model, data.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
-        budget=budget, meter=meter, what="gptq", flows=2, copies=_COPIES,
+        budget=budget, meter=meter, what="gptq", **GPTQ,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
     metadata = artifact_metadata(

@@ -17,13 +17,16 @@ from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
-from moeconv.options import WriteOptions, parameters_of, take
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size, take
 from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
+from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
 from moeconv.steps.hub import resolve
+from moeconv.stream.need import Run, need_of
+from moeconv.units import human_bytes
 
 
 def open_resolved(model: str) -> Model:
@@ -86,6 +89,19 @@ def check_out(out: str, model: Model, values: Mapping[str, Any]) -> None:
     """Refuse, before any work, an OUT directory that cannot be written under the WriteOptions in `values`."""
     reads = [("the source", model.checkpoint.path)]
     check_target(Path(os.path.abspath(out)), reads=reads, overwrite=take(WriteOptions, values).overwrite)
+
+
+def planned_memory(model: Model, values: Mapping[str, Any], asks: Mapping[str, Any]) -> dict[str, Any]:
+    """For a dry run: what running the model on data will take, and a warning where it is not free. `asks` are fields of
+    `stream.need.Run`. {memory: {peak_bytes, least_bytes, free_bytes}, warnings}."""
+    measure = take(MeasureOptions, values)
+    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
+    need = need_of(model, Run(measure.tokens or TOKENS, length, measure.batch_size, **asks))
+    free = free_memory()
+    told = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
+    limit = free if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
+    text = f"measuring takes at least {human_bytes(need.least)} of memory; {human_bytes(limit)} are free or allowed"
+    return {"memory": told, "warnings": [text] if need.least > limit else []}
 
 
 def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:

@@ -30,9 +30,10 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.separate import plan_separate
-from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
+from moeconv.steps.common import check_out, measuring, named, open_resolved, planned_memory, run_plan
 from moeconv.steps.hub import resolve
 from moeconv.steps.pruning.step import prune
+from moeconv.stream.need import GPTQ
 from moeconv.units import human_bytes
 from moeconv.world import current, first
 
@@ -191,7 +192,11 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         return prove_packing(plan, model, staged, before=before)
 
     if options.method != "gptq" or write.dry_run:
-        return run_plan(plan, model, out, values, meter=meter, check=check)
+        result = run_plan(plan, model, out, values, meter=meter, check=check)
+        if options.method == "gptq":
+            told = planned_memory(model, values, GPTQ)
+            result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+        return result
     check_out(out, model, values)
     from moeconv.gptq.run import choose_codes, remarks_on
 

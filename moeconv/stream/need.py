@@ -6,7 +6,7 @@ The figures are those of the CPU, where all of it lies in the memory of one proc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,6 +19,11 @@ from moeconv.units import human_bytes
 GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
 PAIR_ROWS = 8192  # (token, expert) pairs computed at a time
 SAMPLE_ROWS = 256  # tokens whose outputs of all experts are held at a time
+# activations: the model's, and what its experts are given; of a layer's experts: as they were, rounded, chosen, and
+# those that are being put in place
+GPTQ: Mapping[str, Any] = {"flows": 2, "copies": 6}
+# activations: the model's, the variant's, and of a refit's layer its inputs, what is missing, and a copy
+PRUNED: Mapping[str, Any] = {"flows": 5}
 _PROCESS = 430_000_000  # Python, torch, the classes of transformers
 _CONVERTED = 3  # a group decoded, stacked and joined, beside the widened one
 _SKETCH = 64  # dimensions of the sampled outputs

@@ -77,6 +77,20 @@ def test_commands_refuse_before_they_read_a_weight(tmp_path: Path, monkeypatch: 
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {"moe", "text"}
 
 
+def test_a_dry_run_tells_it_and_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
+    path = add_tokenizer(tiny.make_moe(tmp_path / "moe", "qwen3_moe"))
+    (tmp_path / "text").write_text(text(100))
+    data = ("--data", tmp_path / "text", "--dry-run", "--json")
+    for words in (("quantize", path, tmp_path / "o", "--method", "gptq", "--scheme", "int8", *data),
+                  ("prune", path, tmp_path / "o", "--keep", 2, "--refit", *data)):  # fmt: skip
+        for free, warned in ((10 * GB, False), (GB // 10, True)):
+            monkeypatch.setattr("moeconv.steps.common.free_memory", lambda free=free: free)
+            done = cli(*words)
+            assert done.code == 0 and done.json["memory"]["free_bytes"] == free, done.out
+            assert done.json["memory"]["peak_bytes"] >= done.json["memory"]["least_bytes"] > GB // 10
+            assert any("measuring takes at least" in w for w in done.json["warnings"]) == warned
+
+
 def test_both_measuring_commands_say_what_they_take(tmp_path: Path) -> None:
     path = add_tokenizer(tiny.make_moe(tmp_path / "moe", "qwen3_moe"))
     (tmp_path / "text").write_text(text(100))

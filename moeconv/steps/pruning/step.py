@@ -23,11 +23,12 @@ from moeconv.options import (
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import Evidence
-from moeconv.steps.common import check_out, measuring, named, open_resolved, run_plan
+from moeconv.steps.common import check_out, measuring, named, open_resolved, planned_memory, run_plan
 from moeconv.steps.pruning.curve import curve
 from moeconv.steps.pruning.evidence import covers, evidence_of, gathered, settle
 from moeconv.steps.pruning.gates import cost, decided
 from moeconv.steps.pruning.repairs import REPAIRS, distilled, left_of, merged, remarks_on, repaired
+from moeconv.stream.need import PRUNED
 
 Run = Callable[..., dict[str, Any]]  # as run_plan
 
@@ -65,7 +66,11 @@ def prune(
     if write.dry_run:
         evidence = evidence_of(model, options.stats, parameters, twin=take(StatisticsOptions, values).stats_of_twin)
         settle(model, evidence, options, parameters)
-        return run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
+        result = run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
+        if data:
+            told = planned_memory(model, values, PRUNED)
+            result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+        return result
     groups = (PruneOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
     with measuring("prune", model, out, values, *groups, meter=meter) as measured:
         evidence = gathered(model, values, parameters, measured, meter=meter)

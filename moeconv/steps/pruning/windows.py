@@ -10,8 +10,7 @@ import numpy as np
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, PlanOptions, PruneOptions, parse_size, take
 from moeconv.plan.meter import Meter
-
-FLOWS = 5  # activations: the model's, the variant's, and of a refit's layer its inputs, what is missing, and a copy
+from moeconv.stream.need import PRUNED
 
 
 def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
@@ -34,7 +33,7 @@ def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, met
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     return stream_within(
         model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,
-        what="running the pruned model beside the model", flows=FLOWS,
+        what="running the pruned model beside the model", **PRUNED,
     )  # fmt: skip
 
 

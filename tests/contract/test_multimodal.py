@@ -22,6 +22,7 @@ from moeconv.prune.planner import plan_prune
 from moeconv.steps.convert import plan_step
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import (
+    HIDDEN,
     MOE_CASES,
     WRAPPED_CASES,
     dropped,
@@ -107,7 +108,8 @@ def _as_on_the_hub(path: Path, case: str) -> Path:
     for name in [name for name in tensors if name.startswith(like)]:
         tensors["mtp.layers.0." + name.removeprefix(like)] = torch.randn(tensors[name].shape, generator=draw)
     for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"):
-        tensors[f"mtp.{name}.weight"] = torch.randn((8, 8), generator=draw)
+        shape = (HIDDEN, 2 * HIDDEN) if name == "fc" else (HIDDEN,)
+        tensors[f"mtp.{name}.weight"] = torch.randn(shape, generator=draw)
     for layer in range(3):
         _stacked(tensors, f"model.language_model.layers.{layer}.mlp.", 8)
     if case.endswith("stacked"):

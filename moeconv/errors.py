@@ -36,6 +36,10 @@ class Unsupported(InputError):
     """A checkpoint of an architecture that no step takes; it may be whole (exit 3)."""
 
 
+class LimitError(InputError):
+    """A file that is more than moeconv reads (exit 3). What it has written itself is kept, not thrown away."""
+
+
 class OutputError(MoeconvError):
     """The output cannot be written: it exists, the disk is full, permission is missing (exit 4)."""
 

@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.checkpoint.strictjson import parse_json
-from moeconv.errors import InputError, escape
+from moeconv.checkpoint.strictjson import MAX_VALUES, Limits, duplicate, parse_items
+from moeconv.errors import InputError, LimitError, escape
 
-MAX_HEADER_BYTES = 32 << 20  # 40,000 tensors take 6 MB; the safetensors library's 100 MB can cost a gigabyte
+MAX_HEADER_BYTES = 32 << 20  # with no data behind it; 40,000 tensors take 6 MB
+LIBRARY_HEADER_BYTES = 100_000_000  # what the safetensors library itself reads
+# what a plan puts into one file at most, so that it opens however small its tensors are
+PLAN_HEADER, PLAN_VALUES = MAX_HEADER_BYTES - 4096, MAX_VALUES - 16
 MAX_RANK = 16
 MAX_SIZE = 2**63 - 1  # of a dimension or an offset, as in every file system
 _ALIGN = 8
@@ -88,14 +91,22 @@ def _tensor_info(name: str, entry: Any, base: int, file: str) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), base + start, base + end)
 
 
+def header_limits(file_size: int) -> Limits:
+    """What the header of a file of that size may cost: a tensor of a few weights is worth its entry, and a large file
+    may hold as many as the safetensors library opens."""
+    size = min(MAX_HEADER_BYTES + file_size // 64, LIBRARY_HEADER_BYTES)
+    return Limits(size, MAX_VALUES + file_size // 512)
+
+
 def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
     """Length of the JSON from the file's first 8 bytes, checked against the limit and the file's size."""
     if len(prefix) < 8:
         raise InputError(f"{file}: {file_size} bytes is too short for a safetensors file", hint="Download it again.")
     (length,) = struct.unpack("<Q", prefix)
-    if length <= file_size - 8 and length > MAX_HEADER_BYTES:
-        raise InputError(
-            f"{file}: a header of {length} bytes is beyond the limit of {MAX_HEADER_BYTES}",
+    limit = header_limits(file_size).bytes
+    if length <= file_size - 8 and length > limit:
+        raise LimitError(
+            f"{file}: a header of {length} bytes is beyond the limit of {limit}",
             hint="The file is damaged or hostile.",
         )
     if length + 8 > file_size:
@@ -106,19 +117,24 @@ def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
     return length
 
 
-def parse_header(data: bytes, *, file_size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(data: bytes | bytearray, *, file_size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Parse the JSON of a header (without the length). Returns tensors in file order, and the metadata.
 
     Raises InputError unless every tensor's bytes match its shape and the tensors tile the file without gap or overlap.
     """
-    raw = parse_json(data, what=f"{file}: header", limit=MAX_HEADER_BYTES)
-    if not isinstance(raw, dict):
-        raise InputError(f"{file}: the header is not a JSON object", hint="Download it again.")
-    metadata = raw.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InputError(f"{file}: __metadata__ must map strings to strings", hint="Download it again.")
-    base = 8 + len(data)
-    infos = sorted((_tensor_info(n, e, base, file) for n, e in raw.items()), key=lambda t: (t.start, t.end))
+    what, base = f"{file}: header", 8 + len(data)
+    metadata: Any = None
+    found: dict[str, TensorInfo] = {}
+    for name, entry in parse_items(data, what=what, limits=header_limits(file_size)):
+        if name in found or (name == "__metadata__" and metadata is not None):
+            raise InputError(f"{what}: not valid JSON ({duplicate(name)})", hint="Download it again.")
+        if name == "__metadata__":
+            metadata = entry
+            if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+                raise InputError(f"{file}: __metadata__ must map strings to strings", hint="Download it again.")
+        else:
+            found[name] = _tensor_info(name, entry, base, file)
+    infos = sorted(found.values(), key=lambda t: (t.start, t.end))
     position = base
     for info in infos:
         if info.start != position:
@@ -130,7 +146,7 @@ def parse_header(data: bytes, *, file_size: int, file: str) -> tuple[dict[str, T
             f"{file}: tensors end at byte {position}, the file has {file_size}",
             hint="The file is truncated or has trailing bytes; download it again.",
         )
-    return {info.name: info for info in infos}, metadata
+    return {info.name: info for info in infos}, metadata or {}
 
 
 def serialise_header(
@@ -151,10 +167,20 @@ def serialise_header(
     return struct.pack("<Q", len(text)) + text, infos
 
 
-def file_size(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
-    """Bytes of the file that `serialise_header` lays out, header included."""
+def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int, int, int]:
+    """Of the file that `serialise_header` lays out: bytes of the header's JSON, values in it as a reader counts them,
+    and bytes of the file."""
     entries, end = _entries(tensors, None)
-    return 8 + len(_padded(entries)) + end
+    text = _padded(entries)
+    return len(text), sum(text.count(mark) for mark in (b",", b"{", b"[")), 8 + len(text) + end
+
+
+def entry_cost(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(bytes, values) that a tensor takes in a header, at most."""
+    text = json.dumps(name)
+    values = max(len(shape), 1) + 6 + sum(text.count(mark) for mark in ",{[")
+    # the words of an entry, and two offsets of as many digits as there are
+    return len(text) + len(dtype) + sum(len(str(n)) + 1 for n in shape) + 50 + 2 * len(str(MAX_SIZE)), values
 
 
 def _entries(

@@ -13,16 +13,16 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moeconv.checkpoint.header import TensorInfo, header_length, parse_header
 from moeconv.checkpoint.strangers import refusal
-from moeconv.checkpoint.strictjson import canonical_json, parse_json, read_json_object
+from moeconv.checkpoint.strictjson import canonical_json, index_limits, parse_json, read_json_object
 from moeconv.errors import InputError, escape
 
 CONFIG_NAME = "config.json"
@@ -60,13 +60,23 @@ class SafetensorsFile:
         with self._opened() as fd:
             status = os.fstat(fd)
             self._status = (status.st_ino, status.st_size, status.st_mtime_ns)
-            length = header_length(os.pread(fd, 8, 0), file_size=self.size, file=self.label)
-            header = bytearray(length)
+            self._header = header_length(os.pread(fd, 8, 0), file_size=self.size, file=self.label)
+            header = bytearray(self._header)
             self._fill(fd, 8, memoryview(header))
-        self.header_bytes = bytes(header)
-        parsed = parse_header(self.header_bytes, file_size=self.size, file=self.label)
+        parsed = parse_header(header, file_size=self.size, file=self.label)
         self.tensors: dict[str, TensorInfo] = parsed[0]
-        self.metadata: dict[str, str] = parsed[1]
+        self._metadata: dict[str, str] = parsed[1]
+
+    @property
+    def header_bytes(self) -> bytes:
+        """The header's JSON, read again: of a large model it would be as large in memory as what was parsed."""
+        data = bytearray(self._header)
+        self.read_at(8, memoryview(data))
+        return bytes(data)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
 
     @property
     def size(self) -> int:
@@ -238,7 +248,7 @@ class Checkpoint:
             lacks = f" has neither {INDEX_NAME} nor {SINGLE_NAME}"
             raise refusal(self.path, self._entries(), lacks=lacks)
         index_path = _confined(self.path, self._root, INDEX_NAME, what="moeconv")
-        index = read_json_object(index_path, what=escape(index_path))
+        index = read_json_object(index_path, what=escape(index_path), limits=index_limits(self._backing()))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise InputError(f"{INDEX_NAME}: weight_map must map tensor names to files", hint="Download it again.")
@@ -259,6 +269,14 @@ class Checkpoint:
                 return sorted(entries, key=lambda e: e.name)
         except OSError as error:
             raise InputError(f"cannot list {escape(self.path)}: {error.strerror}", hint="Check permissions.") from None
+
+    def _backing(self) -> int:
+        """Bytes of all shards that lie there, whatever the index says."""
+        size = 0
+        for entry in self._entries():
+            with suppress(OSError):
+                size += entry.stat().st_size if entry.name.endswith(".safetensors") else 0
+        return size
 
     def _read_headers(self) -> dict[str, TensorRef]:
         self.shards: tuple[str, ...] = (
@@ -412,7 +430,16 @@ class Checkpoint:
         return sum(ref.nbytes for ref in self.tensors.values())
 
 
-def read_metadata_json(file: SafetensorsFile, *, kind: str) -> dict[str, Any]:
+class Artifact(Protocol):
+    """A file, or the files, of something that was measured."""
+
+    label: str
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+
+def read_metadata_json(file: Artifact, *, kind: str) -> dict[str, Any]:
     """The provenance object of a moeconv artifact (statistics, overlay). Raises InputError for another kind."""
     text = file.metadata.get("moeconv", "")
     value = parse_json(text.encode(), what=f"{file.label}: metadata") if text else None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.writer import output_errors, replace_file, sync_directory
-from moeconv.errors import Interrupted, OutputError, escape
+from moeconv.errors import Interrupted, LimitError, OutputError, escape
 
 FIGURES = "figures.json"
 _STEP, _HEARTBEAT = 0.2, 30.0  # seconds between two tries for the lock, and between two words about it
@@ -112,7 +112,7 @@ class Measured:
         try:
             if kind is not None and self.lock.alone():
                 if "folder" in self.__dict__:  # else nothing was measured
-                    self._clear(keep=issubclass(kind, Interrupted | OutputError))
+                    self._clear(keep=issubclass(kind, Interrupted | OutputError | LimitError))
                 self.lock.remove_empty()
         finally:
             self.lock.release()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.blocks import BlockFile, create
 from moeconv.checkpoint.gguf import GgufHead
-from moeconv.checkpoint.header import TensorInfo, serialise_header
+from moeconv.checkpoint.header import TensorInfo, header_limits, serialise_header
 from moeconv.errors import OutputError, escape
 
 
@@ -46,6 +46,7 @@ class ShardWriter:
         if head is None:
             header, self._infos = serialise_header(tensors, metadata=metadata)
             self._size = max((info.end for info in self._infos.values()), default=len(header))
+            _check_header(path, header, self._size)
         else:
             header, self._infos, self._size = head.serialise()
         self._missing = {name: info.nbytes for name, info in self._infos.items()}
@@ -83,6 +84,18 @@ class ShardWriter:
     def close(self) -> None:
         """Release the descriptor; an unfinished file stays for the caller to remove."""
         self._file.close()
+
+
+def _check_header(path: Path, header: bytes, size: int) -> None:
+    """Before any work goes into the file: that its header can be read again. Raises OutputError."""
+    limits = header_limits(size)
+    values = sum(header.count(mark) for mark in (b",", b"{", b"["))
+    if len(header) > limits.bytes or values > limits.values:
+        raise OutputError(
+            f"{escape(path.name)} would have a header of {len(header)} bytes with about {values} values, more than can "
+            f"be opened again ({limits.bytes} and {limits.values})",
+            hint="Split the work: fewer layers or tensors at a time, or a smaller --shard-size.",
+        )
 
 
 def _gaps(infos: Iterable[TensorInfo], size: int) -> dict[int, int]:

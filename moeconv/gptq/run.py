@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moeconv.calibrate.run import sequence_length
+from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
-from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.heldout import few_tokens, held_out, layers_in_words
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
@@ -97,9 +97,9 @@ def choose_codes(
     by_layer: dict[int | None, list[Item]] = {}
     for item in items:
         by_layer.setdefault(_role_of(view, item).layer, []).append(item)
-    header = [(spec.name, spec.dtype, spec.shape) for item in items for spec in item.outputs]
+    tensors = [(_role_of(view, i).layer, (s.name, s.dtype, s.shape)) for i in items for s in i.outputs]
     rows = []
-    with writing_artifact(Path(path), header, metadata=metadata) as writer:
+    with writing_overlay(Path(path), tensors, metadata=metadata) as writer:
 
         def put(parts: Mapping[str, Tensor]) -> None:
             for name, tensor in parts.items():

@@ -23,13 +23,15 @@ from moeconv import __version__
 from moeconv.checkpoint.companions import Companions, find_companions, is_licence
 from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.output import Finished, OutputDirectory
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
-from moeconv.errors import CheckError, InputError, Interrupted, OutputError, UsageError, escape
+from moeconv.errors import CheckError, InputError, Interrupted, LimitError, OutputError, UsageError, escape
 from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
+from moeconv.plan.limits import check_limits
 from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.overlay import fingerprint
@@ -123,11 +125,14 @@ def execute(
     jobs = checked_jobs(jobs)
     companions = companions_of(plan, source)  # now, not when hours of work are done
     check_target(out, reads=_read_by(flow), overwrite=overwrite)
+    check_limits(plan)
     key = _resume_key(plan, source, origins or {})
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None, lock=lock) as directory:
         try:
             records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
             files, extra, complete = _complete(plan, source, companions, flow, directory, records, check, describe)
+        except LimitError:  # of a file that is read, or that the check reads: what is written may be good
+            raise
         except (InputError, CheckError):
             directory.discard()
             raise
@@ -156,8 +161,8 @@ def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource
     for name, origin in sorted(origins.items()):
         if isinstance(origin, Checkpoint):
             state.append([name, origin.resume_state()])
-        elif isinstance(origin, SafetensorsFile):
-            state.append([name, origin.size, fingerprint(origin)])
+        elif isinstance(origin, Overlay | SafetensorsFile):
+            state.append([name, fingerprint(origin)])
     return hashlib.sha256(canonical_json(state)).hexdigest()
 
 
@@ -351,6 +356,11 @@ def _check_promises(plan: Plan, staged: Path) -> None:
             found = [entry for shard in plan.shards for entry in written_tensors(staged / shard.name)]
         else:
             found = [(name, ref.dtype, ref.shape) for name, ref in Checkpoint(staged).tensors.items()]
+    except LimitError as error:  # nothing is wrong with it, so it is not thrown away
+        raise OutputError(
+            f"the result is whole, and more than moeconv reads: {error.message}",
+            hint=f"It stays in {escape(staged)}. A smaller --shard-size spreads it over more files.",
+        ) from None
     except InputError as error:
         raise CheckError(f"the written checkpoint does not open: {error.message}") from None
     if set(planned) != {name for name, _, _ in found}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Input, Item
@@ -13,18 +14,21 @@ _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
 
-def fingerprint(overlay: SafetensorsFile) -> str:
-    """hex sha256 of the overlay's header and of fixed samples of its bytes, so that a plan's id follows its content."""
-    digest = hashlib.sha256(overlay.header_bytes)
-    size = min(overlay.size, _SAMPLE_BYTES)
-    view = memoryview(bytearray(size))
-    for i in range(_SAMPLES):
-        overlay.read_at((overlay.size - size) * i // (_SAMPLES - 1), view)
-        digest.update(view)
+def fingerprint(overlay: Overlay | SafetensorsFile) -> str:
+    """hex sha256 of the headers of an overlay's files and of fixed samples of their bytes, so that a plan's id follows
+    its content."""
+    digest = hashlib.sha256()
+    for file in overlay.files if isinstance(overlay, Overlay) else (overlay,):
+        digest.update(file.header_bytes)
+        size = min(file.size, _SAMPLE_BYTES)
+        view = memoryview(bytearray(size))
+        for i in range(_SAMPLES):
+            file.read_at((file.size - size) * i // (_SAMPLES - 1), view)
+            digest.update(view)
     return digest.hexdigest()
 
 
-def from_overlay(item: Item, overlay: SafetensorsFile) -> list[Item]:
+def from_overlay(item: Item, overlay: Overlay) -> list[Item]:
     """The item itself, or copies of the overlay's tensors where that holds the item's outputs.
 
     Raises InputError when it holds some of them, or in another dtype or shape.

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from moeconv.checkpoint.gguf import GgufHead
-from moeconv.checkpoint.header import DTYPE_BITS, file_size, tensor_nbytes
+from moeconv.checkpoint.header import DTYPE_BITS, PLAN_HEADER, PLAN_VALUES, entry_cost, file_cost, tensor_nbytes
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.errors import UsageError
 
@@ -105,9 +105,12 @@ class Shard:
     @cached_property
     def nbytes(self) -> int:
         """Size of the file, header included."""
-        if self.gguf is not None:
-            return self.gguf.serialise()[2]
-        return file_size((s.name, s.dtype, s.shape) for s in self.layout())
+        return self.gguf.serialise()[2] if self.gguf is not None else self.cost[2]
+
+    @cached_property
+    def cost(self) -> tuple[int, int, int]:
+        """Bytes of a safetensors file's header, values in it as a reader counts them, and bytes of the file."""
+        return file_cost((s.name, s.dtype, s.shape) for s in self.layout())
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def pack_shards(
     items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE, group_of: Callable[[Item], Hashable] | None = None
 ) -> tuple[Shard, ...]:
     """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file, and so
-    do the items that make slices of the same tensors.
+    do the items that make slices of the same tensors. No file gets more tensors than its header can name and be opened.
 
     `group_of` keeps items of different groups in different files; groups come in the order of their first items.
     """
@@ -217,14 +220,18 @@ def pack_shards(
 
 def _fill(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
     bins: list[list[Item]] = [[]]
-    filled = 0
+    most = (shard_size, PLAN_HEADER, PLAN_VALUES)
+    filled = (0, 0, 0)
     for unit in _units(items):
-        size = sum(item.nbytes for item in unit)
-        if bins[-1] and filled + size > shard_size:
+        whole = [(s, (s.of, *s.shape) if s.of else s.shape) for item in unit for s in item.outputs if not s.at]
+        entries = [entry_cost(s.name, s.dtype, shape) for s, shape in whole]
+        cost = sum(item.nbytes for item in unit), sum(e[0] for e in entries), sum(e[1] for e in entries)
+        total = filled[0] + cost[0], filled[1] + cost[1], filled[2] + cost[2]
+        if bins[-1] and any(a > b for a, b in zip(total, most, strict=True)):
             bins.append([])
-            filled = 0
+            total = cost
         bins[-1].extend(unit)
-        filled += size
+        filled = total
     return bins
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
-from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.checkpoint.overlay import Overlay
+from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
@@ -97,7 +98,7 @@ def scaled(model: Model, items: list[Item], scales: Mapping[int, float]) -> list
     return made
 
 
-def replaced(items: list[Item], overlays: Mapping[str, SafetensorsFile]) -> list[Item]:
+def replaced(items: list[Item], overlays: Mapping[str, Overlay]) -> list[Item]:
     """The items with the bytes of overlays for the tensors that these hold; the last overlay of a name counts."""
     made = []
     unused = {(origin, name) for origin, file in overlays.items() for name in file.tensors}

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
@@ -42,7 +42,7 @@ def plan_prune(
     *,
     evidence: Evidence | None = None,
     keep_experts: Keep | None = None,
-    overlays: Mapping[str, SafetensorsFile] | None = None,
+    overlays: Mapping[str, Overlay] | None = None,
     groups: Mapping[int, Mapping[int, Sequence[int]]] | None = None,
     **parameters: Any,
 ) -> Plan:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.checkpoint.overlay import Overlay
+from moeconv.checkpoint.reader import TensorRef
 from moeconv.families.head import with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
@@ -32,7 +33,7 @@ class Packing:
     weights: Sequence[TensorRef]
     method: str
     dtype: str | None
-    overlay: SafetensorsFile | None = None
+    overlay: Overlay | None = None
 
     def at(self, ref: TensorRef) -> Scheme:
         """The scheme of one weight."""

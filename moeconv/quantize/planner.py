@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
+from moeconv.checkpoint.overlay import Overlay
+from moeconv.checkpoint.reader import TensorRef, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
@@ -27,7 +28,7 @@ from moeconv.quantize.targets import check_targets, loads_of
 def plan_quantize(
     model: Model,
     *,
-    overlay: SafetensorsFile | None = None,
+    overlay: Overlay | None = None,
     importance: Mapping[int, float] | None = None,
     stats_of_twin: str | None = None,
     **parameters: Any,
@@ -152,7 +153,7 @@ def _hash_of(importance: Mapping[int, float]) -> str:
     return hashlib.sha256(json.dumps({str(at): x for at, x in importance.items()}, sort_keys=True).encode()).hexdigest()
 
 
-def _made_with(model: Model, overlay: SafetensorsFile) -> dict[str, Any]:
+def _made_with(model: Model, overlay: Overlay) -> dict[str, Any]:
     made_with = read_metadata_json(overlay, kind="overlay")
     if made_with.get("identity") != model.identity:
         raise InputError(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from moeconv.calibrate.weights import match
+from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
-from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
@@ -41,7 +41,8 @@ def merge(stream: LayerStream, read: TokenData, groups: Groups, saliency: Mappin
         "overlay", version=OVERLAY_VERSION, identity=stream.model.identity, experts=left, method="merge",
         sources=[source.to_json() for source in read.sources],
     )  # fmt: skip
-    with writing_artifact(path, list(names.values()), metadata=about, overwrite=True) as writer:
+    tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
+    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
         for layer in stream.layers():
             hidden = _inputs(layer)
             if layer.experts is None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeconv.checkpoint.overlay import Layout, writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
-from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError
 from moeconv.families.model import Model
@@ -44,7 +44,8 @@ def repair(
         "overlay", version=OVERLAY_VERSION, identity=stream.model.identity, experts=left,
         sources=[source.to_json() for source in read.sources], **dict(settings or {}),
     )  # fmt: skip
-    with writing_artifact(path, list(names.values()), metadata=about, overwrite=True) as writer:
+    tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
+    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
 
         def write(layer: int, made: Mapping[int, Tensor]) -> None:
             for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
@@ -54,10 +55,10 @@ def repair(
         pruned_pass(stream, [variant])
 
 
-def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[int, int, str], tuple[Any, ...]]:
+def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[int, int, str], Layout]:
     """{(layer, new expert, part): (name, dtype, shape)} in the order of writing; experts -1 where they are packed."""
     tensors, family = model.checkpoint.tensors, model.family
-    named: dict[tuple[int, int, str], tuple[Any, ...]] = {}
+    named: dict[tuple[int, int, str], Layout] = {}
     for layer in model.moe_layers:
         for expert in range(1 if model.packed_experts else left):
             for part in parts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model, open_model
@@ -37,7 +37,7 @@ from moeconv.stream.need import GPTQ
 from moeconv.units import human_bytes
 from moeconv.world import current, first
 
-_CODES, _OVERLAY, _PRUNED = "codes.safetensors", "overlay.safetensors", "pruned"
+_CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
 
 
 def plan_step(command: str, model: Model, values: Mapping[str, Any]) -> Plan | None:
@@ -71,7 +71,7 @@ class _Packing:
     view: Model
 
 
-def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: SafetensorsFile | None = None) -> _Packing:
+def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Overlay | None = None) -> _Packing:
     """Plan a quantize; `overlay` has codes that data chose, for weights of the view."""
     from moeconv.quantize.decode import plan_decode
     from moeconv.quantize.planner import plan_quantize
@@ -217,7 +217,7 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
     groups = (QuantizeOptions, PlanOptions, DataOptions, MeasureOptions)
     with measuring("quantize", model, out, values, *groups, meter=meter) as measured:
         folder, found = measured.once("codes", measure)
-        overlay = SafetensorsFile(folder / _CODES)
+        overlay = Overlay(folder / _CODES)
         plan = plan_packing(model, values, overlay=overlay).plan
         result = run_plan(
             plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
@@ -264,7 +264,7 @@ def tune(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> d
         folder, block = measured.once("overlay", together)
         if not begun:
             first(lambda: False)
-        overlay = SafetensorsFile(folder / _OVERLAY)
+        overlay = Overlay(folder / _OVERLAY)
         plan = plan_overlay(model, overlay, **named(values, PlanOptions))
         result = run_plan(
             plan, model, out, values, meter=meter, origins={ORIGIN: overlay}, figures=block, measured=measured

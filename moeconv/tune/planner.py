@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, escape
 from moeconv.families.head import said_head, with_head
@@ -20,7 +21,7 @@ from moeconv.plan.overlay import ORIGIN, fingerprint
 from moeconv.plan.plan import Item, Plan
 
 
-def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> Plan:
+def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters: Any) -> Plan:
     """Plan the model with the overlay's tensors in the place of its own; parameters are the fields of PlanOptions.
 
     Run it with `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`.
@@ -63,7 +64,7 @@ def plan_overlay(model: Model, overlay: SafetensorsFile, **parameters: Any) -> P
     )
 
 
-def _check(model: Model, overlay: SafetensorsFile, made_with: dict[str, Any]) -> None:
+def _check(model: Model, overlay: Overlay | SafetensorsFile, made_with: dict[str, Any]) -> None:
     if made_with.get("identity") != model.identity:
         raise InputError(
             f"{overlay.label} was made for another checkpoint than {escape(model.checkpoint.path)}",
@@ -95,7 +96,7 @@ def _config(model: Model, dtype: str | None) -> dict[str, Any]:
     return written_config(with_head(model), model.family, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
-def _promise(model: Model, overlay: SafetensorsFile) -> dict[str, int]:
+def _promise(model: Model, overlay: Overlay | SafetensorsFile) -> dict[str, int]:
     promise: dict[str, int] = {}
     for name in overlay.tensors:
         group = model.roles[name].group

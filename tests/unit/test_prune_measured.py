@@ -212,12 +212,12 @@ def test_a_masked_and_refitted_variant_is_the_pruned_file(tmp_path: Path, case: 
     kept = {at: [e for e in range(8) if e % size < size * 3 // 4 or (groups == 1 and e < 6)] for at in model.moe_layers}
     left = len(kept[model.moe_layers[0]])
     kept = {at: k[:left] for at, k in kept.items()}
-    from moeconv.checkpoint.reader import SafetensorsFile
+    from moeconv.checkpoint.overlay import Overlay
     from moeconv.repair.run import repair
 
     refitted, plain = Variant(keep=dict(kept), refit=Refit(0.1, 2)), Variant(keep=dict(kept))
     repair(LayerStream(model, data.windows), data, refitted, tmp_path / "overlay", left=left)
-    overlay = SafetensorsFile(tmp_path / "overlay")
+    overlay = Overlay(tmp_path / "overlay")
     stream = LayerStream(model, data.windows)
     pruned_pass(stream, [plain])
     for variant, overlays in ((plain, {}), (refitted, {"refit": overlay})):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.options import (
@@ -44,7 +44,7 @@ def left_of(
 def repaired(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, left: int, values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
-) -> tuple[dict[str, SafetensorsFile], dict[int, list[int]], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Overlay], dict[int, list[int]], dict[str, Any]]:  # fmt: skip
     """Pass the model once more, each layer on the pruned layers before it: chosen there (--sequential), and refitted
     to the unpruned model's stream (--refit). Returns the overlays, what is kept, and how the refit fared."""
     from moeconv.repair.pruned import Variant, pruned_pass
@@ -66,11 +66,11 @@ def repaired(
     if not options.refit:
         pruned_pass(stream, [variant])
         return {}, {layer: sorted(kept) for layer, kept in variant.keep.items()}, {}
-    path = Path(folder) / "refit.safetensors"
+    path = Path(folder) / "refit"
     settings = {"method": "refit", "strength": options.refit_strength, "sweeps": options.refit_sweeps}
     repair(stream, read, variant, path, left=left, settings=settings)
     kept = {layer: sorted(kept) for layer, kept in variant.keep.items()}
-    return {"refit": SafetensorsFile(path)}, kept, {"refit": {"layers": [asdict(f) for f in variant.fitted]}}
+    return {"refit": Overlay(path)}, kept, {"refit": {"layers": [asdict(f) for f in variant.fitted]}}
 
 
 def remarks_on(extra: Mapping[str, Any]) -> list[str]:
@@ -144,7 +144,7 @@ class _OneLayer:
 def merged(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
-) -> tuple[dict[str, SafetensorsFile], Any, dict[int, list[int]]]:  # fmt: skip
+) -> tuple[dict[str, Overlay], Any, dict[int, list[int]]]:  # fmt: skip
     from moeconv.repair.merging import merge
 
     if keep is None:
@@ -156,15 +156,15 @@ def merged(
     saliency = {at: np.asarray(statistics.layer(at, "gate_norm_sum")).sum(axis=0) for at in model.moe_layers}
     read = read_windows(model, values)
     meter.note("merging the experts")
-    path = Path(folder) / "merged.safetensors"
+    path = Path(folder) / "merged"
     merge(stream_of(model, read.windows, take(MeasureOptions, values), meter=meter), read, groups, saliency, path)
-    return {"merged": SafetensorsFile(path)}, groups, {layer: sorted(kept) for layer, kept in keep.items()}
+    return {"merged": Overlay(path)}, groups, {layer: sorted(kept) for layer, kept in keep.items()}
 
 
 def distilled(
-    model: Model, evidence: Evidence, keep: Any, overlays: Mapping[str, SafetensorsFile], values: Mapping[str, Any],
+    model: Model, evidence: Evidence, keep: Any, overlays: Mapping[str, Overlay], values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
-) -> tuple[SafetensorsFile, dict[str, Any]]:  # fmt: skip
+) -> tuple[Overlay, dict[str, Any]]:  # fmt: skip
     """Router-KD (arXiv 2603.02217): the pruned model is written to a temporary directory, its routers are trained to
     the unpruned model's logits, and come back as an overlay."""
     from moeconv.tune.run import tune
@@ -174,7 +174,7 @@ def distilled(
     )
     student = os.path.join(folder, "pruned")
     execute(plan, source=model.checkpoint, out=student, origins=dict(overlays) or None, meter=meter)
-    path = os.path.join(folder, "tuned.safetensors")
+    path = os.path.join(folder, "tuned")
     asked = named(values, MeasureOptions) | named(values, DataOptions)
     block = tune(
         student, path, seed=parameters["seed"], meter=meter, objective="distill", teacher=str(model.checkpoint.path),
@@ -183,4 +183,4 @@ def distilled(
     )  # fmt: skip
     shutil.rmtree(student)
     figures = ("steps", "kl_before", "kl_after", "loss_before", "loss_after", "improved")
-    return SafetensorsFile(Path(path)), {name: block[name] for name in figures}
+    return Overlay(Path(path)), {name: block[name] for name in figures}

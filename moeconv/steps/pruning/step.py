@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import (
@@ -97,7 +97,7 @@ class _Decision:
 
     keep: dict[int, list[int]] | None = None
     groups: dict[int, dict[int, list[int]]] | None = None
-    overlays: Mapping[str, SafetensorsFile] = field(default_factory=dict)
+    overlays: Mapping[str, Overlay] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -107,7 +107,7 @@ class _Decision:
         return cls(
             None if keep is None else {int(at): kept for at, kept in keep.items()},
             None if groups is None else {int(at): {int(e): g for e, g in of.items()} for at, of in groups.items()},
-            {origin: SafetensorsFile(folder / name) for origin, name in found["overlays"].items()},
+            {origin: Overlay(folder / name) for origin, name in found["overlays"].items()},
             found["extra"],
         )
 
@@ -121,7 +121,7 @@ def _decide(
     keep, extra = decided(model, evidence, values, parameters, meter=meter)
     if options.top_k is not None and take(DataOptions, values).data and not extra:
         extra = cost(model, evidence, values, parameters, meter=meter)
-    overlays: dict[str, SafetensorsFile] = {}
+    overlays: dict[str, Overlay] = {}
     groups: Any = None
     if options.sequential or options.refit:
         left = left_of(model, evidence, keep, parameters)

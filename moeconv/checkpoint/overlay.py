@@ -1,0 +1,116 @@
+"""Overlays on disk: tensors that take the place of others in a plan, in a directory of one safetensors file per layer.
+
+So no header grows with the number of layers, and a file is sealed as soon as its layer is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from moeconv.checkpoint.header import TensorInfo
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
+from moeconv.errors import InputError, OutputError, escape
+
+Layout = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+
+
+class Overlay:
+    """An overlay that is read: a directory of safetensors files, or one such file. Raises InputError for another."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.label = path, escape(path.name)
+        if path.is_dir():
+            names = sorted(entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors"))
+            self.files = [SafetensorsFile(path / name) for name in names]
+        else:
+            self.files = [SafetensorsFile(path)]
+        if not self.files:
+            raise InputError(f"{self.label} holds no safetensors file", hint="Make the overlay again.")
+        self._of = {name: file for file in self.files for name in file.tensors}
+        if len(self._of) != sum(len(file.tensors) for file in self.files):
+            raise InputError(f"{self.label} holds a tensor in two files", hint="Make the overlay again.")
+        self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._of.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Its provenance, which every file has."""
+        return self.files[0].metadata
+
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
+        """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
+        self._of[name].read_into(name, view, start=start)
+
+    def read(self, name: str) -> bytearray:
+        """All bytes of one tensor."""
+        return self._of[name].read(name)
+
+
+class OverlayWriter:
+    """Writes tensors of an overlay in any order; a file is open from its first tensor to its last."""
+
+    def __init__(self, folder: Path, layouts: Mapping[Hashable, list[Layout]], metadata: Mapping[str, str]) -> None:
+        self._folder, self._layouts, self._metadata = folder, dict(layouts), metadata
+        self._key = {name: key for key, layout in layouts.items() for name, _, _ in layout}
+        self._missing = {key: len(layout) for key, layout in layouts.items()}
+        self._open: dict[Hashable, ShardWriter] = {}
+        self._number = {key: i for i, key in enumerate(layouts)}
+
+    def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        """Write a tensor whole."""
+        key = self._key.pop(name)
+        if key not in self._open:
+            path = self._folder / f"{self._number[key]:05d}.safetensors"
+            self._open[key] = ShardWriter(path, self._layouts.pop(key), metadata=self._metadata)
+        self._open[key].write(name, data)
+        self._missing[key] -= 1
+        if not self._missing[key]:
+            self._open.pop(key).finish()
+
+    def finish(self) -> None:
+        if self._key:
+            raise ValueError(f"{self._folder.name}: tensor {next(iter(self._key))!r} was not written")
+        sync_directory(self._folder)
+
+    def close(self) -> None:
+        for writer in self._open.values():
+            writer.close()
+
+
+@contextmanager
+def writing_overlay(
+    path: Path, tensors: Iterable[tuple[Hashable, Layout]], *, metadata: Mapping[str, str], overwrite: bool = False
+) -> Iterator[OverlayWriter]:
+    """An OverlayWriter for (layer, layout) of every tensor; the directory is put at `path` when the block ends well.
+
+    Raises OutputError when `path` exists and `overwrite` is not set.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
+    layouts: dict[Hashable, list[Layout]] = {}
+    for layer, layout in tensors:
+        layouts.setdefault(layer, []).append(layout)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with output_errors(path):
+        temporary.mkdir()
+    writer = OverlayWriter(temporary, layouts, metadata)
+    try:
+        yield writer
+        writer.finish()
+        with output_errors(path):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()
+            os.rename(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        writer.close()
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary)
+        raise

@@ -1,0 +1,34 @@
+"""Whether what a plan will write can be opened again: every header and the index, held against the readers' limits."""
+
+from __future__ import annotations
+
+import json
+
+from moeconv.checkpoint.header import header_limits
+from moeconv.checkpoint.strictjson import Limits, index_limits
+from moeconv.errors import OutputError
+from moeconv.plan.plan import Plan
+
+_LINE = 16  # bytes of an index entry beside its two names, at least as many as are written
+
+
+def check_limits(plan: Plan) -> None:
+    """Before any work. Raises OutputError for a file that moeconv's reader or safetensors' own would refuse."""
+    if plan.gguf:
+        return
+    for shard in plan.shards:
+        length, values, size = shard.cost
+        _check(shard.name, length, values, header_limits(size))
+    if len(plan.shards) > 1:
+        names = [(spec.name, shard.name) for shard in plan.shards for item in shard.items for spec in item.outputs]
+        length = sum(len(json.dumps(name)) + len(file) + _LINE for name, file in set(names))
+        _check("the index", length, len(names), index_limits(plan.nbytes))
+
+
+def _check(what: str, length: int, values: int, limits: Limits) -> None:
+    if length > limits.bytes or values > limits.values:
+        raise OutputError(
+            f"{what} would take {length} bytes of JSON with about {values} values, more than can be opened again "
+            f"({limits.bytes} and {limits.values})",
+            hint="Pass a smaller --shard-size, so that the tensors spread over more files.",
+        )

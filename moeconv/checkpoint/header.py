@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from moeconv.checkpoint.strictjson import MAX_VALUES, Limits, duplicate, parse_items
@@ -177,10 +178,14 @@ def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int,
 
 def entry_cost(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """(bytes, values) that a tensor takes in a header, at most."""
-    text = json.dumps(name)
-    values = max(len(shape), 1) + 6 + sum(text.count(mark) for mark in ",{[")
+    values = max(len(shape), 1) + 6 + name.count(",") + name.count("{") + name.count("[")
     # the words of an entry, and two offsets of as many digits as there are
-    return len(text) + len(dtype) + sum(len(str(n)) + 1 for n in shape) + 50 + 2 * len(str(MAX_SIZE)), values
+    return json_length(name) + len(dtype) + sum([len(str(n)) + 1 for n in shape]) + 88, values
+
+
+def json_length(text: str) -> int:
+    """Characters of a string in JSON, quotes and escapes included."""
+    return len(encode_basestring_ascii(text))
 
 
 def _entries(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from moeconv.checkpoint.header import header_limits
+from moeconv.checkpoint.header import header_limits, json_length
 from moeconv.checkpoint.strictjson import Limits, index_limits
 from moeconv.errors import OutputError
 from moeconv.plan.plan import Plan
@@ -21,7 +19,7 @@ def check_limits(plan: Plan) -> None:
         _check(shard.name, length, values, header_limits(size))
     if len(plan.shards) > 1:
         names = [(spec.name, shard.name) for shard in plan.shards for item in shard.items for spec in item.outputs]
-        length = sum(len(json.dumps(name)) + len(file) + _LINE for name, file in set(names))
+        length = sum(json_length(name) + len(file) + _LINE for name, file in set(names))
         _check("the index", length, len(names), index_limits(plan.nbytes))
 
 

@@ -120,7 +120,9 @@ def test_groups_by_expert_are_renumbered_and_an_empty_one_goes(model):
 )
 def test_what_cannot_be_renumbered_is_refused_before_anything_is_measured(tmp_path, config, message):
     made = make_moe(tmp_path / "moe", "qwen3_moe")
-    edit_json(made / "config.json", quantization_config={"quant_method": "compressed-tensors"} | config)
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    edit_json(made / "config.json", quantization_config=said | config)
     with pytest.raises(InputError, match=message) as caught:
         plan_prune(open_model(made), keep=2)  # no evidence: a dry run
     assert "unquantized" in caught.value.hint

@@ -274,7 +274,9 @@ def test_what_cannot_be_pruned(tmp_path):
     with pytest.raises(InputError, match="no layer a Mixture-of-Experts"):
         plan_prune(open_model(no_moe), keep=2)
     packed = make_moe(tmp_path / "packed")
-    edit_json(packed / "config.json", quantization_config={"quant_method": "compressed-tensors"})
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}}
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    edit_json(packed / "config.json", quantization_config=said)
     with pytest.raises(UsageError, match="quantized"):
         plan_prune(open_model(packed), keep=2, dtype="float16")
 

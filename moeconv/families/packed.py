@@ -54,19 +54,24 @@ STACKED_PARTS: dict[str, str] = {
 }
 CODES = ("weight", "packed", "blocks")
 SHARED = ("quant_map", "nested_quant_map", "state")
-_BY_LENGTH = sorted(PARTS, key=len, reverse=True)
-_STACKED_BY_LENGTH = sorted(STACKED_PARTS, key=len, reverse=True)
+_DEEPEST = max(suffix.count(".") for suffix in PARTS)
+_GLUED = tuple(suffix for suffix in STACKED_PARTS if not suffix.startswith("."))
 
 
 def split_part(name: str) -> tuple[str, str] | None:
     """(name of the weight that this tensor is a part of, part), or None for a tensor that is no part of one."""
-    for suffix in _BY_LENGTH:
-        if name.endswith(suffix):
-            return name[: -len(suffix)] + ".weight", PARTS[suffix]
-    for suffix in _STACKED_BY_LENGTH:
-        if name.endswith(suffix):
-            return name[: -len(suffix)], STACKED_PARTS[suffix]
-    return None
+    ends, at = [], len(name)
+    for _ in range(_DEEPEST):
+        if (at := name.rfind(".", 0, at)) < 0:
+            break
+        ends.append(at)
+    for at in reversed(ends):  # the longest suffix first
+        if part := PARTS.get(name[at:]):
+            return name[:at] + ".weight", part
+    if ends and (part := STACKED_PARTS.get(name[ends[0] :])):
+        return name[: ends[0]], part
+    glued = next((suffix for suffix in _GLUED if name.endswith(suffix)), None) if name.endswith(_GLUED) else None
+    return (name[: -len(glued)], STACKED_PARTS[glued]) if glued else None
 
 
 def weight_of(name: str) -> str:

@@ -73,10 +73,10 @@ def _bitsandbytes(quantization: Config) -> tuple[Encoding, ...]:
 
 
 def _compressed(quantization: Config) -> tuple[Encoding, ...]:
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups or not all(isinstance(g, dict) for g in groups.values()):
+    groups = quantization.get("config_groups") or {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise InputError(
-            "config.json: quantization_config.config_groups must say how weights are quantized",
+            "config.json: quantization_config.config_groups must be an object of objects",
             hint="Correct config.json, or download it again.",
         )
     sparsity = quantization.get("sparsity_config")

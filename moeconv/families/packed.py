@@ -149,7 +149,7 @@ def fit(
         if nearest is None or len(wrong) < len(nearest):
             nearest = wrong
     if nearest is None:
-        nearest = [f"{escape(weight)!r} of shape {list(shape)} cannot be stored so"]
+        nearest = [f"{escape(weight)!r} of shape {list(shape)} is stored as nothing in config.json says"]
     more = f" (and {len(nearest) - 1} more: {'; '.join(nearest[1:4])})" if len(nearest) > 1 else ""
     raise InputError(
         f"{nearest[0]}{more}; config.json says that weights are quantized by {escape(method)}",

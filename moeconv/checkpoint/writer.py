@@ -108,7 +108,8 @@ def _gaps(infos: Iterable[TensorInfo], size: int) -> dict[int, int]:
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole and fsync it; the directory it is in is made where it is missing."""
     with output_errors(path):
-        path.parent.mkdir(exist_ok=True)
+        if not os.path.isdir(path.parent):
+            path.parent.mkdir(exist_ok=True)
         fd = create(path)
         try:
             view = memoryview(data)

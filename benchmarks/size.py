@@ -3,20 +3,49 @@
     python benchmarks/size.py WORK [--gigabytes 20] [--hidden 2048] [--repeats 1]
 
 The source is a llama of holes, whose mixtral of eight experts takes that many gigabytes; half of its experts are
-removed (`--criterion random`: nothing is measured), and the whole of it is packed. WORK needs room for twice the
-largest output. `cp` copies each step's own output and synchronises it.
+removed (`--criterion random`: nothing is measured), and the whole of it is packed. The prune runs twice more on models
+of holes, of one dtype and with a float32 router in every layer. WORK needs room for twice the largest output. `cp`
+copies each step's own output and synchronises it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shutil
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 from synthetic import dense_size, make
 from timing import copy_words, median, timed
+
+_SIZES = {"F32": 4, "BF16": 2}
+
+
+def holes_of(source: Path, out: Path, *, wide: str = "") -> None:
+    """The checkpoint with holes in the place of its weights; those whose names hold `wide` are float32."""
+    out.mkdir()
+    shutil.copy(source / "config.json", out)
+    if (index := source / "model.safetensors.index.json").exists():
+        shutil.copy(index, out)
+    for shard in source.glob("*.safetensors"):
+        with open(shard, "rb") as file:
+            entries = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
+            entry["dtype"] = "F32" if wide and wide in name else entry["dtype"]
+        position, header = 0, {}
+        for name, entry in sorted(entries.items(), key=lambda e: (-_SIZES[e[1]["dtype"]], e[1]["data_offsets"])):
+            end = position + math.prod(entry["shape"]) * _SIZES[entry["dtype"]]
+            header[name], position = entry | {"data_offsets": [position, end]}, end
+        data = json.dumps(header).encode()
+        data += b" " * (-len(data) % 8)
+        with open(out / shard.name, "wb") as file:
+            file.write(struct.pack("<Q", len(data)) + data)
+            file.truncate(8 + len(data) + position)
 
 
 def main() -> None:
@@ -26,14 +55,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=1)
     given = parser.parse_args()
-    dense, moe, out, copied = (given.work / name for name in ("dense", "moe", "out", "copied"))
-    for folder in (dense, moe, out, copied):
+    names = ("dense", "moe", "out", "copied", "uniform", "mixed")
+    dense, moe, out, copied, uniform, mixed = folders = [given.work / name for name in names]
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
     given.work.mkdir(parents=True, exist_ok=True)
     source_size = dense_size(given.gigabytes, given.hidden)
     make(dense, model_type="llama", gigabytes=source_size, shards=1, random=False, hidden=given.hidden, sparse=True)
 
-    def step(name: str, source: Path, to: Path, *flags: Any) -> None:
+    def step(name: str, source: Path, to: Path, *flags: Any, label: str = "") -> None:
         words = [sys.executable, "-m", "moeconv", name, source, to, *flags, "-q"]
         ours, theirs = [], []
         for _ in range(given.repeats):  # in turn, so that a machine that is busy by turns is so for both
@@ -43,13 +73,17 @@ def main() -> None:
         mine, cp = median(ours), median(theirs)["seconds"]
         size = sum(p.stat().st_size for p in to.iterdir()) / 1e9
         ratio = f"{mine['seconds'] / cp:.2f} x cp"
-        print(f"{name:<9}{size:>7.2f} GB {mine['seconds']:>8.2f} s  cp {cp:>7.2f} s  {ratio:>10}  "
+        print(f"{label or name:<15}{size:>7.2f} GB {mine['seconds']:>8.2f} s  cp {cp:>7.2f} s  {ratio:>10}  "
               f"{mine['peak_mb']:.0f} MB", flush=True)  # fmt: skip
 
     step("upcycle", dense, moe, "--experts", 8, "--no-check")
     step("prune", moe, out, "--ratio", 0.5, "--criterion", "random")
     step("quantize", moe, out)
-    for folder in (dense, moe, out):
+    holes_of(moe, uniform)
+    holes_of(moe, mixed, wide=".gate.weight")
+    for folder in (uniform, mixed):
+        step("prune", folder, out, "--ratio", 0.5, "--criterion", "random", label=f"prune, {folder.name}")
+    for folder in (dense, moe, out, uniform, mixed):
         shutil.rmtree(folder)
 
 

@@ -67,7 +67,7 @@ class Flow:
 def source_crc(flow: Flow, shard: Shard) -> int:
     """The checksum of every source range behind a shard, read again."""
     checksum = _Checksum()
-    for item in shard.items:
+    for item in shard.work:
         for ref in item.inputs:
             if checksum.wants(ref):
                 crc = 0
@@ -87,7 +87,7 @@ def _chunks(ref: Input):
 
 
 class _Checksum:
-    """CRC-32 over the CRC-32s of a shard's source ranges in item order, each range once."""
+    """CRC-32 over the CRC-32s of a shard's source ranges in the order of work, each range once."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -117,7 +117,7 @@ class _Run:
 def _runs(shards: Sequence[Shard], writers: Sequence[ShardWriter]) -> Iterator[_Run]:
     """The items of twin shards (one shard: of itself), copies of the same bytes together."""
     run: _Run | None = None
-    for items in zip(*(shard.items for shard in shards), strict=True):
+    for items in zip(*(shard.work for shard in shards), strict=True):
         lead = items[0]
         places = [(writer, item.outputs[0]) for writer, item in zip(writers, items)] if lead.kernel == "copy" else []
         if run is not None and lead.kernel == run.item.kernel == "copy" and lead.inputs == run.item.inputs:

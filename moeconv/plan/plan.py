@@ -80,7 +80,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its items in the order of work. A safetensors file, or GGUF where it has that head."""
+    """One output file: its items in the order of the plan. A safetensors file, or GGUF where it has that head."""
 
     name: str
     items: tuple[Item, ...]
@@ -95,6 +95,14 @@ class Shard:
             replace(s, shape=(s.of, *s.shape), params=s.params * s.of, of=0) if s.of else s for s in specs if not s.at
         ]
         return sorted(whole, key=lambda s: -DTYPE_BITS[s.dtype])
+
+    @cached_property
+    def work(self) -> list[Item]:
+        """The items in the order of the file, as far as each is one tensor, so that it is hashed while it is written
+        instead of being read back. Items that make several go where the largest of these lies."""
+        if self.gguf is not None:
+            return list(self.items)
+        return sorted(self.items, key=lambda item: -DTYPE_BITS[max(item.outputs, key=lambda s: s.nbytes).dtype])
 
     def is_twin(self, other: Shard) -> bool:
         """Whether both are nothing but copies of the same bytes in the same order, under other names."""

@@ -8,7 +8,7 @@ import json
 import os
 
 import pytest
-from tiny import edit_json, hashes, make_dense, make_moe, read_tensors
+from tiny import decode, edit_json, encode, hashes, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.checkpoint.header import DTYPE_BITS
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorRef
@@ -20,6 +20,7 @@ from moeconv.plan.build import carry, count_params, pick_rows, rows, whole
 from moeconv.plan.execute import execute
 from moeconv.plan.plan import Input, Item, Plan, Shard, TensorSpec, pack_shards
 from moeconv.plan.planned import planned_model
+from moeconv.prune.planner import plan_prune
 from moeconv.upcycle.planner import plan_upcycle
 
 
@@ -153,6 +154,36 @@ def test_carry_casts_only_floats_that_have_another_dtype():
 
 
 # -- a plan as a model -------------------------------------------------------------------------------------------
+
+
+def test_dtypes_that_differ_are_written_in_the_order_of_the_file(tmp_path, monkeypatch):
+    """A file is hashed while it is written in order; what is not must be read back. Float32 tensors lie first in it,
+    and in the midst of the source's layers."""
+    source = make_moe(tmp_path / "moe", shards=2)
+    tensors = read_tensors(source)
+    for name in [name for name in tensors if ".gate." in name or "layernorm" in name]:
+        dtype, shape, data = tensors[name]
+        tensors[name] = ("F32", shape, encode(decode(data, dtype, shape), "F32"))
+    write_shards(source, tensors, shards=2)
+    read_back = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def preadv(self, fd, buffers, at):
+            read_back.append(at)
+            return os.preadv(fd, buffers, at)
+
+    monkeypatch.setattr("moeconv.checkpoint.blocks.os", Watched())
+    monkeypatch.setattr("moeconv.checkpoint.blocks.BUFFER", 8192)  # far below a shard, as in real files
+    model = open_model(source)
+    plan = plan_prune(model, keep=2, keep_experts={0: [1, 3], 1: [0, 2]}, shard_size="50KB")
+    assert len(plan.shards) > 1 and {s.dtype for shard in plan.shards for s in shard.layout()} == {"F32", "BF16"}
+    execute(plan, source=model.checkpoint, out=tmp_path / "out")
+    assert read_back == []
+    name = "model.layers.1.input_layernorm.weight"
+    assert read_tensors(tmp_path / "out")[name] == tensors[name]
 
 
 def test_the_planned_model_is_the_one_that_gets_written(model, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from moeconv.checkpoint.output import OutputDirectory
 
 FLAGS = ("--no-check", "-q", "--experts", 3, "--shard-size", "24KB", "--jobs", 1)
 NOBODY = 65534
+LATE = ("rich.console", "rich.table", "rich.color", "moeconv.report.verify")  # what commands import when they need it
 
 
 @pytest.fixture
@@ -139,6 +141,8 @@ def without_privilege() -> Iterator[None]:
     """Root may write everywhere; the tests run as nobody where they run as root."""
     root = os.geteuid() == 0
     if root:
+        for module in LATE:  # where Python itself lies, nobody may not be let in
+            importlib.import_module(module)
         os.seteuid(NOBODY)
     try:
         yield

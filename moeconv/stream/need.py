@@ -26,6 +26,7 @@ GPTQ: Mapping[str, Any] = {"flows": 2, "copies": 6}
 PRUNED: Mapping[str, Any] = {"flows": 5}
 _PROCESS = 430_000_000  # Python, torch, the classes of transformers
 _CONVERTED = 3  # a group decoded, stacked and joined, beside the widened one
+_SKEW = 3  # times its even share of the tokens
 _SKETCH = 64  # dimensions of the sampled outputs
 
 
@@ -189,15 +190,17 @@ def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidde
         return 0, 0
     alone = math.ceil(size.experts / experts)  # parameters of one
     inner = alone // (3 * hidden)
-    pairs = min(batch * top_k, PAIR_ROWS)
     sample = min(run.sample, SAMPLE_ROWS) * experts * hidden * 4 * 5 // 4
-    work = max(sample, pairs * (3 * hidden + 4 * inner) * run.width)
+    each = (3 * hidden + 4 * inner) * run.width  # of a (token, expert) pair
     wide, stored = size.experts * run.width, size.experts_bytes
+    work = max(sample, min(batch * top_k, PAIR_ROWS) * each)
     if run.copies:
         placed = wide * run.copies
         return placed + work, placed + work
     if wide <= GROUP_BYTES or stored >= wide:
         return wide + work, wide + work
     group = max(GROUP_BYTES, alone * run.width)
+    busiest = _SKEW * batch * top_k * group // wide  # pairs of the group that is chosen most
+    work = max(sample, min(busiest, batch * top_k, PAIR_ROWS) * each)
     scratch = group + _CONVERTED * min(group, wide)
     return stored + scratch + work, scratch + stored * group // wide + work

@@ -237,6 +237,11 @@ class Checkpoint:
         self._weight_map = self._read_index()
         self.tensors: Mapping[str, TensorRef] = self._read_headers()
 
+    @property
+    def follows_links(self) -> bool:
+        """Whether its files may be links that leave the directory."""
+        return self._root is None
+
     # -- opening -------------------------------------------------------------------------------------------------
 
     def _read_index(self) -> dict[str, str] | None:

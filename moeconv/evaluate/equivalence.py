@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from moeconv.checkpoint.reader import follow_links
 from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import Model, open_model
 from moeconv.upcycle.counterpart import Counterpart, Forced
@@ -200,10 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--against", action="store_true", help="standard input says the exact counterpart, as JSON")
+    parser.add_argument("--follow-links", action="store_true")
     given = vars(parser.parse_args(arguments))
     try:
         given["against"] = json.load(sys.stdin) if given["against"] else None
-        with contextlib.redirect_stdout(sys.stderr):
+        with follow_links(given.pop("follow_links")), contextlib.redirect_stdout(sys.stderr):
             result = equivalence(**given)
     except Exception as error:
         # The parent reads JSON whatever happens here: it has a staged model to commit or discard.

@@ -63,6 +63,8 @@ def _measured(
     """What the child process found."""
     command = [sys.executable, "-m", "moeconv.evaluate.equivalence", str(model.checkpoint.path), str(staged)]
     command += ["--dtype", dtype, "--tokens", str(_TOKENS)]
+    if any(m.checkpoint.follows_links for m in (model, *siblings)):
+        command.append("--follow-links")
     said = ""
     if (exact := counterpart(plan)) is not None:
         command.append("--against")

@@ -22,7 +22,7 @@ from moeconv.errors import CheckError, MoeconvError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import reads_of
 from moeconv.plan.build import count_params
-from moeconv.plan.execute import default_jobs
+from moeconv.plan.execute import companions_of, default_jobs
 from moeconv.plan.memory import memory_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.planned import planned_model
@@ -145,7 +145,10 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
             rows.append(row | {"output": step.to, "plan_id": None if plan is None else plan.plan_id,
                                "largest_item_bytes": None if plan is None else plan.largest_item,
                                "memory_bytes": None if plan is None else memory_bytes(plan, jobs=jobs)})  # fmt: skip
-            warnings += [f"{step.name}: {text}" for text in (plan.warnings if plan else ())]
+            said = [] if plan is None else list(plan.warnings)
+            if plan is not None and step.source not in models:  # a source on disk: what lies beside its shards
+                said += companions_of(plan, source.checkpoint).warnings
+            warnings += [f"{step.name}: {text}" for text in said]
         else:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
     result = _summary(recipe, rows, warnings, dry_run=True)

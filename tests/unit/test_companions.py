@@ -150,6 +150,10 @@ def test_a_tokenizer_that_is_code_comes_along_with_its_files(tmp_path: Path, cli
     done = cli("prune", source, tmp_path / "out", "--ratio", 0.5, "--no-check", "--json")
     assert done.code == 0, done.out
     assert set(planned) <= set(done.json["warnings"])
+    steps = [{"step": "prune", "name": "cut", "from": str(source), "to": "cut", "with": {"ratio": 0.5}}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"steps": steps}))
+    told = cli("run", tmp_path / "recipe.yaml", "--dry-run", "--json").json["warnings"]
+    assert {f"cut: {text}" for text in planned} <= set(told)
     assert any("c.C" in w and "m.M" in w and "mixtral itself" in w for w in planned)
     assert any("t.py" in w and "never run" in w for w in planned)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import edit_json, make_dense, make_moe, read_tensors, write_shards
+from words import add_tokenizer, text
 
 from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, follow_links
 from moeconv.checkpoint.strangers import KINDS
@@ -124,16 +125,22 @@ def test_infinity_in_config_is_read_and_written_back(tmp_path: Path, cli) -> Non
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
+def away(path: Path) -> Path:
+    """Every file of a checkpoint as a link into a directory beside it."""
+    cache = path.with_name(f"cache of {path.name}")
+    cache.mkdir()
+    for file in list(path.iterdir()):
+        shutil.move(file, cache / file.name)
+        file.symlink_to(cache / file.name)
+    return path
+
+
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
     """A checkpoint as old downloads into a local directory made it: every file a link into a cache elsewhere."""
-    source, cache = make_moe(tmp_path / "source", shards=2), tmp_path / "cache"
+    source = make_moe(tmp_path / "source", shards=2)
     (source / "tokenizer.json").write_text("{}")
-    cache.mkdir()
-    for path in list(source.iterdir()):
-        shutil.move(path, cache / path.name)
-        path.symlink_to(cache / path.name)
-    return source
+    return away(source)
 
 
 def test_links_are_followed_when_asked_for(linked: Path, tmp_path: Path, cli) -> None:
@@ -147,6 +154,21 @@ def test_links_are_followed_when_asked_for(linked: Path, tmp_path: Path, cli) ->
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert cli("verify", linked, "--follow-links").code == 0
     assert cli("inspect", linked).code == 3  # the switch holds for its own command alone
+
+
+def test_links_hold_for_all_that_a_command_reads_and_for_its_check(tmp_path: Path, cli) -> None:
+    """The check runs in a process of its own; siblings and references are opened on the way."""
+    dense, sibling = (away(add_tokenizer(make_dense(tmp_path / n, vocab=128, seed=i))) for i, n in enumerate("ab"))
+    (tmp_path / "text.txt").write_text(text(400))
+    made = cli("upcycle", dense, tmp_path / "moe", "--experts-from", dense, "--experts-from", sibling, "--json")
+    assert made.code == 3, made.out
+    links = ("--follow-links", "--json")
+    made = cli("upcycle", dense, tmp_path / "moe", "--experts-from", dense, "--experts-from", sibling, *links)
+    assert made.code == 0 and made.json["upcycle"]["equivalence"]["checked"], made.out
+    judged = cli("evaluate", tmp_path / "moe", "--reference", dense, "--data", tmp_path / "text.txt", *links)
+    assert judged.code == 0, judged.out
+    told = cli("report", tmp_path / "moe", tmp_path / "page.html", "--reference", dense, *links)
+    assert told.code == 0, told.out
 
 
 def test_every_command_that_reads_a_checkpoint_has_the_switch(cli) -> None:
@@ -179,7 +201,7 @@ def test_links_in_python_and_in_recipes(linked: Path, tmp_path: Path, cli) -> No
 
 
 def test_a_link_to_nothing_says_so(linked: Path, tmp_path: Path) -> None:
-    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache of source")
     with pytest.raises(InputError, match="where nothing is"):
         open_model(linked, follow_links=True)
 
@@ -212,7 +234,8 @@ def test_the_base_models_prefix_may_lack_or_double(tmp_path: Path, cli, family: 
     step = ("upcycle",) if family == "llama" else ("prune",)
     more = () if family == "llama" else ("--keep", 2, "--criterion", "random")
     for source, out in ((usual, "a"), (other, "b")):
-        assert cli(*step, source, tmp_path / out, *more, "--no-check").code == 0
+        check = () if family == "llama" and source == other else ("--no-check",)
+        assert cli(*step, source, tmp_path / out, *more, *check).code == 0
     assert read_tensors(tmp_path / "a") == read_tensors(tmp_path / "b")
 
 

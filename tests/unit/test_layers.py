@@ -24,13 +24,14 @@ FILES = {
 
 ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
 # room -> rooms that it may know beside itself
-DECIDE = {"errors", "options", "checkpoint", "families", "plan"}
+DECIDE = {"errors", "options", "checkpoint", "families", "plan", "plugins"}
 STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "world": {"errors"},
     "units": set(),
+    "plugins": {"errors"},
     "callable_package": set(),
     "api": {
         "calibrate",
@@ -45,7 +46,7 @@ MAY_KNOW: dict[str, set[str]] = {
         "upcycle",
     },
     "checkpoint": {"errors"},
-    "families": {"errors", "checkpoint"},
+    "families": {"errors", "checkpoint", "plugins"},
     "options": {"errors"},
     "plan": {"errors", "checkpoint"},
     "plan.arrange": {"errors", "options", "checkpoint", "families"},

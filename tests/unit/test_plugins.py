@@ -25,6 +25,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {module}:{value}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)  # of a test before, by the same name
         plugins._registered.cache_clear()
 
     yield make

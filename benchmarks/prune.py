@@ -23,19 +23,19 @@ from moeconv.calibrate.artifact import load_statistics
 from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.weights import aimer, magnitude
 from moeconv.data.windows import TokenData, load_tokens
-from moeconv.evaluate.pruned import score_variants, total
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import rule_of
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.choice import choose
 from moeconv.prune.criteria import CRITERIA, Evidence
-from moeconv.repair.pruned import Variant, pruned_pass
-from moeconv.repair.refit import Refit
-from moeconv.steps import convert
-from moeconv.steps.pruning.step import prune
-from moeconv.steps.upcycling import upcycle
+from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.refit import Refit
+from moeconv.prune.scores import score_variants, total
+from moeconv.prune.step import prune
 from moeconv.stream.layers import LayerStream
+from moeconv.tune.step import tune
+from moeconv.upcycle.step import upcycle
 
 SEQ_LEN = 256
 UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}
@@ -170,7 +170,7 @@ def upcycled(dense: str, texts: Path, folder: Path) -> str:
         if not raw.exists():
             upcycle(dense, str(raw), UPCYCLE, meter=SilentMeter())
         data = tuple(str(f) for f in sorted(texts.glob("calibration.*.txt")))
-        done = convert.tune(str(raw), str(trained), TRAIN | {"teacher": dense, "data": data}, meter=SilentMeter())
+        done = tune(str(raw), str(trained), TRAIN | {"teacher": dense, "data": data}, meter=SilentMeter())
         print(json.dumps({"trained": {k: done["tune"][k] for k in ("loss_before", "loss_after")}}), flush=True)
     return str(trained)
 

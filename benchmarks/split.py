@@ -24,11 +24,13 @@ from typing import Any
 import torch
 
 from moeconv.calibrate.neurons import load_neurons
+from moeconv.calibrate.step import calibrate
+from moeconv.evaluate.step import evaluate
 from moeconv.families.model import open_model
+from moeconv.inspect.run import inspect
 from moeconv.plan.meter import SilentMeter
-from moeconv.report.inspect import inspect
-from moeconv.steps import convert, measure
-from moeconv.steps.upcycling import upcycle
+from moeconv.tune.step import tune as tune_step
+from moeconv.upcycle.step import upcycle
 
 SOURCES = ("c", "man", "prose", "python")
 SEQ_LEN, CALIBRATION, HELD_OUT = 256, 32768, 32768
@@ -51,7 +53,7 @@ def look(root: Path, path: Path) -> dict[str, Any]:
     seen = (SEQ_LEN + 1) / 2  # positions that a token attends to, on average: a product and a sum each for keys, values
     attention = round(4 * seen * model.value("num_attention_heads") * head * model.num_layers)
     return {
-        "loss": measure.evaluate(str(path), values, meter=METER)["loss"],
+        "loss": evaluate(str(path), values, meter=METER)["loss"],
         "active": found["parameters"]["active"],
         "flops": found["flops_per_token"] + attention,
     }
@@ -105,7 +107,7 @@ def tune(root: Path, source: Path, out: Path, *, steps: int, train: str) -> None
         "objective": "distill", "teacher": str(root / "llama-8m"), "train": train, "steps": steps, "balance": 0.0,
         "data": texts(root, "calibration"), "seq_len": SEQ_LEN, "batch_size": BATCH, "no_check": True,
     }  # fmt: skip
-    convert.tune(str(source), str(out), values, meter=METER)
+    tune_step(str(source), str(out), values, meter=METER)
 
 
 def stages(root: Path, work: Path) -> dict[str, tuple[Path | None, Callable[[], Any]]]:
@@ -114,7 +116,7 @@ def stages(root: Path, work: Path) -> dict[str, tuple[Path | None, Callable[[], 
     calibration = {"data": texts(root, "calibration"), "seq_len": SEQ_LEN, "tokens": CALIBRATION}
     stats = str(work / "neurons.safetensors")
     made: dict[str, tuple[Path | None, Callable[[], Any]]] = {
-        "neurons": (None, lambda: measure.calibrate(str(dense), stats, calibration, overwrite=True, meter=METER)),
+        "neurons": (None, lambda: calibrate(str(dense), stats, calibration, overwrite=True, meter=METER)),
         "dense": (dense, lambda: None),
     }
 

@@ -31,7 +31,7 @@ from forkserver import ForkServer  # noqa: E402
 from tiny import hashes, make_dense, make_moe  # noqa: E402
 
 from moeconv.errors import MoeconvError  # noqa: E402
-from moeconv.report.verify import verify  # noqa: E402
+from moeconv.verify.run import verify  # noqa: E402
 
 SIZE = "24KB"
 COMMANDS = {

@@ -23,7 +23,7 @@ import yaml
 from synthetic import dense_size, make
 from timing import copy_words, forget, median, timed, warm
 
-from moeconv.recipe import DEMO_DATA
+from moeconv.recipe.read import DEMO_DATA
 
 EXPERTS = 8
 MERGEKIT = "from mergekit.scripts.moe import main; main()"

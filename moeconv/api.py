@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from moeconv.checkpoint.reader import follow_links as follow_links
     from moeconv.evaluate.run import evaluate as evaluate
     from moeconv.families.model import open_model as open_model
+    from moeconv.inspect.run import inspect as inspect
     from moeconv.plan.execute import execute as execute
     from moeconv.prune.planner import plan_prune as plan_prune
     from moeconv.quantize.planner import plan_quantize as plan_quantize
-    from moeconv.report.inspect import inspect as inspect
-    from moeconv.report.verify import verify as verify
     from moeconv.tune.planner import plan_overlay as plan_overlay
     from moeconv.tune.run import tune as tune
     from moeconv.upcycle.planner import plan_upcycle as plan_upcycle
+    from moeconv.verify.run import verify as verify
 
 _HOMES = {
     "calibrate": "moeconv.calibrate.run",
     "evaluate": "moeconv.evaluate.run",
     "execute": "moeconv.plan.execute",
     "follow_links": "moeconv.checkpoint.reader",
-    "inspect": "moeconv.report.inspect",
+    "inspect": "moeconv.inspect.run",
     "open_model": "moeconv.families.model",
     "plan_overlay": "moeconv.tune.planner",
     "plan_prune": "moeconv.prune.planner",
     "plan_quantize": "moeconv.quantize.planner",
     "plan_upcycle": "moeconv.upcycle.planner",
     "tune": "moeconv.tune.run",
-    "verify": "moeconv.report.verify",
+    "verify": "moeconv.verify.run",
 }
 
 __all__ = list(_HOMES)

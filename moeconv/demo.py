@@ -8,8 +8,8 @@ from typing import Any
 
 from moeconv.errors import OutputError
 from moeconv.plan.meter import Meter
-from moeconv.recipe import DEMO_DATA, load_recipe
-from moeconv.steps.pipeline import run_all
+from moeconv.recipe.read import DEMO_DATA, load_recipe
+from moeconv.recipe.run import run_all
 
 
 def run_demo(directory: str | None, *, meter: Meter) -> dict[str, Any]:

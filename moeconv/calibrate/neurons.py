@@ -27,8 +27,8 @@ from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.plan.kernels.draw import generator
 from moeconv.plan.kernels.stored import to_bytes, to_tensor
+from moeconv.randomness import generator
 from moeconv.stream.layers import Layer, LayerStream
 
 KIND = "neurons"

@@ -21,7 +21,7 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.twin import structure
 from moeconv.checkpoint.reader import is_artifact
 from moeconv.checkpoint.target import Inputs, check_file_target
-from moeconv.data.windows import TokenData, load_tokens, split_windows
+from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
@@ -161,14 +161,6 @@ def _dense(
     )
     sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
     return {"output": str(path), "tokens": read.tokens, "sources": sources} | block
-
-
-def sequence_length(model: Model, asked: int | None, *, default: int) -> int:
-    """`asked`, or `default` shortened to what the model was made for. Raises UsageError for more than that."""
-    most = model.value("max_position_embeddings")
-    if asked is not None and most and asked > most:
-        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions", hint=f"At most {most}.")
-    return asked if asked is not None else min(default, most or default)
 
 
 def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moeconv.families.rule import Rule, explains, weights_of
 from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS
-from moeconv.plan.kernels.draw import generator
+from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
 from moeconv.stream.need import SAMPLE_ROWS
 from moeconv.world import summed

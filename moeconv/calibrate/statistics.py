@@ -18,7 +18,7 @@ from moeconv.calibrate.routing import router_entropy
 from moeconv.calibrate.sample import Tokens, on_all_experts, projection, sample_fields
 from moeconv.errors import InputError
 from moeconv.families.rule import Rule
-from moeconv.plan.kernels.draw import generator
+from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
 from moeconv.stream.layers import Batch, Layer
 from moeconv.stream.stored import stored_in

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from moeconv import __version__
+from moeconv.checkpoint.reader import follow_links
 from moeconv.cli.commands import VERBS, Positional, Verb
 from moeconv.cli.progress import make_meter
 from moeconv.cli.sink import Sink, debug, open_streams
@@ -25,7 +26,6 @@ from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import flag_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
-from moeconv.steps.hub import reading
 from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
@@ -100,7 +100,7 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     _guard(verb, values)
     meter = SilentMeter() if _SINK.mute else make_meter()
     try:
-        with reading(values):
+        with follow_links(bool(values.get("follow_links"))):
             result = verb.run(values, meter)
     finally:
         if not isinstance(meter, SilentMeter):
@@ -142,7 +142,7 @@ def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
 
 def _guard(verb: Verb, values: Mapping[str, Any]) -> None:
     """Refuse an output that is, holds or lies in anything that the command reads. Raises OutputError."""
-    from moeconv.steps.guard import guard  # what only the version or help asks for reads nothing
+    from moeconv.checkpoint.guard import guard  # what only the version or help asks for reads nothing
 
     given = [(p, values[p.name]) for p in verb.positionals if values[p.name]]
     reads = [(p.name.upper(), path) for p, path in given if p.reads] + reads_of(values, *verb.groups)

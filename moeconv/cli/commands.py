@@ -55,59 +55,59 @@ _MEASURE = (o.DataOptions, o.MeasureOptions)
 
 
 def _upcycle(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps.upcycling import upcycle
+    from moeconv.upcycle.step import upcycle
 
     return upcycle(v["source"], v["out"], v, meter=meter)
 
 
 def _tune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import convert
+    from moeconv.tune.step import tune
 
-    return convert.tune(v["model"], v["out"], v, meter=meter)
+    return tune(v["model"], v["out"], v, meter=meter)
 
 
 def _prune(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps.pruning.step import prune
+    from moeconv.prune.step import prune
 
     return prune(v["model"], v["out"], v, meter=meter)
 
 
 def _quantize(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import convert
+    from moeconv.quantize.step import quantize
 
-    return convert.quantize(v["model"], v["out"], v, meter=meter)
+    return quantize(v["model"], v["out"], v, meter=meter)
 
 
 def _inspect(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.inspect.step import inspect
 
-    return measure.inspect(v["model"])
+    return inspect(v["model"])
 
 
 def _calibrate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.calibrate.step import calibrate, merge
 
     if v["merge"]:
-        return measure.merge(v["model"], v["stats"], v["merge"], data=v["data"], overwrite=v["overwrite"])
-    return measure.calibrate(v["model"], v["stats"], v, overwrite=v["overwrite"], meter=meter)
+        return merge(v["model"], v["stats"], v["merge"], data=v["data"], overwrite=v["overwrite"])
+    return calibrate(v["model"], v["stats"], v, overwrite=v["overwrite"], meter=meter)
 
 
 def _evaluate(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.evaluate.step import evaluate
 
-    return measure.evaluate(v["model"], v, meter=meter)
+    return evaluate(v["model"], v, meter=meter)
 
 
 def _gates_failed(result: Mapping[str, Any]) -> CheckError | None:
-    from moeconv.steps import measure
+    from moeconv.evaluate.gates import failure
 
-    return measure.failure(result)
+    return failure(result)
 
 
 def _verify(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.verify.step import verify
 
-    return measure.verify(v["model"], against=v["source"], load=v["load"])
+    return verify(v["model"], against=v["source"], load=v["load"])
 
 
 def _problems(result: Mapping[str, Any]) -> CheckError | None:
@@ -115,16 +115,16 @@ def _problems(result: Mapping[str, Any]) -> CheckError | None:
 
 
 def _report(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.report.step import load_results, report
 
-    return measure.report(
-        v["model"], v["out"], stats=v["stats"], results=measure.load_results(v["results"]),
+    return report(
+        v["model"], v["out"], stats=v["stats"], results=load_results(v["results"]),
         reference=v["reference"], title=v["title"], overwrite=v["overwrite"],
     )  # fmt: skip
 
 
 def _run_recipe(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps.pipeline import run_recipe
+    from moeconv.recipe.run import run_recipe
 
     return run_recipe(v["recipe"], settings=v["set"], dry_run=v["dry_run"], meter=meter)
 
@@ -136,15 +136,15 @@ def _demo(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
 
 
 def _families(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.families.listing import families
 
-    return measure.families()
+    return families()
 
 
 def _formats(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
-    from moeconv.steps import measure
+    from moeconv.quantize.listing import formats
 
-    return measure.formats()
+    return formats()
 
 
 VERBS: tuple[Verb, ...] = (

@@ -16,7 +16,8 @@ from moeconv.data.records import Text
 from moeconv.data.texts import TextSource, read_sources
 from moeconv.data.tokenizer import load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
-from moeconv.plan.kernels.draw import generator
+from moeconv.families.model import Model
+from moeconv.randomness import generator
 
 _BATCH = 256  # texts tokenized in one call
 _BYTES_PER_TOKEN = 4
@@ -184,3 +185,11 @@ def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Text]) -> list[l
                 hint="Check the roles and order of its messages.",
             ) from error
     return result
+
+
+def sequence_length(model: Model, asked: int | None, *, default: int) -> int:
+    """`asked`, or `default` shortened to what the model was made for. Raises UsageError for more than that."""
+    most = model.value("max_position_embeddings")
+    if asked is not None and most and asked > most:
+        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions", hint=f"At most {most}.")
+    return asked if asked is not None else min(default, most or default)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from moeconv.calibrate.routing import LoadCounter
-from moeconv.calibrate.run import sequence_length
 from moeconv.data.tokenizer import same_tokenizer
-from moeconv.data.windows import TokenData, load_tokens
+from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window

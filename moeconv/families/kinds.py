@@ -49,7 +49,7 @@ _ROPE_NUMBERS = (
 _ROPE_LISTS = ("short_factor", "long_factor")
 
 
-def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
+def check_relatedds(family: Family, config: Mapping[str, Any]) -> None:
     """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
     for key, default in family.config.items():
         value, kind = config.get(key), _kind_of(key, default)

@@ -17,7 +17,7 @@ from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
 from moeconv.families.find import find_family
-from moeconv.families.kinds import check_kinds
+from moeconv.families.kinds import check_relatedds
 from moeconv.families.names import as_loaded, heads
 from moeconv.families.roles import assign_roles
 from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
@@ -246,7 +246,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     check.check_foreign(checkpoint)
     checkpoint = as_loaded(checkpoint, family)
     config = text_config(checkpoint.config, family)
-    check_kinds(family, config)
+    check_relatedds(family, config)
     check.check_only(family, config)
     family = _with_layout(_with_rule(family, config), checkpoint)
     roles, dropped = assign_roles(checkpoint, family)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from moeconv.families.rule import Rule, route
-from moeconv.plan.kernels.draw import generator
 from moeconv.prune.criteria import CRITERIA, Evidence, Order, Statistics
+from moeconv.randomness import generator
 
 _ROWS = ("sample_logits", "sample_outputs", "sample_scale")
 

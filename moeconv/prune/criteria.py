@@ -13,8 +13,8 @@ import numpy as np
 
 from moeconv.errors import InputError
 from moeconv.families.rule import Rule
-from moeconv.plan.kernels.draw import generator
 from moeconv.prune.reconstruction import Reconstruction
+from moeconv.randomness import generator
 
 SIMILARITIES = ("output", "aligned", "raw", "router")
 

@@ -16,8 +16,8 @@ from moeconv.calibrate.artifact import Statistics
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.inspect.run import inspect
 from moeconv.report.history import command_line, steps_of
-from moeconv.report.inspect import inspect
 
 _SIMILARITIES = ("output_cosine", "router_cosine", "logit_correlation")
 

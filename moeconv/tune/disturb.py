@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
-from moeconv.plan.kernels.draw import generator
+from moeconv.randomness import generator
 
 
 @dataclass

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.calibrate.run import sequence_length
 from moeconv.checkpoint.reader import artifact_metadata, is_artifact
 from moeconv.checkpoint.target import check_file_target
 from moeconv.checkpoint.writer import writing_artifact
-from moeconv.data.windows import TokenData, load_tokens
+from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.options import (
     SEQ_LEN,

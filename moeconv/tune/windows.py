@@ -9,7 +9,7 @@ import numpy as np
 
 from moeconv.data.windows import TokenData, share_out
 from moeconv.errors import InputError
-from moeconv.plan.kernels.draw import generator
+from moeconv.randomness import generator
 
 HELD_OUT = 0.1
 

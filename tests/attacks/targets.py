@@ -16,9 +16,9 @@ from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.reader import INDEX_NAME, Checkpoint
 from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import open_model
+from moeconv.inspect.run import inspect
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.planner import plan_quantize
-from moeconv.report.inspect import inspect
 from moeconv.upcycle.planner import plan_upcycle
 
 Target = Callable[[bytes], None]

@@ -15,10 +15,10 @@ import tiny
 import torch
 
 from moeconv.errors import CheckError
-from moeconv.evaluate import equivalence as child
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.steps import equivalence as step
+from moeconv.upcycle.check import compare as child
+from moeconv.upcycle.check import step
 from moeconv.upcycle.methods import METHODS
 from moeconv.upcycle.planner import origins_of, plan_upcycle
 from tests.contract.stock import DENSE_CASES, save_stock

@@ -9,13 +9,13 @@ import pytest
 import tiny
 import torch
 
-from moeconv.evaluate.default_run import streamed_problem
-from moeconv.evaluate.load import load_strict
 from moeconv.families.model import open_model
 from moeconv.families.widths import why_not
 from moeconv.plan.execute import execute
-from moeconv.report.verify import verify
 from moeconv.upcycle.planner import plan_upcycle
+from moeconv.verify.default_run import streamed_problem
+from moeconv.verify.load import load_strict
+from moeconv.verify.run import verify
 from tests.contract.stock import MOE_CASES, WRAPPED_CASES, row_of, save_stock
 
 torch.set_num_threads(1)

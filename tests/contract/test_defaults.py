@@ -20,7 +20,7 @@ from moeconv.families.spec import Family
 from moeconv.families.target import TRAINING
 from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.meter import SilentMeter
-from moeconv.steps.upcycling import upcycle
+from moeconv.upcycle.step import upcycle
 from tests.contract.stock import DENSE_CASES, save_stock
 
 # name -> (model_type of the class that reads the keys, row)

@@ -19,7 +19,7 @@ from moeconv.plan.execute import execute
 from moeconv.plan.fuse import fuse
 from moeconv.plan.planned import planned_model
 from moeconv.prune.planner import plan_prune
-from moeconv.steps.convert import plan_step
+from moeconv.quantize.step import plan_step
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import (
     HIDDEN,

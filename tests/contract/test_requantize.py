@@ -18,7 +18,7 @@ from moeconv.plan.execute import execute
 from moeconv.plan.kernels.pack import relative_rms
 from moeconv.plan.plan import Plan
 from moeconv.quantize.decode import plan_decode
-from moeconv.steps.convert import plan_step
+from moeconv.quantize.step import plan_step
 from moeconv.tensors import decode_weight
 from tests.contract.stock import MOE_CASES, load, save_stock
 from tests.contract.test_multimodal import _rewrite, _stacked, _tensors
@@ -126,7 +126,7 @@ def test_gptq_takes_stacked_experts_apart_in_the_plan(tmp_path, cli, monkeypatch
     (tmp_path / "text").write_text("its tokens are those below")
     windows = np.random.default_rng(0).integers(3, 120, (32, 16))
     read = TokenData(windows, np.zeros(32, np.int64), (Source("text", "0" * 64, windows.size),))
-    monkeypatch.setattr("moeconv.gptq.run.load_tokens", lambda *_, **__: read)
+    monkeypatch.setattr("moeconv.quantize.gptq.run.load_tokens", lambda *_, **__: read)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     flags = ("--method", "gptq", "--data", tmp_path / "text", "--seq-len", 16, "--json")
     for source in (apart, stacked):

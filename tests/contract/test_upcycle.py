@@ -10,7 +10,7 @@ import torch
 
 from moeconv.families.model import open_model
 from moeconv.families.pairs import PAIRS
-from moeconv.steps.measure import inspect
+from moeconv.inspect.step import inspect
 from moeconv.stream.layers import LayerStream
 from moeconv.tensors import read_tensor
 from tests.contract.stock import CASES, DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock

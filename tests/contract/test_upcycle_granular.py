@@ -17,7 +17,7 @@ from moeconv.families.node import fill
 from moeconv.families.pairs import PAIRS
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels import layout
-from moeconv.steps import equivalence
+from moeconv.upcycle.check import step as equivalence
 from moeconv.upcycle.methods import METHODS, Method
 from moeconv.upcycle.planner import plan_upcycle
 from tests.contract.stock import CASES, DENSE_CASES, load, logits, relative_difference, save_stock

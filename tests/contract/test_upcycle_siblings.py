@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.prepare.centroids import balanced_centroids
-from moeconv.recipe import DEMO_DATA as DEMO
+from moeconv.recipe.read import DEMO_DATA as DEMO
+from moeconv.upcycle.centroids import balanced_centroids
 from moeconv.upcycle.planner import origins_of, plan_upcycle
 from tests.contract.stock import DENSE_CASES, load, logits, relative_difference, save_stock
 

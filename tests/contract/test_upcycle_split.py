@@ -15,8 +15,8 @@ from moeconv.options import UpcycleOptions
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import SilentMeter
 from moeconv.plan.partition import load_partition
-from moeconv.prepare.partition import write_partition
 from moeconv.stream.layers import LayerStream
+from moeconv.upcycle.partition import write_partition
 from moeconv.upcycle.planner import plan_upcycle
 from moeconv.upcycle.split import split_options, split_shape
 from tests.contract.stock import DENSE_CASES, VOCAB, load, logits, relative_difference, save_stock

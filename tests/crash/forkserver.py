@@ -120,13 +120,6 @@ TARGETS = {"cli": _cli, "naive": _naive, "hasty": _hasty}
 
 def _warm() -> None:
     """Import and build what a run needs, so that its children do not each do it again."""
-    import moeconv.calibrate.weights
-    import moeconv.plan.kernels.draw
-    import moeconv.plan.kernels.elementwise
-    import moeconv.prune.planner
-    import moeconv.report.verify
-    import moeconv.steps.measure
-    import moeconv.upcycle.planner  # noqa: F401
     from moeconv.cli.app import run
 
     with contextlib.redirect_stderr(io.StringIO()):

@@ -31,8 +31,8 @@ from moeconv.errors import MoeconvError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.plan import pack_shards
-from moeconv.report.verify import verify
 from moeconv.upcycle.planner import plan_upcycle
+from moeconv.verify.run import verify
 
 RUNS = int(os.environ.get("MOECONV_CRASH_RUNS", "0"))
 EVERY = 1 if RUNS else 4

@@ -22,7 +22,7 @@ from moeconv.checkpoint.output import OutputDirectory
 
 FLAGS = ("--no-check", "-q", "--experts", 3, "--shard-size", "24KB", "--jobs", 1)
 NOBODY = 65534
-LATE = ("rich.console", "rich.table", "rich.color", "moeconv.report.verify")  # what commands import when they need it
+LATE = ("rich.console", "rich.table", "rich.color", "moeconv.verify.run")  # what commands import when they need it
 
 
 @pytest.fixture

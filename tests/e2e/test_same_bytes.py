@@ -25,7 +25,7 @@ from moeconv.plan.execute import execute
 from moeconv.plan.plan import Plan
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.planner import plan_quantize
-from moeconv.recipe import DEMO_DATA
+from moeconv.recipe.read import DEMO_DATA
 from moeconv.upcycle.planner import plan_upcycle
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -29,15 +29,15 @@ from moeconv.checkpoint.writer import ShardWriter
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import InputError, MoeconvError, UsageError, escape
 from moeconv.families.model import open_model
+from moeconv.inspect.run import inspect
 from moeconv.options import parse_layers, parse_size
 from moeconv.plan.build import pick_rows
 from moeconv.plan.execute import execute, parse_part
 from moeconv.plan.plan import Item, TensorSpec, pack_shards
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.planner import plan_quantize
-from moeconv.report.inspect import inspect
-from moeconv.report.verify import verify
 from moeconv.upcycle.planner import plan_upcycle
+from moeconv.verify.run import verify
 
 FACTOR = int(os.environ.get("MOECONV_EXAMPLES", "0"))
 

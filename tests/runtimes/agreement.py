@@ -23,7 +23,7 @@ from typing import Any
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
-from moeconv.recipe import DEMO_DATA
+from moeconv.recipe.read import DEMO_DATA
 
 HERE = Path(__file__).parent
 RUNTIMES = {"vllm": "MOECONV_VLLM_PYTHON", "llama.cpp": "MOECONV_LLAMA_CPP_PYTHON"}
@@ -133,7 +133,7 @@ def texts_elsewhere(packed: Path, texts: Sequence[str]) -> list[list[int]]:
 def moe_source(model: Path, out: Path) -> Path:
     """The model itself when it has experts, else what `upcycle --method drop` makes of it."""
     from moeconv.plan.meter import SilentMeter
-    from moeconv.steps.upcycling import upcycle
+    from moeconv.upcycle.step import upcycle
 
     if open_model(model).family.kind == "moe":
         return model
@@ -144,9 +144,9 @@ def moe_source(model: Path, out: Path) -> Path:
 
 def quantize(source: Path, out: Path, parameters: dict[str, Any]) -> None:
     from moeconv.plan.meter import SilentMeter
-    from moeconv.steps import convert
+    from moeconv.quantize.step import quantize
 
-    convert.quantize(str(source), str(out), parameters, meter=SilentMeter())
+    quantize(str(source), str(out), parameters, meter=SilentMeter())
 
 
 def prompts(source: Path) -> list[list[int]]:

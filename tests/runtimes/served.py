@@ -18,7 +18,7 @@ import agreement as runtimes
 
 from moeconv.errors import InputError, UsageError
 from moeconv.plan.meter import SilentMeter
-from moeconv.steps.pruning.step import prune
+from moeconv.prune.step import prune
 
 # the sizes that vLLM's latent attention has a kernel for
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64,

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from moeconv.families.pairs import PAIRS
 from moeconv.plan.meter import SilentMeter
-from moeconv.steps.pruning.step import prune
-from moeconv.steps.upcycling import upcycle
+from moeconv.prune.step import prune
+from moeconv.upcycle.step import upcycle
 from tests.contract.stock import CASES, MOE_CASES, load, row_of, save_stock
 
 VARIABLE = "MOECONV_TRANSFORMERS4_PYTHON"

@@ -18,16 +18,16 @@ from words import WORDS, add_tokenizer, text
 
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, UsageError
-from moeconv.evaluate import equivalence as equivalence_module
-from moeconv.evaluate.equivalence import equivalence
 from moeconv.evaluate.gates import judge
-from moeconv.evaluate.load import load_strict, strict_problems
 from moeconv.evaluate.run import evaluate
 from moeconv.evaluate.score import score_window
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
+from moeconv.upcycle.check import compare as equivalence_module
+from moeconv.upcycle.check.compare import equivalence
 from moeconv.upcycle.planner import plan_upcycle
+from moeconv.verify.load import load_strict, strict_problems
 
 SEQ_LEN = 16
 
@@ -231,7 +231,7 @@ def test_a_changed_expert_is_seen(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> tuple[int, Any]:
-    command = [sys.executable, "-m", "moeconv.evaluate.equivalence", *map(str, arguments)]
+    command = [sys.executable, "-m", "moeconv.upcycle.check.compare", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, json.loads(done.stdout)
 

@@ -17,8 +17,8 @@ from moeconv.errors import CheckError, InputError
 from moeconv.evaluate.gates import failure
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
-from moeconv.gptq.run import choose_codes
 from moeconv.plan.execute import execute
+from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.finite import NotFiniteError
 from moeconv.tune.run import tune

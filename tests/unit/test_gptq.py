@@ -13,8 +13,9 @@ from words import add_tokenizer, text
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
-from moeconv.gptq.grids import grid_of, on_disk
-from moeconv.gptq.matrix import (
+from moeconv.plan.kernels.pack import relative_rms
+from moeconv.quantize.gptq.grids import grid_of, on_disk
+from moeconv.quantize.gptq.matrix import (
     Grid,
     damped,
     gptq,
@@ -23,7 +24,6 @@ from moeconv.gptq.matrix import (
     round_to_nearest,
     search_scales,
 )
-from moeconv.plan.kernels.pack import relative_rms
 from moeconv.quantize.planner import plan_quantize
 from moeconv.tensors import decode_weight
 

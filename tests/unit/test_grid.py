@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeconv.errors import UsageError
-from moeconv.recipe import load_recipe
+from moeconv.recipe.read import load_recipe
 
 HEAD = "steps:\n  - step: upcycle\n    from: a\n    to: out\n    with: {experts: 8}\n"
 

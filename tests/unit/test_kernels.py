@@ -10,8 +10,9 @@ from tiny import decode, encode
 
 from moeconv.plan.kernels import _WHERE, draw, load_kernel
 from moeconv.plan.kernels.arrays import all_finite, from_float, to_float32
-from moeconv.plan.kernels.draw import choose_neurons, generator
+from moeconv.plan.kernels.draw import choose_neurons
 from moeconv.plan.plan import Input, TensorSpec
+from moeconv.randomness import generator
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

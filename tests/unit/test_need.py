@@ -85,7 +85,7 @@ def test_a_dry_run_tells_it_and_warns(tmp_path: Path, monkeypatch: pytest.Monkey
     for words in (("quantize", path, tmp_path / "o", "--method", "gptq", "--scheme", "int8", *data),
                   ("prune", path, tmp_path / "o", "--keep", 2, "--refit", *data)):  # fmt: skip
         for free, warned in ((10 * GB, False), (GB // 10, True)):
-            monkeypatch.setattr("moeconv.steps.common.free_memory", lambda free=free: free)
+            monkeypatch.setattr("moeconv.runner.run.free_memory", lambda free=free: free)
             done = cli(*words)
             assert done.code == 0 and done.json["memory"]["free_bytes"] == free, done.out
             assert done.json["memory"]["peak_bytes"] >= done.json["memory"]["least_bytes"] > GB // 10

@@ -11,7 +11,7 @@ from moeconv.errors import CheckError, InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
-from moeconv.report.proof import prove_packing
+from moeconv.quantize.proof import prove_packing
 
 FORMATS = [
     {},

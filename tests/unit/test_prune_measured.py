@@ -21,8 +21,8 @@ from moeconv.families.rule import route, rule_of
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, sample_of
 from moeconv.prune.planner import plan_prune
-from moeconv.repair.pruned import Variant, masked, pruned_pass
-from moeconv.repair.refit import Refit, Routes, refit_layer
+from moeconv.prune.repair.pruned import Variant, masked, pruned_pass
+from moeconv.prune.repair.refit import Refit, Routes, refit_layer
 from moeconv.stream.experts import activations, down_projection
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, save_stock
@@ -213,7 +213,7 @@ def test_a_masked_and_refitted_variant_is_the_pruned_file(tmp_path: Path, case: 
     left = len(kept[model.moe_layers[0]])
     kept = {at: k[:left] for at, k in kept.items()}
     from moeconv.checkpoint.overlay import Overlay
-    from moeconv.repair.run import repair
+    from moeconv.prune.repair.run import repair
 
     refitted, plain = Variant(keep=dict(kept), refit=Refit(0.1, 2)), Variant(keep=dict(kept))
     repair(LayerStream(model, data.windows), data, refitted, tmp_path / "overlay", left=left)
@@ -410,7 +410,7 @@ def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: p
     assert done.json["prune"]["measured"]["loss_increase"] == pytest.approx(by_left[left], abs=1e-5)
     passing = [r["experts"] for r in rows if r["loss_increase"] <= limit]
     assert left == min(passing) or rising != sorted(rising), "the largest prune within the gate"
-    monkeypatch.setattr("moeconv.steps.pruning.gates.increase", lambda score: 1.0)
+    monkeypatch.setattr("moeconv.prune.gates.increase", lambda score: 1.0)
     refused = run(cli, path, tmp_path / "out2", tmp_path, "--max-loss-increase", 0.5, "--criterion", "saliency")
     assert refused.code == 2 and "already raises the loss" in refused.json["error"]["message"]
     assert not (tmp_path / "out2").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moeconv.errors import UsageError
-from moeconv.recipe import load_recipe
+from moeconv.recipe.read import load_recipe
 
 STEP = "steps:\n  - {step: upcycle, from: a, to: b, with: {experts: %s}}\n"
 

@@ -13,10 +13,10 @@ from tiny import make_dense, make_moe
 
 from moeconv.calibrate.artifact import load_statistics, write_statistics
 from moeconv.families.model import open_model
+from moeconv.inspect.run import inspect
 from moeconv.report import svg
 from moeconv.report.figures import dendrogram, gather
 from moeconv.report.html import render
-from moeconv.report.inspect import inspect
 
 
 def write_random_statistics(path, model, *, seed=0):

@@ -14,9 +14,9 @@ from moeconv.calibrate.neurons import load_neurons
 from moeconv.calibrate.run import calibrate
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
-from moeconv.prepare.cut import Ffn, cut_ffn
-from moeconv.prepare.grouping import assign, balanced_kmeans
-from moeconv.prepare.linear_router import logistic, missing, oracle, output_norms, ridge, select
+from moeconv.upcycle.ffn_split import Ffn, split_ffn
+from moeconv.upcycle.grouping import assign, balanced_kmeans
+from moeconv.upcycle.linear_router import logistic, missing, oracle, output_norms, ridge, select
 
 torch.set_num_threads(1)
 
@@ -105,26 +105,26 @@ def _planted(seed=0):
 
 def test_planted_experts_and_the_shared_one_are_found():
     ffn, truth = _planted()
-    cut = cut_ffn(ffn, pieces=5, active=3, always=[1])
+    cut = split_ffn(ffn, pieces=5, active=3, always=[1])
     assert sorted(cut.neurons.flatten().tolist()) == list(range(30))
     assert set(truth[cut.neurons[0]].tolist()) == {4}
     assert all(len(set(truth[piece].tolist())) == 1 for piece in cut.neurons)
-    random = cut_ffn(ffn, pieces=5, active=3, always=[1], clustering="random")
+    random = split_ffn(ffn, pieces=5, active=3, always=[1], clustering="random")
     assert cut.error < 0.1 * random.error
-    again = cut_ffn(ffn, pieces=5, active=3, always=[1])
+    again = split_ffn(ffn, pieces=5, active=3, always=[1])
     assert torch.equal(again.neurons, cut.neurons) and torch.equal(again.router, cut.router)
 
 
 def test_the_number_always_on_is_the_one_with_the_smallest_error():
     ffn, _ = _planted()
-    errors = {n: cut_ffn(ffn, pieces=5, active=2, always=[n]).error for n in (0, 1, 2)}
-    assert cut_ffn(ffn, pieces=5, active=2, always=[0, 1, 2]).always == min(errors, key=errors.get) == 1
+    errors = {n: split_ffn(ffn, pieces=5, active=2, always=[n]).error for n in (0, 1, 2)}
+    assert split_ffn(ffn, pieces=5, active=2, always=[0, 1, 2]).always == min(errors, key=errors.get) == 1
 
 
 def test_the_compensated_error_is_without_the_mean_of_what_is_missing():
     ffn, _ = _planted()
     moved = Ffn(ffn.x, ffn.h + 1.0, ffn.down, 0, 0)
-    cut = cut_ffn(moved, pieces=5, active=3, always=[3])
+    cut = split_ffn(moved, pieces=5, active=3, always=[3])
     assert cut.router.shape == (2, 8) and cut.compensated < 0.8 * cut.error
 
 

@@ -65,10 +65,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], An
 def test_what_is_drawn_of_the_data(models, asked, tmp_path):
     from moeconv.calibrate.run import calibrate
     from moeconv.evaluate.run import evaluate
-    from moeconv.gptq.run import choose_codes
-    from moeconv.prepare.router import measure_router
-    from moeconv.steps.pruning.windows import read_windows
+    from moeconv.prune.windows import read_windows
+    from moeconv.quantize.gptq.run import choose_codes
     from moeconv.tune.run import tune
+    from moeconv.upcycle.router import measure_router
 
     dense, moe = models
     (drawn,), (length, evaluated) = stated("measure", "tokens"), stated("measure", "seq_len")

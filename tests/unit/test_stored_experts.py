@@ -18,9 +18,9 @@ from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.sample import on_all_experts, sample_size
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
+from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.refit import Refit
 from moeconv.quantize.planner import plan_quantize
-from moeconv.repair.pruned import Variant, pruned_pass
-from moeconv.repair.refit import Refit
 from moeconv.stream import stored
 from moeconv.stream.experts import activations, down_projection, one_expert, pair_outputs, with_down
 from moeconv.stream.layers import LayerStream

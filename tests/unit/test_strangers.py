@@ -174,7 +174,7 @@ def test_links_hold_for_all_that_a_command_reads_and_for_its_check(tmp_path: Pat
 def test_every_command_that_reads_a_checkpoint_has_the_switch(cli) -> None:
     from moeconv.cli.commands import VERBS
     from moeconv.options import ReadOptions
-    from moeconv.recipe import GROUPS
+    from moeconv.recipe.read import GROUPS
 
     readers = [verb for verb in VERBS if any(p.name in ("model", "source") for p in verb.positionals)]
     assert len(readers) >= 9 and all(ReadOptions in verb.groups for verb in readers)

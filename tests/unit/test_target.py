@@ -16,6 +16,8 @@ import pytest
 from tiny import hashes, make_dense, make_moe
 
 from moeconv import options
+from moeconv.checkpoint.guard import guard
+from moeconv.checkpoint.hub import cache as cache_of_the_hub
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.target import check_target, strangers
 from moeconv.checkpoint.writer import writing_artifact
@@ -23,11 +25,9 @@ from moeconv.cli.commands import VERBS, Verb
 from moeconv.errors import OutputError
 from moeconv.options import flag_of
 from moeconv.plan.meter import SilentMeter
-from moeconv.recipe import DEMO_DATA, GROUPS
-from moeconv.steps.guard import guard
-from moeconv.steps.hub import cache as cache_of_the_hub
-from moeconv.steps.pipeline import run_recipe
-from moeconv.steps.pruning.curve import is_curve
+from moeconv.prune.curve import is_curve
+from moeconv.recipe.read import DEMO_DATA, GROUPS
+from moeconv.recipe.run import run_recipe
 
 WRITERS = {verb.name: verb for verb in VERBS if any(p.writes for p in verb.positionals)}
 # options that hold words, none of which is a path; an option that holds one says so in `reads`
@@ -314,7 +314,7 @@ def test_a_file_is_replaced_by_its_own_kind_only(tmp_path, cli):
 
 def test_a_curve_knows_its_own(tmp_path):
     pytest.importorskip("matplotlib")
-    from moeconv.steps.pruning.curve import _draw
+    from moeconv.prune.curve import _draw
 
     row = {"ratio": 0.5, "loss_increase": 1.0, "kl": 1.0}
     for name in ("a.png", "a.svg", "a.pdf"):

@@ -6,7 +6,6 @@ the order of work, the number of workers or where a run resumed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,9 @@ from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
 from moeconv.plan.plan import Input, TensorSpec
+from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
-
-
-def generator(key: Sequence[Any]) -> np.random.Generator:
-    """A numpy generator that only `key` (numbers and words) decides."""
-    digest = hashlib.sha256(repr(tuple(key)).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
 
 
 def draw_normal(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):

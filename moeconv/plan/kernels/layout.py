@@ -16,8 +16,9 @@ from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.errors import InputError
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
-from moeconv.plan.kernels.draw import add_noise, generator, redraw_neurons
+from moeconv.plan.kernels.draw import add_noise, redraw_neurons
 from moeconv.plan.plan import Input, TensorSpec
+from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}

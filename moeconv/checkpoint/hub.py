@@ -1,0 +1,66 @@
+"""hf://OWNER/NAME[@REVISION] -> a local directory: the hub's cache, with the files that a conversion needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from moeconv.checkpoint.companions import PATTERNS, TEMPLATES, asks_for_code
+from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME
+from moeconv.checkpoint.strictjson import read_json_object
+from moeconv.errors import InputError, UsageError, escape
+
+_HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+_SMALL = ("*.json", "README.md", *PATTERNS)
+_FOLDERS = "*/*"  # other formats and copies of the weights
+
+
+def cache() -> str:
+    """The directory in which the hub's files are kept on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE
+
+
+def resolve(model: str) -> str:
+    """A local directory for MODEL: itself, or the hub's cached snapshot for hf://OWNER/NAME[@REVISION].
+
+    Raises UsageError for a malformed hub name, InputError when the hub cannot give it.
+    """
+    if not model.startswith("hf://"):
+        return model
+    match = _HUB.match(model)
+    if not match:
+        raise UsageError(f"{escape(model)} is not hf://OWNER/NAME[@REVISION]", hint="Example: hf://Qwen/Qwen3-0.6B.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # they are control characters in a log
+    try:
+        path = snapshot_download(match[1], revision=match[2], allow_patterns=list(_SMALL), ignore_patterns=[_FOLDERS])
+        # the directory's name is the commit, so that both halves are of one revision
+        commit, shards = os.path.basename(path), _shards(Path(path))
+        snapshot_download(match[1], revision=commit, allow_patterns=[*shards, f"{TEMPLATES}/*.jinja"])
+        if asks_for_code(Path(path)):
+            snapshot_download(match[1], revision=commit, allow_patterns=["*.py"], ignore_patterns=[_FOLDERS])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"cannot get {escape(model)} from the hub: {escape(reason)}",
+            hint="Check the name, the network, and HF_TOKEN for gated models.",
+        ) from None
+    return path
+
+
+def _shards(path: Path) -> list[str]:
+    """The shards that the index names; a name that is none is left to the checkpoint's own checks."""
+    if not (path / INDEX_NAME).exists():
+        return [SINGLE_NAME]
+    weight_map = read_json_object(path / INDEX_NAME, what=INDEX_NAME).get("weight_map")
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return sorted(name for name in named if _SHARD.fullmatch(name)) or [SINGLE_NAME]

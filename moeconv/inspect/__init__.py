@@ -1,0 +1,5 @@
+"""What a checkpoint is, from its headers."""
+
+from moeconv.callable_package import make_callable
+
+make_callable(__name__)

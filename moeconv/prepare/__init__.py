@@ -1,1 +1,0 @@
-"""MEASURE for upcycle: partitions of FFNs for `split`, and routers from data."""

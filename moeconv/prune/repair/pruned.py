@@ -1,0 +1,172 @@
+"""Pruned variants of a model beside the model itself, in one pass over its layers: masked routing, refitted experts.
+
+No model is written: every variant keeps its own activations, and each layer's weights are read once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.data.heldout import held_out
+from moeconv.errors import InputError
+from moeconv.prune.repair.refit import Fitted, Refit, Routes, judged, refit_layer
+from moeconv.stream.experts import down_projection, with_down
+from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.masking import check_routed, routed_to
+from moeconv.stream.memory import allocate
+
+_SAME = 0.02  # relative: what separates adding from any other way to join the stream
+
+Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer and the variant's inputs [n, S, H] -> experts that stay
+OnLayer = Callable[[int, Mapping[int, Tensor]], None]  # layer, {expert: new down projection [H, I]}
+
+
+@dataclass(eq=False)
+class Variant:
+    """One way to prune: `keep` {layer: kept experts} (all where a layer is absent), or `choose` as the layers come.
+
+    `replace` {layer: {expert: down projection [H, I]}} are weights that stand already, `scale` {layer: factor}
+    multiplies the experts' down projections, `refit` finds new ones, which stay where they err no more than the old
+    ones on held-out tokens (`fitted` says where); `on_layer` hears what they became. `top_k` experts a token instead of
+    the model's own. After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
+    """
+
+    keep: dict[int, Sequence[int]] = field(default_factory=dict)
+    choose: Choose | None = None
+    refit: Refit | None = None
+    top_k: int | None = None
+    replace: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    scale: Mapping[int, float] = field(default_factory=dict)
+    on_layer: OnLayer | None = None
+    fitted: list[Fitted] = field(default_factory=list)
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@torch.no_grad()
+def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None) -> None:
+    """Pass all layers of `stream` and of its variants. A refit looks at the windows `fit` bool [n] (all where None).
+
+    Raises InputError where the stock router cannot be masked, or a layer computes NaN.
+    """
+    for variant in variants:
+        variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
+        variant.hidden.copy_(stream.hidden)
+    seen = np.ones(len(stream.windows), bool) if fit is None else fit
+    aside = np.zeros(tuple(stream.windows.shape), bool)
+    aside[seen] = held_out(int(seen.sum()), aside.shape[1])
+    tokens = _Tokens(torch.from_numpy(seen), torch.from_numpy(aside))
+    for layer in stream.layers():
+        for _ in layer.batches():
+            pass
+        for variant in variants:
+            if layer.experts is None:
+                for _ in layer.batches(hidden=variant.hidden):
+                    pass
+            else:
+                _pass_layer(stream, layer, variant, tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """What a refit looks at: `windows` bool [n], and of those the tokens that only judge, `held` bool [n, S]."""
+
+    windows: Tensor
+    held: Tensor
+
+
+def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _Tokens) -> None:
+    if variant.choose is not None:
+        variant.keep[layer.index] = list(variant.choose(layer, variant.hidden))
+    kept = variant.keep.get(layer.index, range(stream.model.num_experts))
+    replaced = dict(variant.replace.get(layer.index, {}))
+    if layer.index in variant.scale and layer.experts is not None:
+        factor = variant.scale[layer.index]
+        replaced = {e: down_projection(layer.experts, e) * factor for e in kept}
+    if variant.refit is not None:
+        replaced = _refitted(stream, layer, variant, kept, tokens)
+    if variant.on_layer is not None:
+        variant.on_layer(layer.index, replaced)
+    with masked(stream, layer, kept, top_k=variant.top_k, replaced=replaced):
+        for batch in layer.batches(hidden=variant.hidden):
+            assert batch.top_k_index is not None and batch.top_k_weights is not None
+            check_routed(batch.top_k_index, batch.top_k_weights, kept, top_k=variant.top_k, layer=layer.index)
+
+
+def masked(
+    stream: LayerStream, layer: Layer, kept: Sequence[int], *, top_k: int | None = None,
+    replaced: Mapping[int, Tensor] | None = None,
+) -> ExitStack:  # fmt: skip
+    """A context in which the layer is pruned."""
+    assert layer.router is not None and layer.experts is not None
+    stack = ExitStack()
+    stack.enter_context(
+        routed_to(
+            layer.router,
+            layer.ffn,
+            kept,
+            num_experts=stream.model.num_experts,
+            biases=layer.biases,
+            top_k=top_k,
+            top_k_keys=stream.model.family.top_k,
+        )
+    )
+    if replaced:
+        stack.enter_context(with_down(layer.experts, replaced))
+    return stack
+
+
+def _refitted(
+    stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens
+) -> dict[int, Tensor]:
+    """New down projections of the kept experts. What they are to restore is the unpruned model's residual stream behind
+    the layer, so that a layer also mends what those before it could not; where the family does not simply add the FFN
+    to the stream, it is what the whole layer would give on the same inputs. Where the new ones err more than the old
+    ones on the held-out tokens, the old ones."""
+    assert variant.refit is not None and layer.experts is not None
+    routes: list[Routes] = []
+    wanted: list[Tensor] = []
+    rows: list[Tensor] = []
+    held_rows: list[Tensor] = []
+    given = 0.0  # squared norm of what the pruned FFN gives on held-out tokens
+    additive = True
+    with masked(stream, layer, kept, top_k=variant.top_k):
+        for batch in layer.batches(advance=False, hidden=variant.hidden):
+            assert batch.top_k_index is not None and batch.top_k_weights is not None
+            if not wanted:
+                added, behind = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
+                additive = bool((added - behind).norm() <= _SAME * batch.ffn_output.norm())
+            of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.ffn_input.device)
+            aside = tokens.held[batch.rows].flatten().to(of.device)
+            rows.append(of)
+            held_rows.append(aside[of])
+            given += float(batch.ffn_output[aside].double().square().sum())
+            weights = batch.top_k_weights[of] * stream.model.routed_share
+            routes.append(Routes(batch.ffn_input[of], batch.top_k_index[of], weights))
+            if variant.refit.target == "stream" and additive:
+                behind = stream.hidden[batch.rows].to(batch.outputs.device)
+                wanted.append((behind - batch.outputs).flatten(0, 1))
+            else:
+                wanted.append(-batch.ffn_output)
+    if not (variant.refit.target == "stream" and additive):
+        for i, batch in enumerate(layer.batches(advance=False, hidden=variant.hidden)):
+            wanted[i] = wanted[i] + batch.ffn_output
+    missing = torch.cat([values[of] for values, of in zip(wanted, rows)])
+    if not bool(torch.isfinite(missing).all()):
+        raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
+    whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
+    held = torch.cat(held_rows)
+    before = {e: down_projection(layer.experts, e) for e in kept}
+    made = refit_layer(layer.experts, whole.where(~held), missing[~held], before, variant.refit)
+    old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
+    shown = float((whole.where(~held).weights != 0).sum()) / len(kept)
+    variant.fitted.append(
+        Fitted(layer.index, (old / given) ** 0.5 if given else 0.0, (new / given) ** 0.5 if given else 0.0, shown,
+               kept=new <= old)
+    )  # fmt: skip
+    return made if new <= old else before

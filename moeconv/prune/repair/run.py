@@ -1,0 +1,98 @@
+"""What a pruned model's experts become: refitted, rescaled or merged, written layer by layer as an overlay.
+
+The overlay's tensors are named and shaped as in the pruned checkpoint; `plan_prune(..., overlays=...)` applies it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeconv.checkpoint.overlay import Layout, writing_overlay
+from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.data.windows import TokenData
+from moeconv.errors import InputError
+from moeconv.families.model import Model
+from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
+from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.stream.layers import LayerStream
+
+OVERLAY_VERSION = 1
+
+
+def repair(
+    stream: LayerStream,
+    read: TokenData,
+    variant: Variant,
+    path: Path,
+    *,
+    left: int,
+    parts: Sequence[str] = ("down",),
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Run `variant` beside the model and write what its kept experts became to the overlay `path`.
+
+    `parts` are the matrices that change, `left` the experts per layer that the pruned model has. Raises InputError
+    for a family whose experts cannot be written so.
+    """
+    names = overlay_names(stream.model, left, parts)
+    about = artifact_metadata(
+        "overlay", version=OVERLAY_VERSION, identity=stream.model.identity, experts=left,
+        sources=[source.to_json() for source in read.sources], **dict(settings or {}),
+    )  # fmt: skip
+    tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
+    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
+
+        def write(layer: int, made: Mapping[int, Tensor]) -> None:
+            for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
+                writer.write(name, to_bytes(tensor))
+
+        variant.on_layer = write
+        pruned_pass(stream, [variant])
+
+
+def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[int, int, str], Layout]:
+    """{(layer, new expert, part): (name, dtype, shape)} in the order of writing; experts -1 where they are packed."""
+    tensors, family = model.checkpoint.tensors, model.family
+    named: dict[tuple[int, int, str], Layout] = {}
+    for layer in model.moe_layers:
+        for expert in range(1 if model.packed_experts else left):
+            for part in parts:
+                key = f"expert.{part}"
+                if key not in family.tensors or (model.packed_experts and part != "down"):
+                    packed = f"{family.model_type} keeps {part} of all experts in one tensor with others"
+                    alone = f"the experts of {family.model_type} have no {part} matrix"
+                    raise InputError(packed if model.packed_experts else alone, hint="Leave out --merge.")
+                name = family.name(key, layer=layer, expert=expert)
+                ref = tensors[family.name(key, layer=layer, expert=0)]
+                cut = (ref.shape[0] // model.num_experts * left, *ref.shape[1:])
+                shape = cut if model.packed_experts else ref.shape
+                named[layer, expert, part] = (name, ref.dtype, shape)
+    return named
+
+
+def on_disk(
+    model: Model, layer: int, kept: Sequence[int], made: Mapping[int, Any], *, parts: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a layer's experts in the order of `overlay_names`; `made` {old expert: down [H, I], or
+    {part: matrix} when several parts change}."""
+    family = model.family
+    matrices = {e: value if isinstance(value, Mapping) else {"down": value} for e, value in made.items()}
+    if model.packed_experts:
+        ref = model.checkpoint.tensors[family.name("expert.down", layer=layer)]
+        whole = torch.stack([matrices[e]["down"] for e in kept])
+        if family.packed["expert.down"].transposed:
+            whole = whole.transpose(1, 2)
+        if family.packed["expert.down"].flat:
+            whole = whole.flatten(0, 1)
+        yield ref.name, whole.contiguous().to(TORCH_DTYPES[ref.dtype])
+        return
+    for new, old in enumerate(kept):
+        for part in parts:
+            ref = model.checkpoint.tensors[model.expert_name(part, layer=layer, expert=old)]
+            name = family.name(f"expert.{part}", layer=layer, expert=new)
+            yield name, matrices[old][part].contiguous().to(TORCH_DTYPES[ref.dtype])

@@ -1,0 +1,140 @@
+"""The step quantize: the source decoded where it is quantized, codes chosen by data where asked, the plan run, a sample
+of what was written decoded and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.overlay import Overlay
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.options import (
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    QuantizeOptions,
+    StatisticsOptions,
+    WriteOptions,
+    take,
+)
+from moeconv.plan.fuse import fuse
+from moeconv.plan.meter import Meter
+from moeconv.plan.overlay import ORIGIN
+from moeconv.plan.plan import Plan
+from moeconv.plan.planned import planned_model
+from moeconv.quantize.separate import plan_separate
+from moeconv.runner.run import check_out, measuring, named, open_resolved, planned_memory, run_plan
+from moeconv.stream.need import GPTQ
+from moeconv.units import human_bytes
+
+_CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A plan of packing, read from the source, and the model whose weights it packs: the source, decoded where it is
+    quantized, with its experts taken apart."""
+
+    plan: Plan
+    view: Model
+
+
+def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Overlay | None = None) -> _Packing:
+    """Plan a quantize; `overlay` has codes that data chose, for weights of the view."""
+    from moeconv.quantize.decode import plan_decode
+    from moeconv.quantize.planner import plan_quantize
+
+    view, before, where = model, list[Plan](), model.checkpoint.path
+    importance, twin = _importance(model, values)
+    if model.quantization and take(QuantizeOptions, values).requantize:
+        before.append(plan_decode(model))
+        view = planned_model(before[-1], companions=where)
+    if (apart := plan_separate(view)) is not None:
+        before.append(apart)
+        view = planned_model(apart, companions=where)
+    plan = plan_quantize(
+        view, overlay=overlay, importance=importance, stats_of_twin=twin, **named(values, QuantizeOptions, PlanOptions)
+    )
+    for made in reversed(before):
+        fused = fuse(made, plan)
+        assert fused is not None  # it decodes, and reads ranges
+        # that experts were taken apart says nothing of the model: no step of its own
+        plan = fused if made.command == "decode" else replace(fused, earlier=plan.earlier)
+    return _Packing(replace(plan, warnings=(*plan.warnings, *_grown(plan, model))), view)
+
+
+def _grown(plan: Plan, source: Model) -> list[str]:
+    """The warning that packing made a checkpoint larger: one whose experts have fewer bits already."""
+    before, after = source.checkpoint.nbytes, plan.nbytes
+    if after <= before:
+        return []
+    kind = f" ({source.quantization.get('quant_method')} already)" if source.quantization else ""
+    return [f"the result is larger than its source{kind}: {human_bytes(after)} against {human_bytes(before)}"]
+
+
+def _importance(model: Model, values: Mapping[str, Any]) -> tuple[dict[int, float] | None, str | None]:
+    """What --stats says of the layers, and the fingerprint of the twin that they are of, if of one."""
+    path = take(QuantizeOptions, values).stats
+    if path is None:
+        return None, None
+    from moeconv.calibrate.artifact import layer_importance, load_statistics
+
+    statistics = load_statistics(path)
+    twin = statistics.check_belongs(model, twin=take(StatisticsOptions, values).stats_of_twin)
+    return layer_importance(statistics), twin
+
+
+def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Pack every expert, then decode a sample of what was written and compare it with the source."""
+    model = open_resolved(source)
+    options, write = take(QuantizeOptions, values), take(WriteOptions, values)
+    if (options.method == "gptq") != bool(take(DataOptions, values).data):
+        text = (
+            "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
+        )
+        raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
+    packing = plan_packing(model, values)
+    plan = before = packing.plan
+
+    def check(staged: Path) -> dict[str, Any]:
+        from moeconv.quantize.proof import prove_packing
+
+        return prove_packing(plan, model, staged, before=before)
+
+    if options.method != "gptq" or write.dry_run:
+        result = run_plan(plan, model, out, values, meter=meter, check=check)
+        if options.method == "gptq":
+            told = planned_memory(model, values, GPTQ)
+            result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+        return result
+    check_out(out, model, values)
+    from moeconv.quantize.gptq.run import choose_codes, remarks_on
+
+    chosen = [
+        item
+        for item in before.items()
+        if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
+    ]  # multi-token-prediction layers are not run: their experts keep the searched scales
+    asked = named(values, DataOptions, MeasureOptions)
+    seed = take(PlanOptions, values).seed
+
+    def measure(folder: Path) -> dict[str, Any]:
+        path = folder / _CODES
+        return choose_codes(
+            model, chosen, path, damping=options.damping, view=packing.view, seed=seed, meter=meter, **asked
+        )
+
+    groups = (QuantizeOptions, PlanOptions, DataOptions, MeasureOptions)
+    with measuring("quantize", model, out, values, *groups, meter=meter) as measured:
+        folder, found = measured.once("codes", measure)
+        overlay = Overlay(folder / _CODES)
+        plan = plan_packing(model, values, overlay=overlay).plan
+        result = run_plan(
+            plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
+        )
+    result["quantize"].setdefault("error", {})["output"] = found
+    result["warnings"] += remarks_on(found)
+    return result

@@ -1,0 +1,1 @@
+"""Recipes: the YAML file, what it may not do, and its run."""

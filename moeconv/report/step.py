@@ -1,0 +1,49 @@
+"""The step report: one HTML page about a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.target import check_file_target
+from moeconv.errors import escape
+from moeconv.runner.run import open_resolved
+
+
+def report(
+    source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, Any]] = (),
+    reference: str | None = None, title: str | None = None, overwrite: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the HTML report of a checkpoint. `results` are JSON objects of other steps. The JSON: its figures."""
+    from moeconv.calibrate.artifact import load_statistics
+    from moeconv.checkpoint.writer import replace_file
+    from moeconv.report.figures import gather
+    from moeconv.report.html import render
+
+    path = Path(out)
+    check_report_target(path, overwrite=overwrite)
+    model = open_resolved(source)
+    figures = gather(
+        model,
+        statistics=load_statistics(stats) if stats else None,
+        results=results,
+        reference=open_resolved(reference) if reference else None,
+    )
+    page = render(figures, title=escape(title or model.checkpoint.path.resolve().name)).encode()
+    replace_file(path, page)
+    return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+
+
+def check_report_target(path: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a path where a report could not be put. Raises OutputError."""
+    from moeconv.report.html import is_report
+
+    check_file_target(path, what="report", reads=(), overwrite=overwrite, replaces=is_report)
+
+
+def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """The JSON objects that commands printed, from files."""
+    from moeconv.report.figures import load_results as load
+
+    return [load(path) for path in paths]

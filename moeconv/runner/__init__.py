@@ -1,0 +1,1 @@
+"""What every verb that writes a checkpoint shares: running a plan, and keeping what was measured before it."""

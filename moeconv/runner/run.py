@@ -1,0 +1,163 @@
+"""What every step that writes shares: opening MODEL, running a plan, and the common JSON fields."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moeconv import __version__
+from moeconv.checkpoint.card import CARD_NAME
+from moeconv.checkpoint.hub import resolve
+from moeconv.checkpoint.staging import Measured
+from moeconv.checkpoint.strictjson import canonical_json
+from moeconv.checkpoint.target import check_target
+from moeconv.checkpoint.writer import output_errors
+from moeconv.families.model import Model, open_model
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size, take
+from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
+from moeconv.plan.flow import ByteSource
+from moeconv.plan.memory import free_memory
+from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Plan
+from moeconv.report.card import model_card
+from moeconv.stream.need import Run, need_of
+from moeconv.units import human_bytes
+
+
+def open_resolved(model: str) -> Model:
+    """`open_model` on a resolved MODEL."""
+    return open_model(resolve(model))
+
+
+def run_plan(
+    plan: Plan,
+    model: Model,
+    out: str,
+    values: Mapping[str, Any],
+    *,
+    meter: Meter,
+    origins: Mapping[str, ByteSource] | None = None,
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    figures: Mapping[str, Any] | None = None,
+    measured: Measured | None = None,
+) -> dict[str, Any]:
+    """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON.
+
+    `figures` were measured before the plan was made, and stand in the model card. `measured` has the hold on
+    OUT's staging directory.
+    """
+    write = take(WriteOptions, values)
+    result = planned_json(plan, out, dry_run=write.dry_run)
+    part = parse_part(write.part)
+    checked_jobs(write.jobs)
+    if write.dry_run:
+        check_out(out, model, values)
+        result["warnings"] += companions_of(plan, model.checkpoint).warnings
+        return result
+
+    def describe(steps: list[dict[str, Any]], found: Mapping[str, Any]) -> dict[str, bytes]:
+        return {CARD_NAME: model_card(plan, model.checkpoint, steps, {**(figures or {}), **found})}
+
+    done = execute(
+        plan,
+        source=model.checkpoint,
+        out=out,
+        origins=origins,
+        check=None if write.no_check else check,
+        describe=describe,
+        jobs=write.jobs,
+        part=part,
+        overwrite=write.overwrite,
+        strict=write.strict,
+        meter=meter,
+        lock=None if measured is None else measured.lock,
+    )
+    result |= {"seconds": round(done.seconds, 3), "peak_rss_bytes": done.peak_rss_bytes, "files": dict(done.files)}
+    result["warnings"] += done.warnings + list(done.extra.get("warnings", ()))
+    result[plan.command] |= {k: v for k, v in done.extra.items() if k != "warnings"}
+    if part is not None:
+        result |= {"part": write.part, "complete": done.complete}
+    return result
+
+
+def check_out(out: str, model: Model, values: Mapping[str, Any]) -> None:
+    """Refuse, before any work, an OUT directory that cannot be written under the WriteOptions in `values`."""
+    reads = [("the source", model.checkpoint.path)]
+    check_target(Path(os.path.abspath(out)), reads=reads, overwrite=take(WriteOptions, values).overwrite)
+
+
+def planned_memory(model: Model, values: Mapping[str, Any], asks: Mapping[str, Any]) -> dict[str, Any]:
+    """For a dry run: what running the model on data will take, and a warning where it is not free. `asks` are fields of
+    `stream.need.Run`. {memory: {peak_bytes, least_bytes, free_bytes}, warnings}."""
+    measure = take(MeasureOptions, values)
+    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
+    need = need_of(model, Run(measure.tokens or TOKENS, length, measure.batch_size, **asks))
+    free = free_memory()
+    told = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
+    limit = free if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
+    text = f"measuring takes at least {human_bytes(need.least)} of memory; {human_bytes(limit)} are free or allowed"
+    return {"memory": told, "warnings": [text] if need.least > limit else []}
+
+
+def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
+    """The fields that a plan alone decides."""
+    return {
+        "command": plan.command,
+        "output": out,
+        "plan_id": plan.plan_id,
+        "dry_run": dry_run,
+        "tensors": plan.tensors,
+        "shards": len(plan.shards),
+        "bytes": plan.nbytes,
+        "parameters": {"total": plan.params_total, "active": plan.params_active},
+        "changed": plan.changed,
+        "seconds": 0.0,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "warnings": list(plan.warnings),
+        "files": {},
+        plan.command: dict(plan.block),
+    }
+
+
+def named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """The values of these groups, as keyword arguments."""
+    return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
+
+
+def measuring(command: str, model: Model, out: str, values: Mapping[str, Any], *groups: type, meter: Meter) -> Measured:
+    """Where the command keeps what it measures before it can plan, for its other parts and for another run of it.
+
+    `groups` are the options that decide what is measured; files that they name count by their content.
+    """
+    from moeconv.data.digest import content_of
+
+    write = take(WriteOptions, values)
+    shared = parse_part(write.part) is not None
+    checked_jobs(write.jobs)
+
+    def key() -> str:
+        said = named(values, *groups)
+        said |= {"data": [content_of(value) for value in said.get("data", ())]}
+        if said.get("stats"):
+            said["stats"] = content_of(said["stats"], flag="--stats")
+        if said.get("teacher"):
+            teacher = open_resolved(said["teacher"])
+            said["teacher"] = [teacher.identity, teacher.checkpoint.resume_state()]
+        state = [__version__, command, model.identity, model.checkpoint.resume_state(), said]
+        return hashlib.sha256(canonical_json(state)).hexdigest()
+
+    return Measured(Path(os.path.abspath(out)), key=key, shared=shared, note=meter.note)
+
+
+@contextmanager
+def scratch() -> Iterator[str]:
+    """A temporary directory for what is measured on the way; TMPDIR says where."""
+    with output_errors(tempfile.gettempdir()):
+        folder = tempfile.TemporaryDirectory(prefix="moeconv-", ignore_cleanup_errors=True)
+    with folder as path:
+        yield path

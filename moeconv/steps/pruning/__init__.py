@@ -1,1 +1,0 @@
-"""The prune step, from evidence to the written model."""

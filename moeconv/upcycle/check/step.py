@@ -1,0 +1,128 @@
+"""Is the staged model its source's function? Asked of a child process, so that a conversion never imports transformers.
+
+Both models are streamed a decoder layer at a time, so what must fit into memory is a layer and the embeddings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.errors import CheckError, InputError, escape
+from moeconv.families.model import Model
+from moeconv.families.pairs import promise
+from moeconv.plan.memory import free_memory
+from moeconv.plan.plan import Plan
+from moeconv.upcycle.counterpart import counterpart
+
+EXACT_RELATIVE = 1e-5  # of the spread of the logits
+NOT_CHECKED = {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
+_TOKENS = 128
+_LAYERS_HELD = 2.5  # a layer in the compared dtype, the next one's bytes, and the converter's stacking
+
+
+def equivalence(
+    model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Model] = (), partition: Path | None = None
+) -> dict[str, Any]:
+    """{equivalence: figures at the chosen top-k, and with all experts on}, or why it was not checked as a warning.
+
+    What is not exact by design is held against its exact counterpart; `siblings` and `partition` are what the plan was
+    made with. Raises InputError where the source does not run in transformers, CheckError where the staged model does
+    not, or is not what was promised.
+    """
+    free = free_memory()
+    dtype = next((name for name, width in (("float64", 8), ("float32", 4)) if _needed(plan, width) < free * 0.8), None)
+    if dtype is None:
+        text = f"not checked against the source: its largest layer takes {_needed(plan, 4)} bytes, {free} are free"
+        return {"equivalence": dict(NOT_CHECKED), "warnings": [text]}
+    found = _measured(model, staged, plan, dtype, siblings=siblings, partition=partition)
+    if found.get("of") == "source":
+        raise InputError(
+            f"the source itself does not run in transformers: {escape(found['error'])}",
+            hint="Nothing was written. Mend the source, or write it all the same with --no-check.",
+        )
+    if "error" in found or not found.get("strict_load"):
+        why = found.get("error") or "; ".join(found["problems"][:3])
+        raise CheckError(
+            f"transformers cannot run the written model: {escape(why)}",
+            hint="Nothing was written. The source runs; please report it with this message.",
+        )
+    _check_exact(plan, found)
+    warnings = _check_default_run(plan, found["default_run"])
+    return {"equivalence": {"checked": True, **found}, "warnings": warnings}
+
+
+def _measured(
+    model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Model], partition: Path | None
+) -> dict[str, Any]:
+    """What the child process found."""
+    command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), str(staged)]
+    command += ["--dtype", dtype, "--tokens", str(_TOKENS)]
+    if any(m.checkpoint.follows_links for m in (model, *siblings)):
+        command.append("--follow-links")
+    said = ""
+    if (exact := counterpart(plan)) is not None:
+        command.append("--against")
+        paths = [str(sibling.checkpoint.path) for sibling in siblings]
+        said = json.dumps(
+            {"counterpart": exact.to_json(), "siblings": paths, "partition": str(partition) if partition else None}
+        )
+    child = subprocess.run(command, capture_output=True, text=True, input=said, check=False)
+    try:
+        return json.loads(child.stdout)
+    except ValueError:
+        return {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
+
+
+def _check_exact(plan: Plan, found: Mapping[str, Any]) -> None:
+    """Raises CheckError above the bound: of the model itself where it is exact, else of its exact counterpart."""
+    allowed, unless = promise(plan.block["from"], plan.block["to"])
+    limit = max(EXACT_RELATIVE, allowed)
+    compared = {"the written model": found, "the written model with all experts on": found.get("all_on")}
+    if (exact := found.get("counterpart")) is not None:
+        compared = {"the written model, its experts as they were in the source,": exact}
+    for which, figures in compared.items():
+        if figures and not figures["relative"] <= limit:
+            raise CheckError(
+                f"{which} differs from its source by {figures['relative']:.2e} of the logits' spread",
+                hint=f"Nothing was written. The pair is exact unless {unless}; --no-check writes it all the same."
+                if unless
+                else f"Nothing was written. At most {limit:.0e} is rounding; please report it.",
+            )
+    if exact is not None and exact["difference"]:
+        raise CheckError(
+            f"the written model is not what it was planned to be: tensor {escape(exact['difference'])}",
+            hint="Nothing was written. Please report it.",
+        )
+
+
+def _check_default_run(plan: Plan, problem: str | None) -> list[str]:
+    """Warnings about what the plan has warned of; CheckError for any other reason why the model does not run."""
+    if problem is None:
+        return []
+    text = f"the written model does not run with transformers' defaults: {escape(problem)}"
+    if problem in "\n".join(plan.warnings):
+        return []
+    raise CheckError(text, hint="Nothing was written. The source runs; please report it with this message.")
+
+
+def _needed(plan: Plan, width: int) -> int:
+    """Bytes that the child takes at its peak: the largest layer, the embeddings, the logits of both models."""
+    layers: dict[str, int] = {}
+    outside = 0
+    for item in plan.items():
+        for spec in item.outputs:
+            place = next((word for word in spec.name.split(".") if word.isdecimal()), None)
+            count = math.prod(spec.shape)
+            if place is None:
+                outside = max(outside, count)
+            else:
+                layers[place] = layers.get(place, 0) + count
+    vocabulary = plan.config.get("vocab_size") or 0
+    logits = 3 * _TOKENS * (vocabulary if isinstance(vocabulary, int) else 0) * width
+    return int(_LAYERS_HELD * max(layers.values(), default=0) * width + 2 * outside * width + logits) + (1 << 29)

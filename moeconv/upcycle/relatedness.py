@@ -1,0 +1,90 @@
+"""Do checkpoints of equal shape descend from one base? Looked at before their FFNs become experts of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.strictjson import parse_json
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.plan.kernels.arrays import to_float32
+
+_SAMPLE = 1 << 16  # bytes of one FFN matrix
+_SAME_WORDS = 0.9  # of the smaller vocabulary
+_NAMED = 3  # tokens
+_RELATED = 0.3  # cosine of fine-tunes of one base is near 1, of strangers near 0
+
+
+def check_related(model: Model, siblings: Sequence[Model]) -> list[str]:
+    """Warnings about siblings whose weights have nothing to do with SOURCE's.
+
+    Raises InputError where a sibling's tokenizer.json gives other ids to the same words.
+    """
+    ours, warnings = _vocabulary(model), []
+    for sibling in siblings:
+        where, theirs = escape(sibling.checkpoint.path), _vocabulary(sibling)
+        if ours is not None and theirs is not None and ours != theirs:
+            warnings.append(_compare_vocabularies(where, ours, theirs))
+        cosine = _cosine(model, sibling)
+        if abs(cosine) < _RELATED:
+            warnings.append(
+                f"{where} does not look like a sibling of SOURCE: their first FFN weights have a cosine of {cosine:.2f}"
+                " (fine-tunes of one base have 0.9 and more); its experts will not fit the other layers"
+            )
+    return warnings
+
+
+def _compare_vocabularies(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What to say of tokens that were added, removed or renamed. Raises InputError for another vocabulary."""
+    shared = ours.keys() & theirs.keys()
+    odd = next((word for word in sorted(shared) if ours[word] != theirs[word]), None)
+    if odd is not None or len(shared) < _SAME_WORDS * min(len(ours), len(theirs)):
+        what = f"token {escape(odd)!r} is {theirs[odd]}, in SOURCE {ours[odd]}" if odd else "it has other tokens"
+        raise InputError(
+            f"{where} has another vocabulary than SOURCE: {what}",
+            hint="Experts read SOURCE's embeddings; take siblings that were trained with its tokenizer.",
+        )
+    parts = [
+        f"{what} {len(words)} ({', '.join(map(escape, words[:_NAMED]))}{', ...' * (len(words) > _NAMED)})"
+        for what, words in (("has", sorted(theirs.keys() - shared)), ("lacks", sorted(ours.keys() - shared)))
+        if words
+    ]
+    return (
+        f"{where} {' and '.join(parts)} tokens that SOURCE has otherwise: texts are read with SOURCE's tokenizer and "
+        "embeddings, since only FFNs are taken"
+    )
+
+
+def _vocabulary(model: Model) -> dict[str, Any] | None:
+    path = Path(model.checkpoint.path) / "tokenizer.json"
+    if not path.is_file():
+        return None
+    value = parse_json(path.read_bytes(), what=f"{escape(path)}")
+    words = value.get("model", {}).get("vocab") if isinstance(value, dict) else None
+    if not isinstance(words, dict):
+        return None
+    added = value.get("added_tokens") or []
+    return words | {t["content"]: t.get("id") for t in added if isinstance(t, dict) and "content" in t}
+
+
+def _cosine(one: Model, other: Model) -> float:
+    name = next(n for n, role in one.roles.items() if role.group == "ffn")
+    its = {(r.key, r.layer): n for n, r in other.roles.items()}
+    a, b = (_start(m, n) for m, n in ((one, name), (other, its[one.roles[name].key, one.roles[name].layer])))
+    count = min(len(a), len(b))
+    a, b = a[:count].astype(np.float64), b[:count].astype(np.float64)
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / length if length else 1.0
+
+
+def _start(model: Model, name: str) -> np.ndarray:
+    ref = model.checkpoint.tensors[name]
+    width = ref.nbytes // max(1, int(np.prod(ref.shape)))
+    size = min(ref.nbytes, _SAMPLE) // width * width
+    data = bytearray(size)
+    model.checkpoint.read_into(name, memoryview(data))
+    return to_float32(data, ref.dtype, (size // width,))

@@ -1,0 +1,99 @@
+"""The step upcycle: siblings opened, a router measured where one is asked for, the plan run, the result proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.staging import Measured
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.options import (
+    CalibrateOptions,
+    DataOptions,
+    MeasureOptions,
+    PlanOptions,
+    UpcycleOptions,
+    WriteOptions,
+    take,
+)
+from moeconv.plan.flow import ByteSource
+from moeconv.plan.meter import Meter
+from moeconv.plan.overlay import ORIGIN
+from moeconv.plan.partition import ORIGIN as PARTITION
+from moeconv.plan.plan import Plan
+from moeconv.runner.run import check_out, measuring, named, open_resolved, run_plan
+from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
+from moeconv.upcycle.relatedness import check_related
+
+_ROUTER = "router.safetensors"
+
+
+def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+    """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
+    from moeconv.upcycle.planner import origins_of, plan_upcycle
+
+    options, write = take(UpcycleOptions, values), take(WriteOptions, values)
+    model, parameters = open_resolved(source), named(values, UpcycleOptions, PlanOptions)
+    siblings = [open_resolved(path) for path in options.experts_from]
+    if options.method == "split" and options.router != "random":
+        raise UsageError("--router: split fits its own router", hint="Leave --router out.")
+    if take(DataOptions, values).data and options.method != "split" and options.router == "random":
+        raise UsageError(
+            "--data says nothing to this upcycle",
+            hint="It goes with --method split and with --router hidden or centroid; leave it out.",
+        )
+    origins: dict[str, ByteSource] = dict(origins_of(siblings))
+    figures: dict[str, Any] = {}
+    split_by: Path | None = None
+    measures = (options.method == "split" or options.router != "random") and not write.dry_run
+    with ExitStack() as stack:
+        measured: Measured | None = None
+        if measures:
+            check_out(out, model, values)
+            groups = (UpcycleOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
+            measured = stack.enter_context(measuring("upcycle", model, out, values, *groups, meter=meter))
+        if measured and options.method == "split":
+            from moeconv.upcycle.measured_split import measure_partition
+
+            partition = measure_partition(model, values, measured, meter=meter)
+            origins[PARTITION], split_by = partition.file, partition.file.path
+            plan = plan_upcycle(model, siblings=siblings, partition=partition, **parameters)
+        else:
+            plan = plan_upcycle(model, siblings=siblings, **parameters)
+        warnings = check_related(model, siblings)
+        if measured and options.router != "random":
+            overlay, figures["router"] = _measured_router(model, plan, measured, values, meter=meter)
+            origins[ORIGIN] = overlay
+            plan = plan_upcycle(model, siblings=siblings, overlay=overlay, **parameters)
+        result = run_plan(
+            plan, model, out, values, meter=meter, origins=origins, figures=figures,
+            check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),
+            measured=measured,
+        )  # fmt: skip
+    result["warnings"] = warnings + result["warnings"]
+    result["upcycle"] = figures | result["upcycle"]
+    result["upcycle"].setdefault("equivalence", dict(NOT_CHECKED))
+    return result
+
+
+def _measured_router(
+    model: Model, plan: Plan, measured: Measured, values: Mapping[str, Any], *, meter: Meter
+) -> tuple[SafetensorsFile, dict[str, Any]]:
+    """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
+    from moeconv.upcycle.planner import router_rows
+    from moeconv.upcycle.router import measure_router
+
+    asked = named(values, DataOptions, MeasureOptions)
+    names, rows = router_rows(plan)
+    kind, seed = take(UpcycleOptions, values).router, take(PlanOptions, values).seed
+
+    def measure(folder: Path) -> dict[str, Any]:
+        path = folder / _ROUTER
+        return measure_router(model, path, kind=kind, names=names, experts=rows, seed=seed, meter=meter, **asked)
+
+    folder, found = measured.once("router", measure)
+    return SafetensorsFile(folder / _ROUTER), found

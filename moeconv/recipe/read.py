@@ -28,10 +28,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+import moeconv
 from moeconv import options as o
 from moeconv.errors import UsageError, did_you_mean, escape
 
-DEMO_DATA = Path(__file__).parent / "demo_data"
+DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 _COMMON = (o.PlanOptions, o.WriteOptions, o.ReadOptions)
 _MEASURE = (o.DataOptions, o.MeasureOptions)

@@ -22,10 +22,10 @@ from typing import Any
 import atheris
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "attacks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 with atheris.instrument_imports(include=["moeconv", "json"]):
-    import targets
+    from attacks import targets
 
 JUNK: tuple[Any, ...] = (
     None, True, False, -1, 0, 1, 2, 2**31, 2**63 - 1, 2**63, 2**70, 0.5, 1e308, "", "x", "..", "../x", "/etc/passwd",

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "crash")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from forkserver import ForkServer  # noqa: E402
+from crash.forkserver import ForkServer  # noqa: E402
 from tiny import hashes, make_dense, make_moe  # noqa: E402
 
 from moeconv.errors import MoeconvError  # noqa: E402

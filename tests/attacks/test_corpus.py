@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from targets import Folder, targets
+from attacks.targets import Folder, targets
 from tiny import make_dense, with_header
 
 from moeconv.checkpoint.header import LIBRARY_HEADER_BYTES, MAX_HEADER_BYTES

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults import MODES, Faults
-from forkserver import ForkServer
+from crash.faults import MODES, Faults
+from crash.forkserver import ForkServer
 from tiny import hashes, make_dense, make_moe, read_tensors
 
 from moeconv.checkpoint.output import OutputDirectory

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import Faults
+from crash.faults import Faults
 from tiny import hashes, make_dense
 
 from moeconv.checkpoint.output import OutputDirectory

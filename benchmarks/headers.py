@@ -23,7 +23,7 @@ import tiny  # noqa: E402
 
 from moeconv.checkpoint.header import serialise_header  # noqa: E402
 from moeconv.checkpoint.reader import INDEX_NAME  # noqa: E402
-from moeconv.families.moe import QWEN3_MOE  # noqa: E402
+from moeconv.families.rows.qwen import QWEN3_MOE  # noqa: E402
 
 STEPS = {
     "inspect": (),

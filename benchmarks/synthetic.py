@@ -17,8 +17,7 @@ import numpy as np
 from moeconv.checkpoint.header import serialise_header, tensor_nbytes
 from moeconv.checkpoint.reader import INDEX_NAME
 from moeconv.checkpoint.writer import ShardWriter
-from moeconv.families.dense import DENSE
-from moeconv.families.moe import MOE
+from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.plan.kernels.arrays import from_float
 
@@ -47,7 +46,7 @@ def make(
     """Write the checkpoint: experts 3/8 as wide as hidden (dense: 11/4), as many layers as the size asks for.
 
     `sparse` leaves holes, which read as zeros, where the weights would be."""
-    family = (DENSE | MOE)[model_type]
+    family = tables().families[model_type]
     moe = family.kind == "moe"
     width, experts = (hidden * 3 // 8, experts) if moe else (hidden * 11 // 4, 0)
     shapes = sizes(family, hidden, width, experts)
@@ -113,7 +112,7 @@ def dense_size(gigabytes: float, hidden: int, experts: int = 8) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--family", default="llama", choices=sorted(DENSE | MOE))
+    parser.add_argument("--family", default="llama", choices=sorted(tables().families))
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--random", action="store_true", help="draw every weight anew (slower to make)")

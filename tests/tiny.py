@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.families.dense import LLAMA, MISTRAL, QWEN2, QWEN3
-from moeconv.families.moe import MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE
+from moeconv.families.rows.llama import LLAMA
+from moeconv.families.rows.mistral import MISTRAL, MIXTRAL
+from moeconv.families.rows.olmo import OLMOE
+from moeconv.families.rows.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from moeconv.families.spec import Family, Role
 
 # the families whose tensors this file can shape; tests/contract makes all of them with transformers

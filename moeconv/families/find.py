@@ -7,19 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeconv.errors import Unsupported, escape
-from moeconv.families.dense import DENSE
-from moeconv.families.moe import MOE
-from moeconv.families.moe_sources import MOE_SOURCES
-from moeconv.families.pairs import HOMELESS
+from moeconv.families.refused import HOMELESS, UNTAKEN
+from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.families.wrappers import UNTAKEN, WRAPPED
 
-FAMILIES: dict[str, Family] = DENSE | MOE | MOE_SOURCES
 _LIST = "`moeconv families` lists what is taken; `moeconv inspect` and `verify` answer for any checkpoint."
-_ALONE = (
-    "Of multimodal models those around a Mixture-of-Experts are taken "
-    f"({', '.join(sorted(WRAPPED))}); of others give the language model as a checkpoint of its own."
-)
 _TEXT_ROOTS = ("text_config", "llm_config", "language_config", "thinker_config")
 # keys of config.json that only models with more than a language model have
 _BESIDE_TEXT = (
@@ -30,11 +22,10 @@ _BESIDE_TEXT = (
 
 def accepted() -> dict[str, tuple[str, ...]]:
     """Every model_type that `find_family` takes: "dense" and "moe" (a few are both), and "multimodal"."""
-    kinds = {
-        kind: sorted({name for rows in (DENSE, FAMILIES) for name, row in rows.items() if row.kind == kind})
-        for kind in ("dense", "moe")
-    }
-    return {**{kind: tuple(names) for kind, names in kinds.items()}, "multimodal": tuple(sorted(WRAPPED))}
+    known = tables()
+    return {
+        "dense": tuple(sorted(known.dense)), "moe": tuple(sorted(known.moe)), "multimodal": tuple(sorted(known.wrapped))
+    }  # fmt: skip
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -42,11 +33,13 @@ def find_family(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}", hint=_LIST)
-    if model_type in WRAPPED:
-        return _find_wrapped(model_type, config)
-    if model_type in FAMILIES:
-        plain = DENSE.get(model_type)
-        return plain if plain is not None and _is_plain(plain, config) else FAMILIES[model_type]
+    known = tables()
+    if model_type in known.wrapped:
+        return _find_wrapped(known.wrapped[model_type], model_type, config)
+    if model_type in known.families:
+        plain = known.dense.get(model_type)
+        whole = known.families[model_type]
+        return plain if plain is not None and _is_plain(plain, whole, config) else whole
     if model_type in UNTAKEN:
         raise Unsupported(f"{model_type} cannot be taken: {UNTAKEN[model_type]}", hint=_LIST)
     if model_type in HOMELESS:
@@ -58,7 +51,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise Unsupported(
             f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and no row says "
             "which of its tensors are the language model and how that runs without the rest",
-            hint=_ALONE,
+            hint="Of multimodal models those around a Mixture-of-Experts are taken "
+            f"({', '.join(sorted(known.wrapped))}); of others give the language model as a checkpoint of its own.",
         )
     if config.get("is_encoder_decoder") is True:
         raise Unsupported(
@@ -71,7 +65,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def _near(model_type: str) -> str:
-    close = difflib.get_close_matches(model_type, [*FAMILIES, *WRAPPED], n=1)
+    close = difflib.get_close_matches(model_type, [*tables().families, *tables().wrapped], n=1)
     return f"Did you mean {close[0]}? {_LIST}" if close else _LIST
 
 
@@ -85,9 +79,8 @@ def _language_model(config: Mapping[str, Any]) -> str:
     return f"{escape(name)}, a {kind} language model" if name else f"a {kind} language model"
 
 
-def _find_wrapped(model_type: str, config: Mapping[str, Any]) -> Family:
+def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[str, Any]) -> Family:
     """The row of a multimodal model, by the language model in it."""
-    rows = WRAPPED[model_type]
     root = next(iter(rows.values())).root
     nested = config.get(root)
     text = nested.get("model_type") if isinstance(nested, dict) else None
@@ -101,8 +94,7 @@ def _find_wrapped(model_type: str, config: Mapping[str, Any]) -> Family:
     return rows[text]
 
 
-def _is_plain(plain: Family, config: Mapping[str, Any]) -> bool:
-    """Whether config is that of the dense row of a family that has an MoE row too."""
-    family = FAMILIES[plain.model_type]
+def _is_plain(plain: Family, family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether config is that of the dense row `plain` of a family whose row with experts is `family`."""
     said = family.read(config)
     return plain.no_experts is not None and plain.no_experts(lambda key: family.default(key, said))

@@ -125,20 +125,6 @@ WHOLE_ROW_NORMS = {"attention.q_norm": "heads*head", "attention.k_norm": "kv*hea
 GATED_QUERY = {"attention.q": "2*heads*head, hidden", "attention.q_bias": "2*heads*head"}
 NORM_OF_EACH_HEAD = {"attention.q_norm": "heads, head", "attention.k_norm": "kv, head"}
 LATENT = {"attention.o": "hidden, heads*v_latent"}
-MAMBA_1 = {
-    "mamba.A": "mamba_inner, mamba_state",
-    "mamba.D": "mamba_inner",
-    "mamba.conv": "mamba_inner, 1, mamba_kernel",
-    "mamba.conv_bias": "mamba_inner",
-    "mamba.in": "2*mamba_inner, hidden",
-    "mamba.in_bias": "2*mamba_inner",
-    "mamba.x": "mamba_rank + 2*mamba_state, mamba_inner",
-    "mamba.dt": "mamba_inner, mamba_rank",
-    "mamba.dt_bias": "mamba_inner",
-    "mamba.dt_norm": "mamba_rank",
-    "mamba.b_norm": "mamba_state",
-    "mamba.c_norm": "mamba_state",
-}
 
 
 def head_dim(get: Get) -> int:
@@ -146,89 +132,36 @@ def head_dim(get: Get) -> int:
     return get("head_dim") or get("hidden_size") // get("num_attention_heads")
 
 
-def _key(key: str) -> Size:
+def config_key(key: str) -> Size:
+    """The size that a config key says."""
     return lambda get, place: get(key)
 
 
 # name -> its number; a row's `sizes` come before these
 _SIZES: Mapping[str, Size] = {
-    "hidden": _key("hidden_size"),
-    "vocab": _key("vocab_size"),
-    "heads": _key("num_attention_heads"),
+    "hidden": config_key("hidden_size"),
+    "vocab": config_key("vocab_size"),
+    "heads": config_key("num_attention_heads"),
     "kv": lambda get, place: get("num_key_value_heads") or get("num_attention_heads"),
     "head": lambda get, place: head_dim(get),
     "v_head": lambda get, place: head_dim(get),
-    "q_rank": _key("q_lora_rank"),
-    "kv_rank": _key("kv_lora_rank"),
-    "nope": _key("qk_nope_head_dim"),
-    "rope": _key("qk_rope_head_dim"),
-    "v_latent": _key("v_head_dim"),
-    "conv_kernel": _key("conv_L_cache"),
-    "linear_v_heads": _key("linear_num_value_heads"),
-    "linear_v_head": _key("linear_value_head_dim"),
+    "q_rank": config_key("q_lora_rank"),
+    "kv_rank": config_key("kv_lora_rank"),
+    "nope": config_key("qk_nope_head_dim"),
+    "rope": config_key("qk_rope_head_dim"),
+    "v_latent": config_key("v_head_dim"),
+    "conv_kernel": config_key("conv_L_cache"),
+    "linear_v_heads": config_key("linear_num_value_heads"),
+    "linear_v_head": config_key("linear_value_head_dim"),
     "linear_key": lambda get, place: get("linear_num_key_heads") * get("linear_key_head_dim"),
     "linear_value": lambda get, place: get("linear_num_value_heads") * get("linear_value_head_dim"),
-    "linear_kernel": _key("linear_conv_kernel_dim"),
-    "mamba_heads": _key("mamba_n_heads"),
+    "linear_kernel": config_key("linear_conv_kernel_dim"),
+    "mamba_heads": config_key("mamba_n_heads"),
     "mamba_inner": lambda get, place: int(get("mamba_expand") * get("hidden_size")),
-    "mamba_groups": _key("mamba_n_groups"),
-    "mamba_state": _key("mamba_d_state"),
-    "mamba_kernel": _key("mamba_d_conv"),
+    "mamba_groups": config_key("mamba_n_groups"),
+    "mamba_state": config_key("mamba_d_state"),
+    "mamba_kernel": config_key("mamba_d_conv"),
     "mamba_rank": lambda get, place: _mamba_rank(get("mamba_dt_rank"), get("hidden_size")),
-}
-NEMOTRON_H_SIZES: Mapping[str, Size] = {
-    "mamba_heads": _key("mamba_num_heads"),
-    "mamba_inner": lambda get, place: get("mamba_num_heads") * get("mamba_head_dim"),
-    "mamba_groups": _key("n_groups"),
-    "mamba_state": _key("ssm_state_size"),
-    "mamba_kernel": _key("conv_kernel"),
-}
-
-
-def _in_layer(get: Get, place: Place, key: str) -> Any:
-    """What config.json says of one layer alone, else None."""
-    each = get("per_layer_config")
-    of_layer = each.get(str(place.layer)) if isinstance(each, dict) else None
-    return of_layer.get(key) if isinstance(of_layer, dict) else None
-
-
-def _global_heads(get: Get, place: Place) -> Any:
-    """Gemma 4's layers without a window have heads of another size, which either key says."""
-    said = place.slides or get("per_layer_config") is not None
-    return _in_layer(get, place, "head_dim") or (get("head_dim") if said else get("global_head_dim"))
-
-
-def _global_kv(get: Get, place: Place) -> Any:
-    said = get("per_layer_config") is not None or place.slides or not get("attention_k_eq_v")
-    apart = None if said else get("num_global_key_value_heads")
-    return _in_layer(get, place, "num_key_value_heads") or apart or get("num_key_value_heads")
-
-
-def _mimo_kv(get: Get, place: Place) -> Any:
-    """Twice as many where the layer slides."""
-    kinds = get("layer_types")
-    if not isinstance(kinds, list) or place.layer is None or place.layer >= len(kinds):
-        return None
-    return get("num_key_value_heads") * (2 if kinds[place.layer] == "sliding_attention" else 1)
-
-
-def _heads_of_layer(get: Get, place: Place) -> Any:
-    each = get("num_attention_heads_per_layer")
-    if not isinstance(each, list):
-        return get("num_attention_heads")
-    return each[place.layer] if place.layer is not None and place.layer < len(each) else None
-
-
-GEMMA4_SIZES: Mapping[str, Size] = {"head": _global_heads, "v_head": _global_heads, "kv": _global_kv}
-MIMO_SIZES: Mapping[str, Size] = {"kv": _mimo_kv, "v_head": _key("v_head_dim")}
-LAGUNA_SIZES: Mapping[str, Size] = {
-    "heads": _heads_of_layer,
-    # a gate for each head, or for each of its numbers
-    "gates": lambda get, place: (
-        _heads_of_layer(get, place)
-        if get("gating") in (None, True, "per-head")
-        else _heads_of_layer(get, place) * head_dim(get)
-    ),
 }
 
 

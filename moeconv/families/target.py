@@ -15,9 +15,9 @@ from moeconv.families import rope, sliding
 from moeconv.families.folds import FOLDS, Draft, align_layout
 from moeconv.families.head import said_head, untied
 from moeconv.families.model import Model
-from moeconv.families.moe import MOE
 from moeconv.families.node import concat
 from moeconv.families.node import source as source_node
+from moeconv.families.registry import tables
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family, Pair
 
@@ -39,7 +39,7 @@ _TARGETS = "See `moeconv families` for other targets (--to)."
 
 def draft_target(model: Model, pair: Pair) -> Draft:
     """The target's config (without expert counts and sizes) and tensors. Raises InputError when inexact."""
-    target = MOE[pair.target]
+    target = tables().moe[pair.target]
     config, warnings = _target_config(model, pair, target)
     draft = Draft(
         source=model.family,

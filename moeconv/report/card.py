@@ -13,7 +13,7 @@ from moeconv import __version__
 from moeconv.checkpoint.card import source_metadata
 from moeconv.checkpoint.reader import Checkpoint, hub_name
 from moeconv.errors import escape
-from moeconv.families.wrappers import WRAPPED
+from moeconv.families.registry import tables
 from moeconv.plan.plan import Plan
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
@@ -111,7 +111,9 @@ def _loading(plan: Plan) -> str:
     loads = plan.block.get("loads")
     own = plan.block.get("format") == "bitsandbytes"
     first = "import moeconv.hf  # registers the loader of packed experts\n" if own else ""
-    auto = "AutoModelForImageTextToText" if plan.config.get("model_type") in WRAPPED else "AutoModelForCausalLM"
+    auto = (
+        "AutoModelForImageTextToText" if plan.config.get("model_type") in tables().wrapped else "AutoModelForCausalLM"
+    )
     code = (
         f"```python\n{first}from transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("PATH", dtype="auto")\n```'

@@ -11,9 +11,9 @@ from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
-from moeconv.families.moe import MOE
 from moeconv.families.node import fill
 from moeconv.families.pairs import find_pair
+from moeconv.families.registry import tables
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
 from moeconv.families.written import other_values_elsewhere, written_config
@@ -69,7 +69,7 @@ def plan_upcycle(
     if splits:
         options = split_options(model, options)
     pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
-    target = MOE[pair.target]
+    target = tables().moe[pair.target]
     method = METHODS[options.method]
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
     cut = _counted(cut, options, len(siblings))

@@ -8,8 +8,8 @@ from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.moe import MOE
 from moeconv.families.pairs import find_pair
+from moeconv.families.registry import tables
 from moeconv.options import UpcycleOptions, parse_index, parse_layers
 from moeconv.plan.partition import ROUTER_SCALE, Partition
 from moeconv.upcycle.cut import counts, cut_ffn
@@ -45,7 +45,7 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
     if shared is None:
         pair = find_pair(model.family, options.to, shared=True)
         even = model.ffn_width % (counts(options)[0] + 1) == 0
-        shared = "1" if MOE[pair.target].shared_width and even else "none"
+        shared = "1" if tables().moe[pair.target].shared_width and even else "none"
     held = 0 if shared in ("none", "0") else parse_index(shared)
     if held is None:
         raise UsageError(
@@ -60,7 +60,7 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
 
 def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
     """What has to be measured for these options, as `split_options` gave them."""
-    target = MOE[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
+    target = tables().moe[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
     cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
     best = auto_layers(options.layers, layers=model.num_layers)
     if best is not None and target.placement.can != "any layer" and best < model.num_layers:

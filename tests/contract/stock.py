@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from moeconv.families.find import FAMILIES
+from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.families.wrappers import WRAPPED
 
 VOCAB, HIDDEN = 128, 64
 _COMMON = {
@@ -483,15 +482,15 @@ MOE_CASES |= WRAPPED_CASES
 def row_of(case: str) -> Family:
     """The family row of an MoE case."""
     kind, config = MOE_CASES[case]
-    if kind not in WRAPPED:
-        return FAMILIES[kind]
-    rows = WRAPPED[kind]
+    if kind not in tables().wrapped:
+        return tables().families[kind]
+    rows = tables().wrapped[kind]
     return rows[config["text_config"].get("model_type", next(iter(rows)))]
 
 
 def auto_class(model_type: str) -> Any:
     """The Auto class that makes models of this type."""
-    return AutoModelForImageTextToText if model_type in WRAPPED else AutoModelForCausalLM
+    return AutoModelForImageTextToText if model_type in tables().wrapped else AutoModelForCausalLM
 
 
 def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: torch.dtype, seed: int = 0) -> Path:

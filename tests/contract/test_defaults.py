@@ -10,15 +10,12 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moeconv.families.dense import DENSE
-from moeconv.families.moe import MOE
-from moeconv.families.moe_sources import MOE_SOURCES
+from moeconv.families.registry import tables
 from moeconv.families.rope import KEYS as ROPE
 from moeconv.families.rope import both_wordings, read_rope
 from moeconv.families.sliding import KEYS as SLIDING
 from moeconv.families.spec import Family
 from moeconv.families.target import TRAINING
-from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.meter import SilentMeter
 from moeconv.upcycle.step import upcycle
 from tests.contract.stock import DENSE_CASES, save_stock
@@ -26,9 +23,9 @@ from tests.contract.stock import DENSE_CASES, save_stock
 # name -> (model_type of the class that reads the keys, row)
 ROWS: dict[str, tuple[str, Family]] = {
     f"{row.model_type} ({row.kind})": (row.model_type, row)
-    for table in (DENSE, MOE, MOE_SOURCES)
+    for table in (tables().dense, tables().moe)
     for row in table.values()
-} | {f"{outer}/{text}": (text, row) for outer, rows in WRAPPED.items() for text, row in rows.items()}
+} | {f"{outer}/{text}": (text, row) for outer, rows in tables().wrapped.items() for text, row in rows.items()}
 # what a checkpoint must say; head counts that no class has for a default, so that nothing is right by chance
 SIZES = {"vocab_size": 160, "hidden_size": 336, "num_hidden_layers": 6, "num_attention_heads": 12,
          "intermediate_size": 96}  # fmt: skip

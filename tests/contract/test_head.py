@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeconv.families.model import open_model
-from moeconv.families.pairs import PAIRS
+from moeconv.families.registry import tables
 from moeconv.plan.execute import execute
 from moeconv.plan.overlay import ORIGIN
 from moeconv.stream.layers import LayerStream
@@ -20,7 +20,7 @@ from tests.unit.test_tune import overlay_of, write_overlay
 
 torch.set_num_threads(1)
 _ON_THE_EMBEDDING = {"embedding_root", "granite_multipliers", "minicpm_multipliers", "centred_residual", "untied_head"}
-FOLDED = [(p.source, p.target) for p in PAIRS if _ON_THE_EMBEDDING & set(p.folds)]
+FOLDED = [(p.source, p.target) for p in tables().pairs if _ON_THE_EMBEDDING & set(p.folds)]
 PLAIN = [("llama", "mixtral"), ("lfm2", "lfm2_moe"), ("cohere2", "cohere2_moe"), ("gemma4_text", "gemma4_text")]
 
 
@@ -55,7 +55,7 @@ def test_an_upcycle_keeps_the_stored_head(tmp_path, cli, source, target):
     assert open_model(path).own_head
     done = cli("upcycle", path, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "--json").json
     assert any("stored ones differ" in text for text in done["warnings"])
-    tolerance = next(p.tolerance for p in PAIRS if (p.source, p.target) == (source, target))
+    tolerance = next(p.tolerance for p in tables().pairs if (p.source, p.target) == (source, target))
     assert relative_difference(before, logits(load(tmp_path / "moe"))) <= tolerance
     assert not open_model(tmp_path / "moe").own_head
     config = json.loads((tmp_path / "moe" / "config.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moeconv.families.model import open_model
-from moeconv.families.pairs import PAIRS
+from moeconv.families.registry import tables
 from moeconv.inspect.step import inspect
 from moeconv.stream.layers import LayerStream
 from moeconv.tensors import read_tensor
@@ -19,14 +19,14 @@ torch.set_num_threads(1)
 EVERY_PAIR = [
     pytest.param(case, pair, id=f"{case}->{pair.target}")
     for case, (model_type, _, targets) in CASES.items()
-    for pair in PAIRS
+    for pair in tables().pairs
     if pair.source == model_type and (not targets or pair.target in targets)
 ]
 
 
 def test_every_pair_is_converted_below():
     covered = {(pair.source, pair.target) for _, pair in (p.values for p in EVERY_PAIR)}
-    assert covered == {(p.source, p.target) for p in PAIRS}
+    assert covered == {(p.source, p.target) for p in tables().pairs}
     assert len(covered) >= 40
 
 

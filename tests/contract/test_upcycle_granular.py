@@ -12,9 +12,8 @@ import torch
 from moeconv.errors import InputError
 from moeconv.families import pairs
 from moeconv.families.model import open_model
-from moeconv.families.moe import MOE
 from moeconv.families.node import fill
-from moeconv.families.pairs import PAIRS
+from moeconv.families.registry import tables
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels import layout
 from moeconv.upcycle.check import step as equivalence
@@ -27,12 +26,12 @@ torch.set_num_threads(1)
 FIRST = {
     (pair.source, pair.target): (case, pair)
     for case, (model_type, _, targets) in reversed(CASES.items())
-    for pair in PAIRS
+    for pair in tables().pairs
     if pair.source == model_type and (not targets or pair.target in targets)
 }.values()
-CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if MOE[p.target].routing.equal]
-SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if MOE[p.target].shared_width]
-PARTS = [param for param in SHARED if not MOE[param.values[1].target].routed_norm]
+CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].routing.equal]
+SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].shared_width]
+PARTS = [param for param in SHARED if not tables().moe[param.values[1].target].routed_norm]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def _difference(dense, case, pair, out, **parameters):
 
 
 def test_every_pair_but_those_of_unequal_weights_is_cut_below():
-    assert len(CAN) == len(PAIRS) - sum(p.target == "phimoe" for p in PAIRS)
+    assert len(CAN) == len(tables().pairs) - sum(p.target == "phimoe" for p in tables().pairs)
     assert len(SHARED) >= 25
 
 
@@ -74,7 +73,7 @@ def test_virtual_groups_are_exact(tmp_path, dense, case, pair):
 @pytest.mark.parametrize("granularity", [2, 4, 8])
 @pytest.mark.parametrize(("case", "target"), [("llama", "mixtral"), ("qwen3", "dots1"), ("llama", "granitemoe")])
 def test_two_copies_of_any_granularity_are_exact(tmp_path, dense, case, target, granularity):
-    pair = next(p for p in PAIRS if (p.source, p.target) == (case, target))
+    pair = next(p for p in tables().pairs if (p.source, p.target) == (case, target))
     parameters = {"method": "granular", "granularity": granularity, "experts": 4 * granularity}
     difference, _ = _difference(dense, case, pair, tmp_path / "moe", top_k=2 * granularity, **parameters)
     assert difference <= 1e-5
@@ -107,7 +106,7 @@ def test_parts_that_are_normalised_apart_are_refused(tmp_path, dense):
 
 @pytest.mark.parametrize("target", ["qwen2_moe", "granitemoeshared"])
 def test_a_share_of_the_ffn_may_be_any_where_the_width_is_free(tmp_path, dense, target):
-    pair = next(p for p in PAIRS if (p.source, p.target) == ("llama", target))
+    pair = next(p for p in tables().pairs if (p.source, p.target) == ("llama", target))
     difference, plan = _difference(dense, "llama", pair, tmp_path / "moe", shared_experts="0.29", experts=4)
     assert difference <= 1e-5
     assert (plan.block["shared_width"], plan.block["expert_width"]) == (28, 68)
@@ -115,7 +114,7 @@ def test_a_share_of_the_ffn_may_be_any_where_the_width_is_free(tmp_path, dense, 
 
 def test_some_dense_layers_keep_their_width_beside_narrow_experts(tmp_path, dense):
     for case, target in (("cohere2", "cohere2_moe"), ("qwen3", "qwen3_moe"), ("ernie4_5", "ernie4_5_moe")):
-        pair = next(p for p in PAIRS if (p.source, p.target) == (case, target))
+        pair = next(p for p in tables().pairs if (p.source, p.target) == (case, target))
         parameters = {"method": "granular", "granularity": 2, "layers": "1,2"}
         assert _difference(dense, case, pair, tmp_path / target, **parameters)[0] <= 1e-5
 
@@ -227,8 +226,9 @@ def test_a_kernel_that_breaks_a_promise_exits_5_and_leaves_nothing(tmp_path, cli
 
 def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, dense, monkeypatch):
     """Without renormalisation a zero router and down_proj x E/k are exact at top-k, and E/k too much with all on."""
-    rows = [replace(p, config=p.config | {"norm_topk_prob": False}) for p in PAIRS if p.target == "qwen3_moe"]
-    monkeypatch.setattr(pairs, "PAIRS", tuple(rows))
+    rows = [replace(p, config=p.config | {"norm_topk_prob": False}) for p in tables().pairs if p.target == "qwen3_moe"]
+    known = replace(tables(), pairs=tuple(rows))
+    monkeypatch.setattr(pairs, "tables", lambda: known)
     zero = Method(exact=True, scale=lambda cut, options: cut.experts / cut.top_k, router=lambda *_: fill(0.0))
     monkeypatch.setitem(METHODS, "copy", zero)
     done = cli("upcycle", dense("qwen3")[0], tmp_path / "moe", "--experts", 4, "--json")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moeconv.families.pairs import PAIRS
+from moeconv.families.registry import tables
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.step import prune
 from moeconv.upcycle.step import upcycle
@@ -88,7 +88,7 @@ def test_upcycled_models_of_every_pair(tmp_path):
     """What transformers 4 cannot compute, a warning says; in all else both agree."""
     known, models, warned = _known(), {}, set()
     for case, (kind, config, targets) in CASES.items():
-        pairs = [p.target for p in PAIRS if p.source == kind and (not targets or p.target in targets)]
+        pairs = [p.target for p in tables().pairs if p.source == kind and (not targets or p.target in targets)]
         for target in (t for t in pairs if t in known):
             source, out, name = tmp_path / f"{case}-source", tmp_path / f"{case}-{target}", f"{case} -> {target}"
             if not source.exists():

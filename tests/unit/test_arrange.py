@@ -74,16 +74,16 @@ def test_the_tensors_are_those_of_shards_by_size(dense, moe, tmp_path):
 
 
 def test_a_family_that_keeps_all_experts_in_one_tensor(dense):
-    from moeconv.families.moe import MOE
+    from moeconv.families.registry import tables
 
-    packed = [name for name, family in MOE.items() if not any("{E}" in t for t in family.tensors.values())]
+    packed = [name for name, family in tables().moe.items() if not any("{E}" in t for t in family.tensors.values())]
     assert packed
     from moeconv.options import PlanOptions
     from moeconv.plan.arrange import arrange
 
     items = list(plan_upcycle(dense).items())
     with pytest.raises(UsageError, match="all experts of a layer in one tensor"):
-        arrange(items, PlanOptions(shard_by="expert"), MOE[packed[0]])
+        arrange(items, PlanOptions(shard_by="expert"), tables().moe[packed[0]])
 
 
 @pytest.mark.parametrize("by", ["layer", "expert"])

@@ -13,8 +13,7 @@ import pytest
 from tiny import make_dense, make_moe
 
 import moeconv
-from moeconv.families.find import FAMILIES
-from moeconv.families.wrappers import WRAPPED
+from moeconv.families.registry import tables
 
 ROOT = Path(moeconv.__file__).parent
 FILES = {
@@ -219,7 +218,7 @@ def test_the_verbs_rooms_decide_unless_named():
 @MODULES
 def test_no_file_branches_on_a_models_name(module):
     """A family is a row of data."""
-    rows = [*FAMILIES.values(), *(row for rows in WRAPPED.values() for row in rows.values())]
+    rows = [*tables().families.values(), *(row for rows in tables().wrapped.values() for row in rows.values())]
     names = {f.model_type for f in rows} | {f.architecture for f in rows}
     for node in ast.walk(parsed(module)):
         operands: list[ast.expr] = []

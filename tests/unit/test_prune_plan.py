@@ -10,11 +10,10 @@ from tiny import MOE, decode, edit_json, make_dense, make_moe, random_tensors, r
 
 from moeconv.calibrate.weights import aimer
 from moeconv.errors import InputError, UsageError
-from moeconv.families.find import FAMILIES
 from moeconv.families.model import open_model
+from moeconv.families.registry import tables
 from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
 from moeconv.families.spec import FFN_PARTS
-from moeconv.families.wrappers import WRAPPED
 from moeconv.plan.execute import execute
 from moeconv.prune.choice import DEFAULT, resolve_criterion
 from moeconv.prune.criteria import CRITERIA, Evidence, by_score
@@ -311,4 +310,4 @@ def test_targets_and_expert_parallelism(tmp_path):
     with pytest.raises(UsageError, match="does not run flex_olmo"):
         check_served("flex_olmo", ("vllm", "llama.cpp"))
     assert check_served("solar_open", ("vllm",)) == ["nothing says that vllm runs solar_open"]
-    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(FAMILIES) | set(WRAPPED)
+    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(tables().families) | set(tables().wrapped)

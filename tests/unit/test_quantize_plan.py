@@ -9,8 +9,8 @@ import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
-from moeconv.families.find import FAMILIES
 from moeconv.families.model import open_model
+from moeconv.families.registry import tables
 from moeconv.families.served import check_served
 from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model
@@ -276,7 +276,7 @@ def test_int4_in_vllm_is_proven_for_softmax_routers_alone():
         ("qwen3_moe", "ok"), ("mixtral", "ok"), ("olmoe", "ok"), ("glm4_moe", "unknown"), ("ernie4_5_moe", "unknown"),
         ("dots1", "unknown"), ("minimax_m2", "unknown"), ("deepseek_v3", "unknown"),
     ):  # fmt: skip
-        family = FAMILIES[name]
+        family = tables().families[name]
         assert loads_of(format, "int4", family)["vllm"] == word
         warnings = check_targets(format, "int4", ["vllm"], family=family)
         assert [("router" in text) for text in warnings] == ([] if word == "ok" else [True])

@@ -356,9 +356,9 @@ def test_families_lists_all_that_is_taken(cli) -> None:
         inside = listed["multimodal"][name]
         rows = [find_family({"model_type": name, "text_config": {"model_type": text}}) for text in inside]
         assert all(row.model_type == name for row in rows)
-    from moeconv.families import dense, moe, moe_sources, wrappers
+    from moeconv.families.registry import tables
 
-    rows = {*dense.DENSE, *moe.MOE, *moe_sources.MOE_SOURCES, *wrappers.WRAPPED}
+    rows = {*tables().dense, *tables().moe, *tables().wrapped}
     assert rows == {*taken["dense"], *taken["moe"], *taken["multimodal"]}
 
 

@@ -11,8 +11,8 @@ from tiny import decode, edit_json, make_dense, make_moe, random_tensors, read_t
 from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
-from moeconv.families.moe import MOE
-from moeconv.families.pairs import IMPOSSIBLE, PAIRS
+from moeconv.families.refused import IMPOSSIBLE
+from moeconv.families.registry import tables
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
 from moeconv.upcycle.methods import METHODS
@@ -21,7 +21,7 @@ from moeconv.upcycle.planner import plan_upcycle
 # pairs that tiny.py can make by hand, tensors only renamed; tests/contract holds all pairs against transformers
 _PLAIN = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"}
 EVERY_PAIR = pytest.mark.parametrize(
-    ("source", "target"), [(p.source, p.target) for p in PAIRS if {p.source, p.target} <= _PLAIN]
+    ("source", "target"), [(p.source, p.target) for p in tables().pairs if {p.source, p.target} <= _PLAIN]
 )
 
 
@@ -40,10 +40,12 @@ def layout(plan):
 def test_the_tensors_are_those_that_the_new_config_asks_for(tmp_path, source, target, tied):
     model = open_model(make_dense(tmp_path / "m", source, tied=tied, layers=2))
     plan = plan_upcycle(model, to=target, experts=4, top_k=2)
-    expected = random_tensors(MOE[target], plan.config, dtype="BF16", seed=0)
+    expected = random_tensors(tables().moe[target], plan.config, dtype="BF16", seed=0)
     assert layout(plan) == {n: (d, s) for n, (d, s, _) in expected.items()}
-    assert plan.config["model_type"] == target and plan.config["architectures"] == [MOE[target].architecture]
-    assert all(plan.config[k] == 4 for k in MOE[target].num_experts) and plan.config["num_experts_per_tok"] == 2
+    assert plan.config["model_type"] == target and plan.config["architectures"] == [tables().moe[target].architecture]
+    assert (
+        all(plan.config[k] == 4 for k in tables().moe[target].num_experts) and plan.config["num_experts_per_tok"] == 2
+    )
     assert plan.promise == plan.changed
     assert plan.block["exact"] and plan.block["from"] == source and plan.block["to"] == target
 
@@ -218,7 +220,7 @@ def test_sizes_that_the_source_derives_are_said_to_the_target(tmp_path, target):
 )  # fmt: skip
 def test_sliding_windows_mean_the_same_layers_in_the_target(tmp_path, source, target, config, pattern):
     model = open_model(make_dense(tmp_path / "m", source, layers=4, **config))
-    read = MOE[target].sliding.read(plan_upcycle(model, to=target).config, 4)
+    read = tables().moe[target].sliding.read(plan_upcycle(model, to=target).config, 4)
     assert list(read.layers) == pattern and read.window == (8 if any(pattern) else None)
 
 
@@ -242,10 +244,8 @@ def test_impossible_pairs_say_why(tmp_path, source, target):
 
 
 def test_every_dense_family_has_exactly_one_default():
-    from moeconv.families.dense import DENSE
-
-    for family in DENSE:
-        assert sum(p.default for p in PAIRS if p.source == family) == 1
+    for family in tables().dense:
+        assert sum(p.default for p in tables().pairs if p.source == family) == 1
 
 
 def test_a_target_nobody_knows_and_a_number_that_experts_cannot_be_multiplied_to(tmp_path):

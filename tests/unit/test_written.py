@@ -9,19 +9,19 @@ import pytest
 from tiny import make_dense, make_moe
 
 from moeconv.families.model import open_model
-from moeconv.families.moe import MOE
-from moeconv.families.moe_sources import MOE_SOURCES
-from moeconv.families.pairs import PAIRS
 from moeconv.families.readers import ALIASES, READERS
+from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.families.wrappers import WRAPPED
 from moeconv.families.written import written_config
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.planner import plan_quantize
 from moeconv.upcycle.planner import plan_upcycle
 
-FAMILIES = MOE | MOE_SOURCES
-ROWS = {**FAMILIES, **{f"{outer}/{text}": row for outer, rows in WRAPPED.items() for text, row in rows.items()}}
+FAMILIES = dict(tables().moe)
+ROWS = {
+    **FAMILIES,
+    **{f"{outer}/{text}": row for outer, rows in tables().wrapped.items() for text, row in rows.items()},
+}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}}
 # what a config that transformers 5 saved always has
 LISTS = {"mimo_v2_flash": {"layer_types": ["full_attention"] * 4, "mlp_layer_types": ["sparse"] * 4}}
@@ -129,7 +129,8 @@ def test_every_verb_writes_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [(p.source, p.target) for p in PAIRS if p.source in ("llama", "mistral", "qwen2", "qwen3")]
+    ("source", "target"),
+    [(p.source, p.target) for p in tables().pairs if p.source in ("llama", "mistral", "qwen2", "qwen3")],
 )
 def test_upcycled_configs_have_both_wordings_and_the_readers_keys(tmp_path, source, target):
     path = make_dense(tmp_path / "m", source)
@@ -137,7 +138,7 @@ def test_upcycled_configs_have_both_wordings_and_the_readers_keys(tmp_path, sour
     del config["rope_theta"]
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
     (path / "config.json").write_text(json.dumps(config))
-    row = MOE[target]
+    row = tables().moe[target]
     plan = plan_upcycle(open_model(path), to=target, **({"top_k": 2} if row.routing.top_k else {}))
     text = row.read(plan.config)
     assert plan.config["dtype"] == plan.config["torch_dtype"]

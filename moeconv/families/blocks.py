@@ -1,0 +1,107 @@
+"""Building blocks of the rows: tensor names, config keys and rows of the decoder block that Llama made common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families.spec import Family
+
+LAYER = "model.layers.{L}."
+# The decoder block that Llama made common: pre-norm RMSNorm, separate q, k, v, o.
+BLOCK = {
+    "embedding.tokens": "model.embed_tokens.weight",
+    "embedding.lm_head": "lm_head.weight",
+    "norm.final": "model.norm.weight",
+    "norm.attention": LAYER + "input_layernorm.weight",
+    "norm.ffn": LAYER + "post_attention_layernorm.weight",
+    "attention.q": LAYER + "self_attn.q_proj.weight",
+    "attention.k": LAYER + "self_attn.k_proj.weight",
+    "attention.v": LAYER + "self_attn.v_proj.weight",
+    "attention.o": LAYER + "self_attn.o_proj.weight",
+}
+QKV_BIAS = {f"attention.{p}_bias": LAYER + f"self_attn.{p}_proj.bias" for p in "qkv"}
+O_BIAS = {"attention.o_bias": LAYER + "self_attn.o_proj.bias"}
+QK_NORM = {f"attention.{p}_norm": LAYER + f"self_attn.{p}_norm.weight" for p in "qk"}
+DENSE_FFN = {f"ffn.{p}": LAYER + f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+FFN_BIAS = {f"ffn.{p}_bias": LAYER + f"mlp.{p}_proj.bias" for p in ("gate", "up", "down")}
+ROTARY_BUFFERS = (LAYER + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+BASE_CONFIG: dict[str, Any] = {
+    "vocab_size": None,
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": "=num_attention_heads",
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
+NO_BIAS: dict[str, tuple[Any, ...]] = {"attention_bias": (False,), "mlp_bias": (False,)}
+ATTENTION_BIAS = QKV_BIAS | O_BIAS
+NORM_BIAS = {
+    f"norm.{part}_bias": BLOCK[f"norm.{part}"].replace(".weight", ".bias") for part in ("attention", "ffn", "final")
+}
+FUSED_QKV = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
+FUSED_FFN = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
+FFN_GATE_UP = {"ffn.gate_up": LAYER + "mlp.gate_up_proj.weight", "ffn.down": LAYER + "mlp.down_proj.weight"}
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
+}  # fmt: skip
+SINKS = {"attention.sinks": LAYER + "self_attn.sinks"}
+MLA = {
+    "attention.q_whole": LAYER + "self_attn.q_proj.weight",
+    "attention.q_a": LAYER + "self_attn.q_a_proj.weight",
+    "attention.q_a_norm": LAYER + "self_attn.q_a_layernorm.weight",
+    "attention.q_b": LAYER + "self_attn.q_b_proj.weight",
+    "attention.kv_a": LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+    "attention.kv_a_norm": LAYER + "self_attn.kv_a_layernorm.weight",
+    "attention.kv_b": LAYER + "self_attn.kv_b_proj.weight",
+    "attention.o": LAYER + "self_attn.o_proj.weight",
+}
+MLA_CONFIG: dict[str, Any] = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "attention_bias": False,
+}  # fmt: skip
+WITHOUT_QKVO = {k: v for k, v in BLOCK.items() if not k.startswith("attention.")}
+FULL_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
+
+
+def dense_row(
+    model_type: str, architecture: str, config: dict[str, Any], *, tensors: dict[str, str] | None = None, **row: Any
+) -> Family:
+    """A row for Llama's block, or for `tensors` in its place."""
+    named = BLOCK | DENSE_FFN if tensors is None else tensors
+    row_without = {"rms_norm_eps"} if config.keys() & {"layer_norm_eps", "norm_eps"} else set()
+    optional = {"embedding.lm_head", *(k for k in named if k.endswith("_bias"))}
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        kind="dense",
+        tensors=named,
+        optional=frozenset(row.pop("optional", frozenset()) | optional),
+        dropped=ROTARY_BUFFERS,
+        config={k: v for k, v in (BASE_CONFIG | config).items() if k not in row_without},
+        **row,
+    )
+
+
+UNGATED_FFN = {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k}
+MAMBA = {
+    f"mamba.{key}": LAYER + f"mamba.{name}"
+    for key, name in (
+        ("A", "A_log"), ("D", "D"), ("conv", "conv1d.weight"), ("conv_bias", "conv1d.bias"), ("dt", "dt_bias"),
+        ("in", "in_proj.weight"), ("in_bias", "in_proj.bias"), ("norm", "norm.weight"), ("out", "out_proj.weight"),
+        ("out_bias", "out_proj.bias"),
+    )
+}  # fmt: skip
+HYBRID_WHERE = {"attention": FULL_LAYERS, "mamba": frozenset({"mamba", "linear_attention"})}
+FEED_FORWARD = LAYER + "feed_forward."
+PARTS = ("gate", "up", "down")
+FEED_FORWARD_FFN = {f"ffn.{p}": FEED_FORWARD + f"{p}_proj.weight" for p in PARTS}
+MLA_OPTIONAL = frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"})

@@ -1,0 +1,82 @@
+"""Building blocks of the Mixture-of-Experts rows: names of experts, routers and shared experts, and routing rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families.blocks import BASE_CONFIG, LAYER, ROTARY_BUFFERS
+from moeconv.families.spec import Family, Layout, Packed, Routing
+
+W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+MLP_EXPERTS = {f"expert.{p}": LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
+_STACK = LAYER + "mlp.experts."
+STACKED_NAMES = {"expert.gate_up": _STACK + "gate_up_proj", "expert.down": _STACK + "down_proj"}
+SEPARATE = Layout(MLP_EXPERTS)
+STACKED = Layout(STACKED_NAMES, {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))})
+MLP_ROUTER = {"router.weight": LAYER + "mlp.gate.weight"}
+SPARSE_BLOCK = {"router.weight": LAYER + "block_sparse_moe.gate.weight"} | {
+    f"expert.{p}": LAYER + "block_sparse_moe.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()
+}
+SHARED_EXPERT = {f"shared.{p}": LAYER + f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")}
+SHARED_GATE = {"shared.router": LAYER + "mlp.shared_expert_gate.weight"}
+ROUTER_LOSS: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+EXPERT_COUNT = ("num_local_experts", "num_experts")
+TOP_K = ("num_experts_per_tok",)
+SHARED_EXPERTS = {f"shared.{p}": LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
+SHARED_MLP = {f"shared.{p}": LAYER + f"mlp.shared_mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
+CORRECTION = {"router.correction": LAYER + "mlp.gate.e_score_correction_bias"}
+GATE_UP_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
+QKVO_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias", "attention.o_bias")
+SIGMOID: dict[str, Any] = {
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
+    "output_router_logits": False,
+}  # fmt: skip
+GROUPED = Routing(
+    "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
+)
+NO_INERT_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
+# layers behind the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
+MTP = {
+    "mtp.embedding": LAYER + "embed_tokens.weight",
+    "mtp.norm_embedding": LAYER + "enorm.weight",
+    "mtp.norm_hidden": LAYER + "hnorm.weight",
+    "mtp.project": LAYER + "eh_proj.weight",
+    "mtp.norm": LAYER + "shared_head.norm.weight",
+    "mtp.head": LAYER + "shared_head.head.weight",
+}
+# named beside the model: "model." stands for the prefix "mtp."
+QWEN_MTP = {
+    "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
+    "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
+    "mtp.project": "model.fc.weight",
+    "mtp.norm": "model.norm.weight",
+}
+
+
+def moe_row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
+    """A row whose biases, language-model head and correction are optional."""
+    base = row.pop("base", BASE_CONFIG)
+    optional = {"embedding.lm_head", *(k for k in tensors if k.endswith("_bias"))}
+    return Family(
+        model_type=model_type,
+        architecture=architecture,
+        kind="moe",
+        tensors=tensors,
+        optional=frozenset(row.pop("optional", frozenset()) | optional),
+        dropped=ROTARY_BUFFERS,
+        config=base | config,
+        num_experts=row.pop("num_experts", EXPERT_COUNT),
+        top_k=row.pop("top_k", TOP_K),
+        **row,
+    )
+
+
+LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
+
+# what a pair sets in a target with grouped routing and one shared expert, so that weights of identical experts sum to 1
+ONE_SHARED_EXPERT: dict[str, Any] = {
+    "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
+# notes of pairs
+ZERO_SHARED_128 = "zero shared expert of 128 neurons: the family cannot be without one"
+ZERO_SHARED_FULL = "zero shared expert as wide as a routed one: the family cannot be without one"

@@ -1,0 +1,49 @@
+"""What cannot be taken or converted, and the reason that a user should read: families without a row here."""
+
+from __future__ import annotations
+
+_QK_NORM = "qwen3_moe normalises queries and keys, which cannot be made an identity"
+_NO_QK_NORM = "it has no norms for queries and keys"
+_LAYER_NORM = "phimoe's LayerNorm subtracts the mean, the source's RMSNorm does not"
+_SANDWICH = "no MoE family has its norms before and after both blocks"
+# Known impossible conversions, with the reason that a user should read.
+IMPOSSIBLE: dict[tuple[str, str], str] = {
+    ("qwen2", "mixtral"): "mixtral has no slot for the query, key and value biases of qwen2",
+    ("seed_oss", "mixtral"): "mixtral has no slot for the query, key and value biases of seed_oss",
+    ("llama", "qwen3_moe"): _QK_NORM,
+    ("mistral", "qwen3_moe"): _QK_NORM,
+    ("qwen2", "qwen3_moe"): _QK_NORM,
+    ("qwen3", "mixtral"): "mixtral does not normalise queries and keys",
+    ("qwen3", "qwen2_moe"): "qwen2_moe does not normalise queries and keys",
+    ("llama", "phimoe"): _LAYER_NORM,
+    ("mistral", "phimoe"): _LAYER_NORM,
+    ("qwen2", "phimoe"): _LAYER_NORM,
+    ("qwen3", "phimoe"): _LAYER_NORM,
+    ("qwen3", "granitemoe"): _NO_QK_NORM,
+}
+
+# Dense families that nothing stock can host, with the difference.
+HOMELESS: dict[str, str] = {
+    **dict.fromkeys(("glm4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _SANDWICH),
+    "exaone4": "no MoE family has post-norms and per-head query and key norms together",
+    **dict.fromkeys(
+        ("gemma2", "vaultgemma", "nanochat"), "its attention or logits pass a softcap, which no MoE family has"
+    ),
+    **dict.fromkeys(
+        ("starcoder2", "gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "gptj", "mpt"),
+        "its FFN is ungated and has biases, which no MoE family has",
+    ),
+    "apertus": "its activation has trained parameters, which no MoE family has",
+    "bitnet": "its norms inside attention and FFN have no place in an MoE family",
+    "diffllama": "differential attention is in no MoE family",
+}
+# model_type of a multimodal Mixture-of-Experts that cannot be taken -> why
+_TALKER = (
+    "its talker is a Mixture-of-Experts of its own that reads what the thinker computes, and no text shows what it does"
+)
+UNTAKEN = {
+    "ernie4_5_vl_moe": "its text and its vision experts have one count in config.json and one numbering on disk, and "
+    "no text shows what the latter do",
+    "qwen3_omni_moe": _TALKER,
+    "qwen3_omni_moe_thinker": _TALKER,
+}

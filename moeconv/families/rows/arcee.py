@@ -1,0 +1,82 @@
+"""Arcee AI: AFM and Trinity (afmoe)."""
+
+from __future__ import annotations
+
+from moeconv.families import placement, sliding
+from moeconv.families.blocks import (
+    ATTENTION_BIAS,
+    BLOCK,
+    DENSE_FFN,
+    FFN_BIAS,
+    LAYER,
+    NO_BIAS,
+    O_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    dense_row,
+)
+from moeconv.families.expert_blocks import LOSS_OFF, MLP_EXPERTS, SHARED_EXPERTS, moe_row
+from moeconv.families.spec import Routing
+from moeconv.families.vendor import Vendor
+
+ARCEE = dense_row(
+    "arcee",
+    "ArceeForCausalLM",
+    {
+        "head_dim": None,
+        "hidden_act": "relu2",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    tensors=BLOCK | ATTENTION_BIAS | {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k},
+    neutral=NO_BIAS,
+)
+AFMOE = moe_row(
+    "afmoe",
+    "AfmoeForCausalLM",
+    {
+        "max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "head_dim": 128,
+        "attention_bias": False,
+        "sliding_window": 1024,
+        "global_attn_every_n_layers": 4,
+        "layer_types": None,
+        "moe_intermediate_size": 1408,
+        "num_dense_layers": 1,
+        "num_shared_experts": 2,
+        "route_scale": 1.0,
+        "mup_enabled": False,
+        **LOSS_OFF,
+    },
+    BLOCK
+    | QKV_BIAS
+    | O_BIAS
+    | QK_NORM
+    | {
+        "norm.post_attention": LAYER + "post_attention_layernorm.weight",
+        "norm.ffn": LAYER + "pre_mlp_layernorm.weight",
+        "norm.post_ffn": LAYER + "post_mlp_layernorm.weight",
+        "attention.gate": LAYER + "self_attn.gate_proj.weight",
+        "router.weight": LAYER + "mlp.router.gate.weight",
+        "router.correction": LAYER + "mlp.expert_bias",
+    }
+    | MLP_EXPERTS
+    | SHARED_EXPERTS
+    | DENSE_FFN,
+    optional=frozenset(SHARED_EXPERTS),
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "num_shared_experts"),
+    placement=placement.NUM_DENSE,
+    sliding=sliding.ALL_BUT_GLOBAL,
+    routing=Routing("sigmoid", "always", scaling="route_scale"),
+    float32=frozenset({"router.correction"}),
+)
+
+VENDOR = Vendor(
+    dense=(ARCEE,),
+    moe=(AFMOE,),
+)

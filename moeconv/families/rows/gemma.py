@@ -1,0 +1,160 @@
+"""Google: Gemma and Gemma 4."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.families import placement, sliding
+from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, QK_NORM, dense_row
+from moeconv.families.expert_blocks import GATE_UP_PACKED, moe_row
+from moeconv.families.placement import Get
+from moeconv.families.shapes import Place, Size
+from moeconv.families.spec import Pair, Routing
+from moeconv.families.vendor import Vendor, Wrapper
+
+
+def _in_layer(get: Get, place: Place, key: str) -> Any:
+    """What config.json says of one layer alone, else None."""
+    each = get("per_layer_config")
+    of_layer = each.get(str(place.layer)) if isinstance(each, dict) else None
+    return of_layer.get(key) if isinstance(of_layer, dict) else None
+
+
+def _global_heads(get: Get, place: Place) -> Any:
+    """Gemma 4's layers without a window have heads of another size, which either key says."""
+    said = place.slides or get("per_layer_config") is not None
+    return _in_layer(get, place, "head_dim") or (get("head_dim") if said else get("global_head_dim"))
+
+
+def _global_kv(get: Get, place: Place) -> Any:
+    said = get("per_layer_config") is not None or place.slides or not get("attention_k_eq_v")
+    apart = None if said else get("num_global_key_value_heads")
+    return _in_layer(get, place, "num_key_value_heads") or apart or get("num_key_value_heads")
+
+
+GEMMA4_SIZES: Mapping[str, Size] = {"head": _global_heads, "v_head": _global_heads, "kv": _global_kv}
+GEMMA = dense_row(
+    "gemma",
+    "GemmaForCausalLM",
+    {
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": None,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "use_bidirectional_attention": None,
+    },
+    tensors=BLOCK | ATTENTION_BIAS | DENSE_FFN,
+    neutral=NO_BIAS | {"use_bidirectional_attention": (None, False)},
+    norm_offset=1.0,
+)
+# norms in front of and behind both blocks; some full layers take their keys for values too
+GEMMA4_BLOCK = (
+    BLOCK
+    | {
+        "norm.post_attention": LAYER + "post_attention_layernorm.weight",
+        "norm.ffn": LAYER + "pre_feedforward_layernorm.weight",
+        "norm.post_ffn": LAYER + "post_feedforward_layernorm.weight",
+        "norm.layer": LAYER + "layer_scalar",
+    }
+    | ATTENTION_BIAS
+    | QK_NORM
+)
+GEMMA4_CONFIG: dict[str, Any] = {
+    "num_key_value_heads": 4, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
+    "rope_theta": 1e6, "tie_word_embeddings": True, "attention_bias": False, "sliding_window": 512,
+    "layer_types": None, "final_logit_softcapping": None, "use_bidirectional_attention": None,
+    "vocab_size_per_layer_input": 262144, "hidden_size_per_layer_input": 256, "attention_k_eq_v": False,
+    "num_kv_shared_layers": 0, "use_double_wide_mlp": False, "global_head_dim": None,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+    },
+    "num_global_key_value_heads": None, "per_layer_config": None, "enable_moe_block": False, "num_experts": None,
+    "top_k_experts": None, "moe_intermediate_size": None,
+}  # fmt: skip
+GEMMA4_ROW: dict[str, Any] = {
+    "sizes": GEMMA4_SIZES,
+    "optional": frozenset({"attention.v"}),
+    "sliding": sliding.FULL_AT_THE_END,
+    "rope": "own",
+    "partial": 1.0,
+    "words": {"hidden_act": "hidden_activation"},
+    "only": {
+        "hidden_size_per_layer_input": ((0, None), "every layer reads the tokens again (per-layer inputs)"),
+        "num_kv_shared_layers": ((0,), "the last layers attend to keys and values of layers before them"),
+    },
+}
+GEMMA4 = dense_row(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    GEMMA4_CONFIG,
+    tensors=GEMMA4_BLOCK | DENSE_FFN,
+    no_experts=lambda get: get("enable_moe_block") is False,
+    **GEMMA4_ROW,
+)
+# the dense FFN beside the experts is a shared expert with norms of its own
+GEMMA4_TEXT = moe_row(
+    "gemma4_text",
+    "Gemma4ForCausalLM",
+    GEMMA4_CONFIG,
+    GEMMA4_BLOCK
+    | {
+        "norm.ffn": LAYER + "pre_feedforward_layernorm_2.weight",
+        "norm.shared": LAYER + "pre_feedforward_layernorm.weight",
+        "norm.post_shared": LAYER + "post_feedforward_layernorm_1.weight",
+        "norm.post_experts": LAYER + "post_feedforward_layernorm_2.weight",
+        "norm.router": LAYER + "router.scale",
+        "router.weight": LAYER + "router.proj.weight",
+        "router.scale": LAYER + "router.per_expert_scale",
+        "expert.gate_up": LAYER + "experts.gate_up_proj",
+        "expert.down": LAYER + "experts.down_proj",
+    }
+    | {key.replace("ffn.", "shared."): name for key, name in DENSE_FFN.items()},
+    num_experts=("num_experts",),
+    top_k=("top_k_experts",),
+    expert_width="moe_intermediate_size",
+    dense_width="",  # its config has no dense layers beside others
+    shared_width=("intermediate_size",),
+    packed=GATE_UP_PACKED,
+    placement=placement.switch("enable_moe_block"),
+    routing=Routing("softmax", "always", scaled=True),
+    inert={"router.scale": 1.0, "norm.post_shared": 1.0, "norm.post_experts": 1.0},
+    routed_norm="norm.post_experts",
+    **GEMMA4_ROW,
+)
+
+VENDOR = Vendor(
+    dense=(GEMMA, GEMMA4),
+    moe=(GEMMA4_TEXT,),
+    pairs=(
+        Pair(
+            "gemma4_text",
+            "gemma4_text",
+            default=True,
+            note="zero dense branch of 128 neurons, or the whole FFN in it (--shared-experts full)",
+            config={"intermediate_size": 128},
+            folds=("second_branch",),
+            tolerance=1e-3,
+            unless="its FFNs give outputs whose variance is not well above rms_norm_eps, as those of tiny random "
+            "models",
+        ),
+    ),
+    wrappers=(
+        Wrapper(
+            "gemma4",
+            "Gemma4ForConditionalGeneration",
+            (GEMMA4_TEXT,),
+            {
+                "model.vision_tower.": "vision",
+                "model.embed_vision.": "vision",
+                "model.audio_tower.": "audio",
+                "model.embed_audio.": "audio",
+            },
+            tied=True,
+        ),
+    ),
+)

@@ -1,0 +1,146 @@
+"""Z.ai: GLM, GLM-4.5, GLM-4.7-Flash, and GLM-4.5V."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moeconv.families import placement
+from moeconv.families.blocks import (
+    BLOCK,
+    DENSE_FFN,
+    FFN_GATE_UP,
+    FUSED_FFN,
+    MLA,
+    MLA_CONFIG,
+    MLA_OPTIONAL,
+    NO_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    WITHOUT_QKVO,
+    dense_row,
+)
+from moeconv.families.expert_blocks import (
+    CORRECTION,
+    GROUPED,
+    MLP_EXPERTS,
+    MLP_ROUTER,
+    MTP,
+    ONE_SHARED_EXPERT,
+    SHARED_EXPERTS,
+    SIGMOID,
+    ZERO_SHARED_FULL,
+    moe_row,
+)
+from moeconv.families.shapes import LATENT
+from moeconv.families.spec import Pair
+from moeconv.families.vendor import Vendor, Wrapper
+
+GLM = dense_row(
+    "glm",
+    "GlmForCausalLM",
+    {
+        "head_dim": 128,
+        "rms_norm_eps": 1.5625e-07,
+        "max_position_embeddings": 131072,
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "partial_rotary_factor": None,
+    },
+    tensors=BLOCK | QKV_BIAS | FFN_GATE_UP,
+    neutral=NO_BIAS,
+    fused=FUSED_FFN,
+    rotary="interleaved",
+    partial=0.5,
+)
+GLM4_MOE = moe_row(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "head_dim": None,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+        **SIGMOID,
+    },
+    BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+    optional=frozenset(QK_NORM),
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    placement=placement.FIRST_K,
+    routing=GROUPED,
+    mtp=MTP,
+    partial=0.5,
+    float32=frozenset({"router.correction"}),
+)
+GLM4_MOE_LITE = moe_row(
+    "glm4_moe_lite",
+    "Glm4MoeLiteForCausalLM",
+    MLA_CONFIG
+    | {
+        "num_key_value_heads": 20,
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "moe_intermediate_size": 1536,
+        "mlp_layer_types": None,
+        "num_nextn_predict_layers": None,
+        "rope_interleave": True,
+    }
+    | SIGMOID
+    | {"routed_scaling_factor": 1.8},
+    WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+    optional=MLA_OPTIONAL,
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    placement=placement.WORDS_FIRST_DENSE,
+    routing=GROUPED,
+    mtp=MTP,
+    float32=frozenset({"router.correction"}),
+    shapes=LATENT,
+)
+GLM4V_MOE_TEXT = replace(
+    GLM4_MOE,
+    model_type="glm4v_moe_text",
+    tensors={k: v for k, v in GLM4_MOE.tensors.items() if k not in QK_NORM},
+    config={k: v for k, v in GLM4_MOE.config.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
+    | {"attention_bias": True, "max_position_embeddings": 65536},
+    mtp={},
+)
+
+_GLM4 = ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0}
+VENDOR = Vendor(
+    dense=(GLM,),
+    moe=(GLM4_MOE, GLM4_MOE_LITE),
+    pairs=(
+        Pair(
+            "llama",
+            "glm4_moe",
+            with_shared=True,
+            note=ZERO_SHARED_FULL,
+            config=_GLM4 | {"use_qk_norm": False, "attention_bias": False},
+        ),
+        Pair("qwen2", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": True}),
+        Pair("qwen3", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": True}),
+        Pair("seed_oss", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": False}),
+        Pair(
+            "glm",
+            "glm4_moe",
+            default=True,
+            note=f"rotary order; {ZERO_SHARED_FULL}",
+            config=_GLM4 | {"use_qk_norm": False},
+        ),
+        Pair("phi3", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": False}),
+    ),
+    wrappers=(
+        Wrapper("glm4v_moe", "Glm4vMoeForConditionalGeneration", (GLM4V_MOE_TEXT,), {"model.visual.": "vision"}),
+    ),
+)

@@ -1,0 +1,74 @@
+"""Xiaomi: MiMo-V2-Flash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.families import placement, sliding
+from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, QKV_BIAS, SINKS
+from moeconv.families.expert_blocks import CORRECTION, GROUPED, MLP_EXPERTS, MLP_ROUTER, MTP, SIGMOID, moe_row
+from moeconv.families.placement import Get
+from moeconv.families.shapes import Place, Size, config_key
+from moeconv.families.vendor import Vendor
+
+
+def _mimo_kv(get: Get, place: Place) -> Any:
+    """Twice as many where the layer slides."""
+    kinds = get("layer_types")
+    if not isinstance(kinds, list) or place.layer is None or place.layer >= len(kinds):
+        return None
+    return get("num_key_value_heads") * (2 if kinds[place.layer] == "sliding_attention" else 1)
+
+
+MIMO_SIZES: Mapping[str, Size] = {"kv": _mimo_kv, "v_head": config_key("v_head_dim")}
+# dense layers with the attention of those with a window; "model." stands for the prefix "model.mtp."
+_MIMO_MTP = {key: MTP[key] for key in ("mtp.norm_embedding", "mtp.norm_hidden", "mtp.project")} | {
+    "mtp.norm_ffn": LAYER + "pre_mlp_layernorm.weight",
+    "mtp.norm": LAYER + "final_layernorm.weight",
+}
+MIMO_V2_FLASH = moe_row(
+    "mimo_v2_flash",
+    "MiMoV2FlashForCausalLM",
+    {
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.334},
+        },
+        "head_dim": 192,
+        "max_position_embeddings": 131072,
+        "attention_bias": False,
+        "sliding_window": 129,
+        "layer_types": None,
+        "mlp_layer_types": None,
+        "moe_intermediate_size": 2048,
+        **{k: v for k, v in SIGMOID.items() if k != "n_shared_experts"},
+    },
+    BLOCK
+    | QKV_BIAS
+    | {"attention.sinks": LAYER + "self_attn.attention_sink_bias"}
+    | MLP_ROUTER
+    | CORRECTION
+    | MLP_EXPERTS
+    | DENSE_FFN,
+    optional=frozenset(SINKS),
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    placement=placement.WORDS_FIRST_DENSE,
+    rope="per_type",
+    partial=1.0,
+    sliding=sliding.ALL_BUT_LAST_OF_SIX,
+    routing=GROUPED,
+    mtp=_MIMO_MTP,
+    mtp_prefix="model.mtp.",
+    mtp_slides=True,
+    float32=frozenset({"router.correction"}),
+    sizes=MIMO_SIZES,
+)
+
+VENDOR = Vendor(
+    moe=(MIMO_V2_FLASH,),
+)

@@ -1,0 +1,150 @@
+"""NVIDIA: Nemotron, and Nemotron-H with a block of one kind in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.families import placement
+from moeconv.families.blocks import (
+    ATTENTION_BIAS,
+    BLOCK,
+    HYBRID_WHERE,
+    LAYER,
+    MAMBA,
+    NO_BIAS,
+    NORM_BIAS,
+    UNGATED_FFN,
+    dense_row,
+)
+from moeconv.families.expert_blocks import GROUPED, ONE_SHARED_EXPERT, ZERO_SHARED_128, moe_row
+from moeconv.families.placement import Get
+from moeconv.families.shapes import Size, config_key
+from moeconv.families.spec import Pair
+from moeconv.families.vendor import Vendor
+
+NEMOTRON_H_SIZES: Mapping[str, Size] = {
+    "mamba_heads": config_key("mamba_num_heads"),
+    "mamba_inner": lambda get, place: get("mamba_num_heads") * get("mamba_head_dim"),
+    "mamba_groups": config_key("n_groups"),
+    "mamba_state": config_key("ssm_state_size"),
+    "mamba_kernel": config_key("conv_kernel"),
+}
+NEMOTRON = dense_row(
+    "nemotron",
+    "NemotronForCausalLM",
+    {
+        "norm_eps": 1e-5,
+        "initializer_range": 0.0134,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": None,
+        "partial_rotary_factor": None,
+    },
+    tensors=BLOCK | NORM_BIAS | ATTENTION_BIAS | UNGATED_FFN,
+    neutral=NO_BIAS,
+    partial=0.5,
+    norm_offset=1.0,
+)
+_NEMOTRON = "backbone.layers.{L}."
+_MIXER = _NEMOTRON + "mixer."
+NEMOTRON_H_BLOCK = {
+    "embedding.tokens": "backbone.embeddings.weight",
+    "embedding.lm_head": "lm_head.weight",
+    "norm.final": "backbone.norm_f.weight",
+    "norm.ffn": _NEMOTRON + "norm.weight",
+    **{f"attention.{p}": _MIXER + f"{p}_proj.weight" for p in "qkvo"},
+    **{key: name.replace(LAYER + "mamba.", _MIXER) for key, name in MAMBA.items()},
+    **{f"ffn.{p}": _MIXER + f"{p}_proj.weight" for p in ("up", "down")},
+    **{f"ffn.{p}_bias": _MIXER + f"{p}_proj.bias" for p in ("up", "down")},
+}
+# layers of one block each; what a Mixture-of-Experts needs is there whether one is or not
+NEMOTRON_H_CONFIG: dict[str, Any] = {
+    "hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504,
+    "max_position_embeddings": 4096, "attention_bias": False, "mlp_bias": False, "use_bias": False,
+    "sliding_window": None, "layer_types": None, "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64,
+    "mamba_hidden_act": "silu", "n_groups": 8, "conv_kernel": 4, "expand": 2, "time_step_min": 0.001,
+    "time_step_max": 0.1, "time_step_limit": None, "time_step_floor": 1e-4, "use_conv_bias": True, "chunk_size": 128,
+    "mamba_proj_bias": False, "mamba_ssm_cache_dtype": "float32", "use_mamba_kernels": True, "residual_in_fp32": False,
+    "rescale_prenorm_residual": True, "num_logits_to_keep": 1, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 7688, "moe_shared_expert_intermediate_size": 7688, "moe_shared_expert_overlap": True,
+    "moe_latent_size": None, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "mtp_layers_block_type": None,
+    "output_router_logits": False,
+}  # fmt: skip
+NEMOTRON_H_WORDS = {
+    "layer_types": "layers_block_type",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "mlp_hidden_act",
+}
+NEMOTRON_H_WHERE = HYBRID_WHERE | {"ffn": frozenset({"mlp"})}
+_KINDS_BY_LETTER = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+def nemotron_h_kinds(get: Get, layers: int) -> list[str]:
+    """The list of kinds, or the older string with a letter for each."""
+    kinds, pattern = get("layer_types"), get("hybrid_override_pattern")
+    return (
+        [_KINDS_BY_LETTER.get(word, word) for word in pattern] if kinds is None and isinstance(pattern, str) else kinds
+    )
+
+
+def nemotron_h_layers(get: Get) -> Any:
+    kinds = nemotron_h_kinds(get, 0)
+    return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
+
+
+NEMOTRON_H = dense_row(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
+    tensors=NEMOTRON_H_BLOCK,
+    rope="none",
+    layer_kinds=nemotron_h_kinds,
+    layer_count=nemotron_h_layers,
+    where=NEMOTRON_H_WHERE,
+    words=NEMOTRON_H_WORDS,
+    base_prefix="backbone.",
+    no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
+    sizes=NEMOTRON_H_SIZES,
+)
+NEMOTRON_H_MOE = moe_row(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
+    NEMOTRON_H_BLOCK
+    | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}
+    | {f"expert.{p}": _MIXER + "experts.{E}." + f"{p}_proj.weight" for p in ("up", "down")}
+    | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")},
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_shared_expert_intermediate_size",),
+    placement=placement.of_kinds(nemotron_h_kinds),
+    routing=GROUPED,
+    rope="none",
+    layer_kinds=nemotron_h_kinds,
+    layer_count=nemotron_h_layers,
+    where=NEMOTRON_H_WHERE,
+    words=NEMOTRON_H_WORDS,
+    base_prefix="backbone.",
+    in_memory={"backbone.": "model."},
+    sizes=NEMOTRON_H_SIZES,
+)
+
+VENDOR = Vendor(
+    dense=(NEMOTRON, NEMOTRON_H),
+    moe=(NEMOTRON_H_MOE,),
+    pairs=(
+        Pair(
+            "nemotron_h",
+            "nemotron_h",
+            default=True,
+            note=f"layers of kind mlp become moe; {ZERO_SHARED_128}",
+            config=ONE_SHARED_EXPERT
+            | {"moe_shared_expert_intermediate_size": 128, "moe_latent_size": None, "num_nextn_predict_layers": 0},
+            rename={"hybrid_override_pattern": None},
+        ),
+    ),
+)

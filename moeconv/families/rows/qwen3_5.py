@@ -1,0 +1,152 @@
+"""Alibaba: Qwen3-Next and Qwen3.5, which mix linear attention with full attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moeconv.families import placement
+from moeconv.families.blocks import (
+    ATTENTION_BIAS,
+    BASE_CONFIG,
+    BLOCK,
+    DENSE_FFN,
+    FULL_LAYERS,
+    LAYER,
+    O_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    dense_row,
+)
+from moeconv.families.expert_blocks import (
+    MLP_EXPERTS,
+    MLP_ROUTER,
+    QWEN_MTP,
+    ROUTER_LOSS,
+    SEPARATE,
+    SHARED_EXPERT,
+    SHARED_GATE,
+    STACKED,
+    ZERO_SHARED_128,
+    moe_row,
+)
+from moeconv.families.placement import Get
+from moeconv.families.shapes import GATED_QUERY
+from moeconv.families.spec import Pair, Routing
+from moeconv.families.vendor import Vendor, Wrapper
+
+LINEAR_ATTENTION = {
+    f"linear.{key}": LAYER + f"linear_attn.{name}"
+    for key, name in (
+        ("A", "A_log"), ("conv", "conv1d.weight"), ("dt", "dt_bias"), ("a", "in_proj_a.weight"),
+        ("b", "in_proj_b.weight"), ("qkv", "in_proj_qkv.weight"), ("z", "in_proj_z.weight"), ("norm", "norm.weight"),
+        ("out", "out_proj.weight"),
+    )
+}  # fmt: skip
+QWEN3_5_CONFIG: dict[str, Any] = {
+    "head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": None, "attention_bias": False,
+    "layer_types": None, "full_attention_interval": None, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+QWEN3_5_WHERE = {"attention": FULL_LAYERS, "linear": frozenset({"linear_attention"})}
+
+
+def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
+    every = get("full_attention_interval") or 4
+    words = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
+    return get("layer_types") or words
+
+
+# q holds an output gate beside the queries; norms add 1 in both families, so nothing needs an offset
+QWEN3_5 = dense_row(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    QWEN3_5_CONFIG | {"num_key_value_heads": 4},
+    tensors=BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN,
+    partial=0.25,
+    layer_kinds=qwen3_5_kinds,
+    where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
+)
+QWEN3_5_MOE = moe_row(
+    "qwen3_5_moe_text",
+    "Qwen3_5MoeForCausalLM",
+    QWEN3_5_CONFIG
+    | {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        **ROUTER_LOSS,
+    },
+    BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
+    base={key: value for key, value in BASE_CONFIG.items() if key != "intermediate_size"},
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("shared_expert_intermediate_size",),
+    shared_weight=0.5,  # sigmoid(0) of its gate
+    routing=Routing("softmax", "always"),
+    # the hub's checkpoints stack the experts of the model, and of multi-token-prediction layers some do and some do not
+    layouts=(SEPARATE, STACKED),
+    mtp=QWEN_MTP,
+    mtp_prefix="mtp.",
+    partial=0.25,
+    layer_kinds=qwen3_5_kinds,
+    where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
+)
+QWEN3_NEXT = moe_row(
+    "qwen3_next",
+    "Qwen3NextForCausalLM",
+    QWEN3_5_CONFIG
+    | {
+        "num_key_value_heads": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": 512,
+        **ROUTER_LOSS,
+    },
+    BLOCK
+    | QKV_BIAS
+    | O_BIAS
+    | QK_NORM
+    | {k: v for k, v in LINEAR_ATTENTION.items() if k not in ("linear.a", "linear.b", "linear.qkv", "linear.z")}
+    | {
+        "linear.ba": LAYER + "linear_attn.in_proj_ba.weight",
+        "linear.qkvz": LAYER + "linear_attn.in_proj_qkvz.weight",
+    }
+    | MLP_ROUTER
+    | MLP_EXPERTS
+    | SHARED_EXPERT
+    | SHARED_GATE
+    | DENSE_FFN,
+    num_experts=("num_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("shared_expert_intermediate_size",),
+    placement=placement.LIST,
+    routing=Routing("softmax", "norm_topk_prob"),
+    mtp=QWEN_MTP,
+    mtp_prefix="mtp.",
+    partial=0.25,
+    layer_kinds=qwen3_5_kinds,
+    where=QWEN3_5_WHERE,
+    shapes=GATED_QUERY,
+)
+
+VENDOR = Vendor(
+    dense=(QWEN3_5,),
+    moe=(QWEN3_5_MOE, QWEN3_NEXT),
+    pairs=(
+        Pair(
+            "qwen3_5_text",
+            "qwen3_5_moe_text",
+            default=True,
+            note=ZERO_SHARED_128,
+            config={"shared_expert_intermediate_size": 128},
+            rename={"intermediate_size": None},
+        ),
+    ),
+    wrappers=(
+        Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE,), {"model.visual.": "vision"}),
+    ),
+)

@@ -1,0 +1,47 @@
+"""Upstage: Solar Open."""
+
+from __future__ import annotations
+
+from moeconv.families.blocks import BLOCK, QKV_BIAS
+from moeconv.families.expert_blocks import (
+    CORRECTION,
+    GROUPED,
+    MLP_EXPERTS,
+    MLP_ROUTER,
+    ONE_SHARED_EXPERT,
+    SHARED_EXPERTS,
+    SIGMOID,
+    ZERO_SHARED_FULL,
+    moe_row,
+)
+from moeconv.families.spec import Pair
+from moeconv.families.vendor import Vendor
+
+SOLAR_OPEN = moe_row(
+    "solar_open",
+    "SolarOpenForCausalLM",
+    {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1e6,
+        "head_dim": 128,
+        "attention_bias": False,
+        "moe_intermediate_size": 1280,
+        **SIGMOID,
+    },
+    BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
+    num_experts=("n_routed_experts",),
+    expert_width="moe_intermediate_size",
+    shared_width=("moe_intermediate_size", "n_shared_experts"),
+    routing=GROUPED,
+    float32=frozenset({"router.correction"}),
+)
+
+VENDOR = Vendor(
+    moe=(SOLAR_OPEN,),
+    pairs=(
+        Pair("llama", "solar_open", note=ZERO_SHARED_FULL, config=ONE_SHARED_EXPERT | {"attention_bias": False}),
+        Pair("qwen2", "solar_open", note=ZERO_SHARED_FULL, config=ONE_SHARED_EXPERT | {"attention_bias": True}),
+    ),
+)

@@ -54,11 +54,13 @@ ROWS = {
 
 
 def add_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 256 letters: a GGUF file holds its tokenizer."""
-    letters = {chr(256 + i): i for i in range(256)}
+    """A byte-level BPE of 256 letters, by which any text is its bytes: a GGUF file holds its tokenizer."""
+    alone = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    others = (byte for byte in range(256) if byte not in alone)
+    letters = {chr(byte): byte for byte in alone} | {chr(256 + i): byte for i, byte in enumerate(others)}
     value = {
         "version": "1.0", "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "byte_fallback": False, "vocab": letters, "merges": []},
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(value))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.plan.kernels.pack.floats import times, unpack_mxfp4
+from moeconv.plan.kernels.pack.floats import times, unpack_mxfp4, unpack_mxfp4_rows, widened
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.decode import plan_decode
 from moeconv.stream.layers import LayerStream
@@ -65,6 +65,27 @@ def test_mxfp4_decodes_as_transformers_does() -> None:
     exponents = torch.randint(100, 140, (3, 8, 2), dtype=torch.uint8, generator=draw)
     stock = _convert_moe_packed_tensors(blocks.clone(), exponents.clone())
     assert torch.equal(unpack_mxfp4(blocks, exponents), stock.reshape(3, 64, 8) if stock.shape[1] == 64 else stock)
+
+
+def test_every_code_of_four_bits_with_every_exponent() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, 16, 16).contiguous()
+    exponents = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 16).contiguous()
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.bfloat16)
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(2)
+    expected = torch.ldexp(values[nibbles.int()], exponents[..., None].int() - 127).flatten(1)
+    found = unpack_mxfp4_rows(codes.flatten(1), exponents)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(unpack_mxfp4(codes[None], exponents[None])[0].T, found)
+
+
+@pytest.mark.parametrize("codes", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_code_of_eight_bits(codes: torch.dtype, dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(codes)
+    for given in (every, every[1:], every.view(2, 128).T):
+        found, expected = widened(given, dtype), given.to(dtype)
+        assert found.shape == expected.shape and found.dtype == dtype
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 def _rewrite(path: Path, change, quantization: dict) -> None:

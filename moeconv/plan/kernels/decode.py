@@ -80,14 +80,15 @@ def _packed_int(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
 def _codes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
     """A byte a weight: (code - zero point) * scale in the scale's dtype, as compressed-tensors computes it."""
     scales = parts["scale"]
-    values = parts["weight"].to(scales.dtype)
+    codes = parts["weight"]
+    values = floats.widened(codes, scales.dtype) if codes.is_floating_point() else codes.to(scales.dtype)
     if "zero_point" in parts:
         values -= floats.spread(parts["zero_point"].to(scales.dtype), how["grid"], values.shape)
     return floats.times(values, scales, how["grid"])
 
 
 def _float8_blocks(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
-    return floats.times(parts["weight"].float(), parts["scale_inv"].float(), how["grid"])
+    return floats.times(floats.widened(parts["weight"], torch.float32), parts["scale_inv"].float(), how["grid"])
 
 
 def _bitsandbytes4(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:

@@ -82,3 +82,20 @@ class RowBuffers:
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK // max(1, columns))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+WORDS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}  # each holds two
+
+
+def pairs_of(values: Tensor) -> Tensor:
+    """Words of two values each, for codes that are joined in twos, the lower one first: [n] -> [n * n]."""
+    n = len(values)
+    return torch.stack([values.repeat(n), values.repeat_interleave(n)], -1).view(WORDS[values.dtype]).flatten()
+
+
+def look_up(codes: Tensor, words: Tensor, out: Tensor) -> None:
+    """words[codes] into the memory of `out`, in blocks that stay in cache."""
+    into = out.view(-1).view(words.dtype)
+    for start in range(0, codes.numel(), BLOCK):
+        part = codes[start : start + BLOCK].int()
+        torch.index_select(words, 0, part, out=into[start : start + part.numel()])

@@ -6,11 +6,12 @@ Bit by bit what transformers computes: FP8 with a scale a block, row or tensor, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from moeconv.plan.kernels.pack.common import row_blocks
+from moeconv.plan.kernels.pack.common import WORDS, look_up, pairs_of, row_blocks
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 Grid = Sequence[int | None]  # rows and columns of weights that share a scale, None for all of that axis
@@ -40,18 +41,36 @@ def spread(scales: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:
     return times(torch.ones(tuple(shape), dtype=scales.dtype), scales, grid)
 
 
+def widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """FP8 `codes` as `dtype`, bit by bit what `Tensor.to` gives, on the CPU in a fourth of its time: two codes at a
+    time are looked up as one word."""
+    if codes.device.type != "cpu" or codes.numel() % 2 or dtype not in WORDS or not codes.is_contiguous():
+        return codes.to(dtype)
+    out = torch.empty(codes.shape, dtype=dtype)
+    look_up(codes.view(torch.uint8).reshape(-1).view(torch.uint16), _pairs_of_codes(codes.dtype, dtype), out)
+    return out
+
+
+@lru_cache(maxsize=8)
+def _pairs_of_codes(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return pairs_of(torch.arange(256, dtype=torch.int32).to(torch.uint8).view(codes).to(dtype))
+
+
+@lru_cache(maxsize=4)
+def _pairs_of_nibbles(dtype: torch.dtype) -> Tensor:
+    return pairs_of(torch.tensor(_E2M1, dtype=dtype))
+
+
 def unpack_nvfp4(packed: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
     """bfloat16 [out, in] from E2M1 codes [out, in / 2] (two to a byte, the low nibble first), FP8 scales [out, groups]
     and one number that divides them, as compressed-tensors computes it: the scales in bfloat16, the rest in float32."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
-    values = torch.tensor(_E2M1)
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     finest = scales.bfloat16().float() / whole.reshape(()).float()
     for start, stop in row_blocks(rows, columns):
-        codes = packed[start:stop]
-        both = torch.stack([values[(codes & 15).int()], values[(codes >> 4).int()]], -1)
-        groups = both.view(stop - start, scales.shape[1], -1)
-        out[start:stop] = groups.mul_(finest[start:stop, :, None]).view(stop - start, columns)
+        values = torch.empty(stop - start, scales.shape[1], columns // scales.shape[1])
+        look_up(packed[start:stop].reshape(-1), _pairs_of_nibbles(torch.float32), values)
+        out[start:stop] = values.mul_(finest[start:stop, :, None]).view(stop - start, columns)
     return out
 
 
@@ -59,20 +78,32 @@ def unpack_mxfp4_rows(packed: Tensor, exponents: Tensor) -> Tensor:
     """bfloat16 [out, in] from E2M1 codes [out, in / 2] and exponents [out, in / 32] (base 2, less 127); exact."""
     exponents = exponents.view(torch.uint8)
     groups = exponents.shape[1]
-    blocks = packed.reshape(1, packed.shape[0], groups, packed.shape[1] // groups)
-    return unpack_mxfp4(blocks, exponents.reshape(1, -1, groups))[0].T.contiguous()
+    return _mxfp4(packed.reshape(packed.shape[0], groups, packed.shape[1] // groups), exponents)
 
 
 def unpack_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
     """bfloat16 [E, in, out] from codes [E, out, in / 32, 16] (two to a byte, the low nibble first) and their exponents
-    [E, out, in / 32] (base 2, less 127); exact, since a code has two significant bits."""
+    [E, out, in / 32] (base 2, less 127)."""
     if blocks.shape[:-1] != exponents.shape:
         raise ValueError(f"exponents {list(exponents.shape)} for blocks {list(blocks.shape)}")
-    values = torch.tensor(_E2M1, dtype=torch.bfloat16)
-    *front, groups, width = blocks.shape
-    out = torch.empty(*front, groups, width, 2, dtype=torch.bfloat16)
-    for one, codes, exponent in zip(out, blocks, exponents):  # an expert at a time bounds the index tensors
-        shift = (exponent.to(torch.int32) - 127).unsqueeze(-1)
-        torch.ldexp(values[(codes & 15).int()], shift, out=one[..., 0])
-        torch.ldexp(values[(codes >> 4).int()], shift, out=one[..., 1])
-    return out.reshape(*front, groups * width * 2).transpose(1, 2).contiguous()
+    experts, rows, groups, width = blocks.shape
+    out = torch.empty(experts, groups * width * 2, rows, dtype=torch.bfloat16)
+    for into, codes, exponent in zip(out, blocks, exponents):  # an expert at a time bounds what is turned around
+        into.copy_(_mxfp4(codes, exponent).T)
+    return out
+
+
+def _mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
+    """bfloat16 [out, in] from codes [out, groups, width / 2] and exponents [out, groups]; exact, since a code has two
+    significant bits."""
+    rows, groups, width = codes.shape
+    powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()  # the last one is infinite
+    infinite = bool((exponents == 255).any())
+    out = torch.empty(rows, groups, 2 * width, dtype=torch.bfloat16)
+    for start, stop in row_blocks(rows, groups * width):
+        look_up(codes[start:stop].reshape(-1), _pairs_of_nibbles(torch.bfloat16), out[start:stop])
+        if infinite:
+            out[start:stop] = torch.ldexp(out[start:stop], exponents[start:stop, :, None].int() - 127)
+        else:
+            out[start:stop].mul_(powers[exponents[start:stop].int()].unsqueeze(-1))
+    return out.view(rows, -1)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeconv.errors import UsageError
-from moeconv.plan.kernels.pack.common import ROUND, RowBuffers, check_finite, check_matrix, row_blocks
+from moeconv.plan.kernels.pack.common import (
+    ROUND,
+    RowBuffers,
+    check_finite,
+    check_matrix,
+    look_up,
+    pairs_of,
+    row_blocks,
+)
 
 _WORDS_HINT = "Choose bits and a group size that divide the matrix's input width, or leave this projection unquantized."
 
@@ -181,13 +190,27 @@ def unpack_int(
         raise ValueError(f"zero points of shape {list(zero_points.shape)} for scales of shape {list(scales.shape)}")
     result = torch.empty(rows, columns, dtype=dtype or scales.dtype)
     for start, stop in row_blocks(rows, columns):
-        levels = unpack_levels(words[start:stop], bits=bits, columns=columns).float()
+        levels = _float_levels(words[start:stop], bits=bits, columns=columns)
         each = levels.view(-1, columns // groups)
         if zero_points is not None:
             each.sub_(zero_points[start:stop].reshape(-1, 1).float())
         each.mul_(scales[start:stop].reshape(-1, 1).float())
         result[start:stop].copy_(levels)
     return result
+
+
+def _float_levels(words: Tensor, *, bits: int, columns: int) -> Tensor:
+    """`unpack_levels` in float32: two 4-bit levels at a time are looked up as one word."""
+    if bits == 8 or columns % 8 or words.ndim != 2 or words.shape[1] != columns // 8:
+        return unpack_levels(words, bits=bits, columns=columns).float()
+    levels = torch.empty(words.shape[0], columns)
+    look_up(words.contiguous().view(torch.uint8).view(-1), _nibble_pairs(), levels)
+    return levels
+
+
+@lru_cache(maxsize=1)
+def _nibble_pairs() -> Tensor:
+    return pairs_of(torch.arange(-8.0, 8.0))
 
 
 def _absmax_scales(x: Tensor, work: RowBuffers, *, bits: int, out: Tensor) -> None:

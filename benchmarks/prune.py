@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from moeconv.calibrate.artifact import load_statistics
 from moeconv.calibrate.run import calibrate
-from moeconv.calibrate.weights import aimer, magnitude
+from moeconv.calibrate.weights import measure_experts
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import Model, open_model
@@ -74,16 +74,16 @@ def evidence_of(bench: Bench, model: Model, folder: Path, *, seed: int, domain: 
     if not stats.exists():
         data = calibration(bench, domain)
         calibrate(bench.path, stats, data=data, tokens=bench.tokens, seq_len=SEQ_LEN, seed=seed, save_every=None)
-    return Evidence(
-        statistics=load_statistics(stats), rule=rule_of(model), seed=seed, num_experts=model.num_experts,
-        aimer=aimer(model), magnitude=magnitude(model),
-    )  # fmt: skip
+    return Evidence(statistics=load_statistics(stats), rule=rule_of(model), seed=seed, num_experts=model.num_experts)
 
 
 def keep_sets(model: Model, evidence: Evidence, left: int) -> dict[str, dict[int, list[int]]]:
     """What every criterion keeps."""
     none = dict.fromkeys(model.moe_layers, NONE)
-    orders = {n: {at: c.order(evidence, at, NONE) for at in model.moe_layers} for n, c in CRITERIA.items()}
+    orders = {}
+    for name, c in CRITERIA.items():
+        read = None if c.needs.weights is None else measure_experts(model, c.needs.weights)
+        orders[name] = {at: c.order(replace(evidence, weights=read), at, NONE) for at in model.moe_layers}
     return {
         name: choose(model, order, left, evidence=evidence, criterion=name, protected=none)
         for name, order in orders.items()

@@ -1,6 +1,7 @@
 """Every parameter of every step, declared once: flag names, recipe keys and API parameter names are these words.
 
-A group is a frozen dataclass; a field's metadata holds its help text and, where the words are fixed, its choices.
+A group is a frozen dataclass; a field's metadata holds its help text and its choices: words, or the place of the
+registry that has them (`choices_of` reads both).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 from moeconv.errors import UsageError, did_you_mean, escape
@@ -30,10 +32,12 @@ Reads = Literal["", "model", "file", "data"]
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str | None = None, reads: Reads = ""
+    default: Any, help: str, *, choices: tuple[str, ...] | str = (), flag: str | None = None, reads: Reads = ""
 ) -> Any:
     """A dataclass field with its help text; `flag` overrides the flag's spelling.
 
+    `choices` are the words that it takes, or "module:name" of a registry or a function that gives them: imported when
+    they are asked for, so that the words of a registry stand in one place and `--help` stays quick.
     `reads` says what the command reads at the path that is the value, so that no output can replace it: a model's
     directory, a file, or data (a file or a directory, FILE=WEIGHT).
     """
@@ -128,7 +132,7 @@ class UpcycleOptions:
     method: str = option(
         "copy",
         "How experts are made from the FFN.",
-        choices=("copy", "noise", "drop", "granular", "shuffle", "split", "experts-from"),
+        choices="moeconv.upcycle.methods:METHODS",
     )
     experts_from: tuple[str, ...] = option(
         (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts.",
@@ -185,10 +189,7 @@ class PruneOptions:
     )
     criterion: str | None = option(
         None, "What decides which experts go (default: reconstruction with data, aimer without).",
-        choices=(
-            "reconstruction", "redundancy", "saliency", "half-saliency", "reap", "utilization", "ean-sum", "man",
-            "msan", "seer-soft", "easy-ep", "aimer", "magnitude", "random",
-        ),
+        choices="moeconv.prune.criteria:CRITERIA",
     )  # fmt: skip
     similarity: str = option(
         "output", "Likeness of experts (redundancy, merge).", choices=("output", "aligned", "raw", "router")
@@ -218,12 +219,10 @@ class PruneOptions:
 class QuantizeOptions:
     """moeconv quantize"""
 
-    format: str = option(
-        "compressed-tensors", "Layout on disk.", choices=("compressed-tensors", "bitsandbytes", "gguf")
-    )
+    format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
     scheme: str | None = option(
         None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
-        choices=("int4", "int8", "nf4", "fp4", "q4_k", "q4_0", "q8_0", "mixed"),
+        choices="moeconv.quantize.formats:scheme_words",
     )  # fmt: skip
     bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
     group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
@@ -437,13 +436,24 @@ def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int
     return tuple(sorted(chosen))
 
 
+def choices_of(parameter: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The words that a parameter takes, () where any will do. Raises InputError where a package that adds one is
+    broken."""
+    choices = parameter.metadata["choices"]
+    if not isinstance(choices, str):
+        return choices
+    module, _, name = choices.partition(":")
+    found = getattr(import_module(module), name)
+    return tuple(found() if callable(found) else found)
+
+
 def take(group: type[T], values: Mapping[str, Any]) -> T:
     """The group's dataclass from the values that it names. Raises UsageError for a value outside its choices."""
     names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
     made = group(**{k: v for k, v in values.items() if k in names})
     for f in dataclasses.fields(group):  # type: ignore[arg-type]
-        value, choices = getattr(made, f.name), f.metadata["choices"]
-        if choices and value is not None and value not in choices:
+        value = getattr(made, f.name)
+        if value is not None and (choices := choices_of(f)) and value not in choices:
             raise UsageError(
                 f"{flag_of(f.name)} {escape(value)}: not one of {', '.join(choices)}", hint=did_you_mean(value, choices)
             )

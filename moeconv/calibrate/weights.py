@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,27 +20,13 @@ from moeconv.plan.plan import Input
 _BLOCK = 1 << 20  # elements converted at a time
 
 
-def aimer(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
-    """AIMER's score of every expert, {layer: float64 [E]}: mean|W| / sqrt(mean W^2) over gate, up and down.
+def measure_experts(
+    model: Model, measure: Callable[[ExpertWeights], float], *, jobs: int = 1
+) -> dict[int, np.ndarray]:  # fmt: skip
+    """`measure` of every expert of every MoE layer, {layer: float64 [E]}. Quantized weights are decoded.
 
-    High means spread evenly, which the criterion takes for dispensable. Quantized weights are decoded; raises
-    InputError for weights that are no numbers.
+    Raises InputError for weights that are no numbers, and for those that hold NaN or infinity.
     """
-
-    def score(sums: np.ndarray) -> float:
-        absolute, square, count = sums.sum(axis=0)
-        return float(absolute / count / np.sqrt(square / count)) if square else 1.0
-
-    return _of_experts(model, score, jobs=jobs)
-
-
-def magnitude(model: Model, *, jobs: int = 1) -> dict[int, np.ndarray]:
-    """The product of the Frobenius norms of every expert's gate, up and down, {layer: float64 [E]}."""
-    return _of_experts(model, lambda sums: float(np.sqrt(sums[:, 1]).prod()), jobs=jobs)
-
-
-def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int) -> dict[int, np.ndarray]:
-    """`score` of every expert's sums [part, (|W|, W^2, 1)]."""
     for name, role in model.roles.items():
         if role.group == "expert" and not role.part and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
             raise InputError(
@@ -49,7 +36,7 @@ def _of_experts(model: Model, score: Callable[[np.ndarray], float], *, jobs: int
     pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.num_experts)]
     matrices = _matrices(model)
     with ThreadPoolExecutor(jobs) as pool:
-        scores = list(pool.map(lambda pair: score(_sums_of(model, matrices[pair], *pair)), pairs))
+        scores = list(pool.map(lambda at: measure(ExpertWeights(model, at[0], at[1], matrices[at])), pairs))
     return {
         layer: np.array([s for (at, _), s in zip(pairs, scores) if at == layer], np.float64)
         for layer in model.moe_layers
@@ -73,19 +60,33 @@ def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
     return found
 
 
-def _sums_of(model: Model, matrices: Mapping[str, Parts], layer: int, expert: int) -> np.ndarray:
-    """Sums of |W| and W^2 and the number of weights of an expert's matrices: float64 [matrices, 3]."""
-    sums = np.zeros((len(matrices), 3))
-    for i, (name, parts) in enumerate(matrices.items()):
-        for values in _values(model, name, parts):
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert's matrices, each {part: where it lies} by the name of its weight."""
+
+    model: Model
+    layer: int
+    expert: int
+    matrices: Mapping[str, Parts]
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(number of the matrix, some of its values in order: float32, flat). A quantized matrix comes whole."""
+        for i, (name, parts) in enumerate(self.matrices.items()):
+            for values in _values(self.model, name, parts):
+                if not np.isfinite(values).all():
+                    raise InputError(
+                        f"expert {self.expert} of layer {self.layer} holds NaN or infinite values in {escape(name)}",
+                        hint="The checkpoint is damaged.",
+                    )
+                yield i, values
+
+    def sums(self) -> np.ndarray:
+        """float64 [matrices, 3]: of every matrix the sum of |W|, the sum of W^2, and the number of values."""
+        sums = np.zeros((len(self.matrices), 3))
+        for i, values in self.blocks():
             absolute, square = np.abs(values).sum(dtype=np.float64), np.square(values, dtype=np.float64).sum()
             sums[i] += float(absolute), float(square), len(values)
-    if not np.isfinite(sums).all():
-        raise InputError(
-            f"expert {expert} of layer {layer} holds NaN or infinite values in {escape(name)}",
-            hint="The checkpoint is damaged.",
-        )
-    return sums
+        return sums
 
 
 def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:

@@ -12,10 +12,16 @@ from dataclasses import replace
 import numpy as np
 
 from moeconv.families.rule import Rule, route
-from moeconv.prune.criteria import CRITERIA, Evidence, Order, Statistics
+from moeconv.prune.criteria import CRITERIA, Evidence, Needs, Order, Statistics
 from moeconv.randomness import generator
 
 _ROWS = ("sample_logits", "sample_outputs", "sample_scale")
+_SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum")  # that the sampled tokens give anew
+
+
+def can_resample(needs: Needs) -> bool:
+    """Whether a criterion reads what other tokens would change here: the token sample, or a sum that it gives."""
+    return needs.sample or any(name in _SUMS for name in needs.fields)
 
 
 class Resampled:
@@ -48,10 +54,7 @@ class Resampled:
                 factor=float(self._whole.layer(layer, "sample_factor")[0]),
             )  # fmt: skip
             norm = np.take_along_axis(np.linalg.norm(outputs, axis=2), chosen, 1).astype(np.float64)
-            values = {
-                "count": np.ones_like(g), "gate_sum": g, "norm_sum": norm, "norm_sq_sum": norm**2,
-                "gate_norm_sum": g * norm,
-            }  # fmt: skip
+            values = dict(zip(_SUMS, (np.ones_like(g), g, norm, norm**2, g * norm), strict=True))
             self._sums[layer] = {
                 name: np.bincount(chosen.reshape(-1), v.reshape(-1), minlength=experts)[None]
                 for name, v in values.items()

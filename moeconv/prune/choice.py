@@ -12,22 +12,23 @@ from moeconv.errors import InputError, UsageError, did_you_mean, escape
 from moeconv.families.model import Model
 from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import PlanOptions, PruneOptions, flag_of, take
-from moeconv.prune.criteria import CRITERIA, Criterion, Evidence, Order, similarity, stand_ins
+from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Criterion, Evidence, Order, similarity, stand_ins
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import parse_protect
 
 DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
 _WITHOUT_RULE = "saliency"  # where no rule in numbers says what tokens do without an expert
+_WITHOUT_DATA = "aimer"
 
 
 def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None = None) -> str:
     """The criterion of a run; without one that the user names, one that the model's routing rule allows. Raises
     UsageError when it needs statistics that are not given."""
     best = DEFAULT if model is None or has_numbers(model) else _WITHOUT_RULE
-    chosen = name or (best if has_data else "aimer")
+    chosen = name or (best if has_data else _WITHOUT_DATA)
     if chosen not in CRITERIA:
         raise UsageError(f"unknown --criterion {escape(chosen)}", hint=did_you_mean(chosen, CRITERIA))
-    if CRITERIA[chosen].needs_data and not has_data:
+    if CRITERIA[chosen].needs.data and not has_data:
         raise UsageError(
             f"--criterion {chosen} needs statistics",
             hint="Pass --data FILE, or --stats STATS from `moeconv calibrate MODEL STATS --data FILE`.",
@@ -39,11 +40,11 @@ def default_criterion(model: Model, evidence: Evidence) -> str:
     """What decides when nothing is asked for: by the weights without statistics, else the benchmark's winner, or
     `saliency` where the statistics hold no token sample (a router whose rule is not known, or an older file)."""
     if evidence.statistics is None:
-        return "aimer"
+        return _WITHOUT_DATA
     try:
         evidence.statistics.layer(model.moe_layers[0], "sample_unit")
     except (InputError, KeyError):
-        return "saliency"
+        return _WITHOUT_RULE
     return DEFAULT
 
 
@@ -63,12 +64,12 @@ def orders_of(model: Model, evidence: Evidence, **parameters: Any) -> dict[int, 
 
 def _measured(criterion: Criterion, evidence: Evidence) -> bool:
     """Whether everything that a criterion needs is there."""
-    if criterion.needs_data:
-        weights = criterion.name == "redundancy" and evidence.similarity in ("aligned", "raw")
-        return evidence.statistics is not None and not (weights and evidence.weight_cosine is None)
-    if criterion.needs == "weights":
-        return getattr(evidence, criterion.name) is not None
-    return True
+    needs = criterion.needs
+    if needs.similarity and evidence.similarity in OF_WEIGHTS and evidence.weight_cosine is None:
+        return False
+    if needs.weights is not None and evidence.weights is None:
+        return False
+    return evidence.statistics is not None or not needs.data
 
 
 def choose(

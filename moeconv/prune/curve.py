@@ -103,10 +103,10 @@ def _stability(
     protected: Mapping[int, frozenset[int]],
 ) -> dict[int, float]:  # fmt: skip
     """{experts left: share of the kept ones that a bootstrap keeps too}; nothing without a token sample."""
-    if not CRITERIA[criterion].needs_data or criterion == "easy-ep":
-        return {}
-    from moeconv.prune.bootstrap import stability
+    from moeconv.prune.bootstrap import can_resample, stability
 
+    if not can_resample(CRITERIA[criterion].needs):
+        return {}
     removed = [model.num_experts - n for n in counts]
     try:
         found = stability(evidence, criterion, orders, removed, protected=protected)

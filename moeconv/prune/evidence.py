@@ -27,7 +27,7 @@ from moeconv.options import (
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prune import choice, limits
-from moeconv.prune.criteria import CRITERIA, Evidence
+from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Evidence
 from moeconv.runner.run import named
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
@@ -42,7 +42,7 @@ def gathered(
     path = options.stats
     if only_top_k(model, parameters):
         return Evidence(rule=rule_of(model), num_experts=model.num_experts)
-    if data and path is None and (CRITERIA[parameters["criterion"]].needs_data or options.merge or covers(options)):
+    if data and path is None and (CRITERIA[parameters["criterion"]].needs.data or options.merge or covers(options)):
         from moeconv.calibrate.run import calibrate
 
         judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
@@ -86,13 +86,14 @@ def evidence_of(
     workers = jobs or default_jobs()
     from moeconv.calibrate import weights
 
-    name = parameters["criterion"]
-    alike = name == "redundancy" or parameters["merge"]
-    if CRITERIA[name].needs == "weights":
+    chosen = CRITERIA[parameters["criterion"]]
+    if (measure := chosen.needs.weights) is not None:
         (meter or SilentMeter()).note("reading the experts' weights")
-        scores: dict[str, Any] = {name: _by_layer(measured, name, lambda: getattr(weights, name)(model, jobs=workers))}
-        evidence = replace(evidence, **scores)
-    if alike and evidence.similarity in ("aligned", "raw"):
+        scores = _by_layer(
+            measured, f"weights.{chosen.name}", lambda: weights.measure_experts(model, measure, jobs=workers)
+        )
+        evidence = replace(evidence, weights=scores)
+    if (chosen.needs.similarity or parameters["merge"]) and evidence.similarity in OF_WEIGHTS:
         (meter or SilentMeter()).note("comparing the experts' weights")
         aligned = evidence.similarity == "aligned"
         cosine = _by_layer(measured, "cosine", lambda: weights.weight_cosine(model, aligned=aligned, jobs=workers))

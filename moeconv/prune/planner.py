@@ -29,7 +29,7 @@ from moeconv.prune.choice import (
     orders_of,
     protected_experts,
 )
-from moeconv.prune.criteria import Evidence, Order
+from moeconv.prune.criteria import CRITERIA, Evidence, Order
 from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_of, with_mtp
 from moeconv.prune.limits import check_feasible, check_prune
 from moeconv.prune.named_modules import renumbered
@@ -172,8 +172,8 @@ def _warnings(
             f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the numbers that layer "
             f"{model.moe_layers[-1]} keeps: no data runs through them, so drafted tokens may be accepted less often"
         )
-    if criterion == "aimer":
-        warnings.append("aimer looks at weights only: unreliable on small or imbalanced models; calibrate if you can")
+    if criterion and CRITERIA[criterion].warning:
+        warnings.append(CRITERIA[criterion].warning)
     plain = not model.renormalises and model.family.routing and model.family.routing.score == "softmax"
     if plain and criterion and not (options.refit or options.distill or scales):
         warnings.append(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.options import parse_index
+from moeconv.plugins import Registry
 from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
 from moeconv.quantize.gguf import GGUF
@@ -16,7 +17,14 @@ from moeconv.quantize.spec import Format, Scheme
 
 GROUP_SIZES = (128, 64, 32)
 BITS = {"int4": 4, "int8": 8, "nf4": 4, "fp4": 4, "q4_k": 4, "q4_0": 4, "q8_0": 8}
-FORMATS: dict[str, Format] = {f.name: f for f in (COMPRESSED_TENSORS, BITSANDBYTES, GGUF)}
+FORMATS = Registry(Format, "moeconv.formats", (COMPRESSED_TENSORS, BITSANDBYTES, GGUF))
+MIXED = "mixed"  # the word of --scheme for bits that differ by layer
+
+
+def scheme_words() -> tuple[str, ...]:
+    """What --scheme takes: every format's schemes, the narrower first, and the word for bits by layer."""
+    names = [scheme for f in FORMATS.values() for scheme in sorted(f.schemes, key=BITS.__getitem__)]
+    return (*dict.fromkeys(names), MIXED)
 
 
 def choose_scheme(format: Format, *, scheme: str | None, bits: int | None) -> str:

@@ -152,7 +152,6 @@ METHODS: dict[str, Method] = {
     ),
     "drop": Method(_drop, reads=("drop_ratio",), idle={"drop_ratio": 0.0}, drift=_redrawn),
     "granular": Method(exact=True, granularity=2),
-    "experts-from": Method(),
     "shuffle": Method(
         _drop,
         select=shuffled,
@@ -170,6 +169,7 @@ METHODS: dict[str, Method] = {
         correction=_always_on,
         reads=("clustering", "stats"),
     ),
+    "experts-from": Method(),
 }
 
 

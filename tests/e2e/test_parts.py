@@ -26,7 +26,7 @@ STEPS: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "prune --merge": (("prune", "{moe}", "{out}", "--keep", 3, "--merge", *RUN), ["statistics", "decision"]),
     "prune --distill": (("prune", "{moe}", "{out}", "--keep", 3, "--distill", 2, *RUN), ["statistics", "decision"]),
     "prune --data": (("prune", "{moe}", "{out}", "--keep", 3, *RUN), ["statistics"]),
-    "prune by weights": (("prune", "{moe}", "{out}", "--keep", 3, "--criterion", "aimer"), ["aimer"]),
+    "prune by weights": (("prune", "{moe}", "{out}", "--keep", 3, "--criterion", "aimer"), ["weights.aimer"]),
     "tune": (("tune", "{moe}", "{out}", "--objective", "lm", "--steps", 3, *RUN), ["overlay"]),
     "quantize --method gptq": (("quantize", "{moe}", "{out}", "--method", "gptq", *RUN), ["codes"]),
     "upcycle --router": (
@@ -105,7 +105,7 @@ def test_a_run_that_was_stopped_does_not_measure_again(cli, tmp_path, places, ma
     with monkeypatch.context() as patch:
         patch.setattr(OutputDirectory, "mark_finished", _stopped)
         assert cli(*words("prune by weights", tmp_path / "out", places)).code == 130
-    assert cli(*words("prune by weights", tmp_path / "out", places)).code == 0 and made == ["aimer"]
+    assert cli(*words("prune by weights", tmp_path / "out", places)).code == 0 and made == ["weights.aimer"]
 
 
 def test_other_data_is_measured_anew_and_a_copy_of_it_is_not(cli, tmp_path, places, made):

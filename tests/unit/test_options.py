@@ -14,6 +14,7 @@ from moeconv.options import (
     QuantizeOptions,
     UpcycleOptions,
     check_names,
+    choices_of,
     flag_of,
     parse_layers,
     parse_size,
@@ -111,7 +112,7 @@ def test_every_parameter_has_help_and_a_default_among_its_choices():
             assert field.metadata["help"].strip().endswith(")") or field.metadata["help"].strip().endswith("."), (
                 field.name
             )
-            choices = field.metadata["choices"]
+            choices = choices_of(field)
             assert not choices or field.default is None or field.default in choices, field.name
             assert flag_of(field.name) == "--" + field.name.replace("_", "-")
 

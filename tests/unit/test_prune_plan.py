@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import MOE, decode, edit_json, make_dense, make_moe, random_tensors, read_tensors
 
-from moeconv.calibrate.weights import aimer
+from moeconv.calibrate.weights import measure_experts
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
@@ -87,7 +87,9 @@ def test_evidence_that_says_nothing(criterion, value, says):
 
 def test_aimer_removes_the_most_even_expert(tmp_path):
     model = open_model(make_moe(tmp_path / "m", experts=3, top_k=1, dtype="F32"))
-    scores = aimer(model, jobs=2)
+    measure = CRITERIA["aimer"].needs.weights
+    assert measure is not None
+    scores = measure_experts(model, measure, jobs=2)
     tensors = read_tensors(tmp_path / "m")
     for layer in model.moe_layers:
         for e in range(3):
@@ -96,7 +98,7 @@ def test_aimer_removes_the_most_even_expert(tmp_path):
                 for t, s, d in (tensors[model.expert_name(p, layer=layer, expert=e)] for p in FFN_PARTS)
             ]).astype(np.float64)  # fmt: skip
             assert scores[layer][e] == pytest.approx(np.abs(values).mean() / np.sqrt((values**2).mean()), rel=1e-6)
-    made = CRITERIA["aimer"].order(Evidence(aimer=scores), 0, NONE)
+    made = CRITERIA["aimer"].order(Evidence(weights=scores), 0, NONE)
     assert made.experts[0] == int(np.argmax(scores[0]))
 
 
@@ -284,7 +286,7 @@ def test_criteria_need_what_they_declare():
     assert resolve_criterion(None, has_data=False) == "aimer" and resolve_criterion(None, has_data=True) == DEFAULT
     assert resolve_criterion("reap", has_data=True) == "reap" and resolve_criterion("aimer", has_data=True) == "aimer"
     for name, criterion in CRITERIA.items():
-        if criterion.needs_data:
+        if criterion.needs.data:
             with pytest.raises(UsageError, match=f"--criterion {name} needs statistics"):
                 resolve_criterion(name, has_data=False)
     with pytest.raises(UsageError, match="unknown --criterion reaper"):

@@ -73,7 +73,7 @@ class Progress:
         if not boundary:
             return {}
         with open(self._activations(boundary), "rb") as file:
-            file.readinto(_bytes_of(stream.hidden))  # type: ignore[attr-defined]
+            file.readinto(_bytes_of(stream.hidden))
         stream.skip_to(boundary)
         fields = self._fields(boundary) if world.leads else {}
         self._written = set(fields)
@@ -165,7 +165,7 @@ class Progress:
 
 
 def _bytes_of(hidden: torch.Tensor) -> memoryview:
-    return memoryview(hidden.view(torch.uint8).reshape(-1).numpy())
+    return hidden.view(torch.uint8).reshape(-1).numpy().data
 
 
 def _packed(fields: Mapping[str, np.ndarray]) -> bytes:

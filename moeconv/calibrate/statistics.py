@@ -100,7 +100,7 @@ def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
     finally:
         del experts.forward
         if (stored := stored_in(experts)) is not None:
-            experts.forward = stored.forward  # type: ignore[method-assign]
+            experts.forward = stored.forward
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
@@ -134,17 +134,17 @@ class _Sums:
 
     def __init__(self, layer: Layer, source: Tensor, num_sources: int, num_experts: int) -> None:
         assert layer.router is not None
+        self.router_weight = layer.router.get_parameter("weight")  # [E, H]
         self.layer, self.source, self.shape = layer, source, (num_sources, num_experts)
         self.per_source = {name: self._zeros(num_sources * num_experts) for name in PER_SOURCE}
         self.entropy, self.tokens = self._zeros(num_sources), self._zeros(num_sources)
         self.pairs, self.logits = self._zeros(num_experts, num_experts), self._zeros(num_experts)
         self.logit_products = self._zeros(num_experts, num_experts)
-        self.out = self._zeros(num_experts, layer.router.weight.shape[-1])
+        self.out = self._zeros(num_experts, self.router_weight.shape[-1])
         self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch under way: token, slot, ||f||
 
     def _zeros(self, *shape: int) -> Tensor:
-        assert self.layer.router is not None
-        return torch.zeros(shape, dtype=torch.float64, device=self.layer.router.weight.device)
+        return torch.zeros(shape, dtype=torch.float64, device=self.router_weight.device)
 
     def on_pairs(self, expert: Tensor, token: Tensor, slot: Tensor, output: Tensor) -> None:
         for rows in range(0, len(output), _ROWS):
@@ -165,8 +165,8 @@ class _Sums:
         of_token = self.source[batch.rows].to(index.device).repeat_interleave(batch.inputs.shape[1])  # [T]
         key = (of_token[:, None] * experts + index).reshape(-1)
         product = g * norm
-        values = (torch.ones_like(g), g, g * g, norm, norm * norm, product, product * product, product * moved[:, None])
-        for name, value in zip(PER_SOURCE, values):
+        each = (torch.ones_like(g), g, g * g, norm, norm * norm, product, product * product, product * moved[:, None])
+        for name, value in zip(PER_SOURCE, each):
             self.per_source[name].index_add_(0, key, value.reshape(-1))
         self.entropy.index_add_(0, of_token, router_entropy(logits))
         self.tokens += torch.bincount(of_token, minlength=sources)
@@ -176,7 +176,6 @@ class _Sums:
         self.logit_products += logits.double().T @ logits.double()
 
     def fields(self) -> dict[str, np.ndarray]:
-        assert self.layer.router is not None
         whole = (self.entropy, self.tokens, self.pairs, self.logits, self.logit_products, self.out)
         for total in (*self.per_source.values(), *whole):
             summed(total)
@@ -189,7 +188,7 @@ class _Sums:
         fields["logit_correlation"] = logit_correlation(self.logits, self.logit_products, self.tokens.sum())
         fields |= {"entropy_sum": self.entropy, "tokens": self.tokens}
         result = {name: value.cpu().numpy() for name, value in fields.items()}
-        result["router_cosine"] = row_cosine(self.layer.router.weight)
+        result["router_cosine"] = row_cosine(self.router_weight)
         return result
 
 

@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moeconv.checkpoint.header import TensorInfo, tensor_nbytes
 from moeconv.errors import InputError, escape
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 ALIGN = 32
 _MAGIC, _VERSION = b"GGUF", 3
@@ -78,17 +82,18 @@ def written_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         yield tensor.name, tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
 
 
-def open_gguf(path: Path):
+def open_gguf(path: Path) -> GGUFReader:
     """The `gguf` package's reader of a file. Raises InputError for a file that it cannot read."""
     try:
         state = path.stat()
-        return _reader(path, state.st_mtime_ns, state.st_size)
+        return _reader(path, (state.st_mtime_ns, state.st_size))
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise InputError(f"{escape(path.name)} is not a readable GGUF file: {error}", hint="Write it again.") from None
 
 
 @lru_cache(maxsize=1)  # it takes 15 us for each token of the vocabulary, and what was written is looked at three times
-def _reader(path: Path, mtime: int, size: int):
+def _reader(path: Path, _version: tuple[int, int]) -> GGUFReader:
+    """`_version` tells a file from an earlier one of that name: its time in ns and its size."""
     from gguf import GGUFReader
 
     return GGUFReader(path)

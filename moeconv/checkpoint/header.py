@@ -103,7 +103,7 @@ def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
     """Length of the JSON from the file's first 8 bytes, checked against the limit and the file's size."""
     if len(prefix) < 8:
         raise InputError(f"{file}: {file_size} bytes is too short for a safetensors file", hint="Download it again.")
-    (length,) = struct.unpack("<Q", prefix)
+    length: int = struct.unpack("<Q", prefix)[0]
     limit = header_limits(file_size).bytes
     if length <= file_size - 8 and length > limit:
         raise LimitError(

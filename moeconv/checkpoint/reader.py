@@ -229,7 +229,7 @@ class Checkpoint:
         self._root = None if follow_links or _following.get() else allowed_root(self.path)
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
-        self._stored: Mapping[str, str] = {}  # names in the shards of tensors that are called otherwise here
+        self.stored_names: Mapping[str, str] = {}  # names in the shards of tensors that are called otherwise here
         if not os.path.lexists(self.path / CONFIG_NAME):
             raise refusal(self.path, self._entries(), lacks=f": {CONFIG_NAME} is missing")
         config_path = _confined(self.path, self._root, CONFIG_NAME, what="moeconv")
@@ -332,14 +332,14 @@ class Checkpoint:
         other.tensors = {
             names.get(name, name): replace(ref, name=names.get(name, name)) for name, ref in self.tensors.items()
         }
-        other._stored = {new: self._stored.get(old, old) for old, new in names.items()}
+        other.stored_names = {new: self.stored_names.get(old, old) for old, new in names.items()}
         return other
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
-        self._open(self.tensors[name].shard).read_into(self._stored.get(name, name), view, start=start)
+        self._open(self.tensors[name].shard).read_into(self.stored_names.get(name, name), view, start=start)
 
     def read(self, name: str, *, start: int = 0, length: int | None = None) -> bytearray:
         """Bytes of tensor `name`, whole or a range of it."""

@@ -97,7 +97,7 @@ class Measured:
     ) -> None:
         self.lock = StagingLock(out, shared=shared)
         self._key = key
-        self._note = note or (lambda text: None)
+        self._note = note or (lambda _text: None)
         self._resumes: set[str] = set()
 
     @cached_property

@@ -163,7 +163,8 @@ def _expect(text: str, at: int, mark: str, what: str) -> None:
 
 def _value(text: str, at: int) -> tuple[Any, int]:
     try:
-        return _DECODER.scan_once(text, at)  # type: ignore[attr-defined]
+        found: tuple[Any, int] = _DECODER.scan_once(text, at)  # type: ignore[attr-defined] # typeshed leaves it out
+        return found
     except StopIteration as error:
         raise json.JSONDecodeError("Expecting value", text, error.value) from None
 

@@ -38,7 +38,7 @@ def teach_peft() -> None:
     def create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         base = target
         while hasattr(base, "base_layer"):
-            base = base.base_layer
+            base = base.get_submodule("base_layer")
         parameter = kwargs.get("parameter_name")
         if isinstance(base, PackedExperts) and parameter in base.packed:
             return _wrappers()[0](target, adapter_name, config=config, **kwargs)
@@ -97,7 +97,7 @@ def _wrappers() -> tuple[type, type]:
     """PEFT's wrapper of a parameter and of a linear layer, for packed ones."""
     lora: Any = importlib.import_module("peft.tuners.lora.layer")
 
-    class PackedParameter(_Merging, lora.ParamWrapper):  # type: ignore[misc, name-defined]
+    class PackedParameter(_Merging, lora.ParamWrapper):
         def get_param(self) -> Tensor:
             """A stand-in of the weight's shape, dtype and device that takes no memory."""
             base, name = self._packed(), self.parameter_name
@@ -121,7 +121,7 @@ def _wrappers() -> tuple[type, type]:
             finally:
                 del base.deltas[self.parameter_name]
 
-    class PackedWeight(_Merging, lora.Linear):  # type: ignore[misc, name-defined]
+    class PackedWeight(_Merging, lora.Linear):
         parameter_name = "weight"
 
     # PEFT finds the wrapper of a parameter again by its class's name.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.integrations.accelerate import load_offloaded_parameter
 
@@ -35,18 +36,17 @@ class FusePacked(ConversionOps):
 
     def convert(
         self,
-        input_dict: dict[str, list[Tensor]],
+        input_dict: dict[str, Any],
         source_patterns: list[str],
         target_patterns: list[str],
-        *,
-        full_layer_name: str,
-        model: nn.Module,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
+        full_layer_name: str = kwargs["full_layer_name"]
+        model: nn.Module = kwargs["model"]
         path, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(path)
-        packed = isinstance(module, PackedExperts | PackedLinear)
-        layout = module.packed.get(name) if packed else None
+        packed = module.packed if isinstance(module, PackedExperts | PackedLinear) else {}
+        layout = packed.get(name)
 
         def taken(suffix: str) -> list[Tensor]:
             """A companion's tensors, the parts one after the other, an expert after another within a part."""
@@ -56,17 +56,16 @@ class FusePacked(ConversionOps):
         def fused(suffix: str) -> Tensor:
             if not self.operations:
                 return taken(suffix)[0]
-            parts = {source: input_dict.pop(companion(source, suffix)) for source in self.sources}
+            parts: dict[str, Any] = {source: input_dict.pop(companion(source, suffix)) for source in self.sources}
             for operation in self.operations:
                 parts = operation.convert(
                     parts,
                     source_patterns=self.sources,
                     target_patterns=[self.target],
-                    full_layer_name=full_layer_name,
-                    model=model,
                     **kwargs,
                 )
-            return parts[self.target]
+            made: Tensor = parts[self.target]
+            return made
 
         if layout is None:  # this layer is stored unpacked
             return {self.target: fused(".weight")}
@@ -81,7 +80,7 @@ class FusePacked(ConversionOps):
                 made[self.target + attribute] = maps[0].clone()
         states = [read_quant_state(state) for state in taken(f".weight.{STATE}{layout.scheme}")]
         _check_states(states, layout, where=full_layer_name)
-        module.packed[name] = dataclasses.replace(layout, dtype=states[0]["dtype"])
+        packed[name] = dataclasses.replace(layout, dtype=states[0]["dtype"])
         if layout.nested:
             offsets = torch.tensor([state["nested_offset"] for state in states], dtype=torch.float32)
             offsets = offsets.view(layout.parts, -1).T if layout.experts else offsets
@@ -194,7 +193,7 @@ def check_stacked(model: nn.Module) -> None:
                 )
 
 
-def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
+def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's state dict with every packed parameter as the tensors that it was loaded from, bit for bit; names are
     those before transformers' renaming, which save_pretrained reverses itself. What lies on disk is read back."""
     state = dict(model.state_dict())
@@ -211,7 +210,7 @@ def disk_tensors(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _present(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def _present(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
     """A tensor of the module, from the disk where it was offloaded."""
     return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 

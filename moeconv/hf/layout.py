@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -121,7 +122,7 @@ def stored_tensors(files: Sequence[str] | None) -> dict[str, tuple[str, tuple[in
 
 
 def find_layouts(
-    model: nn.Module, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
+    model: PreTrainedModel, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
 ) -> dict[str, Layout]:
     """Parameter name -> layout, for all experts and linear layers that `stored` holds packed; transformers' own
     conversion mapping says which tensors make up which parameter. The tensors' dtypes decide, so schemes may differ by

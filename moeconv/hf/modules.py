@@ -190,7 +190,11 @@ def unpack(module: PackedExperts | PackedLinear, *, dtype: torch.dtype) -> None:
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     stock = module.stock
     del module.packed, module.deltas, module.dtype
-    module.__class__ = stock
+    _become(module, stock)
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
 
 
 def _keep_scales(
@@ -207,9 +211,13 @@ def _keep_scales(
     return module
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[PackedExperts]] = {}  # a family's own class -> the packed one
+
+
 def _packed_class(stock: type[nn.Module]) -> type[PackedExperts]:
-    return type(f"Packed{stock.__name__}", (PackedExperts, stock), {"stock": stock})
+    if stock not in _CLASSES:
+        _CLASSES[stock] = type(f"Packed{stock.__name__}", (PackedExperts, stock), {"stock": stock})
+    return _CLASSES[stock]
 
 
 def install(model: nn.Module, target: str, layout: Layout) -> None:
@@ -217,8 +225,8 @@ def install(model: nn.Module, target: str, layout: Layout) -> None:
     path, _, name = target.rpartition(".")
     module: Any = model.get_submodule(path)
     if not isinstance(module, PackedExperts | PackedLinear):
-        stock: Any = type(module)
-        module.__class__ = _packed_class(stock) if layout.experts else PackedLinear
+        stock: type[nn.Module] = type(module)
+        _become(module, _packed_class(stock) if layout.experts else PackedLinear)
         module.packed, module.deltas, module.dtype = {}, {}, model.dtype
     module.packed[name] = layout
     for suffix, (shape, dtype) in layout.tensors.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightRenaming
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -16,7 +17,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moeconv.errors import InputError, escape
 from moeconv.hf.adapters import teach_peft
@@ -31,7 +32,7 @@ class PackedExpertsConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint whose experts are packed, kept word for word as config.json has it."""
 
     def __init__(self, **fields: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method = cast(QuantizationMethod, METHOD)  # its annotation knows the built-in methods alone
         self.fields = fields
         own = fields.get(METHOD)
         own = own if isinstance(own, dict) else {}
@@ -55,6 +56,7 @@ PackedExpertsConfig.__name__ = "BitsAndBytesConfig"
 class PackedExpertsQuantizer(HfQuantizer):
     """Loads packed experts and linear layers; everything else is loaded as in an unquantized model."""
 
+    quantization_config: PackedExpertsConfig
     requires_calibration = True  # transformers then refuses to use it on a checkpoint that is not packed
 
     def __init__(self, quantization_config: PackedExpertsConfig, **kwargs: Any) -> None:
@@ -62,15 +64,15 @@ class PackedExpertsQuantizer(HfQuantizer):
         self._conversions: list[Any] = []  # transformers' own, which saving reverses
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> nn.Module:
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
+    ) -> PreTrainedModel:
         stored = stored_tensors(checkpoint_files)
         layouts = find_layouts(model, stored, block_size=self.quantization_config.block_size)
         for target, layout in layouts.items():
             install(model, target, layout)
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         # as transformers does: what renamed nothing on loading (names of older files) must not rename on saving
         used = [c for c in self._conversions if not isinstance(c, WeightRenaming) or c.was_used()]
         model._weight_conversions = used or None
@@ -92,7 +94,9 @@ class PackedExpertsQuantizer(HfQuantizer):
             del model.config.auto_map  # it led to the loader of packed weights, and the stock class takes plain ones
         return model
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: nn.Module
+    ) -> list[WeightTransform]:
         """Lets each converter that builds packed weights collect their companions as well, and renames those of experts
         in one packed tensor."""
         self._conversions = [*weight_conversions, *stacked_renamings(model)]
@@ -105,7 +109,7 @@ class PackedExpertsQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: the tensors on disk that the model was loaded from."""
         return disk_tensors(model), {}
 
@@ -123,7 +127,7 @@ def _dispatching(previous: type[QuantizationConfigMixin]) -> type[QuantizationCo
 
     class BitsAndBytesOrPackedExpertsConfig(previous):  # type: ignore[valid-type, misc]
         @classmethod
-        def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
             target = PackedExpertsConfig if METHOD in config_dict else previous
             return target.from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

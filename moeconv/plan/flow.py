@@ -50,18 +50,20 @@ class Flow:
         if self.stop.is_set():
             raise Interrupted("stopped")
 
-    def check_source(self, ref: Input, data: Buffer) -> None:
-        """Name a source tensor with NaN or infinity in it, once: a warning, or InputError with --strict."""
+    def check_source(self, ref: Input, data: Buffer) -> bool:
+        """Whether the data has no NaN or infinity. A tensor with one is named once: by a warning, or by InputError with
+        --strict."""
         if ref.dtype not in FLOAT_DTYPES or all_finite(data, ref.dtype):
-            return
+            return True
         with self._lock:
             if (ref.origin, ref.tensor) in self._seen:
-                return
+                return False
             self._seen.add((ref.origin, ref.tensor))
             text = f"tensor {escape(ref.tensor)!r} holds NaN or infinite values"
             if self.strict:
                 raise InputError(text, hint=_DAMAGED)
             self.warnings.append(text)
+        return False
 
 
 def source_crc(flow: Flow, shard: Shard) -> int:
@@ -81,7 +83,7 @@ def source_crc(flow: Flow, shard: Shard) -> int:
     return checksum.value
 
 
-def _chunks(ref: Input):
+def _chunks(ref: Input) -> Iterator[tuple[int, int]]:
     for start in range(0, ref.nbytes, CHUNK):
         yield ref.start + start, min(CHUNK, ref.nbytes - start)
 
@@ -139,7 +141,7 @@ def write_items(
     the source bytes that were read.
     """
     checksum = _Checksum()
-    ahead: deque[tuple[_Run, Future | None]] = deque()
+    ahead: deque[tuple[_Run, Future[tuple[list[int], list[Buffer]]] | None]] = deque()
     computing = 0
     waiting = _runs(shards, writers)
     exhausted = False
@@ -242,8 +244,7 @@ def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:
     for ref in item.inputs:
         buffer = bytearray(ref.nbytes)
         flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=ref.start)
-        flow.check_source(ref, buffer)
-        clean = clean and (ref.origin, ref.tensor) not in flow._seen
+        clean = flow.check_source(ref, buffer) and clean
         inputs.append(buffer)
     try:
         outputs = list(load_kernel(item.kernel)(list(zip(item.inputs, inputs)), item.outputs, item.params))

@@ -38,11 +38,11 @@ class _PlannedCheckpoint:
         """The path of a companion."""
         return self.path / name
 
-    def same_bytes(self, first: str, second: str) -> bool:
+    def same_bytes(self, _first: str, _second: str) -> bool:
         """Asked of a tied head that is stored: the plan has untied what differs (families/head.py)."""
         return True
 
-    def identity(self, whole: object = ()) -> str:
+    def identity(self, _whole: object = ()) -> str:
         return self.plan_id
 
 

@@ -155,6 +155,6 @@ def _gguf_decoder(shard: Shard, staged: Path):
         name, _, expert = spec.name.partition("#")
         start = int(expert or 0) * spec.nbytes
         data = tensors[name].data.reshape(-1).view("u1")[start : start + spec.nbytes]
-        return torch.from_numpy(decode_blocks(data, spec.dtype, spec.shape))
+        return torch.from_numpy(decode_blocks(data.data, spec.dtype, spec.shape))
 
     return decode

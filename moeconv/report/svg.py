@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 _MOST_CELLS = 2048  # above this a heat map is one image, without a tooltip a cell
-_IMAGE_COLOURS = ((47, 111, 222), (217, 98, 43))  # readable on both backgrounds
+_IMAGE_COLOURS = np.array([(47, 111, 222), (217, 98, 43)], np.uint8)  # readable on both backgrounds
 
 
 def _svg(width: float, height: float, body: str, label: str) -> Markup:
@@ -74,7 +74,7 @@ def heatmap(
 def _png(matrix: np.ndarray, strength: np.ndarray) -> str:
     """A data URI of the matrix, a pixel a cell: two colours, opacity as strength."""
     pixels = np.empty((*matrix.shape, 4), np.uint8)
-    pixels[..., :3] = np.where((matrix < 0)[..., None], np.uint8(_IMAGE_COLOURS[1]), np.uint8(_IMAGE_COLOURS[0]))
+    pixels[..., :3] = np.where((matrix < 0)[..., None], _IMAGE_COLOURS[1], _IMAGE_COLOURS[0])
     pixels[..., 3] = np.round(255 * strength)
     height, width = matrix.shape
     raw = b"".join(b"\0" + row.tobytes() for row in pixels)

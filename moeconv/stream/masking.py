@@ -70,7 +70,7 @@ def routed_to(
         with _Masking(gone):
             return stock(*args, **kwargs)
 
-    router.forward = forward  # type: ignore[method-assign]
+    router.forward = forward
     try:
         with torch.no_grad():
             for bias in biases if bool(gone.any()) else ():

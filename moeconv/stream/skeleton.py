@@ -15,7 +15,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
 from moeconv.stream.quiet import quiet
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Skeleton:
                 made[target] = tensor
             else:
                 converter = converters.setdefault(target, copy.deepcopy(patterns[pattern]))
-                converter.add_tensor(target, name, pattern, tensor)
+                converter.add_tensor(target, name, pattern, cast("Future[Tensor]", tensor))  # as good as one
         with torch.no_grad():
             for target in list(converters):
                 found = converters.pop(target).convert(target, model=self.module, config=self.module.config)
@@ -238,10 +241,10 @@ def _fill_buffers(module: Any, inside: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies) in a part of the model, as from_pretrained
     does."""
     for part in inside.modules():
-        names = [n for n in part._non_persistent_buffers_set if part._buffers.get(n) is not None]
-        for name in names:
-            part._buffers[name] = torch.empty_like(part._buffers[name], device=device)
-        if names:
+        buffers = {n: b for n in part._non_persistent_buffers_set if (b := part._buffers.get(n)) is not None}
+        for name, buffer in buffers.items():
+            part._buffers[name] = torch.empty_like(buffer, device=device)
+        if buffers:
             with torch.no_grad():
                 module._init_weights(part)
 

@@ -19,6 +19,7 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, parse_size
+from moeconv.plan.kernels.arrays import raw_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.randomness import generator
 from moeconv.stream.layers import Layer, pick_device, start_meter, stream_within
@@ -108,7 +109,7 @@ def measure_router(
                 _directions(seen.sample), experts, seed=seed, layer=layer.index
             )  # fmt: skip
             rows = _scaled(rows, seen.sample, layer.index)
-            writer.write(names[layer.index], memoryview(np.ascontiguousarray(rows).reshape(-1)).cast("B"))
+            writer.write(names[layer.index], raw_bytes(rows))
             figures.append(_figures(rows, seen, layer.index, own=kind == "hidden"))
     sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
     return {"kind": kind, "tokens": read.tokens, "sources": sources, "layers": figures}

@@ -37,7 +37,8 @@ _TORCH = ("moeconv.plan.kernels.quantized",)
 def load_kernel(name: str) -> Kernel:
     """The function behind a kernel's name. Raises KeyError for a name that is not in the table."""
     module, _, function = _WHERE[name].partition(":")
-    return getattr(import_module(module), function)
+    kernel: Kernel = getattr(import_module(module), function)
+    return kernel
 
 
 def needs_torch(name: str) -> bool:

@@ -24,6 +24,11 @@ def to_float32(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[in
     return array.astype(np.float32) if dtype == "F16" else array.copy()
 
 
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The array's bytes in row-major order; no copy for a contiguous array."""
+    return np.ascontiguousarray(array).reshape(-1).data.cast("B")  # flat: a memoryview of shape (0, n) cannot be cast
+
+
 def from_float(array: np.ndarray, dtype: str) -> memoryview:
     """Raw bytes of a float array in `dtype`, rounded to nearest even."""
     if dtype == "BF16":
@@ -32,10 +37,9 @@ def from_float(array: np.ndarray, dtype: str) -> memoryview:
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
         if nan.any():
             rounded[nan] = (bits[nan] >> 16) | 0x40
-        return memoryview(rounded.reshape(-1)).cast("B")
+        return raw_bytes(rounded)
     with np.errstate(over="ignore"):
-        # flat, because a memoryview of shape (0, n) cannot be cast
-        return memoryview(np.ascontiguousarray(array, _NUMPY[dtype]).reshape(-1)).cast("B")
+        return raw_bytes(np.ascontiguousarray(array, _NUMPY[dtype]))
 
 
 def all_finite(data: bytes | bytearray | memoryview, dtype: str, *, block: int = 1 << 17) -> bool:

@@ -77,7 +77,7 @@ def _packed_int(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
     return unpack_int(words, bits=how["bits"], dtype=dtype, zero_points=zero_points)
 
 
-def _codes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+def _codes8(parts: Parts, how: How, _dtype: torch.dtype | None) -> Tensor:
     """A byte a weight: (code - zero point) * scale in the scale's dtype, as compressed-tensors computes it."""
     scales = parts["scale"]
     codes = parts["weight"]
@@ -87,7 +87,7 @@ def _codes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
     return floats.times(values, scales, how["grid"])
 
 
-def _float8_blocks(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+def _float8_blocks(parts: Parts, how: How, _dtype: torch.dtype | None) -> Tensor:
     return floats.times(floats.widened(parts["weight"], torch.float32), parts["scale_inv"].float(), how["grid"])
 
 
@@ -110,9 +110,9 @@ DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "int8": _codes8,
     "float8": _codes8,
     "float8-blocks": _float8_blocks,
-    "nvfp4": lambda parts, how, dtype: floats.unpack_nvfp4(parts["packed"], parts["scale"], parts["global_scale"]),
-    "mxfp4-rows": lambda parts, how, dtype: floats.unpack_mxfp4_rows(parts["packed"], parts["scale"]),
+    "nvfp4": lambda parts, _how, _dtype: floats.unpack_nvfp4(parts["packed"], parts["scale"], parts["global_scale"]),
+    "mxfp4-rows": lambda parts, _how, _dtype: floats.unpack_mxfp4_rows(parts["packed"], parts["scale"]),
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
-    "mxfp4": lambda parts, how, dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),
+    "mxfp4": lambda parts, _how, _dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),
 }

@@ -20,7 +20,9 @@ from moeconv.randomness import generator
 _BLOCK = 1 << 18  # elements in float32 at a time
 
 
-def draw_normal(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def draw_normal(
+    _inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """N(0, std) of the output's shape: a router's rows. params: key, std; repeat (1): each row so often in a row."""
     (spec,) = outputs
     repeat = params.get("repeat", 1)
@@ -29,7 +31,9 @@ def draw_normal(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tensor
     return [from_float(np.repeat(drawn, repeat, axis=0), spec.dtype)]
 
 
-def add_noise(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def add_noise(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """A copy with N(0, scale * std(W)) added to the chosen neurons. params: key, scale, neurons_key, fraction, axis.
 
     Sparse Upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055) adds noise to break the symmetry of copies.
@@ -40,12 +44,16 @@ def add_noise(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSp
     draw = generator(params["key"])
 
     def noisy(values: np.ndarray) -> np.ndarray:
-        return values + draw.standard_normal(values.shape, np.float32) * np.float32(std * params["scale"])
+        noise = draw.standard_normal(values.shape, np.float32) * np.float32(std * params["scale"])
+        changed: np.ndarray = values + noise
+        return changed
 
     return [_edit(ref, data, outputs[0].dtype, params, noisy)]
 
 
-def redraw_neurons(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def redraw_neurons(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """A copy whose chosen neurons are redrawn from N(mean, std) of the values that they replace.
 
     Drop-Upcycling (arXiv 2502.19261), with one set of neurons for an expert's gate, up and down, which `neurons_key`
@@ -57,7 +65,8 @@ def redraw_neurons(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Ten
     draw = generator(params["key"])
 
     def redrawn(values: np.ndarray) -> np.ndarray:
-        return draw.standard_normal(values.shape, np.float32) * np.float32(std) + np.float32(mean)
+        drawn: np.ndarray = draw.standard_normal(values.shape, np.float32) * np.float32(std) + np.float32(mean)
+        return drawn
 
     return [_edit(ref, data, outputs[0].dtype, params, redrawn)]
 

@@ -12,12 +12,16 @@ from moeconv.plan.kernels.arrays import from_float, to_float32
 from moeconv.plan.plan import Input, TensorSpec
 
 
-def cast(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def cast(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], _params: Mapping[str, Any]
+) -> list[Buffer]:
     """The inputs one after the other in another floating dtype, rounded to nearest even."""
     parts = [to_float32(data, ref.dtype, ref.shape) for ref, data in inputs]
     return [from_float(parts[0] if len(parts) == 1 else np.concatenate(parts), outputs[0].dtype)]
 
 
-def fill(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def fill(
+    _inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """A constant tensor of value params["value"]."""
     return [from_float(np.full(spec.shape, params["value"], np.float32), spec.dtype) for spec in outputs]

@@ -13,7 +13,9 @@ from moeconv.plan.kernels.arrays import from_float, to_float32
 from moeconv.plan.plan import Input, TensorSpec
 
 
-def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def gguf_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """params: heads, above 0 where each head's rows go from halves to pairs (llama.cpp's rotary order for llama)."""
     ((ref, data),), (spec,) = inputs, outputs
     if spec.dtype not in BLOCK_DTYPES:

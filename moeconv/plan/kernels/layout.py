@@ -15,7 +15,7 @@ import numpy as np
 from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.errors import InputError
 from moeconv.plan.kernels import Buffer
-from moeconv.plan.kernels.arrays import from_float, to_float32
+from moeconv.plan.kernels.arrays import from_float, raw_bytes, to_float32
 from moeconv.plan.kernels.draw import add_noise, redraw_neurons
 from moeconv.plan.plan import Input, TensorSpec
 from moeconv.randomness import generator
@@ -29,7 +29,9 @@ Tree = Sequence[Any]
 Bits = tuple[np.ndarray, str]  # raw values as unsigned integers, and the dtype that they stand for
 
 
-def compute(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def compute(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """The one output that params["tree"] describes, in the output's dtype."""
     (spec,) = outputs
     evaluate = _Evaluation(inputs, spec.dtype)
@@ -63,7 +65,7 @@ class _Evaluation:
         if tree[0] not in _ARITHMETIC:
             array, dtype = self.whole(tree)
             if dtype == self.dtype:
-                yield memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+                yield raw_bytes(array)
                 return
         for block in self.blocks(tree):
             yield from_float(block, self.dtype)
@@ -75,8 +77,8 @@ class _Evaluation:
             array, dtype = self.whole(tree)
             step = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
             for start in range(0, len(array), step):
-                part = np.ascontiguousarray(array[start : start + step])
-                yield to_float32(memoryview(part.reshape(-1)).cast("B"), dtype, part.shape)
+                part = array[start : start + step]
+                yield to_float32(raw_bytes(part), dtype, part.shape)
             return
         change = self._arithmetic(op, params, of)
         row = 0
@@ -84,12 +86,14 @@ class _Evaluation:
             yield change(block, row)
             row += len(block)
 
-    def _arithmetic(self, op: str, params: Mapping[str, Any], of: Sequence[Tree]):
+    def _arithmetic(
+        self, op: str, params: Mapping[str, Any], of: Sequence[Tree]
+    ) -> Callable[[np.ndarray, int], np.ndarray]:
         """The function (rows, number of the first) -> rows of one operation."""
         if op == "scale":
-            return lambda x, row: (x * np.float64(params["by"])).astype(x.dtype)
+            return lambda x, _row: (x * np.float64(params["by"])).astype(x.dtype)
         if op == "add":
-            return lambda x, row: (x + np.float64(params["what"])).astype(x.dtype)
+            return lambda x, _row: (x + np.float64(params["what"])).astype(x.dtype)
         if op == "scale_rows":
 
             def scaled(x: np.ndarray, row: int) -> np.ndarray:
@@ -99,14 +103,14 @@ class _Evaluation:
 
             return scaled
         if params["axis"] == 1:
-            return lambda x, row: (x - x.mean(1, keepdims=True, dtype=np.float64)).astype(x.dtype)
+            return lambda x, _row: (x - x.mean(1, keepdims=True, dtype=np.float64)).astype(x.dtype)
         total: Any = 0.0
         rows = 0
         for block in self.blocks(of[0]):
             total = total + block.sum(0, dtype=np.float64)
             rows += len(block)
         mean = total / max(1, rows)
-        return lambda x, row: (x - mean).astype(x.dtype)
+        return lambda x, _row: (x - mean).astype(x.dtype)
 
     def whole(self, tree: Tree) -> Bits:
         """A node's values at once; in the source's own bits when only moved, else in float32."""
@@ -133,7 +137,7 @@ class _Evaluation:
     def _edited(self, op: str, params: Mapping[str, Any], child: Tree) -> Bits:
         """A matrix through one of the drawing kernels, which round to the output's dtype."""
         array, dtype = self.whole(child)
-        data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
+        data = raw_bytes(array)
         ref = Input("", dtype, array.shape, 0, len(data))
         spec = TensorSpec("", self.dtype, array.shape, "", 0)
         (made,) = _EDITS[op]([(ref, data)], [spec], params)
@@ -145,8 +149,7 @@ class _Evaluation:
             return parts
         result: list[Bits] = []
         for array, dtype in parts:
-            flat = np.ascontiguousarray(array).reshape(-1)
-            data = from_float(to_float32(memoryview(flat).cast("B"), dtype, array.shape), self.dtype)
+            data = from_float(to_float32(raw_bytes(array), dtype, array.shape), self.dtype)
             result.append((np.frombuffer(data, _BITS[self.dtype]).reshape(array.shape), self.dtype))
         return result
 
@@ -192,9 +195,9 @@ def _taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
 
 
 _MOVES: dict[str, Callable[[Sequence[np.ndarray], Mapping[str, Any]], np.ndarray]] = {
-    "concat": lambda of, params: np.concatenate(of),
-    "interleave": lambda of, params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
-    "transpose": lambda of, params: of[0].T,
+    "concat": lambda of, _params: np.concatenate(of),
+    "interleave": lambda of, _params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
+    "transpose": lambda of, _params: of[0].T,
     "rotary": _rotary,
     "cut": _cut,
     "deal": _deal,

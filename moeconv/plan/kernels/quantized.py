@@ -27,7 +27,9 @@ def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> li
     return [to_bytes(parts[name]) for name in params["parts"]]
 
 
-def decode_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def decode_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """A stored weight as plain numbers in the output's dtype. params: parts, what each input is; how, its form."""
     (spec,) = outputs
     parts = {
@@ -36,13 +38,17 @@ def decode_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tens
     return [to_bytes(decode_parts(parts, name=spec.name, how=params["how"], dtype=TORCH_DTYPES[spec.dtype]))]
 
 
-def pack_int_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def pack_int_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """compressed-tensors codes, scales and shape. params: parts, bits, group_size; fit: least error."""
     size, fit = params["group_size"], params.get("fit", False)
     return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=size, fit=fit), params)
 
 
-def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def pack_bnb4_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size, nested."""
     parts = pack_nf4(
         _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
@@ -51,8 +57,8 @@ def pack_bnb4_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[T
 
 
 def pack_bnb4_slice_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-):
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """One expert's share of tensors that hold all experts' 4-bit codes. params: as of pack_bnb4."""
     parts = pack_slice(
         _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
@@ -60,6 +66,8 @@ def pack_bnb4_slice_kernel(
     return _ordered(parts, params)
 
 
-def pack_bnb8_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]):
+def pack_bnb8_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+) -> list[Buffer]:
     """LLM.int8 row-wise codes and scales. params: parts."""
     return _ordered(pack_int8_rowwise(_weight(inputs)), params)

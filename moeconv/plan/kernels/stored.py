@@ -33,4 +33,4 @@ def to_tensor(buffer: bytearray | memoryview, dtype: str, shape: tuple[int, ...]
 def to_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in order; no copy for a contiguous CPU tensor."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def nest_absmax(absmax: Tensor) -> tuple[dict[str, Tensor], float]:
     if not torch.isfinite(offset):
         raise InputError("a weight is too large for double quantization", hint="Quantize without --double-quant.")
     values = absmax - offset
-    peaks = torch.stack([block.abs().max() for block in values.split(NESTED_BLOCK)])
+    peaks = torch.stack([block.abs().max() for block in torch.split(values, NESTED_BLOCK)])
     scaled = values * (1.0 / peaks).repeat_interleave(NESTED_BLOCK)[: values.numel()]
     steps = scaled.clamp_(-1, 1).add_(1.0).mul_(32767.5).add_(0.5).nan_to_num_(0.0).int()  # a zero block has code 0
     table = dynamic_map()
@@ -161,10 +162,10 @@ def unpack_nf4(packed: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
     return values.view(shape)
 
 
-def read_quant_state(state: Tensor) -> dict:
+def read_quant_state(state: Tensor) -> dict[str, Any]:
     """The JSON of `quant_state.bitsandbytes__*`: quant_type, blocksize, dtype, shape. InputError if it is not that."""
     try:
-        fields = json.loads(bytes(state.cpu().numpy()))
+        fields: dict[str, Any] = json.loads(bytes(state.cpu().numpy()))
         known = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
         if not all(isinstance(fields[key], kind) for key, kind in known.items()):
             raise ValueError("a field of the wrong type")

@@ -34,7 +34,7 @@ def encode(weight: Tensor, dtype: str) -> memoryview:
         part = flat[first : first + step]
         blocks = work[0, : len(part)].copy_(part).view(-1, size)
         make(blocks, out[first // size : first // size + len(blocks)], work[1:])
-    return memoryview(out.numpy().reshape(-1))
+    return out.numpy().reshape(-1).data
 
 
 def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -61,7 +61,7 @@ def _q8_0(x: Tensor, out: Tensor, work: Tensor) -> None:
     out[:, 2:].copy_(levels.to(torch.int32))  # truncates; the low byte is the level in two's complement
 
 
-def _q4_0(x: Tensor, out: Tensor, work: Tensor) -> None:
+def _q4_0(x: Tensor, out: Tensor, _work: Tensor) -> None:
     """float32 [n, 32] -> uint8 [n, 18]: a float16 scale, the value of largest magnitude over -8, and 32 codes of 4
     bits: a value of the first half below one of the second."""
     high, low = x.amax(1), x.amin(1)

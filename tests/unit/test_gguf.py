@@ -327,7 +327,7 @@ def test_what_the_model_is_and_how_it_is_sampled_stands_in_the_file(tmp_path):
 
 
 def test_prediction_layers_are_left_out_by_name(tmp_path):
-    from test_mtp import make as make_predicting
+    from unit.test_mtp import make as make_predicting
 
     path = tokenizer(make_predicting(tmp_path / "m", "glm4_moe", n_group=1, topk_group=1)[0], size=128)
     model, plan, reader = write(path, tmp_path / "out", scheme="q8_0")

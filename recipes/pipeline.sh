@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The pipeline of dense-to-int4.yaml as shell commands, for CI: every step prints one JSON object, every gate counts.
+# The pipeline of dense-to-int4.yaml as shell commands for CI: every step prints one JSON object, and every gate can fail the job.
 #   recipes/pipeline.sh WORK [MODEL CALIBRATION HELDOUT]
 set -euo pipefail
 work=${1:?usage: pipeline.sh WORK [MODEL CALIBRATION HELDOUT]}
@@ -9,7 +9,7 @@ calibration=${3:-$demo/calibration.txt}
 heldout=${4:-$demo/heldout.txt}
 mkdir -p "$work"
 
-step() { # NAME COMMAND...: run a step, keep its JSON, fail when it is not JSON
+step() { # NAME COMMAND...: run a step, keep its output, fail if that is not JSON
     local name=$1
     shift
     moeconv "$@" --json > "$work/$name.json"
@@ -26,7 +26,7 @@ step 5-quantize quantize "$work/pruned" "$work/int4" --scheme int4
 step 6-verify verify "$work/int4"
 step 7-evaluate evaluate "$work/int4" --data "$heldout" --reference "$model" --max-loss-increase "${MAX_LOSS_INCREASE:-0.5}"
 
-# the same as one pipe: `-` takes the output of the step before it
+# two steps as one pipe: `-` reads the output of the previous step
 moeconv prune "$work/tuned" "$work/piped" --keep 4 --stats "$work/statistics.safetensors" --json \
     | moeconv quantize - "$work/piped-int8" --scheme int8 --json \
     | python -m json.tool > "$work/8-piped.json"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Convert, verify, gate on loss, leave a report: the pipeline of a CI job. The JSON of every step lies beside the models.
+# The pipeline of a CI job: convert, verify, apply a gate to the loss, write a report. The JSON of every step is kept beside the models.
 #   MODEL=... CALIBRATION=... HELDOUT=... WORK=build MAX_LOSS_INCREASE=0.5 recipes/ci/convert.sh
 set -euo pipefail
 : "${MODEL:?the dense checkpoint}" "${CALIBRATION:?text to tune and calibrate on}" "${HELDOUT:?text to measure on}"
@@ -14,7 +14,7 @@ moeconv prune "$work/tuned" "$work/pruned" --ratio 0.5 --stats "$work/stats.safe
 moeconv quantize "$work/pruned" "$work/int4" --scheme int4 --json > "$work/quantize.json"
 moeconv verify "$work/int4" --json > "$work/verify.json"
 
-# the report is written whether the gate passes or not, and the gate's exit code is the job's
+# the report is written whether the gate passes or not; the job ends with the exit code of the gate
 code=0
 moeconv evaluate "$work/int4" --reference "$MODEL" --data "$HELDOUT" --max-loss-increase "${MAX_LOSS_INCREASE:-0.5}" \
     --json > "$work/evaluate.json" || code=$?

@@ -31,17 +31,15 @@ SCOPES = ("experts", "experts+shared", "all-linear")
 Reads = Literal["", "model", "file", "data"]
 
 
-def option(
-    default: Any, help: str, *, choices: tuple[str, ...] | str = (), flag: str | None = None, reads: Reads = ""
-) -> Any:
-    """A dataclass field with its help text; `flag` overrides the flag's spelling.
+def option(default: Any, help: str, *, choices: tuple[str, ...] | str = (), reads: Reads = "") -> Any:
+    """A dataclass field with its help text.
 
     `choices` are the words that it takes, or "module:name" of a registry or a function that gives them: imported when
     they are asked for, so that the words of a registry stand in one place and `--help` stays quick.
     `reads` says what the command reads at the path that is the value, so that no output can replace it: a model's
     directory, a file, or data (a file or a directory, FILE=WEIGHT).
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "reads": reads})
+    return field(default=default, metadata={"help": help, "choices": choices, "reads": reads})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from moeconv.errors import InputError, escape
 T = TypeVar("T")
 
 
-def added(group: str, kind: type[T], *, accept: Callable[[T], object] = lambda thing: None) -> tuple[T, ...]:
+def added(group: str, kind: type[T], *, accept: Callable[[T], object] = lambda _thing: None) -> tuple[T, ...]:
     """The objects that installed packages register under the entry point `group`, each an instance of `kind`, sorted by
     package and name so that the order does not depend on the installation. `accept` is called with each, and raises
     ValueError for one that is not wanted.

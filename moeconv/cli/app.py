@@ -170,7 +170,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     return app
 
 
-def _on_signal(number: int, frame: Any) -> None:
+def _on_signal(number: int, _frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     raise Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number,
                       hint="Run the same command again to resume.")  # fmt: skip

@@ -40,7 +40,7 @@ class Verb:
     groups: tuple[type, ...]
     run: Run
     table: Callable[[Mapping[str, Any]], Any]
-    failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda result: None
+    failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda _result: None
     distributed: bool = False  # may be started several times by torchrun
 
 
@@ -78,7 +78,7 @@ def _quantize(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     return quantize(v["model"], v["out"], v, meter=meter)
 
 
-def _inspect(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _inspect(v: Mapping[str, Any], _meter: Meter) -> dict[str, Any]:
     from moeconv.inspect.step import inspect
 
     return inspect(v["model"])
@@ -104,7 +104,7 @@ def _gates_failed(result: Mapping[str, Any]) -> CheckError | None:
     return failure(result)
 
 
-def _verify(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _verify(v: Mapping[str, Any], _meter: Meter) -> dict[str, Any]:
     from moeconv.verify.step import verify
 
     return verify(v["model"], against=v["source"], load=v["load"])
@@ -114,7 +114,7 @@ def _problems(result: Mapping[str, Any]) -> CheckError | None:
     return None if result["ok"] else CheckError(f"{len(result['problems'])} problems: {result['problems'][0]}")
 
 
-def _report(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _report(v: Mapping[str, Any], _meter: Meter) -> dict[str, Any]:
     from moeconv.report.step import load_results, report
 
     return report(
@@ -135,13 +135,13 @@ def _demo(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
     return {"output": str(DEMO_DATA)} if v["where"] else run_demo(v["dir"], meter=meter)
 
 
-def _families(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _families(_v: Mapping[str, Any], _meter: Meter) -> dict[str, Any]:
     from moeconv.families.listing import families
 
     return families()
 
 
-def _formats(v: Mapping[str, Any], meter: Meter) -> dict[str, Any]:
+def _formats(_v: Mapping[str, Any], _meter: Meter) -> dict[str, Any]:
     from moeconv.quantize.listing import formats
 
     return formats()

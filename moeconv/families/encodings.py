@@ -74,7 +74,7 @@ def _scales(encoding: Encoding, shape: Shape) -> tuple[Shape, ...]:
     return _ONE if encoding.grid == (None, None) and len(shape) == 2 else (scale_grid(encoding, shape),)
 
 
-def _packed_int(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
+def _packed_int(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     """compressed-tensors pack-quantized: levels in 32-bit words along a row, zero points along a column."""
     rows, columns = shape
     groups = scale_grid(encoding, shape)[1]
@@ -93,7 +93,7 @@ def _packed_int(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Pa
 def _codes8(dtype: str) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
     """A byte for each weight, with scales beside it."""
 
-    def parts(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
+    def parts(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
         scales = _scales(encoding, shape)
         made = {"weight": Part((dtype,), (shape,)), encoding.scale: Part(SCALES, scales)}
         return made | ({"zero_point": Part(("I8",), scales)} if encoding.zero_points else {})
@@ -104,7 +104,7 @@ def _codes8(dtype: str) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
 def _fp4(scale_dtypes: tuple[str, ...], *, whole: bool) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
     """compressed-tensors NVFP4 and MXFP4: two codes to a byte; `whole`: one more scale for all of the weight."""
 
-    def parts(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
+    def parts(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
         rows, columns = shape
         made = {
             "packed": Part(("U8",), ((rows, -(-columns // 2)),)),
@@ -134,7 +134,7 @@ def _bitsandbytes4(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str,
     return made
 
 
-def _bitsandbytes8(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
+def _bitsandbytes8(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     return {
         "weight": Part(("I8",), (shape,)),
         "SCB": Part(("F32",), (shape[:-1],)),
@@ -142,7 +142,7 @@ def _bitsandbytes8(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str,
     }
 
 
-def _mxfp4(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
+def _mxfp4(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     """gpt-oss: codes and exponents of all experts, along what a row of a projection multiplies."""
     experts, columns, rows = shape  # they lie as [E, in, out] once they are decoded
     groups = -(-columns // 32)

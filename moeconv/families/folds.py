@@ -91,7 +91,7 @@ def _rope(draft: Draft) -> dict[str, Any]:
     family = draft.source
     config = {key: draft.get(key) for key in rope.KEYS}
     config = {key: value for key, value in config.items() if value is not None}
-    return rope.read_rope(config, theta=family.config["rope_theta"], partial=family.partial, style=family.rope)
+    return rope.read_rope(config, theta=family.config["rope_theta"], partial=family.partial)
 
 
 def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:

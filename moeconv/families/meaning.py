@@ -53,7 +53,7 @@ def _rope(model: Model) -> dict[str, Any]:
     if family.rope == "none":
         return {}
     said = {key: value for key in rope.KEYS if (value := model.value(key)) is not None}
-    params = rope.read_rope(said, theta=family.config["rope_theta"], partial=family.partial, style=family.rope)
+    params = rope.read_rope(said, theta=family.config["rope_theta"], partial=family.partial)
     if params.get("partial_rotary_factor") == 1.0:
         del params["partial_rotary_factor"]
     found: dict[str, Any] = {"rope_parameters": params}

@@ -147,6 +147,6 @@ METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "compressed-tensors": _compressed,
     "bitsandbytes": _bitsandbytes,
     "fp8": _fp8,
-    "fbgemm_fp8": lambda quantization: (Encoding("float8", 8, (1, None)),),
-    "mxfp4": lambda quantization: (Encoding("mxfp4", 4),),
+    "fbgemm_fp8": lambda _quantization: (Encoding("float8", 8, (1, None)),),
+    "mxfp4": lambda _quantization: (Encoding("mxfp4", 4),),
 }

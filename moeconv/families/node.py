@@ -85,6 +85,7 @@ def scale_rows(node: Node, by: float, *, head: int, start: int, stop: int) -> No
 
 
 def add(node: Node, what: float) -> Node:
+    """The node plus a number."""
     return node if what == 0 else Node("add", (node,), {"what": what})
 
 
@@ -104,6 +105,7 @@ def interleave(*nodes: Node) -> Node:
 
 
 def transpose(node: Node) -> Node:
+    """The matrix [a, b] as [b, a]."""
     return Node("transpose", (node,))
 
 

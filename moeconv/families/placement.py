@@ -30,11 +30,11 @@ def _whole(get: Get, key: str, *, least: int) -> int:
     return value
 
 
-def _read_every(get: Get, layers: int) -> tuple[int, ...]:
+def _read_every(_get: Get, layers: int) -> tuple[int, ...]:
     return tuple(range(layers))
 
 
-def _write_every(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+def _write_every(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
     return {} if len(moe) == layers else None
 
 
@@ -47,7 +47,7 @@ def _read_list(get: Get, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if (i + 1) % step == 0 and i not in left_dense)
 
 
-def _write_list(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+def _write_list(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
     return {"mlp_only_layers": [i for i in range(layers) if i not in moe], "decoder_sparse_step": 1}
 
 
@@ -55,7 +55,7 @@ def _prefix(key: str) -> Placement:
     def read(get: Get, layers: int) -> tuple[int, ...]:
         return tuple(range(min(layers, _whole(get, key, least=0)), layers))
 
-    def write(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+    def write(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
         first = layers - len(moe)
         return {key: first} if list(moe) == list(range(first, layers)) else None
 
@@ -73,7 +73,7 @@ def _words(missing: Callable[[int], str]) -> Placement:
             raise InputError(f"config.json: mlp_layer_types must be a list of {layers} words", hint="Correct it.")
         return tuple(i for i in range(layers) if words[i] == "sparse")
 
-    def write(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+    def write(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
         return {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]}
 
     return Placement(read, write, "any layer")
@@ -108,7 +108,7 @@ def _read_range(get: Get, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if first <= i <= last and (i + 1) % step == 0)
 
 
-def _write_range(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+def _write_range(moe: Sequence[int], _layers: int, _get: Get) -> Mapping[str, Any] | None:
     if list(moe) != list(range(moe[0], moe[-1] + 1)):
         return None
     return {"moe_layer_start_index": moe[0], "moe_layer_end_index": moe[-1], "moe_layer_interval": 1}
@@ -118,12 +118,12 @@ EVERY = Placement(_read_every, _write_every, "no layer")
 LIST = Placement(_read_list, _write_list, "any layer")
 FIRST_K = _prefix("first_k_dense_replace")
 NUM_DENSE = _prefix("num_dense_layers")
-WORDS = _words(lambda i: "sparse")
+WORDS = _words(lambda _i: "sparse")
 WORDS_FIRST_DENSE = _words(lambda i: "dense" if i == 0 else "sparse")
 RANGE = Placement(_read_range, _write_range, "layers before and after one range")
 WORDS_OR_FIRST_K = Placement(_read_words_or_first, WORDS.write, WORDS.can)
-PERIOD = Placement(_read_period, lambda moe, layers, get: None, "every layer but one in each period")
-MOE_LAYERS = Placement(_read_moe_layers, lambda moe, layers, get: {"moe_layers": list(moe)}, "any layer")
+PERIOD = Placement(_read_period, lambda _moe, _layers, _get: None, "every layer but one in each period")
+MOE_LAYERS = Placement(_read_moe_layers, lambda moe, _layers, _get: {"moe_layers": list(moe)}, "any layer")
 
 
 def switch(key: str) -> Placement:
@@ -131,7 +131,7 @@ def switch(key: str) -> Placement:
     can = "all layers or none"
     return Placement(
         lambda get, layers: tuple(range(layers)) if get(key) else (),
-        lambda moe, layers, get: {key: bool(moe)} if len(moe) in (0, layers) else None,
+        lambda moe, layers, _get: {key: bool(moe)} if len(moe) in (0, layers) else None,
         can,
     )
 

@@ -68,7 +68,7 @@ READERS: Mapping[str, Mapping[str, Any]] = {
     },
     "hunyuan_v1_moe": {
         "moe_intermediate_size": _each_layer(lambda get: get("intermediate_size")),
-        "num_shared_expert": _each_layer(lambda get: 1),
+        "num_shared_expert": _each_layer(lambda _get: 1),
         "use_qk_norm": True,
         "use_mixed_mlp_moe": True,
     },

@@ -27,7 +27,7 @@ _OLD_WORDS = {"su": "longrope"}
 _STILL = 1e30  # a frequency divided by this does not turn at any position
 
 
-def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None, style: str) -> dict[str, Any]:
+def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None) -> dict[str, Any]:
     """The parameters of full attention in transformers' words: rope_type, rope_theta and whatever the type needs."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5 prefers them
     if not isinstance(found, dict):
@@ -145,7 +145,7 @@ def added_wordings(
     parameters where config has none."""
     if style not in ("plain", "mscale"):
         return {}
-    params = read_rope({"rope_parameters": assumed, **config}, theta=theta, partial=partial, style=style)
+    params = read_rope({"rope_parameters": assumed, **config}, theta=theta, partial=partial)
     both = both_wordings(params)
     return {key: value for key, value in both.items() if config.get(key) is None and (value is not None or
             key not in config)}  # fmt: skip

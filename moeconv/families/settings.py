@@ -80,6 +80,7 @@ def whole(value: Any, key: str, *, limit: int) -> int:
 
 
 def layer_count(family: Family, config: Mapping[str, Any]) -> int:
+    """The number of decoder layers. Raises InputError for one that is not a whole number within the limit."""
     found = family.layer_count(lambda key: family.default(key, config))
     return whole(found, "num_hidden_layers", limit=MAX_LAYERS)
 

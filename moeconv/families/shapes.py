@@ -134,7 +134,7 @@ def head_dim(get: Get) -> int:
 
 def config_key(key: str) -> Size:
     """The size that a config key says."""
-    return lambda get, place: get(key)
+    return lambda get, _place: get(key)
 
 
 # name -> its number; a row's `sizes` come before these
@@ -142,9 +142,9 @@ _SIZES: Mapping[str, Size] = {
     "hidden": config_key("hidden_size"),
     "vocab": config_key("vocab_size"),
     "heads": config_key("num_attention_heads"),
-    "kv": lambda get, place: get("num_key_value_heads") or get("num_attention_heads"),
-    "head": lambda get, place: head_dim(get),
-    "v_head": lambda get, place: head_dim(get),
+    "kv": lambda get, _place: get("num_key_value_heads") or get("num_attention_heads"),
+    "head": lambda get, _place: head_dim(get),
+    "v_head": lambda get, _place: head_dim(get),
     "q_rank": config_key("q_lora_rank"),
     "kv_rank": config_key("kv_lora_rank"),
     "nope": config_key("qk_nope_head_dim"),
@@ -153,15 +153,15 @@ _SIZES: Mapping[str, Size] = {
     "conv_kernel": config_key("conv_L_cache"),
     "linear_v_heads": config_key("linear_num_value_heads"),
     "linear_v_head": config_key("linear_value_head_dim"),
-    "linear_key": lambda get, place: get("linear_num_key_heads") * get("linear_key_head_dim"),
-    "linear_value": lambda get, place: get("linear_num_value_heads") * get("linear_value_head_dim"),
+    "linear_key": lambda get, _place: get("linear_num_key_heads") * get("linear_key_head_dim"),
+    "linear_value": lambda get, _place: get("linear_num_value_heads") * get("linear_value_head_dim"),
     "linear_kernel": config_key("linear_conv_kernel_dim"),
     "mamba_heads": config_key("mamba_n_heads"),
-    "mamba_inner": lambda get, place: int(get("mamba_expand") * get("hidden_size")),
+    "mamba_inner": lambda get, _place: int(get("mamba_expand") * get("hidden_size")),
     "mamba_groups": config_key("mamba_n_groups"),
     "mamba_state": config_key("mamba_d_state"),
     "mamba_kernel": config_key("mamba_d_conv"),
-    "mamba_rank": lambda get, place: _mamba_rank(get("mamba_dt_rank"), get("hidden_size")),
+    "mamba_rank": lambda get, _place: _mamba_rank(get("mamba_dt_rank"), get("hidden_size")),
 }
 
 

@@ -109,7 +109,7 @@ def typed(slides: Callable[[int, Mapping[str, Any]], bool], *, idle: int | None 
 
 def _read_full_at_the_end(config: Mapping[str, Any], layers: int) -> Pattern:
     """Gemma 4: five layers of six slide, and the last one never, whatever layer_types says."""
-    found = typed(lambda i, config: (i + 1) % 6 != 0).read(config, layers).layers
+    found = typed(lambda i, _config: (i + 1) % 6 != 0).read(config, layers).layers
     found = (*found[:-1], False)
     return Pattern(found, config.get("sliding_window") if any(found) else None)
 
@@ -127,7 +127,7 @@ def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
     return Pattern(found, window if any(found) else None)
 
 
-def _read_never(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_never(_config: Mapping[str, Any], layers: int) -> Pattern:
     return Pattern((False,) * layers, None)
 
 
@@ -156,14 +156,14 @@ WINDOW_KEY = Sliding(_read_window_key, _write_window_key)
 SWITCH = Sliding(_read_switch, _write_switch)
 LAYER_TYPES = Sliding(_read_layer_types, _write_layer_types)
 LAYER_TYPES_ALTERNATING = Sliding(_read_layer_types_alternating, _write_layer_types)
-ALL_LAYERS = typed(lambda i, config: True)
-ALL_BUT_EVERY_FOURTH = typed(lambda i, config: i % 4 != 0, idle=4096)
+ALL_LAYERS = typed(lambda _i, _config: True)
+ALL_BUT_EVERY_FOURTH = typed(lambda i, _config: i % 4 != 0, idle=4096)
 ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, idle=4096)
-EVERY_SECOND = typed(lambda i, config: i % 2 == 0, idle=4096)
-FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda i, config: False, idle=512).write)
+EVERY_SECOND = typed(lambda i, _config: i % 2 == 0, idle=4096)
+FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda _i, _config: False, idle=512).write)
 SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
-ALL_BUT_LAST_OF_SIX = typed(lambda i, config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # and the first
+ALL_BUT_LAST_OF_SIX = typed(lambda i, _config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # and the first
 ALL_BUT_GLOBAL = typed(lambda i, config: (i + 1) % (config.get("global_attn_every_n_layers") or 4) != 0, idle=4096)
 FROM_MAX_WINDOW = typed(lambda i, config: i >= (config.get("max_window_layers") or 0))
-NO_LAYER = typed(lambda i, config: False)
+NO_LAYER = typed(lambda _i, _config: False)
 KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")

@@ -158,6 +158,9 @@ def left_by_threshold(
 
 
 def checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
+    """The experts to keep, sorted in each layer.
+
+    Raises UsageError unless they are `left` different ones in every MoE layer, equally many of each group."""
     if set(keep) != set(model.moe_layers):
         raise UsageError("keep_experts must name every MoE layer", hint=f"Layers: {list(model.moe_layers)}.")
     for layer, kept in keep.items():

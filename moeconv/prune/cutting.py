@@ -28,6 +28,7 @@ def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
 
 
 def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
+    """The items that write every tensor of the model without the experts that go; those that stay are renumbered."""
     keep = with_mtp(model, keep)
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 

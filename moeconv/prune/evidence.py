@@ -68,6 +68,7 @@ def only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
 
 
 def covers(options: PruneOptions) -> bool:
+    """Whether experts are protected by how much text they cover."""
     return options.protect_coverage is not None
 
 

@@ -114,6 +114,7 @@ def cost(
 
 
 def figures_of(score: Any) -> dict[str, Any]:
+    """What a result says of a score: losses and KL in nats per token."""
     return {
         "loss": score.mean("loss"), "reference_loss": score.mean("reference_loss"), "loss_increase": increase(score),
         "kl": score.mean("kl"), "tokens": score.tokens,
@@ -121,10 +122,12 @@ def figures_of(score: Any) -> dict[str, Any]:
 
 
 def increase(score: Any) -> float:
+    """The increase of the loss over the unpruned model, in nats per token."""
     return score.mean("loss") - score.mean("reference_loss")
 
 
 def feasible(model: Model, left: int, parameters: Mapping[str, Any]) -> bool:
+    """Whether `left` experts can be kept with these parameters."""
     sized = dict(parameters) | {"keep": left, "max_loss_increase": None}
     try:
         limits.check_prune(model, **sized)

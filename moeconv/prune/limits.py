@@ -167,6 +167,7 @@ def parse_protect(text: str | None, model: Model) -> dict[int, frozenset[int]]:
 
 
 def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[int]], top_k: int) -> None:
+    """Raises UsageError where `left` experts cannot be kept: fewer than a token needs, or than are protected."""
     if not 1 <= left < model.num_experts:
         raise UsageError(
             f"keeping {left} of {model.num_experts} experts removes nothing that could be removed",

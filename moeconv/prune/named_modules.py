@@ -162,7 +162,7 @@ def _matches_exact(word: str) -> Callable[[str], bool]:
     """compressed-tensors: a whole name, or `re:` and an expression for its beginning."""
     if not word.startswith("re:"):
         return lambda name: name == word
-    return _compiled(word.removeprefix("re:"), otherwise=lambda name: False)
+    return _compiled(word.removeprefix("re:"), otherwise=lambda _name: False)
 
 
 def _matches_part(word: str) -> Callable[[str], bool]:

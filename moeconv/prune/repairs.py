@@ -36,6 +36,7 @@ REPAIRS = ("refit", "sequential", "merge", "distill")
 def left_of(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, parameters: Mapping[str, Any]
 ) -> int:
+    """How many experts stay in each layer."""
     if keep is not None:
         return len(next(iter(keep.values())))
     return planner.plan_prune(model, evidence=evidence, **parameters).block["experts_after"]
@@ -145,6 +146,7 @@ def merged(
     model: Model, evidence: Evidence, keep: Mapping[int, Sequence[int]] | None, values: Mapping[str, Any],
     parameters: Mapping[str, Any], folder: str, *, meter: Meter,
 ) -> tuple[dict[str, Overlay], Any, dict[int, list[int]]]:  # fmt: skip
+    """Merge each removed expert into one that stays; the overlay, the groups, and what is kept in each layer."""
     from moeconv.prune.repair.merging import merge
 
     if keep is None:

@@ -26,6 +26,7 @@ def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
 
 
 def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> Any:
+    """The stream of the model that the pruned variants run beside, within the memory that was granted."""
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model)
@@ -37,6 +38,7 @@ def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, met
 
 
 def refit_of(options: PruneOptions) -> Any:
+    """How the experts that stay are refitted."""
     from moeconv.prune.repair.refit import Refit
 
     return Refit(options.refit_strength, options.refit_sweeps)

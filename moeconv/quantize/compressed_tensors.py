@@ -21,7 +21,7 @@ def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
     return codes(ref, "pack_int", parts, role, bits=scheme.bits, group_size=scheme.group)
 
 
-def _packed_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> dict[str, Any]:
+def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: str) -> dict[str, Any]:
     weights = {
         "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group" if scheme.group else "channel",
         "group_size": scheme.group, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",

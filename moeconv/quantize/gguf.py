@@ -36,7 +36,7 @@ def gguf_shard(
     kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
     order = {name: i for i, name in enumerate(kept)}
     # experts of a projection side by side, since they are one tensor
-    names = sorted(kept, key=lambda n: (_place(row, model, n, order), model.roles[n].expert or 0))
+    names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
     for name in names:
         ref, role = model.checkpoint.tensors[name], model.roles[name]
         target = tensor_name(row, role)
@@ -55,7 +55,7 @@ def gguf_shard(
     return Shard(FILE_NAME, tuple(items), head), warnings
 
 
-def _place(row: LlamaCpp, model: Model, name: str, order: dict[str, int]) -> int:
+def _place(model: Model, name: str, order: dict[str, int]) -> int:
     """Where a tensor stands in the file: where the first of its stack stands in the source."""
     role = model.roles[name]
     first = name if role.expert is None else model.family.name(role.key, layer=role.layer, expert=0)

@@ -37,7 +37,7 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
     decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
     layers: dict[int | None, list[float]] = {}
     for layer, item, spec in _sample(before or plan, source):
-        error = relative_rms(_source_weight(source, item, spec), decode(spec))
+        error = relative_rms(_source_weight(source, item), decode(spec))
         if not error <= _LIMITS[4 if spec.nbytes * 8 < 6 * spec.params else 8]:
             raise CheckError(
                 f"{escape(spec.name)} decodes with a relative error of {error:.3f}, too much for its bits",
@@ -100,7 +100,7 @@ def _plain(name: str) -> str:
     return split[0] if split else name
 
 
-def _source_weight(source: Model, item: Item, spec: TensorSpec):
+def _source_weight(source: Model, item: Item):
     """What was packed, in float32."""
     import torch
 

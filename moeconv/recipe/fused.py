@@ -32,7 +32,7 @@ def prune_and_quantize(
     from moeconv.quantize.proof import prove_packing
 
     def run(
-        plan: Plan, model: Model, out: str, values: Mapping[str, Any], *, measured: Measured, **more: Any
+        plan: Plan, model: Model, out: str, values: Mapping[str, Any], *, measured: Measured, **_more: Any
     ) -> dict[str, Any]:
         fused = fuse(plan, plan_packing(planned_model(plan), then).plan)
         joint = dict(values) | {k: v for k, v in then.items() if k in WriteOptions.__dataclass_fields__}

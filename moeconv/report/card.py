@@ -18,7 +18,6 @@ from moeconv.plan.plan import Plan
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
 
-_TUNED = {"loss": "nats per token", "kl": "nats per token of KL to the teacher", "error": "of layer error"}
 _TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
 
 
@@ -27,7 +26,7 @@ def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]
     the written model measured. Nothing of it depends on times or paths."""
     import yaml
 
-    meta = yaml.safe_dump(_metadata(plan, source, steps), sort_keys=False, allow_unicode=True)
+    meta = yaml.safe_dump(_metadata(source, steps), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{meta}---",
         f"# {_title(plan, source)}",
@@ -51,7 +50,7 @@ def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def _metadata(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _metadata(source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     theirs = source_metadata(source)
     base = hub_name(source.path) or (theirs.get("base_model") if source.manifest is not None else None)
     meta: dict[str, Any] = {}

@@ -77,20 +77,20 @@ def captured(
         tensor = value[0] if isinstance(value, tuple) else value
         return tensor.reshape(-1, tensor.shape[-1])
 
-    def on_norm(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_norm(_module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.setdefault("residual", flat(args or tuple(kwargs.values())))
 
-    def on_ffn(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def on_ffn(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
         seen.setdefault("residual", seen["ffn_input"])  # families that normalise behind the FFN
 
-    def on_router(module: nn.Module, args: Any, out: Any) -> None:
+    def on_router(_module: nn.Module, _args: Any, out: Any) -> None:
         if on_input:
             seen["top_k_weights"], seen["top_k_index"] = flat(out).topk(on_input, dim=-1)
             out = out[1]
         seen["router_logits"] = flat(out)
 
-    def on_experts(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_experts(_module: nn.Module, args: Any, kwargs: Any) -> None:
         _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
 
     handles = [ffn.register_forward_hook(on_ffn, with_kwargs=True)]

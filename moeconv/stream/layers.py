@@ -243,7 +243,7 @@ class LayerStream:
             release_memory()
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        with replaced(self.skeleton.layers, lambda index, given, args, kwargs: hidden):
+        with replaced(self.skeleton.layers, lambda _index, _given, _args, _kwargs: hidden):
             return self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class Network:
 
         decoder = self.module.get_decoder()
         answer = hidden[None].clone()  # FSDP2 warns of a view
-        decoder.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=answer)
+        decoder.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=answer)
         try:
             return self.module(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:

@@ -172,9 +172,9 @@ class Assembly:
                     hint=_TARGETS,
                 )
         yield from self._routing(layer, parts)
-        for key, template in self.target.tensors.items():
+        for key in self.target.tensors:
             if key.startswith("expert."):
-                yield from self._experts(key, template, layer, parts)
+                yield from self._experts(key, layer, parts)
 
     def _expert_layouts(self) -> Iterator[tuple[str, Packed]]:
         """Each expert tensor's part of the key, and the FFN parts that it holds."""
@@ -199,7 +199,7 @@ class Assembly:
             )
         yield self._item(key, layer, node, changed="ffn" if node.op != "source" or self._is_fused(node) else "")
 
-    def _experts(self, key: str, template: str, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
+    def _experts(self, key: str, layer: int, parts: dict[str, Node]) -> Iterator[tuple[int, Item]]:
         experts = range(self.cut.experts)
 
         def matrix(part: str, expert: int) -> Node:

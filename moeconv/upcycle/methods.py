@@ -40,7 +40,7 @@ def _range(matrix: Matrix, start: int, stop: int) -> Node:
     return cut(matrix.node, axis=matrix.axis, start=start, stop=stop)
 
 
-def in_order(matrix: Matrix, options: UpcycleOptions) -> Node:
+def in_order(matrix: Matrix, _options: UpcycleOptions) -> Node:
     """The expert's neurons where they lie: the shared expert's first, then piece after piece, copy after copy."""
     if matrix.expert is None:
         return _range(matrix, 0, matrix.cut.shared)
@@ -60,7 +60,7 @@ def shuffled(matrix: Matrix, options: UpcycleOptions) -> Node:
                 stop=start + matrix.cut.width)  # fmt: skip
 
 
-def partitioned(matrix: Matrix, options: UpcycleOptions) -> Node:
+def partitioned(matrix: Matrix, _options: UpcycleOptions) -> Node:
     """The neurons that the partition file names, in its order."""
     if matrix.axis is None:
         return matrix.node
@@ -83,7 +83,7 @@ def _always_on(layer: int, options: UpcycleOptions) -> Node:
     return measured(f"layer.{layer}.always", dtype="F32", shape=(counts(options)[0],))
 
 
-def keep(matrix: Matrix, options: UpcycleOptions) -> Node:
+def keep(matrix: Matrix, _options: UpcycleOptions) -> Node:
     """The neurons as they are."""
     return matrix.node
 
@@ -102,7 +102,7 @@ class Method:
     edit: Callable[[Matrix, UpcycleOptions], Node] = keep
     exact: bool = False
     select: Callable[[Matrix, UpcycleOptions], Node] = in_order
-    scale: Callable[[Cut, UpcycleOptions], float] = lambda cut, options: cut.pieces
+    scale: Callable[[Cut, UpcycleOptions], float] = lambda cut, _options: cut.pieces
     grouped: bool = True
     router: Callable[[int, UpcycleOptions, int], Node] | None = None
     correction: Callable[[int, UpcycleOptions], Node] | None = None
@@ -163,7 +163,7 @@ METHODS: dict[str, Method] = {
     ),
     "split": Method(
         select=partitioned,
-        scale=lambda cut, options: cut.top_k,  # each of the chosen weighs 1 / k
+        scale=lambda cut, _options: cut.top_k,  # each of the chosen weighs 1 / k
         grouped=False,
         router=_fitted,
         correction=_always_on,

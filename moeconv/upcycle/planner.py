@@ -78,7 +78,7 @@ def plan_upcycle(
     shape = split_shape(model, options) if splits else None
     if shape and partition:
         check_partition(model, options, partition, shape)
-    layers = (split_layers if splits else _layers)(model, options, partition)
+    layers = split_layers(model, options, partition) if splits else _layers(model, options)
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
@@ -196,7 +196,7 @@ def _made_with(model: Model, overlay: SafetensorsFile | None) -> dict[str, Any] 
     return made_with
 
 
-def _layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
+def _layers(model: Model, options: UpcycleOptions) -> tuple[int, ...]:
     return model.with_ffn(parse_layers(options.layers, layers=model.num_layers), every=options.layers == "all")
 
 

@@ -100,7 +100,7 @@ def test_rotary_parameters_are_those_of_the_class(name):
         assert row.rope == "none"
         return
     assumed = row.config.get("rope_parameters")
-    ours = read_rope({"rope_parameters": assumed}, theta=row.config["rope_theta"], partial=row.partial, style=row.rope)
+    ours = read_rope({"rope_parameters": assumed}, theta=row.config["rope_theta"], partial=row.partial)
     for kind, each in theirs.items() if "full_attention" in theirs else [("full_attention", theirs)]:
         want = {key: value for key, value in each.items() if key not in ("type", "max_position_embeddings")}
         found = ours if kind == "full_attention" or not assumed else assumed[kind]

@@ -61,6 +61,7 @@ MAMBA_CONFIG: dict[str, Any] = {
 
 
 def hybrid_kinds(get: Get, layers: int) -> list[str]:
+    """What mixes the tokens in each layer: linear attention (Mamba) where layer_types does not say otherwise."""
     return get("layer_types") or ["linear_attention"] * layers
 
 

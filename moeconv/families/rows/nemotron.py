@@ -25,7 +25,7 @@ from moeconv.families.vendor import Vendor
 
 NEMOTRON_H_SIZES: Mapping[str, Size] = {
     "mamba_heads": config_key("mamba_num_heads"),
-    "mamba_inner": lambda get, place: get("mamba_num_heads") * get("mamba_head_dim"),
+    "mamba_inner": lambda get, _place: get("mamba_num_heads") * get("mamba_head_dim"),
     "mamba_groups": config_key("n_groups"),
     "mamba_state": config_key("ssm_state_size"),
     "mamba_kernel": config_key("conv_kernel"),
@@ -83,7 +83,7 @@ NEMOTRON_H_WHERE = HYBRID_WHERE | {"ffn": frozenset({"mlp"})}
 _KINDS_BY_LETTER = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
 
-def nemotron_h_kinds(get: Get, layers: int) -> list[str]:
+def nemotron_h_kinds(get: Get, _layers: int) -> list[str]:
     """The list of kinds, or the older string with a letter for each."""
     kinds, pattern = get("layer_types"), get("hybrid_override_pattern")
     return (
@@ -92,6 +92,7 @@ def nemotron_h_kinds(get: Get, layers: int) -> list[str]:
 
 
 def nemotron_h_layers(get: Get) -> Any:
+    """How many blocks the pattern lists, else num_hidden_layers."""
     kinds = nemotron_h_kinds(get, 0)
     return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
 

@@ -51,6 +51,7 @@ QWEN3_5_WHERE = {"attention": FULL_LAYERS, "linear": frozenset({"linear_attentio
 
 
 def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
+    """What mixes the tokens in each layer: full attention in every fourth one where config.json does not say."""
     every = get("full_attention_interval") or 4
     words = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
     return get("layer_types") or words

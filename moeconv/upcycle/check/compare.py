@@ -139,7 +139,7 @@ def _forcing(forced: Forced, layer: int) -> Callable[..., Any]:
 
     first = layer % forced.copies * forced.pieces
 
-    def force(module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def force(_module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
         given: list[Any] = [*args, *kwargs.values()]
         hidden, index, weights = given[:3]
         pieces = torch.arange(first, first + forced.pieces, dtype=index.dtype).expand(len(index), -1)

@@ -40,6 +40,7 @@ def relative_rms(original: Tensor, decoded: Tensor) -> float:
 
 
 def check_float(weight: Tensor) -> None:
+    """Raises UsageError for a weight that is not of a float dtype that is quantized."""
     if weight.dtype not in FLOATS:
         raise UsageError(
             f"a weight of dtype {weight.dtype} cannot be quantized", hint="Pass bfloat16, float16 or float32 weights."
@@ -47,6 +48,7 @@ def check_float(weight: Tensor) -> None:
 
 
 def check_matrix(weight: Tensor) -> None:
+    """Raises UsageError for a weight that is not a float matrix."""
     check_float(weight)
     if weight.ndim != 2:
         raise UsageError(
@@ -80,6 +82,7 @@ class RowBuffers:
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """(first row, row after the last) of blocks of about BLOCK elements."""
     step = max(1, BLOCK // max(1, columns))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 

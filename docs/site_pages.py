@@ -1,12 +1,14 @@
 """A hook of mkdocs: README.md and its siblings at the root of the repository become pages of the site.
 
-They stay where readers of the repository look for them, and their links into docs/ are rewritten for the site.
+They stay where readers of the repository look for them, and their links into docs/ are rewritten for the site. The
+site's tables take a pipe inside code as it is, where GitHub's need a backslash before it.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -19,6 +21,7 @@ PAGES = {
     "security.md": "SECURITY.md",
 }
 _DOCS_LINK = re.compile(r"\]\(docs/")
+_CODE = re.compile(r"`[^`\n]+`")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -29,3 +32,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
             text = text.replace(f"]({other})", f"]({name})")
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """The text of a page with plain pipes in code."""
+    return _CODE.sub(lambda code: code[0].replace(r"\|", "|"), markdown)

@@ -36,8 +36,8 @@ def make(out: Path, *, layers: int, experts: int, shards: int) -> int:
     """Write the checkpoint. Returns how many tensors it has."""
     config = tiny.tiny_config(
         QWEN3_MOE, layers=layers, hidden=64, intermediate=64, vocab=64, heads=4, kv_heads=2, dtype="BF16", tied=False
-    ) | dict.fromkeys(QWEN3_MOE.num_experts, experts)  # fmt: skip
-    config |= dict.fromkeys(QWEN3_MOE.top_k, 8)
+    ) | dict.fromkeys(QWEN3_MOE.experts.count, experts)  # fmt: skip
+    config |= dict.fromkeys(QWEN3_MOE.experts.top_k, 8)
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     tensors = [

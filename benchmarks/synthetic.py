@@ -35,7 +35,7 @@ def sizes(family: Family, hidden: int, width: int, experts: int) -> dict[str, tu
     }  # fmt: skip
     for group in ("ffn", "expert"):
         shapes |= {f"{group}.gate": gate, f"{group}.up": gate, f"{group}.down": down}
-    shapes |= {key: (HEAD,) if "_norm" in key else (hidden,) for key in family.tensors if "norm" in key}
+    shapes |= {key: (HEAD,) if "_norm" in key else (hidden,) for key in family.tensors.names if "norm" in key}
     return shapes
 
 
@@ -51,7 +51,7 @@ def make(
     width, experts = (hidden * 3 // 8, experts) if moe else (hidden * 11 // 4, 0)
     shapes = sizes(family, hidden, width, experts)
     groups = {"embedding", "norm", "attention"} | ({"expert", "router"} if moe else {"ffn"})
-    names = {k: n for k, n in family.tensors.items() if k in shapes and k.partition(".")[0] in groups}
+    names = {k: n for k, n in family.tensors.names.items() if k in shapes and k.partition(".")[0] in groups}
     nbytes = {k: math.prod(shapes[k]) * 2 * (experts if "{E}" in names[k] else 1) for k in names}
     per_layer = sum(n for k, n in nbytes.items() if "{L}" in names[k])
     fixed = sum(nbytes.values()) - per_layer
@@ -92,8 +92,8 @@ def make(
         "max_position_embeddings": 4096, "dtype": "bfloat16", "sliding_window": None,
     }  # fmt: skip
     if moe:
-        config |= dict.fromkeys(family.num_experts, experts) | dict.fromkeys(family.top_k, 8)
-        config |= {family.expert_width: width, "norm_topk_prob": True}
+        config |= dict.fromkeys(family.experts.count, experts) | dict.fromkeys(family.experts.top_k, 8)
+        config |= {family.experts.width: width, "norm_topk_prob": True}
     (out / "config.json").write_text(json.dumps(config, indent=2))
     print(f"{out}: {model_type}, {layers} layers, {len(tensors)} tensors, {total / 1e9:.2f} GB in {shards} shards")
 

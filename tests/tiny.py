@@ -37,7 +37,7 @@ def make_dense(path: Path, family: str = "llama", **keywords: Any) -> Path:
 def make_moe(path: Path, family: str = "mixtral", *, experts: int = 4, top_k: int = 2, **keywords: Any) -> Path:
     """Write a Mixture-of-Experts checkpoint; further keywords are those of `make`."""
     row = MOE[family]
-    counts = dict.fromkeys(row.num_experts, experts) | dict.fromkeys(row.top_k, top_k)
+    counts = dict.fromkeys(row.experts.count, experts) | dict.fromkeys(row.experts.top_k, top_k)
     return make(path, row, **(counts | keywords))
 
 
@@ -70,7 +70,7 @@ def tiny_config(
         "shared_expert_intermediate_size": intermediate, "norm_topk_prob": True, "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }  # fmt: skip
-    known = {key: value for key, value in values.items() if key in family.config}
+    known = {key: value for key, value in values.items() if key in family.config.defaults}
     torch_name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}[dtype]
     about = {"model_type": family.model_type, "architectures": [family.architecture], "dtype": torch_name}
     return about | known | {"bos_token_id": 1, "eos_token_id": 2}
@@ -79,7 +79,7 @@ def tiny_config(
 def random_tensors(family: Family, config: Mapping[str, Any], *, dtype: str, seed: int) -> Tensors:
     """Random weights for every tensor that a checkpoint of this config holds, norms near one."""
     rng = np.random.default_rng(seed)
-    experts = next((config[key] for key in family.num_experts if key in config), 0)
+    experts = next((config[key] for key in family.experts.count if key in config), 0)
     tensors: Tensors = {}
     for name, role in family.expand(layers=config["num_hidden_layers"], experts=experts):
         if not _belongs(family, config, role):
@@ -102,7 +102,7 @@ def _belongs(family: Family, config: Mapping[str, Any], role: Role) -> bool:
         return not role.key.endswith("_bias") or bool(config.get("mlp_bias"))
     if role.key == "embedding.lm_head":
         return not config["tie_word_embeddings"]
-    if role.key in family.optional:
+    if role.key in family.tensors.optional:
         default = family.model_type == "qwen2_moe"
         return bool(config.get("attention_bias", config.get("qkv_bias", default)))
     return True
@@ -113,7 +113,7 @@ def _shape(family: Family, config: Mapping[str, Any], role: Role, experts: int) 
     head = config.get("head_dim", hidden // heads)
     query, value = heads * head, config["num_key_value_heads"] * head
     group, _, part = role.key.partition(".")
-    width = {"expert": config.get(family.expert_width), "ffn": config.get("intermediate_size")}.get(
+    width = {"expert": config.get(family.experts.width), "ffn": config.get("intermediate_size")}.get(
         group, config.get("shared_expert_intermediate_size")
     )
     if group == "norm":

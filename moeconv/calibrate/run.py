@@ -72,7 +72,7 @@ def calibrate(
     if sample_tokens is not None and sample_tokens < 1:
         raise UsageError("--sample-tokens must be at least 1")
     model = open_model(model_path)
-    if model.family.routing is not None and model.family.routing.on_input:
+    if model.family.experts.routing is not None and model.family.experts.routing.on_input:
         raise InputError(
             f"the router of {model.family.model_type} weighs what goes into an expert: an expert's output for a token "
             "does not exist apart from its weight, so none of the statistics is defined",

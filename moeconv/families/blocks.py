@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from moeconv.families.records import Config, Tensors
 from moeconv.families.spec import Family
 
 LAYER = "model.layers.{L}."
@@ -47,8 +49,8 @@ ATTENTION_BIAS = QKV_BIAS | O_BIAS
 NORM_BIAS = {
     f"norm.{part}_bias": BLOCK[f"norm.{part}"].replace(".weight", ".bias") for part in ("attention", "ffn", "final")
 }
-FUSED_QKV = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
-FUSED_FFN = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
+FUSED_QKV: dict[str, tuple[str, ...]] = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
+FUSED_FFN: dict[str, tuple[str, ...]] = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
 FFN_GATE_UP = {"ffn.gate_up": LAYER + "mlp.gate_up_proj.weight", "ffn.down": LAYER + "mlp.down_proj.weight"}
 MULTIPLIERS: dict[str, Any] = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
@@ -70,27 +72,6 @@ MLA_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 WITHOUT_QKVO = {k: v for k, v in BLOCK.items() if not k.startswith("attention.")}
 FULL_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
-
-
-def dense_row(
-    model_type: str, architecture: str, config: dict[str, Any], *, tensors: dict[str, str] | None = None, **row: Any
-) -> Family:
-    """A row for Llama's block, or for `tensors` in its place."""
-    named = BLOCK | DENSE_FFN if tensors is None else tensors
-    row_without = {"rms_norm_eps"} if config.keys() & {"layer_norm_eps", "norm_eps"} else set()
-    optional = {"embedding.lm_head", *(k for k in named if k.endswith("_bias"))}
-    return Family(
-        model_type=model_type,
-        architecture=architecture,
-        kind="dense",
-        tensors=named,
-        optional=frozenset(row.pop("optional", frozenset()) | optional),
-        dropped=ROTARY_BUFFERS,
-        config={k: v for k, v in (BASE_CONFIG | config).items() if k not in row_without},
-        **row,
-    )
-
-
 UNGATED_FFN = {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k}
 MAMBA = {
     f"mamba.{key}": LAYER + f"mamba.{name}"
@@ -105,3 +86,23 @@ FEED_FORWARD = LAYER + "feed_forward."
 PARTS = ("gate", "up", "down")
 FEED_FORWARD_FFN = {f"ffn.{p}": FEED_FORWARD + f"{p}_proj.weight" for p in PARTS}
 MLA_OPTIONAL = frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"})
+LLAMA_TENSORS = Tensors(BLOCK | DENSE_FFN)
+
+
+def dense_row(
+    model_type: str, architecture: str, *, config: Config, tensors: Tensors = LLAMA_TENSORS, **row: Any
+) -> Family:
+    """A row for Llama's block, or for `tensors` in its place: the config keys of every such block come first, and its
+    biases and the language model's head are optional. Raises TypeError for what is no field of Family."""
+    # a family with a key of its own for epsilon does not know this one
+    other_epsilon = {"rms_norm_eps"} if config.defaults.keys() & {"layer_norm_eps", "norm_eps"} else set()
+    defaults = {k: v for k, v in (BASE_CONFIG | dict(config.defaults)).items() if k not in other_epsilon}
+    return Family(
+        model_type, architecture, "dense", config=replace(config, defaults=defaults), tensors=completed(tensors), **row
+    )
+
+
+def completed(tensors: Tensors) -> Tensors:
+    """The tensors with biases and the language model's head optional, and rotary buffers of old exports left out."""
+    optional = {"embedding.lm_head", *(key for key in tensors.names if key.endswith("_bias"))}
+    return replace(tensors, optional=tensors.optional | optional, dropped=ROTARY_BUFFERS)

@@ -12,9 +12,10 @@ from moeconv.families.foreign import GIVE, bits_of, recognise
 from moeconv.families.methods import encodings, quantization_method
 from moeconv.families.names import why_no_head
 from moeconv.families.packed import Stored, fit, weight_of
+from moeconv.families.records import Packed
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
-from moeconv.families.spec import BESIDE, Family, Packed, Role
+from moeconv.families.spec import BESIDE, Family, Role
 
 if TYPE_CHECKING:
     from moeconv.families.model import Model
@@ -46,8 +47,8 @@ def check_foreign(checkpoint: Checkpoint) -> None:
 
 def check_only(family: Family, config: Mapping[str, Any]) -> None:
     """Raises Unsupported for a value of a config key at which no step knows the family."""
-    for key, (values, meaning) in family.only.items():
-        value = family.default(key, config)
+    for key, (values, meaning) in family.config.only.items():
+        value = family.config.value(key, config)
         if value not in values:
             raise Unsupported(
                 f"{family.model_type} with {key} = {escape(value)}: {meaning}",
@@ -58,7 +59,7 @@ def check_only(family: Family, config: Mapping[str, Any]) -> None:
 def check_complete(model: Model) -> None:
     """Every tensor that the family and config ask for is there, in each layer that needs it."""
     family, moe = model.family, set(model.moe_layers)
-    for start, group in family.beside.items():
+    for start, group in family.multimodal.beside.items():
         has = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
         if has and not any(name.startswith(start) for name in model.roles):
             raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
@@ -66,9 +67,9 @@ def check_complete(model: Model) -> None:
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
         in_moe = role.layer in moe
         belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
-        if role.group in family.where and model.layer_kinds and role.layer is not None:
-            belongs = model.layer_kinds[role.layer] in family.where[role.group]
-        wanted = belongs and role.key not in family.optional
+        if role.group in family.layers.where and model.layer_kinds and role.layer is not None:
+            belongs = model.layer_kinds[role.layer] in family.layers.where[role.group]
+        wanted = belongs and role.key not in family.tensors.optional
         present = (role.key, role.layer, role.expert) in there
         if wanted and not present:
             raise InputError(
@@ -77,7 +78,7 @@ def check_complete(model: Model) -> None:
             )
         if present and not belongs:
             kind = "Mixture-of-Experts" if in_moe else "dense"
-            if role.group in family.where and model.layer_kinds and role.layer is not None:
+            if role.group in family.layers.where and model.layer_kinds and role.layer is not None:
                 kind = model.layer_kinds[role.layer]
             raise InputError(
                 f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
@@ -149,7 +150,7 @@ def stored_weights(model: Model) -> dict[str, Stored]:
         shape = expected(role) or (refs["weight"].shape if "weight" in refs else None)
         if shape is None:
             raise Unsupported(f"{escape(weight)!r} is quantized, and config.json does not say its shape", hint=GIVE)
-        layout = model.family.packed.get(role.key) if role.expert is None else None
+        layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         stacked = layout is not None and not layout.flat
         found[weight] = fit(weight, refs, shape, forms, stacked=stacked, method=method)
     return found
@@ -196,7 +197,7 @@ class Shapes:
     def __call__(self, role: Role) -> tuple[int, ...] | None:
         """The shape of the plain tensor of this role, as it lies on disk."""
         stacked = role.expert is None
-        at = (role.key, role.layer if self.family.sizes else None, stacked)
+        at = (role.key, role.layer if self.family.tensors.sizes else None, stacked)
         if at not in self.known:
             try:
                 self.known[at] = self._find(role.key, role.layer, stacked=stacked)
@@ -205,18 +206,18 @@ class Shapes:
         return self.known[at]
 
     def _find(self, key: str, layer: int | None, *, stacked: bool) -> tuple[int, ...]:
-        layout = self.family.packed.get(key) if stacked else None
+        layout = self.family.tensors.packed.get(key) if stacked else None
         if layout is not None:
             return self._stacked(layout)
-        parts = [self._matrix(part, layer) for part in self.family.fused.get(key, (key,))]
+        parts = [self._matrix(part, layer) for part in self.family.tensors.fused.get(key, (key,))]
         return (sum(shape[0] for shape in parts), *parts[0][1:])
 
     def _matrix(self, key: str, layer: int | None) -> tuple[int, ...]:
-        sliding = self.model.sliding.layers if self.family.sizes else ()
-        slides = layer is not None and (sliding[layer] if layer < len(sliding) else self.family.mtp_slides)
+        sliding = self.model.sliding.layers if self.family.tensors.sizes else ()
+        slides = layer is not None and (sliding[layer] if layer < len(sliding) else self.family.prediction.slides)
         return shape_of(
-            key, self.model.value, counts=self.counts, place=Place(layer, slides), shapes=self.family.shapes,
-            sizes=self.family.sizes,
+            key, self.model.value, counts=self.counts, place=Place(layer, slides), shapes=self.family.tensors.shapes,
+            sizes=self.family.tensors.sizes,
         )  # fmt: skip
 
     def _stacked(self, layout: Packed) -> tuple[int, ...]:

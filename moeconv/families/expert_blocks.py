@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from moeconv.families.blocks import BASE_CONFIG, LAYER, ROTARY_BUFFERS
-from moeconv.families.spec import Family, Layout, Packed, Routing
+from moeconv.families.blocks import BASE_CONFIG, LAYER, completed
+from moeconv.families.placement import Get
+from moeconv.families.records import Config, Experts, Layout, Packed, Prediction, Routing, Tensors
+from moeconv.families.spec import Family
 
 W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 MLP_EXPERTS = {f"expert.{p}": LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
@@ -36,41 +40,26 @@ GROUPED = Routing(
 )
 NO_INERT_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
 # layers behind the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
-MTP = {
-    "mtp.embedding": LAYER + "embed_tokens.weight",
-    "mtp.norm_embedding": LAYER + "enorm.weight",
-    "mtp.norm_hidden": LAYER + "hnorm.weight",
-    "mtp.project": LAYER + "eh_proj.weight",
-    "mtp.norm": LAYER + "shared_head.norm.weight",
-    "mtp.head": LAYER + "shared_head.head.weight",
-}
+MTP = Prediction(
+    {
+        "mtp.embedding": LAYER + "embed_tokens.weight",
+        "mtp.norm_embedding": LAYER + "enorm.weight",
+        "mtp.norm_hidden": LAYER + "hnorm.weight",
+        "mtp.project": LAYER + "eh_proj.weight",
+        "mtp.norm": LAYER + "shared_head.norm.weight",
+        "mtp.head": LAYER + "shared_head.head.weight",
+    }
+)
 # named beside the model: "model." stands for the prefix "mtp."
-QWEN_MTP = {
-    "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
-    "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
-    "mtp.project": "model.fc.weight",
-    "mtp.norm": "model.norm.weight",
-}
-
-
-def moe_row(model_type: str, architecture: str, config: dict[str, Any], tensors: dict[str, str], **row: Any) -> Family:
-    """A row whose biases, language-model head and correction are optional."""
-    base = row.pop("base", BASE_CONFIG)
-    optional = {"embedding.lm_head", *(k for k in tensors if k.endswith("_bias"))}
-    return Family(
-        model_type=model_type,
-        architecture=architecture,
-        kind="moe",
-        tensors=tensors,
-        optional=frozenset(row.pop("optional", frozenset()) | optional),
-        dropped=ROTARY_BUFFERS,
-        config=base | config,
-        num_experts=row.pop("num_experts", EXPERT_COUNT),
-        top_k=row.pop("top_k", TOP_K),
-        **row,
-    )
-
-
+QWEN_MTP = Prediction(
+    {
+        "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
+        "mtp.norm_hidden": "model.pre_fc_norm_hidden.weight",
+        "mtp.project": "model.fc.weight",
+        "mtp.norm": "model.norm.weight",
+    },
+    prefix="mtp.",
+)
 LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
 
 # what a pair sets in a target with grouped routing and one shared expert, so that weights of identical experts sum to 1
@@ -80,3 +69,39 @@ ONE_SHARED_EXPERT: dict[str, Any] = {
 # notes of pairs
 ZERO_SHARED_128 = "zero shared expert of 128 neurons: the family cannot be without one"
 ZERO_SHARED_FULL = "zero shared expert as wide as a routed one: the family cannot be without one"
+EVERY_ENGINE = frozenset({"vllm", "sglang", "llama.cpp"})
+# without them vLLM and SGLang have no correction bias, and every reader but transformers scores by softmax
+NO_AUX_LOSS: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+
+
+def leading_dense(get: Get) -> int | None:
+    """The number of dense layers before those with experts; None where another layer is dense too."""
+    words = get("mlp_layer_types")
+    if words is None:
+        return 1
+    first = next((i for i, word in enumerate(words) if word == "sparse"), len(words))
+    return first if "dense" not in words[first:] else None
+
+
+def moe_row(
+    model_type: str,
+    architecture: str,
+    *,
+    config: Config,
+    tensors: Tensors,
+    experts: Experts,
+    base: Mapping[str, Any] = BASE_CONFIG,
+    **row: Any,
+) -> Family:
+    """A row with experts: the config keys of `base` come first, biases and the language model's head are optional, and
+    the counts of experts have their usual words where `experts` names none. Raises TypeError for what is no field of
+    Family."""
+    return Family(
+        model_type,
+        architecture,
+        "moe",
+        config=replace(config, defaults={**base, **config.defaults}),
+        tensors=completed(tensors),
+        experts=replace(experts, count=experts.count or EXPERT_COUNT, top_k=experts.top_k or TOP_K),
+        **row,
+    )

@@ -81,7 +81,7 @@ def _language_model(config: Mapping[str, Any]) -> str:
 
 def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[str, Any]) -> Family:
     """The row of a multimodal model, by the language model in it."""
-    root = next(iter(rows.values())).root
+    root = next(iter(rows.values())).multimodal.root
     nested = config.get(root)
     text = nested.get("model_type") if isinstance(nested, dict) else None
     if text is None and len(rows) == 1:
@@ -96,5 +96,5 @@ def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[s
 
 def _is_plain(plain: Family, family: Family, config: Mapping[str, Any]) -> bool:
     """Whether config is that of the dense row `plain` of a family whose row with experts is `family`."""
-    said = family.read(config)
-    return plain.no_experts is not None and plain.no_experts(lambda key: family.default(key, said))
+    said = family.config.read(config)
+    return plain.is_dense is not None and plain.is_dense(lambda key: family.config.value(key, said))

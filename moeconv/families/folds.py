@@ -51,26 +51,29 @@ class Draft:
         return [key for key in self.tensors if key.startswith("norm.") and not key.endswith("_bias")]
 
 
+Fold = Callable[[Draft], None]  # a rule that a pair names
+
+
 # -- what the two families' rows say by themselves -----------------------------------------------------------------
 
 
 def align_layout(draft: Draft) -> None:
     """Norm offsets and rotary order, where the families' rows differ."""
-    offset = draft.source.norm_offset - draft.target.norm_offset
+    offset = draft.source.tensors.norm_offset - draft.target.tensors.norm_offset
     draft.change(draft.norms(), lambda node: add(node, offset))
     params = _rope(draft)
     head = _head(draft)
     size = int(head * params.get("partial_rotary_factor", 1.0))
-    spreads = size < head and draft.target.partial is None
-    if draft.source.rotary != draft.target.rotary or spreads:
+    spreads = size < head and draft.target.attention.partial is None
+    if draft.source.attention.rotary != draft.target.attention.rotary or spreads:
         if any(key.startswith("attention.") and "_norm" in key for key in draft.tensors):
             raise InputError(
                 f"{draft.source.model_type} normalises queries and keys, whose rotary order {draft.target.model_type} "
                 "does not share",
                 hint="See `moeconv families` for other targets (--to).",
             )
-        if draft.source.rotary != draft.target.rotary:
-            _turn(draft, head, size, draft.target.rotary)
+        if draft.source.attention.rotary != draft.target.attention.rotary:
+            _turn(draft, head, size, draft.target.attention.rotary)
         if spreads:
             # what stands still would be multiplied by the attention factor too, as it is not in the source
             factor = rope.attention_factor(params, draft.get("max_position_embeddings"))
@@ -91,36 +94,36 @@ def _rope(draft: Draft) -> dict[str, Any]:
     family = draft.source
     config = {key: draft.get(key) for key in rope.KEYS}
     config = {key: value for key, value in config.items() if value is not None}
-    return rope.read_rope(config, theta=family.config["rope_theta"], partial=family.partial)
+    return rope.read_rope(config, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
 
 
 def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:
     """Say the rotary parameters in the target's style, also those that the source's class assumes: others differ."""
     family, target = draft.source, draft.target
-    if family.rope == target.rope == "none":
+    if family.attention.rope == target.attention.rope == "none":
         return
-    if family.rope == target.rope == "own":
-        draft.config.setdefault("rope_parameters", copy.deepcopy(family.config["rope_parameters"]))
+    if family.attention.rope == target.attention.rope == "own":
+        draft.config.setdefault("rope_parameters", copy.deepcopy(family.config.defaults["rope_parameters"]))
         return
-    if family.rope == target.rope == "per_layer":
+    if family.attention.rope == target.attention.rope == "per_layer":
         draft.config |= rope.both_wordings(params)
         return
     longest = draft.get("max_position_embeddings")
     if spreads:
         params = rope.spread(params, head=head, size=size, longest=longest)
-    elif target.partial is None:
+    elif target.attention.partial is None:
         params.pop("partial_rotary_factor", None)
     else:
         params.setdefault("partial_rotary_factor", 1.0)
     rotates = [True] * draft.layers
-    if family.rope == "no_rope":
+    if family.attention.rope == "no_rope":
         rotates = rope.rotating(draft.get, draft.layers)
-    if family.rope == "per_type" and target.rope != "per_type":
-        sliding = family.sliding.read({**family.config, **_given(draft)}, draft.layers).layers
+    if family.attention.rope == "per_type" and target.attention.rope != "per_type":
+        sliding = family.attention.sliding.read({**family.config.defaults, **_given(draft)}, draft.layers).layers
         rope.check_uniform(_given(draft), sliding, name=family.model_type)
     for key in rope.KEYS:
         draft.config.pop(key, None)
-    draft.config |= rope.write_rope(params, style=target.rope, rotates=rotates)
+    draft.config |= rope.write_rope(params, style=target.attention.rope, rotates=rotates)
 
 
 def _given(draft: Draft) -> dict[str, Any]:
@@ -199,7 +202,7 @@ def _need_activation(draft: Draft, *words: str) -> None:
 
 def only_silu(draft: Draft) -> None:
     """Targets whose experts compute SiLU whatever config says."""
-    if draft.source.config.get("hidden_act"):
+    if draft.source.config.defaults.get("hidden_act"):
         _need_activation(draft, "silu", "swish")
 
 
@@ -290,14 +293,3 @@ def attention_kinds(draft: Draft) -> None:
     # no layer has a state space, but the class checks that its sizes fit the hidden size
     fits = {"mamba_n_heads": 2 * get("num_attention_heads"), "mamba_expand": 2}
     draft.config |= fits | {"mamba_d_head": get("hidden_size") // get("num_attention_heads")}
-
-
-FOLDS: dict[str, Callable[[Draft], None]] = {
-    f.__name__: f
-    for f in (
-        embedding_root, granite_multipliers, minicpm_multipliers, neutral_multipliers, logits_times,
-        pairs_to_interleaved_mla, squared_relu, only_silu, legacy_gelu, centred_residual, all_layers_slide,
-        expert_biases, below_long_context, attention_kinds, untied_head, unit_norms, dbrx_words,
-        second_branch,
-    )
-}  # fmt: skip

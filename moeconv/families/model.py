@@ -17,7 +17,7 @@ from moeconv.checkpoint.reader import Checkpoint, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
 from moeconv.families.find import find_family
-from moeconv.families.kinds import check_relatedds
+from moeconv.families.kinds import check_kinds
 from moeconv.families.names import as_loaded, heads
 from moeconv.families.roles import assign_roles
 from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
@@ -62,7 +62,7 @@ class Model:
 
     def value(self, key: str) -> Any:
         """A config key's value, with transformers' default when config.json leaves it out."""
-        return self.family.default(key, self.config)
+        return self.family.config.value(key, self.config)
 
     @cached_property
     def num_layers(self) -> int:
@@ -71,12 +71,20 @@ class Model:
     @cached_property
     def num_experts(self) -> int:
         """Experts per MoE layer; 0 for a dense model."""
-        return settings.count(self.config, self.family.num_experts, limit=MAX_EXPERTS) if self.family.num_experts else 0
+        return (
+            settings.count(self.config, self.family.experts.count, limit=MAX_EXPERTS)
+            if self.family.experts.count
+            else 0
+        )
 
     @cached_property
     def top_k(self) -> int:
         """Experts per token; 0 for a dense model."""
-        return settings.count(self.config, self.family.top_k, limit=MAX_EXPERTS) if self.family.top_k else 0
+        return (
+            settings.count(self.config, self.family.experts.top_k, limit=MAX_EXPERTS)
+            if self.family.experts.top_k
+            else 0
+        )
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -103,7 +111,7 @@ class Model:
 
     def with_ffn(self, layers: Sequence[int], *, every: bool) -> tuple[int, ...]:
         """Those of `layers` that have an FFN. Raises InputError for one without, unless `every` layer is meant."""
-        kinds, where = self.layer_kinds, self.family.where.get("ffn")
+        kinds, where = self.layer_kinds, self.family.layers.where.get("ffn")
         without = [i for i in layers if kinds and where and kinds[i] not in where]
         if without and not every:
             raise InputError(
@@ -114,29 +122,29 @@ class Model:
     @cached_property
     def sliding(self) -> Pattern:
         """Which layers attend through a window."""
-        return self.family.sliding.read({**self.family.config, **self.config}, self.num_layers)
+        return self.family.attention.sliding.read({**self.family.config.defaults, **self.config}, self.num_layers)
 
     @cached_property
     def ffn_width(self) -> int:
         """Neurons of a dense FFN."""
-        return settings.whole(self.family.ffn_width(self.value), "intermediate_size", limit=MAX_WIDTH)
+        return settings.whole(self.family.layers.ffn_width(self.value), "intermediate_size", limit=MAX_WIDTH)
 
     @cached_property
     def expert_width(self) -> int:
         """Neurons of a routed expert."""
-        return check.width_of(self, self.family.expert_width)
+        return check.width_of(self, self.family.experts.width)
 
     @cached_property
     def shared_width(self) -> int:
         """Neurons of the shared expert. Raises KeyError for a family without one."""
-        if not self.family.shared_width:
+        if not self.family.experts.shared_width:
             raise KeyError("shared_width")
-        return check.width_of(self, *self.family.shared_width)
+        return check.width_of(self, *self.family.experts.shared_width)
 
     @property
     def packed_experts(self) -> bool:
         """Whether one tensor on disk holds all experts of a layer."""
-        return bool(self.family.packed)
+        return bool(self.family.tensors.packed)
 
     @cached_property
     def hidden_size(self) -> int:
@@ -155,19 +163,19 @@ class Model:
     def routed_share(self) -> float:
         """What the routed experts' weighted sum is multiplied by in the FFN's output: 1/2 where it is averaged with
         that of shared experts."""
-        rule, width = self.family.averaged, self.family.shared_width
+        rule, width = self.family.experts.averaged, self.family.experts.shared_width
         return 0.5 if rule and self.value(rule[0]) == rule[1] and shared_width(width, self.value) else 1.0
 
     @property
     def renormalises(self) -> bool:
         """Whether the top-k expert weights are divided by their sum."""
-        rule = self.family.routing.renormalise if self.family.routing else "never"
+        rule = self.family.experts.routing.renormalise if self.family.experts.routing else "never"
         return rule == "always" if rule in ("always", "never") else bool(self.value(rule))
 
     @cached_property
     def groups(self) -> tuple[int, int]:
         """(groups of experts, groups that a token may use); (1, 1) for a router that knows none."""
-        rule = self.family.routing
+        rule = self.family.experts.routing
         if rule is None or rule.groups is None:
             return 1, 1
         if rule.grouped_by and self.value(rule.grouped_by[0]) != rule.grouped_by[1]:
@@ -246,7 +254,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     check.check_foreign(checkpoint)
     checkpoint = as_loaded(checkpoint, family)
     config = text_config(checkpoint.config, family)
-    check_relatedds(family, config)
+    check_kinds(family, config)
     check.check_only(family, config)
     family = _with_layout(_with_rule(family, config), checkpoint)
     roles, dropped = assign_roles(checkpoint, family)
@@ -260,23 +268,24 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
 
 def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
     """The row with the routing rule that config.json picks."""
-    if family.rules is None:
+    if family.experts.rules is None:
         return family
-    key, rules = family.rules
-    return replace(family, routing=rules.get(str(family.default(key, config)), family.routing))
+    key, rules = family.experts.rules
+    routing = rules.get(str(family.config.value(key, config)), family.experts.routing)
+    return replace(family, experts=replace(family.experts, routing=routing))
 
 
 def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
     """The row with the layout that the experts have on disk, found by the names and shapes of one layer's."""
-    if not family.layouts:
+    if not family.tensors.layouts:
         return family
     quantized = packed.quantization(checkpoint.config) is not None
     for form in family.forms():
         model = Model(checkpoint, form, {}, ())
         layer = next(iter(model.moe_layers), None)
         expected = check.Shapes(model)
-        for key in (key for key in form.tensors if key.startswith("expert.")):
-            apart = 0 if "{E}" in form.tensors[key] else None
+        for key in (key for key in form.tensors.names if key.startswith("expert.")):
+            apart = 0 if "{E}" in form.tensors.names[key] else None
             ref = checkpoint.tensors.get(form.name(key, layer=layer, expert=0))
             if ref is None or not (quantized or ref.shape == expected(Role(key, layer, apart))):
                 break

@@ -27,9 +27,9 @@ _HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "rew
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint under the names that transformers' class gives its tensors: one prefix of the base model is added
     or taken away as from_pretrained does. Raises InputError for names that a training tool has wrapped."""
-    base = family.base_prefix
-    usual = (base, "lm_head.", *family.beside) if base else ("",)
-    doubles = not family.beside and base not in family.in_memory
+    base = family.tensors.base_prefix
+    usual = (base, "lm_head.", *family.multimodal.beside) if base else ("",)
+    doubles = not family.multimodal.beside and base not in family.tensors.in_memory
     renamed: dict[str, str] = {}
     inside = _second_words(family)
     for name in checkpoint.tensors:
@@ -53,8 +53,16 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 def _second_words(family: Family) -> set[str]:
     """What follows the base model's prefix in the names of a family."""
-    names: Iterable[str] = (*family.tensors.values(), *family.mtp.values(), *family.beside)
-    return {n.removeprefix(family.base_prefix).partition(".")[0] for n in names if n.startswith(family.base_prefix)}
+    names: Iterable[str] = (
+        *family.tensors.names.values(),
+        *family.prediction.names.values(),
+        *family.multimodal.beside,
+    )
+    return {
+        n.removeprefix(family.tensors.base_prefix).partition(".")[0]
+        for n in names
+        if n.startswith(family.tensors.base_prefix)
+    }
 
 
 def _check_tool(name: str) -> None:

@@ -23,8 +23,8 @@ def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
     targets = tables().moe
     mine = [p for p in tables().pairs if p.source == source.model_type]
     rows = [p for p in mine if (p.default if to is None else p.target == to)]
-    if to is None and shared and rows and not targets[rows[0].target].shared_width:
-        able = [p for p in mine if targets[p.target].shared_width]
+    if to is None and shared and rows and not targets[rows[0].target].experts.shared_width:
+        able = [p for p in mine if targets[p.target].experts.shared_width]
         rows = [p for p in able if p.with_shared] or able or rows
     if rows:
         return rows[0]

@@ -19,13 +19,13 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
     and for counts that the checkpoint cannot hold."""
     known = _known_names(checkpoint, family, settings.text_config(checkpoint.config, family))
     layers = settings.layer_count(family, settings.text_config(checkpoint.config, family))
-    useless = {t.replace("{L}", str(layer)) for t in family.dropped for layer in range(layers)}
+    useless = {t.replace("{L}", str(layer)) for t in family.tensors.dropped for layer in range(layers)}
     quantized = packed.quantization(checkpoint.config) is not None
     roles: dict[str, Role] = {}
     dropped: list[str] = []
     for name, ref in checkpoint.tensors.items():
         role = _role_of(name, ref.dtype, known) if quantized else known.get(name)
-        beside = next((group for start, group in family.beside.items() if name.startswith(start)), None)
+        beside = next((group for start, group in family.multimodal.beside.items() if name.startswith(start)), None)
         if role is not None:
             roles[name] = role
         elif beside is not None:
@@ -54,14 +54,14 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     """Every name that a checkpoint of this config may hold, before any part of a packed weight."""
     layers = settings.layer_count(family, config)
     moe = settings.moe_layers(family, config, layers)
-    if family.kind == "moe" and not moe and not any(map(config.get, family.num_experts)):
+    if family.kind == "moe" and not moe and not any(map(config.get, family.experts.count)):
         raise Unsupported(
             f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
             hint="Of this family only models with experts are known here.",
         )
-    experts = settings.count(config, family.num_experts, limit=settings.MAX_EXPERTS) if family.num_experts else 0
+    experts = settings.count(config, family.experts.count, limit=settings.MAX_EXPERTS) if family.experts.count else 0
     # before every name is spelled out: a config of a few bytes must not cost gigabytes
-    each = experts if any("{E}" in template for template in family.tensors.values()) else 1
+    each = experts if any("{E}" in template for template in family.tensors.names.values()) else 1
     least = max(layers, len(moe) * each)
     if least > len(checkpoint.tensors) or layers * experts > settings.MAX_IN_ALL:
         raise InputError(
@@ -70,19 +70,19 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
             hint="config.json and the shards do not belong together, or a shard is missing.",
         )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))
-    for form in family.forms() if family.layouts else (family,):
+    for form in family.forms() if family.tensors.layouts else (family,):
         known |= form.expand_mtp(first=layers, count=_mtp_count(checkpoint, family, config), experts=experts)
     return known
 
 
 def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> int:
     """Multi-token-prediction layers that the checkpoint may hold."""
-    if not family.mtp:
+    if not family.prediction.names:
         return 0
-    if family.mtp_prefix:
+    if family.prediction.prefix:
         return sum(
-            f"{family.mtp_prefix}{family.mtp_layers}{i}.input_layernorm.weight" in checkpoint.tensors
+            f"{family.prediction.prefix}{family.prediction.layers}{i}.input_layernorm.weight" in checkpoint.tensors
             for i in range(settings.MAX_MTP)
         )
-    count = family.default("num_nextn_predict_layers", config) or 0
+    count = family.config.value("num_nextn_predict_layers", config) or 0
     return min(count, settings.MAX_MTP)

@@ -28,13 +28,13 @@ class Rule:
 
 def has_numbers(model: Model) -> bool:
     """Whether `route` knows the model's rule."""
-    routing = model.family.routing
+    routing = model.family.experts.routing
     return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid") and not routing.on_input
 
 
 def rule_of(model: Model) -> Rule:
     """The rule of a Mixture-of-Experts."""
-    routing = model.family.routing
+    routing = model.family.experts.routing
     assert routing is not None
     return Rule(routing.score, model.renormalises, model.top_k, *model.groups, routing.best_of_group)
 

@@ -1,41 +1,31 @@
-"""Which serving engines run which Mixture-of-Experts family: data from their public lists of models (2026).
-
-A family that is in neither set of a runtime is unknown there: nobody said that it runs, nor that it does not.
-"""
+"""Which serving engines run a Mixture-of-Experts family, as its row says (`Elsewhere.runs`, from the engines' public
+lists of models). An engine that is in neither set of the row is unknown: nobody said that it runs the family."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
+from moeconv.families.registry import tables
+from moeconv.families.spec import Family
 
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
-_EVERYWHERE = frozenset({
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "granitemoe", "granitemoehybrid", "ernie4_5_moe",
-    "hunyuan_v1_moe", "lfm2_moe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "exaone_moe", "phimoe", "olmoe",
-    "gpt_oss", "afmoe", "dbrx", "llama4_text",
-})  # fmt: skip
-_RUNS = {
-    "vllm": _EVERYWHERE | {"dots1", "flex_olmo", "nemotron_h", "granitemoe_swa", "granitemoeshared", "hy_v3", "mellum",
-                           "minimax_m2", "glm4_moe_lite", "mimo_v2_flash", "jamba", "llama4", "qwen3_vl_moe",
-                           "qwen3_5_moe", "glm4v_moe", "aria", "internvl", "gemma4", "gemma4_text"},
-    "sglang": _EVERYWHERE | {"dots1", "llama4", "qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe"},
-    "llama.cpp": _EVERYWHERE | {"dots1", "granitemoeshared", "nemotron_h", "hy_v3", "mellum", "minimax_m2",
-                                "mimo_v2_flash", "jamba", "solar_open", "qwen3_5_moe_text", "laguna", "gemma4",
-                                "gemma4_text", "glm4_moe_lite"},
-}  # fmt: skip
-_RUNS_NOT = {
-    "vllm": frozenset[str](),
-    "sglang": frozenset({"flex_olmo"}),
-    "llama.cpp": frozenset({"flex_olmo", "granitemoe_swa", "aria_text"}),
-}
 
 
 def served(model_type: str, target: str) -> str:
     """ok, no or unknown. Every family of the tables runs in transformers."""
-    if target == "transformers" or model_type in _RUNS[target]:
+    if target == "transformers":
         return "ok"
-    return "no" if model_type in _RUNS_NOT[target] else "unknown"
+    family = _row(model_type)
+    if family is None:
+        return "unknown"
+    return "ok" if target in family.elsewhere.runs else "no" if target in family.elsewhere.runs_not else "unknown"
+
+
+def _row(model_type: str) -> Family | None:
+    known = tables()
+    wrapped = known.wrapped.get(model_type)
+    return next(iter(wrapped.values())) if wrapped else known.families.get(model_type)
 
 
 def check_served(model_type: str, targets: Sequence[str]) -> list[str]:

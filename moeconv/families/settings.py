@@ -23,19 +23,19 @@ _CORRECT = "Correct config.json, or download it again."
 def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The part of config.json that describes the text model. Raises InputError for a part that is no object, and for
     what differs from layer to layer where every layer must have the same."""
-    if not family.root:
-        return _same_in_all(family.read(config), family)
-    text = config.get(family.root)
+    if not family.multimodal.root:
+        return _same_in_all(family.config.read(config), family)
+    text = config.get(family.multimodal.root)
     if not isinstance(text, dict):
         raise InputError(
-            f"config.json: {family.root} must be an object with the language model's settings, found "
+            f"config.json: {family.multimodal.root} must be an object with the language model's settings, found "
             f"{escape(text)[:80]}",
             hint=_CORRECT,
         )
     # the classes tie by the outer key, and files older than transformers 5 have it inside
     tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
     said = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
-    return {**_same_in_all(family.read(text), family), **said}
+    return {**_same_in_all(family.config.read(text), family), **said}
 
 
 def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ def whole(value: Any, key: str, *, limit: int) -> int:
 
 def layer_count(family: Family, config: Mapping[str, Any]) -> int:
     """The number of decoder layers. Raises InputError for one that is not a whole number within the limit."""
-    found = family.layer_count(lambda key: family.default(key, config))
+    found = family.layers.count(lambda key: family.config.value(key, config))
     return whole(found, "num_hidden_layers", limit=MAX_LAYERS)
 
 
@@ -89,14 +89,14 @@ def moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[
     """Indices of the layers whose FFN is a Mixture-of-Experts."""
     if family.kind != "moe":
         return ()
-    return family.placement.read(lambda key: family.default(key, config), layers)
+    return family.experts.placement.read(lambda key: family.config.value(key, config), layers)
 
 
 def layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tuple[str, ...] | None:
     """The kind of each layer in a family that mixes kinds, else None."""
-    if family.layer_kinds is None:
+    if family.layers.kinds is None:
         return None
-    kinds = family.layer_kinds(lambda key: family.default(key, config), layers)
+    kinds = family.layers.kinds(lambda key: family.config.value(key, config), layers)
     if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
         raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct config.json.")
     return tuple(kinds)

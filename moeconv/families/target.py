@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.errors import InputError, escape
 from moeconv.families import rope, sliding
-from moeconv.families.folds import FOLDS, Draft, align_layout
+from moeconv.families.folds import Draft, align_layout
 from moeconv.families.head import said_head, untied
 from moeconv.families.model import Model
 from moeconv.families.node import concat
@@ -55,8 +55,8 @@ def draft_target(model: Model, pair: Pair) -> Draft:
         draft.config = untied(draft.config, target)
         draft.warnings += said_head(model)
     align_layout(draft)
-    for name in pair.folds:
-        FOLDS[name](draft)
+    for fold in pair.folds:
+        fold(draft)
     _join(draft)
     if draft.tied and draft.tensors["embedding.tokens"].op != "source":
         draft.tensors.pop("embedding.lm_head", None)  # a tied head that is stored would keep the old embedding
@@ -65,7 +65,7 @@ def draft_target(model: Model, pair: Pair) -> Draft:
 
 def _join(draft: Draft) -> None:
     """Matrices that the target has in one tensor; those of an FFN are joined where experts are made."""
-    for whole, parts in draft.target.fused.items():
+    for whole, parts in draft.target.tensors.fused.items():
         if all(part in draft.tensors for part in parts) and not parts[0].startswith("ffn."):
             draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
 
@@ -74,7 +74,7 @@ def _source_keys(model: Model) -> list[str]:
     """The matrices that the checkpoint has in any layer, fused ones by their parts."""
     keys: dict[str, None] = {}
     for role in model.roles.values():
-        for key in model.family.fused.get(role.key, (role.key,)):
+        for key in model.family.tensors.fused.get(role.key, (role.key,)):
             keys[key] = None
     return list(keys)
 
@@ -92,68 +92,110 @@ def _same(value: Any, neutral: tuple[Any, ...]) -> bool:
 
 
 def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, Any], list[str]]:
-    family, layers = model.family, model.num_layers
-    result: dict[str, Any] = {}
-    warnings: list[str] = []
+    """(the target's config.json but for rotary parameters and the sizes of experts, warnings about the source's)."""
     if model.config.get("quantization_config"):
         raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
-    given = _without_nulls(model.config)
-    # what config.json leaves out counts as the source's default, since the target's may be another
-    said = dict.fromkeys(family.config) | given
-    windows = () if family.sliding is sliding.NEVER else sliding.KEYS
-    for key in said:
-        word = pair.rename.get(key, key)
-        if key in LEFT_OUT or word is None or (key in sliding.KEYS and (key in windows or key not in family.config)):
-            continue
-        value = given[key] if key in given else family.default(key, given)
-        if key in family.config and word not in target.config and key not in TRAINING and key not in rope.KEYS:
-            if (key in given or value is not None) and not _same(value, family.neutral.get(key, ())):
-                raise InputError(
-                    f"{pair.source} with {escape(key)} = {escape(value)} has no exact twin in {pair.target}, "
-                    f"which has no such setting",
-                    hint=_TARGETS,
-                )
-            continue
-        if key in TRAINING and word not in target.config:
-            continue
-        if key not in family.config and word in target.config and key not in CARRIED:
-            warnings.append(f"config key {escape(key)!r} means nothing for {pair.source}: left out")
-            continue
-        if key not in family.config and key not in CARRIED:
-            warnings.append(f"config key {escape(key)!r} is not known for {pair.source}: carried over unchanged")
-        if key in given or (value is not None and key not in rope.KEYS):
-            result[word] = copy.deepcopy(value)
-    if "num_key_value_heads" in target.config:
-        result.setdefault("num_key_value_heads", model.value("num_attention_heads"))
-    if "head_dim" in target.config:  # said, since classes differ in what they take a missing one for
-        result["head_dim"] = head_dim(model.value)
-    result |= _windows(model, pair, target, layers)
-    if family.layer_kinds and target.layer_kinds:
-        result["layer_types"] = family.layer_kinds(model.value, layers)
-    for key, value in target.config.items():
-        if value is None or key in result or key in rope.KEYS or key in sliding.KEYS or key in _sizes(target):
-            continue
-        if not str(value).startswith("="):
-            result[key] = copy.deepcopy(value)
-    result |= pair.config
+    result, warnings = _taken_over(model, pair, target)
+    result |= _sizes_of_heads(model, target, result)
+    result |= _windows(model, pair, target)
+    if model.family.layers.kinds and target.layers.kinds:
+        result["layer_types"] = model.family.layers.kinds(model.value, model.num_layers)
+    result |= _target_defaults(target, result)
+    result |= (
+        pair.config
+    )  # after the defaults: a pair sets the values at which the target computes what the source does
     if code := model.carried_config.get("auto_map"):  # of the tokenizer
         result["auto_map"] = code
     result["model_type"], result["architectures"] = target.model_type, [target.architecture]
     return result, warnings
 
 
+def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[dict[str, Any], list[str]]:
+    """(the source's settings in the target's words, warnings). Raises InputError for a setting that changes what the
+    source computes and that the target does not have."""
+    family = model.family
+    result: dict[str, Any] = {}
+    warnings: list[str] = []
+    given = _without_nulls(model.config)
+    # what config.json leaves out counts as the source's default, since the target's class may assume another value
+    for key in dict.fromkeys(family.config.defaults) | given:
+        word = pair.rename.get(key, key)
+        if word is None or key in LEFT_OUT or _says_windows(key, family):
+            continue
+        value = given[key] if key in given else family.config.value(key, given)
+        known, has_place = key in family.config.defaults, word in target.config.defaults
+        if key in TRAINING and not has_place:
+            continue
+        if not known and key not in CARRIED:
+            if has_place:
+                # the source's class ignores the key, and the target's class would obey it
+                warnings.append(f"config key {escape(key)!r} means nothing for {pair.source}: left out")
+                continue
+            warnings.append(f"config key {escape(key)!r} is not known for {pair.source}: carried over unchanged")
+        if known and not has_place and key not in rope.KEYS:
+            if key in given or value is not None:
+                _check_neutral(key, value, pair, family)
+            continue
+        # rotary parameters that the class assumes are written by the folds, in the target's own style
+        if key in given or (value is not None and key not in rope.KEYS):
+            result[word] = copy.deepcopy(value)
+    return result, warnings
+
+
+def _says_windows(key: str, family: Family) -> bool:
+    """Whether the key is left to `_windows`: the same words mean different layers in different families."""
+    return key in sliding.KEYS and (family.attention.sliding is not sliding.NEVER or key not in family.config.defaults)
+
+
+def _check_neutral(key: str, value: Any, pair: Pair, family: Family) -> None:
+    """Raises InputError unless a setting that the target does not have changes nothing at this value."""
+    if not _same(value, family.config.neutral.get(key, ())):
+        raise InputError(
+            f"{pair.source} with {escape(key)} = {escape(value)} has no exact twin in {pair.target}, "
+            f"which has no such setting",
+            hint=_TARGETS,
+        )
+
+
+def _sizes_of_heads(model: Model, target: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that classes derive by different rules when config.json leaves them out: written in any case."""
+    result: dict[str, Any] = {}
+    if "num_key_value_heads" in target.config.defaults:
+        result["num_key_value_heads"] = found.get("num_key_value_heads", model.value("num_attention_heads"))
+    if "head_dim" in target.config.defaults:
+        result["head_dim"] = head_dim(model.value)
+    return result
+
+
+def _target_defaults(target: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The target's defaults for what is not found yet: other readers than transformers assume other defaults."""
+    written_elsewhere = {*found, *rope.KEYS, *sliding.KEYS, *_sizes(target)}
+    return {
+        key: copy.deepcopy(value)
+        for key, value in target.config.defaults.items()
+        if value is not None and key not in written_elsewhere and not str(value).startswith("=")
+    }
+
+
 def _sizes(target: Family) -> set[str]:
     """Keys that the planner sets from the method's choice of experts."""
-    return {target.expert_width, target.dense_width, *target.num_experts, *target.top_k, "intermediate_size"}
+    return {
+        target.experts.width,
+        target.experts.dense_width,
+        *target.experts.count,
+        *target.experts.top_k,
+        "intermediate_size",
+    }
 
 
-def _windows(model: Model, pair: Pair, target: Family, layers: int) -> dict[str, Any]:
-    family = model.family
-    sliding.check_keys({key: value for key, value in model.config.items() if key in family.config}, layers)
-    defaults = {key: family.config[key] for key in (*sliding.KEYS, "no_rope_layers", "no_rope_layer_interval")
-                if key in family.config}  # fmt: skip
-    pattern = family.sliding.read({**defaults, **model.config}, layers)
-    words = target.sliding.write(pattern)
+def _windows(model: Model, pair: Pair, target: Family) -> dict[str, Any]:
+    """Which layers slide, in the target's words. Raises InputError where it has none for that."""
+    family, layers = model.family, model.num_layers
+    sliding.check_keys({key: value for key, value in model.config.items() if key in family.config.defaults}, layers)
+    defaults = {key: family.config.defaults[key] for key in (*sliding.KEYS, "no_rope_layers", "no_rope_layer_interval")
+                if key in family.config.defaults}  # fmt: skip
+    pattern = family.attention.sliding.read({**defaults, **model.config}, layers)
+    words = target.attention.sliding.write(pattern)
     if words is None:
         raise InputError(
             f"{pair.source} with a sliding window in {'some' if pattern.kind == 'mixed' else 'all'} layers has no "

@@ -5,41 +5,55 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from moeconv.families.spec import Family, Layout, Pair
+from moeconv.families.records import Elsewhere, Layout, Multimodal
+from moeconv.families.spec import Family, Pair
 
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """A multimodal family. `texts` are the rows of the language models that it is known to hold; `prefix` and `head`
-    stand in its names where theirs begin with "model." and "lm_head."; `beside` as in Family; `root` is the key of
-    their config; `in_memory` as in Family, of modules that transformers calls otherwise."""
+    """A multimodal family: what it puts around a language model that has a row of its own."""
 
+    # model_type of config.json
     model_type: str
+    # the class of transformers
     architecture: str
+    # the rows of the language models that it is known to hold
     texts: tuple[Family, ...]
+    # beginning of the names of tensors that every step passes as they are -> their group, one of BESIDE
     beside: Mapping[str, str]
+    # what stands in names where those of the language model begin with "model."
     prefix: str = "model.language_model."
+    # what stands in names where those of the language model begin with "lm_head."
     head: str = "lm_head."
+    # key of config.json with the language model's config
     root: str = "text_config"
-    tied: bool = False  # whether the head is the embedding where neither config says it
+    # whether the head is the embedding where neither config says it
+    tied: bool = False
+    # part of a module's name on disk -> what transformers calls it in memory
     in_memory: Mapping[str, str] = field(default_factory=dict)
+    # serving engines whose list of models has it
+    runs: frozenset[str] = frozenset()
 
     def row(self, text: Family) -> Family:
         """The row of this wrapper around that language model."""
+        tensors = replace(
+            text.tensors,
+            names=self._names(text.tensors.names),
+            dropped=tuple(self._name(name) for name in text.tensors.dropped),
+            layouts=tuple(Layout(self._names(way.tensors), way.packed) for way in text.tensors.layouts),
+            prefix=self.prefix,
+            base_prefix="model." if self.prefix.startswith("model.") else "",
+            in_memory={**self.in_memory, **text.tensors.in_memory},
+        )
         return replace(
             text,
             model_type=self.model_type,
             architecture=self.architecture,
-            root=self.root,
-            prefix=self.prefix,
-            base_prefix="model." if self.prefix.startswith("model.") else "",
-            beside=self.beside,
-            config={**text.config, "tie_word_embeddings": self.tied},
-            tensors=self._names(text.tensors),
-            mtp=self._names(text.mtp),
-            dropped=tuple(self._name(name) for name in text.dropped),
-            in_memory={**self.in_memory, **text.in_memory},
-            layouts=tuple(Layout(self._names(way.tensors), way.packed) for way in text.layouts),
+            tensors=tensors,
+            config=replace(text.config, defaults={**text.config.defaults, "tie_word_embeddings": self.tied}),
+            prediction=replace(text.prediction, names=self._names(text.prediction.names)),
+            multimodal=Multimodal(self.root, self.beside),
+            elsewhere=Elsewhere(runs=self.runs),
         )
 
     def _names(self, names: Mapping[str, str]) -> dict[str, str]:

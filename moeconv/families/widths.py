@@ -14,7 +14,7 @@ STRIDES = {"grouped_mm": 16, "eager": 1}  # implementation of the experts -> byt
 
 def multiple_of(family: Family, dtype: str) -> int:
     """The number that must divide hidden size and width of experts in `dtype` (as safetensors names it)."""
-    return max(1, STRIDES[family.experts_run] * 8 // DTYPE_BITS[dtype])
+    return max(1, STRIDES[family.experts.implementation] * 8 // DTYPE_BITS[dtype])
 
 
 def why_not(family: Family, *, width: int, hidden: int, dtype: str) -> str | None:
@@ -24,6 +24,6 @@ def why_not(family: Family, *, width: int, hidden: int, dtype: str) -> str | Non
     if not bad:
         return None
     return (
-        f"experts of {' and '.join(bad)}: transformers computes experts with {family.experts_run} by default, which "
-        f"takes only multiples of {unit} in {dtype}"
+        f"experts of {' and '.join(bad)}: transformers computes experts with {family.experts.implementation} by "
+        f"default, which takes only multiples of {unit} in {dtype}"
     )

@@ -9,9 +9,19 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from moeconv.families.readers import ALIASES, FIXED_ELSEWHERE, NESTED, OLD_WORDS, ONE_WINDOW_ELSEWHERE, READERS
 from moeconv.families.rope import added_wordings
 from moeconv.families.spec import Family
+
+# every word in use for the same number; a published config may hold several
+ALIASES: tuple[tuple[str, ...], ...] = (
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    (
+        "num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
+        "top_k_experts",
+    ),
+    ("moe_intermediate_size", "expert_hidden_dim"),
+    ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+)  # fmt: skip
 
 
 def written_config(
@@ -20,11 +30,11 @@ def written_config(
     """A config.json with `said` (in the words of the family's row) and the `dtype` (in those of torch) in it, as every
     reader reads it. What the source says otherwise stays word for word."""
     result = copy.deepcopy(dict(config))
-    nested = result.get(family.root) if family.root else None
+    nested = result.get(family.multimodal.root) if family.multimodal.root else None
     text = nested if isinstance(nested, dict) else result
     changed = _everywhere(family, text, said or {})
-    text.update(family.write(text, changed))
-    text.update(family.write(text, added(family, family.read(text))))
+    text.update(family.config.write(text, changed))
+    text.update(family.config.write(text, added(family, family.config.read(text))))
     _reword(family, text)
     for part in [result] if text is result else [result, text]:
         _say_dtype(part, dtype)
@@ -37,19 +47,19 @@ def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a config (in the words of the family's row) lacks for some reader: keys with their values."""
 
     def get(key: str) -> Any:
-        return found[key] if key in found else family.default(key, values)
+        return found[key] if key in found else family.config.value(key, values)
 
     found: dict[str, Any] = {}
-    for aliases in (family.num_experts, family.top_k):
+    for aliases in (family.experts.count, family.experts.top_k):
         known = next((values[key] for key in aliases if values.get(key) is not None), None)
         if known is not None:
             found |= {key: known for key in aliases if values.get(key) is None}
-    if family.kind == "moe" and "rope_theta" in family.config and "rope_theta" not in family.words:
+    if family.kind == "moe" and "rope_theta" in family.config.defaults and "rope_theta" not in family.config.words:
         found |= added_wordings(
-            values, assumed=family.config.get("rope_parameters"), theta=family.config["rope_theta"],
-            partial=family.partial, style=family.rope,
+            values, assumed=family.config.defaults.get("rope_parameters"), theta=family.config.defaults["rope_theta"],
+            partial=family.attention.partial, style=family.attention.rope,
         )  # fmt: skip
-    for key, value in READERS.get(family.model_type, {}).items():
+    for key, value in family.elsewhere.keys.items():
         if values.get(key) is None and (made := _value(value, get)) is not None:
             found[key] = made
     return found
@@ -61,11 +71,11 @@ def other_values_elsewhere(family: Family, values: Mapping[str, Any]) -> list[st
     found = [
         f"{key} = {values[key]} is read by transformers 5 alone: {others} {family.model_type} with {fixed}, so the "
         "result is right in transformers 5 only"
-        for key, fixed in FIXED_ELSEWHERE.get(family.model_type, {}).items()
+        for key, fixed in family.elsewhere.fixed.items()
         if values.get(key, fixed) != fixed
     ]
     slides = {word == "sliding_attention" for word in values.get("layer_types") or ()}
-    if family.model_type in ONE_WINDOW_ELSEWHERE and len(slides) > 1:
+    if family.elsewhere.one_window and len(slides) > 1:
         found.append(
             f"layer_types is read by transformers 5 alone: {others} {family.model_type} with one window for all layers "
             "or none, so the result is right in transformers 5 only, except for prompts within the window of "
@@ -82,7 +92,7 @@ def _value(rule: Any, get: Callable[[str], Any]) -> Any:
 
 def _everywhere(family: Family, text: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """`said`, and the new value under every alias that holds the old one: a number, or a number for each layer."""
-    values, changed = family.read(text), dict(said)
+    values, changed = family.config.read(text), dict(said)
     for key, new in said.items():
         old = values.get(key)
         for alias in next((names for names in ALIASES if key in names), ()):
@@ -99,10 +109,10 @@ def _everywhere(family: Family, text: Mapping[str, Any], said: Mapping[str, Any]
 def _reword(family: Family, text: dict[str, Any]) -> None:
     """Words of a list that one version of transformers does not know, in those that all know; keys of a nested config
     that its class refuses are left out."""
-    for key, words in OLD_WORDS.get(family.model_type, {}).items():
+    for key, words in family.elsewhere.old_words.items():
         if isinstance(text.get(key), list):
             text[key] = [words.get(word, word) if isinstance(word, str) else word for word in text[key]]
-    for key, known in NESTED.get(family.model_type, {}).items():
+    for key, known in family.elsewhere.nested.items():
         if isinstance(text.get(key), dict):
             text[key] = {name: value for name, value in text[key].items() if name in known}
 

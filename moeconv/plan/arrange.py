@@ -42,7 +42,7 @@ def _places(family: Family) -> Callable[[str], Place]:
     """From a tensor's name to its layer and expert, None where it has none; also for the pieces of a packed weight,
     whose names begin with the weight's."""
     patterns = []
-    for template in sorted(family.tensors.values(), key=len, reverse=True):
+    for template in sorted(family.tensors.names.values(), key=len, reverse=True):
         pattern = re.escape(template).replace(re.escape("{L}"), r"(\d+)").replace(re.escape("{E}"), r"(\d+)")
         # with {L} and {E} in either order, which number is which
         order = sorted((template.index(mark), i) for i, mark in enumerate(("{L}", "{E}")) if mark in template)

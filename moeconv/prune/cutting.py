@@ -53,7 +53,7 @@ def _cut(
     model: Model, ref: TensorRef, key: str, kept: Sequence[int], *, axis: int, dtype: str | None, changed: str
 ) -> Item:
     """The kept experts' entries along `axis`: byte ranges joined, or cast when another dtype is asked for."""
-    layout = model.family.packed.get(key)
+    layout = model.family.tensors.packed.get(key)
     each = ref.shape[axis] // model.num_experts if layout and layout.flat else 1  # rows of one expert
     if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts * each:
         raise InputError(
@@ -63,7 +63,7 @@ def _cut(
         )
     flat = replace(ref, shape=(model.num_experts, each, *ref.shape[axis + 1 :]))  # the dimensions before it are 1
     shape = (*ref.shape[:axis], len(kept) * each, *ref.shape[axis + 1 :])
-    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and key not in model.family.float32
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and key not in model.family.tensors.float32
     out = dtype if casts and dtype else ref.dtype
     params = model.numel(ref) // model.num_experts * len(kept)
     kernel = "copy" if out == ref.dtype else "cast"

@@ -26,7 +26,7 @@ def check_prune(model: Model, **parameters: Any) -> int | None:
     if model.family.kind != "moe":
         raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
     _check_quantized(model, options, common)
-    if options.distill and model.family.beside:
+    if options.distill and model.family.multimodal.beside:
         raise InputError(
             f"--distill trains the language model alone, and {model.family.model_type} is multimodal",
             hint="Leave it out; --refit needs no training.",
@@ -145,7 +145,7 @@ def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
             )
     if left == model.num_experts and options.top_k == model.top_k:
         raise UsageError(f"--top-k {options.top_k} is what the model has already", hint="Nothing would change.")
-    routing = model.family.routing
+    routing = model.family.experts.routing
     if routing is not None and routing.top_k is not None and options.top_k != routing.top_k:
         raise UsageError(f"{model.family.model_type} routes to exactly {routing.top_k} experts")
 
@@ -184,7 +184,7 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
             f"{left} experts do not form {groups} groups of equal size, which this router chooses among",
             hint=f"Keep a multiple of {groups}.",
         )
-    least = model.family.routing.best_of_group if groups > 1 and model.family.routing else 1
+    least = model.family.experts.routing.best_of_group if groups > 1 and model.family.experts.routing else 1
     if left // groups < least:
         raise UsageError(
             f"{left} experts leave {left // groups} in each of {groups} groups, which are ranked by their best {least}",

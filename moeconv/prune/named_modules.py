@@ -84,7 +84,7 @@ def _names(model: Model, keep: Keep) -> _Names:
 def _spellings(module: str, model: Model) -> Iterator[str]:
     """A module's name on disk, and those that transformers has for it."""
     yield module
-    for old, new in model.family.in_memory.items():
+    for old, new in model.family.tensors.in_memory.items():
         if old in module:
             yield module.replace(old, new)
 

@@ -151,9 +151,9 @@ def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = Non
     if model.quantization:
         config["quantization_config"] = renumbered(model, model.quantization, with_mtp(model, keep))
     left = len(next(iter(keep.values())))
-    said = dict.fromkeys(model.family.num_experts, left)
+    said = dict.fromkeys(model.family.experts.count, left)
     if top_k is not None:
-        said |= dict.fromkeys(model.family.top_k, top_k)
+        said |= dict.fromkeys(model.family.experts.top_k, top_k)
     return written_config(config, model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
@@ -174,7 +174,7 @@ def _warnings(
         )
     if criterion and CRITERIA[criterion].warning:
         warnings.append(CRITERIA[criterion].warning)
-    plain = not model.renormalises and model.family.routing and model.family.routing.score == "softmax"
+    plain = not model.renormalises and model.family.experts.routing and model.family.experts.routing.score == "softmax"
     if plain and criterion and not (options.refit or options.distill or scales):
         warnings.append(
             "this router does not renormalise: the surviving experts' weights grow; --refit folds the scale back, and "

@@ -87,7 +87,7 @@ def _numbers(model: Model, row: LlamaCpp) -> Mapping[str, Any]:
     value, family = model.value, model.family
     heads = value("num_attention_heads")
     width = head_dim(value)
-    rope = read_rope({**family.config, **model.config}, theta=10000.0, partial=family.partial)
+    rope = read_rope({**family.config.defaults, **model.config}, theta=10000.0, partial=family.attention.partial)
     if rope["rope_type"] not in ("default", "linear"):
         raise InputError(
             f"rotary embeddings of type {escape(rope['rope_type'])} are not written to GGUF",

@@ -124,7 +124,7 @@ def find_row(model: Model) -> LlamaCpp:
         return InputError(f"llama.cpp's {row.arch} cannot compute {what}", hint="Choose another --format.")
 
     for key, allowed in row.needs.items():
-        if key in family.config and model.value(key) not in allowed:
+        if key in family.config.defaults and model.value(key) not in allowed:
             raise refuse(f"{key} = {escape(model.value(key))}")
     activation = model.value("hidden_act")
     if activation not in ("silu", "swish"):

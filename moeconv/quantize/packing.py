@@ -86,7 +86,9 @@ class Packing:
             group = self.model.roles[ref.name].group
             counts[group] = counts.get(group, 0) + self._outputs(ref, self.at(ref))
         like = next(r for r in self.weights if self.model.roles[r.name].group == "expert")
-        keys = [key for key in self.model.family.tensors if key.startswith("expert.") and not key.endswith("_bias")]
+        keys = [
+            key for key in self.model.family.tensors.names if key.startswith("expert.") and not key.endswith("_bias")
+        ]
         copies = 1 if self.model.roles[like.name].expert is None else self.model.num_experts
         schemes = [*self.by_layer.values()] + [self.scheme] * len(self.model.mtp_layers)
         return counts | {"expert": sum(self._outputs(like, scheme) for scheme in schemes) * copies * len(keys)}

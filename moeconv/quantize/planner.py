@@ -106,7 +106,7 @@ def plan_quantize(
             raise UsageError(
                 f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
             )
-        if model.family.beside:
+        if model.family.multimodal.beside:
             raise InputError(
                 f"--self-contained is not written for multimodal models, as {model.family.model_type}",
                 hint="Leave it out: `import moeconv.hf` loads the result.",
@@ -182,7 +182,7 @@ def _promise(model: Model, weights: list[TensorRef], parts: int, *, layers: int)
 
 def _matrices(model: Model) -> int:
     """Expert matrices that the family keeps for each expert: gate, up and down."""
-    return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.items())
+    return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.names.items())
 
 
 def _group(format: Format, options: QuantizeOptions, weights: list[TensorRef], *, bits: int) -> int | None:
@@ -206,7 +206,8 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
     """All experts of a layer in one tensor, in a format that is not for it or as no loader can keep them packed."""
     if not model.packed_experts:
         return
-    apart = any(not way.packed for way in model.family.layouts)  # transformers loads codes by expert, see separate.py
+    # transformers loads codes by expert, see separate.py
+    apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method == "gptq" or apart:
         what = "--method gptq" if method == "gptq" else f"--format {format.name}"
         raise InputError(
@@ -214,13 +215,13 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
             "as the runtimes do that read packed weights",
             hint="`--format bitsandbytes` with --method rtn packs it for `import moeconv.hf`.",
         )
-    if model.family.layouts and model.family.packed != model.family.layouts[0].packed:
+    if model.family.tensors.layouts and model.family.tensors.packed != model.family.tensors.layouts[0].packed:
         raise InputError(
             f"the experts of this {model.family.model_type} lie transposed to what its class in transformers holds, so "
             "that their codes would not be those of the matrices that it computes with",
             hint="Load it in transformers 5 and save it again, which turns them; then quantize that.",
         )
-    if any(layout.flat for layout in model.family.packed.values()):
+    if any(layout.flat for layout in model.family.tensors.packed.values()):
         raise InputError(
             f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for them, which its "
             "class in transformers cuts up itself: the loader of packed experts cannot stand in for that",
@@ -230,7 +231,7 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
 
 def _check_weights(model: Model, weights: list[TensorRef]) -> None:
     for ref in weights:
-        matrix = len(ref.shape) == (3 if model.roles[ref.name].key in model.family.packed else 2)
+        matrix = len(ref.shape) == (3 if model.roles[ref.name].key in model.family.tensors.packed else 2)
         if ref.dtype not in ("BF16", "F16", "F32") or not matrix:
             raise InputError(
                 f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}: not a matrix of 16 or 32 bit floats",
@@ -248,7 +249,7 @@ def _ignored(model: Model, quantized: set[str]) -> list[str]:
             module = name.removesuffix(".weight")
             names.append(module)
             # transformers looks a module up under its own name for it
-            names += [module.replace(old, new) for old, new in model.family.in_memory.items() if old in module]
+            names += [module.replace(old, new) for old, new in model.family.tensors.in_memory.items() if old in module]
     if "lm_head" not in names:
         names.append("lm_head")
     return names

@@ -21,7 +21,7 @@ def in_scope(model: Model, scope: str) -> list[TensorRef]:
         role = model.roles.get(name)
         if role is None or role.group not in GROUPS[scope]:
             continue
-        layout = model.family.packed.get(role.key) if role.expert is None else None
+        layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         if not name.endswith(".weight") and (layout is None or layout.parts[0].endswith("_bias")):
             continue
         if role.key != "shared.router" and (role.group == "expert" or len(ref.shape) == 2):

@@ -20,14 +20,14 @@ from moeconv.plan.plan import Item, Plan, TensorSpec
 def plan_separate(model: Model) -> Plan | None:
     """The same model with a tensor for each matrix of each expert; None where the experts are apart already, or where
     the family has no such layout."""
-    form = next((form for form in model.family.forms() if not form.packed), None)
+    form = next((form for form in model.family.forms() if not form.tensors.packed), None)
     if not model.packed_experts or form is None or model.quantization:
         return None
     names = {(role.key, role.layer, role.expert): name for name, role in _names(model, form)}
 
     def apart(ref: TensorRef) -> list[Item] | None:
         role = model.roles[ref.name]
-        layout = model.family.packed.get(role.key)
+        layout = model.family.tensors.packed.get(role.key)
         if layout is None or role.expert is not None:
             return None
         return [

@@ -20,8 +20,8 @@ _SOFTMAX = (
 
 def _softmax_alone(family: Family) -> bool:
     """Whether the router is a softmax without a correction of the choice: all that vLLM's CPU kernel computes."""
-    corrected = any(key.startswith("router.correction") for key in family.tensors)
-    return family.routing is not None and family.routing.score.startswith("softmax") and not corrected
+    corrected = any(key.startswith("router.correction") for key in family.tensors.names)
+    return family.experts.routing is not None and family.experts.routing.score.startswith("softmax") and not corrected
 
 
 def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
@@ -31,9 +31,9 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     loads = dict(format.mixed if mixed else format.loads[scheme])
     if loads["vllm"] == "ok" and not _softmax_alone(family):
         loads["vllm"] = "unknown"  # refused by its CPU backend, measured; on a GPU not run
-    if family.packed and format.stack is not None:
+    if family.tensors.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
-    if family.beside:
+    if family.multimodal.beside:
         loads |= {runtime: "unknown" for runtime, word in loads.items() if runtime != "transformers" and word != "no"}
     return loads
 

@@ -100,7 +100,7 @@ class Layer:
         for rows in self._stream.rows():
             inputs = flow[rows].to(self._stream.device)
             model = self._stream.model
-            on_input = model.top_k if model.family.routing and model.family.routing.on_input else 0
+            on_input = model.top_k if model.family.experts.routing and model.family.experts.routing.on_input else 0
             parts = (self.norm, self.ffn, self.router, self.experts)
             with torch.no_grad(), captured(*parts, on_input=on_input) as seen:
                 outputs = self.run(inputs)
@@ -321,7 +321,7 @@ class LayerStream:
             return Layer(index, module, norm, ffn, None, None, self)
         router = self.skeleton.owner(first["router.weight"])
         experts = self.skeleton.owner(first["expert"])
-        for _ in range(self.model.family.experts_above):
+        for _ in range(self.model.family.experts.modules_above):
             experts = self.skeleton.parent(experts)
         above = self.skeleton.parent(experts)
         # experts that are no part of a block of their own are looked at alone

@@ -54,7 +54,7 @@ class Skeleton:
         if not _has_list(decoder):  # llama4's class names another prefix than it has
             decoder = next((m for m in decoder.children() if _has_list(m)), decoder)
         with quiet():  # of what is beside the language model nothing runs
-            _fill_buffers(self.module, decoder if model.family.beside else self.module, self.device)
+            _fill_buffers(self.module, decoder if model.family.multimodal.beside else self.module, self.device)
         lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
         if len(lists) != 1:
             raise InputError(
@@ -197,7 +197,7 @@ def auto_class(family: Family) -> Any:
     """transformers' Auto class for models of this family."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if family.beside else AutoModelForCausalLM
+    return AutoModelForImageTextToText if family.multimodal.beside else AutoModelForCausalLM
 
 
 def _has_list(module: nn.Module) -> bool:
@@ -217,7 +217,7 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
             part.output_router_logits = part.output_hidden_states = part.output_attentions = False
         auto = auto_class(model.family)
         stock = auto._model_mapping[type(config)]
-        inside = [AutoModel._model_mapping[type(config.get_text_config())]] if model.family.beside else []
+        inside = [AutoModel._model_mapping[type(config.get_text_config())]] if model.family.multimodal.beside else []
         free = model.family.kind == "moe" and stock._can_set_experts_implementation()
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():

@@ -177,7 +177,7 @@ def place(skeleton: Skeleton, experts: nn.Module, names: Names, *, in_place: boo
     model, leaves = skeleton.model, dict(experts.named_parameters())
     takes = inspect.signature(type(experts).forward).parameters
     plain = all("." not in leaf and p.shape[:1] == (len(names),) for leaf, p in leaves.items())
-    if not plain or len(takes) != 4 or (model.family.routing and model.family.routing.on_input):
+    if not plain or len(takes) != 4 or (model.family.experts.routing and model.family.experts.routing.on_input):
         return False
     wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())
     dtypes = {leaf: p.dtype for leaf, p in leaves.items()}

@@ -128,8 +128,8 @@ def _straight_through(asked: bool | None, model: Model, train: tuple[str, ...]) 
     Experts that train win back more without it, and each step costs two thirds (measured). Where the top-1 weight is
     always 1, there is no other gradient.
     """
-    assert model.family.routing is not None
-    if model.family.routing.score not in ("softmax", "softmax_topk", "sigmoid"):
+    assert model.family.experts.routing is not None
+    if model.family.experts.routing.score not in ("softmax", "softmax_topk", "sigmoid"):
         text = f"{model.family.model_type} routes by a rule that --straight-through does not know: it is off"
         return False, [text] if asked else []
     return ("experts" not in train or _always_one(model)) if asked is None else asked, []
@@ -140,7 +140,7 @@ def _always_one(model: Model) -> bool:
 
 
 def _check_alone(model: Model) -> None:
-    if model.family.beside:
+    if model.family.multimodal.beside:
         raise InputError(
             f"{model.family.model_type} is multimodal: training would move its language model away from what the "
             "vision tower was trained beside, and no data here has images",

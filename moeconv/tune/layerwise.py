@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moeconv.families.model import Model
-from moeconv.families.spec import Routing
+from moeconv.families.records import Routing
 from moeconv.plan.meter import Meter
 from moeconv.stream.layers import allocate, release_memory, stream_within
 from moeconv.stream.need import Run, need_of

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from moeconv.calibrate.routing import LoadCounter
-from moeconv.families.spec import Routing
+from moeconv.families.records import Routing
 from moeconv.tune.routing import Routed
 from moeconv.world import summed
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moeconv.families.spec import Routing
+from moeconv.families.records import Routing
 from moeconv.tune.disturb import Disturbance, disturbed
 
 

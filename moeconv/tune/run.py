@@ -115,9 +115,9 @@ class Run:
 
     def watching(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
         model, through = self.job.student, self.job.straight_through
-        assert model.family.routing is not None
+        assert model.family.experts.routing is not None
         return watching(
-            blocks, model.family.routing, renormalise=model.renormalises, straight_through=through,
+            blocks, model.family.experts.routing, renormalise=model.renormalises, straight_through=through,
             disturbance=self.disturbance,
         )  # fmt: skip
 
@@ -200,7 +200,7 @@ def _whole(run: Run) -> dict[str, Any]:
             hint="Raise --batch-size, give more text, or start fewer processes.",
         )
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
-    routing = job.student.family.routing
+    routing = job.student.family.experts.routing
     assert routing is not None
     with run.watching(student.blocks) as take_routed:
         task = Whole(
@@ -248,7 +248,7 @@ def _check_memory(run: Run) -> None:
 
 def _layerwise(run: Run) -> dict[str, Any]:
     job = run.job
-    assert job.teacher is not None and job.student.family.routing is not None
+    assert job.teacher is not None and job.student.family.experts.routing is not None
     training, held = split(run.data, batch_size=job.batch_size)
     world = current()
     if len(training) < world.size:
@@ -266,8 +266,8 @@ def _layerwise(run: Run) -> dict[str, Any]:
     for filled, inputs, outputs in layers:
         with run.watching([filled.block]) as take_routed:
             fit = Fit(
-                filled, inputs, outputs, mine[1].size, run.data.seq_len, job.student.family.routing, take_routed,
-                job.balance, job.z_loss, run.device, run.disturbance, run.rebalance([filled.block]),
+                filled, inputs, outputs, mine[1].size, run.data.seq_len, job.student.family.experts.routing,
+                take_routed, job.balance, job.z_loss, run.device, run.disturbance, run.rebalance([filled.block]),
             )  # fmt: skip
             outcome = _fit(run, fit, training=training.size)
         outcomes.append(outcome)

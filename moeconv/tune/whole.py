@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.families.spec import Routing
+from moeconv.families.records import Routing
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.losses import Load

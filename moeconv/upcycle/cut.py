@@ -101,20 +101,20 @@ def shared_config(target: Family, cut: Cut) -> dict[str, Any]:
     """The config keys that give the target's shared expert `cut.shared` neurons. Raises InputError where none can."""
     if not cut.shared:
         return {}
-    if target.routed_norm and not cut.idle:
+    if target.experts.routed_norm and not cut.idle:
         raise InputError(
             f"{target.model_type} normalises its dense branch and its experts apart before it adds them "
-            f"({target.tensors[target.routed_norm].rpartition('.layers.{L}.')[2]}), so parts of an FFN in each do not "
-            "add up",
+            f"({target.tensors.names[target.experts.routed_norm].rpartition('.layers.{L}.')[2]}), so parts of an FFN "
+            "in each do not add up",
             hint="--shared-experts full keeps the whole FFN in the dense branch, beside experts that add nothing yet.",
         )
-    keys = target.shared_width
+    keys = target.experts.shared_width
     if not keys:
         raise InputError(
             f"{target.model_type} has no shared expert", hint="See `moeconv families`: glm4_moe, dots1 and others do."
         )
-    own = [key for key in keys if key != target.expert_width]
-    unit = cut.width if target.expert_width in keys else 1
+    own = [key for key in keys if key != target.experts.width]
+    unit = cut.width if target.experts.width in keys else 1
     if cut.shared % unit or (not own and cut.shared != unit):
         raise InputError(
             f"the shared expert of {target.model_type} is {'as wide as' if not own else 'a whole number of'} routed "
@@ -126,7 +126,7 @@ def shared_config(target: Family, cut: Cut) -> dict[str, Any]:
 
 def grouped_config(target: Family, cut: Cut) -> dict[str, Any]:
     """Virtual groups as the router's own groups, where the family has them: ties cannot break a copy apart then."""
-    rule = target.routing.groups if target.routing else None
+    rule = target.experts.routing.groups if target.experts.routing else None
     if rule is None or cut.pieces == 1:
         return {}
     return {rule[0]: cut.experts // cut.pieces, rule[1]: cut.top_k // cut.pieces}

@@ -78,7 +78,7 @@ def _check_options(options: UpcycleOptions) -> None:
 
 
 def _check_family(model: Model) -> None:
-    rule, name = model.family.routing, model.family.model_type
+    rule, name = model.family.experts.routing, model.family.model_type
     if model.quantization:
         raise InputError("the source is quantized", hint="Copy experts of the unquantized checkpoint, then quantize.")
     if rule is None or not rule.equal:
@@ -107,7 +107,7 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
     elif role.group in ("expert", "router"):
         yield _repeated(model, ref, role, times, dtype)
     else:
-        kept = role.key in model.family.float32 or role.group in BESIDE
+        kept = role.key in model.family.tensors.float32 or role.group in BESIDE
         yield carry(ref, role=role.key, dtype=None if kept else dtype)
 
 
@@ -121,10 +121,10 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
         Input(ref.name, ref.dtype, inside, e * each, each) for e in range(model.num_experts) for _ in range(times)
     )
     shape = (1, ref.shape[1] * times) if row else (ref.shape[0] * times, *ref.shape[1:])
-    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and role.key not in model.family.float32
+    casts = dtype is not None and ref.dtype in FLOAT_DTYPES and role.key not in model.family.tensors.float32
     made = dtype if casts and dtype else ref.dtype
     spec = TensorSpec(ref.name, made, shape, role.key, math.prod(shape))
-    rule = model.family.routing
+    rule = model.family.experts.routing
     if role.key.startswith("router.correction") and rule and rule.score == "softmax":
         # a softmax over m times the experts has scores 1/m as large, and the bias is added to those
         parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]
@@ -134,9 +134,9 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
 
 
 def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> dict[str, Any]:
-    said: dict[str, Any] = dict.fromkeys(model.family.num_experts, experts)
-    said |= dict.fromkeys(model.family.top_k, top_k)
-    rule = model.family.routing
+    said: dict[str, Any] = dict.fromkeys(model.family.experts.count, experts)
+    said |= dict.fromkeys(model.family.experts.top_k, top_k)
+    rule = model.family.experts.routing
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
         said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
     return written_config(with_head(model), model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)

@@ -13,8 +13,9 @@ from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model
 from moeconv.families.node import Node, concat, fill, from_origin, interleave, measured, scale, transpose
+from moeconv.families.records import Packed
 from moeconv.families.shapes import fused_rows, shape_of, shared_width
-from moeconv.families.spec import Family, Packed
+from moeconv.families.spec import Family
 from moeconv.options import UpcycleOptions
 from moeconv.plan.build import rows, whole
 from moeconv.plan.overlay import ORIGIN as OVERLAY
@@ -70,7 +71,7 @@ class Assembly:
                 made += self._plain(key, node)
         for layer in range(self.model.num_layers):
             made += self._ffn(layer)
-        for key in self.target.tensors:
+        for key in self.target.tensors.names:
             made += self._missing(key)
         made.sort(key=lambda pair: pair[0])
         self._note_dropped([item for _, item in made])
@@ -87,14 +88,14 @@ class Assembly:
         """How many tensors change, counted from the geometry and not from the items."""
         layers, target = len(self.chosen), self.target
         count = {
-            "router": layers * sum(key.startswith("router.") for key in target.tensors),
+            "router": layers * sum(key.startswith("router.") for key in target.tensors.names),
             "expert": layers * sum(
                 self.cut.experts if "{E}" in name else 1
-                for key, name in target.tensors.items() if key.startswith("expert.")
+                for key, name in target.tensors.names.items() if key.startswith("expert.")
             ),
         }  # fmt: skip
         if self._shared_width():
-            count["shared"] = layers * sum(key.startswith("shared.") for key in target.tensors)
+            count["shared"] = layers * sum(key.startswith("shared.") for key in target.tensors.names)
         for key, node in self.draft.tensors.items():
             group = key.partition(".")[0]
             if node.op == "source" and not self._is_fused(node):
@@ -106,7 +107,7 @@ class Assembly:
                 found = len(list(self._where(key, node)))
             if found:
                 count[group] = count.get(group, 0) + found
-        for key in target.tensors:
+        for key in target.tensors.names:
             if missing := list(self._missing(key)):
                 group = key.partition(".")[0]
                 count[group] = count.get(group, 0) + len(missing)
@@ -129,7 +130,7 @@ class Assembly:
 
     def _where(self, key: str, node: Node) -> Iterator[int | None]:
         """The layers that get this tensor: those whose source tensors exist, and all for one that is made of none."""
-        for layer in range(self.model.num_layers) if "{L}" in self.target.tensors[key] else (None,):
+        for layer in range(self.model.num_layers) if "{L}" in self.target.tensors.names[key] else (None,):
             if all(self._has(leaf, layer) for leaf in node.leaves()):
                 yield layer
 
@@ -137,19 +138,23 @@ class Assembly:
         """A tensor that the target must have and the source lacks: at the value at which it does nothing."""
         target, config = self.target, self.draft.config
         group = key.partition(".")[0]
-        switched = any(config.get(switch) and key in keys for switch, keys in target.switched.items())
-        if group in _MADE or key in self.draft.tensors or (key in target.optional and not switched):
+        switched = any(config.get(switch) and key in keys for switch, keys in target.tensors.switched.items())
+        if group in _MADE or key in self.draft.tensors or (key in target.tensors.optional and not switched):
             return
-        kinds = target.layer_kinds(config.get, self.model.num_layers) if target.layer_kinds else None
-        for layer in range(self.model.num_layers) if "{L}" in target.tensors[key] else (None,):
-            if kinds is not None and layer is not None and kinds[layer] not in target.where.get(group, {kinds[layer]}):
+        kinds = target.layers.kinds(config.get, self.model.num_layers) if target.layers.kinds else None
+        for layer in range(self.model.num_layers) if "{L}" in target.tensors.names[key] else (None,):
+            if (
+                kinds is not None
+                and layer is not None
+                and kinds[layer] not in target.layers.where.get(group, {kinds[layer]})
+            ):
                 continue
-            if key not in target.inert:
+            if key not in target.tensors.inert:
                 raise InputError(
                     f"{target.model_type} needs a tensor that {self.model.family.model_type} does not have ({key})",
                     hint=_TARGETS,
                 )
-            yield self._item(key, layer, fill(target.inert[key]), changed=group)
+            yield self._item(key, layer, fill(target.tensors.inert[key]), changed=group)
 
     # -- FFN, experts, routers -----------------------------------------------------------------------------------------
 
@@ -172,16 +177,16 @@ class Assembly:
                     hint=_TARGETS,
                 )
         yield from self._routing(layer, parts)
-        for key in self.target.tensors:
+        for key in self.target.tensors.names:
             if key.startswith("expert."):
                 yield from self._experts(key, layer, parts)
 
     def _expert_layouts(self) -> Iterator[tuple[str, Packed]]:
         """Each expert tensor's part of the key, and the FFN parts that it holds."""
-        for key in self.target.tensors:
+        for key in self.target.tensors.names:
             if key.startswith("expert."):
                 part = key.partition(".")[2]
-                yield part, self.target.packed.get(key, Packed((part,)))
+                yield part, self.target.tensors.packed.get(key, Packed((part,)))
 
     def _check_weights(self, node: Node, layer: int) -> None:
         for leaf in node.leaves():
@@ -205,7 +210,7 @@ class Assembly:
         def matrix(part: str, expert: int) -> Node:
             return self._matrix(part, parts[part], layer, expert)
 
-        layout = self.target.packed.get(key)
+        layout = self.target.tensors.packed.get(key)
         if layout is None:
             for expert in experts:
                 node = matrix(key.partition(".")[2], expert)
@@ -222,14 +227,14 @@ class Assembly:
 
     def _matrix(self, part: str, node: Node, layer: int, expert: int | None) -> Node:
         """One matrix of an expert, or of the shared one (None), at the scale at which both together are the FFN."""
-        method, rule = METHODS[self.options.method], self.target.routing
+        method, rule = METHODS[self.options.method], self.target.experts.routing
         if self.siblings and expert is not None:
             node = from_origin(node, sibling_origin(expert // self.cut.pieces % len(self.siblings)))
         matrix = Matrix(self._shaped(f"ffn.{part}", node), part, layer, expert, self.seed, self.cut)
         chosen = method.select(matrix, self.options)
         if expert is None:
-            return scale(chosen, 1 / self.target.shared_weight) if part == "down" else chosen
-        if self.cut.idle and part.startswith("down") and not self.target.routed_norm:
+            return scale(chosen, 1 / self.target.experts.shared_weight) if part == "down" else chosen
+        if self.cut.idle and part.startswith("down") and not self.target.experts.routed_norm:
             return Node("fill", (), {"value": 0.0, "shape": list(self._shape(chosen, layer))})
         total = rule.total if rule else 1.0
         if part == "down":
@@ -262,15 +267,15 @@ class Assembly:
         where it holds nothing)."""
         gate = parts["gate"] if "gate" in parts else parts["up"]
         anchor = self._anchor(gate, layer)
-        for key in self.target.tensors:
+        for key in self.target.tensors.names:
             group, _, part = key.partition(".")
             if group == "router":
-                node = self._router(layer) if part == "weight" else fill(self.target.inert.get(key, 0.0))
+                node = self._router(layer) if part == "weight" else fill(self.target.tensors.inert.get(key, 0.0))
                 if part in CORRECTIONS and (correction := METHODS[self.options.method].correction):
                     node = correction(layer, self.options)
                 yield anchor, self._item(key, layer, node, changed="router", like=gate)[1]
             elif group == "shared" and self.cut.shared and part != "router":
-                held = [name.partition(".")[2] for name in self.target.fused.get(key, (key,))]
+                held = [name.partition(".")[2] for name in self.target.tensors.fused.get(key, (key,))]
                 node = concat(*(self._matrix(name, parts[name], layer, None) for name in held))
                 yield anchor, self._item(key, layer, node, changed="shared")[1]
             elif group == "shared" and self._shared_width():
@@ -278,17 +283,18 @@ class Assembly:
                 yield anchor, self._item(key, layer, fill(0.0), shape=shape, changed="shared", like=gate)[1]
 
     def _shared_width(self) -> int:
-        return shared_width(self.target.shared_width, self.draft.config.get)
+        return shared_width(self.target.experts.shared_width, self.draft.config.get)
 
     def _made_shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor that is made from nothing."""
         counts = {
             "experts": lambda: self.cut.experts, "width": lambda: self.model.ffn_width, "shared": self._shared_width,
         }  # fmt: skip
+        tensors, get = self.target.tensors, self.draft.config.get
         parts = [
-            shape_of(part, self.draft.config.get, counts=counts, shapes=self.target.shapes, sizes=self.target.sizes)
-            for part in self.target.fused.get(key, (key,))
-        ]  # fmt: skip
+            shape_of(part, get, counts=counts, shapes=tensors.shapes, sizes=tensors.sizes)
+            for part in tensors.fused.get(key, (key,))
+        ]
         return (sum(shape[0] for shape in parts), *parts[0][1:])
 
     # -- one item ------------------------------------------------------------------------------------------------------
@@ -327,7 +333,7 @@ class Assembly:
                     hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.",
                 )
             return own
-        return "F32" if key in self.target.float32 else self.dtype or own
+        return "F32" if key in self.target.tensors.float32 else self.dtype or own
 
     def _ref(self, leaf: Node, layer: int | None) -> TensorRef:
         key = leaf.params["key"]
@@ -352,7 +358,7 @@ class Assembly:
         if holder is None or holder == key:
             first, count = 0, ref.shape[0]
         else:
-            first, count = fused_rows(key, self.model.family.fused[holder], ref.shape[0], self.model.value)
+            first, count = fused_rows(key, self.model.family.tensors.fused[holder], ref.shape[0], self.model.value)
         if (chosen := leaf.params.get("rows")) is not None:
             first, count = first + chosen[0], chosen[1] - chosen[0]
         return whole(ref, origin=origin) if count == ref.shape[0] else rows(ref, first, count, origin=origin)

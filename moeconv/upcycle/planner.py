@@ -82,7 +82,7 @@ def plan_upcycle(
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
-    if splits and (dtype or model.dtype) == "F16" and "router.weight" not in target.float32:
+    if splits and (dtype or model.dtype) == "F16" and "router.weight" not in target.tensors.float32:
         raise InputError(
             f"--method split writes router rows of {target.model_type} that float16 cannot hold (about 1e-6)",
             hint="Pass --dtype bfloat16 or float32.",
@@ -90,8 +90,8 @@ def plan_upcycle(
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, draft, options, cut, layers)
     wide = check_widths(model, options, target, cut, dtype or model.dtype)
-    if cut.idle and target.routed_norm:
-        draft.tensors[target.routed_norm] = fill(0.0)  # experts of zero would be normalised into a jolt at once
+    if cut.idle and target.experts.routed_norm:
+        draft.tensors[target.experts.routed_norm] = fill(0.0)  # experts of zero would be normalised into a jolt at once
     draft.warnings += told + wide + _ties(options, target, cut, dtype or model.dtype)
     if dtype:
         draft.config.pop("torch_dtype", None)
@@ -111,14 +111,14 @@ def plan_upcycle(
     if shape:
         made |= split_parameters(partition)
         block = split_block(partition, shape)
-    exact = lossless and pair.exact and (method.exact or cut.idle)
+    exact = lossless and (method.exact or cut.idle)
     total, active = count_planned(items, target, layers=model.num_layers, top_k=cut.top_k, num_experts=cut.experts)
     draft.warnings += _idle_shared(items, target, cut, active)
     return Plan(
         command="upcycle",
         parameters=made,
         identity=model.identity,
-        config=written_config(target.write({}, draft.config), target),
+        config=written_config(target.config.write({}, draft.config), target),
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
@@ -222,7 +222,7 @@ def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...
 
 def _ties(options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
     """Virtual groups fall apart where another copy's logit is equal after rounding: 0.3 to 0.8 % of tokens."""
-    rule = target.routing
+    rule = target.experts.routing
     if cut.pieces == 1 or not METHODS[options.method].grouped or cut.experts == cut.top_k or rule is None:
         return []
     if rule.float32 or rule.groups or dtype not in ("BF16", "F16"):
@@ -249,7 +249,7 @@ def _idle_shared(items: Sequence[Item], target: Family, cut: Cut, active: int) -
 def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
     if cut.pieces == 1:
         return
-    if target.routing and not target.routing.equal:
+    if target.experts.routing and not target.experts.routing.equal:
         raise InputError(
             f"{target.model_type} gives experts with equal logits unequal weights, so the pieces of a copy do not add "
             "up",
@@ -275,7 +275,7 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
             hint="Lower --top-k or raise --experts.",
         )
     _check_cut(options, target, cut)
-    fixed = target.routing.top_k if target.routing else None
+    fixed = target.experts.routing.top_k if target.experts.routing else None
     if fixed is not None and cut.top_k != fixed:
         raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {fixed} experts")
     for name in ("drop_ratio", "noise_fraction"):
@@ -289,24 +289,24 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
 def _sizes(model: Model, draft: Draft, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
     """Config keys that say how many experts there are, how wide, and in which layers."""
     target = draft.target
-    sizes: dict[str, Any] = dict.fromkeys(target.num_experts, cut.experts)
-    sizes |= dict.fromkeys(target.top_k, cut.top_k)
-    if target.dense_width in target.config:
-        sizes[target.dense_width] = model.ffn_width
-    sizes[target.expert_width] = cut.width
+    sizes: dict[str, Any] = dict.fromkeys(target.experts.count, cut.experts)
+    sizes |= dict.fromkeys(target.experts.top_k, cut.top_k)
+    if target.experts.dense_width in target.config.defaults:
+        sizes[target.experts.dense_width] = model.ffn_width
+    sizes[target.experts.width] = cut.width
     sizes |= shared_config(target, cut)
-    method, rule = METHODS[options.method], target.routing
+    method, rule = METHODS[options.method], target.experts.routing
     if method.grouped:
         sizes |= grouped_config(target, cut)
     if rule and rule.scaling:
         sizes[rule.scaling] = float(method.scale(cut, options))
-    placed = target.placement.write(layers, model.num_layers, draft.config.get)
+    placed = target.experts.placement.write(layers, model.num_layers, draft.config.get)
     if placed is None:
         dense = next(i for i in range(model.num_layers) if i not in layers)
-        can = "makes every layer a Mixture-of-Experts"
+        can = target.experts.placement.can
+        does = "makes every layer a Mixture-of-Experts" if can == "no layer" else f"leaves {can} dense"
         raise InputError(
-            f"{target.model_type} {can if target.placement.can == 'no layer' else 'leaves ' + target.placement.can}"
-            f"{'' if target.placement.can == 'no layer' else ' dense'}; it cannot leave layer {dense} dense",
+            f"{target.model_type} {does}; it cannot leave layer {dense} dense",
             hint="Convert all layers, or choose a target with dense layers (--to qwen2_moe for llama).",
         )
     return sizes | dict(placed)

@@ -54,7 +54,9 @@ def _check_config(model: Model, sibling: Model) -> list[str]:
     other = [
         f"{key} = {escape(sibling.value(key))} (SOURCE: {escape(model.value(key))})"
         for key in OUTSIDE_THE_LAYERS
-        if sibling.value(key) != model.value(key) and key in model.family.config and key in sibling.family.config
+        if sibling.value(key) != model.value(key)
+        and key in model.family.config.defaults
+        and key in sibling.family.config.defaults
     ]
     return [f"{where} has {', '.join(other)}: SOURCE's is written, since only FFNs are taken"] if other else []
 

@@ -45,7 +45,7 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
     if shared is None:
         pair = find_pair(model.family, options.to, shared=True)
         even = model.ffn_width % (counts(options)[0] + 1) == 0
-        shared = "1" if tables().moe[pair.target].shared_width and even else "none"
+        shared = "1" if tables().moe[pair.target].experts.shared_width and even else "none"
     held = 0 if shared in ("none", "0") else parse_index(shared)
     if held is None:
         raise UsageError(
@@ -63,14 +63,14 @@ def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
     target = tables().moe[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
     cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
     best = auto_layers(options.layers, layers=model.num_layers)
-    if best is not None and target.placement.can != "any layer" and best < model.num_layers:
+    if best is not None and target.experts.placement.can != "any layer" and best < model.num_layers:
         raise InputError(
             f"--layers {escape(options.layers)}: {target.model_type} cannot leave any layer dense that data picks",
             hint="Choose a target that can (--to qwen2_moe for llama), or name the layers.",
         )
     text = "all" if best is not None else options.layers
     layers = model.with_ffn(parse_layers(text, layers=model.num_layers), every=text == "all")
-    varied = any(key.startswith("router.correction") for key in target.tensors)
+    varied = any(key.startswith("router.correction") for key in target.tensors.names)
     return SplitShape(*counts(options), cut.shared, cut.width, layers, best, varied)
 
 

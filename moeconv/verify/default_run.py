@@ -25,7 +25,7 @@ def streamed_problem(model: Model) -> str | None:
     does, and all logits are finite."""
     ids = torch.tensor([_ids(model)])
     try:
-        stream = LayerStream(model, ids, dtype=TORCH_DTYPES[model.dtype], experts=model.family.experts_run)
+        stream = LayerStream(model, ids, dtype=TORCH_DTYPES[model.dtype], experts=model.family.experts.implementation)
         for layer in stream.layers():
             for batch in layer.batches():
                 if not torch.isfinite(batch.outputs).all():
@@ -61,6 +61,6 @@ def _said(model: Model, error: Exception) -> str:
     """The error's first line; in place of a kernel's complaint about strides the sizes that make it."""
     text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
     if model.num_experts and "strid" in text:
-        width = model.value(model.family.expert_width)
+        width = model.value(model.family.experts.width)
         text = why_not(model.family, width=width, hidden=model.hidden_size, dtype=model.dtype) or text
     return escape(text.strip().splitlines()[0])[:300]

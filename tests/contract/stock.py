@@ -540,7 +540,7 @@ def dropped(model, opened, keep):
     for layer, kept in keep.items():
         out = [e for e in range(opened.num_experts) if e not in kept]
         for key in ("router.weight", "router.correction", "router.correction_row"):
-            if key not in opened.family.tensors:
+            if key not in opened.family.tensors.names:
                 continue
             tensor = _in_memory(model, opened.family.name(key, layer=int(layer)))
             if key == "router.weight":

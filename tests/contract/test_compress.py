@@ -12,9 +12,9 @@ from moeconv.tensors import read_tensor
 from tests.contract.stock import MOE_CASES, dropped, load, logits, relative_difference, row_of, save_stock
 
 torch.set_num_threads(1)
-SEPARATE = [case for case in MOE_CASES if not row_of(case).packed]
+SEPARATE = [case for case in MOE_CASES if not row_of(case).tensors.packed]
 # all experts of a layer in one tensor, which bitsandbytes' format packs as it lies
-STACKED = [c for c in MOE_CASES if c not in SEPARATE and not any(p.flat for p in row_of(c).packed.values())]
+STACKED = [c for c in MOE_CASES if c not in SEPARATE and not any(p.flat for p in row_of(c).tensors.packed.values())]
 _FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in one a format
 INTEGER = [(c, s) for c in SEPARATE for s in ("int4", "int8") if c in _FIRST or s == "int4"]
 BITSANDBYTES = [(c, s) for c in SEPARATE for s in ("nf4", "fp4", "int8") if c in _FIRST or s == "nf4"]

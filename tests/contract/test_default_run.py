@@ -25,7 +25,9 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 def moe(tmp_path, case, width, dtype):
     row, (kind, config) = row_of(case), MOE_CASES[case]
-    return save_stock(tmp_path / f"{width}{dtype}", kind, row.write(config, {row.expert_width: width}), dtype=dtype)
+    return save_stock(
+        tmp_path / f"{width}{dtype}", kind, row.config.write(config, {row.experts.width: width}), dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("case", STOCK)
@@ -34,7 +36,7 @@ def test_the_rule_of_widths_is_what_the_kernels_take(tmp_path, case):
     model = open_model(path)
     said = why_not(model.family, width=36, hidden=model.hidden_size, dtype="BF16")
     assert streamed_problem(model) == said
-    assert (said is None) == (model.family.experts_run == "eager")
+    assert (said is None) == (model.family.experts.implementation == "eager")
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(40, "BF16"), (40, "F16"), (36, "F16"), (36, "F32"), (34, "F32")])

@@ -47,19 +47,19 @@ KNOWN = {
 def _class_config(model_type: str, row: Family, **values: Any) -> dict[str, Any]:
     """What the class makes of these values (in the row's words) and of nothing else."""
     transformers.logging.set_verbosity_error()
-    made = CONFIG_MAPPING[model_type](**row.write({}, values))
-    return row.read(made.to_dict())
+    made = CONFIG_MAPPING[model_type](**row.config.write({}, values))
+    return row.config.read(made.to_dict())
 
 
 def _sizes(model_type: str, row: Family, **other: int) -> dict[str, int]:
-    return {k: v for k, v in (SIZES | other).items() if k in row.config} | BESIDE.get(model_type, {})
+    return {k: v for k, v in (SIZES | other).items() if k in row.config.defaults} | BESIDE.get(model_type, {})
 
 
 def _compared() -> list[tuple[str, str]]:
     return [
         (name, key)
         for name, (model_type, row) in ROWS.items()
-        for key in row.config
+        for key in row.config.defaults
         if key not in SIZES and key not in ROPE and (model_type, key) not in KNOWN
     ]
 
@@ -75,11 +75,11 @@ def test_defaults_are_those_of_the_class(name):
     elsewhere = _class_config(model_type, row, **other)
     wrong = []
     for key in (key for at, key in _compared() if at == name and key not in said):
-        ours, theirs = row.default(key, said), plain.get(key)
-        if key == "tie_word_embeddings" and row.root:  # the classes tie by the outer config
+        ours, theirs = row.config.value(key, said), plain.get(key)
+        if key == "tie_word_embeddings" and row.multimodal.root:  # the classes tie by the outer config
             theirs = CONFIG_MAPPING[row.model_type]().tie_word_embeddings
         if key not in plain:  # the class does not know it
-            neutral = row.neutral.get(key, ())
+            neutral = row.config.neutral.get(key, ())
             if ours is not None and key not in TRAINING and ours not in neutral and row.kind == "dense":
                 wrong.append((key, ours, "no such key"))
         elif ours is None:
@@ -97,17 +97,19 @@ def test_rotary_parameters_are_those_of_the_class(name):
     model_type, row = ROWS[name]
     theirs = _class_config(model_type, row, **_sizes(model_type, row)).get("rope_parameters")
     if not theirs:
-        assert row.rope == "none"
+        assert row.attention.rope == "none"
         return
-    assumed = row.config.get("rope_parameters")
-    ours = read_rope({"rope_parameters": assumed}, theta=row.config["rope_theta"], partial=row.partial)
+    assumed = row.config.defaults.get("rope_parameters")
+    ours = read_rope(
+        {"rope_parameters": assumed}, theta=row.config.defaults["rope_theta"], partial=row.attention.partial
+    )
     for kind, each in theirs.items() if "full_attention" in theirs else [("full_attention", theirs)]:
         want = {key: value for key, value in each.items() if key not in ("type", "max_position_embeddings")}
         found = ours if kind == "full_attention" or not assumed else assumed[kind]
         full = {"partial_rotary_factor": 1.0}
         assert full | dict(found) == full | want, kind
     # both wordings mean the same to the class
-    if row.rope in ("plain", "mscale"):
+    if row.attention.rope in ("plain", "mscale"):
         again = _class_config(model_type, row, **_sizes(model_type, row), **both_wordings(ours))
         assert {k: v for k, v in again["rope_parameters"].items() if k in ours} == ours
 
@@ -118,28 +120,30 @@ def test_rotary_parameters_are_those_of_the_class(name):
 def test_layers_without_a_list_are_those_of_the_class(name, window):
     """Which layers slide, are Mixtures-of-Experts, or are of which kind, when config.json has no list of them."""
     model_type, row = ROWS[name]
-    said = _sizes(model_type, row) | {key: value for key, value in window.items() if key in row.config}
+    said = _sizes(model_type, row) | {key: value for key, value in window.items() if key in row.config.defaults}
     theirs, layers = _class_config(model_type, row, **said), SIZES["num_hidden_layers"]
 
     def get(key: str) -> Any:
-        return row.default(key, said)
+        return row.config.value(key, said)
 
     words = theirs.get("layer_types")
     if (model_type, "layer_types") not in KNOWN:
-        if words is not None and "layer_types" in row.config and row.layer_kinds is None:
-            found = row.sliding.read({**row.config, **said}, layers)
+        if words is not None and "layer_types" in row.config.defaults and row.layers.kinds is None:
+            found = row.attention.sliding.read({**row.config.defaults, **said}, layers)
             slides = tuple(word == "sliding_attention" and theirs["sliding_window"] for word in words)
             assert tuple(map(bool, slides)) == found.layers
             assert not any(found.layers) or found.window == theirs["sliding_window"]
         elif words is None and "sliding_window" in theirs:
-            found = row.sliding.read({**row.config, **said}, layers)
+            found = row.attention.sliding.read({**row.config.defaults, **said}, layers)
             assert (found.window if any(found.layers) else None) == (theirs["sliding_window"] or None)
-        if row.layer_kinds and words is not None:
-            assert row.layer_kinds(get, layers) == words
+        if row.layers.kinds and words is not None:
+            assert row.layers.kinds(get, layers) == words
         if row.kind == "moe" and (kinds := theirs.get("mlp_layer_types")) is not None:
-            assert row.placement.read(get, layers) == tuple(i for i, kind in enumerate(kinds) if kind == "sparse")
+            assert row.experts.placement.read(get, layers) == tuple(
+                i for i, kind in enumerate(kinds) if kind == "sparse"
+            )
         if row.kind == "moe" and theirs.get("moe_layers") is not None:
-            assert row.placement.read(get, layers) == tuple(theirs["moe_layers"])
+            assert row.experts.placement.read(get, layers) == tuple(theirs["moe_layers"])
 
 
 def test_hundreds_of_values_are_compared():

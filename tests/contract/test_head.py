@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moeconv.families import folds
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.plan.execute import execute
@@ -19,7 +20,10 @@ from tests.contract.stock import DENSE_CASES, MOE_CASES, load, logits, relative_
 from tests.unit.test_tune import overlay_of, write_overlay
 
 torch.set_num_threads(1)
-_ON_THE_EMBEDDING = {"embedding_root", "granite_multipliers", "minicpm_multipliers", "centred_residual", "untied_head"}
+_ON_THE_EMBEDDING = {
+    folds.embedding_root, folds.granite_multipliers, folds.minicpm_multipliers, folds.centred_residual,
+    folds.untied_head,
+}  # fmt: skip
 FOLDED = [(p.source, p.target) for p in tables().pairs if _ON_THE_EMBEDDING & set(p.folds)]
 PLAIN = [("llama", "mixtral"), ("lfm2", "lfm2_moe"), ("cohere2", "cohere2_moe"), ("gemma4_text", "gemma4_text")]
 

@@ -61,12 +61,12 @@ def test_what_lies_beside_the_language_model_passes_as_it_is(tmp_path, cli, case
     assert done.code == 0, done.out
     assert all((tmp_path / "out" / name).read_text() == "{}" for name in images)
     before, after, row = _tensors(source), _tensors(tmp_path / "out"), row_of(case)
-    beside = [name for name in before if name.startswith(tuple(row.beside))]
+    beside = [name for name in before if name.startswith(tuple(row.multimodal.beside))]
     assert beside and not [name for name in beside if not torch.equal(before[name], after[name])]
     assert after[row.name("embedding.tokens")].dtype == torch.bfloat16 != after[beside[0]].dtype
     config, now = (json.loads((path / "config.json").read_text()) for path in (source, tmp_path / "out"))
-    edited = {key: now["text_config"].get(key) for key in row.num_experts}
-    assert edited == dict.fromkeys(row.num_experts, 6) and now["text_config"]["dtype"] == "bfloat16"
+    edited = {key: now["text_config"].get(key) for key in row.experts.count}
+    assert edited == dict.fromkeys(row.experts.count, 6) and now["text_config"]["dtype"] == "bfloat16"
     assert now["vision_config"] == config["vision_config"] and now["architectures"] == [row.architecture]
     checked = cli("verify", tmp_path / "out", "--load", "--json")
     assert checked.code == 0 and checked.json["loads"]["transformers"], checked.out
@@ -122,7 +122,7 @@ def _as_on_the_hub(path: Path, case: str) -> Path:
 def test_layouts_of_the_hub_are_pruned_and_streamed(tmp_path, cli, case, keep):
     source = _as_on_the_hub(tmp_path / "moe", case)
     model = open_model(source)
-    assert model.family.packed["expert.down"].transposed == (case == "qwen3_vl_moe")
+    assert model.family.tensors.packed["expert.down"].transposed == (case == "qwen3_vl_moe")
     promised = cli("prune", source, tmp_path / "out", "--keep", keep, "--dry-run", "--json").json
     done = cli("prune", source, tmp_path / "out", "--keep", keep, "--json")
     assert done.code == 0 and promised["bytes"] == done.json["bytes"], done.out

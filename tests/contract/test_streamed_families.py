@@ -39,14 +39,14 @@ def test_logits_and_routing_are_the_stock_models(tmp_path, case):
             assert ((batch.top_k_index >= 0) & (batch.top_k_index < model.num_experts)).all()
             # raw logits: rows of the router on what it reads, neither scores nor weights
             assert batch.router_logits.min() < 0 < batch.router_logits.max()
-            if model.renormalises and not model.family.routing.scaled:
+            if model.renormalises and not model.family.experts.routing.scaled:
                 sums = batch.top_k_weights.sum(-1)
                 assert torch.allclose(sums, sums[0].expand(tokens), rtol=1e-4)
     logits = torch.cat([out for _, out in stream.logits(batch_size=2)])
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.std()))
 
 
-@pytest.mark.parametrize("case", [case for case in MOE_CASES if not row_of(case).routing.on_input])
+@pytest.mark.parametrize("case", [case for case in MOE_CASES if not row_of(case).experts.routing.on_input])
 def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
     """The experts' outputs times the weights of the batch are the routed part of the FFN's output."""
     path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)

@@ -29,9 +29,9 @@ FIRST = {
     for pair in tables().pairs
     if pair.source == model_type and (not targets or pair.target in targets)
 }.values()
-CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].routing.equal]
-SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].shared_width]
-PARTS = [param for param in SHARED if not tables().moe[param.values[1].target].routed_norm]
+CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].experts.routing.equal]
+SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].experts.shared_width]
+PARTS = [param for param in SHARED if not tables().moe[param.values[1].target].experts.routed_norm]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_shared_expert_of_the_whole_ffn_is_exact_and_the_others_start_at_zero(
     difference, _ = _difference(dense, case, pair, tmp_path / "moe", shared_experts="full", experts=4, method="drop")
     assert difference <= pair.tolerance
     written = open_model(tmp_path / "moe")
-    nothing = written.family.routed_norm or "expert.down"  # what makes the routed experts add nothing
+    nothing = written.family.experts.routed_norm or "expert.down"  # what makes the routed experts add nothing
     for name, role in written.roles.items():
         data = written.checkpoint.read(name) if role.group == "expert" or role.key == nothing else b""
         assert not data or any(data) == (role.key != nothing), name

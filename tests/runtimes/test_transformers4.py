@@ -76,7 +76,7 @@ def test_pruned_models_of_every_family(tmp_path):
         if kind not in known or case in NOT_THERE:
             continue
         source = save_stock(tmp_path / f"{case}-source", kind, config | SETTINGS.get(case, {}), dtype=torch.float32)
-        top_k = row_of(case).routing.top_k
+        top_k = row_of(case).experts.routing.top_k
         values = {"keep": 4, "criterion": "random"} | ({} if top_k else {"top_k": 2})
         prune(str(source), str(tmp_path / case), values, meter=SilentMeter())
         models[case] = tmp_path / case

@@ -12,7 +12,7 @@ from moeconv.calibrate.weights import measure_experts
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
-from moeconv.families.served import _RUNS, _RUNS_NOT, check_served
+from moeconv.families.served import TARGETS, check_served
 from moeconv.families.spec import FFN_PARTS
 from moeconv.plan.execute import execute
 from moeconv.prune.choice import DEFAULT, resolve_criterion
@@ -131,7 +131,7 @@ def test_experts_and_router_rows_stay_together(tmp_path, family):
         assert shape == (2, 32) and (decode(data, dtype, shape) == rows[kept]).all()
     assert all(after[name] == before[name] for name in after)
     assert pruned.num_experts == 2 and pruned.top_k == 2
-    counts = model.family.num_experts
+    counts = model.family.experts.count
     assert {key: plan.config[key] for key in model.config if key not in counts} == {
         key: value for key, value in model.config.items() if key not in counts
     }
@@ -312,4 +312,7 @@ def test_targets_and_expert_parallelism(tmp_path):
     with pytest.raises(UsageError, match="does not run flex_olmo"):
         check_served("flex_olmo", ("vllm", "llama.cpp"))
     assert check_served("solar_open", ("vllm",)) == ["nothing says that vllm runs solar_open"]
-    assert set().union(*_RUNS.values(), *_RUNS_NOT.values()) <= set(tables().families) | set(tables().wrapped)
+    rows = [*tables().moe.values(), *(row for rows in tables().wrapped.values() for row in rows.values())]
+    for row in rows:
+        assert row.elsewhere.runs | row.elsewhere.runs_not <= set(TARGETS) - {"transformers"}
+        assert not row.elsewhere.runs & row.elsewhere.runs_not

@@ -17,7 +17,7 @@ from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import Model, open_model
-from moeconv.families.spec import Routing
+from moeconv.families.records import Routing
 from moeconv.plan.execute import execute
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.layers import LayerStream
@@ -119,8 +119,10 @@ def test_straight_through_gradient_is_that_of_the_dense_mixture(tmp_path, family
     x, slope = torch.randn(40, HIDDEN), torch.randn(40, HIDDEN)
     stock = filled.module(x[None])[0]
     filled.block.router.weight.requires_grad_(True)
-    assert model.family.routing is not None
-    with watching([filled.block], model.family.routing, renormalise=model.renormalises, straight_through=True) as take:
+    assert model.family.experts.routing is not None
+    with watching(
+        [filled.block], model.family.experts.routing, renormalise=model.renormalises, straight_through=True
+    ) as take:
         out = filled.module(x[None])[0]
         assert [r.layer for r in take()] == [1]
     torch.testing.assert_close(out, stock, rtol=1e-5, atol=1e-6)

@@ -74,7 +74,7 @@ def test_noise_and_temperature_reach_the_choice_in_training_alone(tmp_path, case
     model = open_model(upcycled(tmp_path, case, target))
     network = load_network(model, device=torch.device("cpu"))
     tokens = torch.randint(3, 60, (2, SEQ_LEN), generator=torch.Generator().manual_seed(1))
-    rule = model.family.routing
+    rule = model.family.experts.routing
     assert rule is not None
     d = Disturbance(noise=0.5, temperature=2.0, seed=3)
 

@@ -44,7 +44,7 @@ def test_the_tensors_are_those_that_the_new_config_asks_for(tmp_path, source, ta
     assert layout(plan) == {n: (d, s) for n, (d, s, _) in expected.items()}
     assert plan.config["model_type"] == target and plan.config["architectures"] == [tables().moe[target].architecture]
     assert (
-        all(plan.config[k] == 4 for k in tables().moe[target].num_experts) and plan.config["num_experts_per_tok"] == 2
+        all(plan.config[k] == 4 for k in tables().moe[target].experts.count) and plan.config["num_experts_per_tok"] == 2
     )
     assert plan.promise == plan.changed
     assert plan.block["exact"] and plan.block["from"] == source and plan.block["to"] == target
@@ -153,7 +153,7 @@ def test_what_a_config_leaves_out_is_said_with_the_sources_default(tmp_path, sou
     model = open_model(path)
     config = plan_upcycle(model, to=target).config
     for key in ("rms_norm_eps", "rope_theta", "max_position_embeddings", "hidden_act", "tie_word_embeddings"):
-        assert config[key] == model.family.config[key], key
+        assert config[key] == model.family.config.defaults[key], key
 
 
 def test_rope_parameters_get_their_base(tmp_path):
@@ -220,7 +220,7 @@ def test_sizes_that_the_source_derives_are_said_to_the_target(tmp_path, target):
 )  # fmt: skip
 def test_sliding_windows_mean_the_same_layers_in_the_target(tmp_path, source, target, config, pattern):
     model = open_model(make_dense(tmp_path / "m", source, layers=4, **config))
-    read = tables().moe[target].sliding.read(plan_upcycle(model, to=target).config, 4)
+    read = tables().moe[target].attention.sliding.read(plan_upcycle(model, to=target).config, 4)
     assert list(read.layers) == pattern and read.window == (8 if any(pattern) else None)
 
 

@@ -9,10 +9,9 @@ import pytest
 from tiny import make_dense, make_moe
 
 from moeconv.families.model import open_model
-from moeconv.families.readers import ALIASES, READERS
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.families.written import written_config
+from moeconv.families.written import ALIASES, written_config
 from moeconv.prune.planner import plan_prune
 from moeconv.quantize.planner import plan_quantize
 from moeconv.upcycle.planner import plan_upcycle
@@ -32,17 +31,17 @@ def _config(row: Family, **more: Any) -> dict[str, Any]:
     """A config.json in the words of transformers 5 alone, sizes and counts included."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
              "num_attention_heads": 4, "head_dim": 8}  # fmt: skip
-    counts = {row.num_experts[0]: 8, row.top_k[0]: 2}
-    text = row.write({"model_type": row.model_type}, sizes | counts) | LISTS.get(row.model_type, {}) | more
+    counts = {row.experts.count[0]: 8, row.experts.top_k[0]: 2}
+    text = row.config.write({"model_type": row.model_type}, sizes | counts) | LISTS.get(row.model_type, {}) | more
     return (
-        {"model_type": row.model_type, row.root: text, "dtype": "bfloat16"}
-        if row.root
+        {"model_type": row.model_type, row.multimodal.root: text, "dtype": "bfloat16"}
+        if row.multimodal.root
         else text | {"dtype": "bfloat16"}
     )
 
 
 def _text(row: Family, config: dict[str, Any]) -> dict[str, Any]:
-    return dict(row.read(config[row.root] if row.root else config))
+    return dict(row.config.read(config[row.multimodal.root] if row.multimodal.root else config))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -51,19 +50,19 @@ def test_both_wordings_and_every_key_of_other_readers(name):
     written = written_config(_config(row, **ROPE), row)
     text = _text(row, written)
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
-    for aliases, count in ((row.num_experts, 8), (row.top_k, 2)):
+    for aliases, count in ((row.experts.count, 8), (row.experts.top_k, 2)):
         assert {text[alias] for alias in aliases} == {count}
-    for key in READERS.get(row.model_type, {}):
+    for key in row.elsewhere.keys:
         assert text[key] is not None, key
-    if row.rope in ("plain", "mscale") and "rope_theta" not in row.words:
+    if row.attention.rope in ("plain", "mscale") and "rope_theta" not in row.config.words:
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 12345.0
         assert text["rope_scaling"] is None  # said, since a class may assume a scaling
-        if row.partial is not None:
-            assert text["partial_rotary_factor"] == row.partial
+        if row.attention.partial is not None:
+            assert text["partial_rotary_factor"] == row.attention.partial
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in ROWS.items() if row.rope in ("plain", "mscale") and not row.words]
+    "name", [name for name, row in ROWS.items() if row.attention.rope in ("plain", "mscale") and not row.config.words]
 )
 def test_a_wording_is_read_as_the_other_says(name):
     row = ROWS[name]
@@ -77,7 +76,7 @@ def test_a_wording_is_read_as_the_other_says(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_what_the_source_says_stays_and_nothing_is_added_twice(name):
     row = ROWS[name]
-    said = dict.fromkeys(READERS.get(row.model_type, {}), "said")
+    said = dict.fromkeys(row.elsewhere.keys, "said")
     once = written_config(_config(row, **ROPE, **said), row)
     assert _text(row, once).items() >= said.items()
     assert written_config(once, row) == once
@@ -87,19 +86,19 @@ def test_what_the_source_says_stays_and_nothing_is_added_twice(name):
 def test_no_alias_of_a_changed_number_is_stale(name):
     """Whatever other words a published config has for the number of experts or of those per token."""
     row = FAMILIES[name]
-    for key, old, new in ((row.num_experts[0], 8, 6), (row.top_k[0], 2, 1), (row.expert_width, 24, 16)):
+    for key, old, new in ((row.experts.count[0], 8, 6), (row.experts.top_k[0], 2, 1), (row.experts.width, 24, 16)):
         names = next((names for names in ALIASES if key in names), (key,))
-        beside = {alias: old for alias in names if alias not in row.words}
-        said = {**{alias: [old] * 4 for alias in names if alias not in (*beside, *row.words)}, **beside}
-        config = _config(row) | row.write({}, {key: old}) | said
+        beside = {alias: old for alias in names if alias not in row.config.words}
+        said = {**{alias: [old] * 4 for alias in names if alias not in (*beside, *row.config.words)}, **beside}
+        config = _config(row) | row.config.write({}, {key: old}) | said
         text = written_config(config, row, said={key: new})
-        assert {text[alias] for alias in beside} <= {new} and row.read(text)[key] == new
-        listed = _config(row) | row.write({}, {key: old}) | {names[-1]: [old] * 4}
+        assert {text[alias] for alias in beside} <= {new} and row.config.read(text)[key] == new
+        listed = _config(row) | row.config.write({}, {key: old}) | {names[-1]: [old] * 4}
         if names[-1] != key:
             assert written_config(listed, row, said={key: new})[names[-1]] == [new] * 4
         # a number of its own is nobody's alias
-        other = _config(row) | row.write({}, {key: old}) | {names[-1]: 77}
-        if names[-1] not in (key, *row.num_experts, *row.top_k):
+        other = _config(row) | row.config.write({}, {key: old}) | {names[-1]: 77}
+        if names[-1] not in (key, *row.experts.count, *row.experts.top_k):
             assert written_config(other, row, said={key: new})[names[-1]] == 77
 
 
@@ -139,11 +138,11 @@ def test_upcycled_configs_have_both_wordings_and_the_readers_keys(tmp_path, sour
     config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 54321.0}}
     (path / "config.json").write_text(json.dumps(config))
     row = tables().moe[target]
-    plan = plan_upcycle(open_model(path), to=target, **({"top_k": 2} if row.routing.top_k else {}))
-    text = row.read(plan.config)
+    plan = plan_upcycle(open_model(path), to=target, **({"top_k": 2} if row.experts.routing.top_k else {}))
+    text = row.config.read(plan.config)
     assert plan.config["dtype"] == plan.config["torch_dtype"]
-    assert set(READERS.get(target, {})) <= {key for key, value in text.items() if value is not None}
-    if row.rope == "plain":
+    assert set(row.elsewhere.keys) <= {key for key, value in text.items() if value is not None}
+    if row.attention.rope == "plain":
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 54321.0 and text["rope_scaling"] is None
     if target == "gpt_oss":  # whose activation transformers 4 and the engines compute with numbers of their own
         assert any("swiglu_alpha" in warning for warning in plan.warnings)

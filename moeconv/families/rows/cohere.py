@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.families import placement, sliding
+from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, NO_BIAS, O_BIAS, QK_NORM, QKV_BIAS, dense_row
-from moeconv.families.expert_blocks import MLP_EXPERTS, MLP_ROUTER, SHARED_EXPERTS, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, SHARED_EXPERTS, moe_row
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import NORM_OF_EACH_HEAD
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 _COHERE_CONFIG: dict[str, Any] = {
@@ -22,57 +23,66 @@ PARALLEL_BLOCK = {k: v for k, v in BLOCK.items() if k != "norm.ffn"}
 COHERE = dense_row(
     "cohere",
     "CohereForCausalLM",
-    _COHERE_CONFIG | {"rope_theta": 500000.0, "use_qk_norm": False},
-    tensors=PARALLEL_BLOCK | ATTENTION_BIAS | QK_NORM | DENSE_FFN,
-    optional=frozenset(QK_NORM),
-    neutral=NO_BIAS | {"use_qk_norm": (False,)},
-    rotary="interleaved",
-    shapes=NORM_OF_EACH_HEAD,
+    config=Config(
+        _COHERE_CONFIG | {"rope_theta": 500000.0, "use_qk_norm": False}, neutral=NO_BIAS | {"use_qk_norm": (False,)}
+    ),
+    tensors=Tensors(
+        PARALLEL_BLOCK | ATTENTION_BIAS | QK_NORM | DENSE_FFN, optional=frozenset(QK_NORM), shapes=NORM_OF_EACH_HEAD
+    ),
+    attention=Attention(rotary="interleaved"),
 )
 COHERE2 = dense_row(
     "cohere2",
     "Cohere2ForCausalLM",
-    _COHERE_CONFIG | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None, "head_dim": None},
-    tensors=PARALLEL_BLOCK | ATTENTION_BIAS | DENSE_FFN,
-    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
-    rotary="interleaved",
-    neutral={"sliding_window_pattern": (4, None)},
+    config=Config(
+        _COHERE_CONFIG
+        | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None, "head_dim": None},
+        neutral={"sliding_window_pattern": (4, None)},
+    ),
+    tensors=Tensors(PARALLEL_BLOCK | ATTENTION_BIAS | DENSE_FFN),
+    attention=Attention(sliding=sliding.ALL_BUT_LAST_OF_FOUR, rotary="interleaved"),
 )
 COHERE2_MOE = moe_row(
     "cohere2_moe",
     "Cohere2MoeForCausalLM",
-    {
-        "layer_norm_eps": 1e-5,
-        "rms_norm_eps": None,
-        "logit_scale": 0.0625,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "head_dim": 128,
-        "attention_bias": False,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 4,
-        "layer_types": None,
-        "mlp_layer_types": None,
-        "num_shared_experts": 0,
-        "shared_expert_combination_strategy": "average",
-        "expert_selection_fn": "softmax",
-        "norm_topk_prob": True,
-        "prefix_dense_sliding_window_pattern": 1,
-        "prefix_dense_intermediate_size": None,
-        "output_router_logits": False,
-    },
-    PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
-    optional=frozenset(SHARED_EXPERTS),
-    num_experts=("num_experts",),
-    ffn_width=lambda get: get("prefix_dense_intermediate_size") or get("intermediate_size"),
-    dense_width="prefix_dense_intermediate_size",
-    shared_width=("intermediate_size", "num_shared_experts"),
-    averaged=("shared_expert_combination_strategy", "average"),
-    placement=placement.WORDS,
-    routing=Routing("softmax_topk", "always"),
-    rules=("expert_selection_fn", {"sigmoid": Routing("sigmoid", "norm_topk_prob")}),
-    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
-    rotary="interleaved",
+    config=Config(
+        {
+            "layer_norm_eps": 1e-5,
+            "rms_norm_eps": None,
+            "logit_scale": 0.0625,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "attention_bias": False,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+            "mlp_layer_types": None,
+            "num_shared_experts": 0,
+            "shared_expert_combination_strategy": "average",
+            "expert_selection_fn": "softmax",
+            "norm_topk_prob": True,
+            "prefix_dense_sliding_window_pattern": 1,
+            "prefix_dense_intermediate_size": None,
+            "output_router_logits": False,
+        }
+    ),
+    tensors=Tensors(
+        PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=frozenset(SHARED_EXPERTS),
+    ),
+    attention=Attention(sliding=sliding.ALL_BUT_LAST_OF_FOUR, rotary="interleaved"),
+    layers=Layers(ffn_width=lambda get: get("prefix_dense_intermediate_size") or get("intermediate_size")),
+    experts=Experts(
+        count=("num_experts",),
+        dense_width="prefix_dense_intermediate_size",
+        shared_width=("intermediate_size", "num_shared_experts"),
+        averaged=("shared_expert_combination_strategy", "average"),
+        placement=placement.WORDS,
+        routing=Routing("softmax_topk", "always"),
+        rules=("expert_selection_fn", {"sigmoid": Routing("sigmoid", "norm_topk_prob")}),
+    ),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 _COHERE: dict[str, Any] = {
@@ -91,7 +101,7 @@ VENDOR = Vendor(
             default=True,
             note="every layer slides, with a window as long as the context",
             config=_COHERE,
-            folds=("all_layers_slide",),
+            folds=(folds.all_layers_slide,),
         ),
     ),
 )

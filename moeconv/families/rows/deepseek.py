@@ -2,80 +2,102 @@
 
 from __future__ import annotations
 
-from moeconv.families import placement
+from moeconv.families import folds, placement
 from moeconv.families.blocks import DENSE_FFN, FFN_BIAS, MLA, MLA_CONFIG, MLA_OPTIONAL, WITHOUT_QKVO
 from moeconv.families.expert_blocks import (
     CORRECTION,
+    EVERY_ENGINE,
     GROUPED,
     LOSS_OFF,
     MLP_EXPERTS,
     MLP_ROUTER,
     MTP,
+    NO_AUX_LOSS,
     ONE_SHARED_EXPERT,
     SHARED_EXPERTS,
     SIGMOID,
     ZERO_SHARED_FULL,
     moe_row,
 )
+from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import LATENT
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 DEEPSEEK_V3 = moe_row(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    MLA_CONFIG
-    | {
-        "num_key_value_heads": 128,
-        "max_position_embeddings": 4096,
-        "rope_interleave": True,
-        "moe_intermediate_size": 2048,
-        "first_k_dense_replace": 3,
-        "num_nextn_predict_layers": 1,
-        **SIGMOID,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-    },
-    WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
-    optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    placement=placement.FIRST_K,
-    routing=GROUPED,
-    mtp=MTP,
-    float32=frozenset({"router.correction"}),
-    shapes=LATENT,
+    config=Config(
+        MLA_CONFIG
+        | {
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "rope_interleave": True,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 3,
+            "num_nextn_predict_layers": 1,
+            **SIGMOID,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+        }
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+        float32=frozenset({"router.correction"}),
+        shapes=LATENT,
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=GROUPED,
+    ),
+    prediction=MTP,
+    elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
 )
 DEEPSEEK_V2 = moe_row(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
-    MLA_CONFIG
-    | {
-        "moe_intermediate_size": 1407,
-        "first_k_dense_replace": 0,
-        "n_shared_experts": 2,
-        "n_group": None,
-        "topk_group": None,
-        "topk_method": "greedy",
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
-        "mlp_bias": False,
-        **LOSS_OFF,
-    },
-    WITHOUT_QKVO | MLA | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN | FFN_BIAS,
-    optional=MLA_OPTIONAL,
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    placement=placement.FIRST_K,
-    routing=Routing(
-        "softmax", "never", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True,
-        grouped_by=("topk_method", "group_limited_greedy"), best_of_group=1,
+    config=Config(
+        MLA_CONFIG
+        | {
+            "moe_intermediate_size": 1407,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+            "n_group": None,
+            "topk_group": None,
+            "topk_method": "greedy",
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 1.0,
+            "mlp_bias": False,
+            **LOSS_OFF,
+        }
     ),
-    shapes=LATENT,
-)  # fmt: skip
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN | FFN_BIAS,
+        optional=MLA_OPTIONAL,
+        shapes=LATENT,
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=Routing(
+            "softmax",
+            "never",
+            scaling="routed_scaling_factor",
+            groups=("n_group", "topk_group"),
+            float32=True,
+            grouped_by=("topk_method", "group_limited_greedy"),
+            best_of_group=1,
+        ),
+    ),
+    elsewhere=Elsewhere(keys={"scoring_func": "softmax", "moe_layer_freq": 1}, runs=EVERY_ENGINE),
+)
 
 _MINICPM = dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base", "head_dim"))
 VENDOR = Vendor(
@@ -96,7 +118,10 @@ VENDOR = Vendor(
             note=f"multipliers folded into weights, rotary order; {ZERO_SHARED_FULL}",
             config=ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0},
             rename=_MINICPM,
-            folds=("minicpm_multipliers", "pairs_to_interleaved_mla"),
+            folds=(
+                folds.minicpm_multipliers,
+                folds.pairs_to_interleaved_mla,
+            ),
         ),
     ),
 )

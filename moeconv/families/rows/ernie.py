@@ -6,25 +6,28 @@ from typing import Any
 
 from moeconv.families import placement
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, LAYER, dense_row
-from moeconv.families.expert_blocks import MLP_EXPERTS, MLP_ROUTER, ROUTER_LOSS, SHARED_EXPERTS, moe_row
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, ROUTER_LOSS, SHARED_EXPERTS, moe_row
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Routing, Tensors
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 ERNIE4_5 = dense_row(
     "ernie4_5",
     "Ernie4_5ForCausalLM",
-    {
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "head_dim": 128,
-        "use_bias": False,
-    },
-    tensors=BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
-    neutral={"use_bias": (False,)},
-    rotary="interleaved",
+    config=Config(
+        {
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "head_dim": 128,
+            "use_bias": False,
+        },
+        neutral={"use_bias": (False,)},
+    ),
+    tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
+    attention=Attention(rotary="interleaved"),
 )
 _ERNIE_MTP = {
     "mtp.norm_embedding": "model.emb_norm.{L}.weight",
@@ -34,40 +37,45 @@ _ERNIE_MTP = {
 ERNIE4_5_MOE = moe_row(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131072,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "head_dim": None,
-        "use_bias": False,
-        "moe_intermediate_size": 1536,
-        "moe_num_shared_experts": 2,
-        "moe_layer_start_index": 1,
-        "moe_layer_end_index": None,
-        "moe_layer_interval": 1,
-        "moe_norm_min": 1e-12,
-        **ROUTER_LOSS,
-    },
-    BLOCK
-    | MLP_ROUTER
-    | {"router.correction_row": LAYER + "mlp.moe_statics.e_score_correction_bias"}
-    | MLP_EXPERTS
-    | SHARED_EXPERTS
-    | DENSE_FFN,
-    optional=frozenset(SHARED_EXPERTS),
-    num_experts=("moe_num_experts",),
-    top_k=("moe_k",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
-    placement=placement.RANGE,
-    routing=Routing("softmax", "always", float32=True),
-    mtp=_ERNIE_MTP,
-    mtp_prefix="model.mtp_",
-    mtp_layers="block.",
-    rotary="interleaved",
-    float32=frozenset({"router.weight", "router.correction_row"}),
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "head_dim": None,
+            "use_bias": False,
+            "moe_intermediate_size": 1536,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": None,
+            "moe_layer_interval": 1,
+            "moe_norm_min": 1e-12,
+            **ROUTER_LOSS,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | MLP_ROUTER
+        | {"router.correction_row": LAYER + "mlp.moe_statics.e_score_correction_bias"}
+        | MLP_EXPERTS
+        | SHARED_EXPERTS
+        | DENSE_FFN,
+        optional=frozenset(SHARED_EXPERTS),
+        float32=frozenset({"router.weight", "router.correction_row"}),
+    ),
+    attention=Attention(rotary="interleaved"),
+    experts=Experts(
+        count=("moe_num_experts",),
+        top_k=("moe_k",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "moe_num_shared_experts"),
+        placement=placement.RANGE,
+        routing=Routing("softmax", "always", float32=True),
+    ),
+    prediction=Prediction(names=_ERNIE_MTP, prefix="model.mtp_", layers="block."),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 _ERNIE: dict[str, Any] = {"moe_num_shared_experts": 0, "use_bias": False, "moe_norm_min": 1e-12}

@@ -4,45 +4,62 @@ from __future__ import annotations
 
 from moeconv.families import placement, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, QK_NORM
-from moeconv.families.expert_blocks import GROUPED, LOSS_OFF, MLP_EXPERTS, MLP_ROUTER, QWEN_MTP, SHARED_EXPERTS, moe_row
+from moeconv.families.expert_blocks import (
+    EVERY_ENGINE,
+    GROUPED,
+    LOSS_OFF,
+    MLP_EXPERTS,
+    MLP_ROUTER,
+    NO_AUX_LOSS,
+    QWEN_MTP,
+    SHARED_EXPERTS,
+    moe_row,
+)
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Tensors
 from moeconv.families.vendor import Vendor
 
 EXAONE_MOE = moe_row(
     "exaone_moe",
     "ExaoneMoeForCausalLM",
-    {
-        "num_key_value_heads": 32,
-        "rms_norm_eps": 1e-5,
-        "head_dim": None,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 4,
-        "layer_types": None,
-        "moe_intermediate_size": 1024,
-        "first_k_dense_replace": 1,
-        "mlp_layer_types": None,
-        "num_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        **LOSS_OFF,
-    },
-    BLOCK
-    | QK_NORM
-    | MLP_ROUTER
-    | {"router.correction": LAYER + "mlp.e_score_correction_bias"}
-    | MLP_EXPERTS
-    | SHARED_EXPERTS
-    | DENSE_FFN,
-    num_experts=("num_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "num_shared_experts"),
-    placement=placement.WORDS_OR_FIRST_K,
-    sliding=sliding.ALL_BUT_LAST_OF_FOUR,
-    routing=GROUPED,
-    mtp=QWEN_MTP,
-    mtp_prefix="mtp.",
-    float32=frozenset({"router.correction"}),
+    config=Config(
+        {
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "head_dim": None,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+            "moe_intermediate_size": 1024,
+            "first_k_dense_replace": 1,
+            "mlp_layer_types": None,
+            "num_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            **LOSS_OFF,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | QK_NORM
+        | MLP_ROUTER
+        | {"router.correction": LAYER + "mlp.e_score_correction_bias"}
+        | MLP_EXPERTS
+        | SHARED_EXPERTS
+        | DENSE_FFN,
+        float32=frozenset({"router.correction"}),
+    ),
+    attention=Attention(sliding=sliding.ALL_BUT_LAST_OF_FOUR),
+    experts=Experts(
+        count=("num_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "num_shared_experts"),
+        placement=placement.WORDS_OR_FIRST_K,
+        routing=GROUPED,
+    ),
+    prediction=QWEN_MTP,
+    elsewhere=Elsewhere(keys=NO_AUX_LOSS, runs=EVERY_ENGINE),
 )
 
 VENDOR = Vendor(

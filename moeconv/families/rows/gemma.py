@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from moeconv.families import placement, sliding
+from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, QK_NORM, dense_row
 from moeconv.families.expert_blocks import GATE_UP_PACKED, moe_row
 from moeconv.families.placement import Get
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import Place, Size
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
 
 
@@ -37,19 +39,20 @@ GEMMA4_SIZES: Mapping[str, Size] = {"head": _global_heads, "v_head": _global_hea
 GEMMA = dense_row(
     "gemma",
     "GemmaForCausalLM",
-    {
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": None,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "use_bidirectional_attention": None,
-    },
-    tensors=BLOCK | ATTENTION_BIAS | DENSE_FFN,
-    neutral=NO_BIAS | {"use_bidirectional_attention": (None, False)},
-    norm_offset=1.0,
+    config=Config(
+        {
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": None,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "use_bidirectional_attention": None,
+        },
+        neutral=NO_BIAS | {"use_bidirectional_attention": (None, False)},
+    ),
+    tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN, norm_offset=1.0),
 )
 # norms in front of and behind both blocks; some full layers take their keys for values too
 GEMMA4_BLOCK = (
@@ -76,55 +79,61 @@ GEMMA4_CONFIG: dict[str, Any] = {
     "num_global_key_value_heads": None, "per_layer_config": None, "enable_moe_block": False, "num_experts": None,
     "top_k_experts": None, "moe_intermediate_size": None,
 }  # fmt: skip
-GEMMA4_ROW: dict[str, Any] = {
-    "sizes": GEMMA4_SIZES,
-    "optional": frozenset({"attention.v"}),
-    "sliding": sliding.FULL_AT_THE_END,
-    "rope": "own",
-    "partial": 1.0,
-    "words": {"hidden_act": "hidden_activation"},
-    "only": {
+_GEMMA4_CONFIG = Config(
+    GEMMA4_CONFIG,
+    words={"hidden_act": "hidden_activation"},
+    only={
         "hidden_size_per_layer_input": ((0, None), "every layer reads the tokens again (per-layer inputs)"),
         "num_kv_shared_layers": ((0,), "the last layers attend to keys and values of layers before them"),
     },
-}
+)
+_GEMMA4_ELSEWHERE = Elsewhere(runs=frozenset({"vllm", "llama.cpp"}))
+_GEMMA4_ATTENTION = Attention(sliding=sliding.FULL_AT_THE_END, rope="own", partial=1.0)
+_GEMMA4_TENSORS = Tensors(GEMMA4_BLOCK | DENSE_FFN, optional=frozenset({"attention.v"}), sizes=GEMMA4_SIZES)
 GEMMA4 = dense_row(
     "gemma4_text",
     "Gemma4ForCausalLM",
-    GEMMA4_CONFIG,
-    tensors=GEMMA4_BLOCK | DENSE_FFN,
-    no_experts=lambda get: get("enable_moe_block") is False,
-    **GEMMA4_ROW,
+    config=_GEMMA4_CONFIG,
+    tensors=_GEMMA4_TENSORS,
+    attention=_GEMMA4_ATTENTION,
+    elsewhere=_GEMMA4_ELSEWHERE,
+    is_dense=lambda get: get("enable_moe_block") is False,
 )
 # the dense FFN beside the experts is a shared expert with norms of its own
 GEMMA4_TEXT = moe_row(
     "gemma4_text",
     "Gemma4ForCausalLM",
-    GEMMA4_CONFIG,
-    GEMMA4_BLOCK
-    | {
-        "norm.ffn": LAYER + "pre_feedforward_layernorm_2.weight",
-        "norm.shared": LAYER + "pre_feedforward_layernorm.weight",
-        "norm.post_shared": LAYER + "post_feedforward_layernorm_1.weight",
-        "norm.post_experts": LAYER + "post_feedforward_layernorm_2.weight",
-        "norm.router": LAYER + "router.scale",
-        "router.weight": LAYER + "router.proj.weight",
-        "router.scale": LAYER + "router.per_expert_scale",
-        "expert.gate_up": LAYER + "experts.gate_up_proj",
-        "expert.down": LAYER + "experts.down_proj",
-    }
-    | {key.replace("ffn.", "shared."): name for key, name in DENSE_FFN.items()},
-    num_experts=("num_experts",),
-    top_k=("top_k_experts",),
-    expert_width="moe_intermediate_size",
-    dense_width="",  # its config has no dense layers beside others
-    shared_width=("intermediate_size",),
-    packed=GATE_UP_PACKED,
-    placement=placement.switch("enable_moe_block"),
-    routing=Routing("softmax", "always", scaled=True),
-    inert={"router.scale": 1.0, "norm.post_shared": 1.0, "norm.post_experts": 1.0},
-    routed_norm="norm.post_experts",
-    **GEMMA4_ROW,
+    config=_GEMMA4_CONFIG,
+    tensors=replace(
+        _GEMMA4_TENSORS,
+        names=GEMMA4_BLOCK
+        | {
+            "norm.ffn": LAYER + "pre_feedforward_layernorm_2.weight",
+            "norm.shared": LAYER + "pre_feedforward_layernorm.weight",
+            "norm.post_shared": LAYER + "post_feedforward_layernorm_1.weight",
+            "norm.post_experts": LAYER + "post_feedforward_layernorm_2.weight",
+            "norm.router": LAYER + "router.scale",
+            "router.weight": LAYER + "router.proj.weight",
+            "router.scale": LAYER + "router.per_expert_scale",
+            "expert.gate_up": LAYER + "experts.gate_up_proj",
+            "expert.down": LAYER + "experts.down_proj",
+        }
+        | {key.replace("ffn.", "shared."): name for key, name in DENSE_FFN.items()},
+        packed=GATE_UP_PACKED,
+        inert={"router.scale": 1.0, "norm.post_shared": 1.0, "norm.post_experts": 1.0},
+    ),
+    attention=_GEMMA4_ATTENTION,
+    experts=Experts(
+        count=("num_experts",),
+        top_k=("top_k_experts",),
+        width="moe_intermediate_size",
+        dense_width="",  # its config has no dense layers beside others
+        shared_width=("intermediate_size",),
+        placement=placement.switch("enable_moe_block"),
+        routing=Routing("softmax", "always", scaled=True),
+        routed_norm="norm.post_experts",
+    ),
+    elsewhere=_GEMMA4_ELSEWHERE,
 )
 
 VENDOR = Vendor(
@@ -137,7 +146,7 @@ VENDOR = Vendor(
             default=True,
             note="zero dense branch of 128 neurons, or the whole FFN in it (--shared-experts full)",
             config={"intermediate_size": 128},
-            folds=("second_branch",),
+            folds=(folds.second_branch,),
             tolerance=1e-3,
             unless="its FFNs give outputs whose variance is not well above rms_norm_eps, as those of tiny random "
             "models",
@@ -155,6 +164,7 @@ VENDOR = Vendor(
                 "model.embed_audio.": "audio",
             },
             tied=True,
+            runs=frozenset({"vllm", "llama.cpp"}),
         ),
     ),
 )

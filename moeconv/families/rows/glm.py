@@ -21,16 +21,20 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import (
     CORRECTION,
+    EVERY_ENGINE,
     GROUPED,
     MLP_EXPERTS,
     MLP_ROUTER,
     MTP,
+    NO_AUX_LOSS,
     ONE_SHARED_EXPERT,
     SHARED_EXPERTS,
     SIGMOID,
     ZERO_SHARED_FULL,
+    leading_dense,
     moe_row,
 )
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
@@ -38,82 +42,101 @@ from moeconv.families.vendor import Vendor, Wrapper
 GLM = dense_row(
     "glm",
     "GlmForCausalLM",
-    {
-        "head_dim": 128,
-        "rms_norm_eps": 1.5625e-07,
-        "max_position_embeddings": 131072,
-        "attention_bias": True,
-        "num_key_value_heads": 2,
-        "partial_rotary_factor": None,
-    },
-    tensors=BLOCK | QKV_BIAS | FFN_GATE_UP,
-    neutral=NO_BIAS,
-    fused=FUSED_FFN,
-    rotary="interleaved",
-    partial=0.5,
+    config=Config(
+        {
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "max_position_embeddings": 131072,
+            "attention_bias": True,
+            "num_key_value_heads": 2,
+            "partial_rotary_factor": None,
+        },
+        neutral=NO_BIAS,
+    ),
+    tensors=Tensors(BLOCK | QKV_BIAS | FFN_GATE_UP, fused=FUSED_FFN),
+    attention=Attention(rotary="interleaved", partial=0.5),
 )
 GLM4_MOE = moe_row(
     "glm4_moe",
     "Glm4MoeForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "head_dim": None,
-        "attention_bias": False,
-        "use_qk_norm": False,
-        "moe_intermediate_size": 1408,
-        "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 1,
-        **SIGMOID,
-    },
-    BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
-    optional=frozenset(QK_NORM),
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    placement=placement.FIRST_K,
-    routing=GROUPED,
-    mtp=MTP,
-    partial=0.5,
-    float32=frozenset({"router.correction"}),
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "head_dim": None,
+            "attention_bias": False,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 1,
+            **SIGMOID,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=frozenset(QK_NORM),
+        float32=frozenset({"router.correction"}),
+    ),
+    attention=Attention(partial=0.5),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=GROUPED,
+    ),
+    prediction=MTP,
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 GLM4_MOE_LITE = moe_row(
     "glm4_moe_lite",
     "Glm4MoeLiteForCausalLM",
-    MLA_CONFIG
-    | {
-        "num_key_value_heads": 20,
-        "max_position_embeddings": 202752,
-        "rms_norm_eps": 1e-5,
-        "q_lora_rank": 768,
-        "qk_nope_head_dim": 192,
-        "v_head_dim": 256,
-        "moe_intermediate_size": 1536,
-        "mlp_layer_types": None,
-        "num_nextn_predict_layers": None,
-        "rope_interleave": True,
-    }
-    | SIGMOID
-    | {"routed_scaling_factor": 1.8},
-    WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
-    optional=MLA_OPTIONAL,
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    placement=placement.WORDS_FIRST_DENSE,
-    routing=GROUPED,
-    mtp=MTP,
-    float32=frozenset({"router.correction"}),
-    shapes=LATENT,
+    config=Config(
+        MLA_CONFIG
+        | {
+            "num_key_value_heads": 20,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "moe_intermediate_size": 1536,
+            "mlp_layer_types": None,
+            "num_nextn_predict_layers": None,
+            "rope_interleave": True,
+        }
+        | SIGMOID
+        | {"routed_scaling_factor": 1.8}
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=MLA_OPTIONAL,
+        float32=frozenset({"router.correction"}),
+        shapes=LATENT,
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.WORDS_FIRST_DENSE,
+        routing=GROUPED,
+    ),
+    prediction=MTP,
+    elsewhere=Elsewhere(
+        keys=NO_AUX_LOSS | {"moe_layer_freq": 1, "first_k_dense_replace": leading_dense},
+        runs=frozenset({"vllm", "llama.cpp"}),
+    ),
 )
 GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
     model_type="glm4v_moe_text",
-    tensors={k: v for k, v in GLM4_MOE.tensors.items() if k not in QK_NORM},
-    config={k: v for k, v in GLM4_MOE.config.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
-    | {"attention_bias": True, "max_position_embeddings": 65536},
-    mtp={},
+    tensors=replace(GLM4_MOE.tensors, names={k: v for k, v in GLM4_MOE.tensors.names.items() if k not in QK_NORM}),
+    config=Config(
+        {k: v for k, v in GLM4_MOE.config.defaults.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
+        | {"attention_bias": True, "max_position_embeddings": 65536}
+    ),
+    prediction=Prediction(),
 )
 
 _GLM4 = ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0}
@@ -141,6 +164,12 @@ VENDOR = Vendor(
         Pair("phi3", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": False}),
     ),
     wrappers=(
-        Wrapper("glm4v_moe", "Glm4vMoeForConditionalGeneration", (GLM4V_MOE_TEXT,), {"model.visual.": "vision"}),
+        Wrapper(
+            "glm4v_moe",
+            "Glm4vMoeForConditionalGeneration",
+            (GLM4V_MOE_TEXT,),
+            {"model.visual.": "vision"},
+            runs=frozenset({"vllm", "sglang"}),
+        ),
     ),
 )

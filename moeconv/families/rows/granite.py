@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moeconv.families import sliding
+from moeconv.families import folds, sliding
 from moeconv.families.blocks import (
     ATTENTION_BIAS,
     BLOCK,
@@ -21,37 +21,38 @@ from moeconv.families.blocks import (
     SINKS,
     dense_row,
 )
-from moeconv.families.expert_blocks import GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 GRANITE = dense_row(
     "granite",
     "GraniteForCausalLM",
-    {"attention_bias": False, "mlp_bias": False, **MULTIPLIERS},
-    tensors=BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
-    neutral=NO_BIAS,
+    config=Config({"attention_bias": False, "mlp_bias": False, **MULTIPLIERS}, neutral=NO_BIAS),
+    tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
 )
 GRANITE_SWA = dense_row(
     "granite_swa",
     "GraniteSWAForCausalLM",
-    {
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "sliding_window": 128,
-        "layer_types": None,
-        "layer_rope_theta": None,
-        **MULTIPLIERS,
-    },
-    tensors=BLOCK | SINKS | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS,
-    neutral=NO_BIAS,
-    sliding=sliding.ALL_BUT_EVERY_FOURTH,
-    rope="per_layer",
+    config=Config(
+        {
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "sliding_window": 128,
+            "layer_types": None,
+            "layer_rope_theta": None,
+            **MULTIPLIERS,
+        },
+        neutral=NO_BIAS,
+    ),
+    tensors=Tensors(BLOCK | SINKS | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
+    attention=Attention(sliding=sliding.ALL_BUT_EVERY_FOURTH, rope="per_layer"),
 )
 MAMBA_CONFIG: dict[str, Any] = {
     "layer_types": None, "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1,
@@ -65,23 +66,29 @@ def hybrid_kinds(get: Get, layers: int) -> list[str]:
     return get("layer_types") or ["linear_attention"] * layers
 
 
+_HYBRID_ELSEWHERE = Elsewhere(
+    old_words={"layer_types": {"linear_attention": "mamba", "full_attention": "attention"}}, runs=EVERY_ENGINE
+)
 GRANITE_HYBRID = dense_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
-    | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2},
-    tensors=BLOCK
-    | ATTENTION_BIAS
-    | MAMBA
-    | {
-        "ffn.gate_up": LAYER + "shared_mlp.input_linear.weight",
-        "ffn.down": LAYER + "shared_mlp.output_linear.weight",
-    },
-    fused=FUSED_FFN,
-    ffn_width=lambda get: get("shared_intermediate_size"),
-    layer_kinds=hybrid_kinds,
-    where=HYBRID_WHERE,
-    no_experts=lambda get: get("num_local_experts") == 0,
+    config=Config(
+        {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
+        | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2}
+    ),
+    tensors=Tensors(
+        BLOCK
+        | ATTENTION_BIAS
+        | MAMBA
+        | {
+            "ffn.gate_up": LAYER + "shared_mlp.input_linear.weight",
+            "ffn.down": LAYER + "shared_mlp.output_linear.weight",
+        },
+        fused=FUSED_FFN,
+    ),
+    layers=Layers(ffn_width=lambda get: get("shared_intermediate_size"), kinds=hybrid_kinds, where=HYBRID_WHERE),
+    elsewhere=_HYBRID_ELSEWHERE,
+    is_dense=lambda get: get("num_local_experts") == 0,
 )
 
 
@@ -93,26 +100,29 @@ def _bamba_kinds(get: Get, layers: int) -> list[str]:
 BAMBA = dense_row(
     "bamba",
     "BambaForCausalLM",
-    {key: value for key, value in MAMBA_CONFIG.items() if key not in ("layer_types", "position_embedding_type")}
-    | {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 262144,
-        "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attn_layer_indices": None,
-        "num_logits_to_keep": 1,
-        "z_loss_coefficient": 0.0,
-    },
-    tensors={k: v for k, v in BLOCK.items() if k not in ("norm.final", "norm.ffn")}
-    | {"norm.final": "model.final_layernorm.weight", "norm.ffn": LAYER + "pre_ff_layernorm.weight"}
-    | ATTENTION_BIAS
-    | MAMBA
-    | {k: v.replace(".mlp.", ".feed_forward.") for k, v in (DENSE_FFN | FFN_BIAS).items()},
-    neutral=NO_BIAS,
-    partial=0.5,
-    layer_kinds=_bamba_kinds,
-    where=HYBRID_WHERE,
+    config=Config(
+        {key: value for key, value in MAMBA_CONFIG.items() if key not in ("layer_types", "position_embedding_type")}
+        | {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attn_layer_indices": None,
+            "num_logits_to_keep": 1,
+            "z_loss_coefficient": 0.0,
+        },
+        neutral=NO_BIAS,
+    ),
+    tensors=Tensors(
+        {k: v for k, v in BLOCK.items() if k not in ("norm.final", "norm.ffn")}
+        | {"norm.final": "model.final_layernorm.weight", "norm.ffn": LAYER + "pre_ff_layernorm.weight"}
+        | ATTENTION_BIAS
+        | MAMBA
+        | {k: v.replace(".mlp.", ".feed_forward.") for k, v in (DENSE_FFN | FFN_BIAS).items()}
+    ),
+    attention=Attention(partial=0.5),
+    layers=Layers(kinds=_bamba_kinds, where=HYBRID_WHERE),
 )
 _GRANITE_BLOCK = LAYER + "block_sparse_moe."
 _GRANITE_EXPERTS = {
@@ -129,61 +139,75 @@ _GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | RO
 GRANITEMOE = moe_row(
     "granitemoe",
     "GraniteMoeForCausalLM",
-    _GRANITE_CONFIG,
-    BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS,
-    num_experts=("num_local_experts",),
-    packed=GATE_UP_PACKED,
-    routing=Routing("softmax_topk", "always"),
+    config=Config(_GRANITE_CONFIG),
+    tensors=Tensors(BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS, packed=GATE_UP_PACKED),
+    experts=Experts(count=("num_local_experts",), routing=Routing("softmax_topk", "always")),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 GRANITEMOESHARED = moe_row(
     "granitemoeshared",
     "GraniteMoeSharedForCausalLM",
-    _GRANITE_CONFIG | {"shared_intermediate_size": 0},
-    BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS | _GRANITE_SHARED,
-    optional=frozenset(_GRANITE_SHARED),
-    num_experts=("num_local_experts",),
-    packed=GATE_UP_PACKED,
-    fused=_FUSED_SHARED,
-    shared_width=("shared_intermediate_size",),
-    routing=Routing("softmax_topk", "always"),
+    config=Config(_GRANITE_CONFIG | {"shared_intermediate_size": 0}),
+    tensors=Tensors(
+        BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS | _GRANITE_SHARED,
+        optional=frozenset(_GRANITE_SHARED),
+        packed=GATE_UP_PACKED,
+        fused=_FUSED_SHARED,
+    ),
+    experts=Experts(
+        count=("num_local_experts",),
+        shared_width=("shared_intermediate_size",),
+        routing=Routing("softmax_topk", "always"),
+    ),
+    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 GRANITEMOEHYBRID = moe_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    _GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024},
-    BLOCK | QKV_BIAS | O_BIAS | MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
-    num_experts=("num_local_experts",),
-    packed=GATE_UP_PACKED,
-    fused=_FUSED_SHARED,
-    shared_width=("shared_intermediate_size",),
-    routing=Routing("softmax_topk", "always"),
-    layer_kinds=hybrid_kinds,
-    where=HYBRID_WHERE,
+    config=Config(_GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024}),
+    tensors=Tensors(
+        BLOCK | QKV_BIAS | O_BIAS | MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
+        packed=GATE_UP_PACKED,
+        fused=_FUSED_SHARED,
+    ),
+    layers=Layers(kinds=hybrid_kinds, where=HYBRID_WHERE),
+    experts=Experts(
+        count=("num_local_experts",),
+        shared_width=("shared_intermediate_size",),
+        routing=Routing("softmax_topk", "always"),
+    ),
+    elsewhere=_HYBRID_ELSEWHERE,
 )
 GRANITEMOE_SWA = moe_row(
     "granitemoe_swa",
     "GraniteMoeSWAForCausalLM",
-    _GRANITE_CONFIG
-    | {"shared_intermediate_size": 0, "sliding_window": 128, "layer_types": None, "layer_rope_theta": None},
-    BLOCK
-    | SINKS
-    | QKV_BIAS
-    | O_BIAS
-    | {
-        "router.weight": _GRANITE_BLOCK + "router.weight",
-        "expert.gate_up": _GRANITE_BLOCK + "experts.gate_up_proj",
-        "expert.down": _GRANITE_BLOCK + "experts.down_proj",
-    }
-    | _GRANITE_SHARED,
-    optional=frozenset(_GRANITE_SHARED),
-    num_experts=("num_local_experts",),
-    packed=GATE_UP_PACKED,
-    fused=_FUSED_SHARED,
-    shared_width=("shared_intermediate_size",),
-    routing=Routing("softmax_topk", "always"),
-    sliding=sliding.ALL_BUT_EVERY_FOURTH,
-    rope="per_layer",
-    inert={"attention.sinks": -1e30},
+    config=Config(
+        _GRANITE_CONFIG
+        | {"shared_intermediate_size": 0, "sliding_window": 128, "layer_types": None, "layer_rope_theta": None}
+    ),
+    tensors=Tensors(
+        BLOCK
+        | SINKS
+        | QKV_BIAS
+        | O_BIAS
+        | {
+            "router.weight": _GRANITE_BLOCK + "router.weight",
+            "expert.gate_up": _GRANITE_BLOCK + "experts.gate_up_proj",
+            "expert.down": _GRANITE_BLOCK + "experts.down_proj",
+        }
+        | _GRANITE_SHARED,
+        optional=frozenset(_GRANITE_SHARED),
+        packed=GATE_UP_PACKED,
+        fused=_FUSED_SHARED,
+        inert={"attention.sinks": -1e30},
+    ),
+    attention=Attention(sliding=sliding.ALL_BUT_EVERY_FOURTH, rope="per_layer"),
+    experts=Experts(
+        count=("num_local_experts",),
+        shared_width=("shared_intermediate_size",),
+        routing=Routing("softmax_topk", "always"),
+    ),
+    elsewhere=Elsewhere(runs=frozenset({"vllm"}), runs_not=frozenset({"llama.cpp"})),
 )
 
 _NO_SHARED: dict[str, Any] = {"shared_intermediate_size": 0}
@@ -194,7 +218,7 @@ VENDOR = Vendor(
     pairs=(
         Pair("granite", "granitemoe", default=True),
         Pair("granite", "granitemoeshared", config=_NO_SHARED),
-        Pair("granite", "granitemoehybrid", note=ZERO_SHARED_128, config=_HYBRID, folds=("attention_kinds",)),
+        Pair("granite", "granitemoehybrid", note=ZERO_SHARED_128, config=_HYBRID, folds=(folds.attention_kinds,)),
         Pair(
             "granitemoehybrid",
             "granitemoehybrid",
@@ -211,21 +235,28 @@ VENDOR = Vendor(
             config=_HYBRID,
             # what only generation and training look at, and what layer_types says
             rename=dict.fromkeys(("attn_layer_indices", "num_logits_to_keep", "z_loss_coefficient")),
-            folds=("neutral_multipliers",),
+            folds=(folds.neutral_multipliers,),
         ),
         Pair("granite_swa", "granitemoe_swa", default=True, config=_NO_SHARED),
-        Pair("hyperclovax", "granitemoe", default=True, note="without post norms", folds=("logits_times",)),
-        Pair("llama", "granitemoe", folds=("neutral_multipliers",)),
-        Pair("llama", "granitemoeshared", config=_NO_SHARED, folds=("neutral_multipliers",)),
+        Pair("hyperclovax", "granitemoe", default=True, note="without post norms", folds=(folds.logits_times,)),
+        Pair("llama", "granitemoe", folds=(folds.neutral_multipliers,)),
+        Pair("llama", "granitemoeshared", config=_NO_SHARED, folds=(folds.neutral_multipliers,)),
         Pair(
             "llama",
             "granitemoehybrid",
             note=ZERO_SHARED_128,
             config=_HYBRID,
-            folds=("neutral_multipliers", "attention_kinds"),
+            folds=(
+                folds.neutral_multipliers,
+                folds.attention_kinds,
+            ),
         ),
         Pair(
-            "ministral", "granitemoe_swa", note="attention sinks off", config=_NO_SHARED, folds=("neutral_multipliers",)
+            "ministral",
+            "granitemoe_swa",
+            note="attention sinks off",
+            config=_NO_SHARED,
+            folds=(folds.neutral_multipliers,),
         ),
         Pair(
             "smollm3",
@@ -233,7 +264,7 @@ VENDOR = Vendor(
             default=True,
             note="layers without rotary embeddings, attention sinks off",
             config=_NO_SHARED,
-            folds=("neutral_multipliers",),
+            folds=(folds.neutral_multipliers,),
         ),
     ),
 )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, O_BIAS, QKV_BIAS, dense_row
-from moeconv.families.expert_blocks import MLP_EXPERTS, SHARED_MLP, ZERO_SHARED_FULL, moe_row
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, SHARED_MLP, ZERO_SHARED_FULL, moe_row
+from moeconv.families.placement import Get
+from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 # HunYuan normalises queries and keys after the rotation, the others before it
@@ -15,39 +19,62 @@ QK_LAYERNORM = {
 HUNYUAN = dense_row(
     "hunyuan_v1_dense",
     "HunYuanDenseV1ForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "head_dim": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "eod_token_id": 3,
-    },
-    tensors=BLOCK | ATTENTION_BIAS | QK_LAYERNORM | DENSE_FFN,
-    neutral=NO_BIAS | {"pretraining_tp": (1, None)},
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "head_dim": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+            "eod_token_id": 3,
+        },
+        neutral=NO_BIAS | {"pretraining_tp": (1, None)},
+    ),
+    tensors=Tensors(BLOCK | ATTENTION_BIAS | QK_LAYERNORM | DENSE_FFN),
 )
+
+
+def _each_layer(value: Callable[[Get], int]) -> Callable[[Get], list[int]]:
+    return lambda get: [value(get)] * get("num_hidden_layers")
+
+
 HUNYUAN_MOE = moe_row(
     "hunyuan_v1_moe",
     "HunYuanMoEV1ForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "head_dim": None,
-        "attention_bias": False,
-        "eod_token_id": 3,
-        "output_router_logits": False,
-    },
-    BLOCK
-    | QKV_BIAS
-    | O_BIAS
-    | QK_LAYERNORM
-    | {"router.weight": LAYER + "mlp.gate.wg.weight"}
-    | MLP_EXPERTS
-    | SHARED_MLP,
-    num_experts=("num_experts",),
-    top_k=("moe_topk",),
-    shared_width=("intermediate_size",),
-    routing=Routing("softmax", "always", float32=True),
-    float32=frozenset({"router.weight"}),
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "head_dim": None,
+            "attention_bias": False,
+            "eod_token_id": 3,
+            "output_router_logits": False,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | QKV_BIAS
+        | O_BIAS
+        | QK_LAYERNORM
+        | {"router.weight": LAYER + "mlp.gate.wg.weight"}
+        | MLP_EXPERTS
+        | SHARED_MLP,
+        float32=frozenset({"router.weight"}),
+    ),
+    experts=Experts(
+        count=("num_experts",),
+        top_k=("moe_topk",),
+        shared_width=("intermediate_size",),
+        routing=Routing("softmax", "always", float32=True),
+    ),
+    elsewhere=Elsewhere(
+        keys={
+            "moe_intermediate_size": _each_layer(lambda get: get("intermediate_size")),
+            "num_shared_expert": _each_layer(lambda _get: 1),
+            "use_qk_norm": True,
+            "use_mixed_mlp_moe": True,
+        },
+        runs=EVERY_ENGINE,
+    ),
 )
 
 VENDOR = Vendor(

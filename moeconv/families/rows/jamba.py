@@ -6,7 +6,7 @@ from moeconv.families import placement
 from moeconv.families.blocks import BLOCK, FEED_FORWARD, FEED_FORWARD_FFN, FULL_LAYERS, LAYER, PARTS
 from moeconv.families.expert_blocks import ROUTER_LOSS, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.spec import Routing
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.vendor import Vendor
 
 MAMBA_1 = {
@@ -33,43 +33,54 @@ def _jamba_kinds(get: Get, layers: int) -> list[str]:
 JAMBA = moe_row(
     "jamba",
     "JambaForCausalLM",
-    {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 262144,
-        "attn_layer_period": 8,
-        "attn_layer_offset": 4,
-        "expert_layer_period": 2,
-        "expert_layer_offset": 1,
-        "mamba_d_state": 16,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
-        **ROUTER_LOSS,
-    },
-    {k: v for k, v in BLOCK.items() if k not in ("norm.final", "norm.ffn")}
-    | {"norm.final": "model.final_layernorm.weight", "norm.ffn": LAYER + "pre_ff_layernorm.weight"}
-    | {
-        f"mamba.{key}": LAYER + f"mamba.{name}"
-        for key, name in (
-            ("A", "A_log"), ("D", "D"), ("b_norm", "b_layernorm.weight"), ("c_norm", "c_layernorm.weight"),
-            ("dt_norm", "dt_layernorm.weight"), ("conv", "conv1d.weight"), ("conv_bias", "conv1d.bias"),
-            ("dt", "dt_proj.weight"), ("dt_bias", "dt_proj.bias"), ("in", "in_proj.weight"),
-            ("in_bias", "in_proj.bias"), ("out", "out_proj.weight"), ("out_bias", "out_proj.bias"),
-            ("x", "x_proj.weight"),
-        )
-    }
-    | {"router.weight": FEED_FORWARD + "router.weight"}
-    | {f"expert.{p}": FEED_FORWARD + "experts.{E}." + f"{p}_proj.weight" for p in PARTS}
-    | FEED_FORWARD_FFN,
-    num_experts=("num_experts",),
-    placement=placement.PERIOD,
-    routing=Routing("softmax", "never"),
-    rope="none",
-    layer_kinds=_jamba_kinds,
-    where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba"})},
-    shapes=MAMBA_1,
-)  # fmt: skip
+    config=Config(
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 262144,
+            "attn_layer_period": 8,
+            "attn_layer_offset": 4,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": False,
+            **ROUTER_LOSS,
+        }
+    ),
+    tensors=Tensors(
+        {k: v for k, v in BLOCK.items() if k not in ("norm.final", "norm.ffn")}
+        | {"norm.final": "model.final_layernorm.weight", "norm.ffn": LAYER + "pre_ff_layernorm.weight"}
+        | {
+            f"mamba.{key}": LAYER + f"mamba.{name}"
+            for key, name in (
+                ("A", "A_log"),
+                ("D", "D"),
+                ("b_norm", "b_layernorm.weight"),
+                ("c_norm", "c_layernorm.weight"),
+                ("dt_norm", "dt_layernorm.weight"),
+                ("conv", "conv1d.weight"),
+                ("conv_bias", "conv1d.bias"),
+                ("dt", "dt_proj.weight"),
+                ("dt_bias", "dt_proj.bias"),
+                ("in", "in_proj.weight"),
+                ("in_bias", "in_proj.bias"),
+                ("out", "out_proj.weight"),
+                ("out_bias", "out_proj.bias"),
+                ("x", "x_proj.weight"),
+            )
+        }
+        | {"router.weight": FEED_FORWARD + "router.weight"}
+        | {f"expert.{p}": FEED_FORWARD + "experts.{E}." + f"{p}_proj.weight" for p in PARTS}
+        | FEED_FORWARD_FFN,
+        shapes=MAMBA_1,
+    ),
+    attention=Attention(rope="none"),
+    layers=Layers(kinds=_jamba_kinds, where={"attention": FULL_LAYERS, "mamba": frozenset({"mamba"})}),
+    experts=Experts(count=("num_experts",), placement=placement.PERIOD, routing=Routing("softmax", "never")),
+    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
+)
 
 VENDOR = Vendor(
     moe=(JAMBA,),

@@ -6,9 +6,10 @@ from typing import Any
 
 from moeconv.families import placement
 from moeconv.families.blocks import FULL_LAYERS, LAYER
-from moeconv.families.expert_blocks import W_NAMES, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, W_NAMES, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.spec import Family, Pair, Routing
+from moeconv.families.records import Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor
 
 LFM2 = {
@@ -57,47 +58,57 @@ LFM2_DENSE = Family(
     model_type="lfm2",
     architecture="Lfm2ForCausalLM",
     kind="dense",
-    tensors=LFM2,
-    optional=LFM2_OPTIONAL,
-    config=LFM2_CONFIG
-    | {
-        "intermediate_size": 12288,
-        "block_ff_dim": None,
-        "block_multiple_of": 256,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": True,
-        "full_attn_idxs": None,
-        "tie_embedding": True,
-    },
-    ffn_width=_lfm2_width,
-    derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # its older word
-    layer_kinds=_lfm2_kinds,
-    where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
+    config=Config(
+        LFM2_CONFIG
+        | {
+            "intermediate_size": 12288,
+            "block_ff_dim": None,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+            "full_attn_idxs": None,
+            "tie_embedding": True,
+        },
+        derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # its older word
+    ),
+    tensors=Tensors(LFM2, optional=LFM2_OPTIONAL),
+    layers=Layers(
+        ffn_width=_lfm2_width, kinds=_lfm2_kinds, where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})}
+    ),
 )
 LFM2_MOE = moe_row(
     "lfm2_moe",
     "Lfm2MoeForCausalLM",
-    {
-        "intermediate_size": 7168,
-        "moe_intermediate_size": 1792,
-        "num_dense_layers": 2,
-        "use_expert_bias": True,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": True,
-        "output_router_logits": False,
-    },
-    LFM2
-    | {"router.weight": LAYER + "feed_forward.gate.weight", "router.correction": LAYER + "feed_forward.expert_bias"}
-    | {f"expert.{p}": LAYER + "feed_forward.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()},
+    config=Config(
+        {
+            "intermediate_size": 7168,
+            "moe_intermediate_size": 1792,
+            "num_dense_layers": 2,
+            "use_expert_bias": True,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True,
+            "output_router_logits": False,
+        }
+    ),
+    tensors=Tensors(
+        LFM2
+        | {"router.weight": LAYER + "feed_forward.gate.weight", "router.correction": LAYER + "feed_forward.expert_bias"}
+        | {f"expert.{p}": LAYER + "feed_forward.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()},
+        optional=LFM2_OPTIONAL | {"router.correction"},
+        float32=frozenset({"router.correction"}),
+    ),
+    layers=Layers(
+        kinds=lambda get, layers: get("layer_types") or ["full_attention"] * layers,
+        where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
+    ),
+    experts=Experts(
+        count=("num_experts",),
+        width="moe_intermediate_size",
+        placement=placement.NUM_DENSE,
+        routing=Routing("sigmoid", "norm_topk_prob", scaling="routed_scaling_factor"),
+    ),
     base=LFM2_CONFIG,
-    optional=LFM2_OPTIONAL | {"router.correction"},
-    num_experts=("num_experts",),
-    expert_width="moe_intermediate_size",
-    placement=placement.NUM_DENSE,
-    routing=Routing("sigmoid", "norm_topk_prob", scaling="routed_scaling_factor"),
-    layer_kinds=lambda get, layers: get("layer_types") or ["full_attention"] * layers,
-    where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
-    float32=frozenset({"router.correction"}),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 VENDOR = Vendor(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeconv.families import placement, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, QKV_BIAS, SINKS
-from moeconv.families.expert_blocks import CORRECTION, GROUPED, MLP_EXPERTS, MLP_ROUTER, MTP, SIGMOID, moe_row
+from moeconv.families.expert_blocks import (
+    CORRECTION,
+    GROUPED,
+    MLP_EXPERTS,
+    MLP_ROUTER,
+    MTP,
+    NO_AUX_LOSS,
+    SIGMOID,
+    moe_row,
+)
 from moeconv.families.placement import Get
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Tensors
 from moeconv.families.shapes import Place, Size, config_key
 from moeconv.families.vendor import Vendor
 
@@ -23,50 +33,71 @@ def _mimo_kv(get: Get, place: Place) -> Any:
 
 MIMO_SIZES: Mapping[str, Size] = {"kv": _mimo_kv, "v_head": config_key("v_head_dim")}
 # dense layers with the attention of those with a window; "model." stands for the prefix "model.mtp."
-_MIMO_MTP = {key: MTP[key] for key in ("mtp.norm_embedding", "mtp.norm_hidden", "mtp.project")} | {
+_MIMO_MTP = {key: MTP.names[key] for key in ("mtp.norm_embedding", "mtp.norm_hidden", "mtp.project")} | {
     "mtp.norm_ffn": LAYER + "pre_mlp_layernorm.weight",
     "mtp.norm": LAYER + "final_layernorm.weight",
 }
+
+
+def _per_layer(key: str, word: str) -> Callable[[Get], list[int] | None]:
+    def flags(get: Get) -> list[int] | None:
+        words = get(key)
+        return None if words is None else [int(each == word) for each in words]
+
+    return flags
+
+
 MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
-    {
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 5e6,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.334},
+    config=Config(
+        {
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e6,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.334},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.334},
+            },
+            "head_dim": 192,
+            "max_position_embeddings": 131072,
+            "attention_bias": False,
+            "sliding_window": 129,
+            "layer_types": None,
+            "mlp_layer_types": None,
+            "moe_intermediate_size": 2048,
+            **{k: v for k, v in SIGMOID.items() if k != "n_shared_experts"},
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | QKV_BIAS
+        | {"attention.sinks": LAYER + "self_attn.attention_sink_bias"}
+        | MLP_ROUTER
+        | CORRECTION
+        | MLP_EXPERTS
+        | DENSE_FFN,
+        optional=frozenset(SINKS),
+        float32=frozenset({"router.correction"}),
+        sizes=MIMO_SIZES,
+    ),
+    attention=Attention(rope="per_type", partial=1.0, sliding=sliding.ALL_BUT_LAST_OF_SIX),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        placement=placement.WORDS_FIRST_DENSE,
+        routing=GROUPED,
+    ),
+    prediction=Prediction(names=_MIMO_MTP, prefix="model.mtp.", slides=True),
+    elsewhere=Elsewhere(
+        keys=NO_AUX_LOSS
+        | {
+            "layernorm_epsilon": "=rms_norm_eps",
+            "hybrid_layer_pattern": _per_layer("layer_types", "sliding_attention"),
+            "moe_layer_freq": _per_layer("mlp_layer_types", "sparse"),
         },
-        "head_dim": 192,
-        "max_position_embeddings": 131072,
-        "attention_bias": False,
-        "sliding_window": 129,
-        "layer_types": None,
-        "mlp_layer_types": None,
-        "moe_intermediate_size": 2048,
-        **{k: v for k, v in SIGMOID.items() if k != "n_shared_experts"},
-    },
-    BLOCK
-    | QKV_BIAS
-    | {"attention.sinks": LAYER + "self_attn.attention_sink_bias"}
-    | MLP_ROUTER
-    | CORRECTION
-    | MLP_EXPERTS
-    | DENSE_FFN,
-    optional=frozenset(SINKS),
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    placement=placement.WORDS_FIRST_DENSE,
-    rope="per_type",
-    partial=1.0,
-    sliding=sliding.ALL_BUT_LAST_OF_SIX,
-    routing=GROUPED,
-    mtp=_MIMO_MTP,
-    mtp_prefix="model.mtp.",
-    mtp_slides=True,
-    float32=frozenset({"router.correction"}),
-    sizes=MIMO_SIZES,
+        runs=frozenset({"vllm", "llama.cpp"}),
+    ),
 )
 
 VENDOR = Vendor(

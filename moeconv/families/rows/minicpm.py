@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, NO_BIAS, WITHOUT_QKVO, dense_row
+from moeconv.families.records import Config, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.vendor import Vendor
 
 MINICPM3 = dense_row(
     "minicpm3",
     "MiniCPM3ForCausalLM",
-    MLA_CONFIG
-    | {
-        "q_lora_rank": 768,
-        "kv_lora_rank": 256,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 64,
-        "v_head_dim": None,
-        "head_dim": "=qk_rope_head_dim",
-        "num_key_value_heads": 40,
-        "initializer_range": 0.1,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-        "scale_emb": 12,
-        "scale_depth": 1.4,
-        "dim_model_base": 256,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-    },
-    tensors=WITHOUT_QKVO | {k: v for k, v in MLA.items() if k != "attention.q_whole"} | DENSE_FFN,
-    neutral=NO_BIAS | {"pretraining_tp": (1, None)},
-    shapes=LATENT,
-    derived={"v_head_dim": lambda get: get("hidden_size") // get("num_attention_heads")},
+    config=Config(
+        MLA_CONFIG
+        | {
+            "q_lora_rank": 768,
+            "kv_lora_rank": 256,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": None,
+            "head_dim": "=qk_rope_head_dim",
+            "num_key_value_heads": 40,
+            "initializer_range": 0.1,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 256,
+            "mlp_bias": False,
+            "pretraining_tp": 1,
+        },
+        neutral=NO_BIAS | {"pretraining_tp": (1, None)},
+        derived={"v_head_dim": lambda get: get("hidden_size") // get("num_attention_heads")},
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | {k: v for k, v in MLA.items() if k != "attention.q_whole"} | DENSE_FFN, shapes=LATENT
+    ),
 )
 
 VENDOR = Vendor(

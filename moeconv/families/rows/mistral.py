@@ -2,75 +2,82 @@
 
 from __future__ import annotations
 
-from moeconv.families import sliding
-from moeconv.families.blocks import BASE_CONFIG, BLOCK, DENSE_FFN, ROTARY_BUFFERS, dense_row
-from moeconv.families.expert_blocks import EXPERT_COUNT, ROUTER_LOSS, SPARSE_BLOCK, TOP_K
+from moeconv.families import folds, sliding
+from moeconv.families.blocks import BLOCK, DENSE_FFN, dense_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, SPARSE_BLOCK, moe_row
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
-from moeconv.families.spec import Family, Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
-MISTRAL = Family(
-    model_type="mistral",
-    architecture="MistralForCausalLM",
-    kind="dense",
-    tensors=BLOCK | DENSE_FFN,
-    optional=frozenset({"embedding.lm_head"}),
-    dropped=ROTARY_BUFFERS,
-    config=BASE_CONFIG
-    | {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096},
-    sliding=WINDOW_KEY,
+MISTRAL = dense_row(
+    "mistral",
+    "MistralForCausalLM",
+    config=Config(
+        {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096}
+    ),
+    tensors=Tensors(BLOCK | DENSE_FFN),
+    attention=Attention(sliding=WINDOW_KEY),
 )
 MINISTRAL = dense_row(
     "ministral",
     "MinistralForCausalLM",
-    {
-        "num_key_value_heads": 8,
-        "head_dim": None,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "layer_types": None,
-    },
-    sliding=sliding.ALL_LAYERS,
+    config=Config(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "layer_types": None,
+        }
+    ),
+    attention=Attention(sliding=sliding.ALL_LAYERS),
 )
 MINISTRAL3 = dense_row(
     "ministral3",
     "Ministral3ForCausalLM",
-    {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 262144,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
-            "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
-        },
-    },
-    sliding=WINDOW_KEY,
-)  # fmt: skip
-MIXTRAL = Family(
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
-    kind="moe",
-    tensors=BLOCK | SPARSE_BLOCK,
-    optional=frozenset({"embedding.lm_head"}),
-    dropped=ROTARY_BUFFERS,
-    config=BASE_CONFIG
-    | {
-        "num_key_value_heads": 8,
-        "head_dim": None,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "router_jitter_noise": 0.0,
-    }
-    | ROUTER_LOSS,
-    sliding=WINDOW_KEY,
-    num_experts=EXPERT_COUNT,
-    top_k=TOP_K,
-    routing=Routing("softmax", "always"),
+    config=Config(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        }
+    ),
+    attention=Attention(sliding=WINDOW_KEY),
+)
+MIXTRAL = moe_row(
+    "mixtral",
+    "MixtralForCausalLM",
+    config=Config(
+        {
+            "num_key_value_heads": 8,
+            "head_dim": None,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "sliding_window": None,
+            "router_jitter_noise": 0.0,
+        }
+        | ROUTER_LOSS
+    ),
+    tensors=Tensors(BLOCK | SPARSE_BLOCK),
+    attention=Attention(sliding=WINDOW_KEY),
+    experts=Experts(routing=Routing("softmax", "always")),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 _MULTIPLIERS = dict.fromkeys(
@@ -89,18 +96,25 @@ VENDOR = Vendor(
             default=True,
             note="norms plus 1, embeddings times sqrt(hidden_size)",
             rename={"hidden_activation": None},
-            folds=("embedding_root", "legacy_gelu"),
+            folds=(
+                folds.embedding_root,
+                folds.legacy_gelu,
+            ),
         ),
         Pair("helium", "mixtral", default=True, note="rotary order"),
         Pair(
-            "arcee", "mixtral", default=True, note="gate = up, relu: relu(x)^2 = relu(x) * x", folds=("squared_relu",)
+            "arcee",
+            "mixtral",
+            default=True,
+            note="gate = up, relu: relu(x)^2 = relu(x) * x",
+            folds=(folds.squared_relu,),
         ),
         Pair(
             "ministral3",
             "mixtral",
             default=True,
             note="up to original_max_position_embeddings",
-            folds=("below_long_context",),
+            folds=(folds.below_long_context,),
         ),
         Pair("internlm3", "mixtral", default=True),
         Pair("iquestcoder", "mixtral", default=True),
@@ -111,14 +125,14 @@ VENDOR = Vendor(
             "mixtral",
             note="multipliers folded into weights",
             rename=_MULTIPLIERS,
-            folds=("granite_multipliers",),
+            folds=(folds.granite_multipliers,),
         ),
         Pair(
             "olmo",
             "mixtral",
             default=True,
             note="LayerNorm as RMSNorm of a centred residual stream; the head is untied",
-            folds=("centred_residual",),
+            folds=(folds.centred_residual,),
         ),
     ),
 )

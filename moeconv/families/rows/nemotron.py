@@ -19,6 +19,7 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import GROUPED, ONE_SHARED_EXPERT, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Tensors
 from moeconv.families.shapes import Size, config_key
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -33,20 +34,21 @@ NEMOTRON_H_SIZES: Mapping[str, Size] = {
 NEMOTRON = dense_row(
     "nemotron",
     "NemotronForCausalLM",
-    {
-        "norm_eps": 1e-5,
-        "initializer_range": 0.0134,
-        "hidden_act": "relu2",
-        "max_position_embeddings": 4096,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "head_dim": None,
-        "partial_rotary_factor": None,
-    },
-    tensors=BLOCK | NORM_BIAS | ATTENTION_BIAS | UNGATED_FFN,
-    neutral=NO_BIAS,
-    partial=0.5,
-    norm_offset=1.0,
+    config=Config(
+        {
+            "norm_eps": 1e-5,
+            "initializer_range": 0.0134,
+            "hidden_act": "relu2",
+            "max_position_embeddings": 4096,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "head_dim": None,
+            "partial_rotary_factor": None,
+        },
+        neutral=NO_BIAS,
+    ),
+    tensors=Tensors(BLOCK | NORM_BIAS | ATTENTION_BIAS | UNGATED_FFN, norm_offset=1.0),
+    attention=Attention(partial=0.5),
 )
 _NEMOTRON = "backbone.layers.{L}."
 _MIXER = _NEMOTRON + "mixer."
@@ -100,38 +102,35 @@ def nemotron_h_layers(get: Get) -> Any:
 NEMOTRON_H = dense_row(
     "nemotron_h",
     "NemotronHForCausalLM",
-    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
-    tensors=NEMOTRON_H_BLOCK,
-    rope="none",
-    layer_kinds=nemotron_h_kinds,
-    layer_count=nemotron_h_layers,
-    where=NEMOTRON_H_WHERE,
-    words=NEMOTRON_H_WORDS,
-    base_prefix="backbone.",
-    no_experts=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
-    sizes=NEMOTRON_H_SIZES,
+    config=Config(NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None}, words=NEMOTRON_H_WORDS),
+    tensors=Tensors(NEMOTRON_H_BLOCK, base_prefix="backbone.", sizes=NEMOTRON_H_SIZES),
+    attention=Attention(rope="none"),
+    layers=Layers(kinds=nemotron_h_kinds, count=nemotron_h_layers, where=NEMOTRON_H_WHERE),
+    is_dense=lambda get: "moe" not in (nemotron_h_kinds(get, 0) or ["moe"]),
 )
 NEMOTRON_H_MOE = moe_row(
     "nemotron_h",
     "NemotronHForCausalLM",
-    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
-    NEMOTRON_H_BLOCK
-    | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}
-    | {f"expert.{p}": _MIXER + "experts.{E}." + f"{p}_proj.weight" for p in ("up", "down")}
-    | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")},
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_shared_expert_intermediate_size",),
-    placement=placement.of_kinds(nemotron_h_kinds),
-    routing=GROUPED,
-    rope="none",
-    layer_kinds=nemotron_h_kinds,
-    layer_count=nemotron_h_layers,
-    where=NEMOTRON_H_WHERE,
-    words=NEMOTRON_H_WORDS,
-    base_prefix="backbone.",
-    in_memory={"backbone.": "model."},
-    sizes=NEMOTRON_H_SIZES,
+    config=Config(NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None}, words=NEMOTRON_H_WORDS),
+    tensors=Tensors(
+        NEMOTRON_H_BLOCK
+        | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}
+        | {f"expert.{p}": _MIXER + "experts.{E}." + f"{p}_proj.weight" for p in ("up", "down")}
+        | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")},
+        base_prefix="backbone.",
+        in_memory={"backbone.": "model."},
+        sizes=NEMOTRON_H_SIZES,
+    ),
+    attention=Attention(rope="none"),
+    layers=Layers(kinds=nemotron_h_kinds, count=nemotron_h_layers, where=NEMOTRON_H_WHERE),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_shared_expert_intermediate_size",),
+        placement=placement.of_kinds(nemotron_h_kinds),
+        routing=GROUPED,
+    ),
+    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 
 VENDOR = Vendor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeconv.families import folds
 from moeconv.families.blocks import (
     BLOCK,
     FFN_GATE_UP,
@@ -16,52 +17,62 @@ from moeconv.families.blocks import (
     WITHOUT_QKVO,
     dense_row,
 )
-from moeconv.families.expert_blocks import NO_INERT_BIAS, QKVO_BIAS, ROUTER_LOSS, SPARSE_BLOCK, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, NO_INERT_BIAS, QKVO_BIAS, ROUTER_LOSS, SPARSE_BLOCK, moe_row
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 PHI3 = dense_row(
     "phi3",
     "Phi3ForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "sliding_window": None,
-        "partial_rotary_factor": None,
-    },
-    tensors=WITHOUT_QKVO
-    | {"attention.qkv": LAYER + "self_attn.qkv_proj.weight", "attention.o": BLOCK["attention.o"]}
-    | FFN_GATE_UP,
-    fused=FUSED_QKV | FUSED_FFN,
-    partial=1.0,
-    sliding=WINDOW_KEY,
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "sliding_window": None,
+            "partial_rotary_factor": None,
+        }
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO
+        | {"attention.qkv": LAYER + "self_attn.qkv_proj.weight", "attention.o": BLOCK["attention.o"]}
+        | FFN_GATE_UP,
+        fused=FUSED_QKV | FUSED_FFN,
+    ),
+    attention=Attention(partial=1.0, sliding=WINDOW_KEY),
 )
 PHIMOE = moe_row(
     "phimoe",
     "PhiMoEForCausalLM",  # as on the hub, and what serving engines know
-    {
-        "rms_norm_eps": 1e-5,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1e6,
-        "head_dim": None,
-        "sliding_window": None,
-        "attention_bias": False,
-        "lm_head_bias": False,
-        "router_jitter_noise": 0.01,
-        "input_jitter_noise": 0.0,
-        **ROUTER_LOSS,
-    },
-    BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK | {"embedding.lm_head_bias": "lm_head.bias"},
-    sliding=WINDOW_KEY,
-    rope="mscale",
-    # each of the two chosen experts is weighed by a softmax over those within the jitter of it: 1 without jitter
-    routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False),
-    in_memory={"block_sparse_moe.gate": "mlp.router"},
-    switched={"attention_bias": QKVO_BIAS},
-    inert=NO_INERT_BIAS,
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "head_dim": None,
+            "sliding_window": None,
+            "attention_bias": False,
+            "lm_head_bias": False,
+            "router_jitter_noise": 0.01,
+            "input_jitter_noise": 0.0,
+            **ROUTER_LOSS,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK | {"embedding.lm_head_bias": "lm_head.bias"},
+        in_memory={"block_sparse_moe.gate": "mlp.router"},
+        switched={"attention_bias": QKVO_BIAS},
+        inert=NO_INERT_BIAS,
+    ),
+    attention=Attention(sliding=WINDOW_KEY, rope="mscale"),
+    experts=Experts(
+        # a softmax over those within the jitter of an expert weighs each of the two chosen ones: 1 without jitter
+        routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False)
+    ),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 _PHIMOE: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}
@@ -84,7 +95,7 @@ VENDOR = Vendor(
             note="top-2 only; gate = up, relu",
             config=_PHIMOE,
             rename={"layer_norm_eps": "rms_norm_eps"},
-            folds=("squared_relu",),
+            folds=(folds.squared_relu,),
         ),
         Pair(
             "nemotron",
@@ -93,7 +104,7 @@ VENDOR = Vendor(
             note="top-2 only; gate = up, relu; norms plus 1; partial rotary through longrope factors",
             config=_PHIMOE,
             rename={"norm_eps": "rms_norm_eps"},
-            folds=("squared_relu",),
+            folds=(folds.squared_relu,),
         ),
     ),
 )

@@ -18,6 +18,7 @@ from moeconv.families.blocks import (
     dense_row,
 )
 from moeconv.families.expert_blocks import (
+    EVERY_ENGINE,
     MLP_EXPERTS,
     MLP_ROUTER,
     QWEN_MTP,
@@ -30,8 +31,9 @@ from moeconv.families.expert_blocks import (
     moe_row,
 )
 from moeconv.families.placement import Get
+from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import GATED_QUERY
-from moeconv.families.spec import Pair, Routing
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
 
 LINEAR_ATTENTION = {
@@ -61,77 +63,85 @@ def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
 QWEN3_5 = dense_row(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
-    QWEN3_5_CONFIG | {"num_key_value_heads": 4},
-    tensors=BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN,
-    partial=0.25,
-    layer_kinds=qwen3_5_kinds,
-    where=QWEN3_5_WHERE,
-    shapes=GATED_QUERY,
+    config=Config(QWEN3_5_CONFIG | {"num_key_value_heads": 4}),
+    tensors=Tensors(BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN, shapes=GATED_QUERY),
+    attention=Attention(partial=0.25),
+    layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
 )
 QWEN3_5_MOE = moe_row(
     "qwen3_5_moe_text",
     "Qwen3_5MoeForCausalLM",
-    QWEN3_5_CONFIG
-    | {
-        "num_key_value_heads": 2,
-        "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512,
-        **ROUTER_LOSS,
-    },
-    BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
+    config=Config(
+        QWEN3_5_CONFIG
+        | {
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            **ROUTER_LOSS,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
+        # the hub's checkpoints stack the experts of the model; in multi-token-prediction layers some do, some do not
+        layouts=(SEPARATE, STACKED),
+        shapes=GATED_QUERY,
+    ),
+    attention=Attention(partial=0.25),
+    layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
+    experts=Experts(
+        count=("num_experts",),
+        width="moe_intermediate_size",
+        shared_width=("shared_expert_intermediate_size",),
+        shared_weight=0.5,  # sigmoid(0) of its gate
+        routing=Routing("softmax", "always"),
+    ),
+    prediction=QWEN_MTP,
     base={key: value for key, value in BASE_CONFIG.items() if key != "intermediate_size"},
-    num_experts=("num_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("shared_expert_intermediate_size",),
-    shared_weight=0.5,  # sigmoid(0) of its gate
-    routing=Routing("softmax", "always"),
-    # the hub's checkpoints stack the experts of the model, and of multi-token-prediction layers some do and some do not
-    layouts=(SEPARATE, STACKED),
-    mtp=QWEN_MTP,
-    mtp_prefix="mtp.",
-    partial=0.25,
-    layer_kinds=qwen3_5_kinds,
-    where=QWEN3_5_WHERE,
-    shapes=GATED_QUERY,
+    elsewhere=Elsewhere(runs=frozenset({"llama.cpp"})),
 )
 QWEN3_NEXT = moe_row(
     "qwen3_next",
     "Qwen3NextForCausalLM",
-    QWEN3_5_CONFIG
-    | {
-        "num_key_value_heads": 2,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 512,
-        "norm_topk_prob": True,
-        "shared_expert_intermediate_size": 512,
-        **ROUTER_LOSS,
-    },
-    BLOCK
-    | QKV_BIAS
-    | O_BIAS
-    | QK_NORM
-    | {k: v for k, v in LINEAR_ATTENTION.items() if k not in ("linear.a", "linear.b", "linear.qkv", "linear.z")}
-    | {
-        "linear.ba": LAYER + "linear_attn.in_proj_ba.weight",
-        "linear.qkvz": LAYER + "linear_attn.in_proj_qkvz.weight",
-    }
-    | MLP_ROUTER
-    | MLP_EXPERTS
-    | SHARED_EXPERT
-    | SHARED_GATE
-    | DENSE_FFN,
-    num_experts=("num_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("shared_expert_intermediate_size",),
-    placement=placement.LIST,
-    routing=Routing("softmax", "norm_topk_prob"),
-    mtp=QWEN_MTP,
-    mtp_prefix="mtp.",
-    partial=0.25,
-    layer_kinds=qwen3_5_kinds,
-    where=QWEN3_5_WHERE,
-    shapes=GATED_QUERY,
+    config=Config(
+        QWEN3_5_CONFIG
+        | {
+            "num_key_value_heads": 2,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 512,
+            "norm_topk_prob": True,
+            "shared_expert_intermediate_size": 512,
+            **ROUTER_LOSS,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | QKV_BIAS
+        | O_BIAS
+        | QK_NORM
+        | {k: v for k, v in LINEAR_ATTENTION.items() if k not in ("linear.a", "linear.b", "linear.qkv", "linear.z")}
+        | {
+            "linear.ba": LAYER + "linear_attn.in_proj_ba.weight",
+            "linear.qkvz": LAYER + "linear_attn.in_proj_qkvz.weight",
+        }
+        | MLP_ROUTER
+        | MLP_EXPERTS
+        | SHARED_EXPERT
+        | SHARED_GATE
+        | DENSE_FFN,
+        shapes=GATED_QUERY,
+    ),
+    attention=Attention(partial=0.25),
+    layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
+    experts=Experts(
+        count=("num_experts",),
+        width="moe_intermediate_size",
+        shared_width=("shared_expert_intermediate_size",),
+        placement=placement.LIST,
+        routing=Routing("softmax", "norm_topk_prob"),
+    ),
+    prediction=QWEN_MTP,
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
 VENDOR = Vendor(
@@ -148,6 +158,12 @@ VENDOR = Vendor(
         ),
     ),
     wrappers=(
-        Wrapper("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", (QWEN3_5_MOE,), {"model.visual.": "vision"}),
+        Wrapper(
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+            (QWEN3_5_MOE,),
+            {"model.visual.": "vision"},
+            runs=frozenset({"vllm", "sglang"}),
+        ),
     ),
 )

@@ -14,28 +14,36 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
+from moeconv.families.records import Config, Elsewhere, Experts, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 SOLAR_OPEN = moe_row(
     "solar_open",
     "SolarOpenForCausalLM",
-    {
-        "rms_norm_eps": 1e-5,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1e6,
-        "head_dim": 128,
-        "attention_bias": False,
-        "moe_intermediate_size": 1280,
-        **SIGMOID,
-    },
-    BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
-    num_experts=("n_routed_experts",),
-    expert_width="moe_intermediate_size",
-    shared_width=("moe_intermediate_size", "n_shared_experts"),
-    routing=GROUPED,
-    float32=frozenset({"router.correction"}),
+    config=Config(
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "head_dim": 128,
+            "attention_bias": False,
+            "moe_intermediate_size": 1280,
+            **SIGMOID,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
+        float32=frozenset({"router.correction"}),
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        routing=GROUPED,
+    ),
+    elsewhere=Elsewhere(runs=frozenset({"llama.cpp"})),
 )
 
 VENDOR = Vendor(

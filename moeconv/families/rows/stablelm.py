@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import BLOCK, DENSE_FFN, NORM_BIAS, QKV_BIAS, dense_row
+from moeconv.families.records import Attention, Config, Tensors
 from moeconv.families.vendor import Vendor
 
 STABLELM = dense_row(
     "stablelm",
     "StableLmForCausalLM",
-    {
-        "num_key_value_heads": 32,
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "use_qkv_bias": False,
-        "qk_layernorm": False,
-        "use_parallel_residual": False,
-        "partial_rotary_factor": None,
-        "rotary_scaling_factor": None,
-    },
-    tensors=BLOCK | NORM_BIAS | QKV_BIAS | DENSE_FFN,
-    neutral={"qk_layernorm": (False,), "use_parallel_residual": (False,), "rotary_scaling_factor": (None, 1.0)},
-    optional=frozenset({"norm.ffn"}),  # a parallel residual has none
-    partial=0.25,
+    config=Config(
+        {
+            "num_key_value_heads": 32,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "use_qkv_bias": False,
+            "qk_layernorm": False,
+            "use_parallel_residual": False,
+            "partial_rotary_factor": None,
+            "rotary_scaling_factor": None,
+        },
+        neutral={"qk_layernorm": (False,), "use_parallel_residual": (False,), "rotary_scaling_factor": (None, 1.0)},
+    ),
+    tensors=Tensors(
+        BLOCK | NORM_BIAS | QKV_BIAS | DENSE_FFN,
+        optional=frozenset({"norm.ffn"}),  # a parallel residual has none
+    ),
+    attention=Attention(partial=0.25),
 )
 
 VENDOR = Vendor(

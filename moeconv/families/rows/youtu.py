@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, WITHOUT_QKVO, dense_row
+from moeconv.families.records import Config, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.vendor import Vendor
 
 YOUTU = dense_row(
     "youtu",
     "YoutuForCausalLM",
-    MLA_CONFIG
-    | {"num_key_value_heads": 16, "max_position_embeddings": 131072, "tie_word_embeddings": True}
-    | {"initializer_range": None, "rope_interleave": True, "head_dim": "=qk_rope_head_dim"},
-    tensors=WITHOUT_QKVO | MLA | DENSE_FFN,
-    optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
-    shapes=LATENT,
-    derived={"initializer_range": lambda get: 2 / (5 * get("hidden_size")) ** 0.5},
+    config=Config(
+        MLA_CONFIG
+        | {"num_key_value_heads": 16, "max_position_embeddings": 131072, "tie_word_embeddings": True}
+        | {"initializer_range": None, "rope_interleave": True, "head_dim": "=qk_rope_head_dim"},
+        derived={"initializer_range": lambda get: 2 / (5 * get("hidden_size")) ** 0.5},
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | DENSE_FFN,
+        optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+        shapes=LATENT,
+    ),
 )
 
 VENDOR = Vendor(

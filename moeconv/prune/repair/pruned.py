@@ -113,7 +113,7 @@ def masked(
             num_experts=stream.model.num_experts,
             biases=layer.biases,
             top_k=top_k,
-            top_k_keys=stream.model.family.top_k,
+            top_k_keys=stream.model.family.experts.top_k,
         )
     )
     if replaced:

@@ -63,7 +63,7 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
         for expert in range(1 if model.packed_experts else left):
             for part in parts:
                 key = f"expert.{part}"
-                if key not in family.tensors or (model.packed_experts and part != "down"):
+                if key not in family.tensors.names or (model.packed_experts and part != "down"):
                     packed = f"{family.model_type} keeps {part} of all experts in one tensor with others"
                     alone = f"the experts of {family.model_type} have no {part} matrix"
                     raise InputError(packed if model.packed_experts else alone, hint="Leave out --merge.")
@@ -85,9 +85,9 @@ def on_disk(
     if model.packed_experts:
         ref = model.checkpoint.tensors[family.name("expert.down", layer=layer)]
         whole = torch.stack([matrices[e]["down"] for e in kept])
-        if family.packed["expert.down"].transposed:
+        if family.tensors.packed["expert.down"].transposed:
             whole = whole.transpose(1, 2)
-        if family.packed["expert.down"].flat:
+        if family.tensors.packed["expert.down"].flat:
             whole = whole.flatten(0, 1)
         yield ref.name, whole.contiguous().to(TORCH_DTYPES[ref.dtype])
         return

@@ -165,7 +165,7 @@ def _against(
 
 def _can_switch(model: Model) -> bool:
     """Whether more experts can be on than top-k says."""
-    rule = model.family.routing
+    rule = model.family.experts.routing
     return rule is not None and rule.top_k is None and model.top_k < model.num_experts
 
 
@@ -174,7 +174,7 @@ def _switch_all_on(stream: Any) -> int:
     from moeconv.stream.masking import top_k_places
 
     modules = list(stream.skeleton.module.modules())
-    for at, name in top_k_places(modules, stream.model.family.top_k):
+    for at, name in top_k_places(modules, stream.model.family.experts.top_k):
         setattr(at, name, stream.model.num_experts)
     for module in modules:
         if type(getattr(module, "topk_group", None)) is int:

@@ -32,10 +32,8 @@ from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.repair.pruned import Variant, pruned_pass
 from moeconv.prune.repair.refit import Refit
 from moeconv.prune.scores import score_variants, total
-from moeconv.prune.step import prune
+from moeconv.recipe.run import run_step
 from moeconv.stream.layers import LayerStream
-from moeconv.tune.step import tune
-from moeconv.upcycle.step import upcycle
 
 SEQ_LEN = 256
 UPCYCLE = {"experts": 8, "top_k": 2, "method": "drop", "seed": 0}
@@ -156,7 +154,7 @@ def repairs(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, 
             "ratio": ratio, "stats": str(folder / f"stats-all-{seed}.safetensors"), "seed": seed,
             "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN, "batch_size": 4,
         }  # fmt: skip
-        done = prune(bench.path, str(out), values | flags, meter=SilentMeter())
+        done = run_step("prune", values | flags, bench.path, str(out), meter=SilentMeter())
         score = evaluate(out, data=list(held), reference=bench.path, tokens=bench.held.tokens, seq_len=SEQ_LEN, seed=0)
         bench.add(about | {"increase": score["loss"] - score["reference"]["loss"], "kl": score["kl"],
                            "reference": score["reference"]["loss"], "steps": steps,
@@ -168,9 +166,9 @@ def upcycled(dense: str, texts: Path, folder: Path) -> str:
     raw, trained = folder / "upcycled", folder / "trained"
     if not trained.exists():
         if not raw.exists():
-            upcycle(dense, str(raw), UPCYCLE, meter=SilentMeter())
+            run_step("upcycle", UPCYCLE, dense, str(raw), meter=SilentMeter())
         data = tuple(str(f) for f in sorted(texts.glob("calibration.*.txt")))
-        done = tune(str(raw), str(trained), TRAIN | {"teacher": dense, "data": data}, meter=SilentMeter())
+        done = run_step("tune", TRAIN | {"teacher": dense, "data": data}, str(raw), str(trained), meter=SilentMeter())
         print(json.dumps({"trained": {k: done["tune"][k] for k in ("loss_before", "loss_after")}}), flush=True)
     return str(trained)
 

@@ -24,13 +24,10 @@ from typing import Any
 import torch
 
 from moeconv.calibrate.neurons import load_neurons
-from moeconv.calibrate.step import calibrate
-from moeconv.evaluate.step import evaluate
 from moeconv.families.model import open_model
 from moeconv.inspect.run import inspect
 from moeconv.plan.meter import SilentMeter
-from moeconv.tune.step import tune as tune_step
-from moeconv.upcycle.step import upcycle
+from moeconv.recipe.run import run_step
 
 SOURCES = ("c", "man", "prose", "python")
 SEQ_LEN, CALIBRATION, HELD_OUT = 256, 32768, 32768
@@ -53,7 +50,7 @@ def look(root: Path, path: Path) -> dict[str, Any]:
     seen = (SEQ_LEN + 1) / 2  # positions that a token attends to, on average: a product and a sum each for keys, values
     attention = round(4 * seen * model.value("num_attention_heads") * head * model.num_layers)
     return {
-        "loss": evaluate(str(path), values, meter=METER)["loss"],
+        "loss": run_step("evaluate", values, str(path), meter=METER)["loss"],
         "active": found["parameters"]["active"],
         "flops": found["flops_per_token"] + attention,
     }
@@ -64,7 +61,7 @@ def split(root: Path, work: Path, out: Path, active: str, clustering: str) -> No
         "method": "split", "experts": 7, "top_k": TOP_K[active], "shared_experts": "1", "clustering": clustering,
         "stats": str(work / "neurons.safetensors"), "no_check": True,
     }  # fmt: skip
-    upcycle(str(root / "llama-8m"), str(out), values, meter=METER)
+    run_step("upcycle", values, str(root / "llama-8m"), str(out), meter=METER)
 
 
 def mask(root: Path, work: Path, out: Path, active: str, *, bias: bool) -> None:
@@ -99,7 +96,7 @@ def mask(root: Path, work: Path, out: Path, active: str, *, bias: bool) -> None:
 
 def one_expert(source: Path, out: Path) -> None:
     values = {"experts": 1, "top_k": 1, "to": "mixtral", "no_check": True}
-    upcycle(str(source), str(out), values, meter=METER)
+    run_step("upcycle", values, str(source), str(out), meter=METER)
 
 
 def tune(root: Path, source: Path, out: Path, *, steps: int, train: str) -> None:
@@ -107,7 +104,7 @@ def tune(root: Path, source: Path, out: Path, *, steps: int, train: str) -> None
         "objective": "distill", "teacher": str(root / "llama-8m"), "train": train, "steps": steps, "balance": 0.0,
         "data": texts(root, "calibration"), "seq_len": SEQ_LEN, "batch_size": BATCH, "no_check": True,
     }  # fmt: skip
-    tune_step(str(source), str(out), values, meter=METER)
+    run_step("tune", values, str(source), str(out), meter=METER)
 
 
 def stages(root: Path, work: Path) -> dict[str, tuple[Path | None, Callable[[], Any]]]:
@@ -116,7 +113,10 @@ def stages(root: Path, work: Path) -> dict[str, tuple[Path | None, Callable[[], 
     calibration = {"data": texts(root, "calibration"), "seq_len": SEQ_LEN, "tokens": CALIBRATION}
     stats = str(work / "neurons.safetensors")
     made: dict[str, tuple[Path | None, Callable[[], Any]]] = {
-        "neurons": (None, lambda: calibrate(str(dense), stats, calibration, overwrite=True, meter=METER)),
+        "neurons": (
+            None,
+            lambda: run_step("calibrate", calibration | {"overwrite": True}, str(dense), stats, meter=METER),
+        ),
         "dense": (dense, lambda: None),
     }
 

@@ -445,7 +445,7 @@ def choices_of(parameter: dataclasses.Field[Any]) -> tuple[str, ...]:
     return tuple(found() if callable(found) else found)
 
 
-def take(group: type[T], values: Mapping[str, Any]) -> T:
+def from_keywords(group: type[T], values: Mapping[str, Any]) -> T:
     """The group's dataclass from the values that it names. Raises UsageError for a value outside its choices."""
     names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
     made = group(**{k: v for k, v in values.items() if k in names})

@@ -26,6 +26,7 @@ from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import choices_of, flag_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
+from moeconv.requests import request
 from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
@@ -101,7 +102,7 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     meter = SilentMeter() if _SINK.mute else make_meter()
     try:
         with follow_links(bool(values.get("follow_links"))):
-            result = verb.run(values, meter)
+            result = verb.run(request(verb.request, values), meter)
     finally:
         if not isinstance(meter, SilentMeter):
             meter.close()

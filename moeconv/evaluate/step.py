@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from moeconv.checkpoint.hub import resolve
-from moeconv.options import DataOptions, EvaluateOptions, MeasureOptions, PlanOptions, parameters_of, take
 from moeconv.plan.meter import Meter
+from moeconv.requests import EvaluateRequest, keywords
 
 
-def evaluate(source: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+def evaluate(request: EvaluateRequest, *, meter: Meter) -> dict[str, Any]:
     """Loss on data, alone or against a reference, with gates."""
     from moeconv.evaluate.run import evaluate as measure
 
-    options = take(EvaluateOptions, values)
-    named = parameters_of(options, take(DataOptions, values), take(MeasureOptions, values))
-    if options.reference:
-        named["reference"] = resolve(options.reference)
-    return measure(resolve(source), seed=take(PlanOptions, values).seed, meter=meter, **named)
+    asked = keywords(request.evaluate, request.data, request.measure)
+    if request.evaluate.reference:
+        asked["reference"] = resolve(request.evaluate.reference)
+    return measure(resolve(request.model), seed=request.sample.seed, meter=meter, **asked)

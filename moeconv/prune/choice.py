@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from moeconv.errors import InputError, UsageError, did_you_mean, escape
 from moeconv.families.model import Model
 from moeconv.families.rule import has_numbers, rule_of
-from moeconv.options import PlanOptions, PruneOptions, flag_of, take
+from moeconv.options import PruneOptions, flag_of
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Criterion, Evidence, Order, similarity, stand_ins
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import parse_protect
@@ -48,13 +47,12 @@ def default_criterion(model: Model, evidence: Evidence) -> str:
     return DEFAULT
 
 
-def orders_of(model: Model, evidence: Evidence, **parameters: Any) -> dict[int, Order] | None:
+def orders_of(model: Model, evidence: Evidence, options: PruneOptions, *, seed: int) -> dict[int, Order] | None:
     """Every layer's order of removal, or None when the evidence has not been measured (a dry run)."""
-    options = take(PruneOptions, parameters)
     name = options.criterion or default_criterion(model, evidence)
     evidence = replace(
         evidence, rule=rule_of(model), similarity=options.similarity, num_experts=model.num_experts,
-        seed=take(PlanOptions, parameters).seed,
+        seed=seed,
     )  # fmt: skip
     if not _measured(CRITERIA[name], evidence):
         return None

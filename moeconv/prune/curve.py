@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,33 @@ from moeconv.checkpoint.target import check_file_target, starts_with
 from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.options import PruneOptions, WriteOptions, take
+from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Plan
 from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import CRITERIA, Evidence, Order
-from moeconv.prune.evidence import gathered, settle
+from moeconv.prune.decision import decide
+from moeconv.prune.evidence import gathered, settled
 from moeconv.prune.gates import AT_ONCE, Judge, feasible, increase
+from moeconv.requests import PruneRequest
 from moeconv.runner.run import scratch
 
 PLOTS = (".png", ".svg", ".pdf")
 _MAKER = "moeconv prune --curve"  # what a plot says of itself
 
 
-def curve(
-    model: Model, out: str | None, values: Mapping[str, Any], parameters: dict[str, Any], *, meter: Meter
-) -> dict[str, Any]:
-    """Loss and KL against the share of experts removed, for nested plans; OUT takes the data or a plot of it."""
-    options = take(PruneOptions, values)
+def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> dict[str, Any]:
+    """Loss and KL against the share of experts removed, for nested plans; OUT takes the data or a plot of it.
+
+    `named`: the user named the criterion."""
+    options, out = request.prune, request.out
     path = None if out is None else Path(out)
     if path is not None and (path.suffix not in (".json", *PLOTS) or os.path.isdir(path)):
         raise UsageError(f"--curve writes no model: {escape(out)} must end in .json, {', '.join(PLOTS)}")
     if path is not None:
         check_file_target(
             path, what="curve", reads=[("the model", model.checkpoint.path)],
-            overwrite=take(WriteOptions, values).overwrite, replaces=is_curve,
+            overwrite=request.write.overwrite, replaces=is_curve,
         )  # fmt: skip
     for flag in ("merge", "sequential", "distill"):
         if getattr(options, flag):
@@ -46,34 +50,36 @@ def curve(
                 f"--curve and --{flag} exclude each other", hint="It shows plans without, or with --refit."
             )
     for flag in limits.BUDGETS:
-        if parameters[flag] is not None:
+        if getattr(options, flag) is not None:
             raise UsageError("--curve shows every ratio: it takes no budget", hint="Leave out --ratio and its kin.")
-    counts = [n for n in range(1, model.num_experts) if feasible(model, n, parameters)]
-    limits.check_prune(model, **(parameters | {"keep": counts[-1] if counts else 0}))  # says why nothing can go
+    counts = [n for n in range(1, model.num_experts) if feasible(model, n, options)]
+    # says why nothing can go
+    limits.check_prune(model, replace(options, keep=counts[-1] if counts else 0), request.plan)
     with scratch() as folder, Measured(Path(folder) / "curve", key=lambda: "curve", note=meter.note) as measured:
-        evidence = gathered(model, values, parameters | {"keep": counts[-1]}, measured, meter=meter)
-        warnings = settle(model, evidence, options, parameters)
-        orders = choice.orders_of(model, evidence, **(parameters | {"keep": counts[-1]}))
+        evidence = gathered(model, request, measured, left=counts[-1], meter=meter)
+        request, warnings = settled(model, evidence, request, named=named)
+        options = request.prune
+        orders = choice.orders_of(model, evidence, options, seed=request.plan.seed)
         assert orders is not None
         protected = choice.protected_experts(model, options, evidence)
         most = max(len(p) for p in protected.values())
         counts = [n for n in counts if n >= most]
         if len(counts) > 16:  # a plot needs no more
             counts = sorted({counts[round(i * (len(counts) - 1) / 15)] for i in range(16)})
-        criterion = parameters["criterion"]
+        criterion = str(options.criterion)
         keeps = [
             choice.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
             for n in counts
         ]
-        judge = Judge(model, evidence, values, meter=meter)
+        judge = Judge(model, evidence, request, meter=meter)
         scores = [s for i in range(0, len(keeps), AT_ONCE) for s in judge.scores(keeps[i : i + AT_ONCE])]
         sure = _stability(model, evidence, criterion, orders, counts, protected)
     rows = []
     for left, score in sorted(zip(counts, scores), key=lambda pair: -pair[0]):
-        sized = parameters | {"keep": left}
+        sized = replace(options, keep=left)
         rows.append({
             "ratio": round(1 - left / model.num_experts, 6), "experts": left,
-            "bytes": planner.plan_prune(model, **sized).nbytes, "loss": score.mean("loss"),
+            "bytes": _planned(model, sized, request).nbytes, "loss": score.mean("loss"),
             "loss_increase": increase(score), "kl": score.mean("kl"), "stability": sure.get(left),
         })  # fmt: skip
     result = {
@@ -85,6 +91,12 @@ def curve(
     if path is not None:
         _draw(result, path) if path.suffix in PLOTS else replace_file(path, json.dumps(result, indent=2).encode())
     return result
+
+
+def _planned(model: Model, options: PruneOptions, request: PruneRequest) -> Plan:
+    """The plan of a number of experts, whichever they are."""
+    decision = decide(model, options, Evidence(), left=options.keep, seed=request.plan.seed)
+    return planner.prune_plan(model, options, request.plan, decision, evidence=Evidence())
 
 
 def is_curve(path: Path) -> bool:

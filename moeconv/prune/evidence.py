@@ -14,57 +14,39 @@ from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.writer import replace_file
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
-from moeconv.options import (
-    CalibrateOptions,
-    DataOptions,
-    MeasureOptions,
-    PlanOptions,
-    PruneOptions,
-    StatisticsOptions,
-    WriteOptions,
-    take,
-)
+from moeconv.options import PruneOptions
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
-from moeconv.prune import choice, limits
+from moeconv.prune import choice
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Evidence
-from moeconv.runner.run import named
+from moeconv.requests import PruneRequest, keywords
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
 JUDGE_EVERY = 4  # of --data, the share of windows that judge what was decided on the others
 
 
-def gathered(
-    model: Model, values: Mapping[str, Any], parameters: Mapping[str, Any], measured: Measured, *, meter: Meter
-) -> Evidence:
-    """Everything that the criterion needs, calibrated or read; `measured` keeps it."""
-    options, data = take(PruneOptions, values), take(DataOptions, values).data
+def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: int | None, meter: Meter) -> Evidence:
+    """Everything that the criterion needs to leave `left` experts (None: it decides how many), calibrated or read;
+    `measured` keeps it. The request names its criterion."""
+    options, data = request.prune, request.data.data
     path = options.stats
-    if only_top_k(model, parameters):
+    if left == model.num_experts:  # only top-k changes
         return Evidence(rule=rule_of(model), num_experts=model.num_experts)
-    if data and path is None and (CRITERIA[parameters["criterion"]].needs.data or options.merge or covers(options)):
+    if data and path is None and (CRITERIA[str(options.criterion)].needs.data or options.merge or covers(options)):
         from moeconv.calibrate.run import calibrate
 
         judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
         judged = JUDGE_EVERY if judges else None
-        asked = named(values, DataOptions, MeasureOptions, CalibrateOptions)
-        seed = take(PlanOptions, values).seed
+        asked = keywords(request.data, request.measure, request.calibrate)
 
         def measure(folder: Path) -> None:
             calibrate(
-                str(model.checkpoint.path), folder / _STATISTICS, seed=seed, judge_every=judged, overwrite=True,
-                meter=meter, **asked,
+                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, judge_every=judged,
+                overwrite=True, meter=meter, **asked,
             )  # fmt: skip
 
         path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
-    jobs = take(WriteOptions, values).jobs or default_jobs()
-    twin = take(StatisticsOptions, values).stats_of_twin
-    return evidence_of(model, path, parameters, twin=twin, jobs=jobs, measured=measured, meter=meter)
-
-
-def only_top_k(model: Model, parameters: Mapping[str, Any]) -> bool:
-    """Whether no expert goes."""
-    return limits.check_prune(model, **parameters) == model.num_experts
+    return evidence_of(model, path, request, measured=measured, meter=meter)
 
 
 def covers(options: PruneOptions) -> bool:
@@ -73,28 +55,29 @@ def covers(options: PruneOptions) -> bool:
 
 
 def evidence_of(
-    model: Model, path: str | None, parameters: Mapping[str, Any], *, twin: bool = False, jobs: int | None = None,
-    measured: Measured | None = None, meter: Meter | None = None,
+    model: Model, path: str | None, request: PruneRequest, *, measured: Measured | None = None,
+    meter: Meter | None = None,
 ) -> Evidence:  # fmt: skip
     """Statistics from a file and, unless nothing is `measured` (a dry run), what the criterion reads from the
     weights."""
     evidence = Evidence(
-        statistics=statistics_of(model, path, twin=twin) if path else None, rule=rule_of(model),
-        similarity=parameters["similarity"], seed=parameters["seed"], num_experts=model.num_experts,
+        statistics=statistics_of(model, path, twin=request.statistics.stats_of_twin) if path else None,
+        rule=rule_of(model),
+        similarity=request.prune.similarity, seed=request.plan.seed, num_experts=model.num_experts,
     )  # fmt: skip
     if measured is None:
         return evidence
-    workers = jobs or default_jobs()
+    workers = request.write.jobs or default_jobs()
     from moeconv.calibrate import weights
 
-    chosen = CRITERIA[parameters["criterion"]]
+    chosen = CRITERIA[str(request.prune.criterion)]
     if (measure := chosen.needs.weights) is not None:
         (meter or SilentMeter()).note("reading the experts' weights")
         scores = _by_layer(
             measured, f"weights.{chosen.name}", lambda: weights.measure_experts(model, measure, jobs=workers)
         )
         evidence = replace(evidence, weights=scores)
-    if (chosen.needs.similarity or parameters["merge"]) and evidence.similarity in OF_WEIGHTS:
+    if (chosen.needs.similarity or request.prune.merge) and evidence.similarity in OF_WEIGHTS:
         (meter or SilentMeter()).note("comparing the experts' weights")
         aligned = evidence.similarity == "aligned"
         cosine = _by_layer(measured, "cosine", lambda: weights.weight_cosine(model, aligned=aligned, jobs=workers))
@@ -126,11 +109,15 @@ def statistics_of(model: Model, path: str, *, twin: bool = False) -> Any:
     return statistics
 
 
-def settle(model: Model, evidence: Evidence, options: PruneOptions, parameters: dict[str, Any]) -> list[str]:
-    """Put the default criterion that the evidence allows into `parameters`; a warning where it is the second best."""
-    if options.criterion is not None or evidence.statistics is None:
-        return []
-    parameters["criterion"] = choice.default_criterion(model, evidence)
-    if parameters["criterion"] == choice.DEFAULT:
-        return []
-    return ["the statistics hold no token sample (an older file, or a routing rule that is not known): by saliency"]
+def settled(model: Model, evidence: Evidence, request: PruneRequest, *, named: bool) -> tuple[PruneRequest, list[str]]:
+    """The request with the default criterion that the evidence allows, unless the user `named` one; a warning where it
+    is the second best."""
+    if named or evidence.statistics is None:
+        return request, []
+    criterion = choice.default_criterion(model, evidence)
+    request = replace(request, prune=replace(request.prune, criterion=criterion))
+    if criterion == choice.DEFAULT:
+        return request, []
+    return request, [
+        "the statistics hold no token sample (an older file, or a routing rule that is not known): by saliency"
+    ]

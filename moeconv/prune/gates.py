@@ -10,12 +10,14 @@ import numpy as np
 
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import MeasureOptions, PruneOptions, take
+from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
-from moeconv.prune import choice, cutting, limits, planner
+from moeconv.prune import choice, cutting, limits
 from moeconv.prune.criteria import Evidence
+from moeconv.prune.decision import Decision
 from moeconv.prune.evidence import JUDGE_EVERY
 from moeconv.prune.windows import read_windows, refit_of, stream_of
+from moeconv.requests import PruneRequest
 
 AT_ONCE = 4  # ratios measured in one pass while a gate is searched
 
@@ -24,14 +26,14 @@ class Judge:
     """Measures plans of several sizes in one pass over the model's layers."""
 
     def __init__(
-        self, model: Model, evidence: Evidence, values: Mapping[str, Any], *, meter: Meter, whole: bool = False
+        self, model: Model, evidence: Evidence, request: PruneRequest, *, meter: Meter, whole: bool = False
     ) -> None:
         """`whole`: nothing is decided on the data, so that all of it judges."""
         from moeconv.data.windows import TokenData, split_windows
 
-        self.model, self.evidence, self.options, self.meter = model, evidence, take(PruneOptions, values), meter
-        self.measure = take(MeasureOptions, values)
-        read = read_windows(model, values)
+        self.model, self.evidence, self.options, self.meter = model, evidence, request.prune, meter
+        self.measure = request.measure
+        read = read_windows(model, request)
         fit: TokenData | None = None
         if not self.options.stats and not whole:
             fit, read = split_windows(read, every=JUDGE_EVERY)
@@ -62,20 +64,17 @@ class Judge:
         return [total(of_variant) for of_variant in scores]
 
 
-def decided(
-    model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], *, meter: Meter
-) -> tuple[dict[int, list[int]] | None, dict[str, Any]]:
-    """The keep sets that a gate leaves, with what was measured; None where the planner decides alone."""
-    options = take(PruneOptions, values)
-    gate = options.max_loss_increase
-    if gate is None:
-        return None, {}
-    orders = choice.orders_of(model, evidence, **parameters)
+def smallest(
+    model: Model, evidence: Evidence, request: PruneRequest, *, gate: float, meter: Meter
+) -> tuple[dict[int, list[int]], dict[str, Any]]:
+    """The smallest keep sets that raise the loss by at most `gate`, with what was measured."""
+    options = request.prune
+    orders = choice.orders_of(model, evidence, options, seed=request.plan.seed)
     assert orders is not None
     protected = choice.protected_experts(model, options, evidence)
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
-    counts = [left for left in range(floor, model.num_experts) if feasible(model, left, parameters)]
-    judge = Judge(model, evidence, values, meter=meter)
+    counts = [left for left in range(floor, model.num_experts) if feasible(model, left, options)]
+    judge = Judge(model, evidence, request, meter=meter)
     measured: dict[int, Any] = {}
     sets: dict[int, dict[int, list[int]]] = {}
     low, high = 0, len(counts)  # counts[high:] pass, counts[:low] do not
@@ -84,7 +83,7 @@ def decided(
         tries = sorted({low + (high - low) * i // inside for i in range(inside)})
         for t in tries:
             sets[t] = choice.choose(
-                model, orders, counts[t], evidence=evidence, criterion=parameters["criterion"], protected=protected
+                model, orders, counts[t], evidence=evidence, criterion=str(options.criterion), protected=protected
             )
         for t, score in zip(tries, judge.scores([sets[t] for t in tries])):
             measured[t] = score
@@ -102,14 +101,11 @@ def decided(
 
 
 def cost(
-    model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], *, meter: Meter
+    model: Model, evidence: Evidence, request: PruneRequest, decision: Decision, *, meter: Meter
 ) -> dict[str, Any]:
-    """What the planned experts and --top-k do to the loss on --data."""
-    left, keep = limits.check_prune(model, **parameters), dict[int, list[int]]()
-    if left != model.num_experts:
-        block = planner.plan_prune(model, evidence=evidence, **parameters).block
-        keep = {int(layer): list(kept) for layer, kept in block["keep"].items()}
-    (score,) = Judge(model, evidence, values, meter=meter, whole=not keep).scores([keep])
+    """What the experts that go and --top-k do to the loss on --data."""
+    keep = decision.keep if decision.left != model.num_experts else {}
+    (score,) = Judge(model, evidence, request, meter=meter, whole=not keep).scores([keep])
     return {"measured": figures_of(score)}
 
 
@@ -126,11 +122,11 @@ def increase(score: Any) -> float:
     return score.mean("loss") - score.mean("reference_loss")
 
 
-def feasible(model: Model, left: int, parameters: Mapping[str, Any]) -> bool:
-    """Whether `left` experts can be kept with these parameters."""
-    sized = dict(parameters) | {"keep": left, "max_loss_increase": None}
+def feasible(model: Model, left: int, options: PruneOptions) -> bool:
+    """Whether the router can have so many experts."""
+    protected = limits.parse_protect(options.protect, model)
     try:
-        limits.check_prune(model, **sized)
+        limits.check_feasible(model, left, protected, options.top_k or model.top_k)
     except UsageError:
         return False
     return True

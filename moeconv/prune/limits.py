@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.served import check_served
-from moeconv.options import PlanOptions, PruneOptions, check_names, flag_of, parse_index, parse_size, take
+from moeconv.options import PlanOptions, PruneOptions, flag_of, parse_index, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import parse_dtype
 from moeconv.prune.cutting import pruned_items
@@ -18,11 +17,9 @@ from moeconv.prune.named_modules import check_renumbering
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
 
-def check_prune(model: Model, **parameters: Any) -> int | None:
+def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
     """Everything that can be refused before anything is measured. Returns the experts left per layer, None where the
     data decides them (--threshold, --max-loss-increase). Raises UsageError and InputError."""
-    check_names(parameters, PruneOptions, PlanOptions)
-    options, common = take(PruneOptions, parameters), take(PlanOptions, parameters)
     if model.family.kind != "moe":
         raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
     _check_quantized(model, options, common)

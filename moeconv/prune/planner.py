@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
@@ -16,22 +17,15 @@ from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
 from moeconv.families.served import check_served
 from moeconv.families.written import written_config
-from moeconv.options import PlanOptions, PruneOptions, parameters_of, take
+from moeconv.options import PlanOptions, PruneOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan
-from moeconv.prune.choice import (
-    checked_keep,
-    choose,
-    default_criterion,
-    left_by_threshold,
-    orders_of,
-    protected_experts,
-)
-from moeconv.prune.criteria import CRITERIA, Evidence, Order
+from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_of, with_mtp
-from moeconv.prune.limits import check_feasible, check_prune
+from moeconv.prune.decision import Decision, decide
+from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
 
 _RANKS = (2, 4, 8)  # devices that experts are commonly spread over
@@ -53,38 +47,30 @@ def plan_prune(
     `groups` {layer: {kept: absorbed}} go into the block. Raises UsageError for a budget that cannot be met or that
     nothing given decides, InputError for evidence that says nothing.
     """
-    left = check_prune(model, **parameters)
-    options, common = take(PruneOptions, parameters), take(PlanOptions, parameters)
-    evidence = evidence or Evidence()
-    name = options.criterion or default_criterion(model, evidence)
-    orders: dict[int, Order] | None = None
-    if keep_experts is None and left != model.num_experts:
-        orders = orders_of(model, evidence, **parameters)
-    if keep_experts is not None:
-        left = len(next(iter(keep_experts.values()), ())) if left is None else left
-    elif left is None:
-        left = left_by_threshold(model, options, evidence, orders)
-    protected = protected_experts(model, options, evidence)
-    if left < model.num_experts or options.top_k is None:
-        check_feasible(model, left, protected, options.top_k or model.top_k)
-    keep: Keep
-    if keep_experts is not None:
-        keep = checked_keep(model, keep_experts, left)
-    elif orders is not None:
-        keep = choose(model, orders, left, evidence=evidence, criterion=name, protected=protected)
-    else:
-        keep = {layer: list(range(left)) for layer in model.moe_layers}
-    known = keep_experts is not None or orders is not None or left == model.num_experts
-    scales = scales_of(model, keep, evidence, options) if left < model.num_experts and not overlays else {}
+    check_names(parameters, PruneOptions, PlanOptions)
+    options, common = from_keywords(PruneOptions, parameters), from_keywords(PlanOptions, parameters)
+    left, evidence = check_prune(model, options, common), evidence or Evidence()
+    decision = decide(model, options, evidence, left=left, seed=common.seed, keep=keep_experts)
+    return prune_plan(model, options, common, replace(decision, groups=groups), evidence=evidence, overlays=overlays)
+
+
+def prune_plan(
+    model: Model, options: PruneOptions, common: PlanOptions, decision: Decision, *, evidence: Evidence,
+    overlays: Mapping[str, Overlay] | None = None,
+) -> Plan:  # fmt: skip
+    """`plan_prune` of a decision; `evidence` is what it was made on."""
+    keep, left, orders = decision.keep, decision.left, decision.orders
+    prunes = left < model.num_experts
+    scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
     items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype)), scales)
     items = replaced(items, overlays or {})
     top_k = options.top_k or model.top_k
     total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=left)
     block: dict[str, Any] = {
-        "criterion": None if left == model.num_experts else name,
+        "criterion": decision.criterion if prunes else None,
         "experts_before": model.num_experts,
         "experts_after": left,
-        "keep": {str(layer): list(kept) for layer, kept in keep.items()} if known else None,
+        "keep": {str(layer): list(kept) for layer, kept in keep.items()} if decision.known else None,
         "scores": {str(layer): list(o.scores) for layer, o in orders.items()} if orders else None,
     }
     measured_on = getattr(evidence.statistics, "metadata", {}).get("identity", model.identity)
@@ -94,8 +80,10 @@ def plan_prune(
         block |= {"top_k_before": model.top_k, "top_k_after": options.top_k}
     if scales:
         block["scale"] = {str(layer): scale for layer, scale in scales.items()}
-    if groups is not None:
-        block["groups"] = {str(at): {str(e): list(into) for e, into in g.items()} for at, g in groups.items()}
+    if decision.groups is not None:
+        block["groups"] = {
+            str(at): {str(e): list(into) for e, into in of_layer.items()} for at, of_layer in decision.groups.items()
+        }
     prints = {"overlays": {origin: fingerprint(file) for origin, file in overlays.items()}} if overlays else {}
     return Plan(
         command="prune",
@@ -109,7 +97,7 @@ def plan_prune(
         warnings=(
             *model.warnings,
             *said_head(model),
-            *_warnings(model, "" if left == model.num_experts else name, options, scales, left),
+            *_warnings(model, decision.criterion if prunes else "", options, scales, left),
         ),
         dropped=model.dropped,
         promise=_promise(model, keep),

@@ -1,108 +1,126 @@
-"""The prune step: what is measured for a plan, the plan, and its execution."""
+"""The prune step: what is measured for a decision, the decision, its plan, and the plan's execution."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import (
-    CalibrateOptions,
-    DataOptions,
-    MeasureOptions,
-    PlanOptions,
-    PruneOptions,
-    StatisticsOptions,
-    WriteOptions,
-    take,
-)
+from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.curve import curve
-from moeconv.prune.evidence import covers, evidence_of, gathered, settle
-from moeconv.prune.gates import cost, decided
-from moeconv.prune.repairs import REPAIRS, distilled, left_of, merged, remarks_on, repaired
-from moeconv.runner.run import check_out, measuring, named, open_resolved, planned_memory, run_plan
+from moeconv.prune.decision import Decision, decide
+from moeconv.prune.evidence import covers, evidence_of, gathered, settled
+from moeconv.prune.gates import cost, smallest
+from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_on, repaired
+from moeconv.requests import PruneRequest
+from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_plan
 from moeconv.stream.need import PRUNED
 
 Run = Callable[..., dict[str, Any]]  # as run_plan
 
 
-def prune(
-    source: str, out: str | None, values: Mapping[str, Any], *, meter: Meter, run: Run = run_plan
-) -> dict[str, Any]:
+def prune(request: PruneRequest, *, meter: Meter, run: Run = run_plan) -> dict[str, Any]:
     """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone. `run` executes the
     plan that was decided."""
-    model = open_resolved(source)
-    options, data = take(PruneOptions, values), take(DataOptions, values).data
-    write = take(WriteOptions, values)
-    parameters = named(values, PruneOptions, PlanOptions)
-    parameters["criterion"] = choice.resolve_criterion(
-        options.criterion, has_data=bool(options.stats or data), model=model
-    )
-    measures = [n for n in (*REPAIRS, "curve") if getattr(options, n)]
-    measures += ["max_loss_increase"] if options.max_loss_increase is not None else []
-    judged = options.top_k is not None and bool(data)  # what a change of top-k costs
-    if measures and not data and not write.dry_run:
+    model = open_resolved(request.model)
+    named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
+    criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
+    request = replace(request, prune=replace(request.prune, criterion=criterion))
+    _check_data(request)
+    if request.prune.curve:
+        return curve(model, request, named=named, meter=meter)
+    out, write = request.out, request.write
+    if out is None:
+        raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
+    left = limits.check_prune(model, request.prune, request.plan)  # before anything is measured
+    check_out(out, model, write)
+    if write.dry_run:
+        return _dry_run(model, request, out, left=left, named=named, meter=meter)
+    decides = (request.prune, request.plan, request.data, request.measure, request.calibrate)
+    with measuring("prune", model, out, write, *decides, meter=meter) as measured:
+        evidence = gathered(model, request, measured, left=left, meter=meter)
+        request, warnings = settled(model, evidence, request, named=named)
+        options = request.prune
+        decision, made = None, _Stored()
+        if options.max_loss_increase is None:
+            decision = decide(model, options, evidence, left=left, seed=request.plan.seed)
+        if _measures(options) or _judged(request):
+            asked, begun = request, decision
+            folder, found = measured.once(
+                "decision", lambda folder: _measured(model, evidence, asked, begun, folder, meter=meter)
+            )
+            made = _Stored.read(folder, found)
+        if made.keep is not None:
+            decision = decide(model, options, evidence, left=left, seed=request.plan.seed, keep=made.keep)
+        assert decision is not None
+        decision = replace(decision, groups=made.groups)
+        plan = planner.prune_plan(
+            model, options, request.plan, decision, evidence=evidence, overlays=made.overlays or None
+        )
+        result = run(plan, model, out, write, meter=meter, origins=made.overlays or None, measured=measured)
+    result["prune"] |= made.figures
+    result["warnings"] += [*warnings, *remarks_on(made.figures)]
+    return result
+
+
+def _dry_run(
+    model: Model, request: PruneRequest, out: str, *, left: int | None, named: bool, meter: Meter
+) -> dict[str, Any]:
+    evidence = evidence_of(model, request.prune.stats, request)
+    request, _ = settled(model, evidence, request, named=named)
+    decision = decide(model, request.prune, evidence, left=left, seed=request.plan.seed)
+    plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
+    result = run_plan(plan, model, out, request.write, meter=meter)
+    if request.data.data:
+        told = planned_memory(model, request.measure, PRUNED)
+        result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+    return result
+
+
+def _measures(options: PruneOptions) -> list[str]:
+    """The options that run the model on text, beside what the criterion needs."""
+    asked = [name for name in (*REPAIRS, "curve") if getattr(options, name)]
+    return asked + (["max_loss_increase"] if options.max_loss_increase is not None else [])
+
+
+def _judged(request: PruneRequest) -> bool:
+    """Whether what a change of top-k costs is measured."""
+    return request.prune.top_k is not None and bool(request.data.data)
+
+
+def _check_data(request: PruneRequest) -> None:
+    """Raises UsageError where --data and --stats do not go with the other options."""
+    options, data, measures = request.prune, request.data.data, _measures(request.prune)
+    if measures and not data and not request.write.dry_run:
         flag = "--" + measures[0].replace("_", "-")
         raise UsageError(f"{flag} runs the model on text", hint="Pass --data FILE, with --stats or without.")
-    if options.stats and data and not measures and not judged:
+    if options.stats and data and not measures and not _judged(request):
         raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
     if options.merge and not (options.stats or data):
         raise UsageError("--merge needs statistics", hint="Pass --data FILE, or --stats STATS too.")
     if covers(options) and not (options.stats or data):
         raise UsageError("--protect-coverage needs statistics", hint="Pass --data FILE, or --stats STATS.")
-    if options.curve:
-        return curve(model, out, values, parameters, meter=meter)
-    if out is None:
-        raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
-    limits.check_prune(model, **parameters)  # before anything is measured
-    check_out(out, model, values)
-    if write.dry_run:
-        evidence = evidence_of(model, options.stats, parameters, twin=take(StatisticsOptions, values).stats_of_twin)
-        settle(model, evidence, options, parameters)
-        result = run_plan(planner.plan_prune(model, evidence=evidence, **parameters), model, out, values, meter=meter)
-        if data:
-            told = planned_memory(model, values, PRUNED)
-            result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
-        return result
-    groups = (PruneOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
-    with measuring("prune", model, out, values, *groups, meter=meter) as measured:
-        evidence = gathered(model, values, parameters, measured, meter=meter)
-        warnings = settle(model, evidence, options, parameters)
-        made = _Decision()
-        if measures or judged:
-            folder, found = measured.once(
-                "decision", lambda folder: _decide(model, evidence, values, parameters, str(folder), meter=meter)
-            )
-            made = _Decision.read(folder, found)
-        plan = planner.plan_prune(
-            model, evidence=evidence, keep_experts=made.keep, overlays=made.overlays or None, groups=made.groups,
-            **parameters,
-        )  # fmt: skip
-        result = run(plan, model, out, values, meter=meter, origins=made.overlays or None, measured=measured)
-    result["prune"] |= made.extra
-    result["warnings"] += [*warnings, *remarks_on(made.extra)]
-    return result
 
 
 @dataclass(frozen=True)
-class _Decision:
-    """What running the model on text decided: keep sets, groups that merge, overlays by origin, figures."""
+class _Stored:
+    """What running the model on text decided, as JSON keeps it for the other parts of a command."""
 
     keep: dict[int, list[int]] | None = None
     groups: dict[int, dict[int, list[int]]] | None = None
     overlays: Mapping[str, Overlay] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, found: Mapping[str, Any]) -> _Decision:
-        """From what `_decide` returned, as JSON gives it back."""
+    def read(cls, folder: Path, found: Mapping[str, Any]) -> _Stored:
+        """From what `_measured` returned."""
         keep, groups = found["keep"], found["groups"]
         return cls(
             None if keep is None else {int(at): kept for at, kept in keep.items()},
@@ -112,25 +130,31 @@ class _Decision:
         )
 
 
-def _decide(
-    model: Model, evidence: Evidence, values: Mapping[str, Any], parameters: Mapping[str, Any], folder: str, *,
-    meter: Meter,
+def _measured(
+    model: Model, evidence: Evidence, request: PruneRequest, decision: Decision | None, folder: Path, *, meter: Meter
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything that takes passes over the model: {keep, groups, overlays {origin: file in `folder`}, extra}."""
-    options = take(PruneOptions, values)
-    keep, extra = decided(model, evidence, values, parameters, meter=meter)
-    if options.top_k is not None and take(DataOptions, values).data and not extra:
-        extra = cost(model, evidence, values, parameters, meter=meter)
-    overlays: dict[str, Overlay] = {}
-    groups: Any = None
+    """Everything that takes passes over the model: {keep, groups, overlays {origin: file in `folder`}, extra}; `keep`
+    is None where `decision` stands."""
+    options, figures = request.prune, dict[str, Any]()
+    begun = decision
+    if decision is None:
+        assert options.max_loss_increase is not None
+        keep, figures = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
+        decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
+    elif _judged(request):
+        figures = cost(model, evidence, request, decision, meter=meter)
+    made = Repaired(decision, {}, figures)
     if options.sequential or options.refit:
-        left = left_of(model, evidence, keep, parameters)
-        overlays, keep, fared = repaired(model, evidence, keep, left, values, parameters, folder, meter=meter)
-        extra |= fared
+        made = repaired(model, evidence, request, made, folder, meter=meter)
     if options.merge:
-        overlays, groups, keep = merged(model, evidence, keep, values, parameters, folder, meter=meter)
+        made = merged(model, evidence, request, made, folder, meter=meter)
     if options.distill:
-        found = distilled(model, evidence, keep, overlays, values, parameters, folder, meter=meter)
-        overlays, extra = overlays | {"tuned": found[0]}, extra | {"distill": found[1]}
-    names = {origin: file.path.name for origin, file in overlays.items()}
-    return {"keep": keep, "groups": groups, "overlays": names, "extra": extra}
+        made = distilled(model, evidence, request, made, folder, meter=meter)
+    names = {origin: file.path.name for origin, file in made.overlays.items()}
+    chosen = made.decision
+    return {
+        "keep": None if chosen is begun else {layer: list(kept) for layer, kept in chosen.keep.items()},
+        "groups": chosen.groups,
+        "overlays": names,
+        "extra": dict(made.figures),
+    }

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moeconv.families.model import Model
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, PlanOptions, PruneOptions, parse_size, take
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, PruneOptions, parse_size
 from moeconv.plan.meter import Meter
+from moeconv.requests import PruneRequest
 from moeconv.stream.need import PRUNED
 
+if TYPE_CHECKING:
+    from moeconv.data.windows import TokenData
+    from moeconv.prune.repair.refit import Refit
+    from moeconv.stream.layers import LayerStream
 
-def read_windows(model: Model, values: Mapping[str, Any]) -> Any:
+
+def read_windows(model: Model, request: PruneRequest) -> TokenData:
     """The windows of --data, as calibration draws them."""
     from moeconv.data.windows import load_tokens, sequence_length
 
-    measure = take(MeasureOptions, values)
+    measure = request.measure
     return load_tokens(
-        take(DataOptions, values).data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
-        seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=take(PlanOptions, values).seed,
+        request.data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
+        seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=request.plan.seed,
         text_field=measure.text_field,
     )  # fmt: skip
 
 
-def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> Any:
+def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> LayerStream:
     """The stream of the model that the pruned variants run beside, within the memory that was granted."""
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
@@ -37,7 +42,7 @@ def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, met
     )  # fmt: skip
 
 
-def refit_of(options: PruneOptions) -> Any:
+def refit_of(options: PruneOptions) -> Refit:
     """How the experts that stay are refitted."""
     from moeconv.prune.repair.refit import Refit
 

@@ -9,7 +9,7 @@ from moeconv.families import packed
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
-from moeconv.options import PlanOptions, parameters_of, take
+from moeconv.options import PlanOptions, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, count_planned, whole
 from moeconv.plan.plan import Item, Plan, TensorSpec
@@ -35,7 +35,7 @@ def plan_decode(model: Model) -> Plan:
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
-    common = take(PlanOptions, {})
+    common = PlanOptions()
     return Plan(
         command="decode",
         parameters=parameters_of(common),

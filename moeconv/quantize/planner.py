@@ -12,7 +12,7 @@ from moeconv.checkpoint.reader import TensorRef, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
-from moeconv.options import PlanOptions, QuantizeOptions, check_names, parameters_of, take
+from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
@@ -42,7 +42,15 @@ def plan_quantize(
     Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
-    options, common = take(QuantizeOptions, parameters), take(PlanOptions, parameters)
+    options, common = from_keywords(QuantizeOptions, parameters), from_keywords(PlanOptions, parameters)
+    return quantize_plan(model, options, common, overlay=overlay, importance=importance, stats_of_twin=stats_of_twin)
+
+
+def quantize_plan(
+    model: Model, options: QuantizeOptions, common: PlanOptions, *, overlay: Overlay | None = None,
+    importance: Mapping[int, float] | None = None, stats_of_twin: str | None = None,
+) -> Plan:  # fmt: skip
+    """`plan_quantize` of options."""
     format = FORMATS[options.format]
     check_mixed(options, format, importance)
     mixed = options.scheme == "mixed"

@@ -11,7 +11,7 @@ from moeconv.checkpoint.reader import TensorRef
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import Family, Role
-from moeconv.options import PlanOptions, parameters_of, take
+from moeconv.options import PlanOptions, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import carry_all, count_planned, rows
 from moeconv.plan.plan import Item, Plan, TensorSpec
@@ -40,7 +40,7 @@ def plan_separate(model: Model) -> Plan | None:
     total, active = count_planned(
         items, form, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
-    common = take(PlanOptions, {})
+    common = PlanOptions()
     return Plan(
         command="separate",
         parameters=parameters_of(common),

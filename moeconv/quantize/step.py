@@ -3,7 +3,6 @@ of what was written decoded and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,14 @@ from typing import Any
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import (
-    DataOptions,
-    MeasureOptions,
-    PlanOptions,
-    QuantizeOptions,
-    StatisticsOptions,
-    WriteOptions,
-    take,
-)
 from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.separate import plan_separate
-from moeconv.runner.run import check_out, measuring, named, open_resolved, planned_memory, run_plan
+from moeconv.requests import QuantizeRequest
+from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_plan
 from moeconv.stream.need import GPTQ
 from moeconv.units import human_bytes
 
@@ -42,21 +33,21 @@ class _Packing:
     view: Model
 
 
-def plan_packing(model: Model, values: Mapping[str, Any], *, overlay: Overlay | None = None) -> _Packing:
+def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None) -> _Packing:
     """Plan a quantize; `overlay` has codes that data chose, for weights of the view."""
     from moeconv.quantize.decode import plan_decode
-    from moeconv.quantize.planner import plan_quantize
+    from moeconv.quantize.planner import quantize_plan
 
     view, before, where = model, list[Plan](), model.checkpoint.path
-    importance, twin = _importance(model, values)
-    if model.quantization and take(QuantizeOptions, values).requantize:
+    importance, twin = _importance(model, request)
+    if model.quantization and request.quantize.requantize:
         before.append(plan_decode(model))
         view = planned_model(before[-1], companions=where)
     if (apart := plan_separate(view)) is not None:
         before.append(apart)
         view = planned_model(apart, companions=where)
-    plan = plan_quantize(
-        view, overlay=overlay, importance=importance, stats_of_twin=twin, **named(values, QuantizeOptions, PlanOptions)
+    plan = quantize_plan(
+        view, request.quantize, request.plan, overlay=overlay, importance=importance, stats_of_twin=twin
     )
     for made in reversed(before):
         fused = fuse(made, plan)
@@ -75,28 +66,28 @@ def _grown(plan: Plan, source: Model) -> list[str]:
     return [f"the result is larger than its source{kind}: {human_bytes(after)} against {human_bytes(before)}"]
 
 
-def _importance(model: Model, values: Mapping[str, Any]) -> tuple[dict[int, float] | None, str | None]:
+def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float] | None, str | None]:
     """What --stats says of the layers, and the fingerprint of the twin that they are of, if of one."""
-    path = take(QuantizeOptions, values).stats
+    path = request.quantize.stats
     if path is None:
         return None, None
     from moeconv.calibrate.artifact import layer_importance, load_statistics
 
     statistics = load_statistics(path)
-    twin = statistics.check_belongs(model, twin=take(StatisticsOptions, values).stats_of_twin)
+    twin = statistics.check_belongs(model, twin=request.statistics.stats_of_twin)
     return layer_importance(statistics), twin
 
 
-def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
-    model = open_resolved(source)
-    options, write = take(QuantizeOptions, values), take(WriteOptions, values)
-    if (options.method == "gptq") != bool(take(DataOptions, values).data):
+    model = open_resolved(request.model)
+    options, out, write = request.quantize, request.out, request.write
+    if (options.method == "gptq") != bool(request.data.data):
         text = (
             "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
         )
         raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
-    packing = plan_packing(model, values)
+    packing = plan_packing(model, request)
     plan = before = packing.plan
 
     def check(staged: Path) -> dict[str, Any]:
@@ -105,12 +96,12 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         return prove_packing(plan, model, staged, before=before)
 
     if options.method != "gptq" or write.dry_run:
-        result = run_plan(plan, model, out, values, meter=meter, check=check)
+        result = run_plan(plan, model, out, write, meter=meter, check=check)
         if options.method == "gptq":
-            told = planned_memory(model, values, GPTQ)
+            told = planned_memory(model, request.measure, GPTQ)
             result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
         return result
-    check_out(out, model, values)
+    check_out(out, model, write)
     from moeconv.quantize.gptq.run import choose_codes, remarks_on
 
     chosen = [
@@ -118,22 +109,28 @@ def quantize(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) 
         for item in before.items()
         if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]  # multi-token-prediction layers are not run: their experts keep the searched scales
-    asked = named(values, DataOptions, MeasureOptions)
-    seed = take(PlanOptions, values).seed
 
     def measure(folder: Path) -> dict[str, Any]:
         path = folder / _CODES
         return choose_codes(
-            model, chosen, path, damping=options.damping, view=packing.view, seed=seed, meter=meter, **asked
+            model,
+            chosen,
+            path,
+            data=request.data,
+            measure=request.measure,
+            damping=options.damping,
+            view=packing.view,
+            seed=request.plan.seed,
+            meter=meter,
         )
 
-    groups = (QuantizeOptions, PlanOptions, DataOptions, MeasureOptions)
-    with measuring("quantize", model, out, values, *groups, meter=meter) as measured:
+    decides = (options, request.plan, request.data, request.measure)
+    with measuring("quantize", model, out, write, *decides, meter=meter) as measured:
         folder, found = measured.once("codes", measure)
         overlay = Overlay(folder / _CODES)
-        plan = plan_packing(model, values, overlay=overlay).plan
+        plan = plan_packing(model, request, overlay=overlay).plan
         result = run_plan(
-            plan, model, out, values, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
+            plan, model, out, write, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
         )
     result["quantize"].setdefault("error", {})["output"] = found
     result["warnings"] += remarks_on(found)

@@ -31,21 +31,34 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import moeconv
 from moeconv import options as o
 from moeconv.errors import UsageError, did_you_mean, escape
+from moeconv.requests import (
+    CalibrateRequest,
+    EvaluateRequest,
+    PruneRequest,
+    QuantizeRequest,
+    TuneRequest,
+    UpcycleRequest,
+    groups_of,
+    paths_of,
+    request,
+)
 
+Asked = UpcycleRequest | TuneRequest | PruneRequest | QuantizeRequest | CalibrateRequest | EvaluateRequest
 DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-_COMMON = (o.PlanOptions, o.WriteOptions, o.ReadOptions)
-_MEASURE = (o.DataOptions, o.MeasureOptions)
-_READ = (o.ReadOptions,)
-
+# step -> what it asks for
+REQUESTS: dict[str, type[Asked]] = {
+    "upcycle": UpcycleRequest,
+    "tune": TuneRequest,
+    "prune": PruneRequest,
+    "quantize": QuantizeRequest,
+    "calibrate": CalibrateRequest,
+    "evaluate": EvaluateRequest,
+}
+_OUTSIDE = (o.ArtifactOptions, o.SeedOptions, o.SampleOptions, o.MergeOptions)  # of the command line alone
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
-    "upcycle": (o.UpcycleOptions, o.StatisticsOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
-    "tune": (o.TuneOptions, *_MEASURE, *_COMMON),
-    "prune": (o.PruneOptions, o.StatisticsOptions, o.CalibrateOptions, *_MEASURE, *_COMMON),
-    "quantize": (o.QuantizeOptions, o.StatisticsOptions, *_MEASURE, *_COMMON),
-    "calibrate": (o.CalibrateOptions, *_MEASURE, *_READ),
-    "evaluate": (o.EvaluateOptions, *_MEASURE, *_READ),
+    step: tuple(group for group in groups_of(kind) if group not in _OUTSIDE) for step, kind in REQUESTS.items()
 }
 
 
@@ -83,6 +96,17 @@ class Step:
     source: str
     to: str | None
     parameters: Mapping[str, Any]
+
+    @property
+    def asked(self) -> Asked:
+        """The request of this step."""
+        return asked(self.command, self.parameters, self.source, self.to)
+
+
+def asked(command: str, parameters: Mapping[str, Any], *paths: str | None) -> Asked:
+    """The request of a step with these parameters, of the paths that it reads and writes."""
+    kind = REQUESTS[command]
+    return request(kind, dict(parameters) | dict(zip(paths_of(kind), paths)))
 
 
 @dataclass(frozen=True)
@@ -287,7 +311,7 @@ class _Checker:
                 filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
             try:
                 checked: Any = TypeAdapter(fields[key]).validate_python({key: filled})
-                o.take(fields[key], {key: getattr(checked, key)})
+                o.from_keywords(fields[key], {key: getattr(checked, key)})
             except ValidationError as error:
                 raise self.fail(at, f"{escape(key)}: {escape(error.errors()[0]['msg'])}") from None
             except UsageError as error:

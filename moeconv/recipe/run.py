@@ -23,7 +23,7 @@ from moeconv.errors import CheckError, MoeconvError, escape
 from moeconv.evaluate.gates import failure
 from moeconv.evaluate.step import evaluate
 from moeconv.families.model import Model, open_model
-from moeconv.options import reads_of
+from moeconv.options import WriteOptions, reads_of
 from moeconv.plan.build import count_params
 from moeconv.plan.execute import companions_of, default_jobs
 from moeconv.plan.memory import memory_bytes
@@ -33,15 +33,24 @@ from moeconv.prune.step import prune
 from moeconv.quantize.step import quantize
 from moeconv.recipe.fused import can_fuse, prune_and_quantize
 from moeconv.recipe.guard import guard_recipe, read_by
-from moeconv.recipe.planned import plan_step
-from moeconv.recipe.read import GROUPS, Recipe, Step, load_recipe
+from moeconv.recipe.planned import plan_of
+from moeconv.recipe.read import GROUPS, Asked, Recipe, Step, asked, load_recipe
 from moeconv.report.step import report
+from moeconv.requests import (
+    CalibrateRequest,
+    EvaluateRequest,
+    PruneRequest,
+    QuantizeRequest,
+    TuneRequest,
+    UpcycleRequest,
+)
 from moeconv.runner.run import open_resolved
 from moeconv.tune.step import tune
 from moeconv.upcycle.step import upcycle
 
 _LEDGER = ".moeconv-ledger.json"
-_WRITERS = {"upcycle": upcycle, "tune": tune, "prune": prune, "quantize": quantize}
+_WRITE = frozenset(WriteOptions.__dataclass_fields__)
+_WRITERS = ("upcycle", "tune", "prune", "quantize")
 
 
 def run_recipe(
@@ -100,7 +109,9 @@ def _fuses(recipe: Recipe, at: int) -> bool:
         return False
     alone = [path for s in recipe.steps for _, path in read_by(s)].count(str(step.to)) == 1
     alone = alone and recipe.evaluate is None and not os.path.lexists(str(step.to))
-    return alone and can_fuse(step.parameters, then.parameters)
+    first, second = step.asked, then.asked
+    assert isinstance(first, PruneRequest) and isinstance(second, QuantizeRequest)
+    return alone and can_fuse(first, second)
 
 
 def _between(step: Step, then: Step, result: Mapping[str, Any], *, kept: bool) -> dict[str, Any]:
@@ -138,7 +149,7 @@ def plan_all(recipe: Recipe) -> dict[str, Any]:
             rows.append(_row("source", source, seconds=0.0, evaluation={}))
         if step.command in _WRITERS:
             assert step.to is not None
-            plan = plan_step(step.command, source, step.parameters)
+            plan = plan_of(source, step.asked)
             if plan is not None and plan.gguf:
                 parameters = {"total": plan.params_total, "active": plan.params_active}
                 row = _planned_row(step.name, parameters, plan.nbytes, seconds=0.0)
@@ -211,7 +222,9 @@ def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:
     reference = parameters.get("reference", "")
     if reference == path or (reference in later and not os.path.exists(reference)):
         parameters = {k: v for k, v in parameters.items() if not k.startswith(("max_", "min_")) and k != "reference"}
-    result = evaluate(path, parameters, meter=meter)
+    asks = asked("evaluate", parameters, path)
+    assert isinstance(asks, EvaluateRequest)
+    result = evaluate(asks, meter=meter)
     if (failed := failure(result)) is not None:
         raise CheckError(f"{escape(path)}: {failed.message}", hint=failed.hint)
     return result
@@ -219,35 +232,51 @@ def _evaluation(recipe: Recipe, path: str, meter: Meter) -> dict[str, Any]:
 
 def _one(step: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
     """Run one step, or take its result from the ledger when nothing that made it has changed."""
-    if step.command == "evaluate":
-        return evaluate(step.source, step.parameters, meter=meter), False
-
-    def run(to: str) -> dict[str, Any]:
-        if step.command == "calibrate":
-            return calibrate(step.source, to, step.parameters, overwrite=False, meter=meter)
-        return _WRITERS[step.command](step.source, to, step.parameters, meter=meter)
-
-    return _remembered(step.to, _key(step), run)
+    asks = step.asked
+    if isinstance(asks, EvaluateRequest):
+        return evaluate(asks, meter=meter), False
+    return _remembered(step.to, _key(step), lambda: _run(asks, meter))
 
 
-def _fused(first: Step, then: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
-    """A prune and the quantize behind it in one pass."""
-    key = hashlib.sha256(canonical_json(json.loads(json.dumps([_key(first), then.command, dict(then.parameters)]))))
-
-    def run(to: str) -> dict[str, Any]:
-        return prune_and_quantize(first.source, to, first.parameters, then.parameters, meter=meter)
-
-    return _remembered(then.to, key.hexdigest(), run)
+def run_step(command: str, parameters: Mapping[str, Any], *paths: str, meter: Meter) -> dict[str, Any]:
+    """One step outside of a recipe: its JSON. `paths` are the one that it reads and the one that it writes."""
+    return _run(asked(command, parameters, *paths), meter)
 
 
-def _remembered(to: str | None, key: str, run: Callable[[str], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+def _run(asks: Asked, meter: Meter) -> dict[str, Any]:
+    match asks:
+        case UpcycleRequest():
+            return upcycle(asks, meter=meter)
+        case TuneRequest():
+            return tune(asks, meter=meter)
+        case PruneRequest():
+            return prune(asks, meter=meter)
+        case QuantizeRequest():
+            return quantize(asks, meter=meter)
+        case CalibrateRequest():
+            return calibrate(asks, meter=meter)
+        case EvaluateRequest():
+            return evaluate(asks, meter=meter)
+
+
+def _fused(step: Step, then: Step, meter: Meter) -> tuple[dict[str, Any], bool]:
+    """A prune and the quantize behind it in one pass, written as both say: where they differ, as the second does."""
+    key = hashlib.sha256(canonical_json(json.loads(json.dumps([_key(step), then.command, dict(then.parameters)]))))
+    written = {name: v for s in (step, then) for name, v in s.parameters.items() if name in _WRITE}
+    first = asked("prune", dict(step.parameters) | written, step.source, then.to)
+    second = asked("quantize", dict(then.parameters) | written, step.to, then.to)
+    assert isinstance(first, PruneRequest) and isinstance(second, QuantizeRequest)
+    return _remembered(then.to, key.hexdigest(), lambda: prune_and_quantize(first, second, meter=meter))
+
+
+def _remembered(to: str | None, key: str, run: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
     """What the ledger holds for `to` when `key` made it and it has not changed; else what running gives."""
     assert to is not None
     entry = _read_ledger(to).get(Path(to).name)
     if isinstance(entry, dict) and entry.get("key") == key and entry.get("came_to") == _came_to(to):
         return dict(entry["result"]), True
     os.makedirs(os.path.dirname(os.path.abspath(to)), exist_ok=True)
-    result = run(to)
+    result = run()
     ledger = _read_ledger(to) | {Path(to).name: {"key": key, "came_to": _came_to(to), "result": result}}
     replace_file(_ledger_path(to), json.dumps(ledger, default=str).encode())
     return result, False

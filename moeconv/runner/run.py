@@ -18,13 +18,14 @@ from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
-from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size, take
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parse_size
 from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
+from moeconv.requests import keywords
 from moeconv.stream.need import Run, need_of
 from moeconv.units import human_bytes
 
@@ -38,7 +39,7 @@ def run_plan(
     plan: Plan,
     model: Model,
     out: str,
-    values: Mapping[str, Any],
+    write: WriteOptions,
     *,
     meter: Meter,
     origins: Mapping[str, ByteSource] | None = None,
@@ -46,17 +47,16 @@ def run_plan(
     figures: Mapping[str, Any] | None = None,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
-    """Execute a plan under the WriteOptions in `values` (or stop after it with dry_run): the step's JSON.
+    """Execute a plan as `write` says (or stop after it with dry_run): the step's JSON.
 
     `figures` were measured before the plan was made, and stand in the model card. `measured` has the hold on
     OUT's staging directory.
     """
-    write = take(WriteOptions, values)
     result = planned_json(plan, out, dry_run=write.dry_run)
     part = parse_part(write.part)
     checked_jobs(write.jobs)
     if write.dry_run:
-        check_out(out, model, values)
+        check_out(out, model, write)
         result["warnings"] += companions_of(plan, model.checkpoint).warnings
         return result
 
@@ -85,16 +85,15 @@ def run_plan(
     return result
 
 
-def check_out(out: str, model: Model, values: Mapping[str, Any]) -> None:
-    """Refuse, before any work, an OUT directory that cannot be written under the WriteOptions in `values`."""
+def check_out(out: str, model: Model, write: WriteOptions) -> None:
+    """Refuse, before any work, an OUT directory that cannot be written as `write` says."""
     reads = [("the source", model.checkpoint.path)]
-    check_target(Path(os.path.abspath(out)), reads=reads, overwrite=take(WriteOptions, values).overwrite)
+    check_target(Path(os.path.abspath(out)), reads=reads, overwrite=write.overwrite)
 
 
-def planned_memory(model: Model, values: Mapping[str, Any], asks: Mapping[str, Any]) -> dict[str, Any]:
+def planned_memory(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> dict[str, Any]:
     """For a dry run: what running the model on data will take, and a warning where it is not free. `asks` are fields of
     `stream.need.Run`. {memory: {peak_bytes, least_bytes, free_bytes}, warnings}."""
-    measure = take(MeasureOptions, values)
     length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
     need = need_of(model, Run(measure.tokens or TOKENS, length, measure.batch_size, **asks))
     free = free_memory()
@@ -124,24 +123,18 @@ def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def named(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """The values of these groups, as keyword arguments."""
-    return {name: value for group in groups for name, value in parameters_of(take(group, values)).items()}
-
-
-def measuring(command: str, model: Model, out: str, values: Mapping[str, Any], *groups: type, meter: Meter) -> Measured:
+def measuring(command: str, model: Model, out: str, write: WriteOptions, *options: object, meter: Meter) -> Measured:
     """Where the command keeps what it measures before it can plan, for its other parts and for another run of it.
 
-    `groups` are the options that decide what is measured; files that they name count by their content.
+    `options` are the groups that decide what is measured; files that they name count by their content.
     """
     from moeconv.data.digest import content_of
 
-    write = take(WriteOptions, values)
     shared = parse_part(write.part) is not None
     checked_jobs(write.jobs)
 
     def key() -> str:
-        said = named(values, *groups)
+        said = dict[str, Any](keywords(*options))
         said |= {"data": [content_of(value) for value in said.get("data", ())]}
         if said.get("stats"):
             said["stats"] = content_of(said["stats"], flag="--stats")

@@ -14,7 +14,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families.head import said_head, with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
-from moeconv.options import PlanOptions, check_names, parameters_of, take
+from moeconv.options import PlanOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
 from moeconv.plan.overlay import ORIGIN, fingerprint
@@ -28,7 +28,11 @@ def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters:
     Raises InputError for an overlay of another model, or one with a name, shape or dtype that the model does not have.
     """
     check_names(parameters, PlanOptions)
-    common = take(PlanOptions, parameters)
+    return overlay_plan(model, overlay, from_keywords(PlanOptions, parameters))
+
+
+def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanOptions) -> Plan:
+    """`plan_overlay` of options."""
     made_with = read_metadata_json(overlay, kind="overlay")
     _check(model, overlay, made_with)
     dtype = parse_dtype(common.dtype)

@@ -29,9 +29,9 @@ from moeconv.options import (
     MeasureOptions,
     TuneOptions,
     check_names,
+    from_keywords,
     parse_size,
     reads_of,
-    take,
 )
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
@@ -81,7 +81,7 @@ def tune(
     """
     began = time.monotonic()
     check_names(parameters, TuneOptions, DataOptions, MeasureOptions)
-    options, measure = take(TuneOptions, parameters), take(MeasureOptions, parameters)
+    options, measure = from_keywords(TuneOptions, parameters), from_keywords(MeasureOptions, parameters)
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     device, path = pick_device(measure.device), Path(overlay_path)
     if current().leads:
@@ -92,7 +92,7 @@ def tune(
     job = make_job(model_path, options, seed=seed, batch_size=measure.batch_size)
     meter = meter or SilentMeter()
     meter.note("reading the data")
-    data = first(lambda: _read(job, take(DataOptions, parameters).data, measure))
+    data = first(lambda: _read(job, from_keywords(DataOptions, parameters).data, measure))
     metadata = artifact_metadata("overlay", **_provenance(job, data))
     with _overlay(job, path, metadata=metadata, overwrite=overwrite) as put:
         train = _layerwise if job.objective == "layerwise" else _whole

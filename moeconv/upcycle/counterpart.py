@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moeconv.options import UpcycleOptions, take
+from moeconv.options import UpcycleOptions, from_keywords
 from moeconv.plan.plan import Plan
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Method
@@ -66,7 +66,7 @@ def counterpart(plan: Plan) -> Counterpart | None:
     block, made = plan.block, plan.parameters
     if block["exact"]:
         return None
-    options = take(UpcycleOptions, made)
+    options = from_keywords(UpcycleOptions, made)
     asked: dict[str, Any] = {"experts": block["num_experts"], "dtype": "float32", "seed": made["seed"]}
     if "copies" in block:  # of a Mixture-of-Experts: top-k by itself
         return Counterpart(asked, plan.config)

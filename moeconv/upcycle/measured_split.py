@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import (
-    CalibrateOptions,
-    DataOptions,
-    MeasureOptions,
-    PlanOptions,
-    StatisticsOptions,
-    UpcycleOptions,
-    parameters_of,
-    take,
-)
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import Partition, load_partition
+from moeconv.requests import UpcycleRequest, keywords
 from moeconv.upcycle.split import MEASURE, split_options, split_shape
 
 _NEURONS, _PARTITION = "neurons.safetensors", "partition.safetensors"
 
 
-def measure_partition(model: Model, values: Mapping[str, Any], measured: Measured, *, meter: Meter) -> Partition:
-    """The partition for the options in `values`, from --stats, or from --data through statistics; `measured` keeps it.
+def measure_partition(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Partition:
+    """The partition that `request` asks for, from --stats, or from --data through statistics; `measured` keeps it.
 
     Raises UsageError where neither or both are given.
     """
-    options, data = take(UpcycleOptions, values), take(DataOptions, values).data
+    options, data = request.upcycle, request.data.data
     shape = split_shape(model, split_options(model, options))
     if bool(options.stats) == bool(data):
         text = "--stats and --data exclude each other" if data else "--method split decides on data"
@@ -41,14 +30,14 @@ def measure_partition(model: Model, values: Mapping[str, Any], measured: Measure
     from moeconv.stream.layers import pick_device
     from moeconv.upcycle.partition import write_partition
 
-    seed, measure = take(PlanOptions, values).seed, take(MeasureOptions, values)
-    stats, twin = options.stats, take(StatisticsOptions, values).stats_of_twin
+    seed = request.plan.seed
+    stats, twin = options.stats, request.statistics.stats_of_twin
     if not stats:
-        named = parameters_of(take(CalibrateOptions, values), take(DataOptions, values), measure)
+        asked = keywords(request.calibrate, request.data, request.measure)
 
         def look(folder: Path) -> None:
             calibrate(
-                str(model.checkpoint.path), folder / _NEURONS, seed=seed, overwrite=True, meter=meter, **named
+                str(model.checkpoint.path), folder / _NEURONS, seed=seed, overwrite=True, meter=meter, **asked
             )  # fmt: skip
 
         stats = str(measured.once("neurons", look, resumes=True)[0] / _NEURONS)
@@ -57,7 +46,7 @@ def measure_partition(model: Model, values: Mapping[str, Any], measured: Measure
         write_partition(
             model, load_neurons(stats, model, twin=twin), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
             shared=shape.shared, width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best,
-            clustering=options.clustering, device=pick_device(measure.device), seed=seed, meter=meter,
+            clustering=options.clustering, device=pick_device(request.measure.device), seed=seed, meter=meter,
         )  # fmt: skip
 
     return load_partition(measured.once("partition", cut)[0] / _PARTITION)

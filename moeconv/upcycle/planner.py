@@ -17,7 +17,16 @@ from moeconv.families.registry import tables
 from moeconv.families.spec import Family, Pair
 from moeconv.families.target import draft_target
 from moeconv.families.written import other_values_elsewhere, written_config
-from moeconv.options import EXPERTS, TOP_K, PlanOptions, UpcycleOptions, check_names, parameters_of, parse_layers, take
+from moeconv.options import (
+    EXPERTS,
+    TOP_K,
+    PlanOptions,
+    UpcycleOptions,
+    check_names,
+    from_keywords,
+    parameters_of,
+    parse_layers,
+)
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
 from moeconv.plan.overlay import ORIGIN as OVERLAY
@@ -57,7 +66,15 @@ def plan_upcycle(
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
-    options, common = take(UpcycleOptions, parameters), take(PlanOptions, parameters)
+    options, common = from_keywords(UpcycleOptions, parameters), from_keywords(PlanOptions, parameters)
+    return upcycle_plan(model, options, common, siblings=siblings, overlay=overlay, partition=partition)
+
+
+def upcycle_plan(
+    model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Model] = (),
+    overlay: SafetensorsFile | None = None, partition: Partition | None = None,
+) -> Plan:  # fmt: skip
+    """`plan_upcycle` of options."""
     check_reads(options)
     if model.family.kind == "moe" and options.to in (None, model.family.model_type):
         return plan_duplicate(model, options, common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,37 +10,29 @@ from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import (
-    CalibrateOptions,
-    DataOptions,
-    MeasureOptions,
-    PlanOptions,
-    UpcycleOptions,
-    WriteOptions,
-    take,
-)
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
-from moeconv.runner.run import check_out, measuring, named, open_resolved, run_plan
+from moeconv.requests import UpcycleRequest, keywords
+from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
 from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
 from moeconv.upcycle.relatedness import check_related
 
 _ROUTER = "router.safetensors"
 
 
-def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -> dict[str, Any]:
+def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
     """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
-    from moeconv.upcycle.planner import origins_of, plan_upcycle
+    from moeconv.upcycle.planner import origins_of, upcycle_plan
 
-    options, write = take(UpcycleOptions, values), take(WriteOptions, values)
-    model, parameters = open_resolved(source), named(values, UpcycleOptions, PlanOptions)
+    options, out, write = request.upcycle, request.out, request.write
+    model = open_resolved(request.source)
     siblings = [open_resolved(path) for path in options.experts_from]
     if options.method == "split" and options.router != "random":
         raise UsageError("--router: split fits its own router", hint="Leave --router out.")
-    if take(DataOptions, values).data and options.method != "split" and options.router == "random":
+    if request.data.data and options.method != "split" and options.router == "random":
         raise UsageError(
             "--data says nothing to this upcycle",
             hint="It goes with --method split and with --router hidden or centroid; leave it out.",
@@ -53,24 +44,24 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
     with ExitStack() as stack:
         measured: Measured | None = None
         if measures:
-            check_out(out, model, values)
-            groups = (UpcycleOptions, PlanOptions, DataOptions, MeasureOptions, CalibrateOptions)
-            measured = stack.enter_context(measuring("upcycle", model, out, values, *groups, meter=meter))
+            check_out(out, model, write)
+            decides = (options, request.plan, request.data, request.measure, request.calibrate)
+            measured = stack.enter_context(measuring("upcycle", model, out, write, *decides, meter=meter))
         if measured and options.method == "split":
             from moeconv.upcycle.measured_split import measure_partition
 
-            partition = measure_partition(model, values, measured, meter=meter)
+            partition = measure_partition(model, request, measured, meter=meter)
             origins[PARTITION], split_by = partition.file, partition.file.path
-            plan = plan_upcycle(model, siblings=siblings, partition=partition, **parameters)
+            plan = upcycle_plan(model, options, request.plan, siblings=siblings, partition=partition)
         else:
-            plan = plan_upcycle(model, siblings=siblings, **parameters)
+            plan = upcycle_plan(model, options, request.plan, siblings=siblings)
         warnings = check_related(model, siblings)
         if measured and options.router != "random":
-            overlay, figures["router"] = _measured_router(model, plan, measured, values, meter=meter)
+            overlay, figures["router"] = _measured_router(model, plan, measured, request, meter=meter)
             origins[ORIGIN] = overlay
-            plan = plan_upcycle(model, siblings=siblings, overlay=overlay, **parameters)
+            plan = upcycle_plan(model, options, request.plan, siblings=siblings, overlay=overlay)
         result = run_plan(
-            plan, model, out, values, meter=meter, origins=origins, figures=figures,
+            plan, model, out, write, meter=meter, origins=origins, figures=figures,
             check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),
             measured=measured,
         )  # fmt: skip
@@ -81,19 +72,21 @@ def upcycle(source: str, out: str, values: Mapping[str, Any], *, meter: Meter) -
 
 
 def _measured_router(
-    model: Model, plan: Plan, measured: Measured, values: Mapping[str, Any], *, meter: Meter
+    model: Model, plan: Plan, measured: Measured, request: UpcycleRequest, *, meter: Meter
 ) -> tuple[SafetensorsFile, dict[str, Any]]:
     """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
     from moeconv.upcycle.planner import router_rows
     from moeconv.upcycle.router import measure_router
 
-    asked = named(values, DataOptions, MeasureOptions)
     names, rows = router_rows(plan)
-    kind, seed = take(UpcycleOptions, values).router, take(PlanOptions, values).seed
+    asked = keywords(request.data, request.measure)
 
     def measure(folder: Path) -> dict[str, Any]:
         path = folder / _ROUTER
-        return measure_router(model, path, kind=kind, names=names, experts=rows, seed=seed, meter=meter, **asked)
+        return measure_router(
+            model, path, kind=request.upcycle.router, names=names, experts=rows, seed=request.plan.seed, meter=meter,
+            **asked,
+        )  # fmt: skip
 
     folder, found = measured.once("router", measure)
     return SafetensorsFile(folder / _ROUTER), found

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.checkpoint.hub import resolve
+from moeconv.requests import VerifyRequest
 
 
-def verify(source: str, *, against: str | None, load: bool) -> dict[str, Any]:
+def verify(request: VerifyRequest) -> dict[str, Any]:
     """Check every byte of a checkpoint against its manifest, and its structure against its family."""
     from moeconv.verify.run import verify as check
 
-    return check(resolve(source), source=resolve(against) if against else None, load=load)
+    against = request.verify.source
+    return check(resolve(request.model), source=resolve(against) if against else None, load=request.verify.load)

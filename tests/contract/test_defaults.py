@@ -17,7 +17,7 @@ from moeconv.families.sliding import KEYS as SLIDING
 from moeconv.families.spec import Family
 from moeconv.families.target import TRAINING
 from moeconv.plan.meter import SilentMeter
-from moeconv.upcycle.step import upcycle
+from moeconv.recipe.run import run_step
 from tests.contract.stock import DENSE_CASES, save_stock
 
 # name -> (model_type of the class that reads the keys, row)
@@ -156,7 +156,7 @@ def test_a_derived_value_is_converted_as_the_class_derives_it(tmp_path):
     config = json.loads((path / "config.json").read_text())
     del config["attention_multiplier"]
     (path / "config.json").write_text(json.dumps(config))
-    result = upcycle(str(path), str(tmp_path / "moe"), {"experts": 4}, meter=SilentMeter())
+    result = run_step("upcycle", {"experts": 4}, str(path), str(tmp_path / "moe"), meter=SilentMeter())
     assert result["upcycle"]["exact"]
     made = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert made["attention_multiplier"] == pytest.approx(config["head_dim"] ** -0.5)

@@ -19,7 +19,8 @@ from moeconv.plan.execute import execute
 from moeconv.plan.fuse import fuse
 from moeconv.plan.planned import planned_model
 from moeconv.prune.planner import plan_prune
-from moeconv.quantize.step import plan_step
+from moeconv.quantize.step import plan_packing
+from moeconv.recipe.read import asked
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import (
     HIDDEN,
@@ -198,14 +199,14 @@ def test_a_language_model_alone_may_have_stacked_experts_too(tmp_path, cli):
 
 def test_stacked_experts_are_pruned_and_packed_in_one_pass(tmp_path):
     source = _as_on_the_hub(tmp_path / "moe", "qwen3_5_moe-mtp-stacked")
-    model, values = open_model(source), {"bits": 4}
+    model, packing = open_model(source), asked("quantize", {"bits": 4}, "", "")
     first = plan_prune(model, keep=4, keep_experts={layer: [0, 2, 3, 7] for layer in range(3)})
-    second = plan_step("quantize", planned_model(first), values)
+    second = plan_packing(planned_model(first), packing).plan
     fused = fuse(first, second)
     execute(fused, source=model.checkpoint, out=tmp_path / "fused")
     execute(first, source=model.checkpoint, out=tmp_path / "pruned")
     pruned = open_model(tmp_path / "pruned")
-    execute(plan_step("quantize", pruned, values), source=pruned.checkpoint, out=tmp_path / "packed")
+    execute(plan_packing(pruned, packing).plan, source=pruned.checkpoint, out=tmp_path / "packed")
     ours, theirs = _tensors(tmp_path / "fused"), _tensors(tmp_path / "packed")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     load(tmp_path / "fused", dtype=torch.bfloat16)

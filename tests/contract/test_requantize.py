@@ -16,9 +16,9 @@ from moeconv.data.windows import Source, TokenData
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.pack import relative_rms
-from moeconv.plan.plan import Plan
 from moeconv.quantize.decode import plan_decode
-from moeconv.quantize.step import plan_step
+from moeconv.quantize.step import plan_packing
+from moeconv.recipe.read import asked
 from moeconv.tensors import decode_weight
 from tests.contract.stock import MOE_CASES, load, save_stock
 from tests.contract.test_multimodal import _rewrite, _stacked, _tensors
@@ -80,8 +80,8 @@ def test_same_bytes_as_decoded_and_packed(tmp_path, cli, make, monkeypatch, kind
 
 def test_an_expert_of_a_stack_is_decoded_alone(make):
     model = open_model(make("mxfp4"))
-    plan = plan_step("quantize", model, {"format": "bitsandbytes", "requantize": True})
-    assert isinstance(plan, Plan)
+    packing = asked("quantize", {"format": "bitsandbytes", "requantize": True}, "", "")
+    plan = plan_packing(model, packing).plan
     for item in plan.items():
         if item.kernel == "chain":
             part = sum(ref.nbytes for ref in item.inputs)

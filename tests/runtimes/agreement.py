@@ -133,20 +133,20 @@ def texts_elsewhere(packed: Path, texts: Sequence[str]) -> list[list[int]]:
 def moe_source(model: Path, out: Path) -> Path:
     """The model itself when it has experts, else what `upcycle --method drop` makes of it."""
     from moeconv.plan.meter import SilentMeter
-    from moeconv.upcycle.step import upcycle
+    from moeconv.recipe.run import run_step
 
     if open_model(model).family.kind == "moe":
         return model
     values = {"experts": 4, "top_k": 2, "method": "drop", "no_check": True}
-    upcycle(str(model), str(out), values, meter=SilentMeter())
+    run_step("upcycle", values, str(model), str(out), meter=SilentMeter())
     return out
 
 
 def quantize(source: Path, out: Path, parameters: dict[str, Any]) -> None:
     from moeconv.plan.meter import SilentMeter
-    from moeconv.quantize.step import quantize
+    from moeconv.recipe.run import run_step
 
-    quantize(str(source), str(out), parameters, meter=SilentMeter())
+    run_step("quantize", parameters, str(source), str(out), meter=SilentMeter())
 
 
 def prompts(source: Path) -> list[list[int]]:

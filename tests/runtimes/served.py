@@ -18,7 +18,7 @@ import agreement as runtimes
 
 from moeconv.errors import InputError, UsageError
 from moeconv.plan.meter import SilentMeter
-from moeconv.prune.step import prune
+from moeconv.recipe.run import run_step
 
 # the sizes that vLLM's latent attention has a kernel for
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
@@ -49,7 +49,7 @@ def measure(family: str, work: Path, *, packed_too: bool) -> Iterator[tuple[str,
     made, source = work / "made", work / "source"
     runtimes.LLAMA_CPP_FAMILIES[family] = FAMILIES[family]
     runtimes.random_model(family, made)
-    prune(str(made), str(source), {"keep": 6, "criterion": "random"}, meter=SilentMeter())
+    run_step("prune", {"keep": 6, "criterion": "random"}, str(made), str(source), meter=SilentMeter())
     asked = runtimes.prompts(source)
     for name, parameters in (("bf16", None), ("int4 g32", {"group_size": "32"}))[: 1 + packed_too]:
         packed, plain = (source, source) if parameters is None else (work / "packed", work / "plain")

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 
 from moeconv.families.registry import tables
 from moeconv.plan.meter import SilentMeter
-from moeconv.prune.step import prune
-from moeconv.upcycle.step import upcycle
+from moeconv.recipe.run import run_step
 from tests.contract.stock import CASES, MOE_CASES, load, row_of, save_stock
 
 VARIABLE = "MOECONV_TRANSFORMERS4_PYTHON"
@@ -78,7 +77,7 @@ def test_pruned_models_of_every_family(tmp_path):
         source = save_stock(tmp_path / f"{case}-source", kind, config | SETTINGS.get(case, {}), dtype=torch.float32)
         top_k = row_of(case).experts.routing.top_k
         values = {"keep": 4, "criterion": "random"} | ({} if top_k else {"top_k": 2})
-        prune(str(source), str(tmp_path / case), values, meter=SilentMeter())
+        run_step("prune", values, str(source), str(tmp_path / case), meter=SilentMeter())
         models[case] = tmp_path / case
     assert len(models) > 15
     assert not _compare(models, tmp_path)
@@ -93,7 +92,8 @@ def test_upcycled_models_of_every_pair(tmp_path):
             source, out, name = tmp_path / f"{case}-source", tmp_path / f"{case}-{target}", f"{case} -> {target}"
             if not source.exists():
                 save_stock(source, kind, config, dtype=torch.float32)
-            made = upcycle(str(source), str(out), {"to": target, "experts": 4, "no_check": True}, meter=SilentMeter())
+            values = {"to": target, "experts": 4, "no_check": True}
+            made = run_step("upcycle", values, str(source), str(out), meter=SilentMeter())
             models[name] = out
             if any("transformers 5 alone" in warning for warning in made["warnings"]):
                 warned.add(name)

@@ -17,6 +17,7 @@ from moeconv.errors import CheckError, InputError
 from moeconv.evaluate.gates import failure
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
+from moeconv.options import DataOptions, MeasureOptions
 from moeconv.plan.execute import execute
 from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize
@@ -83,7 +84,9 @@ def test_the_command_ends_with_5_and_prints_json(cli, tmp_path, data):
 def coded(path: Path, out: Path, data: list[str]) -> None:
     model = open_model(path)
     items = [item for item in plan_quantize(model, method="gptq").items() if item.changed == "expert"]
-    choose_codes(model, items, out, damping=0.01, data=tuple(data), seq_len=SEQ_LEN)
+    choose_codes(
+        model, items, out, data=DataOptions(tuple(data)), measure=MeasureOptions(seq_len=SEQ_LEN), damping=0.01
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the plan
 DECIDE = {"errors", "options", "checkpoint", "families", "plan", "plugins", "randomness"}
 STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
-STEP = MEASURE | {"runner", "units"}  # a verb from start to end
+STEP = MEASURE | {"runner", "requests", "units"}  # a verb from start to end
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "world": {"errors"},
@@ -50,6 +50,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "families": {"errors", "checkpoint", "plugins"},
     "options": {"errors"},
+    "requests": {"options"},
     "plan": {"errors", "checkpoint", "randomness"},
     "plan.arrange": {"errors", "options", "checkpoint", "families"},
     "plan.build": {"errors", "checkpoint", "families"},
@@ -67,7 +68,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "inspect": DECIDE | {"callable_package"},
     "verify": MEASURE | {"hf", "inspect"},
     "hf": {"errors", "plan"},
-    "runner": MEASURE | {"report", "units"},
+    "runner": MEASURE | {"report", "requests", "units"},
     "report": DECIDE | {"calibrate", "inspect", "tensors", "units"},
     "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "demo": {"errors", "plan", "recipe"},
@@ -80,7 +81,7 @@ MAY_KNOW: dict[str, set[str]] = {
 MEASURING: dict[str, set[str]] = {
     "upcycle.step": STEP,
     "upcycle.check": STEP | {"verify"},
-    "upcycle.measured_split": MEASURE,
+    "upcycle.measured_split": MEASURE | {"requests"},
     "upcycle.router": MEASURE,
     "upcycle.partition": MEASURE,
     "upcycle.ffn_split": DECIDE,
@@ -91,9 +92,9 @@ MEASURING: dict[str, set[str]] = {
     "prune.step": STEP,
     "prune.curve": STEP,
     "prune.evidence": STEP,
-    "prune.gates": MEASURE,
+    "prune.gates": MEASURE | {"requests"},
     "prune.repairs": STEP | {"tune"},
-    "prune.windows": MEASURE,
+    "prune.windows": MEASURE | {"requests"},
     "prune.scores": MEASURE | {"evaluate"},
     "prune.repair": MEASURE,
     "quantize.step": STEP,

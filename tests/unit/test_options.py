@@ -16,9 +16,9 @@ from moeconv.options import (
     check_names,
     choices_of,
     flag_of,
+    from_keywords,
     parse_layers,
     parse_size,
-    take,
 )
 from moeconv.plan.build import parse_dtype
 from moeconv.plan.execute import parse_part
@@ -86,15 +86,15 @@ def test_dtypes():
 
 def test_take_picks_a_groups_values_and_checks_choices():
     values = {"experts": 4, "seed": 3, "unrelated": object()}
-    assert take(UpcycleOptions, values) == UpcycleOptions(experts=4)
-    assert take(PlanOptions, values) == PlanOptions(seed=3)
+    assert from_keywords(UpcycleOptions, values) == UpcycleOptions(experts=4)
+    assert from_keywords(PlanOptions, values) == PlanOptions(seed=3)
     with pytest.raises(UsageError, match="--method cpoy") as caught:
-        take(UpcycleOptions, {"method": "cpoy"})
+        from_keywords(UpcycleOptions, {"method": "cpoy"})
     assert caught.value.hint == "Did you mean copy?"
     with pytest.raises(UsageError, match="--device gpu"):
-        take(MeasureOptions, {"device": "gpu"})
+        from_keywords(MeasureOptions, {"device": "gpu"})
     with pytest.raises(UsageError, match="--scheme q3_k"):
-        take(QuantizeOptions, {"scheme": "q3_k"})
+        from_keywords(QuantizeOptions, {"scheme": "q3_k"})
 
 
 def test_unknown_parameters_are_named():

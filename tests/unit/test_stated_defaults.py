@@ -18,7 +18,7 @@ from words import add_tokenizer
 
 from moeconv import options
 from moeconv.families.model import open_model
-from moeconv.options import PruneOptions, flag_of
+from moeconv.options import DataOptions, MeasureOptions, PruneOptions, flag_of
 
 FIELDS = {
     (name.removesuffix("Options").lower(), f.name): f
@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], An
     def stop(*_: Any, tokens: int | None, seq_len: int, **__: Any) -> None:
         raise Asked({"tokens": tokens, "seq_len": seq_len})
 
-    for module in ("calibrate.run", "evaluate.run", "tune.run", "gptq.run", "prepare.router", "data.windows"):
+    for module in ("calibrate.run", "evaluate.run", "tune.run", "quantize.gptq.run", "upcycle.router", "data.windows"):
         monkeypatch.setattr(import_module(f"moeconv.{module}"), "load_tokens", stop)
 
     def ask(run: Callable[[], Any]) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def test_what_is_drawn_of_the_data(models, asked, tmp_path):
     from moeconv.evaluate.run import evaluate
     from moeconv.prune.windows import read_windows
     from moeconv.quantize.gptq.run import choose_codes
+    from moeconv.recipe.read import asked as asks
     from moeconv.tune.run import tune
     from moeconv.upcycle.router import measure_router
 
@@ -76,8 +77,15 @@ def test_what_is_drawn_of_the_data(models, asked, tmp_path):
     model = open_model(moe)
     assert asked(lambda: calibrate(moe, tmp_path / "s", data=["x"])) == usual
     assert asked(lambda: calibrate(dense, tmp_path / "s", data=["x"])) == usual
-    assert asked(lambda: read_windows(model, {"data": ("x",)})) == usual
-    assert asked(lambda: choose_codes(model, [], tmp_path / "c", damping=0.01, seed=0, data=("x",))) == usual
+    assert asked(lambda: read_windows(model, asks("prune", {"data": ("x",)}, "", ""))) == usual
+    assert (
+        asked(
+            lambda: choose_codes(
+                model, [], tmp_path / "c", data=DataOptions(("x",)), measure=MeasureOptions(), damping=0.01, seed=0
+            )
+        )
+        == usual
+    )
     assert asked(lambda: measure_router(open_model(dense), tmp_path / "r", kind="hidden", names={}, experts=4, seed=0,
                                         data=("a", "b", "c", "d"))) == usual  # fmt: skip
     assert asked(lambda: evaluate(moe, data=["x"])) == {"tokens": None, "seq_len": evaluated}

@@ -27,7 +27,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.families import packed
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, check_names, parse_size, take
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
@@ -53,11 +53,12 @@ def choose_codes(
     items: Sequence[Item],
     path: str | os.PathLike[str],
     *,
+    data: DataOptions,
+    measure: MeasureOptions,
     damping: float,
     view: Model | None = None,
     seed: int = 0,
     meter: Meter | None = None,
-    **parameters: Any,
 ) -> dict[str, Any]:
     """Write an overlay with the outputs of `items`, planned packings of expert weights; returns {layers: [{layer,
     output_rms, output_rms_rtn, output_rms_gptq, kept, fewest_tokens, tokens_per_expert}], tokens, held_out}.
@@ -67,31 +68,28 @@ def choose_codes(
 
     `output_rms` is the error of the layer's FFN against the unquantized one on the same inputs, relative, on tokens
     that chose nothing; `output_rms_rtn` is what round-to-nearest has there, `output_rms_gptq` what the chosen codes
-    have. Where they err more, the layer gets the nearest codes and `kept` is False. parameters: DataOptions and
-    MeasureOptions.
+    have. Where they err more, the layer gets the nearest codes and `kept` is False.
     Raises InputError for unusable data, or activations that are not finite.
     """
-    check_names(parameters, DataOptions, MeasureOptions)
-    measure = take(MeasureOptions, parameters)
     if not 0 < damping < 1e6:
         raise UsageError(f"--damping {damping} must be above 0", hint="0.01 is usual.")
     view = view or model
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     meter = meter or SilentMeter()
     meter.note("reading the data")
-    data = load_tokens(
-        take(DataOptions, parameters).data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
+    read = load_tokens(
+        data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
     start_meter(meter, model)
     stream = stream_within(
-        model, data.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
+        model, read.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
         budget=budget, meter=meter, what="gptq", **GPTQ,
     )  # fmt: skip
-    sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in data.sources]
+    sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources]
     metadata = artifact_metadata(
         "overlay", version=VERSION, identity=view.identity, method="gptq", damping=damping, seed=seed,
-        seq_len=data.seq_len, sources=sources,
+        seq_len=read.seq_len, sources=sources,
     )  # fmt: skip
     by_layer: dict[int | None, list[Item]] = {}
     for item in items:
@@ -113,7 +111,7 @@ def choose_codes(
                     f"layer {layer.index}: output error {rows[-1]['output_rms']:.4f}, "
                     f"round-to-nearest {rows[-1]['output_rms_rtn']:.4f}"
                 )
-    return {"layers": rows, "tokens": data.tokens, "held_out": int(held_out(*data.windows.shape).sum())}
+    return {"layers": rows, "tokens": read.tokens, "held_out": int(held_out(*read.windows.shape).sum())}
 
 
 def remarks_on(found: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,76 @@
+"""Which experts stay, as a value: what gates and repairs work on, and what the plan is made from, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from moeconv.families.model import Model
+from moeconv.options import PruneOptions
+from moeconv.prune.choice import (
+    checked_keep,
+    choose,
+    default_criterion,
+    left_by_threshold,
+    orders_of,
+    protected_experts,
+)
+from moeconv.prune.criteria import Evidence, Order
+from moeconv.prune.cutting import Keep
+from moeconv.prune.limits import check_feasible
+
+Groups = Mapping[int, Mapping[int, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The experts that stay: `left` in every layer, those of `keep` {layer: ids}.
+
+    Where nothing has been measured `known` is False, and the first experts stand for them: the sizes are the same.
+    `orders` {layer: order of removal, with scores} are the criterion's, where it decided alone; `groups` {layer:
+    {kept: absorbed}} are what a merge joins.
+    """
+
+    left: int
+    keep: Keep
+    known: bool
+    criterion: str
+    orders: Mapping[int, Order] | None = None
+    groups: Groups | None = None
+
+
+def decide(
+    model: Model, options: PruneOptions, evidence: Evidence, *, left: int | None, seed: int, keep: Keep | None = None
+) -> Decision:
+    """Decide by the criterion's evidence, or by `keep` where that is decided already.
+
+    `left` is what `limits.check_prune` returned: experts per layer, None where the evidence decides how many.
+    Raises UsageError for a budget that cannot be met or that nothing given decides, InputError for evidence that says
+    nothing.
+    """
+    name = options.criterion or default_criterion(model, evidence)
+    if keep is not None:
+        left = len(next(iter(keep.values()), ())) if left is None else left
+        _check(model, options, evidence, left)
+        return Decision(left, checked_keep(model, keep, left), True, name)
+    orders = orders_of(model, evidence, options, seed=seed) if left != model.num_experts else None
+    if left is None:
+        left = left_by_threshold(model, options, evidence, orders)
+    protected = _check(model, options, evidence, left)
+    if orders is not None:
+        chosen: Keep = choose(model, orders, left, evidence=evidence, criterion=name, protected=protected)
+        return Decision(left, chosen, True, name, orders)
+    return Decision(left, {layer: list(range(left)) for layer in model.moe_layers}, left == model.num_experts, name)
+
+
+def with_keep(decision: Decision, keep: Keep, *, groups: Groups | None = None) -> Decision:
+    """A decision whose experts were chosen anew, or are merged."""
+    return replace(decision, keep=keep, known=True, orders=None, groups=groups)
+
+
+def _check(model: Model, options: PruneOptions, evidence: Evidence, left: int) -> Mapping[int, frozenset[int]]:
+    """Refuse a number of experts that the router cannot have. Returns the protected experts."""
+    protected = protected_experts(model, options, evidence)
+    if left < model.num_experts or options.top_k is None:
+        check_feasible(model, left, protected, options.top_k or model.top_k)
+    return protected

@@ -1,0 +1,169 @@
+"""One frozen request per verb: everything that a command line, a recipe's step or a program asks of it.
+
+The order of the fields is the order of the flags in the help texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from moeconv import options as o
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    model: str
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class UpcycleRequest:
+    source: str
+    out: str
+    upcycle: o.UpcycleOptions
+    statistics: o.StatisticsOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    calibrate: o.CalibrateOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    model: str
+    stats: str
+    calibrate: o.CalibrateOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    artifact: o.ArtifactOptions
+    random: o.SeedOptions
+    merge: o.MergeOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    model: str
+    out: str
+    tune: o.TuneOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class PruneRequest:
+    """`out` is None where --curve only prints."""
+
+    model: str
+    out: str | None
+    prune: o.PruneOptions
+    statistics: o.StatisticsOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    calibrate: o.CalibrateOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    model: str
+    out: str
+    quantize: o.QuantizeOptions
+    statistics: o.StatisticsOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    model: str
+    evaluate: o.EvaluateOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    sample: o.SampleOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    model: str
+    verify: o.VerifyOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    model: str
+    out: str
+    report: o.ReportOptions
+    artifact: o.ArtifactOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    recipe: str
+    run: o.RunOptions
+
+
+@dataclass(frozen=True)
+class FamiliesRequest:
+    """Nothing is asked."""
+
+
+@dataclass(frozen=True)
+class FormatsRequest:
+    """Nothing is asked."""
+
+
+@dataclass(frozen=True)
+class DemoRequest:
+    """`dir` None: a temporary directory."""
+
+    dir: str | None
+    demo: o.DemoOptions
+
+
+def groups_of(kind: type) -> tuple[type, ...]:
+    """The option groups of a request, in order."""
+    return tuple(group for _, group in _fields(kind) if group is not None)
+
+
+def request(kind: type[R], values: Mapping[str, object]) -> R:
+    """The request from values by their names; what a group does not find takes its default. Raises UsageError for a
+    value outside its choices."""
+    given = {name: values[name] if group is None else o.from_keywords(group, values) for name, group in _fields(kind)}
+    return kind(**given)
+
+
+def paths_of(kind: type) -> tuple[str, ...]:
+    """The fields of a request that are no option group: its source, then what it writes."""
+    return tuple(name for name, group in _fields(kind) if group is None)
+
+
+def keywords(*groups: object) -> dict[str, Any]:
+    """The values of option groups as keyword arguments, for the functions of `moeconv.api`."""
+    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}  # type: ignore[arg-type]
+
+
+def _fields(kind: type) -> Iterator[tuple[str, type | None]]:
+    """(field, its option group; None for a path)."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        yield field.name, hint if dataclasses.is_dataclass(hint) and isinstance(hint, type) else None

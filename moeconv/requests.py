@@ -17,12 +17,16 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class InspectRequest:
+    """`moeconv inspect`."""
+
     model: str
     read: o.ReadOptions
 
 
 @dataclass(frozen=True)
 class UpcycleRequest:
+    """`moeconv upcycle`."""
+
     source: str
     out: str
     upcycle: o.UpcycleOptions
@@ -37,6 +41,8 @@ class UpcycleRequest:
 
 @dataclass(frozen=True)
 class CalibrateRequest:
+    """`moeconv calibrate`."""
+
     model: str
     stats: str
     calibrate: o.CalibrateOptions
@@ -50,6 +56,8 @@ class CalibrateRequest:
 
 @dataclass(frozen=True)
 class TuneRequest:
+    """`moeconv tune`."""
+
     model: str
     out: str
     tune: o.TuneOptions
@@ -62,7 +70,7 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class PruneRequest:
-    """`out` is None where --curve only prints."""
+    """`moeconv prune`; `out` is None where --curve only prints."""
 
     model: str
     out: str | None
@@ -78,6 +86,8 @@ class PruneRequest:
 
 @dataclass(frozen=True)
 class QuantizeRequest:
+    """`moeconv quantize`."""
+
     model: str
     out: str
     quantize: o.QuantizeOptions
@@ -91,6 +101,8 @@ class QuantizeRequest:
 
 @dataclass(frozen=True)
 class EvaluateRequest:
+    """`moeconv evaluate`."""
+
     model: str
     evaluate: o.EvaluateOptions
     data: o.DataOptions
@@ -101,6 +113,8 @@ class EvaluateRequest:
 
 @dataclass(frozen=True)
 class VerifyRequest:
+    """`moeconv verify`."""
+
     model: str
     verify: o.VerifyOptions
     read: o.ReadOptions
@@ -108,6 +122,8 @@ class VerifyRequest:
 
 @dataclass(frozen=True)
 class ReportRequest:
+    """`moeconv report`."""
+
     model: str
     out: str
     report: o.ReportOptions
@@ -117,23 +133,25 @@ class ReportRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
+    """`moeconv run`."""
+
     recipe: str
     run: o.RunOptions
 
 
 @dataclass(frozen=True)
 class FamiliesRequest:
-    """Nothing is asked."""
+    """`moeconv families`."""
 
 
 @dataclass(frozen=True)
 class FormatsRequest:
-    """Nothing is asked."""
+    """`moeconv formats`."""
 
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """`dir` None: a temporary directory."""
+    """`moeconv demo`; `dir` is None for a temporary directory."""
 
     dir: str | None
     demo: o.DemoOptions

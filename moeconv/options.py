@@ -31,15 +31,21 @@ SCOPES = ("experts", "experts+shared", "all-linear")
 Reads = Literal["", "model", "file", "data"]
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | str = (), reads: Reads = "") -> Any:
+_FORMAT_WORDS = "moeconv.quantize.formats:help_words"
+
+
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] | str = (), words: str = "", reads: Reads = ""
+) -> Any:  # fmt: skip
     """A dataclass field with its help text.
 
     `choices` are the words that it takes, or "module:name" of a registry or a function that gives them: imported when
-    they are asked for, so that the words of a registry stand in one place and `--help` stays quick.
+    they are asked for, so that the words of a registry stand in one place and `--help` stays quick. In the same way
+    `words` is the place of a function that gives what stands in braces in `help`.
     `reads` says what the command reads at the path that is the value, so that no output can replace it: a model's
     directory, a file, or data (a file or a directory, FILE=WEIGHT).
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "reads": reads})
+    return field(default=default, metadata={"help": help, "choices": choices, "words": words, "reads": reads})
 
 
 @dataclass(frozen=True)
@@ -222,8 +228,8 @@ class QuantizeOptions:
         None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
         choices="moeconv.quantize.formats:scheme_words",
     )  # fmt: skip
-    bits: int | None = option(None, "4 or 8: short for the format's usual scheme of that width.")
-    group_size: str = option("auto", "Weights per scale: auto, channel, or 32, 64, 128.")
+    bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)
+    group_size: str = option("auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS)
     method: str = option(
         "rtn", "How codes are chosen: nearest, scales of least error, or by data (needs --data).",
         choices=("rtn", "mse", "gptq"),
@@ -239,9 +245,10 @@ class QuantizeOptions:
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
     )
     self_contained: bool = option(
-        False, "bitsandbytes: write the loader's code beside the weights, for trust_remote_code=True without moeconv."
-    )
-    double_quant: bool = option(False, "Quantize the scales too (bitsandbytes nf4 and fp4).")
+        False, "{self_contained}: write the loader's code beside the weights, for trust_remote_code=True without "
+        "moeconv.", words=_FORMAT_WORDS,
+    )  # fmt: skip
+    double_quant: bool = option(False, "Quantize the scales too ({nesting}).", words=_FORMAT_WORDS)
     requantize: bool = option(
         False, "Take a source that is quantized already (FP8, MXFP4, ...): each weight is decoded as it is packed."
     )
@@ -438,11 +445,20 @@ def choices_of(parameter: dataclasses.Field[Any]) -> tuple[str, ...]:
     """The words that a parameter takes, () where any will do. Raises InputError where a package that adds one is
     broken."""
     choices = parameter.metadata["choices"]
-    if not isinstance(choices, str):
-        return choices
-    module, _, name = choices.partition(":")
+    return tuple(_found(choices) if isinstance(choices, str) else choices)
+
+
+def help_of(parameter: dataclasses.Field[Any]) -> str:
+    """The help text of a parameter, with the words of the registries in it."""
+    help, words = parameter.metadata["help"], parameter.metadata["words"]
+    return help.format_map(_found(words)) if words else help
+
+
+def _found(place: str) -> Any:
+    """What lies at "module:name"; of a function, what it gives."""
+    module, _, name = place.partition(":")
     found = getattr(import_module(module), name)
-    return tuple(found() if callable(found) else found)
+    return found() if callable(found) else found
 
 
 def from_keywords(group: type[T], values: Mapping[str, Any]) -> T:

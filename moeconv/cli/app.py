@@ -23,7 +23,7 @@ from moeconv.cli.progress import make_meter
 from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
-from moeconv.options import choices_of, flag_of, reads_of
+from moeconv.options import choices_of, flag_of, help_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.requests import request
@@ -46,19 +46,19 @@ def _annotation(kind: Any, name: str, help: str, choices: Sequence[str] = ()) ->
     return Annotated[kind, typer.Option(flag_of(name), help=text)]
 
 
-def _flag_parameters(verb: Verb, *, choices: bool) -> list[tuple[str, Any, Any]]:
-    """(name, annotation, default) of every flag of a verb; its help names its `choices`, or not."""
+def _flag_parameters(verb: Verb, *, whole: bool) -> list[tuple[str, Any, Any]]:
+    """(name, annotation, default) of every flag of a verb; its help is `whole`, with what registries have, or not."""
     flags: list[tuple[str, Any, Any]] = []
     for group in verb.groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
-            help = field.metadata["help"]
+            help, choices = (help_of(field), choices_of(field)) if whole else (field.metadata["help"], ())
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             if field.default is True or hints[field.name] == (bool | None):
                 spelled = f"{flag_of(field.name)}/--no-{field.name.replace('_', '-')}"
                 kind: Any = Annotated[hints[field.name], typer.Option(spelled, help=help)]
             else:
-                kind = _annotation(hints[field.name], field.name, help, choices_of(field) if choices else ())
+                kind = _annotation(hints[field.name], field.name, help, choices)
             flags.append((field.name, kind, default))
     return flags
 
@@ -68,12 +68,12 @@ def _argument(positional: Positional) -> Any:
     return Annotated[kind, typer.Argument(help=positional.help, metavar=positional.name.upper())]
 
 
-def _command(verb: Verb, *, choices: bool) -> types.FunctionType:
-    """The function typer sees: the verb's parameters as its signature. Their help names their `choices`, or not."""
+def _command(verb: Verb, *, whole: bool) -> types.FunctionType:
+    """The function that typer sees: the verb's parameters as its signature, with their `whole` help or a part of it."""
     names: list[tuple[str, Any, Any]] = [
         (p.name, _argument(p), inspect.Parameter.empty if p.required else None) for p in verb.positionals
     ]
-    names += _flag_parameters(verb, choices=choices)
+    names += _flag_parameters(verb, whole=whole)
     names += [(name, kind, False) for name, kind in _OUTPUT_FLAGS]
 
     def command(**values: Any) -> int:
@@ -153,7 +153,7 @@ def _guard(verb: Verb, values: Mapping[str, Any]) -> None:
 
 def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """The typer app with every verb. Only where `arguments` ask for a verb's help are the registries loaded that have
-    the choices of its parameters."""
+    the choices of its parameters and other words of its help."""
     asks = "--help" in arguments
     app = typer.Typer(
         name="moeconv", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -167,7 +167,7 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
             raise typer.Exit()
 
     for verb in VERBS:
-        app.command(verb.name, help=verb.help)(_command(verb, choices=asks and verb.name in arguments))
+        app.command(verb.name, help=verb.help)(_command(verb, whole=asks and verb.name in arguments))
     return app
 
 

@@ -49,7 +49,7 @@ def renumbered(model: Model, quantization: Mapping[str, Any], keep: Keep) -> dic
     Raises InputError for an entry that names experts of no tensor, and for names outside the known lists.
     """
     names = _names(model, keep)
-    matches = _matches_exact if quantization.get("quant_method") == "compressed-tensors" else _matches_part
+    matches = _MATCHES.get(str(quantization.get("quant_method")), _matches_part)
     return {key: _walked(value, f"quantization_config.{key}", key, names, matches)
             for key, value in quantization.items()}  # fmt: skip
 
@@ -183,3 +183,6 @@ def _compiled(pattern: str, *, otherwise: Callable[[str], bool]) -> Callable[[st
     except re.error:
         return otherwise
     return lambda name: expression.match(name) is not None
+
+
+_MATCHES: Mapping[str, _Matcher] = {"compressed-tensors": _matches_exact}  # the other methods look for parts of names

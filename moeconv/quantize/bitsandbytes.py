@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import UsageError
 from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 from moeconv.plan.plan import Item, TensorSpec
-from moeconv.quantize.spec import Format, Scheme, codes
+from moeconv.quantize.spec import MIXED, Format, Kernel, Scheme, SchemeInfo, codes
 
 Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
 
@@ -106,23 +107,53 @@ def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -
     }
 
 
+def _by_layer(parts: Mapping[Scheme, dict[str, Any]], schemes: Mapping[int, Scheme]) -> dict[str, Any]:
+    """The config of the narrowest scheme, with the name of each layer's for our loader."""
+    config = parts[min(dict.fromkeys(schemes.values()), key=lambda s: s.bits)]
+    by_layer = {str(layer): s.name for layer, s in schemes.items()}
+    return config | {"moeconv": config["moeconv"] | {"scheme": MIXED, "scheme_by_layer": by_layer}}
+
+
+def _check_blocks(item: Item, method: str) -> None:
+    """--method gptq gives a scale to a block of a row."""
+    if method == "gptq" and item.params["nested"]:
+        raise UsageError(
+            "--method gptq chooses the scales itself, which --double-quant would round again", hint="Leave one out."
+        )
+    width, block = item.inputs[0].shape[1], item.params["block_size"]
+    if method == "gptq" and width % block:
+        raise UsageError(
+            f"--method gptq needs rows of whole blocks: width {width}, blocks of {block}",
+            hint="Use --method rtn, or --format compressed-tensors.",
+        )
+
+
 _LOADS = {"transformers": "ok", "vllm": "unknown", "sglang": "ok", "llama.cpp": "no"}
-_NOTES = {
-    "transformers": "after `import moeconv.hf`, or with --self-contained and trust_remote_code=True",
-    "vllm": "only by its bitsandbytes plugin on a GPU; not run; not where all experts of a layer lie in one tensor",
-    "sglang": "read in its source, not run; not where all experts of a layer lie in one tensor",
-}
+_NO_FIT = {"mse": "its scale is the block's largest magnitude"}
 
 BITSANDBYTES = Format(
     "bitsandbytes",
-    ("nf4", "fp4", "int8"),
-    grouped=False,
+    (
+        SchemeInfo("nf4", 4, "U8", _LOADS, limit=0.4, errors={None: 0.0927**2}, nests=True),
+        SchemeInfo("fp4", 4, "U8", _LOADS, limit=0.4, nests=True),
+        SchemeInfo("int8", 8, "I8", _LOADS | {"vllm": "no", "sglang": "unknown"}, limit=0.05, errors={None: 0.0078**2}),
+    ),
+    notes={
+        "transformers": "after `import moeconv.hf`, or with --self-contained and trust_remote_code=True",
+        "vllm": "only by its bitsandbytes plugin on a GPU; not run; not where all experts of a layer lie in one tensor",
+        "sglang": "read in its source, not run; not where all experts of a layer lie in one tensor",
+    },
+    kernels=(
+        Kernel("pack_bnb4", grid="moeconv.quantize.gptq.grids:FOUR_BIT", check=_check_blocks, without=_NO_FIT),
+        Kernel("pack_bnb8", grid="moeconv.quantize.gptq.grids:ROWWISE", without=_NO_FIT),
+        Kernel("pack_bnb4_slice", without=_NO_FIT),
+    ),
     make=_make_bnb,
     config=_bnb_config,
-    loads={"nf4": _LOADS, "fp4": _LOADS, "int8": _LOADS | {"vllm": "no", "sglang": "unknown"}},
-    mixed=_LOADS | {"vllm": "no", "sglang": "unknown"},
-    notes=_NOTES,
-    remote_code=True,
-    nests=("nf4", "fp4"),
     stack=_stack_bnb,
+    mixes=("nf4", "int8"),
+    mixed=_LOADS | {"vllm": "no", "sglang": "unknown"},
+    merge=_by_layer,
+    imports="import moeconv.hf  # registers the loader of packed experts",
+    remote_code="moeconv.hf.quantizer",
 )

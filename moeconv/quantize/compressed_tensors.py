@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moeconv.checkpoint.reader import TensorRef
+from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
-from moeconv.quantize.spec import Format, Scheme, codes
+from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo, codes
 
 
 def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
@@ -43,20 +44,60 @@ def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: s
     }
 
 
+def _check_words(ref: TensorRef, scheme: Scheme) -> None:
+    if ref.shape[1] * scheme.bits % 32:
+        raise InputError(
+            f"tensor {escape(ref.name)!r}: {ref.shape[1]} columns of {scheme.bits} bits do not fill 32-bit words",
+            hint="Use --format bitsandbytes.",
+        )
+
+
+def _by_layer(parts: Mapping[Scheme, dict[str, Any]], schemes: Mapping[int, Scheme]) -> dict[str, Any]:
+    """A config group for each scheme, with the experts of its layers as targets."""
+    used = list(dict.fromkeys(schemes.values()))
+    groups = {}
+    for i, scheme in enumerate(used):
+        layers = "|".join(str(layer) for layer, s in schemes.items() if s == scheme)
+        (group,) = parts[scheme]["config_groups"].values()
+        groups[f"group_{i}"] = group | {"targets": [rf"re:.*layers\.({layers})\..*experts\..*"]}
+    return parts[min(used, key=lambda s: s.bits)] | {"config_groups": groups}
+
+
+_MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
+
+
+def _remarks(runtime: str, hidden: int) -> list[str]:
+    if runtime != "vllm" or hidden % _MARLIN == 0:
+        return []
+    return [f"vLLM's fast GPU kernel needs a hidden size of multiples of {_MARLIN}, this one is {hidden}"]
+
+
 _LOADS = {"transformers": "dequantized", "vllm": "ok", "sglang": "ok", "llama.cpp": "no"}
-_NOTES = {
-    "transformers": "expands to the dtype of the scales in memory",
-    "vllm": "int4 on CPU and GPU; int8 on a GPU (read in its source), its CPU backend has no kernel",
-    "sglang": "read in its source, not run",
-}
 
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
-    ("int4", "int8"),
-    grouped=True,
+    (
+        SchemeInfo(
+            "int4", 4, "I32", _LOADS, limit=0.4, groups=(128, 64, 32),
+            errors={32: 0.0946**2, 64: 0.1031**2, 128: 0.1108**2},
+        ),
+        SchemeInfo(
+            "int8", 8, "I32", _LOADS | {"vllm": "unknown"},  # refused by its CPU backend, measured
+            limit=0.05, groups=(128, 64, 32, None),
+            errors={32: 0.0055**2, 64: 0.0060**2, 128: 0.0065**2, None: 0.0091**2},
+        ),
+    ),
+    notes={
+        "transformers": "expands to the dtype of the scales in memory",
+        "vllm": "int4 on CPU and GPU; int8 on a GPU (read in its source), its CPU backend has no kernel",
+        "sglang": "read in its source, not run",
+    },
+    kernels=(Kernel("pack_int", fits=True, grid="moeconv.quantize.gptq.grids:INTEGER"),),
     make=_make_packed,
     config=_packed_config,
-    loads={"int4": _LOADS, "int8": _LOADS | {"vllm": "unknown"}},  # refused by its CPU backend, measured
+    check=_check_words,
+    mixes=("int4", "int8"),
     mixed=_LOADS | {"transformers": "no"},
-    notes=_NOTES,
-)
+    merge=_by_layer,
+    remarks=_remarks,
+)  # fmt: skip

@@ -1,11 +1,12 @@
 """The quantization formats, a file each, in one table; and what --scheme, --bits and --group-size come to.
 
-Formats are data over the pack kernels; sizes are pure arithmetic, so a dry run states them to the byte.
+Formats are data over the pack kernels; sizes are pure arithmetic, so a dry run states them to the byte. A new
+format is one more line in FORMATS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.options import parse_index
@@ -13,59 +14,134 @@ from moeconv.plugins import Registry
 from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
 from moeconv.quantize.gguf import GGUF
-from moeconv.quantize.spec import Format, Scheme
+from moeconv.quantize.spec import MIXED, Format, Kernel, SchemeInfo
 
-GROUP_SIZES = (128, 64, 32)
-BITS = {"int4": 4, "int8": 8, "nf4": 4, "fp4": 4, "q4_k": 4, "q4_0": 4, "q8_0": 8}
-FORMATS = Registry(Format, "moeconv.formats", (COMPRESSED_TENSORS, BITSANDBYTES, GGUF))
-MIXED = "mixed"  # the word of --scheme for bits that differ by layer
+FORMATS = Registry(
+    Format,
+    "moeconv.formats",
+    (
+        COMPRESSED_TENSORS,
+        BITSANDBYTES,
+        GGUF,
+    ),
+)
+_USUAL = 4  # bits of the scheme that is taken where nothing is asked for
 
 
 def scheme_words() -> tuple[str, ...]:
     """What --scheme takes: every format's schemes, the narrower first, and the word for bits by layer."""
-    names = [scheme for f in FORMATS.values() for scheme in sorted(f.schemes, key=BITS.__getitem__)]
+    names = [info.name for f in FORMATS.values() for info in sorted(f.schemes, key=lambda info: info.bits)]
     return (*dict.fromkeys(names), MIXED)
 
 
-def choose_scheme(format: Format, *, scheme: str | None, bits: int | None) -> str:
-    """The scheme's name from --scheme or --bits. Raises UsageError when they contradict or the format lacks it."""
-    if bits is not None and bits not in (4, 8):
-        raise UsageError(f"--bits {bits}: only 4 and 8 are known")
+def help_words() -> dict[str, str]:
+    """What help texts name of the formats."""
+    nesting = {f.name: [info.name for info in f.schemes if info.nests] for f in FORMATS.values()}
+    return {
+        "bits": _either(_widths()),
+        "group_sizes": ", ".join(map(str, sorted(_sizes(info for f in FORMATS.values() for info in f.schemes)))),
+        "nesting": ", ".join(f"{name} {' and '.join(schemes)}" for name, schemes in nesting.items() if schemes),
+        "self_contained": ", ".join(f.name for f in FORMATS.values() if f.remote_code),
+    }
+
+
+def kernel_of(name: str) -> Kernel | None:
+    """The record of a kernel that packs; None for any other."""
+    return next((kernel for f in FORMATS.values() for kernel in f.kernels if kernel.name == name), None)
+
+
+def choose_scheme(format: Format, *, scheme: str | None, bits: int | None) -> SchemeInfo:
+    """The scheme of --scheme or --bits: of neither the format's first of 4 bits, or else its first. Raises UsageError
+    when they contradict or the format lacks it."""
+    if bits is not None and bits not in _widths():
+        raise UsageError(f"--bits {bits}: only {' and '.join(map(str, _widths()))} are known")
     if scheme is None:
-        return next(s for s in format.schemes if BITS[s] == (bits or 4))
-    if bits is not None and BITS.get(scheme) != bits:
+        return _of_bits(format, bits)
+    known = [info for f in (format, *FORMATS.values()) for info in f.schemes if info.name == scheme]
+    if bits is not None and (not known or known[0].bits != bits):
         raise UsageError(f"--bits {bits} contradicts --scheme {escape(scheme)}", hint="Give one of them.")
-    if scheme not in format.schemes:
-        fits = [f.name for f in FORMATS.values() if scheme in f.schemes]
+    if scheme not in format.names:
+        fits = [f.name for f in FORMATS.values() if scheme in f.names]
         raise UsageError(
             f"--format {format.name} has no scheme {escape(scheme)}",
-            hint=f"Use --format {fits[0]}." if fits else f"It has: {', '.join(format.schemes)}.",
+            hint=f"Use --format {fits[0]}." if fits else f"It has: {', '.join(format.names)}.",
         )
-    return scheme
+    return format.scheme(scheme)
 
 
-def choose_group(text: str, widths: Sequence[int]) -> int | None:
-    """--group-size for weights of these input widths: auto takes the largest of 128, 64, 32 that divides them all.
+def _of_bits(format: Format, bits: int | None) -> SchemeInfo:
+    fits = [info for info in format.schemes if info.bits == (bits or _USUAL)]
+    if fits or bits is None:
+        return (*fits, *format.schemes)[0]
+    others = [f.name for f in FORMATS.values() if any(info.bits == bits for info in f.schemes)]
+    has = ", ".join(f"{info.name} ({info.bits} bits)" for info in format.schemes)
+    raise UsageError(
+        f"--format {format.name} has no scheme of {bits} bits", hint=f"It has {has}; or use --format {_either(others)}."
+    )
+
+
+def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[int]) -> int | None:
+    """--group-size for weights of these input widths: auto takes the largest size that divides them all.
 
     Raises UsageError for a word that is no size, InputError where a width is not divisible.
     """
+    if not info.groups:
+        if text != "auto":
+            raise UsageError(f"--group-size has no meaning for --format {format.name}", hint="Leave it out.")
+        return None
+    sizes = _sizes((info,))
     if text == "channel":
+        if None not in info.groups:
+            others = [other.name for other in format.schemes if None in other.groups]
+            raise UsageError(
+                f"--group-size channel is {'for ' + _either(others) if others else 'not for ' + info.name}",
+                hint=f"Use --group-size auto with {info.name}.",
+            )
         return None
     if text == "auto":
-        for size in GROUP_SIZES:
+        for size in sizes:
             if all(width % size == 0 for width in widths):
                 return size
         raise InputError(
-            f"no group size of {', '.join(map(str, GROUP_SIZES))} divides the widths {sorted(set(widths))}",
-            hint="Use --scheme int8 --group-size channel, or --format bitsandbytes.",
+            f"no group size of {', '.join(map(str, sizes))} divides the widths {sorted(set(widths))}",
+            hint=_without_groups(format),
         )
     given = parse_index(text)
-    if given is None or given not in GROUP_SIZES:
-        raise UsageError(f"--group-size {escape(text)}: not auto, channel, {', '.join(map(str, GROUP_SIZES))}")
+    if given is None or given not in sizes:
+        raise UsageError(f"--group-size {escape(text)}: not auto, channel, {', '.join(map(str, sizes))}")
     bad = sorted({width for width in widths if width % given})
     if bad:
         raise InputError(f"--group-size {given} does not divide width {bad[0]}", hint="Try --group-size auto.")
     return given
 
 
-__all__ = ["BITS", "FORMATS", "Format", "Scheme", "choose_group", "choose_scheme"]
+def fitting_groups(info: SchemeInfo, widths: Sequence[int]) -> list[int | None]:
+    """The group sizes that divide every width, the largest first; [None] where the layout fixes them."""
+    return [size for size in _sizes((info,)) if all(width % size == 0 for width in widths)] if info.groups else [None]
+
+
+def _without_groups(format: Format) -> str:
+    """The hint for weights whose width no group size divides."""
+    by_row = [f"--scheme {info.name} --group-size channel" for info in format.schemes if None in info.groups]
+    fixed = [f"--format {f.name}" for f in in_place() if not any(info.groups for info in f.schemes)]
+    return f"Use {', or '.join([*by_row, *fixed[:1]])}."
+
+
+def in_place() -> Iterator[Format]:
+    """The formats that pack weights where they are, in safetensors files."""
+    return (f for f in FORMATS.values() if f.shard is None)
+
+
+def _widths() -> list[int]:
+    return sorted({info.bits for f in FORMATS.values() for info in f.schemes})
+
+
+def _sizes(infos: Iterable[SchemeInfo]) -> list[int]:
+    """The group sizes in numbers, the largest first."""
+    return sorted({size for info in infos for size in info.groups if size is not None}, reverse=True)
+
+
+def _either(words: Iterable[object]) -> str:
+    """a, b or c"""
+    *front, last = map(str, words)
+    return f"{', '.join(front)} or {last}" if front else last

@@ -15,10 +15,9 @@ from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_metadata import metadata
 from moeconv.quantize.llama_cpp import FLOAT32, LlamaCpp, find_row, tensor_name
-from moeconv.quantize.spec import Format, Scheme
+from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
 
 FILE_NAME = "model.gguf"
-_DTYPES = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K"}
 _FALLBACK = "Q8_0"
 
 
@@ -28,7 +27,7 @@ def gguf_shard(
     """The whole file, and warnings about what is stored otherwise than asked. `dtype` is that of what is not packed.
 
     Raises InputError for a family, configuration, tokenizer or width that cannot be written."""
-    row = find_row(model)
+    row, block = find_row(model), GGUF.scheme(scheme.name).codes
     packed = {ref.name for ref in weights}
     stacks: dict[str, list[TensorSpec]] = {}
     items: list[Item] = []
@@ -40,8 +39,8 @@ def gguf_shard(
     for name in names:
         ref, role = model.checkpoint.tensors[name], model.roles[name]
         target = tensor_name(row, role)
-        kind = _dtype(ref, role, _DTYPES[scheme.name] if name in packed else None, dtype)
-        if name in packed and kind != _DTYPES[scheme.name] and target not in stacks:
+        kind = _dtype(ref, role, block if name in packed else None, dtype)
+        if name in packed and kind != block and target not in stacks:
             fallen.append(f"{target} ({ref.shape[1]} columns)")
         part = target if role.expert is None else f"{target}#{role.expert}"
         spec = TensorSpec(part, kind, ref.shape, role.key, math.prod(ref.shape))
@@ -100,14 +99,17 @@ _LOADS = {"transformers": "no", "vllm": "unknown", "sglang": "unknown", "llama.c
 
 GGUF = Format(
     "gguf",
-    ("q4_k", "q8_0", "q4_0"),
-    grouped=False,
-    loads=dict.fromkeys(_DTYPES, _LOADS),
-    mixed=_LOADS,
+    (
+        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4),
+        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05),
+        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4),
+    ),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (Mixtral without a word, as a dense Llama)",
         "vllm": "only by a plugin; not run",
         "llama.cpp": "run for every family that it is written for",
     },
+    kernels=(Kernel("gguf"),),
     shard=gguf_shard,
+    mixed=_LOADS,
 )

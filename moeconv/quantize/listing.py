@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from moeconv.quantize.formats import BITS, FORMATS
+from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.targets import every_runtime
 
 
 def formats() -> dict[str, Any]:
     """The quantization formats and which runtime loads them."""
     rows = []
     for f in FORMATS.values():
-        kinds = [(scheme, BITS[scheme], f.loads[scheme]) for scheme in f.schemes]
-        for scheme, bits, loads in (*kinds, ("mixed bits by layer", None, f.mixed)):
+        kinds: list[tuple[str, int | None, Mapping[str, str]]] = [
+            (info.name, info.bits, info.loads) for info in f.schemes
+        ]
+        if f.mixed:
+            kinds.append(("mixed bits by layer", None, f.mixed))
+        for scheme, bits, loads in kinds:
             rows.append(
-                {"name": f"{f.name} {scheme}", "format": f.name, "scheme": scheme, "bits": bits, "loads": dict(loads),
-                 "notes": dict(f.notes)}
+                {"name": f"{f.name} {scheme}", "format": f.name, "scheme": scheme, "bits": bits,
+                 "loads": every_runtime(loads), "notes": dict(f.notes)}
             )  # fmt: skip
     return {"formats": rows}

@@ -6,30 +6,34 @@ import dataclasses
 
 from moeconv.errors import UsageError
 from moeconv.plan.plan import Item
+from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.spec import Format
 
-_FITTED = ("pack_int",)  # kernels that can fit their scales (parameter `fit`)
-_FREE = ("pack_int", "pack_bnb4", "pack_bnb4_slice", "pack_bnb8")  # layouts whose codes data can choose
+
+def check_method(format: Format, method: str) -> None:
+    """Raises UsageError for a method that none of a format's kernels has, with those that it has."""
+    if method in format.methods:
+        return
+    why = next((kernel.without[method] for kernel in format.kernels if method in kernel.without), "")
+    others = [f.name for f in FORMATS.values() if method in f.methods]
+    raise UsageError(
+        f"--method {method} is not for --format {format.name}" + (f": {why}" if why else ""),
+        hint=f"Use --method {' or '.join(format.methods)}"
+        + (f", or --format {' or '.join(others)}." if others else "."),
+    )
 
 
-def apply_method(item: Item, method: str) -> Item:
-    """The item under a method, before any overlay. Raises UsageError for a method that its layout does not have."""
-    if method == "rtn" or item.kernel not in (*_FITTED, *_FREE):
+def apply_method(item: Item, method: str, format: Format) -> Item:
+    """The item under a method, before any overlay. Raises UsageError for a method that its kernel does not have."""
+    kernel = next((kernel for kernel in format.kernels if kernel.name == item.kernel), None)
+    if method == "rtn":
         return item
-    if method == "gptq" and (item.kernel not in _FREE or item.params.get("nested")):
+    if kernel is None or method not in kernel.methods:
+        what = "" if kernel is None else kernel.without.get(method, "")
         raise UsageError(
-            "--method gptq chooses the scales itself, which --double-quant would round again", hint="Leave one out."
+            f"--method {method} is not for {item.outputs[0].name} in --format {format.name}"
+            + (f": {what}" if what else ""),
+            hint=f"Use --method {' or '.join(kernel.methods if kernel else ('rtn',))}.",
         )
-    if method == "gptq" and item.kernel == "pack_bnb4" and item.inputs[0].shape[1] % item.params["block_size"]:
-        raise UsageError(
-            f"--method gptq needs rows of whole blocks: width {item.inputs[0].shape[1]}, "
-            f"blocks of {item.params['block_size']}",
-            hint="Use --method rtn, or --format compressed-tensors.",
-        )
-    if item.kernel in _FITTED:
-        return dataclasses.replace(item, params={**item.params, "fit": True})
-    if method == "mse":
-        raise UsageError(
-            "--method mse is for compressed-tensors: bitsandbytes' scale is the block's largest magnitude",
-            hint="Use --method rtn or gptq, or --format compressed-tensors.",
-        )
-    return item
+    kernel.check(item, method)
+    return dataclasses.replace(item, params={**item.params, "fit": True}) if kernel.fits else item

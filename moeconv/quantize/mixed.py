@@ -7,33 +7,21 @@ layer: no runtime loads bits that differ by expert). Greedy on each layer's lowe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from moeconv.errors import UsageError, escape
 from moeconv.options import QuantizeOptions, parse_size
-from moeconv.quantize.spec import Format, Scheme
-
-# Squared error of Gaussian weights relative to their own square, measured by round-to-nearest. Other methods lower all
-# of a layer's alike, which decides nothing.
-_ERROR = {
-    ("int4", 32): 0.0946**2, ("int4", 64): 0.1031**2, ("int4", 128): 0.1108**2,
-    ("int8", 32): 0.0055**2, ("int8", 64): 0.0060**2, ("int8", 128): 0.0065**2, ("int8", None): 0.0091**2,
-    ("nf4", None): 0.0927**2, ("bnb int8", None): 0.0078**2,
-}  # fmt: skip
-_CHOICES = {"compressed-tensors": ("int4", "int8"), "bitsandbytes": ("nf4", "int8")}
+from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.spec import MIXED, Format, Scheme
 
 
-def expected_error(format: Format, scheme: Scheme) -> float:
-    """Squared relative error that a scheme has on Gaussian weights."""
-    name = "bnb int8" if format.name == "bitsandbytes" and scheme.name == "int8" else scheme.name
-    return _ERROR[name, scheme.group]
-
-
-def candidates(format: Format, groups: Sequence[int | None], bits: Mapping[str, int]) -> list[Scheme]:
-    """The schemes that layers choose from. `groups` are the group sizes that divide every width, largest first."""
-    four, eight = _CHOICES[format.name]
-    sizes = groups if format.grouped else [None]
-    return [*(Scheme(four, bits[four], g) for g in sizes), Scheme(eight, bits[eight], sizes[0])]
+def candidates(format: Format, groups: Sequence[int | None]) -> list[Scheme]:
+    """The schemes that layers choose from. `groups` are the group sizes that divide every width, largest first: all of
+    them for the narrower schemes, the largest for the widest."""
+    *narrow, wide = (format.scheme(name) for name in format.mixes)
+    return [
+        *(Scheme(info.name, info.bits, group) for info in narrow for group in groups),
+        Scheme(wide.name, wide.bits, groups[0]),
+    ]
 
 
 def hull(options: Sequence[tuple[int, float]]) -> list[int]:
@@ -79,16 +67,18 @@ def allocate(layers: Sequence[Sequence[tuple[int, float]]], budget: int) -> list
 
 def check_mixed(options: QuantizeOptions, format: Format, importance: Mapping[int, float] | None) -> None:
     """Raises UsageError for parameters that do not go together, or missing statistics."""
-    if options.scheme != "mixed":
+    if options.scheme != MIXED:
         for flag, value in (("--average-bits", options.average_bits), ("--max-bytes", options.max_bytes)):
             if value is not None:
                 raise UsageError(f"{flag} goes with --scheme mixed", hint="Add --scheme mixed --stats STATS.")
         if options.stats:
             raise UsageError("--stats goes with --scheme mixed", hint="Other schemes need no importance.")
         return
-    if format.name not in _CHOICES:
+    mixing = [f for f in FORMATS.values() if f.mixes]
+    if not format.mixes:
         raise UsageError(
-            f"--scheme mixed is not for --format {format.name}", hint=f"Use --format {' or '.join(_CHOICES)}."
+            f"--scheme mixed is not for --format {format.name}",
+            hint=f"Use --format {' or '.join(f.name for f in mixing)}.",
         )
     if (options.average_bits is None) == (options.max_bytes is None):
         raise UsageError("--scheme mixed needs one of --average-bits and --max-bytes", hint="Try --average-bits 5.")
@@ -98,9 +88,11 @@ def check_mixed(options: QuantizeOptions, format: Format, importance: Mapping[in
         flag = "--double-quant" if options.double_quant else f"--scope {options.scope}"
         raise UsageError(f"{flag} does not go with --scheme mixed", hint="Leave it out.")
     if format.mixed.get("transformers") == "no" and not options.target:
+        able = [runtime for runtime, word in format.mixed.items() if word == "ok"]
+        others = [f.name for f in mixing if f.mixed.get("transformers") == "ok"]
         raise UsageError(
             f"transformers cannot load {format.name} with bits that differ by layer",
-            hint="Say which runtime will: --target vllm or sglang; or use --format bitsandbytes.",
+            hint=f"Say which runtime will: --target {' or '.join(able)}; or use --format {' or '.join(others)}.",
         )
     if importance is None:
         raise UsageError(
@@ -124,19 +116,3 @@ def too_small(options: QuantizeOptions, least: int, weights: int) -> UsageError:
             hint="Give more, or a larger --group-size.",
         )
     return UsageError(f"--max-bytes {escape(options.max_bytes)}: too small", hint="Give more, or prune first.")
-
-
-def merge_configs(parts: Mapping[Scheme, dict[str, Any]], schemes: Mapping[int, Scheme]) -> dict[str, Any]:
-    """One quantization_config out of one for each scheme that layers have."""
-    used = list(dict.fromkeys(schemes.values()))
-    four = min(used, key=lambda s: s.bits)
-    config = dict(parts[four])
-    if "config_groups" in config:
-        groups = {}
-        for i, scheme in enumerate(used):
-            layers = "|".join(str(layer) for layer, s in schemes.items() if s == scheme)
-            (group,) = parts[scheme]["config_groups"].values()
-            groups[f"group_{i}"] = group | {"targets": [rf"re:.*layers\.({layers})\..*experts\..*"]}
-        return config | {"config_groups": groups}
-    by_layer = {str(layer): s.name for layer, s in schemes.items()}
-    return config | {"moeconv": config["moeconv"] | {"scheme": "mixed", "scheme_by_layer": by_layer}}

@@ -18,7 +18,7 @@ from moeconv.plan.build import TORCH_NAMES, carry_all
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Item
 from moeconv.quantize.methods import apply_method
-from moeconv.quantize.mixed import allocate, byte_budget, expected_error, merge_configs, too_small
+from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.spec import Format, Scheme
 
 
@@ -49,7 +49,7 @@ class Packing:
         else:
             assert self.format.make is not None
             made = [self.format.make(ref, scheme, role.key)]
-        return [apply_method(item, self.method) for item in made]
+        return [apply_method(item, self.method, self.format) for item in made]
 
     def items(self) -> list[Item]:
         """Every tensor of the source, the chosen ones packed under their own names."""
@@ -65,7 +65,7 @@ class Packing:
 
     def config(self, ignored: Sequence[str], *, scope: str) -> dict[str, Any]:
         """config.json with the format's quantization_config in it."""
-        make = self.format.config
+        make, merge = self.format.config, self.format.merge
         assert make is not None
         config = written_config(
             with_head(self.model), self.model.family, dtype=TORCH_NAMES[self.dtype] if self.dtype else None
@@ -73,8 +73,11 @@ class Packing:
         plain = TORCH_NAMES[self.dtype or self.model.dtype]
         used = dict.fromkeys([*self.by_layer.values()] or [self.scheme])
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
-        mixed = len(used) > 1
-        config["quantization_config"] = merge_configs(configs, self.by_layer) if mixed else configs[next(iter(used))]
+        if len(used) > 1:
+            assert merge is not None  # only where the format mixes
+            config["quantization_config"] = merge(configs, self.by_layer)
+        else:
+            config["quantization_config"] = configs[next(iter(used))]
         return config
 
     def parts(self) -> dict[str, int]:
@@ -116,7 +119,7 @@ def mix(
         [
             (
                 sum(item.nbytes for r in refs for item in packing.make(r, s)),
-                importance[layer] / total * expected_error(packing.format, s),
+                importance[layer] / total * packing.format.scheme(s.name).errors[s.group],
             )
             for s in schemes
         ]

@@ -17,11 +17,13 @@ from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
-from moeconv.quantize.formats import BITS, FORMATS, GROUP_SIZES, Format, Scheme, choose_group, choose_scheme
+from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
+from moeconv.quantize.methods import check_method
 from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import in_scope
+from moeconv.quantize.spec import MIXED, Format, Scheme
 from moeconv.quantize.targets import check_targets, loads_of
 
 
@@ -53,9 +55,12 @@ def quantize_plan(
     """`plan_quantize` of options."""
     format = FORMATS[options.format]
     check_mixed(options, format, importance)
-    mixed = options.scheme == "mixed"
-    name = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
-    warnings = check_targets(format, name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size)
+    mixed = options.scheme == MIXED
+    check_method(format, options.method)
+    info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
+    warnings = check_targets(
+        format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
+    )
     if model.quantization:
         stored = model.quantization.get("quant_method")
         raise InputError(
@@ -74,10 +79,14 @@ def quantize_plan(
     if not model.moe_layers:
         raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
     _check_weights(model, weights)
-    if options.double_quant and name not in format.nests:
-        fits = ", ".join(f"{f.name} {scheme}" for f in FORMATS.values() for scheme in f.nests)
-        raise UsageError(f"--double-quant has no meaning for {format.name} {name}", hint=f"It goes with {fits}.")
-    scheme = Scheme(name, BITS[name], _group(format, options, weights, bits=BITS[name]), options.double_quant)
+    if options.double_quant and not info.nests:
+        fits = ", ".join(f"{f.name} {other.name}" for f in FORMATS.values() for other in f.schemes if other.nests)
+        raise UsageError(f"--double-quant has no meaning for {format.name} {info.name}", hint=f"It goes with {fits}.")
+    widths = [ref.shape[1] for ref in weights]
+    group = choose_group(format, info, options.group_size, widths)
+    scheme = Scheme(info.name, info.bits, group, options.double_quant)
+    for ref in weights:
+        format.check(ref, scheme)
     dtype = parse_dtype(common.dtype)
     packing = Packing(
         model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
@@ -86,14 +95,12 @@ def quantize_plan(
         raise InputError(
             "bits that differ by layer cannot be written for the multi-token-prediction layers "
             f"{list(model.mtp_layers)}",
-            hint="Use one scheme for all layers with --format compressed-tensors or bitsandbytes.",
+            hint=f"Use one scheme for all layers with --format {' or '.join(f.name for f in in_place())}.",
         )
     if mixed:
-        choices = candidates(format, _fitting(format, options, weights), BITS)
-        packing = mix(packing, choices, importance or {}, options=options, common=common)
+        groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
+        packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
     if format.shard is not None:
-        if options.method != "rtn":
-            raise UsageError(f"--method {options.method} is not for --format {format.name}", hint="Use --method rtn.")
         shard, notes = format.shard(model, weights, scheme, dtype)
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
@@ -119,7 +126,7 @@ def quantize_plan(
                 f"--self-contained is not written for multimodal models, as {model.family.model_type}",
                 hint="Leave it out: `import moeconv.hf` loads the result.",
             )
-        texts = remote_code(model.family.architecture)
+        texts = remote_code(model.family.architecture, loader=format.remote_code)
         config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
@@ -138,7 +145,7 @@ def quantize_plan(
         params_active=active,
         block={
             "format": format.name,
-            "scheme": "mixed" if mixed else scheme.name,
+            "scheme": MIXED if mixed else scheme.name,
             "method": options.method,
             "group_size": None if mixed else scheme.group,
             "bits_by_layer": {str(layer): s.bits for layer, s in packing.by_layer.items()},
@@ -171,15 +178,6 @@ def _made_with(model: Model, overlay: Overlay) -> dict[str, Any]:
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
-def _fitting(format: Format, options: QuantizeOptions, weights: list[TensorRef]) -> list[int | None]:
-    """The group sizes that layers may have: the one asked for, or all that divide every width."""
-    if not format.grouped:
-        return [None]
-    if options.group_size != "auto":
-        return [_group(format, options, weights, bits=4)]
-    return [g for g in GROUP_SIZES if all(ref.shape[1] % g == 0 for ref in weights)]
-
-
 def _promise(model: Model, weights: list[TensorRef], parts: int, *, layers: int) -> dict[str, int]:
     """Tensors that are written by role; the experts' are counted from the geometry of `layers`, not from what was
     found."""
@@ -193,23 +191,6 @@ def _matrices(model: Model) -> int:
     return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.names.items())
 
 
-def _group(format: Format, options: QuantizeOptions, weights: list[TensorRef], *, bits: int) -> int | None:
-    if not format.grouped:
-        if options.group_size != "auto":
-            raise UsageError(f"--group-size has no meaning for --format {format.name}", hint="Leave it out.")
-        return None
-    group = choose_group(options.group_size, [ref.shape[1] for ref in weights])
-    if group is None and bits == 4:
-        raise UsageError("--group-size channel is for int8", hint="Use --group-size auto with int4.")
-    ragged = [ref for ref in weights if ref.shape[1] * bits % 32]
-    if ragged:
-        raise InputError(
-            f"tensor {escape(ragged[0].name)!r}: {ragged[0].shape[1]} columns of {bits} bits do not fill 32-bit words",
-            hint="Use --format bitsandbytes.",
-        )
-    return group
-
-
 def _check_layout(model: Model, format: Format, method: str) -> None:
     """All experts of a layer in one tensor, in a format that is not for it or as no loader can keep them packed."""
     if not model.packed_experts:
@@ -217,11 +198,12 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
     # transformers loads codes by expert, see separate.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method == "gptq" or apart:
+        stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)
         what = "--method gptq" if method == "gptq" else f"--format {format.name}"
         raise InputError(
             f"{model.family.model_type} keeps all experts of a layer in one tensor; {what} needs one tensor an expert, "
             "as the runtimes do that read packed weights",
-            hint="`--format bitsandbytes` with --method rtn packs it for `import moeconv.hf`.",
+            hint=f"`--format {stacks}` with --method rtn packs it for `import moeconv.hf`.",
         )
     if model.family.tensors.layouts and model.family.tensors.packed != model.family.tensors.layouts[0].packed:
         raise InputError(

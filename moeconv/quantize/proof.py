@@ -12,12 +12,9 @@ from typing import Any
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.errors import CheckError, escape
 from moeconv.families.model import Model, open_model
-from moeconv.families.packed import split_part
+from moeconv.families.packed import CODES, split_part
 from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
-
-# Bits of a code -> relative RMS error above which packed weights cannot be what any scheme makes of a sane matrix.
-_LIMITS = {4: 0.4, 8: 0.05}
-_CODES = ("U8", "I8", "I32")
+from moeconv.quantize.formats import FORMATS
 
 
 def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | None = None) -> dict[str, Any]:
@@ -34,16 +31,19 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
     planned = _planned(plan)
     if counted != planned:
         raise CheckError(f"packed weights on disk are {counted}, the plan says {planned}")
+    format = FORMATS[plan.block["format"]]
     decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
     layers: dict[int | None, list[float]] = {}
     for layer, item, spec in _sample(before or plan, source):
         error = relative_rms(_source_weight(source, item), decode(spec))
-        if not error <= _LIMITS[4 if spec.nbytes * 8 < 6 * spec.params else 8]:
+        if not error <= format.limit(8 * spec.nbytes / spec.params):
             raise CheckError(
                 f"{escape(spec.name)} decodes with a relative error of {error:.3f}, too much for its bits",
                 hint="Are there extreme outliers in the weights? Try a smaller --group-size or 8 bits.",
             )
         layers.setdefault(layer, []).append(error)
+    if not layers:
+        raise CheckError("the plan packs no weight", hint="The format's schemes do not name the dtype of their codes.")
     every = [error for errors in layers.values() for error in errors]
     rows = [{"layer": layer, "relative_rms": sum(e) / len(e), "max": max(e)} for layer, e in layers.items()]
     found = {"relative_rms": {"mean": sum(every) / len(every), "max": max(every)}, "layers": rows}
@@ -52,7 +52,7 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
 
 def _packed(plan: Plan) -> Iterator[tuple[Item, TensorSpec]]:
     """Every packed weight: the item that makes its codes, and the codes' tensor."""
-    coded = (*_CODES, *BLOCK_DTYPES)
+    coded = {scheme.codes for scheme in FORMATS[plan.block["format"]].schemes}
     changed = (item for item in plan.items() if item.changed)
     return ((item, spec) for item in changed for spec in item.outputs if spec.params and spec.dtype in coded)
 
@@ -79,7 +79,7 @@ def _count(plan: Plan, staged: Path) -> dict[str, int]:
     model = open_model(staged)
     for name, role in model.roles.items():
         ref = model.checkpoint.tensors[name]
-        if role.part in ("packed", "weight") and ref.dtype in _CODES:
+        if role.part in CODES:
             stacked = role.group == "expert" and role.expert is None
             counts[role.group] = counts.get(role.group, 0) + (ref.shape[0] if stacked else 1)
     return counts

@@ -13,15 +13,15 @@ import moeconv
 from moeconv.checkpoint.companions import ENTRY
 
 _ROOT = Path(moeconv.__file__).parent
-_LOADER = "moeconv.hf.quantizer"
 
 
-def remote_code(architecture: str) -> dict[str, str]:
-    """File name -> text: the loader and all that it imports of this package, and a module with the model's class."""
+def remote_code(architecture: str, *, loader: str) -> dict[str, str]:
+    """File name -> text: the module `loader`, whose `register` makes transformers load the weights, all that it imports
+    of this package, and a module with the model's class."""
     entry = (
         f'"""Loads the packed weights of this checkpoint; written by moeconv {moeconv.__version__} (Apache-2.0)."""\n\n'
         f"from transformers import {architecture} as _Stock\n\n"
-        f"from .{_flat(_LOADER)} import register\n\n"
+        f"from .{_flat(loader)} import register\n\n"
         "register()\n\n\n"
         f"class {architecture}(_Stock):\n"
         '    """The stock model; importing this file has made its packed weights known to transformers."""\n\n'
@@ -34,7 +34,7 @@ def remote_code(architecture: str) -> dict[str, str]:
         "        return _Stock._can_set_experts_implementation()\n"
     )
     files = {f"{ENTRY}.py": entry}
-    waiting = [_LOADER]
+    waiting = [loader]
     while waiting:
         module = waiting.pop()
         name = f"{_flat(module)}.py"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.families.served import TARGETS
 from moeconv.families.spec import Family
 from moeconv.quantize.spec import Format
-
-_MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
-
 
 _SOFTMAX = (
     "the kernel of its CPU backend is for routers that are a softmax and nothing else, and this family's scores by "
@@ -24,11 +21,16 @@ def _softmax_alone(family: Family) -> bool:
     return family.experts.routing is not None and family.experts.routing.score.startswith("softmax") and not corrected
 
 
+def every_runtime(loads: Mapping[str, str]) -> dict[str, str]:
+    """Runtime -> word, unknown for those of which a format says nothing."""
+    return {runtime: loads.get(runtime, "unknown") for runtime in TARGETS}
+
+
 def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
     """Runtime -> whether it loads a model packed so. `mixed`: bits differ by layer. Of multimodal models, whose modules
     every engine names in its own way, only transformers was tried; packed experts of one tensor have names of our own,
     which no other runtime knows."""
-    loads = dict(format.mixed if mixed else format.loads[scheme])
+    loads = every_runtime(format.mixed if mixed else format.scheme(scheme).loads)
     if loads["vllm"] == "ok" and not _softmax_alone(family):
         loads["vllm"] = "unknown"  # refused by its CPU backend, measured; on a GPU not run
     if family.tensors.packed and format.stack is not None:
@@ -56,8 +58,6 @@ def check_targets(
         if loads[target] == "unknown":
             note = format.notes.get(target) if target != "vllm" or _softmax_alone(family) else _SOFTMAX
             warnings.append(f"{target} was not proven to load {what}" + (f": {note}" if note else ""))
-        if target == "vllm" and format.grouped and hidden is not None and hidden % _MARLIN:
-            warnings.append(
-                f"vLLM's fast GPU kernel needs a hidden size of multiples of {_MARLIN}, this one is {hidden}"
-            )
+        if hidden is not None:
+            warnings += format.remarks(target, hidden)
     return warnings

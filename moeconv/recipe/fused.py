@@ -14,6 +14,8 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.prune.step import prune
+from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.spec import MIXED
 from moeconv.quantize.step import plan_packing
 from moeconv.requests import PruneRequest, QuantizeRequest
 from moeconv.runner.run import run_plan
@@ -67,5 +69,5 @@ def can_fuse(request: PruneRequest, then: QuantizeRequest) -> bool:
     """Whether a prune and a quantize need nothing measured, or written, between them."""
     first, second = request.prune, then.quantize
     repairs = first.refit or first.sequential or first.merge or first.distill or first.curve
-    decided = second.method != "gptq" and second.scheme != "mixed" and second.format != "gguf"
+    decided = second.method != "gptq" and second.scheme != MIXED and FORMATS[second.format].shard is None
     return decided and not repairs and not any(w.part or w.dry_run for w in (request.write, then.write))

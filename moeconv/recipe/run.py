@@ -30,6 +30,7 @@ from moeconv.plan.memory import memory_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.planned import planned_model
 from moeconv.prune.step import prune
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.step import quantize
 from moeconv.recipe.fused import can_fuse, prune_and_quantize
 from moeconv.recipe.guard import guard_recipe, read_by
@@ -84,7 +85,7 @@ def run_all(recipe: Recipe, *, meter: Meter) -> dict[str, Any]:
         warnings += [f"{step.name}: {text}" for text in result.get("warnings", ())]
         if step.command in _WRITERS:
             assert step.to is not None
-            if result.get("quantize", {}).get("format") == "gguf":  # transformers cannot open it, nor can we
+            if _is_one_file(result):  # transformers cannot open it, nor can we
                 row = _planned_row(step.name, result["parameters"], result["bytes"], seconds=seconds)
             else:
                 evaluation = _evaluation(recipe, step.to, meter)
@@ -190,6 +191,12 @@ def _summary(recipe: Recipe, rows: list[dict[str, Any]], warnings: list[str], *,
         "steps": rows,
         "warnings": warnings,
     }
+
+
+def _is_one_file(result: Mapping[str, Any]) -> bool:
+    """Whether a step wrote a format that is a file of its own."""
+    format = FORMATS.get(result.get("quantize", {}).get("format", ""))
+    return format is not None and format.shard is not None
 
 
 def _row(name: str, model: Model, *, seconds: float, evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from moeconv.checkpoint.reader import Checkpoint, hub_name
 from moeconv.errors import escape
 from moeconv.families.registry import tables
 from moeconv.plan.plan import Plan
+from moeconv.quantize.formats import FORMATS
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
 
@@ -108,8 +109,8 @@ def _done(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(plan: Plan) -> str:
     loads = plan.block.get("loads")
-    own = plan.block.get("format") == "bitsandbytes"
-    first = "import moeconv.hf  # registers the loader of packed experts\n" if own else ""
+    format = FORMATS.get(plan.block.get("format", ""))
+    first = f"{format.imports}\n" if format is not None and format.imports else ""
     auto = (
         "AutoModelForImageTextToText" if plan.config.get("model_type") in tables().wrapped else "AutoModelForCausalLM"
     )
@@ -130,7 +131,7 @@ def _loading(plan: Plan) -> str:
     if _says(loads, "sglang", "ok"):
         parts.append("SGLang:\n\n```sh\npython -m sglang.launch_server --model-path PATH\n```")
     if _says(loads, "llama.cpp", "ok"):
-        parts.append("llama.cpp:\n\n```sh\nllama-cli -m PATH/model.gguf\n```")
+        parts.append(f"llama.cpp:\n\n```sh\nllama-cli -m PATH/{plan.shards[0].name}\n```")
     return "\n\n".join(parts)
 
 

@@ -139,12 +139,15 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     from moeconv.families.packed import fit, split_part
     from moeconv.plan.kernels.decode import decode_parts
     from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES
-    from moeconv.quantize.formats import BITS, FORMATS, Scheme
+    from moeconv.quantize.formats import FORMATS
+    from moeconv.quantize.spec import Scheme
 
     for spec in item.outputs:
         assert tuple(parts[spec.name].shape) == spec.shape and SAFETENSORS_DTYPES[parts[spec.name].dtype] == spec.dtype
     refs = {split_part(s.name)[1]: TensorRef(s.name, s.dtype, s.shape, "", 0, s.nbytes) for s in item.outputs}
-    forms = encodings(FORMATS[format].config(Scheme(scheme, BITS[scheme], group), [], "bfloat16", "experts"))
+    forms = encodings(
+        FORMATS[format].config(Scheme(scheme, FORMATS[format].scheme(scheme).bits, group), [], "bfloat16", "experts")
+    )
     stored = fit(ref.tensor, refs, ref.shape, forms, stacked=False, method=format)
     by_part = {part: parts[name] for part, name in stored.parts.items()}
     decoded = decode_parts(by_part, name=ref.tensor, how=stored.how, dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from tiny import decode, edit_json, encode, make_moe, read_tensors, write_shards
@@ -10,15 +11,19 @@ from tiny import decode, edit_json, encode, make_moe, read_tensors, write_shards
 from moeconv.errors import CheckError, InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
 from moeconv.quantize.proof import prove_packing
 
-FORMATS = [
-    {},
-    {"bits": 8, "group_size": "channel"},
-    {"format": "bitsandbytes"},
-    {"format": "bitsandbytes", "double_quant": True},
-    {"format": "bitsandbytes", "scheme": "int8"},
+KINDS = [
+    {"format": f.name, "scheme": info.name} | ({"double_quant": True} if nested else {})
+    for f in FORMATS.values() if f.shard is None for info in f.schemes for nested in (False, True)[: 1 + info.nests]
+]  # fmt: skip
+KINDS += [
+    {"format": f.name, "scheme": info.name, "group_size": "channel"}
+    for f in FORMATS.values()
+    for info in f.schemes
+    if None in info.groups
 ]
 
 
@@ -29,7 +34,7 @@ def written(tmp_path, **parameters):
     return model, plan, tmp_path / "out"
 
 
-@pytest.mark.parametrize("parameters", FORMATS)
+@pytest.mark.parametrize("parameters", KINDS)
 @pytest.mark.parametrize("scope", ["experts", "experts+shared", "all-linear"])
 def test_every_layer_has_its_error_and_every_role_its_count(tmp_path, parameters, scope):
     model, plan, out = written(tmp_path, scope=scope, **parameters)
@@ -39,8 +44,10 @@ def test_every_layer_has_its_error_and_every_role_its_count(tmp_path, parameters
     assert found["counted"] == dict(list(counts.items())[:groups])
     rows = found["error"]["layers"]
     assert [row["layer"] for row in rows] == [0, 1, 2]
-    low, high = (0.003, 0.02) if plan.block["bits_by_layer"]["0"] == 8 else (0.06, 0.14)
-    assert all(low < row["relative_rms"] <= row["max"] < high for row in rows)
+    info = FORMATS[parameters["format"]].scheme(parameters["scheme"])
+    assert all(info.limit / 20 < row["relative_rms"] <= row["max"] < info.limit / 2 for row in rows)
+    if expected := info.errors.get(plan.block["group_size"]):  # of Gaussian weights
+        assert all(row["relative_rms"] == pytest.approx(expected**0.5, rel=0.4) for row in rows)
     assert found["error"]["relative_rms"]["max"] == max(row["max"] for row in rows)
 
 
@@ -62,7 +69,7 @@ def test_a_role_that_was_skipped_fails(tmp_path):
         prove_packing(more, model, out)
 
 
-@pytest.mark.parametrize("parameters", FORMATS)
+@pytest.mark.parametrize("parameters", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(tmp_path, parameters, value):
     path = make_moe(tmp_path / "m", hidden=64, intermediate=128)
@@ -90,3 +97,17 @@ def test_config_of_another_scheme_does_not_pass_as_proof(tmp_path):
     edit_json(tmp_path / "copy" / "config.json", drop=["quantization_config"])
     with pytest.raises((CheckError, InputError)):
         prove_packing(plan, model, tmp_path / "copy")
+
+
+def test_a_format_that_does_not_name_the_dtype_of_its_codes_fails_its_proof(tmp_path, monkeypatch):
+    """Nothing that was written counts as packed then: that is no proof."""
+    name, base = next(iter(FORMATS.items()))
+    wrong = replace(base, schemes=tuple(replace(info, codes="U16") for info in base.schemes))
+    monkeypatch.setattr(FORMATS, "_records", {**FORMATS, name: wrong})
+    model, plan, out = written(tmp_path)
+    with pytest.raises(CheckError, match="the plan says"):
+        prove_packing(plan, model, out)
+    with pytest.raises(CheckError, match="the plan packs no weight"):
+        unpacked = replace(plan, shards=())
+        monkeypatch.setattr("moeconv.quantize.proof._count", lambda *_: {})
+        prove_packing(unpacked, model, out)

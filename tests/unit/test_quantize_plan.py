@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
@@ -14,12 +15,13 @@ from moeconv.families.registry import tables
 from moeconv.families.served import check_served
 from moeconv.plan.build import count_params
 from moeconv.plan.planned import planned_model
-from moeconv.quantize.formats import BITS, FORMATS, choose_group, choose_scheme
+from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups
 from moeconv.quantize.planner import plan_quantize
+from moeconv.quantize.spec import Kernel
 from moeconv.quantize.targets import TARGETS, check_targets, loads_of
 
 IN_PLACE = [f for f in FORMATS.values() if f.shard is None]  # gguf has tests of its own
-EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s) for f in IN_PLACE for s in f.schemes])
+EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s.name) for f in IN_PLACE for s in f.schemes])
 
 
 @pytest.fixture
@@ -43,14 +45,14 @@ def test_experts_are_packed_and_everything_else_is_carried(tmp_path, family, for
         assert sum(s.params for s in item.outputs) == math.prod(model.checkpoint.tensors[name].shape)
     assert (plan.params_total, plan.params_active) == count_params(model)
     assert plan.promise == plan.changed
-    assert plan.block["bits_by_layer"] == {"0": BITS[scheme], "1": BITS[scheme]}
+    assert plan.block["bits_by_layer"] == dict.fromkeys("01", FORMATS[format].scheme(scheme).bits)
     again = planned_model(plan)
     assert again.quantization and count_params(again) == count_params(model)
 
 
 EVERY_KIND = pytest.mark.parametrize(
     ("format", "scheme", "double_quant"),
-    [(f.name, s, nested) for f in IN_PLACE for s in f.schemes for nested in (False, True)[: 1 + (s in f.nests)]],
+    [(f.name, s.name, nested) for f in IN_PLACE for s in f.schemes for nested in (False, True)[: 1 + s.nests]],
 )
 
 
@@ -182,41 +184,98 @@ def test_targets_that_load_it_pass_and_unproven_ones_warn(model):
 # -- choices -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "widths", "group"),
-    [
-        ("auto", [256, 128], 128), ("auto", [256, 192], 64), ("auto", [96, 64], 32), ("32", [64], 32),
-        ("128", [128], 128), ("channel", [7], None),
-    ],
-)  # fmt: skip
-def test_group_sizes(text, widths, group):
-    assert choose_group(text, widths) == group
+GROUPED = pytest.mark.parametrize(
+    ("format", "info"), [(f, info) for f in FORMATS.values() for info in f.schemes if info.groups]
+)
 
 
-def test_group_sizes_that_do_not_fit():
+@GROUPED
+def test_group_sizes(format, info):
+    sizes = [size for size in info.groups if size is not None]
+    for i, size in enumerate(sizes):
+        assert choose_group(format, info, "auto", [size, 3 * size]) == size, "the largest that divides all"
+        assert choose_group(format, info, str(size), [size]) == size
+        assert fitting_groups(info, [size, 3 * size]) == sizes[i:]
+    if None in info.groups:
+        assert choose_group(format, info, "channel", [7]) is None
+    else:
+        with pytest.raises(UsageError, match="--group-size channel is"):
+            choose_group(format, info, "channel", [sizes[0]])
+
+
+@GROUPED
+def test_group_sizes_that_do_not_fit(format, info):
+    bad = [max(size for size in info.groups if size is not None) + 1, 80]
     for text, error in (
-        ("auto", InputError),
-        ("64", InputError),
-        ("48", UsageError),
-        ("0", UsageError),
-        ("x", UsageError),
-        ("-1", UsageError),
-        ("³²", UsageError),
-    ):
-        with pytest.raises(error):
-            choose_group(text, [96, 80])
+        ("auto", InputError), (str(info.groups[0]), InputError), ("48", UsageError), ("0", UsageError),
+        ("x", UsageError), ("-1", UsageError), ("³²", UsageError),
+    ):  # fmt: skip
+        with pytest.raises(error) as caught:
+            choose_group(format, info, text, bad)
+        assert caught.value.hint or error is UsageError
 
 
-@pytest.mark.parametrize(
-    ("format", "scheme", "bits", "chosen"),
-    [
-        ("compressed-tensors", None, None, "int4"), ("compressed-tensors", None, 8, "int8"),
-        ("bitsandbytes", None, None, "nf4"), ("bitsandbytes", None, 4, "nf4"), ("bitsandbytes", None, 8, "int8"),
-        ("bitsandbytes", "fp4", 4, "fp4"), ("compressed-tensors", "int8", None, "int8"),
-    ],
-)  # fmt: skip
-def test_schemes(format, scheme, bits, chosen):
-    assert choose_scheme(FORMATS[format], scheme=scheme, bits=bits) == chosen
+@pytest.mark.parametrize("format", [f for f in FORMATS.values() if not any(info.groups for info in f.schemes)])
+def test_a_layout_with_groups_of_its_own_takes_no_group_size(format):
+    for info in format.schemes:
+        assert choose_group(format, info, "auto", [7]) is None and fitting_groups(info, [7]) == [None]
+        with pytest.raises(UsageError, match=f"has no meaning for --format {format.name}"):
+            choose_group(format, info, "64", [64])
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_schemes(format):
+    assert choose_scheme(format, scheme=None, bits=None) == next(s for s in format.schemes if s.bits == 4)
+    for info in format.schemes:
+        assert choose_scheme(format, scheme=info.name, bits=None) == info
+        assert choose_scheme(format, scheme=info.name, bits=info.bits) == info
+        assert choose_scheme(format, scheme=None, bits=info.bits) == next(
+            s for s in format.schemes if s.bits == info.bits
+        )
+        other = next(bits for bits in (4, 8) if bits != info.bits)
+        with pytest.raises(UsageError, match="contradicts"):
+            choose_scheme(format, scheme=info.name, bits=other)
+
+
+# the first format in the registry that packs in place, without some of its schemes
+WIDE = replace(IN_PLACE[0], name="wide", schemes=tuple(s for s in IN_PLACE[0].schemes if s.bits == 8))
+
+
+def test_a_format_without_4_bits(model, monkeypatch):
+    """What is usual is its first scheme; --bits 4 is refused with what it has."""
+    monkeypatch.setattr(FORMATS, "_records", {**FORMATS, "wide": WIDE})
+    assert choose_scheme(WIDE, scheme=None, bits=None) == WIDE.schemes[0]
+    assert plan_quantize(model, format="wide").block["scheme"] == WIDE.schemes[0].name
+    with pytest.raises(UsageError, match="--format wide has no scheme of 4 bits") as caught:
+        plan_quantize(model, format="wide", bits=4)
+    assert f"It has {WIDE.schemes[0].name} (8 bits)" in caught.value.hint and IN_PLACE[0].name in caught.value.hint
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_a_method_that_a_format_lacks_is_refused_with_what_it_has(model, format, method):
+    schemes = [s.name for s in format.schemes]
+    if method in format.methods:
+        assert all(plan_quantize(model, format=format.name, scheme=s, method=method).promise for s in schemes)
+        return
+    with pytest.raises(UsageError, match=f"--method {method} is not for --format {format.name}") as caught:
+        plan_quantize(model, format=format.name, method=method)
+    assert "--method " + " or ".join(format.methods) in caught.value.hint
+    assert any(f"--format {f.name}" in caught.value.hint for f in FORMATS.values() if method in f.methods)
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_a_method_that_one_kernel_lacks_is_refused(model, monkeypatch, method):
+    """A format whose kernels differ: the item's own kernel counts, and one that no record knows has no method."""
+    base = next(f for f in IN_PLACE if method in f.methods)
+    bare = replace(
+        base, kernels=(*(replace(k, fits=False, grid="") for k in base.kernels), Kernel("other", True, "x:y"))
+    )
+    monkeypatch.setattr(FORMATS, "_records", {**FORMATS, base.name: bare})
+    with pytest.raises(UsageError, match=f"--method {method} is not for .* in --format {base.name}") as caught:
+        plan_quantize(model, format=base.name, method=method)
+    assert caught.value.hint == "Use --method rtn."
+    assert plan_quantize(model, format=base.name).promise
 
 
 @pytest.mark.parametrize(
@@ -225,7 +284,7 @@ def test_schemes(format, scheme, bits, chosen):
         ({"bits": 3}, "--bits 3"), ({"bits": 8, "scheme": "int4"}, "contradicts"),
         ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int3"}, "--scheme int3"),
         ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"format": "awq"}, "--format awq"),
-        ({"group_size": "channel"}, "is for int8"), ({"group_size": "7"}, "--group-size 7"),
+        ({"group_size": "channel"}, "channel is for int8"), ({"group_size": "7"}, "--group-size 7"),
         ({"format": "bitsandbytes", "group_size": "64"}, "has no meaning"), ({"groupsize": "64"}, "unknown parameter"),
     ],
 )  # fmt: skip
@@ -263,8 +322,7 @@ def test_what_cannot_be_quantized(tmp_path):
 def test_every_scheme_says_who_loads_it():
     words = {"ok", "dequantized", "no", "unknown"}
     for format in FORMATS.values():
-        assert set(format.loads) == set(format.schemes)
-        for loads in (*format.loads.values(), format.mixed):
+        for loads in (*(scheme.loads for scheme in format.schemes), format.mixed):
             assert set(loads) == set(TARGETS) and set(loads.values()) <= words
         assert set(format.notes) <= set(TARGETS)
 

@@ -130,7 +130,7 @@ def test_how_many_experts_an_upcycle_makes(models, cli, tmp_path):
 
 def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
     from moeconv.prune.choice import resolve_criterion
-    from moeconv.quantize.formats import BITS, FORMATS, choose_scheme
+    from moeconv.quantize.formats import FORMATS, choose_scheme
 
     model = open_model(models[1])
     with_data, without = re.fullmatch(r"(\w+) with data, (\w+) without", STATED["prune", "criterion"]).groups()
@@ -138,7 +138,7 @@ def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
     assert resolve_criterion(None, has_data=False, model=model) == without
     assert STATED["quantize", "scheme"] == "the format's first of 4 bits"
     for format in FORMATS.values():
-        four = [s for s in format.schemes if BITS[s] == 4]
+        four = [s for s in format.schemes if s.bits == 4]
         assert choose_scheme(format, scheme=None, bits=None) == four[0]
     assert STATED["plan", "dtype"] == "the source's"
     done = cli("prune", models[1], tmp_path / "out", "--keep", 4, "--json")

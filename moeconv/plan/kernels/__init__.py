@@ -35,15 +35,16 @@ _TORCH = ("moeconv.plan.kernels.quantized",)
 
 
 def load_kernel(name: str) -> Kernel:
-    """The function behind a kernel's name. Raises KeyError for a name that is not in the table."""
-    module, _, function = _WHERE[name].partition(":")
+    """The function behind a kernel's name: a row of the table, or "module:function". Raises KeyError for a name
+    that is neither."""
+    module, _, function = (name if ":" in name else _WHERE[name]).partition(":")
     kernel: Kernel = getattr(import_module(module), function)
     return kernel
 
 
 def needs_torch(name: str) -> bool:
-    """Whether a kernel brings torch into the process, which alone takes some 200 MB."""
-    return name in _WHERE and _WHERE[name].partition(":")[0] in _TORCH
+    """Whether a kernel brings torch into the process, which alone takes some 200 MB: any of a package outside may."""
+    return ":" in name or (name in _WHERE and _WHERE[name].partition(":")[0] in _TORCH)
 
 
 __all__ = ["Buffer", "Kernel", "load_kernel", "needs_torch"]

@@ -2,29 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
+from moeconv.errors import UsageError
 from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.plan import Item
+from moeconv.quantize.formats import kernel_of
 from moeconv.quantize.gptq.matrix import Coded, Grid
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """How data chooses the codes of a kernel, which names it (`quantize.spec.Kernel.grid`). Both functions are given an
+    item of that kernel alone: `grid` gives the levels that its codes stand for and the weights that share a scale,
+    `parts` its tensors by what the kernel calls them."""
+
+    grid: Callable[[Item], tuple[Grid, int]]
+    parts: Callable[[Item, Coded], dict[str, Tensor]]
 
 
 def grid_of(item: Item) -> tuple[Grid, int]:
     """The levels that an item's codes stand for, and the weights that share a scale."""
     item = last_stage(item)
-    width = item.inputs[0].shape[1]
-    if item.kernel == "pack_int":
-        half = 1 << (item.params["bits"] - 1)
-        scale = next(s for s, part in zip(item.outputs, item.params["parts"]) if part == "weight_scale")
-        levels = torch.arange(-half, half, dtype=torch.float32)
-        return Grid(levels, half - 0.5, TORCH_DTYPES[scale.dtype]), item.params["group_size"] or width
-    if item.kernel == "pack_bnb8":
-        return Grid(torch.arange(-127.0, 128.0), 127.0, torch.float32), width
+    return _code_grid(item).grid(item)
+
+
+def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
+    """The item's output tensors, by name, that decode to `coded`."""
+    item = last_stage(item)
+    parts = _code_grid(item).parts(item, replace(coded, levels=coded.levels.cpu(), scales=coded.scales.cpu()))
+    return {
+        spec.name: parts[part].to(TORCH_DTYPES[spec.dtype]).view(spec.shape)
+        for spec, part in zip(item.outputs, item.params["parts"], strict=True)
+    }
+
+
+def _code_grid(item: Item) -> CodeGrid:
+    kernel = kernel_of(item.kernel)
+    if kernel is None or not kernel.grid:
+        raise UsageError(f"--method gptq is not for the kernel {item.kernel}", hint="Use --method rtn.")
+    module, _, name = kernel.grid.partition(":")
+    return getattr(import_module(module), name)
+
+
+# -- compressed-tensors' integers: a scale for every group of a row ----------------------------------------------------
+
+
+def _integer_grid(item: Item) -> tuple[Grid, int]:
+    half = 1 << (item.params["bits"] - 1)
+    scale = next(s for s, part in zip(item.outputs, item.params["parts"]) if part == "weight_scale")
+    levels = torch.arange(-half, half, dtype=torch.float32)
+    group = item.params["group_size"] or item.inputs[0].shape[1]
+    return Grid(levels, half - 0.5, TORCH_DTYPES[scale.dtype]), group
+
+
+def _integer_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
+    return {
+        "weight_packed": pack_words(coded.levels.to(torch.int8), bits=item.params["bits"]),
+        "weight_scale": coded.scales,
+        "weight_shape": torch.tensor(coded.levels.shape),
+    }
+
+
+# -- LLM.int8: a scale for every row -----------------------------------------------------------------------------------
+
+
+def _rowwise_grid(item: Item) -> tuple[Grid, int]:
+    return Grid(torch.arange(-127.0, 128.0), 127.0, torch.float32), item.inputs[0].shape[1]
+
+
+def _rowwise_parts(_: Item, coded: Coded) -> dict[str, Tensor]:
+    return {"": coded.levels.to(torch.int8), "SCB": coded.scales.flatten() * 127}
+
+
+# -- bitsandbytes' 4 bits: a scale for every block, values of a map ----------------------------------------------------
+
+
+def _four_bit_grid(item: Item) -> tuple[Grid, int]:
     values = _empty_4bit(item)["quant_map"]
     return Grid(values.sort().values, 1.0, torch.float32), item.params["block_size"]
+
+
+def _four_bit_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
+    parts = _empty_4bit(item)
+    values, order = parts["quant_map"].sort(stable=True)
+    codes = order[torch.searchsorted(values, coded.levels.flatten().contiguous())].to(torch.uint8)
+    return parts | {"": (codes[::2] << 4) | codes[1::2], "absmax": coded.scales.flatten()}
 
 
 def _empty_4bit(item: Item) -> dict[str, Tensor]:
@@ -34,23 +104,6 @@ def _empty_4bit(item: Item) -> dict[str, Tensor]:
     return pack_nf4(weight, block_size=item.params["block_size"], quant_type=item.params["quant_type"])
 
 
-def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
-    """The item's output tensors, by name, that decode to `coded`."""
-    item = last_stage(item)
-    levels, scales = coded.levels.cpu(), coded.scales.cpu()
-    parts: dict[str, Tensor] = {}
-    if item.kernel == "pack_int":
-        parts["weight_packed"] = pack_words(levels.to(torch.int8), bits=item.params["bits"])
-        parts["weight_scale"] = scales
-        parts["weight_shape"] = torch.tensor(levels.shape)
-    elif item.kernel == "pack_bnb8":
-        parts |= {"": levels.to(torch.int8), "SCB": scales.flatten() * 127}
-    else:
-        parts |= _empty_4bit(item)
-        values, order = parts["quant_map"].sort(stable=True)
-        codes = order[torch.searchsorted(values, levels.flatten().contiguous())].to(torch.uint8)
-        parts |= {"": (codes[::2] << 4) | codes[1::2], "absmax": scales.flatten()}
-    return {
-        spec.name: parts[part].to(TORCH_DTYPES[spec.dtype]).view(spec.shape)
-        for spec, part in zip(item.outputs, item.params["parts"], strict=True)
-    }
+INTEGER = CodeGrid(_integer_grid, _integer_parts)
+ROWWISE = CodeGrid(_rowwise_grid, _rowwise_parts)
+FOUR_BIT = CodeGrid(_four_bit_grid, _four_bit_parts)

@@ -69,7 +69,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verify": MEASURE | {"hf", "inspect"},
     "hf": {"errors", "plan"},
     "runner": MEASURE | {"report", "requests", "units"},
-    "report": DECIDE | {"calibrate", "inspect", "tensors", "units"},
+    "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "units"},
     "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP

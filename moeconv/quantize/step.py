@@ -10,6 +10,7 @@ from typing import Any
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
+from moeconv.plan.execute import checked_jobs
 from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
@@ -98,7 +99,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     if options.method != "gptq" or write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         if options.method == "gptq":
-            told = planned_memory(model, request.measure, GPTQ)
+            told = planned_memory(model, request.measure, {**GPTQ, "coders": checked_jobs(write.jobs)})
             result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
         return result
     check_out(out, model, write)
@@ -109,6 +110,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
         for item in before.items()
         if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]  # multi-token-prediction layers are not run: their experts keep the searched scales
+    jobs = checked_jobs(write.jobs)
 
     def measure(folder: Path) -> dict[str, Any]:
         path = folder / _CODES
@@ -121,6 +123,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
             damping=options.damping,
             view=packing.view,
             seed=request.plan.seed,
+            jobs=jobs,
             meter=meter,
         )
 

@@ -19,8 +19,9 @@ from moeconv.units import human_bytes
 GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
 PAIR_ROWS = 8192  # (token, expert) pairs computed at a time
 SAMPLE_ROWS = 256  # tokens whose outputs of all experts are held at a time
+CODED_BYTES = 1 << 29  # of experts whose codes are chosen together, or one expert
 # activations: the model's, and what its experts are given; of a layer's experts: as they were, rounded, chosen, and
-# those that are being put in place
+# those that are being put in place; groups whose codes are being chosen
 GPTQ: Mapping[str, Any] = {"flows": 2, "copies": 6}
 # activations: the model's, the variant's, and of a refit's layer its inputs, what is missing, and a copy
 PRUNED: Mapping[str, Any] = {"flows": 5}
@@ -36,7 +37,7 @@ class Run:
 
     `flows`: activations [tokens, H] that are held; `sample`: tokens that go through all experts, whose figures stay to
     the end; `judged`: logits of a window are scored; `copies` of a layer's experts, widened, that stand beside each
-    other (0: they stay as they are stored).
+    other (0: they stay as they are stored); `coders` groups of experts whose codes are chosen at the same time.
     """
 
     tokens: int
@@ -47,6 +48,7 @@ class Run:
     sample: int = 0
     judged: bool = False
     copies: int = 0
+    coders: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def fitted(need: Need, *, budget: int | None, meter: Meter, what: str) -> Fit:
     """`fit`, told to the meter."""
     found = fit(need, budget=budget, what=what)
     text = f"{what} takes about {human_bytes(found.peak)} of memory, {human_bytes(found.free)} are free"
-    meter.note(text + ("" if found.held else "; experts are read from the disk whenever they are needed"))
+    meter.note(text + ("" if found.held else "; no more of the experts is held than must be"))
     return found
 
 
@@ -196,7 +198,8 @@ def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidde
     work = max(sample, min(batch * top_k, PAIR_ROWS) * each)
     if run.copies:
         placed = wide * run.copies
-        return placed + work, placed + work
+        together, least = _coded(run, experts, hidden, inner, top_k)
+        return placed + max(work, together), placed + max(work, least)
     if wide <= GROUP_BYTES or stored >= wide:
         return wide + work, wide + work
     group = max(GROUP_BYTES, alone * run.width)
@@ -204,3 +207,19 @@ def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidde
     work = max(sample, min(busiest, batch * top_k, PAIR_ROWS) * each)
     scratch = group + _CONVERTED * min(group, wide)
     return stored + scratch + work, scratch + stored * group // wide + work
+
+
+def codes_bytes(out: int, width: int) -> int:
+    """What choosing the codes of one expert's matrix [out, width] holds: Hessians in float64, factored, and in float32;
+    weights, levels, steps and what is left of the error."""
+    return 40 * width * width + 24 * out * width
+
+
+def _coded(run: Run, experts: int, hidden: int, inner: int, top_k: int) -> tuple[int, int]:
+    """Bytes of the groups of experts whose codes are chosen, and of one expert alone."""
+    if not run.coders:
+        return 0, 0
+    tokens = min(run.tokens, _SKEW * run.tokens * top_k // experts)
+    alone = max(codes_bytes(2 * inner, hidden), codes_bytes(hidden, inner) + 8 * inner * tokens)
+    group = max(alone, min(CODED_BYTES, alone * experts))
+    return min(run.coders * group, alone * experts), alone

@@ -9,21 +9,19 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from plain_gptq import Plain
+from plain_gptq import gptq as plain_gptq
+from torch.utils._python_dispatch import TorchDispatchMode
 from words import add_tokenizer, text
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
-from moeconv.plan.kernels.pack import relative_rms
+from moeconv.plan.kernels.pack import pack_nf4, relative_rms
 from moeconv.quantize.gptq.grids import grid_of, on_disk
-from moeconv.quantize.gptq.matrix import (
-    Grid,
-    damped,
-    gptq,
-    loss,
-    retarget,
-    round_to_nearest,
-    search_scales,
-)
+from moeconv.quantize.gptq.levels import Coded, Grid, round_to_nearest
+from moeconv.quantize.gptq.moments import PRIOR, moments, shown
+from moeconv.quantize.gptq.scales import search_scales
+from moeconv.quantize.gptq.solve import cholesky, damped, gptq, loss, retarget
 from moeconv.quantize.planner import plan_quantize
 from moeconv.tensors import decode_weight
 
@@ -53,67 +51,175 @@ def reference(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, order
     return levels
 
 
+def hessians(seed: int, count: int, *, width: int = 32, damping: float = 0.01) -> torch.Tensor:
+    """Damped second moments of correlated inputs, [count, width, width]."""
+    given = [inputs(seed + i, width=width) for i in range(count)]
+    return damped(torch.stack([(x.T @ x).double() for x in given]), damping)
+
+
+def weights(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("width", [32, 160])  # 160 crosses the blocks in which feedback is applied
 def test_feedback_is_the_minimum_over_the_free_columns(ordered, width):
-    weight = torch.randn(12, width, generator=torch.Generator().manual_seed(1))
-    x = inputs(2, width=width)
-    hessian = damped((x.T @ x).double(), 0.01)
-    scales = search_scales(weight, hessian.diagonal(), INT4, group=32)
-    order = torch.argsort(hessian.diagonal(), descending=True) if ordered else torch.arange(width)
-    wanted = reference(
-        weight.double().numpy(), hessian.numpy(), scales.repeat_interleave(32, 1).double().numpy(), order.numpy()
-    )
+    weight, hessian = weights(1, 3, 12, width), hessians(2, 3, width=width)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    scales = search_scales(weight, diagonal, INT4, group=32)
     found = gptq(weight, hessian, INT4, group=32, sweeps=0, ordered=ordered)
     assert torch.equal(found.scales, scales)
-    # a value in the middle of two levels may fall to either side in float32, and shifts what comes after it
-    assert (found.levels.double().numpy() == wanted).mean() > 0.995
+    for e in range(3):
+        order = torch.argsort(diagonal[e], descending=True) if ordered else torch.arange(width)
+        per_column = scales[e].repeat_interleave(32, 1).double().numpy()
+        wanted = reference(weight[e].double().numpy(), hessian[e].numpy(), per_column, order.numpy())
+        # a value in the middle of two levels may fall to either side in float32, and shifts what comes after it
+        assert (found.levels[e].double().numpy() == wanted).mean() > 0.995
+
+
+def _uneven(quant_type: str) -> torch.Tensor:
+    return pack_nf4(torch.zeros(1, 64), quant_type=quant_type)["quant_map"].sort().values
+
+
+GRIDS = {
+    "int4": (Grid(torch.arange(-8.0, 8.0), 7.5, torch.bfloat16), 32),
+    "int8": (Grid(torch.arange(-128.0, 128.0), 127.5, torch.bfloat16), 96),
+    "bitsandbytes int8": (Grid(torch.arange(-127.0, 128.0), 127.0, torch.float32), 96),
+    "nf4": (Grid(_uneven("nf4"), 1.0, torch.float32), 32),
+    "fp4": (Grid(_uneven("fp4"), 1.0, torch.float32), 32),
+}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_batch_is_what_each_matrix_is_alone_in_float64(kind):
+    """Three sweeps, columns in the order of the diagonal, matrices of different experts and one without inputs."""
+    grid, group = GRIDS[kind]
+    weight, hessian = weights(3, 4, 24, 96) * 0.02, hessians(4, 4, width=96)
+    hessian[3] = damped(torch.zeros(1, 96, 96), 0.01)
+    coded = gptq(weight, hessian, grid, group=group)
+    plain = Plain(grid.levels, grid.top, grid.dtype)
+    alone = [plain_gptq(w, h, plain, group=group) for w, h in zip(weight, hessian, strict=True)]
+    wanted = Coded(torch.stack([one for one, _ in alone]), torch.stack([scales for _, scales in alone]))
+    assert (coded.levels == wanted.levels).double().mean() >= 0.999
+    found, least = loss(weight, hessian, coded), loss(weight, hessian, wanted)
+    # of so few weights each that falls to the other side of a tie counts
+    assert float(found.sum() / least.sum() - 1) == pytest.approx(0, abs=3e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_nearest_of_uneven_levels_is_that_of_a_search(kind):
+    grid, _ = GRIDS[kind]
+    middle = (grid.levels[1:] + grid.levels[:-1]) / 2
+    ends = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30, 1.0, -1.0, 0.0, -0.0, 1e-38])
+    near = [torch.nextafter(middle, torch.tensor(end)) for end in (-9.0, 9.0)]
+    x = torch.cat([middle, *near, ends, weights(1, 20_000)])
+    assert torch.equal(grid.nearest(x.clone()), grid.levels[torch.bucketize(x, middle)])
 
 
 def test_every_part_lowers_the_error():
-    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
-    x = inputs(4, width=64)
-    hessian = damped((x.T @ x).double(), 0.01)
-    losses = [loss(weight, hessian, round_to_nearest(weight, INT4, group=32))]
-    losses += [loss(weight, hessian, gptq(weight, hessian, INT4, group=32, sweeps=s)) for s in (0, 1, 3)]
+    weight, x = weights(3, 1, 24, 64), inputs(4, width=64)
+    hessian = hessians(4, 1, width=64)
+    losses = [float(loss(weight, hessian, round_to_nearest(weight, INT4, group=32)))]
+    losses += [float(loss(weight, hessian, gptq(weight, hessian, INT4, group=32, sweeps=s))) for s in (0, 1, 3)]
     assert losses == sorted(losses, reverse=True) and losses[3] < 0.45 * losses[0]
     # and it is the loss on the inputs that the Hessian is of
-    coded = gptq(weight, hessian, INT4, group=32)
-    given = float(((weight - coded.decoded()).double() @ x.T.double()).square().sum())
-    plain = float(
-        ((weight - round_to_nearest(weight, INT4, group=32).decoded()).double() @ x.T.double()).square().sum()
-    )
+    kinds = gptq(weight, hessian, INT4, group=32), round_to_nearest(weight, INT4, group=32)
+    given, plain = (float(((weight - c.decoded())[0].double() @ x.T.double()).square().sum()) for c in kinds)
     assert given < 0.5 * plain
 
 
 def test_no_code_of_the_result_can_be_bettered_alone():
-    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(5))
-    x = inputs(6)
-    hessian = damped((x.T @ x).double(), 0.01)
+    weight, hessian = weights(5, 1, 4, 32), hessians(6, 1)
     coded = gptq(weight, hessian, INT4, group=32, sweeps=30)
-    least = loss(weight, hessian, coded)
+    least = float(loss(weight, hessian, coded))
     for row, column in np.ndindex(4, 32):
         for step in (-1, 1):
             levels = coded.levels.clone()
-            levels[row, column] = (levels[row, column] + step).clamp(-8, 7)
-            assert loss(weight, hessian, dataclasses.replace(coded, levels=levels)) >= least * (1 - 1e-5)
+            levels[0, row, column] = (levels[0, row, column] + step).clamp(-8, 7)
+            assert float(loss(weight, hessian, dataclasses.replace(coded, levels=levels))) >= least * (1 - 1e-5)
 
 
 def test_retarget_solves_for_what_the_lost_inputs_gave():
-    weight, x = torch.randn(8, 32, generator=torch.Generator().manual_seed(7)), inputs(8).double()
-    given = x + 0.1 * inputs(9).double()
-    hessian, gap = given.T @ given, (x - given).T @ given
-    best = torch.linalg.lstsq(given, x @ weight.double().T).solution.T
+    weight, x = weights(7, 2, 8, 32), torch.stack([inputs(8), inputs(10)]).double()
+    given = x + 0.1 * torch.stack([inputs(9), inputs(11)]).double()
+    hessian, gap = given.mT @ given, (x - given).mT @ given
+    best = torch.linalg.lstsq(given, x @ weight.double().mT).solution.mT
     assert torch.allclose(retarget(weight, gap, hessian).double(), best, atol=1e-4)
 
 
 def test_an_unseen_input_is_still_rounded():
-    weight = torch.randn(8, 32)
-    zero = damped(torch.zeros(32, 32), 0.01)
+    weight = torch.randn(1, 8, 32)
+    zero = damped(torch.zeros(1, 32, 32), 0.01)
     coded = gptq(weight, zero, INT4, group=32)
     assert relative_rms(weight, coded.decoded()) < 0.11
     with pytest.raises(InputError, match="NaN or infinite"):
-        damped(torch.full((32, 32), torch.nan), 0.01)
+        damped(torch.full((1, 32, 32), torch.nan), 0.01)
+
+
+def test_a_moment_that_is_not_positive_definite_gets_the_damping_it_needs_alone():
+    good = hessians(1, 3)
+    bad = good.clone()
+    bad[1] -= 0.02 * torch.eye(32, dtype=torch.float64)  # below zero in some direction
+    assert float(torch.linalg.eigvalsh(bad[1])[0]) < 0
+    factor = cholesky(bad)
+    assert torch.equal(factor[[0, 2]], torch.linalg.cholesky(good[[0, 2]]))
+    assert torch.allclose(factor[1] @ factor[1].T, bad[1], atol=0.2) and bool(torch.isfinite(factor).all())
+    coded = gptq(weights(2, 3, 8, 32), bad, INT4, group=32)
+    assert bool(torch.isfinite(coded.decoded()).all())
+
+
+def test_moments_of_experts_with_few_many_and_no_tokens():
+    counts = [300, 0, 7, 700]
+    a, b, share = weights(1, sum(counts), 5), weights(2, sum(counts), 3), weights(3, sum(counts)).abs()
+    found = moments(lambda at: (a[at], b[at]), share, counts)
+    ranges = zip(a.split(counts), b.split(counts), share.split(counts), strict=True)
+    wanted = torch.stack([(x.double() * w.double()[:, None]).T @ y.double() for x, y, w in ranges])
+    assert found.dtype == torch.float64 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_expert_is_shown_follows_the_router_and_the_pool():
+    index = torch.tensor([[0, 2], [2, 0], [0, 1], [2, 1], [0, 2]])
+    scores = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.5, -0.5], [0.9, 0.1], [0.2, 0.8]])
+    free = torch.tensor([True, True, True, True, False])
+    seen = shown(index, scores, free, experts=[0, 1, 3], pooled=4)
+    assert [seen[e].rows.tolist() for e in (0, 1, 3)] == [[0, 1, 2], [2, 3], []]
+    share = 3 / (3 + PRIOR)
+    assert torch.allclose(seen[0].weights, torch.tensor([0.6, 0.3, 0.5]) / 1.4 * share)
+    assert torch.allclose(seen[1].weights, torch.tensor([0.0, 0.1]) / 0.1 * (2 / (2 + PRIOR)))
+    for one in seen.values():
+        assert float(one.weights.sum()) + 4 * one.rest == pytest.approx(1)
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_do_not_depend_on_the_number_of_experts():
+    counts = []
+    for experts in (8, 128):
+        weight, hessian = weights(1, experts, 8, 64), damped(torch.eye(64).expand(experts, 64, 64), 0.01)
+        with _Counted() as counted:
+            gptq(weight, hessian, INT4, group=32)
+        counts.append(counted.count)
+    assert counts[1] <= 1.1 * counts[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", GRIDS)
+def test_on_cuda_the_codes_are_those_of_the_cpu(kind):
+    grid, group = GRIDS[kind]
+    weight, hessian = weights(3, 4, 24, 96) * 0.02, hessians(4, 4, width=96)
+    one = gptq(weight, hessian, grid, group=group)
+    other = gptq(weight.cuda(), hessian.cuda(), grid, group=group)
+    assert (one.levels == other.levels.cpu()).double().mean() >= 0.99
+    found, wanted = (loss(weight, hessian, Coded(c.levels.cpu(), c.scales.cpu())).sum() for c in (other, one))
+    assert float(found / wanted - 1) == pytest.approx(0, abs=1e-3)
 
 
 KINDS = [
@@ -131,8 +237,8 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     ref = item.inputs[0]
     weight = decode_weight(model, ref.tensor).float()
     grid, group = grid_of(item)
-    x = inputs(1, width=ref.shape[1])
-    coded = gptq(weight, damped((x.T @ x).double(), 0.01), grid, group=group)
+    batch = gptq(weight[None], hessians(1, 1, width=ref.shape[1]), grid, group=group)
+    coded = Coded(batch.levels[0], batch.scales[0])
     parts = on_disk(item, coded)
     from moeconv.checkpoint.reader import TensorRef
     from moeconv.families.methods import encodings

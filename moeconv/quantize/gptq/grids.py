@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -15,7 +16,7 @@ from moeconv.plan.kernels.pack import pack_nf4, pack_words
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import kernel_of
-from moeconv.quantize.gptq.matrix import Coded, Grid
+from moeconv.quantize.gptq.levels import Coded, Grid
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def grid_of(item: Item) -> tuple[Grid, int]:
 
 
 def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
-    """The item's output tensors, by name, that decode to `coded`."""
+    """The item's output tensors, by name, that decode to `coded`, one matrix."""
     item = last_stage(item)
     parts = _code_grid(item).parts(item, replace(coded, levels=coded.levels.cpu(), scales=coded.scales.cpu()))
     return {
@@ -58,9 +59,13 @@ def _code_grid(item: Item) -> CodeGrid:
 def _integer_grid(item: Item) -> tuple[Grid, int]:
     half = 1 << (item.params["bits"] - 1)
     scale = next(s for s, part in zip(item.outputs, item.params["parts"]) if part == "weight_scale")
-    levels = torch.arange(-half, half, dtype=torch.float32)
-    group = item.params["group_size"] or item.inputs[0].shape[1]
-    return Grid(levels, half - 0.5, TORCH_DTYPES[scale.dtype]), group
+    grid = _integers(-half, half, half - 0.5, TORCH_DTYPES[scale.dtype])
+    return grid, item.params["group_size"] or item.inputs[0].shape[1]
+
+
+@lru_cache
+def _integers(low: int, stop: int, top: float, dtype: torch.dtype) -> Grid:
+    return Grid(torch.arange(low, stop, dtype=torch.float32), top, dtype)
 
 
 def _integer_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
@@ -75,7 +80,7 @@ def _integer_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
 
 
 def _rowwise_grid(item: Item) -> tuple[Grid, int]:
-    return Grid(torch.arange(-127.0, 128.0), 127.0, torch.float32), item.inputs[0].shape[1]
+    return _integers(-127, 128, 127.0, torch.float32), item.inputs[0].shape[1]
 
 
 def _rowwise_parts(_: Item, coded: Coded) -> dict[str, Tensor]:
@@ -86,22 +91,27 @@ def _rowwise_parts(_: Item, coded: Coded) -> dict[str, Tensor]:
 
 
 def _four_bit_grid(item: Item) -> tuple[Grid, int]:
-    values = _empty_4bit(item)["quant_map"]
-    return Grid(values.sort().values, 1.0, torch.float32), item.params["block_size"]
+    return _map_grid(item.params["quant_type"]), item.params["block_size"]
+
+
+@lru_cache
+def _map_grid(quant_type: str) -> Grid:
+    values = pack_nf4(torch.zeros(1, 64), quant_type=quant_type)["quant_map"]
+    return Grid(values.sort().values, 1.0, torch.float32)
 
 
 def _four_bit_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
-    parts = _empty_4bit(item)
+    ref = item.inputs[0]
+    parts = _empty_4bit(tuple(ref.shape), ref.dtype, item.params["block_size"], item.params["quant_type"])
     values, order = parts["quant_map"].sort(stable=True)
     codes = order[torch.searchsorted(values, coded.levels.flatten().contiguous())].to(torch.uint8)
     return parts | {"": (codes[::2] << 4) | codes[1::2], "absmax": coded.scales.flatten()}
 
 
-def _empty_4bit(item: Item) -> dict[str, Tensor]:
+@lru_cache(maxsize=16)
+def _empty_4bit(shape: tuple[int, ...], dtype: str, block_size: int, quant_type: str) -> dict[str, Tensor]:
     """The parts of a zero weight: a map and a state that the codes do not change."""
-    ref = item.inputs[0]
-    weight = torch.zeros(ref.shape, dtype=TORCH_DTYPES[ref.dtype])
-    return pack_nf4(weight, block_size=item.params["block_size"], quant_type=item.params["quant_type"])
+    return pack_nf4(torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), block_size=block_size, quant_type=quant_type)
 
 
 INTEGER = CodeGrid(_integer_grid, _integer_parts)

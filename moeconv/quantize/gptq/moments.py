@@ -1,0 +1,65 @@
+"""Second moments of what experts are given: all experts of a group in one product for so many tokens of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
+PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
+_ROWS = 256  # tokens of each expert in one product
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The tokens that shape one expert's codes: `rows` int64 [n] of its own with `weights` [n], and the pool, each of
+    whose tokens weighs `rest`. All weights sum to 1."""
+
+    rows: Tensor
+    weights: Tensor
+    rest: float
+
+
+def shown(index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int], pooled: int) -> dict[int, Shown]:
+    """What each expert is shown of the tokens that are `free`, bool [T]; `index` and `weights` [T, k] are the router's
+    choice, `pooled` the size of the pool."""
+    slots = free[:, None].expand_as(index).flatten().nonzero().flatten()
+    chosen = index.flatten()[slots]
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=max(experts) + 1).tolist()
+    rows = (slots // index.shape[1])[order].split(counts)
+    scores = weights.flatten()[slots][order].clamp(min=0).split(counts)
+    return {e: _shown(rows[e], scores[e], pooled) for e in experts}
+
+
+def _shown(rows: Tensor, scores: Tensor, pooled: int) -> Shown:
+    own, count = float(scores.sum()), len(rows)
+    share = count / (count + PRIOR) if own > 0 else 0.0
+    return Shown(rows, scores * (share / own) if own > 0 else torch.zeros_like(scores), (1 - share) / max(1, pooled))
+
+
+def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """Weighted sums of a b^T over the tokens of each expert, float64 [E, A, B]. `take(at)` gives [n, A] and [n, B] at
+    positions `at` int64 [n]; the tokens of expert e are the `counts[e]` ones behind those of the experts before it,
+    weighted by `weights` float32 [sum of counts]."""
+    sizes = torch.tensor(counts)
+    starts = sizes.cumsum(0) - sizes
+    total: Tensor | None = None
+    for first in range(0, max(1, *counts) if counts else 1, _ROWS):
+        some = (sizes > first).nonzero().flatten() if first else torch.arange(len(sizes))
+        width = min(_ROWS, max(1, int(sizes.max()) - first))
+        at = first + torch.arange(width)
+        there = at < sizes[some, None]  # [e, width]
+        places = torch.where(there, starts[some, None] + at, 0).to(weights.device)
+        left, right = (x.view(len(some), width, -1) for x in take(places.flatten()))
+        scaled = left * (weights[places] * there.to(weights.device))[..., None]
+        product = torch.bmm(scaled.mT, right).double()
+        if total is None:
+            total = product
+        else:
+            total.index_add_(0, some.to(total.device), product)
+    assert total is not None
+    return total

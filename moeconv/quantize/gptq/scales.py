@@ -1,0 +1,84 @@
+"""Scales of least weighted error, over a grid of clip ratios: for all groups of a batch of matrices at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moeconv.quantize.gptq.levels import Grid
+
+_RATIOS = tuple(0.4 + 0.025 * i for i in range(27))  # of the largest magnitude: clip below 1, spare a level above
+_BLOCK = {"cpu": 1 << 16}  # values at a time: what stays in the cache
+_LARGE_BLOCK = 1 << 26
+
+
+def search_scales(weight: Tensor, importance: Tensor, grid: Grid, *, group: int) -> Tensor:
+    """Scales [E, out, groups] of least squared error of `weight` [E, out, in] weighted by `importance` [E, in]."""
+    experts, out, width = weight.shape
+    parts = weight.unflatten(-1, (-1, group)).transpose(1, 2).reshape(-1, out, group)  # [E * groups, out, group]
+    roots = importance.float().sqrt().reshape(-1, 1, group)
+    found = torch.empty(parts.shape[:2], device=weight.device)
+    for some, rows in _blocks(parts):
+        found[some, rows] = _search(parts[some, rows].float(), roots[some], grid)
+    return found.view(experts, width // group, out).transpose(1, 2).contiguous()
+
+
+def _blocks(parts: Tensor) -> Iterator[tuple[slice, slice]]:
+    count, out, group = parts.shape
+    block = _BLOCK.get(parts.device.type, _LARGE_BLOCK)
+    rows = max(1, min(out, block // group))
+    some = max(1, block // (rows * group))
+    for first in range(0, count, some):
+        for start in range(0, out, rows):
+            yield slice(first, first + some), slice(start, start + rows)
+
+
+def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
+    """Scales [n, rows] for parts [n, rows, group] whose errors are multiplied by roots [n, 1, group]."""
+    peak = parts.abs().amax(-1) / grid.top
+    usual = grid.stored(peak), torch.full_like(peak, torch.inf)
+    best = {1.0: usual, -1.0: usual}  # by the sign of the scale: the scale without it, and the error
+    quotient, room, rest = (torch.empty_like(parts) for _ in range(3))
+    rooted = parts * roots
+    for ratio in _RATIOS:
+        scales = grid.stored(peak * ratio)
+        torch.div(parts, scales[..., None], out=quotient)
+        for sign, levels in _levels(quotient, grid, room):
+            levels.mul_(roots)
+            torch.addcmul(rooted, levels, scales[..., None], value=-1, out=rest)
+            error, energy = _squares(rest), _squares(levels)
+            slope = levels.mul_(rest).sum(-1)
+            # the fit of the scale to these levels, and what is left of the error with it
+            fits = (energy > 0) & (slope + scales * energy > 0)
+            fitted = grid.stored(torch.where(fits, scales + slope / energy, scales))
+            step = fitted - scales
+            one = _lesser((scales, error), (fitted, error + step * (step * energy - 2 * slope)))
+            best[sign] = _lesser(best[sign], one)
+    (scales, error), (mirrored, other) = best[1.0], best[-1.0]
+    # both signs often give the same levels: the errors then differ by rounding alone
+    return torch.where(other < error * (1 - 1e-6), -mirrored, scales)
+
+
+def _lesser(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of two (scales, errors) that with less error, the first in a tie."""
+    better = other[1] < one[1]
+    return torch.where(better, other[0], one[0]), torch.where(better, other[1], one[1])
+
+
+def _squares(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).square_()
+
+
+def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """(1, nearest levels), and where they may differ (-1, those of the negative values, negated). Overwrites both."""
+    low, high = grid.bounds
+    if grid.integers:
+        quotient.round_()
+        yield 1.0, torch.clamp(quotient, low, high, out=room)
+        if not grid.symmetric:
+            yield -1.0, torch.clamp(quotient, -high, -low, out=room)
+        return
+    yield 1.0, grid.nearest(quotient)
+    yield -1.0, grid.nearest(quotient.neg_()).neg_()  # a value between two levels falls to the other one

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import TypeVar
 
-from moeconv.errors import InputError, escape
 from moeconv.families import rows
 from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor, Wrapper
 from moeconv.plugins import added
 
 GROUP = "moeconv.families"
-_ADDED = f"An installed package with an entry point in {GROUP} adds it: update or remove that package."
 Row = TypeVar("Row", Family, Wrapper)
 # The order in which `moeconv families` lists conversions, by the file that holds them. A file that is not named here
 # comes after these, by its name: nobody has to extend this list.
@@ -43,21 +41,16 @@ class Tables:
 
 @cache
 def tables() -> Tables:
-    """The tables of all vendors. Raises InputError for a package outside that cannot be loaded, or whose rows
-    contradict those that are known."""
-    vendors = (*_built_in(), *added(GROUP, Vendor))
-    wrappers = [wrapper for vendor in vendors for wrapper in vendor.wrappers]
-    found = Tables(
-        dense=_by_name("dense family", (row for vendor in vendors for row in vendor.dense)),
-        moe=_by_name("Mixture-of-Experts family", (row for vendor in vendors for row in vendor.moe)),
-        wrapped={
-            name: {text.model_type: wrapper.row(text) for text in wrapper.texts}
-            for name, wrapper in _by_name("multimodal family", wrappers).items()
-        },
-        pairs=tuple(pair for vendor in vendors for pair in vendor.pairs),
-    )
-    _check_pairs(found)
-    return found
+    """The tables of all vendors. Raises InputError, which names the package, for a package outside that cannot be
+    loaded, or whose rows contradict those that are known."""
+    vendors = list(_built_in())
+
+    def accept(vendor: Vendor) -> None:
+        _merged([*vendors, vendor])
+        vendors.append(vendor)
+
+    added(GROUP, Vendor, accept=accept)
+    return _merged(vendors)
 
 
 def _built_in() -> Iterator[Vendor]:
@@ -66,22 +59,39 @@ def _built_in() -> Iterator[Vendor]:
         yield import_module(f"{rows.__name__}.{name}").VENDOR
 
 
+def _merged(vendors: Sequence[Vendor]) -> Tables:
+    """The rows of all vendors by name. Raises ValueError for two rows of one thing, or a pair without its families."""
+    dense = _by_name("dense family", (row for vendor in vendors for row in vendor.dense))
+    moe = _by_name("Mixture-of-Experts family", (row for vendor in vendors for row in vendor.moe))
+    wrappers = _by_name("multimodal family", (wrapper for vendor in vendors for wrapper in vendor.wrappers))
+    pairs = tuple(pair for vendor in vendors for pair in vendor.pairs)
+    _check_pairs(pairs, dense, moe)
+    wrapped = {
+        name: {text.model_type: wrapper.row(text) for text in wrapper.texts} for name, wrapper in wrappers.items()
+    }
+    return Tables(dense, moe, wrapped, pairs)
+
+
 def _by_name(what: str, found: Iterable[Row]) -> dict[str, Row]:
     result: dict[str, Row] = {}
     for row in found:
         if row.model_type in result:
-            raise InputError(f"two rows describe the {what} {escape(row.model_type)}", hint=_ADDED)
+            raise ValueError(f"two rows describe the {what} {row.model_type}")
         result[row.model_type] = row
     return result
 
 
-def _check_pairs(found: Tables) -> None:
-    """Every pair is of families that have rows, and there is one for a source and a target."""
+def _check_pairs(pairs: Sequence[Pair], dense: Mapping[str, Family], moe: Mapping[str, Family]) -> None:
+    """Every pair is of families that have rows, and there is one for a source and a target, and one default."""
     seen: set[tuple[str, str]] = set()
-    for pair in found.pairs:
-        name = f"the conversion of {escape(pair.source)} to {escape(pair.target)}"
-        if pair.source not in found.dense or pair.target not in found.moe:
-            raise InputError(f"{name} is of a family that has no row", hint=_ADDED)
+    defaults: set[str] = set()
+    for pair in pairs:
+        name = f"the conversion of {pair.source} to {pair.target}"
+        if pair.source not in dense or pair.target not in moe:
+            raise ValueError(f"{name} is of a family that has no row")
         if (pair.source, pair.target) in seen:
-            raise InputError(f"two rows describe {name}", hint=_ADDED)
+            raise ValueError(f"two rows describe {name}")
+        if pair.default and pair.source in defaults:
+            raise ValueError(f"{name} is a second default for {pair.source}")
         seen.add((pair.source, pair.target))
+        defaults |= {pair.source} if pair.default else set()

@@ -14,6 +14,10 @@ from moeconv.families.placement import EVERY, Get, Placement
 from moeconv.families.shapes import Size
 from moeconv.families.sliding import NEVER, Sliding
 
+# kinds of values in config.json, as an error names them
+WHOLE, NUMBER, SWITCH, WORD, LIST, OBJECT = (
+    "a whole number", "a number", "true or false", "a word", "a list", "an object",
+)  # fmt: skip
 _ABSENT = object()
 
 
@@ -87,6 +91,9 @@ class Config:
     defaults: Mapping[str, Any]
     # key -> values at which it changes nothing, so that a target without that key may drop it
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # key whose default is None -> the kind of its values (WHOLE, ...), where the table of kinds.py does not have it; a
+    # key with another default takes values of that default's kind
+    kinds: Mapping[str, str] = field(default_factory=dict)
     # key -> the class's rule for its value where config.json leaves it out
     derived: Mapping[str, Callable[[Get], Any]] = field(default_factory=dict)
     # key -> its path in config.json, with dots between the names, where the family has another word for it

@@ -654,7 +654,7 @@ def test_routers_that_were_written_small_train_as_if_they_were_not(tmp_path: Pat
         x = torch.randn(5, block.router.weight.shape[1], generator=torch.Generator().manual_seed(0))
         got, want = block.router(x), other.router(x)
         assert torch.allclose(got[0] / scale, want[0], atol=1e-5) and torch.equal(got[2], want[2])
-    rule = open_model(models["small"]).family.routing
+    rule = open_model(models["small"]).family.experts.routing
     with watching(small.blocks, rule, renormalise=True, straight_through=True) as take:
         small.blocks[0].router.weight.requires_grad_(True)
         small.hidden(tokens).square().sum().backward()

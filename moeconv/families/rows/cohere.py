@@ -7,7 +7,7 @@ from typing import Any
 from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, NO_BIAS, O_BIAS, QK_NORM, QKV_BIAS, dense_row
 from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, SHARED_EXPERTS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import WHOLE, Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import NORM_OF_EACH_HEAD
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -65,7 +65,8 @@ COHERE2_MOE = moe_row(
             "prefix_dense_sliding_window_pattern": 1,
             "prefix_dense_intermediate_size": None,
             "output_router_logits": False,
-        }
+        },
+        kinds={"prefix_dense_intermediate_size": WHOLE},
     ),
     tensors=Tensors(
         PARALLEL_BLOCK | QKV_BIAS | O_BIAS | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,

@@ -19,7 +19,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import WHOLE, Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -74,7 +74,8 @@ DEEPSEEK_V2 = moe_row(
             "routed_scaling_factor": 1.0,
             "mlp_bias": False,
             **LOSS_OFF,
-        }
+        },
+        kinds={"n_group": WHOLE, "topk_group": WHOLE},
     ),
     tensors=Tensors(
         WITHOUT_QKVO | MLA | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN | FFN_BIAS,

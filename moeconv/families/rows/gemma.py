@@ -10,7 +10,18 @@ from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, QK_NORM, dense_row
 from moeconv.families.expert_blocks import GATE_UP_PACKED, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import (
+    NUMBER,
+    OBJECT,
+    WHOLE,
+    WORD,
+    Attention,
+    Config,
+    Elsewhere,
+    Experts,
+    Routing,
+    Tensors,
+)
 from moeconv.families.shapes import Place, Size
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
@@ -50,6 +61,7 @@ GEMMA = dense_row(
             "attention_bias": False,
             "use_bidirectional_attention": None,
         },
+        kinds={"hidden_activation": WORD},
         neutral=NO_BIAS | {"use_bidirectional_attention": (None, False)},
     ),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN, norm_offset=1.0),
@@ -81,6 +93,12 @@ GEMMA4_CONFIG: dict[str, Any] = {
 }  # fmt: skip
 _GEMMA4_CONFIG = Config(
     GEMMA4_CONFIG,
+    kinds={
+        "global_head_dim": WHOLE,
+        "num_global_key_value_heads": WHOLE,
+        "final_logit_softcapping": NUMBER,
+        "per_layer_config": OBJECT,
+    },
     words={"hidden_act": "hidden_activation"},
     only={
         "hidden_size_per_layer_input": ((0, None), "every layer reads the tokens again (per-layer inputs)"),

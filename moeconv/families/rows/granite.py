@@ -23,7 +23,7 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import LIST, WORD, Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
@@ -74,7 +74,8 @@ GRANITE_HYBRID = dense_row(
     "GraniteMoeHybridForCausalLM",
     config=Config(
         {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
-        | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2}
+        | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2},
+        kinds={"position_embedding_type": WORD},
     ),
     tensors=Tensors(
         BLOCK
@@ -112,6 +113,7 @@ BAMBA = dense_row(
             "num_logits_to_keep": 1,
             "z_loss_coefficient": 0.0,
         },
+        kinds={"attn_layer_indices": LIST},
         neutral=NO_BIAS,
     ),
     tensors=Tensors(
@@ -164,7 +166,9 @@ GRANITEMOESHARED = moe_row(
 GRANITEMOEHYBRID = moe_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    config=Config(_GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024}),
+    config=Config(
+        _GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024}, kinds={"position_embedding_type": WORD}
+    ),
     tensors=Tensors(
         BLOCK | QKV_BIAS | O_BIAS | MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
         packed=GATE_UP_PACKED,

@@ -8,7 +8,7 @@ from moeconv.families import placement
 from moeconv.families.blocks import FULL_LAYERS, LAYER
 from moeconv.families.expert_blocks import EVERY_ENGINE, W_NAMES, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import LIST, WHOLE, Config, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor
 
@@ -69,6 +69,7 @@ LFM2_DENSE = Family(
             "full_attn_idxs": None,
             "tie_embedding": True,
         },
+        kinds={"block_ff_dim": WHOLE, "full_attn_idxs": LIST},
         derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # its older word
     ),
     tensors=Tensors(LFM2, optional=LFM2_OPTIONAL),

@@ -19,7 +19,7 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import GROUPED, ONE_SHARED_EXPERT, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Tensors
+from moeconv.families.records import LIST, WHOLE, WORD, Attention, Config, Elsewhere, Experts, Layers, Tensors
 from moeconv.families.shapes import Size, config_key
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -99,10 +99,15 @@ def nemotron_h_layers(get: Get) -> Any:
     return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
 
 
+_NEMOTRON_H = Config(
+    NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
+    kinds={"hybrid_override_pattern": WORD, "mtp_layers_block_type": LIST, "moe_latent_size": WHOLE},
+    words=NEMOTRON_H_WORDS,
+)
 NEMOTRON_H = dense_row(
     "nemotron_h",
     "NemotronHForCausalLM",
-    config=Config(NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None}, words=NEMOTRON_H_WORDS),
+    config=_NEMOTRON_H,
     tensors=Tensors(NEMOTRON_H_BLOCK, base_prefix="backbone.", sizes=NEMOTRON_H_SIZES),
     attention=Attention(rope="none"),
     layers=Layers(kinds=nemotron_h_kinds, count=nemotron_h_layers, where=NEMOTRON_H_WHERE),
@@ -111,7 +116,7 @@ NEMOTRON_H = dense_row(
 NEMOTRON_H_MOE = moe_row(
     "nemotron_h",
     "NemotronHForCausalLM",
-    config=Config(NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None}, words=NEMOTRON_H_WORDS),
+    config=_NEMOTRON_H,
     tensors=Tensors(
         NEMOTRON_H_BLOCK
         | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}

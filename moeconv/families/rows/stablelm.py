@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import BLOCK, DENSE_FFN, NORM_BIAS, QKV_BIAS, dense_row
-from moeconv.families.records import Attention, Config, Tensors
+from moeconv.families.records import NUMBER, Attention, Config, Tensors
 from moeconv.families.vendor import Vendor
 
 STABLELM = dense_row(
@@ -20,6 +20,7 @@ STABLELM = dense_row(
             "partial_rotary_factor": None,
             "rotary_scaling_factor": None,
         },
+        kinds={"rotary_scaling_factor": NUMBER},
         neutral={"qk_layernorm": (False,), "use_parallel_residual": (False,), "rotary_scaling_factor": (None, 1.0)},
     ),
     tensors=Tensors(

@@ -81,3 +81,47 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# -- tests that `-m "not slow"` leaves out ----------------------------------------------------------------------------
+
+_LEFT_OUT = pytest.StashKey[int]()  # how many: counted here, or by the workers of pytest-xdist, which select
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take the mark from the cases that `slow(keep=n)` keeps: n of a parametrized test, evenly spread."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        mark = item.get_closest_marker("slow")
+        if mark is not None and mark.kwargs.get("keep"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        mark = found[0].get_closest_marker("slow")
+        assert mark is not None
+        count = min(mark.kwargs["keep"], len(found))
+        for at in {i * (len(found) - 1) // max(1, count - 1) for i in range(count)}:
+            found[at].own_markers = [own for own in found[at].own_markers if own.name != "slow"]
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    count = sum(item.get_closest_marker("slow") is not None for item in items)
+    if count:
+        config = items[0].config
+        config.stash[_LEFT_OUT] = config.stash.get(_LEFT_OUT, 0) + count
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["slow_left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    count = getattr(node, "workeroutput", {}).get("slow_left_out", 0)
+    node.config.stash[_LEFT_OUT] = max(node.config.stash.get(_LEFT_OUT, 0), count)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} slow tests left out: pytest runs them all")

@@ -401,6 +401,7 @@ def test_a_weight_that_is_no_number(cli, refused, tmp_path, out, value, place, w
     assert cli("verify", out).code == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_as_strict_as_one_that_was_not(cli, refused, tmp_path, out, monkeypatch):
     source = make_dense(tmp_path / "source")
     poison(source, PLACES[0], np.nan)
@@ -513,6 +514,7 @@ def shell(script: str, **variables: object) -> subprocess.CompletedProcess[bytes
     return subprocess.run(["bash", "-c", script], capture_output=True, env=os.environ | full, check=False)
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_or_full(tmp_path, left_over):
     """What cannot be printed does not decide whether the work is done; the exit code still tells."""
     source = make_dense(tmp_path / "source")
@@ -545,6 +547,7 @@ def test_streams_that_are_closed_or_full(tmp_path, left_over):
     assert left_over(tmp_path) == ["out1", "out2"]
 
 
+@pytest.mark.slow
 def test_paths_that_are_no_utf8_go_through_a_pipe(tmp_path):
     source = make_dense(tmp_path / "source")
     done = shell(

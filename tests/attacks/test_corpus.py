@@ -93,6 +93,7 @@ print(code, peak_rss_bytes(), used.ru_utime + used.ru_stime)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["header", "index"])  # a config is read as an index is
 def test_the_worst_that_a_few_bytes_can_cost(tmp_path, target):
     """A typed error within 2 seconds of processor time and 200 MB, start of Python included."""

@@ -116,6 +116,7 @@ def test_every_method_is_checked_below():
     assert {*METHOD_CASES, "split"} == set(METHODS)
 
 
+@pytest.mark.slow(keep=3)
 def test_what_was_written_passes(made):
     found = made.check()
     assert (found.get("counterpart") is None) == made.plan.block["exact"]
@@ -125,6 +126,7 @@ def test_what_was_written_passes(made):
         assert found["relative"] > 1e-4
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("name", BESIDE)
 def test_a_damaged_tensor_beside_the_experts_fails(made, name):
     made.assert_fails(scaled(name, 1.05), name, "differs from its source")
@@ -142,6 +144,7 @@ def test_damaged_experts_fail(made):
     made.assert_fails(scaled(name, 1.3), name, "differs from its source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "target"), [("gemma", "mixtral"), ("granite", "mixtral"), ("olmo", "mixtral"), ("minicpm3", "deepseek_v3")]
 )
@@ -164,6 +167,7 @@ def test_more_experts_at_another_top_k_have_a_bound(tmp_path):
     made.assert_fails(config(rms_norm_eps=0.1), "differs from its source")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), [("llama", torch.float32), ("granite", torch.bfloat16)])
 def test_a_split_has_a_bound(tmp_path, case, dtype):
     """All pieces of the one FFN, forced on, are the source; so no piece may be lost, doubled or changed."""

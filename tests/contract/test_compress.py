@@ -22,6 +22,7 @@ BITSANDBYTES += [(c, "nf4") for c in STACKED]
 BITSANDBYTES += [(c, s) for c in ("granitemoe", "gpt_oss", "llama4") for s in ("fp4", "int8", "nf4 --double-quant")]
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("keep", [6, 4])
 @pytest.mark.parametrize("case", list(MOE_CASES))
 def test_pruned_equals_the_unpruned_with_the_dropped_experts_masked(tmp_path, cli, case, keep):
@@ -38,6 +39,7 @@ def test_pruned_equals_the_unpruned_with_the_dropped_experts_masked(tmp_path, cl
     assert relative_difference(masked, logits(load(tmp_path / "pruned"))) <= 1e-5
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("case", list(MOE_CASES))
 def test_dry_run_states_the_bytes_that_are_written(tmp_path, cli, case):
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
@@ -75,6 +77,7 @@ def _dequantized(source, quantized, folder):
     return folder
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(("case", "scheme"), INTEGER)
 def test_compressed_tensors_load_in_transformers_as_the_decoded_weights(tmp_path, cli, case, scheme):
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
@@ -98,6 +101,7 @@ def test_scales_of_either_sign_load_in_transformers_as_the_decoded_weights(tmp_p
     assert torch.equal(logits(plain), logits(load(tmp_path / "packed", dtype=torch.bfloat16)))
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(("case", "scheme"), BITSANDBYTES)
 def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli, case, scheme):
     import moeconv.hf  # noqa: F401 - registers the loader
@@ -173,6 +177,7 @@ def test_experts_that_lie_transposed_to_their_class_are_not_packed(tmp_path, cli
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_refit_knows_that_routed_and_shared_outputs_are_averaged(tmp_path, cli):
     """Halved weights that are summed are the same model, so the refitted ones are the same too."""
     from safetensors.torch import load_file, save_file

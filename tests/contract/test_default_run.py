@@ -30,6 +30,7 @@ def moe(tmp_path, case, width, dtype):
     )
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("case", STOCK)
 def test_the_rule_of_widths_is_what_the_kernels_take(tmp_path, case):
     path = moe(tmp_path, case, 36, torch.bfloat16)
@@ -87,6 +88,7 @@ def test_a_cut_that_no_kernel_takes_is_refused_with_the_nearest_that_run(tmp_pat
     assert cli("upcycle", source, tmp_path / "o", *again, "--dry-run", "--json").code == 0
 
 
+@pytest.mark.slow
 def test_widths_of_the_source_are_taken_with_a_warning(tmp_path, cli):
     source = tiny.make_dense(tmp_path / "dense", "llama", intermediate=60)
     done = cli("upcycle", source, tmp_path / "o", "--json")
@@ -95,6 +97,7 @@ def test_widths_of_the_source_are_taken_with_a_warning(tmp_path, cli):
     assert "multiples of 8" in done.json["upcycle"]["equivalence"]["default_run"]
 
 
+@pytest.mark.slow
 def test_a_source_that_does_not_run_is_named_as_such(tmp_path, cli):
     """hidden_act is a word that only transformers looks up."""
     source = tiny.make_dense(tmp_path / "dense", "llama", hidden_act="squiggle")

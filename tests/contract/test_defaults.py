@@ -92,6 +92,7 @@ def test_defaults_are_those_of_the_class(name):
     assert not wrong
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("name", ROWS)
 def test_rotary_parameters_are_those_of_the_class(name):
     model_type, row = ROWS[name]
@@ -150,6 +151,7 @@ def test_hundreds_of_values_are_compared():
     assert len(_compared()) > 800
 
 
+@pytest.mark.slow
 def test_a_derived_value_is_converted_as_the_class_derives_it(tmp_path):
     """HyperCLOVA X scales attention by head_dim ** -0.5 where config.json says nothing; Granite by 1."""
     path = save_stock(tmp_path / "dense", *DENSE_CASES["hyperclovax"], dtype=torch.float32)

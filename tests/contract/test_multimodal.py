@@ -151,6 +151,7 @@ def test_layouts_of_the_hub_are_pruned_and_streamed(tmp_path, cli, case, keep):
         assert name.format(keep) not in after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3_vl_moe", "qwen3_5_moe"])
 def test_layouts_of_the_hub_are_multiplied(tmp_path, cli, case):
     source = _as_on_the_hub(tmp_path / "moe", case)
@@ -231,6 +232,7 @@ def test_a_recipe_prunes_and_packs_stacked_experts(tmp_path, cli, dtype):
     assert [step["command"] for step in steps] == ["prune", "quantize"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3_vl_moe", "glm4v_moe", "internvl", "gemma4-vision"])
 def test_text_measures_the_language_model(tmp_path, cli, case):
     path = add_tokenizer(save_stock(tmp_path / "moe", *WRAPPED_CASES[case], dtype=torch.float32))

@@ -44,6 +44,7 @@ def make(tmp_path, cli):
     return source
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
@@ -98,6 +99,7 @@ def test_parts_of_it_complete(tmp_path, cli, make, left_over):
     assert tiny.hashes(tmp_path / "out") == tiny.hashes(tmp_path / "single") and left_over(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8", "fp8-shared"])
 def test_gptq_works_from_the_decoded_weights(tmp_path, cli, make, kind):
     source = add_tokenizer(make(kind))
@@ -114,6 +116,7 @@ def test_gptq_works_from_the_decoded_weights(tmp_path, cli, make, kind):
         assert relative_rms(decode_weight(before, name).float(), decode_weight(after, name).float()) < 0.4
 
 
+@pytest.mark.slow
 def test_gptq_takes_stacked_experts_apart_in_the_plan(tmp_path, cli, monkeypatch):
     """The same codes as of a checkpoint whose experts lie apart, and nothing written on the way."""
     apart = save_stock(tmp_path / "apart", *MOE_CASES["qwen3_5_moe"], dtype=torch.bfloat16)

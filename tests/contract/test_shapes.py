@@ -28,6 +28,7 @@ def with_tensors(checkpoint: Checkpoint, **changes) -> Checkpoint:
     return other
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_has_the_shape_that_config_says_and_a_misshapen_one_is_named(tmp_path: Path, case: str) -> None:
     model = open_model(save_stock(tmp_path / "model", *CASES[case], dtype=torch.bfloat16))

@@ -198,6 +198,7 @@ def test_a_part_that_does_not_belong_is_named(stored, form: str) -> None:
             open_model(with_tensors(model.checkpoint, **{head.name: head}))
 
 
+@pytest.mark.slow
 def test_every_form_is_tried(stored) -> None:
     assert {found.encoding.name for form in FORMS for found in stored(form).stored.values()} == set(PARTS)
 
@@ -222,6 +223,7 @@ def test_it_decodes_as_compressed_tensors_does_also_after_a_prune(stored, tmp_pa
     assert torch.equal(decode_weight(pruned, first), decode_weight(model, first.replace("experts.0.", "experts.1.")))
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("form", FORMS)
 def test_it_decodes_to_a_plain_model_that_stock_transformers_runs(stored, tmp_path: Path, form: str) -> None:
     model = stored(form)

@@ -20,6 +20,7 @@ def _stream(path, ids):
     return LayerStream(open_model(path), ids, batch_size=2)
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("case", list(MOE_CASES))
 def test_logits_and_routing_are_the_stock_models(tmp_path, case):
     path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
@@ -46,6 +47,7 @@ def test_logits_and_routing_are_the_stock_models(tmp_path, case):
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.std()))
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("case", [case for case in MOE_CASES if not row_of(case).experts.routing.on_input])
 def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
     """The experts' outputs times the weights of the batch are the routed part of the FFN's output."""

@@ -32,6 +32,7 @@ def test_every_pair_is_converted_below():
     assert len(covered) >= 40
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize(("case", "pair"), EVERY_PAIR)
 def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, dense, case, pair):
     source, before = dense(case)
@@ -215,6 +216,7 @@ def test_layers_without_an_ffn_are_left_as_they_are_and_cannot_be_asked_for(tmp_
     assert planned["upcycle"]["moe_layers"] == [1, 3]
 
 
+@pytest.mark.slow
 def test_a_router_with_a_norm_of_its_own_reads_what_the_ffn_reads(tmp_path, cli):
     source = save_stock(tmp_path / "dense", *DENSE_CASES["gemma4_text"], dtype=torch.float32)
     done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--json").json
@@ -226,6 +228,7 @@ def test_a_router_with_a_norm_of_its_own_reads_what_the_ffn_reads(tmp_path, cli)
             assert torch.allclose(batch.router_logits, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_one_norm_more_makes_of_small_outputs_is_refused_with_the_reason(tmp_path, cli):
     model_type, config = DENSE_CASES["gemma4_text"]
     source = save_stock(tmp_path / "dense", model_type, config | {"rms_norm_eps": 0.1}, dtype=torch.float32)
@@ -235,6 +238,7 @@ def test_what_one_norm_more_makes_of_small_outputs_is_refused_with_the_reason(tm
     assert "variance is not well above rms_norm_eps" in done.json["error"]["hint"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["noise", "drop"])
 def test_methods_that_change_the_function_load_and_differ_between_experts(tmp_path, cli, method):
     source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
@@ -259,6 +263,7 @@ def test_drop_redraws_the_same_neurons_in_gate_up_and_down(tmp_path, cli):
         assert torch.equal(changed, (experts.down_proj[e] != mlp.down_proj.weight).any(0))
 
 
+@pytest.mark.slow
 def test_the_check_before_the_commit_runs_and_reports(tmp_path, cli):
     source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
     done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--json")

@@ -38,6 +38,7 @@ def test_routers_that_copies_would_change_are_refused(tmp_path, case):
         plan_upcycle(open_model(source))
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("case", sorted(MOE_CASES.keys() - _REFUSED.keys()))
 def test_twice_the_experts_and_twice_the_top_k_are_exact(tmp_path, case):
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
@@ -59,6 +60,7 @@ def test_packed_experts_biases_and_corrections_are_copied_too(tmp_path, target):
     assert difference <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_command_proves_it_and_says_where_another_top_k_changes_the_model(tmp_path, cli):
     source = save_stock(tmp_path / "moe", *MOE_CASES["mixtral"], dtype=torch.float32)
     done = cli("upcycle", source, tmp_path / "more", "--experts", 16, "--json")

@@ -62,6 +62,7 @@ def test_every_pair_but_those_of_unequal_weights_is_cut_below():
     assert len(SHARED) >= 25
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize(("case", "pair"), CAN)
 def test_virtual_groups_are_exact(tmp_path, dense, case, pair):
     parameters = {"method": "granular", "granularity": 4, "experts": 8, "top_k": 4}
@@ -79,6 +80,7 @@ def test_two_copies_of_any_granularity_are_exact(tmp_path, dense, case, target, 
     assert difference <= 1e-5
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize(("case", "pair"), PARTS)
 def test_a_shared_expert_of_one_piece_is_exact(tmp_path, dense, case, pair):
     parameters = {"granularity": 4, "shared_experts": "1", "experts": 6, "top_k": 3}
@@ -197,6 +199,7 @@ def test_shuffle_permutes_each_copy_alike_in_all_three_matrices(tmp_path, dense)
 # -- the check before the commit ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "target"), [("llama", "mixtral"), ("llama", "glm4_moe"), ("phi3", "granitemoe")])
 def test_the_check_runs_at_the_chosen_k_and_with_all_experts_on(tmp_path, cli, dense, case, target):
     case = "llama" if target == "granitemoe" else case
@@ -208,6 +211,7 @@ def test_the_check_runs_at_the_chosen_k_and_with_all_experts_on(tmp_path, cli, d
     assert max(check["relative"], check["all_on"]["relative"]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_method_that_breaks_its_promise_exits_5_and_leaves_nothing(tmp_path, cli, dense, monkeypatch):
     monkeypatch.setitem(METHODS, "copy", replace(METHODS["drop"], exact=True))
     done = cli("upcycle", dense("llama")[0], tmp_path / "moe", "--experts", 4, "--json")
@@ -216,6 +220,7 @@ def test_a_method_that_breaks_its_promise_exits_5_and_leaves_nothing(tmp_path, c
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kernel_that_breaks_a_promise_exits_5_and_leaves_nothing(tmp_path, cli, dense, monkeypatch):
     monkeypatch.setitem(layout._MOVES, "cut", lambda of, params: layout._cut(of, params)[:, ::-1])
     done = cli("upcycle", dense("llama")[0], tmp_path / "moe", "--method", "granular", "--json")
@@ -224,6 +229,7 @@ def test_a_kernel_that_breaks_a_promise_exits_5_and_leaves_nothing(tmp_path, cli
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, dense, monkeypatch):
     """Without renormalisation a zero router and down_proj x E/k are exact at top-k, and E/k too much with all on."""
     rows = [replace(p, config=p.config | {"norm_topk_prob": False}) for p in tables().pairs if p.target == "qwen3_moe"]
@@ -237,6 +243,7 @@ def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, den
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_check_fits_its_dtype_to_the_memory_or_says_why_not(tmp_path, cli, dense, monkeypatch):
     source = dense("llama")[0]
     for free, dtype in ((equivalence._needed, "float32"), (lambda plan, width: 0, None)):

@@ -63,6 +63,7 @@ def test_each_expert_is_its_siblings_ffn(tmp_path, case, target):
         assert relative_difference(logits(load(path)), logits(written)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_command_takes_siblings_and_its_manifest_names_them(tmp_path, cli):
     base, paths = family(tmp_path)
     flags = [word for path in (base, *paths) for word in ("--experts-from", path)]
@@ -124,6 +125,7 @@ def test_wrong_uses_are_usage_errors(tmp_path, cli, flags, words):
     assert (done.code, words in done.json["error"]["message"]) == (2, True), done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -147,6 +149,7 @@ def test_what_concerns_no_layer_is_a_warning_and_other_words_are_none(tmp_path, 
     assert torch.equal(logits(load(tmp_path / "moe")), logits(load(tmp_path / "plain")))
 
 
+@pytest.mark.slow
 def test_tokens_that_were_added_and_renamed_are_named(tmp_path, cli):
     base, paths = family(tmp_path, count=2)
     words = {f"w{i}": i for i in range(40)}
@@ -158,6 +161,7 @@ def test_tokens_that_were_added_and_renamed_are_named(tmp_path, cli):
     assert done.code == 0 and "has 2 (<end>, <tool>) and lacks 1 (w39)" in told and str(paths[1]) in told
 
 
+@pytest.mark.slow
 def test_another_vocabulary_size_is_warned_of_and_so_are_strangers(tmp_path, cli):
     base, paths = family(tmp_path, count=1)
     model_type, config = DENSE_CASES["llama"]
@@ -194,6 +198,7 @@ def texts(tmp_path_factory):
 _FEW = ("--tokens", 2048, "--seq-len", 64)
 
 
+@pytest.mark.slow
 def test_hidden_routers_send_text_to_the_expert_of_its_kind(tmp_path, cli, texts):
     source = DEMO / "model"
     data = [word for path in texts for word in ("--data", path)]
@@ -224,6 +229,7 @@ def test_a_dry_run_with_a_measured_router_measures_nothing_and_knows_the_size(tm
     assert cli("upcycle", DEMO / "model", tmp_path / "moe", *arguments).json["bytes"] == dry.json["bytes"]
 
 
+@pytest.mark.slow
 def test_measured_rows_are_repeated_for_the_pieces_of_a_copy(tmp_path, cli, texts):
     arguments = (
         "--method",

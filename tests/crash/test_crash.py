@@ -119,6 +119,7 @@ def finishes(server: ForkServer, work: Work, out: Path, *more: object) -> None:
 # -- killed at a random moment -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["upcycle", "prune"])
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_at_random_moments(server, works, tmp_path, verb, jobs):
@@ -161,6 +162,7 @@ def crash_at_operations(
             yield out, f"operation {at} of {total}, {mode}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "every"), [("upcycle", EVERY // 2 or 1), ("prune", EVERY)])
 def test_crashed_at_any_disk_operation(server, works, tmp_path, verb, every):
     work = works[verb]
@@ -195,6 +197,7 @@ def test_the_test_catches_a_writer_that_takes_no_care(server, works, tmp_path, t
     assert {f.split(", ")[1].partition(":")[0] for f in found} == modes, found
 
 
+@pytest.mark.slow
 def test_overwrite_keeps_the_old_directory_until_the_new_one_is_complete(server, works, tmp_path):
     work = works["upcycle"]
     precious = tmp_path / "precious"
@@ -231,6 +234,7 @@ def test_overwrite_keeps_the_old_directory_until_the_new_one_is_complete(server,
 # -- a full disk ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "jobs", "every"), [("upcycle", 1, EVERY // 2 or 1), ("prune", 2, EVERY)])
 def test_a_disk_that_is_full_at_any_operation(cli, works, tmp_path, verb, jobs, every):
     work = works[verb]
@@ -263,6 +267,7 @@ def test_a_disk_that_is_full_at_any_operation(cli, works, tmp_path, verb, jobs, 
 # -- signals -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("json_too", [False, True])
 def test_signals_end_a_run_in_good_order(tmp_path, number, code, json_too):
@@ -302,6 +307,7 @@ def test_signals_end_a_run_in_good_order(tmp_path, number, code, json_too):
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
+@pytest.mark.slow
 def test_signals_at_random_moments(server, works, tmp_path):
     rng = random.Random(5)
     work = works["upcycle"]
@@ -498,6 +504,7 @@ def test_companions_that_went_away_do_not_stay_behind(cli, interrupted, tmp_path
 # -- two at once ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_out_one_wins(server, works, tmp_path):
     work = works["upcycle"]
     for run in range(4):
@@ -537,6 +544,7 @@ def test_parts_in_any_order_are_the_whole(cli, works, tmp_path, verb, order):
     assert hashes(out) == work.expected and complete(out) and os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 12])
 def test_parts_at_the_same_time_are_the_whole(server, works, tmp_path, n):
     work, out = works["upcycle"], tmp_path / "out"

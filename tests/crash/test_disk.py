@@ -54,6 +54,7 @@ def refused(outcome, says: str) -> None:
     assert "Traceback" not in outcome.err and "bug of moeconv" not in outcome.err
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files(source, expected, place):
     """The kernel's own refusal (EFBIG), in a process of its own: the small shards are kept, the large one is named."""
     out = place / "out"
@@ -66,6 +67,7 @@ def test_a_limit_on_the_size_of_files(source, expected, place):
     assert out.exists() and not kept(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
 def test_whatever_the_disk_says_at_any_operation(cli, source, expected, place, number):
     with Faults() as counted:

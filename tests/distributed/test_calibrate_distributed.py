@@ -33,6 +33,7 @@ def model(tmp_path: Path) -> Path:
     return add_tokenizer(path)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_statistics_of_one(model, tmp_path):
     data = [str(tmp_path / "a.txt"), f"{tmp_path / 'b.txt'}=2"]
     calibrate(model, tmp_path / "one", data=data, seq_len=16, batch_size=3, sample_tokens=100)
@@ -49,6 +50,7 @@ def test_two_processes_give_the_statistics_of_one(model, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "b.txt", "model", "one", "two"]
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_its_code(model, tmp_path):
     """NaN is noticed by all; data that is missing by the first process alone, while the other waits for it."""
     arguments = ("-m", "moeconv", "calibrate", model, tmp_path / "out", "--json", *SETTINGS, "--data")
@@ -59,6 +61,7 @@ def test_an_error_of_one_process_ends_all_with_its_code(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_commands_refuse_a_launcher(model, tmp_path):
     done = launch("-m", "moeconv", "inspect", model)
     assert [d.code for d in done] == [2, 2] and "one process" in done[0].err and not done[1].err
@@ -79,6 +82,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_an_error_or_death_of_the_second_process_ends_the_first(model, tmp_path):
     arguments = ("calibrate", model, tmp_path / "out", *SETTINGS, "--data", tmp_path / "a.txt")
     error = "from moeconv.errors import OutputError; raise OutputError('no room', hint='Buy some.')"

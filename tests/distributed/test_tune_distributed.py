@@ -70,6 +70,7 @@ def upcycled(dense: Path, out: Path, **parameters: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_router_of_one(dense, tmp_path):
     model = upcycled(dense, tmp_path / "moe", experts=4)
     biased = upcycled(dense, tmp_path / "biased", experts=3, to="glm4_moe")  # 3 rows for 2 processes
@@ -98,6 +99,7 @@ def test_two_processes_train_the_router_of_one(dense, tmp_path):
         assert two[name]["layers"][0]["load"] == pytest.approx(block["layers"][0]["load"], abs=2e-2)
 
 
+@pytest.mark.slow
 def test_the_command_writes_once(dense, tmp_path):
     model = upcycled(dense, tmp_path / "moe", experts=4)
     arguments = (

@@ -36,12 +36,14 @@ def script_of(text: str) -> str:
     return "\n".join(lines) if len(lines) > 1 else ""
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("page", PAGES)
 def test_outputs_on_a_page_are_what_the_commands_print(tmp_path, page):
     text = PAGES[page].read_text()
     assert refresh.refreshed(text, folder=str(tmp_path)) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [name for name, path in PAGES.items() if script_of(path.read_text())])
 def test_commands_on_a_page_run(tmp_path, page):
     script = script_of(PAGES[page].read_text())

@@ -88,6 +88,7 @@ def moeconv(environment, *arguments):
     return done.returncode, json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_only_what_a_conversion_needs_is_fetched_and_only_once(tmp_path, hub):
     environment, _, fetched = hub
     code, _, err = moeconv(environment, "upcycle", "hf://someone/tiny", tmp_path / "moe", "--no-check")
@@ -107,6 +108,7 @@ def test_only_what_a_conversion_needs_is_fetched_and_only_once(tmp_path, hub):
     assert code == 0 and len(fetched) == 5
 
 
+@pytest.mark.slow
 def test_templates_and_the_code_that_a_tokenizer_is_are_fetched(tmp_path, hub):
     environment, folder, fetched = hub
     (folder / "additional_chat_templates").mkdir()
@@ -120,6 +122,7 @@ def test_templates_and_the_code_that_a_tokenizer_is_are_fetched(tmp_path, hub):
     assert added <= set(fetched) and added <= set(done["files"]) and "original/other.py" not in fetched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "code"),
     [
@@ -136,12 +139,14 @@ def test_a_name_that_the_hub_does_not_have_is_refused(tmp_path, hub, name, code)
     assert found == code and result["error"]["message"] and fetched == []
 
 
+@pytest.mark.slow
 def test_what_is_not_in_the_cache_is_refused_offline(tmp_path, hub):
     environment, _, fetched = hub
     code, result, _ = moeconv(environment | {"HF_HUB_OFFLINE": "1"}, "inspect", "hf://someone/tiny")
     assert code == 3 and "hf://someone/tiny" in result["error"]["message"] and fetched == []
 
 
+@pytest.mark.slow
 def test_an_index_that_points_elsewhere_fetches_nothing_from_there(tmp_path, hub):
     environment, folder, fetched = hub
     index = Path(folder / "model.safetensors.index.json")

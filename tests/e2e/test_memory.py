@@ -19,6 +19,7 @@ def _synthetic(path: Path, family: str, gigabytes: float) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gigabytes", [0.15, 0.6])
 def test_copies_need_no_torch_and_under_100_mb(tmp_path, command, gigabytes):
     source = _synthetic(tmp_path / "dense", "llama", gigabytes)
@@ -27,6 +28,7 @@ def test_copies_need_no_torch_and_under_100_mb(tmp_path, command, gigabytes):
     assert done.json["peak_rss_bytes"] < 100 * MEGABYTE
 
 
+@pytest.mark.slow
 def test_eight_files_at_once_stay_under_it_too(tmp_path, command):
     source = _synthetic(tmp_path / "dense", "llama", 0.15)
     done = command("upcycle", source, tmp_path / "out", "--experts", 8, "--shard-by", "expert", "--no-check", "--json")
@@ -34,6 +36,7 @@ def test_eight_files_at_once_stay_under_it_too(tmp_path, command):
     assert done.json["shards"] == 9 and done.json["peak_rss_bytes"] < 100 * MEGABYTE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "flags", "limit"),
     [

@@ -73,6 +73,7 @@ def words(step: str, out: Path, places: dict[str, Path], *more: object) -> list[
     return [*filled, "--shard-size", "20KB", "--json", *map(str, more)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_parts_in_any_order_are_the_single_run(cli, tmp_path, places, made, monkeypatch, left_over, step):
     """Of three parts, the second one first; it is stopped in its first shard, and run again in the end."""
@@ -101,6 +102,7 @@ def _stopped(self: OutputDirectory, name: str, record: Finished) -> None:
     MARK(self, name, record)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_does_not_measure_again(cli, tmp_path, places, made, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(OutputDirectory, "mark_finished", _stopped)
@@ -108,6 +110,7 @@ def test_a_run_that_was_stopped_does_not_measure_again(cli, tmp_path, places, ma
     assert cli(*words("prune by weights", tmp_path / "out", places)).code == 0 and made == ["weights.aimer"]
 
 
+@pytest.mark.slow
 def test_other_data_is_measured_anew_and_a_copy_of_it_is_not(cli, tmp_path, places, made):
     step = "prune --data"
     (tmp_path / "copy.txt").write_bytes(places["data"].read_bytes())
@@ -118,6 +121,7 @@ def test_other_data_is_measured_anew_and_a_copy_of_it_is_not(cli, tmp_path, plac
         assert len(made) == count, name
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("flags", [("--no-check",), ("--part", "0/2"), ("--dry-run",)])
 def test_every_table_does_without_what_a_flag_leaves_out(cli, tmp_path, places, step, flags):

@@ -20,6 +20,7 @@ def environment():
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_the_shell_pipeline_runs_every_step_with_json_on_stdout(tmp_path, environment):
     small = environment | {"STEPS": "5", "MAX_LOSS_INCREASE": "6"}
     done = subprocess.run(
@@ -34,6 +35,7 @@ def test_the_shell_pipeline_runs_every_step_with_json_on_stdout(tmp_path, enviro
     assert results["8-piped"]["quantize"]["scheme"] == "int8"
 
 
+@pytest.mark.slow
 def test_a_gate_that_fails_ends_the_shell_pipeline_with_5(tmp_path, environment):
     strict = environment | {"STEPS": "1", "MAX_LOSS_INCREASE": "0.000001"}
     done = subprocess.run(
@@ -65,6 +67,7 @@ steps:
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_writes_the_sizes_of_its_dry_run_and_keeps_what_is_finished(tmp_path, cli):
     recipe = tmp_path / "small.yaml"
     recipe.write_text(RECIPE)
@@ -103,6 +106,7 @@ def test_a_mistake_in_a_recipe_is_named_with_its_line(tmp_path, cli, old, new, l
     assert hint in done.json["error"]["hint"]
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_pipeline_and_ends_with_its_table(tmp_path, environment):
     done = subprocess.run(
         [sys.executable, "-m", "moeconv", "demo", tmp_path / "demo", "--json"],
@@ -119,6 +123,7 @@ def test_demo_runs_the_whole_pipeline_and_ends_with_its_table(tmp_path, environm
     assert packed["loss"] < upcycled["loss"]
 
 
+@pytest.mark.slow
 def test_verbose_tells_hashes_on_stderr_and_leaves_stdout_alone(tmp_path, command):
     plain = command("upcycle", DEMO / "model", tmp_path / "a", "--no-check", "-q")
     verbose = command("upcycle", DEMO / "model", tmp_path / "b", "--no-check", "-q", "-v")

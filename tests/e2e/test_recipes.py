@@ -17,6 +17,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALL = {"steps": 2, "tokens": 2048, "eval_tokens": 2048}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_with_the_sizes_of_its_dry_run(tmp_path, command, recipe):
     known = yaml.safe_load(recipe.read_text())["vars"]
@@ -33,6 +34,7 @@ def test_a_recipe_runs_with_the_sizes_of_its_dry_run(tmp_path, command, recipe):
         assert Path(done.json["report"]).read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_the_shell_twin_of_prune_repair_gates_on_loss(tmp_path, command):
     assert command("upcycle", DEMO / "model", tmp_path / "moe", "--method", "drop", "--no-check").code == 0
     words = ["bash", ROOT / "recipes" / "prune-repair.sh", tmp_path / "moe", tmp_path / "out"]

@@ -117,6 +117,7 @@ def test_cut_off_and_resumed(made, tmp_path, step, after, monkeypatch):
     assert hashes(tmp_path / "out") == hashes(made / step)
 
 
+@pytest.mark.slow
 def test_a_processor_without_wide_vectors(tmp_path):
     """As another machine would compute: numpy and torch fall back to what every x86-64 or ARM core has."""
     import numpy as np

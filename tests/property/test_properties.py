@@ -82,6 +82,7 @@ def file_from(data: bytes) -> SafetensorsFile:
 # -- headers -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @examples(100)
 @given(layouts, st.dictionaries(text, text, max_size=3))
 def test_header_round_trip(layout, metadata):
@@ -121,6 +122,7 @@ entries = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @examples(300)
 @given(st.dictionaries(text, entries, max_size=3), st.binary(max_size=40))
 def test_plausible_headers_tile_the_file_or_are_refused(value, data):
@@ -165,6 +167,7 @@ def test_strict_json_reads_what_json_writes(value):
     assert parse_json(canonical_json(value), what="x") == value
 
 
+@pytest.mark.slow
 @examples(200)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode("utf-8", "surrogatepass")))
 def test_strict_json_raises_nothing_but_input_errors(data):
@@ -264,6 +267,7 @@ def test_picked_rows_are_those_asked_for(chosen):
     assert picked == b"".join(data[6 * r : 6 * r + 6] for r in chosen)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(
     st.lists(st.tuples(st.sampled_from(["U8", "BF16", "F32", "F64"]), st.integers(0, 3000)), min_size=1, max_size=12),
@@ -311,6 +315,7 @@ def bytes_of(plan, model, **how) -> tuple[dict, str]:
         return read_tensors(out), (out / "config.json").read_text()
 
 
+@pytest.mark.slow
 @examples(12)
 @given(
     st.sampled_from(["llama", "qwen2", "qwen3"]), st.sampled_from(["copy", "noise", "drop"]), st.integers(1, 4),
@@ -323,6 +328,7 @@ def test_upcycled_bytes_do_not_depend_on_shards_or_workers(models, family, metho
     assert bytes_of(plan_upcycle(model, shard_size=size, **asked), model, jobs=workers) == expected
 
 
+@pytest.mark.slow
 @examples(12)
 @given(
     st.sampled_from(["mixtral", "qwen2_moe", "olmoe"]),
@@ -395,6 +401,7 @@ def replaced(rng: random.Random, value, new: list):
     return value
 
 
+@pytest.mark.slow
 @examples(150)
 @given(st.integers(0, 3), st.lists(junk, min_size=1, max_size=3), st.randoms(use_true_random=False), st.booleans())
 def test_a_config_with_wrong_values_is_an_input_error_or_harmless(victims, which, new, rng, missing):
@@ -426,6 +433,7 @@ def test_an_index_with_wrong_values_is_an_input_error(victims, new, rng):
         path.write_text(before)
 
 
+@pytest.mark.slow
 @examples(60)
 @given(st.lists(junk, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_a_manifest_with_wrong_values_is_a_problem_and_no_more(models, tmp_path_factory, new, rng):

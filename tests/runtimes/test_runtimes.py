@@ -29,6 +29,7 @@ def source(tmp_path_factory):
     return runtimes.moe_source(DEMO_DATA / "model", tmp_path_factory.mktemp("moe") / "moe")
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(
     ("name", "parameters", "runtime"),
     CASES,

@@ -33,6 +33,7 @@ def test_a_name_is_a_function_at_every_call(name):
     assert callable(getattr(moeconv, "open" if name == "open_model" else name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["calibrate", "evaluate", "tune"])
 def test_a_function_with_a_packages_name_is_callable_before_and_after_the_package_is_imported(name):
     """Two calls in a row in a fresh process; both reach the function, which refuses what it is given."""

@@ -61,6 +61,7 @@ def test_what_lies_together(dense, moe, tmp_path, by, size):
         assert order == sorted(order)
 
 
+@pytest.mark.slow
 def test_the_tensors_are_those_of_shards_by_size(dense, moe, tmp_path):
     expected = [p.plan_id for _, p in plans(dense, moe)]
     for by in ("layer", "expert"):

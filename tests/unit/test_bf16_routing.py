@@ -30,6 +30,7 @@ def data(folder: Path, words: int) -> list[str]:
     return [str(folder / "text")]
 
 
+@pytest.mark.slow
 def test_real_widths_in_bfloat16_keep_their_sample_and_prune_decides_by_it(tmp_path: Path) -> None:
     """128 experts of a router of 2048 inputs: logits tie in far more than 0.5 % of tokens."""
     path = tiny.make_moe(

@@ -211,6 +211,7 @@ def test_same_seed_same_bytes_and_the_sample_is_a_sample(tmp_path: Path) -> None
     assert np.allclose(few.layer(0, "output_cosine"), all_.layer(0, "output_cosine"), atol=0.3)
 
 
+@pytest.mark.slow
 def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
     path, paths = make(tmp_path / "model", "qwen3_moe"), texts(tmp_path)
     parameters: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": 3, "sample_tokens": 10_000}
@@ -267,6 +268,7 @@ run.calibrate(sys.argv[1], sys.argv[2], data=sys.argv[4:], seq_len=16, batch_siz
 """
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_layer_and_run_again_the_file_is_the_same(tmp_path: Path) -> None:
     layers = 5
     path = make(tmp_path / "model", "qwen3_moe", layers=layers, mlp_only_layers=[1])

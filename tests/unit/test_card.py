@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
 from tiny import make_dense
 
@@ -17,6 +18,7 @@ def card_of(out):
     return yaml.safe_load(meta), text
 
 
+@pytest.mark.slow
 def test_a_card_carries_licence_and_base_model_through_a_chain_of_steps(tmp_path, cli):
     source = make_dense(tmp_path / "models--someone--tiny" / "snapshots" / "1", "llama")
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ndatasets: [x]\n---\n# theirs\n")
@@ -43,6 +45,7 @@ def test_a_card_may_be_edited_and_the_checkpoint_stays_whole(tmp_path, cli):
     assert cli("verify", tmp_path / "moe", "--json").json["ok"] is True
 
 
+@pytest.mark.slow
 def test_a_strangers_card_gives_words_and_nothing_else(tmp_path):
     source = make_dense(tmp_path / "dense", "llama")
     hostile = {"license": "a\x1b[31m", "base_model": {"deep": 1}, "language": ["en", 3, "x" * 500]}

@@ -236,6 +236,7 @@ def run(*arguments: object) -> tuple[int, Any]:
     return done.returncode, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_process_prints_one_json_object(tmp_path: Path) -> None:
     source, staged = upcycled(tmp_path)
     code, found = run(source, staged, "--tokens", 16, "--seed", 2, "--threads", 1)

@@ -147,6 +147,7 @@ def of_21_tries(x: np.ndarray) -> np.ndarray:
     )
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 @pytest.mark.parametrize("draw", ["normal", "laplace", "student"])
 def test_q4_k_errs_no_more_than_a_search_of_21_scales(draw, scale):

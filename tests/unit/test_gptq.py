@@ -286,6 +286,7 @@ def quantized(cli, case, out, *flags):
     return done.json
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--format", "bitsandbytes", "--scheme", "int8")])
 def test_every_expert_is_packed_and_layers_err_less(cli, case, tmp_path, flags):
     result = quantized(cli, case, tmp_path / "out", *flags)
@@ -306,6 +307,7 @@ def test_every_expert_is_packed_and_layers_err_less(cli, case, tmp_path, flags):
             assert model.checkpoint.read(name) == source.checkpoint.read(name), ref
 
 
+@pytest.mark.slow
 def test_too_little_text_is_warned_of_and_no_layer_is_worse_than_the_nearest_codes(cli, case, tmp_path):
     fell = 0
     for i, tokens in enumerate((16, 32, 48)):
@@ -333,6 +335,7 @@ def test_too_little_text_is_warned_of_and_no_layer_is_worse_than_the_nearest_cod
     assert fell, "codes that 12 to 36 tokens choose err more on others, in some layer"
 
 
+@pytest.mark.slow
 def test_bits_that_differ_by_layer_are_chosen_once(cli, case, tmp_path):
     stats = tmp_path / "stats.safetensors"
     assert cli("calibrate", case[0], stats, "--data", case[1], "--seq-len", 16).code == 0
@@ -345,6 +348,7 @@ def test_bits_that_differ_by_layer_are_chosen_once(cli, case, tmp_path):
     assert all(bool(w.abs().sum() > 0) for w in decoded)
 
 
+@pytest.mark.slow
 def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
     one = quantized(cli, case, tmp_path / "a")["files"]["model.safetensors"]
     assert quantized(cli, case, tmp_path / "b", "--jobs", 1)["files"]["model.safetensors"] == one

@@ -49,6 +49,7 @@ def checkpoints(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_tokens_are_those_of_the_decoded_stock_model(checkpoints, family, scheme):
@@ -107,6 +108,7 @@ def test_config_comes_back_word_for_word(checkpoints, tmp_path):
     assert fields["quantization_config"] == quantization_config("nf4")
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", [*FAMILIES, "minimax_m2", "lfm2_moe"])
 def test_saving_gives_back_the_tensors_that_were_loaded(tmp_path, family, scheme):
@@ -297,6 +299,7 @@ def damaged(source: Path, target: Path, change) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_whatever_is_missing_or_misshapen_raises(checkpoints, tmp_path):
     nf4, int8 = checkpoints("mixtral", "nf4")[0], checkpoints("mixtral", "int8")[0]
     one = "model.layers.1.block_sparse_moe.experts.3.w1"
@@ -402,6 +405,7 @@ torch.save(model(torch.arange(3, 11)[None]).logits, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_self_contained_loads_without_moeconv(tmp_path):
     from tiny import make_moe
 

@@ -203,6 +203,7 @@ print(type(AutoModelForCausalLM.from_pretrained(sys.argv[2])).__name__)
 """
 
 
+@pytest.mark.slow
 def test_self_contained_checkpoints_take_every_experts_implementation_and_decode(tmp_path, cli):
     from tiny import make_moe
 

@@ -243,6 +243,7 @@ def test_code_of_a_checkpoint_is_never_trusted(module):
             raise AssertionError(f"{module} unpickles")
 
 
+@pytest.mark.slow
 def test_something_is_told_not_to_trust():
     told = [
         m for m in FILES for n in ast.walk(parsed(m)) if isinstance(n, ast.keyword) and n.arg == "trust_remote_code"
@@ -273,6 +274,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_looking_and_planning_never_load_torch(tmp_path):
     dense, moe = str(make_dense(tmp_path / "dense")), str(make_moe(tmp_path / "moe", hidden=64, intermediate=128))
     out = str(tmp_path / "out")

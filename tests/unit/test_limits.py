@@ -53,6 +53,7 @@ def peak(code: str, *arguments: object) -> int:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_header_of_many_tensors_opens(tmp_path):
     """600,000 values, as Trinity-Nano in NF4 has, in a file of the size that goes with them."""
     layout = [(f"model.layers.{i // 999}.mlp.experts.{i % 999}.up_proj.weight", "U8", (1024, 1)) for i in range(75_000)]
@@ -62,6 +63,7 @@ def test_a_header_of_many_tensors_opens(tmp_path):
     assert peak(code + "; assert len(F(Path(sys.argv[1])).tensors) == 75_000", tmp_path / "a.safetensors") < 120 << 20
 
 
+@pytest.mark.slow
 def test_an_index_of_many_tensors_opens(tmp_path):
     """70 MiB, as no published model needs yet; of long names, so that it is made quickly."""
     name = "model." + "x" * 500 + ".layers.{}.mlp.experts.{}.down_proj.weight.quant_state.bitsandbytes__nf4"
@@ -116,6 +118,7 @@ def test_entries_take_what_is_counted_for_them():
             assert header - empty[0] <= cost[0] + 8 and values - empty[1] <= cost[1]
 
 
+@pytest.mark.slow
 def test_small_tensors_spread_over_files():
     items = [Item((TensorSpec(f"layer.{i}.weight", "U8", (1,), "x", 1),)) for i in range(75_000)]
     shards = pack_shards(items)
@@ -165,6 +168,7 @@ def no_cycles() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_cycles")
 def test_the_largest_model_is_planned_within_the_limits(large):
     """However narrow: the least data behind the most names."""
@@ -184,6 +188,7 @@ def opens(plan: Plan) -> None:
     assert len(parse_json(index, what="index", limits=index_limits(plan.nbytes))["weight_map"]) == plan.tensors
 
 
+@pytest.mark.slow
 def test_what_cannot_be_opened_is_said_before_any_work(tmp_path, left_over):
     spec = [TensorSpec(f"a.{i}", "U8", (1,), "x", 1) for i in range(80_000)]
     plan = Plan("x", {}, "i", {}, (loop.Shard("model.safetensors", tuple(Item((s,)) for s in spec)),), 1, 1)

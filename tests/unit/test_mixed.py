@@ -40,6 +40,7 @@ def lp_bound(layers: Layers, budget: int) -> float:
     return error
 
 
+@pytest.mark.slow
 @given(problems)
 @settings(max_examples=300, deadline=None)
 def test_within_one_upgrade_of_the_best(problem):

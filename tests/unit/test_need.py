@@ -44,6 +44,7 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
         fit(NEED, budget=GB, free=100 * GB)
 
 
+@pytest.mark.slow
 def test_a_layer_counts_as_it_is_stored(tmp_path: Path) -> None:
     """Held experts take their bytes on disk, experts in place their widened ones; what is read takes a few."""
     path = tiny.make_moe(
@@ -59,6 +60,7 @@ def test_a_layer_counts_as_it_is_stored(tmp_path: Path) -> None:
     assert stored.activations == 64 * 256 * 4
 
 
+@pytest.mark.slow
 def test_commands_refuse_before_they_read_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     path = add_tokenizer(tiny.make_moe(tmp_path / "moe", "qwen3_moe"))
     (tmp_path / "text").write_text(text(100))

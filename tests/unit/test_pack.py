@@ -263,6 +263,7 @@ def test_errors_of_gaussian_weights_are_the_known_ones(packed, expected):
     assert pack.relative_rms(weight, packed(weight)) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 def test_packing_needs_no_bitsandbytes():
     code = (
         "import sys, torch; from moeconv.plan.kernels import pack; w = torch.randn(8, 64);"

@@ -331,6 +331,7 @@ def run(cli: Any, path: Path, out: object, folder: Path, *flags: object) -> Any:
     return cli("prune", path, *([out] if out else []), *data, "--seq-len", SEQ_LEN, "--json", *flags)
 
 
+@pytest.mark.slow
 def test_merging_a_permuted_twin_changes_nothing(tmp_path: Path, cli: Any) -> None:
     path = make(tmp_path / "model")
     import tiny
@@ -371,6 +372,7 @@ def test_merging_a_permuted_twin_changes_nothing(tmp_path: Path, cli: Any) -> No
     assert none.code == 2 and "stand-in" in none.json["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--refit"], ["--sequential"], ["--sequential", "--refit", "--criterion", "reap"]])
 def test_repaired_models_load(tmp_path: Path, cli: Any, flags: list[str]) -> None:
     path = make(tmp_path / "model", "olmoe")
@@ -383,6 +385,7 @@ def test_repaired_models_load(tmp_path: Path, cli: Any, flags: list[str]) -> Non
     assert again.json["files"] == done.json["files"], "same command, same bytes"
 
 
+@pytest.mark.slow
 def test_distillation_is_chained(tmp_path: Path, cli: Any) -> None:
     path = make(tmp_path / "model", "olmoe")
     done = run(cli, path, tmp_path / "out", tmp_path, "--ratio", 0.5, "--refit", "--distill", 2, "--batch-size", 4)
@@ -392,6 +395,7 @@ def test_distillation_is_chained(tmp_path: Path, cli: Any) -> None:
     assert cli("verify", tmp_path / "out", "--load", "--json").json["ok"]
 
 
+@pytest.mark.slow
 def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "model", "olmoe")
     shown = run(cli, path, tmp_path / "curve.json", tmp_path, "--curve", "--criterion", "saliency")
@@ -416,6 +420,7 @@ def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: p
     assert not (tmp_path / "out2").exists()
 
 
+@pytest.mark.slow
 def test_top_k_alone_and_with_experts(tmp_path: Path, cli: Any) -> None:
     path = make(tmp_path / "model", "olmoe", num_experts_per_tok=4)
     done = cli("prune", path, tmp_path / "out", "--top-k", 2, "--json")
@@ -438,6 +443,7 @@ def test_top_k_alone_and_with_experts(tmp_path: Path, cli: Any) -> None:
         assert cli("prune", path, tmp_path / "no", "--top-k", wrong, "--json").code == 2
 
 
+@pytest.mark.slow
 def test_refusals_before_any_calibration(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "model")
     monkeypatch.setattr("moeconv.calibrate.run.load_tokens", lambda *a, **k: pytest.fail("it began to measure"))
@@ -481,6 +487,7 @@ def test_coverage_protects_what_a_rare_source_relies_on(tmp_path: Path) -> None:
             assert set(best[:need].tolist()) <= set(plan.block["keep"][str(layer)])
 
 
+@pytest.mark.slow
 def test_stability_falls_where_experts_are_alike(tmp_path: Path) -> None:
     from moeconv.prune.bootstrap import stability
 
@@ -495,6 +502,7 @@ def test_stability_falls_where_experts_are_alike(tmp_path: Path) -> None:
         assert max(found.values()) > 0.6, "most of a keep set comes back"
 
 
+@pytest.mark.slow
 def test_a_plot_is_drawn_where_matplotlib_is(tmp_path: Path, cli: Any) -> None:
     pytest.importorskip("matplotlib")
     path = make(tmp_path / "model")
@@ -523,6 +531,7 @@ def test_added_statistics_keep_the_sample(tmp_path: Path) -> None:
         assert np.allclose(mine, theirs, atol=2e-3 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_the_manifest_names_what_decided_without_a_path(tmp_path: Path, cli: Any) -> None:
     path = make(tmp_path / "model")
     measured(path, tmp_path)

@@ -60,6 +60,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_a_page_shows_what_was_measured_and_nothing_from_elsewhere(tmp_path, cli):
     dense, moe = make_dense(tmp_path / "dense", "llama", layers=3), tmp_path / "moe"
     results = [cli("upcycle", dense, moe, "--experts", "4", "--method", "drop", "--json").json]
@@ -112,6 +113,7 @@ def test_statistics_of_a_stranger_are_refused_and_a_page_is_not_replaced_unasked
     assert cli("report", model, tmp_path / "q.html", "--results", tmp_path / "wrong.json", "--json").code == 3
 
 
+@pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}, [1, None, "a"], {"a": None}, float("inf")])
 @pytest.mark.parametrize(
     "path", ["steps", "steps.0", "tune", "tune.layers", "tune.layers.0", "prune", "prune.keep", "prune.scores",

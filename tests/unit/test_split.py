@@ -31,6 +31,7 @@ def test_the_assignment_is_the_cheapest_one():
     assert cost[np.arange(6), group].sum() == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_many_items_are_dealt_into_blocks_and_sizes_hold():
     cost = np.random.default_rng(1).random((4500, 4))
     sizes = [1500, 1000, 1000, 1000]

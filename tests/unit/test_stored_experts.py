@@ -52,6 +52,7 @@ LAYOUTS = {  # per expert, packed, transposed with biases, without a gate, in gr
 }  # fmt: skip
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_every_layout_bit_for_bit(tmp_path: Path, case: str, experts: str, one_at_a_time: None) -> None:

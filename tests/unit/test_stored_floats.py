@@ -198,6 +198,7 @@ def test_prune_cuts_it_as_it_lies(stored: Path, tmp_path: Path, cli) -> None:
     assert cli("prune", stored, tmp_path / "e", "--keep", 4, "--dtype", "float16").code == 2
 
 
+@pytest.mark.slow
 def test_quantize_asks_before_it_decodes(tmp_path: Path, cli) -> None:
     source = make_fp8(tmp_path / "stored")
     refused = cli("quantize", source, tmp_path / "out", "--json")

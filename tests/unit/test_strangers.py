@@ -156,6 +156,7 @@ def test_links_are_followed_when_asked_for(linked: Path, tmp_path: Path, cli) ->
     assert cli("inspect", linked).code == 3  # the switch holds for its own command alone
 
 
+@pytest.mark.slow
 def test_links_hold_for_all_that_a_command_reads_and_for_its_check(tmp_path: Path, cli) -> None:
     """The check runs in a process of its own; siblings and references are opened on the way."""
     dense, sibling = (away(add_tokenizer(make_dense(tmp_path / n, vocab=128, seed=i))) for i, n in enumerate("ab"))
@@ -217,6 +218,7 @@ def renamed(path: Path, change) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [lambda name: name.removeprefix("model."), lambda name: f"model.{name}"],

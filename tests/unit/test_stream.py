@@ -66,6 +66,7 @@ def streamed_logits(path: Path, ids: np.ndarray, *, tail_batch: int = 2, **keywo
     return torch.cat([logits for _, logits in stream.logits(batch_size=tail_batch)])
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_the_stock_models(tmp_path: Path, case: str) -> None:
     family, config = CASES[case]

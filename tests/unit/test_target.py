@@ -99,6 +99,7 @@ def clashes(room: Path, kind: str) -> list[tuple[str, Path]]:
     return found + ([(f"{file}=2.5", file)] if kind == "data" else [])
 
 
+@pytest.mark.slow(keep=3)
 @pytest.mark.parametrize(("name", "word"), READ)
 def test_no_output_touches_what_a_command_reads(name, word, room, cli):
     verb = WRITERS[name]
@@ -213,6 +214,7 @@ def test_a_path_is_the_same_under_all_its_names(room, monkeypatch):
 # -- what a swap would lose --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_a_directory_whose_loss_is_none_is_swapped(tmp_path, cli):
     source = make_dense(tmp_path / "source")
     (source / "LICENSE").write_text("terms")
@@ -279,6 +281,7 @@ def test_a_swap_of_where_one_stands(tmp_path, cli, monkeypatch):
 # -- single files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_by_its_own_kind_only(tmp_path, cli):
     model, other = make_moe(tmp_path / "model"), make_moe(tmp_path / "other", shards=2)
     with writing_artifact(tmp_path / "overlay", [], metadata=artifact_metadata("overlay")):
@@ -312,6 +315,7 @@ def test_a_file_is_replaced_by_its_own_kind_only(tmp_path, cli):
         assert cli("report", model, tmp_path / "new.html", "--overwrite").code == 0
 
 
+@pytest.mark.slow
 def test_a_curve_knows_its_own(tmp_path):
     pytest.importorskip("matplotlib")
     from moeconv.prune.curve import _draw

@@ -238,6 +238,7 @@ def test_losses_in_slices_are_the_losses_at_once(monkeypatch):
 # -- objectives --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["router", "router,experts", "norms"])
 def test_distill_lowers_the_divergence_from_the_teacher(moe, dense, data, tmp_path, words):
     block = train(
@@ -256,6 +257,7 @@ def test_lm_lowers_the_next_token_loss(moe, data, tmp_path):
     assert block["kl_before"] is None and block["objective"] == "lm"
 
 
+@pytest.mark.slow
 def test_layerwise_lowers_every_layers_error(moe, dense, data, tmp_path, monkeypatch):
     monkeypatch.setattr("moeconv.stream.need._PROCESS", 0)  # a budget that the activations do not fit into
     block = train(
@@ -295,6 +297,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "target", "same"), FAMILIES.values(), ids=FAMILIES)
 def test_families(tmp_path, data, case, target, same):
     """Router score functions, shared experts, scaled logits, and FFNs that a conversion rescaled."""
@@ -362,6 +365,7 @@ def pooled_loss(path: Path, data: tuple[str, ...]) -> float:
     return float(load_balancing_loss_func(logits, EXPERTS * 2, 2))
 
 
+@pytest.mark.slow
 def test_balance_alone_spreads_collapsed_routers_that_a_pooled_loss_takes_for_balanced(tmp_path):
     """Four layers, each collapsed on two other experts of eight, which all are copies."""
     dense = add_tokenizer(scale(tiny.make_dense(tmp_path / "dense", "llama", layers=4), 5))
@@ -379,6 +383,7 @@ def test_balance_alone_spreads_collapsed_routers_that_a_pooled_loss_takes_for_ba
     assert pooled_loss(applied(moe, tmp_path / "o", tmp_path / "out"), data) < 2.1
 
 
+@pytest.mark.slow
 def test_the_command_shows_every_layer_before_and_after_and_counts_training_as_time(moe, dense, data, tmp_path, cli):
     asked = ("--data", data[0], "--teacher", dense, "--seq-len", SEQ_LEN, "--steps", 3, "--train", "router,experts")
     done = cli("tune", moe, tmp_path / "out", *asked)
@@ -492,6 +497,7 @@ def test_refusals(moe, dense, data, tmp_path):
         train(moe, out, data, objective="lm")
 
 
+@pytest.mark.slow
 def test_a_quantized_student_is_refused_and_a_quantized_teacher_is_not(dense, data, tmp_path):
     wide = add_tokenizer(scale(tiny.make_dense(tmp_path / "wide", "llama", hidden=64, intermediate=64), 2))
     copies, moe = open_model(upcycled(wide, tmp_path / "copies", method="copy")), upcycled(wide, tmp_path / "moe")
@@ -555,6 +561,7 @@ def test_pieces_are_the_tensors_on_disk(tmp_path, family):
         assert value.contiguous().view(torch.uint8).numpy().tobytes() == stored[name][2], name
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(moe, dense, data, tmp_path):
     def overlay(name: str, **parameters: Any) -> bytes:
         train(moe, tmp_path / name, data, objective="distill", teacher=str(dense), learning_rate=3e-3, **parameters)

@@ -116,6 +116,7 @@ def test_a_router_without_a_linear_layer_is_refused():
         disturbed(lambda x: x @ torch.ones(3, 4), lambda x: x, experts=4)(torch.ones(2, 3))
 
 
+@pytest.mark.slow
 def test_training_goes_on_under_all_of_them(tmp_path, data):
     moe = upcycled(tmp_path, "qwen2", "glm4_moe")
     block = tune(
@@ -135,6 +136,7 @@ def test_the_bias_falls_where_the_load_is_above_the_mean():
     assert bias.tolist() == pytest.approx([-0.05, 0.15, 0.2, 0.35])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "target"), [("qwen2", "glm4_moe"), ("lfm2", "lfm2_moe")])
 def test_bias_balancing_opens_a_router_that_its_bias_collapsed(tmp_path, data, case, target):
     moe = upcycled(tmp_path, case, target)

@@ -70,6 +70,7 @@ def test_another_structure_where_anything_else_differs(tmp_path, changed):
     assert structure(open_model(usual)) != structure(open_model(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("of", "on"), [("int4", "model"), ("model", "int4")])
 def test_a_prune_takes_them_when_asked(room, cli, tmp_path, of, on):
     words = ("prune", room / on, tmp_path / "out", "--keep", 4, "--stats", room / f"{of}.stats", "--json")

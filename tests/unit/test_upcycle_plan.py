@@ -71,6 +71,7 @@ def test_experts_are_copies_and_everything_else_is_carried(tmp_path, source, tar
     assert bool(after) == (target == "qwen2_moe")
 
 
+@pytest.mark.slow
 def test_routers_differ_by_layer_and_seed_and_by_nothing_else(tmp_path):
     model = open_model(make_dense(tmp_path / "m", layers=3))
     rows = {}

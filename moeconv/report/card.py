@@ -18,6 +18,7 @@ from moeconv.plan.plan import Plan
 from moeconv.quantize.formats import FORMATS
 from moeconv.report.history import command_line
 from moeconv.units import human_bytes, human_count
+from moeconv.upcycle.methods import METHODS
 
 _TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
 
@@ -72,7 +73,7 @@ def _relation(steps: Sequence[Mapping[str, Any]]) -> str:
     methods = {
         str(parameters.get("method")) for step in steps if isinstance(parameters := step.get("parameters"), dict)
     }
-    if "experts-from" in methods:
+    if any(name in METHODS and METHODS[name].siblings == "must" for name in methods):
         return "merge"
     return "quantized" if commands == {"quantize"} else "finetune"
 

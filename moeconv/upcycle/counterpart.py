@@ -74,8 +74,8 @@ def counterpart(plan: Plan) -> Counterpart | None:
     asked |= {name: made[name] for name in _KEPT if made[name] != getattr(UpcycleOptions(), name)}
     asked |= dict(method.idle)
     asked |= {"to": block["to"], "top_k": block["top_k"], "layers": ",".join(map(str, block["moe_layers"]))}
-    asked["method"] = "copy" if options.method == "experts-from" else options.method
-    if options.method == "split":
+    asked["method"] = method.undrawn or options.method
+    if method.partition:
         asked.pop("granularity", None)
     pieces = block["granularity"]
     cut = Cut(0, pieces, block["expert_width"], experts=block["num_experts"], top_k=block["top_k"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from moeconv.errors import UsageError
 from moeconv.families.node import Node, cut, deal, measured, scale, take
@@ -96,6 +96,10 @@ class Method:
     ones, `correction` its correction bias. `exact` where the model's function does not change. `granularity` is the
     default number of pieces. `reads` are the options that only some methods look at.
 
+    `partition`: the neurons and the router come from a partition that is measured on the source. `siblings` says
+    whether --experts-from may, must or may not be given; with siblings the method may have another name,
+    `with_siblings`. `undrawn` names the method that makes the same experts without anything drawn, "" for this one.
+
     `idle` are the values of options at which it edits nothing; `drift` bounds what it edits otherwise: (share of the
     neurons, RMS of the change in units of the matrix's)."""
 
@@ -108,6 +112,10 @@ class Method:
     correction: Callable[[int, UpcycleOptions], Node] | None = None
     granularity: int = 1
     reads: tuple[str, ...] = ()
+    partition: bool = False
+    siblings: Literal["may", "must", "no"] = "may"
+    with_siblings: str = ""
+    undrawn: str = ""
     idle: Mapping[str, Any] = field(default_factory=dict)
     drift: Callable[[UpcycleOptions], tuple[float, float]] | None = None
 
@@ -139,8 +147,9 @@ def _redrawn(options: UpcycleOptions) -> tuple[float, float]:
     return options.drop_ratio, _MARGIN * math.sqrt(2)
 
 
+# --method lists them in this order
 METHODS: dict[str, Method] = {
-    "copy": Method(exact=True),
+    "copy": Method(exact=True, with_siblings="experts-from"),
     "noise": Method(
         _noise,
         reads=("noise_scale", "noise_fraction"),
@@ -151,10 +160,11 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "drop": Method(_drop, reads=("drop_ratio",), idle={"drop_ratio": 0.0}, drift=_redrawn),
-    "granular": Method(exact=True, granularity=2),
+    "granular": Method(exact=True, granularity=2, siblings="no"),
     "shuffle": Method(
         _drop,
         select=shuffled,
+        siblings="no",
         grouped=False,
         granularity=2,
         reads=("drop_ratio",),
@@ -163,22 +173,34 @@ METHODS: dict[str, Method] = {
     ),
     "split": Method(
         select=partitioned,
+        partition=True,
+        siblings="no",
         scale=lambda cut, _options: cut.top_k,  # each of the chosen weighs 1 / k
         grouped=False,
         router=_fitted,
         correction=_always_on,
         reads=("clustering", "stats"),
     ),
-    "experts-from": Method(),
+    "experts-from": Method(siblings="must", undrawn="copy"),
 }
+
+
+def which(names: Iterable[str]) -> str:
+    """Methods as an error names them: --method a or b."""
+    return f"--method {' or '.join(names)}"
+
+
+def partitioning() -> list[str]:
+    """The methods that measure a partition of the source."""
+    return [name for name, method in METHODS.items() if method.partition]
 
 
 def check_reads(options: UpcycleOptions) -> None:
     """Raises UsageError for an option that the method would not look at."""
     for name in sorted({name for method in METHODS.values() for name in method.reads}):
-        if getattr(options, name) != getattr(UpcycleOptions(), name) and name not in METHODS[options.method].reads:
-            readers = [known for known, method in METHODS.items() if name in method.reads]
+        readers = [known for known, method in METHODS.items() if name in method.reads]
+        if getattr(options, name) != getattr(UpcycleOptions(), name) and options.method not in readers:
             raise UsageError(
                 f"{flag_of(name)} says nothing to --method {options.method}",
-                hint=f"It goes with --method {' or '.join(readers)}; leave it out.",
+                hint=f"It goes with {which(readers)}; leave it out.",
             )

@@ -82,7 +82,7 @@ def upcycle_plan(
     if options.experts_from and not siblings:
         siblings = [open_model(path) for path in options.experts_from]
     options, told = _with_siblings(model, options, siblings)
-    splits = options.method == "split"
+    splits = METHODS[options.method].partition
     if splits:
         options = split_options(model, options)
     pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
@@ -101,7 +101,8 @@ def upcycle_plan(
     dtype = parse_dtype(common.dtype)
     if splits and (dtype or model.dtype) == "F16" and "router.weight" not in target.tensors.float32:
         raise InputError(
-            f"--method split writes router rows of {target.model_type} that float16 cannot hold (about 1e-6)",
+            f"--method {options.method} writes router rows of {target.model_type} that float16 cannot hold "
+            "(about 1e-6)",
             hint="Pass --dtype bfloat16 or float32.",
         )
     draft = draft_target(model, pair)
@@ -168,17 +169,19 @@ def _with_siblings(
     model: Model, options: UpcycleOptions, siblings: Sequence[Model]
 ) -> tuple[UpcycleOptions, list[str]]:
     """The options with the method that siblings mean, and warnings about them."""
-    if options.method == "experts-from" and not siblings:
+    method = METHODS[options.method]
+    if method.siblings == "must" and not siblings:
         raise UsageError(
-            "--method experts-from needs the siblings", hint="Name each one: --experts-from DIR1 --experts-from DIR2."
+            f"--method {options.method} needs the siblings",
+            hint="Name each one: --experts-from DIR1 --experts-from DIR2.",
         )
     if not siblings:
         return options, []
-    if options.method in ("granular", "shuffle", "split") or options.shared_experts == "full":
+    if method.siblings == "no" or options.shared_experts == "full":
         word = "--shared-experts full" if options.shared_experts == "full" else f"--method {options.method}"
         raise UsageError(f"--experts-from does not go with {word}", hint="Leave one of the two out.")
     warnings = check_siblings(model, siblings)
-    return replace(options, method="experts-from" if options.method == "copy" else options.method), warnings
+    return replace(options, method=method.with_siblings or options.method), warnings
 
 
 def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:

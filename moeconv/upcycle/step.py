@@ -18,6 +18,7 @@ from moeconv.plan.plan import Plan
 from moeconv.requests import UpcycleRequest, keywords
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
 from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
+from moeconv.upcycle.methods import METHODS, partitioning, which
 from moeconv.upcycle.relatedness import check_related
 
 _ROUTER = "router.safetensors"
@@ -30,24 +31,25 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
     options, out, write = request.upcycle, request.out, request.write
     model = open_resolved(request.source)
     siblings = [open_resolved(path) for path in options.experts_from]
-    if options.method == "split" and options.router != "random":
-        raise UsageError("--router: split fits its own router", hint="Leave --router out.")
-    if request.data.data and options.method != "split" and options.router == "random":
+    splits = METHODS[options.method].partition
+    if splits and options.router != "random":
+        raise UsageError(f"--router: {options.method} fits its own router", hint="Leave --router out.")
+    if request.data.data and not splits and options.router == "random":
         raise UsageError(
             "--data says nothing to this upcycle",
-            hint="It goes with --method split and with --router hidden or centroid; leave it out.",
+            hint=f"It goes with {which(partitioning())} and with --router hidden or centroid; leave it out.",
         )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))
     figures: dict[str, Any] = {}
     split_by: Path | None = None
-    measures = (options.method == "split" or options.router != "random") and not write.dry_run
+    measures = (splits or options.router != "random") and not write.dry_run
     with ExitStack() as stack:
         measured: Measured | None = None
         if measures:
             check_out(out, model, write)
             decides = (options, request.plan, request.data, request.measure, request.calibrate)
             measured = stack.enter_context(measuring("upcycle", model, out, write, *decides, meter=meter))
-        if measured and options.method == "split":
+        if measured and splits:
             from moeconv.upcycle.measured_split import measure_partition
 
             partition = measure_partition(model, request, measured, meter=meter)

@@ -33,7 +33,8 @@ def check_widths(model: Model, options: UpcycleOptions, target: Family, cut: Cut
 
 def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[str]:
     """The nearest cuts below and above whose width `unit` divides, by the flag that makes them."""
-    shared, pieces = options.shared_experts, options.granularity or METHODS[options.method].granularity
+    method = METHODS[options.method]
+    shared, pieces = options.shared_experts, options.granularity or method.granularity
     if shared is not None and not shared.isdecimal():
         for step in (-1, 1):
             found = (h for h in range(cut.shared + step, ffn * (step > 0), step) if (ffn - h) % (unit * pieces) == 0)
@@ -41,11 +42,11 @@ def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[st
                         for h, _ in zip(found, range(_SHOWN)))  # fmt: skip
         return
     held = int(shared or 0)
-    least = counts(options)[1] if options.method == "split" else 1  # experts that a token is given
+    least = counts(options)[1] if method.partition else 1  # experts that a token is given
     good = [g for g in range(held + least, min(ffn, _TRIED) + 1) if ffn % (g * unit) == 0]
     for granularity in sorted(good, key=lambda g: abs(g - pieces))[: 2 * _SHOWN]:
         width = cut_ffn(ffn, granularity=granularity, shared=shared).width
-        if options.method == "split":
+        if method.partition:
             yield f"--experts {granularity - held} (width {width})"
         else:
             yield f"--granularity {granularity} (width {width})"

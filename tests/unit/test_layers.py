@@ -14,6 +14,9 @@ from tiny import make_dense, make_moe
 
 import moeconv
 from moeconv.families.registry import tables
+from moeconv.prune.criteria import CRITERIA
+from moeconv.quantize.formats import FORMATS
+from moeconv.upcycle.methods import METHODS
 
 ROOT = Path(moeconv.__file__).parent
 FILES = {
@@ -69,7 +72,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "verify": MEASURE | {"hf", "inspect"},
     "hf": {"errors", "plan"},
     "runner": MEASURE | {"report", "requests", "units"},
-    "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "units"},
+    "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "units", "upcycle"},
     "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP
@@ -216,12 +219,9 @@ def test_the_verbs_rooms_decide_unless_named():
         assert room(f"moeconv.{verb}.new_file") == verb and any(room(m) == verb for m in FILES)
 
 
-@MODULES
-def test_no_file_branches_on_a_models_name(module):
-    """A family is a row of data."""
-    rows = [*tables().families.values(), *(row for rows in tables().wrapped.values() for row in rows.values())]
-    names = {f.model_type for f in rows} | {f.architecture for f in rows}
-    for node in ast.walk(parsed(module)):
+def compared(tree: ast.AST) -> Iterator[tuple[str, set[str]]]:
+    """(source, words) of every comparison, call of startswith or endswith, and case of a match."""
+    for node in ast.walk(tree):
         operands: list[ast.expr] = []
         if isinstance(node, ast.Compare):
             operands = [node.left, *node.comparators]
@@ -230,7 +230,51 @@ def test_no_file_branches_on_a_models_name(module):
         elif isinstance(node, ast.MatchValue):
             operands = [node.value]
         words = [c.value for o in operands for c in ast.walk(o) if isinstance(c, ast.Constant)]
-        assert not names & {w for w in words if isinstance(w, str)}, f"{module}:{node.lineno}"  # type: ignore[attr-defined]
+        if operands:
+            yield ast.unparse(node), {word for word in words if isinstance(word, str)}
+
+
+@MODULES
+def test_no_file_branches_on_a_models_name(module):
+    """A family is a row of data."""
+    rows = [*tables().families.values(), *(row for rows in tables().wrapped.values() for row in rows.values())]
+    names = {f.model_type for f in rows} | {f.architecture for f in rows}
+    for source, words in compared(parsed(module)):
+        assert not names & words, f"{module}: {source}"
+
+
+# What reads or computes the numbers of a stored form has that form's own words: the readers of quantization_config, the
+# loader that `import moeconv.hf` registers, and the kernels.
+SPEAKS = ("families.methods", "families.encodings", "hf", "plan.kernels")
+OWN_FILES = ("quantize.bitsandbytes", "quantize.compressed_tensors", "quantize.gguf", "quantize.gguf_metadata",
+             "quantize.gguf_tokenizer", "prune.criteria", "upcycle.methods")  # fmt: skip
+# (names, what a comparison must speak of where a name is a word for other things too)
+REGISTERED = {
+    "format": ({*FORMATS, *(scheme.name for f in FORMATS.values() for scheme in f.schemes)}, ()),
+    "criterion": (set(CRITERIA) - {"random", "magnitude"}, ()),
+    "criterion or other": ({"random", "magnitude"}, ("criterion",)),
+    "method": (set(METHODS) - {"copy", "split", "drop", "noise", "shuffle"}, ()),
+    "method or other": ({"copy", "split", "drop", "noise", "shuffle"}, ("method",)),
+}
+
+
+@MODULES
+def test_no_file_branches_on_the_name_of_what_is_registered(module):
+    """A format, a criterion and an upcycling method are each one record: what depends on one stands in its fields."""
+    if inside(module, OWN_FILES):
+        return
+    for kind, (names, about) in REGISTERED.items():
+        if kind == "format" and inside(module, SPEAKS):
+            continue
+        for source, words in compared(parsed(module)):
+            found = names & words
+            assert not found or (about and not any(a in source for a in about)), f"{module}: {source} asks for {found}"
+
+
+def test_the_files_of_what_is_registered_are_there():
+    assert {f"moeconv.{name}" for name in OWN_FILES} <= set(FILES)
+    for f in FORMATS.values():
+        assert any((f.make or f.shard).__module__ == f"moeconv.{name}" for name in OWN_FILES), f.name
 
 
 @MODULES

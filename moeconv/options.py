@@ -450,7 +450,8 @@ def choices_of(parameter: dataclasses.Field[Any]) -> tuple[str, ...]:
 
 def help_of(parameter: dataclasses.Field[Any]) -> str:
     """The help text of a parameter, with the words of the registries in it."""
-    help, words = parameter.metadata["help"], parameter.metadata["words"]
+    help: str = parameter.metadata["help"]
+    words: str = parameter.metadata["words"]
     return help.format_map(_found(words)) if words else help
 
 

@@ -129,7 +129,8 @@ LATENT = {"attention.o": "hidden, heads*v_latent"}
 
 def head_dim(get: Get) -> int:
     """Rows of an attention head: what config says, else hidden_size / heads."""
-    return get("head_dim") or get("hidden_size") // get("num_attention_heads")
+    rows: int = get("head_dim") or get("hidden_size") // get("num_attention_heads")
+    return rows
 
 
 def config_key(key: str) -> Size:

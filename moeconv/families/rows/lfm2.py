@@ -39,12 +39,13 @@ LFM2_CONFIG: dict[str, Any] = {
 def _lfm2_kinds(get: Get, layers: int) -> list[str]:
     full = get("full_attn_idxs")
     chosen = range(layers) if full is None else full
-    return get("layer_types") or ["full_attention" if i in chosen else "conv" for i in range(layers)]
+    kinds: list[str] = get("layer_types") or ["full_attention" if i in chosen else "conv" for i in range(layers)]
+    return kinds
 
 
 def _lfm2_width(get: Get) -> int:
     """Lfm2MLP: two thirds of the stated size, times a multiplier, rounded up to a multiple."""
-    size = get("block_ff_dim") or get("intermediate_size")
+    size: int = get("block_ff_dim") or get("intermediate_size")
     if not get("block_auto_adjust_ff_dim"):
         return size
     size = int(2 * size / 3)

@@ -63,6 +63,30 @@ def command_fixture() -> Callable[..., Outcome]:
 
 
 @pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Make a package importable with one entry point, as pip leaves it in site-packages:
+    `install("novel-pack", "THING = 5", group="moeconv.families")`."""
+    from moeconv import plugins
+
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+
+    def make(package: str, code: str, *, group: str, value: str = "THING", name: str = "thing") -> None:
+        module = package.replace("-", "_")
+        (folder / f"{module}.py").write_text(code)
+        info = folder / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:{value}\n")
+        monkeypatch.delitem(sys.modules, module, raising=False)  # of a test before, by the same name
+        plugins._registered.cache_clear()
+
+    yield make
+    plugins._registered.cache_clear()
+
+
+@pytest.fixture
 def left_over() -> Callable[[Path], list[str]]:
     """`left_over(folder)` names what moeconv left in a folder: outputs, staging directories, temporary files."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -16,22 +16,9 @@ GROUP = "moeconv.test_group"
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Make a package importable with one entry point, as pip leaves it in site-packages."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def make(package: str, code: str, *, value: str = "THING", name: str = "thing") -> None:
-        module = package.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(code)
-        info = tmp_path / f"{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {module}:{value}\n")
-        monkeypatch.delitem(sys.modules, module, raising=False)  # of a test before, by the same name
-        plugins._registered.cache_clear()
-
-    yield make
-    plugins._registered.cache_clear()
+def install(install):
+    """A package of this file's group."""
+    return partial(install, group=GROUP)
 
 
 def test_what_packages_add_comes_sorted_and_is_loaded_when_asked_for(install):

@@ -26,6 +26,7 @@ from moeconv.hf.layout import METHOD, find_layouts, stored_tensors
 from moeconv.hf.modules import PackedExperts, PackedLinear, install, unpack
 
 _SCOPES = ("experts", "experts+shared", "all-linear")
+_OLDEST = (5, 23)  # of transformers: older converters take neither the model nor many-to-many operations of others
 
 
 class PackedExpertsConfig(QuantizationConfigMixin):
@@ -134,10 +135,23 @@ def _dispatching(previous: type[QuantizationConfigMixin]) -> type[QuantizationCo
     return BitsAndBytesOrPackedExpertsConfig
 
 
+def _check_version() -> None:
+    """Raises ImportError for a transformers whose conversion of weights cannot build packed experts."""
+    major, minor = (int(number) for number in transformers.__version__.split(".")[:2])
+    if (major, minor) < _OLDEST:
+        raise ImportError(
+            f"packed experts need transformers {'.'.join(map(str, _OLDEST))} or newer, and this is "
+            f"{transformers.__version__}: pip install -U transformers, on Python 3.11 or newer"
+        )
+
+
 def register() -> None:
-    """Makes transformers know packed experts. Importing this package does it; a second call changes nothing."""
+    """Makes transformers know packed experts. Importing this package does it; a second call changes nothing.
+
+    Raises ImportError for a transformers that is too old."""
     if METHOD in AUTO_QUANTIZER_MAPPING:
         return
+    _check_version()
     register_quantization_config(METHOD)(PackedExpertsConfig)
     register_quantizer(METHOD)(PackedExpertsQuantizer)
     for key in ("bitsandbytes_4bit", "bitsandbytes_8bit"):

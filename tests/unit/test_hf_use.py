@@ -10,8 +10,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from packed import experts_of, load, make, stacked, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import moeconv.hf
 from moeconv.hf.modules import PackedExperts, PackedLinear, encode, weight_of
@@ -218,3 +220,10 @@ def test_self_contained_checkpoints_take_every_experts_implementation_and_decode
         "None grouped_mm True", "eager eager True", "grouped_mm grouped_mm True", "batched_mm batched_mm True",
         "Qwen3MoeForCausalLM",
     ]  # fmt: skip
+
+
+def test_a_transformers_that_cannot_build_packed_experts_is_named(monkeypatch):
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, moeconv.hf.METHOD)
+    monkeypatch.setattr(transformers, "__version__", "5.20.2")
+    with pytest.raises(ImportError, match=r"need transformers 5\.23 or newer, and this is 5\.20\.2"):
+        moeconv.hf.register()

@@ -24,7 +24,8 @@ _TOGETHER = "config.json and the shards do not belong together"
 
 
 def check_foreign(checkpoint: Checkpoint) -> None:
-    """Raises Unsupported for weights that are quantized in a way that is known and not read, or said so elsewhere."""
+    """Raises Unsupported for weights that are quantized in a known way that is not read, or whose quantization_config
+    stands where it is not read."""
     nested = [
         key for key, part in checkpoint.config.items() if isinstance(part, dict) and "quantization_config" in part
     ]
@@ -195,7 +196,7 @@ class Shapes:
         }
 
     def __call__(self, role: Role) -> tuple[int, ...] | None:
-        """The shape of the plain tensor of this role, as it lies on disk."""
+        """The shape of the plain tensor of this role, as it is stored."""
         stacked = role.expert is None
         at = (role.key, role.layer if self.family.tensors.sizes else None, stacked)
         if at not in self.known:

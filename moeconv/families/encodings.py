@@ -144,7 +144,7 @@ def _bitsandbytes8(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[st
 
 def _mxfp4(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     """gpt-oss: codes and exponents of all experts, along what a row of a projection multiplies."""
-    experts, columns, rows = shape  # they lie as [E, in, out] once they are decoded
+    experts, columns, rows = shape  # decoded, they are [E, in, out]
     groups = -(-columns // 32)
     return {
         "blocks": Part(("U8",), ((experts, rows, groups, 16),)),

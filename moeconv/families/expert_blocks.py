@@ -39,7 +39,7 @@ GROUPED = Routing(
     "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
 )
 NO_INERT_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
-# layers behind the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
+# layers after the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
 MTP = Prediction(
     {
         "mtp.embedding": LAYER + "embed_tokens.weight",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeconv.errors import Unsupported, escape
-from moeconv.families.refused import HOMELESS, UNTAKEN
+from moeconv.families.refused import UNSUPPORTED, WITHOUT_TARGET
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 
@@ -40,11 +40,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
         plain = known.dense.get(model_type)
         whole = known.families[model_type]
         return plain if plain is not None and _is_plain(plain, whole, config) else whole
-    if model_type in UNTAKEN:
-        raise Unsupported(f"{model_type} cannot be taken: {UNTAKEN[model_type]}", hint=_LIST)
-    if model_type in HOMELESS:
+    if model_type in UNSUPPORTED:
+        raise Unsupported(f"{model_type} cannot be taken: {UNSUPPORTED[model_type]}", hint=_LIST)
+    if model_type in WITHOUT_TARGET:
         raise Unsupported(
-            f"{model_type} cannot become a Mixture-of-Experts of any stock family: {HOMELESS[model_type]}", hint=_LIST
+            f"{model_type} cannot become a Mixture-of-Experts of any stock family: {WITHOUT_TARGET[model_type]}",
+            hint=_LIST,
         )
     if beside := [key for key in config if key in _BESIDE_TEXT]:
         text = _language_model(config)
@@ -96,5 +97,5 @@ def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[s
 
 def _is_plain(plain: Family, family: Family, config: Mapping[str, Any]) -> bool:
     """Whether config is that of the dense row `plain` of a family whose row with experts is `family`."""
-    said = family.config.read(config)
-    return plain.is_dense is not None and plain.is_dense(lambda key: family.config.value(key, said))
+    stated = family.config.read(config)
+    return plain.is_dense is not None and plain.is_dense(lambda key: family.config.value(key, stated))

@@ -1,7 +1,7 @@
-"""Named rules that make a source's tensors and config say in a target's words what that target has no word for.
+"""Rules that rewrite a source's tensors and config where the target has no setting for what the source computes.
 
-A rule edits a Draft: the expression behind each key, and the config of the result. Every one is an identity of the
-model's function in exact arithmetic.
+A rule edits a Draft: the expression behind each key, and the config of the result. In exact
+arithmetic no rule changes the function that the model computes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _TURNED = (*_QUERY, "attention.k", "attention.k_bias")
 
 @dataclass
 class Draft:
-    """A conversion in the making. `get` reads the source's config with its defaults; `tensors` maps a key to how it is
-    made, for every layer that has it; `tied` says whether the source's head is its embedding."""
+    """A conversion that is being planned. `get` reads the source's config with its defaults; `tensors` maps a key to
+    the expression that makes it, in every layer that has it; `tied` is whether the source's head is its embedding."""
 
     source: Family
     target: Family
@@ -98,7 +98,8 @@ def _rope(draft: Draft) -> dict[str, Any]:
 
 
 def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:
-    """Say the rotary parameters in the target's style, also those that the source's class assumes: others differ."""
+    """Write the rotary parameters in the target's style, also those that the source's class assumes, since the target's
+    class may assume others."""
     family, target = draft.source, draft.target
     if family.attention.rope == target.attention.rope == "none":
         return
@@ -207,7 +208,7 @@ def only_silu(draft: Draft) -> None:
 
 
 def legacy_gelu(draft: Draft) -> None:
-    """Gemma's class reads "gelu" as its tanh approximation; hidden_activation, where said, is what counts."""
+    """Gemma's class reads "gelu" as its tanh approximation; hidden_activation takes precedence where it is set."""
     if draft.get("hidden_act") == "gelu":
         draft.config["hidden_act"] = "gelu_pytorch_tanh"
     draft.config.pop("hidden_activation", None)
@@ -237,7 +238,7 @@ def unit_norms(draft: Draft) -> None:
 
 
 def dbrx_words(draft: Draft) -> None:
-    """DBRX reads the rotary base in two places, and cannot compute without a clip: one that nothing reaches."""
+    """DBRX reads the rotary base in two places, and cannot compute without a clip: this one is never reached."""
     draft.config["rope_parameters"] = params = _rope(draft)
     draft.config["rope_theta"] = params["rope_theta"]
     draft.config.pop("rope_scaling", None)  # its class would take the base from beside it, where DBRX has none

@@ -54,9 +54,9 @@ def recognise(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Foreign,
     """(the way, its settings in config.json) of a checkpoint that is quantized in one of these ways; what config.json
     says goes before what the names show."""
     settings = config.get("quantization_config")
-    said = settings.get("quant_method") if isinstance(settings, dict) else None
-    if isinstance(said, str):
-        found = next((way for way in FOREIGN if said.lower() in way.methods), None)
+    stated = settings.get("quant_method") if isinstance(settings, dict) else None
+    if isinstance(stated, str):
+        found = next((way for way in FOREIGN if stated.lower() in way.methods), None)
         return None if found is None else (found, dict(settings or {}))
     ends = {"." + name.rpartition(".")[2] for name in names} | {
         "." + ".".join(name.rsplit(".", 2)[1:]) for name in names

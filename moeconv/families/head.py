@@ -1,4 +1,5 @@
-"""A head of its own under a config that ties it to the embedding, as PEFT's modules_to_save leaves it.
+"""Output embeddings that differ from the input embeddings although config.json ties them, as PEFT's modules_to_save
+leaves them.
 
 transformers 5 compares the two where both are stored and runs what is stored if they differ; older versions and most
 other runtimes tie whatever config.json ties. Every step writes such a model untied, which all of them read alike.
@@ -19,8 +20,8 @@ _WHAT = (
 _DONE = ". They are kept, and the result says tie_word_embeddings = false"
 
 
-def said_head(model: Model, *, writes: bool = True) -> list[str]:
-    """The warning about a head that a tied config hides, if there is one; what a step that writes makes of it."""
+def head_warnings(model: Model, *, writes: bool = True) -> list[str]:
+    """The warning about stored output embeddings under a tied config, if any; `writes` adds what the step does."""
     return [_WHAT + _DONE * writes] if model.own_head else []
 
 

@@ -1,6 +1,6 @@
-"""Is each value of a config.json of the kind that its key takes? Asked once, before anything computes with it.
+"""Checks that each value of a config.json is of the kind that its key takes, once, before anything computes with it.
 
-The kind of a key is the kind of its default. Null stays what it is: a family's own word for none, or for derived.
+The kind of a key is the kind of its default. Null is always accepted: it means none, or that the class derives it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _DERIVED = {
     "rms_norm_eps": NUMBER, "initializer_range": NUMBER, "layer_types": LIST, "mlp_layer_types": LIST,
     "no_rope_layers": LIST, "use_bidirectional_attention": WORD, "rope_parameters": OBJECT, "rope_scaling": OBJECT,
 }  # fmt: skip
-_NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must say them
-# what other numbers are computed from: when it is said, it is neither null nor zero
+_NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must state them
+# other numbers are computed from these, so a stated value is neither null nor zero
 _COMPUTED = (
     *_NEEDED, "intermediate_size", "max_position_embeddings", "block_multiple_of", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
     "logits_scaling", "logit_scale", "scale_emb", "scale_depth", "dim_model_base",
 )  # fmt: skip
 _LARGEST = 1 << 40
-_LARGEST_OF_A_HEAD = 1 << 16  # rows of a head are spelled out one by one
+_LARGEST_OF_A_HEAD = 1 << 16  # indices of a head's rows are listed one by one
 _ROPE = ("rope_parameters", "rope_scaling")
 _ROPE_NUMBERS = (
     "rope_theta",
@@ -66,7 +66,7 @@ def counts_something(family: Family, key: str) -> bool:
 
 
 def _check_rope(key: str, params: Any) -> None:
-    """Rotary parameters, or those of one kind of layers; what has no business in them is the class's affair."""
+    """Rotary parameters, or those of one kind of layers; keys that are unknown here are left to the class."""
     if not isinstance(params, dict):
         return
     for name, value in params.items():

@@ -1,7 +1,7 @@
-"""What a config.json means to transformers, whatever words say it: one model in two wordings means the same.
+"""What a config.json means to transformers: two configs of one model in different words have the same meaning.
 
-Defaults are filled in, rotary parameters, sliding windows and kinds of layers are spelled out, and settings that
-compute nothing are left out, so that families that differ in words alone (llama, mistral) can be compared too.
+Defaults are filled in, rotary parameters, sliding windows and kinds of layers are listed in full, and settings
+without effect are left out, so that families that differ in words alone (llama, mistral) can be compared too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from moeconv.families.model import Model
 from moeconv.families.shapes import head_dim
 from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
 
-# what says how many positions or tokens there are, or ends a text: nothing of it is in the weights of a layer
+# keys about the number of positions or tokens, or the end of a text: no weight of a layer depends on them
 OUTSIDE_THE_LAYERS = ("max_position_embeddings", "tie_word_embeddings", "vocab_size", "eod_token_id", "tie_embedding")
 # rotary parameters of these types are the same whatever the longest text
 _LENGTH_FREE = ("default", "linear", "llama3")
@@ -52,17 +52,17 @@ def _rope(model: Model) -> dict[str, Any]:
     family = model.family
     if family.attention.rope == "none":
         return {}
-    said = {key: value for key in rope.KEYS if (value := model.value(key)) is not None}
-    params = rope.read_rope(said, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
+    stated = {key: value for key in rope.KEYS if (value := model.value(key)) is not None}
+    params = rope.read_rope(stated, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
     if params.get("partial_rotary_factor") == 1.0:
         del params["partial_rotary_factor"]
     found: dict[str, Any] = {"rope_parameters": params}
     if params["rope_type"] not in _LENGTH_FREE:
         found["max_position_embeddings"] = model.value("max_position_embeddings")
     if family.attention.rope in ("per_type", "per_layer", "own", "no_rope"):
-        found |= {key: said.get(key) for key in ("layer_rope_theta",) if family.attention.rope == "per_layer"}
+        found |= {key: stated.get(key) for key in ("layer_rope_theta",) if family.attention.rope == "per_layer"}
         if family.attention.rope == "no_rope":
             found["rotating layers"] = rope.rotating(model.value, model.num_layers)
-        elif isinstance(nested := said.get("rope_parameters"), dict):
+        elif isinstance(nested := stated.get("rope_parameters"), dict):
             found["rope_parameters of sliding layers"] = nested.get("sliding_attention")
     return found

@@ -31,9 +31,9 @@ def encodings(quantization: Config) -> tuple[Encoding, ...]:
 
 def quantization_method(quantization: Config) -> str:
     """quant_method; files of bitsandbytes' early days have only its switches."""
-    said = quantization.get("quant_method")
+    stated = quantization.get("quant_method")
     switched = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
-    return str(said) if said is not None or not switched else "bitsandbytes"
+    return str(stated) if stated is not None or not switched else "bitsandbytes"
 
 
 def _fp8(quantization: Config) -> tuple[Encoding, ...]:

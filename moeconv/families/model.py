@@ -1,6 +1,6 @@
 """A checkpoint seen through its family: roles of tensors, sizes, and the names of every expert's matrices.
 
-Opening a model proves that config and tensors agree, so that nothing later has to doubt either.
+Opening a model checks that config and tensors agree, so that no later code has to check it again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Model:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a step that reads the model says of it."""
+        """The warnings of every step that reads the model."""
         found = without_code(self.checkpoint.config)[1]
         own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
         lost = heads(self.dropped)
@@ -93,7 +93,7 @@ class Model:
 
     @cached_property
     def mtp_layers(self) -> tuple[int, ...]:
-        """Multi-token-prediction layers with experts: numbers behind those of the model's own layers, which no stock
+        """Multi-token-prediction layers with experts: numbered after the model's own layers, which no stock
         class of transformers runs and serving engines use to guess tokens ahead."""
         layers = {r.layer for r in self.roles.values() if r.group == "expert" and r.layer is not None}
         return tuple(sorted(layer for layer in layers if layer >= self.num_layers))
@@ -215,7 +215,7 @@ class Model:
         if self.packed_experts:
             raise InputError(
                 f"{self.family.model_type} keeps all experts of a layer in one tensor; this command needs one tensor "
-                "an expert, as the runtimes do that read packed weights",
+                "per expert, as the runtimes do that read packed weights",
                 hint="`moeconv prune`, `calibrate` and `evaluate` take it as it is.",
             )
         if not self.family.has(f"expert.{part}"):

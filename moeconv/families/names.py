@@ -1,5 +1,5 @@
-"""Tensor names as transformers takes them: with or without the base model's prefix, and beside heads that no language
-model has. What it does not take is refused by its cause."""
+"""Tensor names as transformers accepts them: with or without the base model's prefix, and beside heads that no language
+model has. Other names are refused, with the tool that made them where it is known."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 
 def _second_words(family: Family) -> set[str]:
-    """What follows the base model's prefix in the names of a family."""
+    """The words that follow the base model's prefix in the names of a family."""
     names: Iterable[str] = (
         *family.tensors.names.values(),
         *family.prediction.names.values(),
@@ -85,7 +85,7 @@ def is_head(name: str) -> bool:
 
 
 def heads(names: Iterable[str]) -> list[str]:
-    """Those of the names that are heads'."""
+    """The names that belong to heads."""
     return [name for name in names if is_head(name)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operation on the nodes `of`. A leaf is `source` (params: key; where said, rows and origin), `read`
+    """An operation on the nodes `of`. A leaf is `source` (params: key; optionally rows and origin), `read`
     (rows of a tensor of another origin), `fill` (value) or `draw` (key, std)."""
 
     op: str
@@ -73,7 +73,7 @@ def fill(value: float) -> Node:
 
 
 def scale(node: Node, by: float) -> Node:
-    """Every value times `by`; factors in a row become one, so that nothing is rounded twice."""
+    """Every value times `by`; consecutive factors become one, so that nothing is rounded twice."""
     if node.op == "scale":
         return scale(node.of[0], node.params["by"] * by)
     return node if by == 1 else Node("scale", (node,), {"by": by})
@@ -113,6 +113,6 @@ def rotary(node: Node, *, head: int, start: int, size: int, order: str) -> Node:
     """Rows of every head of `head` rows, those from `start` on for `size`, in another rotary order.
 
     `order`: half (from pairs side by side), interleaved (from two halves), or spread (two halves of the first
-    `size` rows become two halves of the whole head, still rows behind each).
+    `size` rows become two halves of the whole head, each followed by rows that do not turn).
     """
     return Node("rotary", (node,), {"head": head, "start": start, "size": size, "order": order})

@@ -38,8 +38,8 @@ PARTS: dict[str, str] = {
     ".weight_format": "format",
     ".SCB": "SCB",
 }
-# suffixes behind the whole name of a tensor of all experts: MXFP4 codes and exponents, and what lies beside codes that
-# have the tensor's own name (the first axis counts experts, but in SHARED ones)
+# suffixes that follow the whole name of a tensor of all experts: MXFP4 codes and exponents, and parts beside codes
+# that have the tensor's own name (the first axis counts experts, but in SHARED ones)
 STACKED_PARTS: dict[str, str] = {
     "_blocks": "blocks",
     "_scales": "exponents",
@@ -119,7 +119,7 @@ def bits_of(config: Mapping[str, Any]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A packed weight: its form, its own shape (as it lies on disk once it is decoded), and its tensors by part."""
+    """A packed weight: its form, its own shape (of the stored tensor once it is decoded), and its tensors by part."""
 
     encoding: Encoding
     shape: Shape

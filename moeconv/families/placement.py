@@ -1,4 +1,4 @@
-"""Which layers are a Mixture-of-Experts: how a family's config says it, and how to say a choice of layers in it."""
+"""Which layers are a Mixture-of-Experts: how a family's config states it, and how to write a choice of layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Get = Callable[[str], Any]  # a config key's value, the class's default included
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`read(get, layers)` gives the MoE layers; `write(moe, layers, get)` the config keys, None where none can say it.
+    """`read(get, layers)` gives the MoE layers; `write(moe, layers, get)` the config keys, None where none can.
 
     `can` says in words what the family can leave dense.
     """
@@ -63,7 +63,7 @@ def _prefix(key: str) -> Placement:
 
 
 def _words(missing: Callable[[int], str]) -> Placement:
-    """mlp_layer_types, a word a layer; `missing` is the family's rule when config.json has no such list."""
+    """mlp_layer_types, one word per layer; `missing` is the family's rule when config.json has no such list."""
 
     def read(get: Get, layers: int) -> tuple[int, ...]:
         words = get("mlp_layer_types")

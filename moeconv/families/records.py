@@ -25,11 +25,11 @@ _ABSENT = object()
 class Packed:
     """How one tensor holds the matrices of all experts of a layer, [E, ...] unless it is flat."""
 
-    # the matrices of an expert that lie in the tensor, one after the other
+    # the matrices of an expert in the tensor, one after the other
     parts: tuple[str, ...]
     # whether the parts alternate row by row, instead of one after the other
     interleaved: bool = False
-    # whether each expert's matrix lies as [in, out]
+    # whether each expert's matrix is stored as [in, out]
     transposed: bool = False
     # whether the first two axes are one, [E * rows, ...]
     flat: bool = False
@@ -47,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The tensors of a family: their names on disk, and how matrices lie in them."""
+    """The tensors of a family: their names on disk, and how matrices are stored in them."""
 
     # key -> name on disk, with {L} for the layer and {E} for the expert
     names: Mapping[str, str]
@@ -223,7 +223,7 @@ class Experts:
     routing: Routing | None = None
     # config key whose value picks another rule than `routing`, and those rules
     rules: tuple[str, Mapping[str, Routing]] | None = None
-    # key of the norm behind the routed sum alone, in a family that normalises shared and routed outputs apart before it
+    # key of the norm after the routed sum alone, in a family that normalises shared and routed outputs apart before it
     # adds them: parts of an FFN in both do not add up there, and with a norm of 0 the experts add nothing
     routed_norm: str = ""
     # transformers' implementation of experts by default, a key of widths.STRIDES; "eager": loops of its own
@@ -234,13 +234,13 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Multi-token-prediction layers behind the model's own, which no class of transformers runs."""
+    """Multi-token-prediction layers after the model's own, which no class of transformers runs."""
 
     # key -> name on disk of what such a layer has beside what a layer of the model has; {} where there are none
     names: Mapping[str, str] = field(default_factory=dict)
     # what their names begin with in place of the model's prefix; "" where they are numbered on from the model's layers
     prefix: str = ""
-    # what stands for "layers." behind that prefix
+    # what takes the place of "layers." after that prefix
     layers: str = "layers."
     # whether they have the sizes of layers that attend through a window
     slides: bool = False

@@ -1,4 +1,4 @@
-"""What cannot be taken or converted, and the reason that a user should read: families without a row here."""
+"""Families without a row and conversions without a pair, each with the reason that a user reads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ IMPOSSIBLE: dict[tuple[str, str], str] = {
     ("qwen3", "granitemoe"): _NO_QK_NORM,
 }
 
-# Dense families that nothing stock can host, with the difference.
-HOMELESS: dict[str, str] = {
+# Dense families that no Mixture-of-Experts family of transformers can express, with the difference.
+WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(("glm4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _SANDWICH),
     "exaone4": "no MoE family has post-norms and per-head query and key norms together",
     **dict.fromkeys(
@@ -41,7 +41,7 @@ HOMELESS: dict[str, str] = {
 _TALKER = (
     "its talker is a Mixture-of-Experts of its own that reads what the thinker computes, and no text shows what it does"
 )
-UNTAKEN = {
+UNSUPPORTED = {
     "ernie4_5_vl_moe": "its text and its vision experts have one count in config.json and one numbering on disk, and "
     "no text shows what the latter do",
     "qwen3_omni_moe": _TALKER,

@@ -1,4 +1,4 @@
-"""The role of every tensor of a checkpoint, by name: what is no part of the family's model is refused."""
+"""The role of every tensor of a checkpoint, by its name. A tensor that is no part of the family's model is refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
             hint="Of this family only models with experts are known here.",
         )
     experts = settings.count(config, family.experts.count, limit=settings.MAX_EXPERTS) if family.experts.count else 0
-    # before every name is spelled out: a config of a few bytes must not cost gigabytes
+    # before every name is listed: a config of a few bytes must not cost gigabytes
     each = experts if any("{E}" in template for template in family.tensors.names.values()) else 1
     least = max(layers, len(moe) * each)
     if least > len(checkpoint.tensors) or layers * experts > settings.MAX_IN_ALL:

@@ -98,9 +98,9 @@ def attention_factor(params: Mapping[str, Any], longest: int) -> float:
     derives it where config does not say it."""
     if params["rope_type"] != "longrope":
         return 1.0
-    said: float | None = params.get("attention_factor")
-    if said is not None:
-        return said
+    stated: float | None = params.get("attention_factor")
+    if stated is not None:
+        return stated
     length = params.get("original_max_position_embeddings") or longest
     factor = params.get("factor") or longest / length
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))

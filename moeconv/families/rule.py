@@ -1,7 +1,7 @@
 """A family's routing rule in numbers: router logits in, expert weights out, in numpy, with experts masked out.
 
-It lets a planner see what tokens would do without an expert. What it gives is compared with what the stock model did
-on the same tokens before anything relies on it (`calibrate.sample`).
+It lets a planner compute where tokens would go without an expert. Its results are compared with those of the stock
+model on the same tokens before anything relies on them (`calibrate.sample`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Which serving engines run a Mixture-of-Experts family, as its row says (`Elsewhere.runs`, from the engines' public
-lists of models). An engine that is in neither set of the row is unknown: nobody said that it runs the family."""
+lists of models). Whether an engine that is in neither set of the row runs the family is unknown."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _row(model_type: str) -> Family | None:
 
 
 def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
-    """Warnings about runtimes that nobody proved for this family. Raises UsageError for one that is no runtime, or that
-    does not know the family."""
+    """Warnings about runtimes that may or may not run the family. Raises UsageError for an unknown runtime, and for one
+    that does not run the family."""
     warnings = []
     for target in targets:
         if target not in TARGETS:

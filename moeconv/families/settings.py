@@ -1,6 +1,6 @@
-"""What config.json says of a model, in the words of the tables: its text part, and its counts, checked.
+"""The settings of a model's text part in config.json, in the words of the tables, and its counts, checked.
 
-A key that is usually a number may be a list with an entry for each layer; one that is the same in all is its number.
+A key that is usually a number may be a list with one entry per layer; a list of equal entries is read as that number.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
         )
     # the classes tie by the outer key, and files older than transformers 5 have it inside
     tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
-    said = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
-    return {**_same_in_all(family.config.read(text), family), **said}
+    stated = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
+    return {**_same_in_all(family.config.read(text), family), **stated}
 
 
 def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
@@ -60,7 +60,7 @@ def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]
 
 
 def count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
-    """The number that any of these keys says. Raises InputError where they contradict each other."""
+    """The number that any of these keys states. Raises InputError where they contradict each other."""
     found = {a: config[a] for a in aliases if config.get(a) is not None}
     if len(set(map(repr, found.values()))) > 1:
         raise InputError(

@@ -15,7 +15,7 @@ from moeconv.families.placement import Get
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies: its layer, and whether that attends through a window."""
+    """The layer of a tensor, and whether that layer attends through a window."""
 
     layer: int | None = None
     slides: bool = False
@@ -120,7 +120,7 @@ _SHAPES: Mapping[str, str] = {
     "mtp.norm_hidden": "hidden",
     "mtp.project": "hidden, 2*hidden",
 }
-# what a family's row says for itself, in the words of the table above
+# shapes for the rows of families that differ from the table above
 WHOLE_ROW_NORMS = {"attention.q_norm": "heads*head", "attention.k_norm": "kv*head"}
 GATED_QUERY = {"attention.q": "2*heads*head, hidden", "attention.q_bias": "2*heads*head"}
 NORM_OF_EACH_HEAD = {"attention.q_norm": "heads, head", "attention.k_norm": "kv, head"}
@@ -128,13 +128,13 @@ LATENT = {"attention.o": "hidden, heads*v_latent"}
 
 
 def head_dim(get: Get) -> int:
-    """Rows of an attention head: what config says, else hidden_size / heads."""
+    """Rows of an attention head: head_dim of config.json, else hidden_size / heads."""
     rows: int = get("head_dim") or get("hidden_size") // get("num_attention_heads")
     return rows
 
 
 def config_key(key: str) -> Size:
-    """The size that a config key says."""
+    """The size that a config key states."""
     return lambda get, _place: get(key)
 
 

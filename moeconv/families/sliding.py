@@ -1,6 +1,6 @@
-"""Sliding-window attention: how a family's config says which layers slide, and how to say the same in another's.
+"""Sliding-window attention: how a family's config states which layers slide, and how to write the same in another's.
 
-A pattern is one bool a layer plus the window in tokens. Families differ in the keys and in the rule that fills a
+A pattern is one bool per layer and the window in tokens. Families differ in the keys and in the rule that fills a
 missing `layer_types`; the same words in two configs can mean different layers.
 """
 
@@ -27,7 +27,7 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Sliding:
-    """`read(config, layers)` gives the pattern; `write(pattern)` the config keys, or None where none can say it."""
+    """`read(config, layers)` gives the pattern; `write(pattern)` the config keys, or None where none can express it."""
 
     read: Callable[[Mapping[str, Any], int], Pattern]
     write: Callable[[Pattern], dict[str, Any] | None]
@@ -58,7 +58,7 @@ def _write_switch(pattern: Pattern) -> dict[str, Any] | None:
 
 
 def _read_layer_types(config: Mapping[str, Any], layers: int) -> Pattern:
-    """Qwen2 and Qwen3: layers from max_window_layers on slide, unless layer_types says it layer by layer."""
+    """Qwen2 and Qwen3: layers from max_window_layers on slide, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types = config.get("layer_types")
     if types is None:
@@ -115,14 +115,14 @@ def _read_full_at_the_end(config: Mapping[str, Any], layers: int) -> Pattern:
 
 
 def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
-    """SmolLM3: the window is for layers without rotary embeddings, unless layer_types says it layer by layer."""
+    """SmolLM3: the window is for layers without rotary embeddings, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types, rotates = config.get("layer_types"), config.get("no_rope_layers")
     if types is None:
         every = config.get("no_rope_layer_interval") or 4
         turns = rotates if isinstance(rotates, list) else [(i + 1) % every != 0 for i in range(layers)]
         types = ["full_attention" if turn else "sliding_attention" for turn in turns]
-    # the class reads the window by layer_types alone once they are said
+    # the class reads the window by layer_types alone where it is set
     found = tuple(window is not None and t == "sliding_attention" for t in types)
     return Pattern(found, window if any(found) else None)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moeconv.families.folds import Fold
 
 FFN_PARTS = ("gate", "up", "down")
-BESIDE = frozenset({"vision", "audio"})  # groups of what lies beside a language model and no text runs through
+BESIDE = frozenset({"vision", "audio"})  # groups of tensors beside the language model, which text does not use
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Family:
     architecture: str
     # "dense" or "moe"
     kind: str
-    # names on disk, and how matrices lie in them
+    # names on disk, and how matrices are stored in them
     tensors: Tensors
     # keys of config.json that shape the computation, with transformers' defaults
     config: Config
@@ -95,7 +95,7 @@ class Family:
 
     @staticmethod
     def expert_axis(role: Role) -> int | None:
-        """The axis that counts experts in a tensor that says something of every expert of a layer, else None."""
+        """The axis that counts experts in a tensor with an entry for every expert of a layer, else None."""
         if role.group == "expert" and role.expert is None:
             return 0
         return (1 if role.key.endswith("_row") else 0) if role.group == "router" else None
@@ -121,14 +121,14 @@ class Family:
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
 
     def _mtp_name(self, name: str) -> str:
-        """The name in a multi-token-prediction layer of what a layer of the model calls `name`."""
+        """The name in a multi-token-prediction layer of the tensor that is called `name` in a layer of the model."""
         layers = f"{self.tensors.prefix}layers."
         if name.startswith(layers):
             return self.prediction.prefix + self.prediction.layers + name.removeprefix(layers)
         return self.prediction.prefix + name.removeprefix(self.tensors.prefix)
 
     def predicts(self, name: str, *, layers: int) -> bool:
-        """Whether a tensor belongs to the multi-token-prediction layers behind the `layers` of the model itself."""
+        """Whether a tensor belongs to the multi-token-prediction layers after the `layers` of the model itself."""
         if not self.prediction.names:
             return False
         if self.prediction.prefix:

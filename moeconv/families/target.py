@@ -1,7 +1,8 @@
-"""A dense model in a target family's words: config.json and the expression behind each tensor, or why it cannot be.
+"""A dense model as a model of the target's family: its config.json, and the expression that makes each tensor; or the
+reason why that is impossible.
 
-A source key that the target does not have must stand at a neutral value, else the conversion is refused by name:
-silent damage is what the best-known peers do here.
+A config key of the source that the target does not have must have a neutral value, else the conversion is refused and
+names the key: dropping it would silently change what the model computes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from moeconv.errors import InputError, escape
 from moeconv.families import rope, sliding
 from moeconv.families.folds import Draft, align_layout
-from moeconv.families.head import said_head, untied
+from moeconv.families.head import head_warnings, untied
 from moeconv.families.model import Model
 from moeconv.families.node import concat
 from moeconv.families.node import source as source_node
@@ -21,7 +22,7 @@ from moeconv.families.registry import tables
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family, Pair
 
-# Keys of config.json that describe the file or generation, not the computation of a layer: they come along.
+# Keys of config.json that describe the file or generation, not the computation of a layer: they are copied.
 CARRIED = frozenset({
     "architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id",
     "unk_token_id", "use_cache", "model_type", "output_router_logits", "output_hidden_states", "output_attentions",
@@ -53,7 +54,7 @@ def draft_target(model: Model, pair: Pair) -> Draft:
     )
     if model.own_head:
         draft.config = untied(draft.config, target)
-        draft.warnings += said_head(model)
+        draft.warnings += head_warnings(model)
     align_layout(draft)
     for fold in pair.folds:
         fold(draft)
@@ -64,7 +65,7 @@ def draft_target(model: Model, pair: Pair) -> Draft:
 
 
 def _join(draft: Draft) -> None:
-    """Matrices that the target has in one tensor; those of an FFN are joined where experts are made."""
+    """Join matrices that the target keeps in one tensor; those of an FFN are joined where experts are made."""
     for whole, parts in draft.target.tensors.fused.items():
         if all(part in draft.tensors for part in parts) and not parts[0].startswith("ffn."):
             draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
@@ -80,7 +81,7 @@ def _source_keys(model: Model) -> list[str]:
 
 
 def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Null asks the source's class to derive a value; not every target's class does, so it is said or left out."""
+    """The config without nulls that ask the source's class to derive a value, since the target's class may not."""
     result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
     if "num_key_value_heads" in result and result["num_key_value_heads"] is None:
         result["num_key_value_heads"] = config.get("num_attention_heads")

@@ -1,4 +1,4 @@
-"""Which sizes of experts the kernels take that transformers runs them with unless it is told otherwise.
+"""The sizes of experts that transformers' default implementation of experts accepts.
 
 grouped_mm wants every stride of its matrices to be a multiple of 16 bytes (torch 2.13, measured on every family); the
 rows of an expert's matrices are as long as its width, or as the hidden size.

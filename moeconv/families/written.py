@@ -1,6 +1,6 @@
 """config.json as it is written: what changes under every alias that is there, and what other readers need added.
 
-A reader of one wording takes another's as missing and assumes a default, without a word. So both wordings are written.
+A reader of one wording takes the other for missing and silently assumes a default. Therefore both are written.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ALIASES: tuple[tuple[str, ...], ...] = (
 
 
 def written_config(
-    config: Mapping[str, Any], family: Family, *, said: Mapping[str, Any] | None = None, dtype: str | None = None
+    config: Mapping[str, Any], family: Family, *, changes: Mapping[str, Any] | None = None, dtype: str | None = None
 ) -> dict[str, Any]:
-    """A config.json with `said` (in the words of the family's row) and the `dtype` (in those of torch) in it, as every
-    reader reads it. What the source says otherwise stays word for word."""
+    """A config.json with `changes` (in the words of the family's row) and the `dtype` (in those of torch), so that
+    every reader reads the same from it. Everything else stays as the source has it."""
     result = copy.deepcopy(dict(config))
     nested = result.get(family.multimodal.root) if family.multimodal.root else None
     text = nested if isinstance(nested, dict) else result
-    changed = _everywhere(family, text, said or {})
+    changed = _everywhere(family, text, changes or {})
     text.update(family.config.write(text, changed))
     text.update(family.config.write(text, added(family, family.config.read(text))))
     _reword(family, text)
@@ -90,10 +90,10 @@ def _value(rule: Any, get: Callable[[str], Any]) -> Any:
     return get(rule[1:]) if isinstance(rule, str) and rule.startswith("=") else copy.deepcopy(rule)
 
 
-def _everywhere(family: Family, text: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
-    """`said`, and the new value under every alias that holds the old one: a number, or a number for each layer."""
-    values, changed = family.config.read(text), dict(said)
-    for key, new in said.items():
+def _everywhere(family: Family, text: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes`, and the new value under every alias that holds the old one: a number, or one number per layer."""
+    values, changed = family.config.read(text), dict(changes)
+    for key, new in changes.items():
         old = values.get(key)
         for alias in next((names for names in ALIASES if key in names), ()):
             held = text.get(alias)
@@ -127,6 +127,6 @@ def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
 
 def _say_tied(outer: dict[str, Any], text: dict[str, Any]) -> None:
     """Whether the head is the embedding: transformers 5 asks the outer config, version 4 that of the language model."""
-    said = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
-    if said:
-        outer["tie_word_embeddings"] = text["tie_word_embeddings"] = any(said)
+    stated = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
+    if stated:
+        outer["tie_word_embeddings"] = text["tie_word_embeddings"] = any(stated)

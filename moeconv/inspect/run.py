@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.families import packed
-from moeconv.families.head import said_head
+from moeconv.families.head import head_warnings
 from moeconv.families.methods import quantization_method
 from moeconv.families.model import Model
 from moeconv.plan.build import count_params, count_prediction
@@ -58,7 +58,7 @@ def inspect(model: Model) -> dict[str, Any]:
         "tensors": len(refs),
         "shards": len(model.checkpoint.shards),
         "identity": model.identity,
-        "warnings": [*model.warnings, *said_head(model, writes=False)],
+        "warnings": [*model.warnings, *head_warnings(model, writes=False)],
     }
 
 

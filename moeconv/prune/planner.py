@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
 from moeconv.families.served import check_served
@@ -96,7 +96,7 @@ def prune_plan(
         block=block,
         warnings=(
             *model.warnings,
-            *said_head(model),
+            *head_warnings(model),
             *_warnings(model, decision.criterion if prunes else "", options, scales, left),
         ),
         dropped=model.dropped,
@@ -142,7 +142,7 @@ def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = Non
     said = dict.fromkeys(model.family.experts.count, left)
     if top_k is not None:
         said |= dict.fromkeys(model.family.experts.top_k, top_k)
-    return written_config(config, model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)
+    return written_config(config, model.family, changes=said, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _warnings(

@@ -6,7 +6,7 @@ import math
 
 from moeconv.checkpoint.companions import without_code
 from moeconv.families import packed
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, parameters_of
@@ -44,7 +44,7 @@ def plan_decode(model: Model) -> Plan:
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
-        warnings=(*model.warnings, *said_head(model)),
+        warnings=(*model.warnings, *head_warnings(model)),
         dropped=model.dropped,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import TensorRef, read_metadata_json
 from moeconv.errors import InputError, UsageError, escape
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
@@ -156,7 +156,7 @@ def quantize_plan(
             "double_quant": scheme.nested,
             "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
         },
-        warnings=(*model.warnings, *said_head(model), *warnings),
+        warnings=(*model.warnings, *head_warnings(model), *warnings),
         dropped=(*model.dropped, *ahead),
         texts=texts,
         promise=promise,

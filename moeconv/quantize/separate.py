@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeconv.checkpoint.reader import TensorRef
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import Family, Role
 from moeconv.options import PlanOptions, parameters_of
@@ -49,7 +49,7 @@ def plan_separate(model: Model) -> Plan | None:
         shards=arrange(items, common, form),
         params_total=total,
         params_active=active,
-        warnings=tuple(said_head(model)),
+        warnings=tuple(head_warnings(model)),
         dropped=model.dropped,
     )
 

@@ -11,7 +11,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
 from moeconv.errors import InputError, escape
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, check_names, from_keywords, parameters_of
@@ -62,7 +62,7 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
         params_total=total,
         params_active=active,
         block={"objective": made_with.get("objective")},
-        warnings=(*model.warnings, *said_head(model)),
+        warnings=(*model.warnings, *head_warnings(model)),
         dropped=model.dropped,
         promise=_promise(model, overlay),
     )

@@ -13,7 +13,7 @@ from typing import Any
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
-from moeconv.families.head import said_head, with_head
+from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role, with_expert
 from moeconv.families.written import written_config
@@ -44,7 +44,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     items = [item for name in model.checkpoint.tensors for item in _made(model, name, times, dtype)]
     total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=experts)
     whole = top_k == times * model.top_k
-    warnings = [*model.warnings, *said_head(model)]
+    warnings = [*model.warnings, *head_warnings(model)]
     if not whole:
         warnings.append(f"--top-k {top_k} of {times} copies each changes the model; {times * model.top_k} would not")
     return Plan(
@@ -139,7 +139,7 @@ def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | Non
     rule = model.family.experts.routing
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
         said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
-    return written_config(with_head(model), model.family, said=said, dtype=TORCH_NAMES[dtype] if dtype else None)
+    return written_config(with_head(model), model.family, changes=said, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _promise(model: Model, times: int) -> dict[str, int]:

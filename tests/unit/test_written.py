@@ -91,20 +91,20 @@ def test_no_alias_of_a_changed_number_is_stale(name):
         beside = {alias: old for alias in names if alias not in row.config.words}
         said = {**{alias: [old] * 4 for alias in names if alias not in (*beside, *row.config.words)}, **beside}
         config = _config(row) | row.config.write({}, {key: old}) | said
-        text = written_config(config, row, said={key: new})
+        text = written_config(config, row, changes={key: new})
         assert {text[alias] for alias in beside} <= {new} and row.config.read(text)[key] == new
         listed = _config(row) | row.config.write({}, {key: old}) | {names[-1]: [old] * 4}
         if names[-1] != key:
-            assert written_config(listed, row, said={key: new})[names[-1]] == [new] * 4
+            assert written_config(listed, row, changes={key: new})[names[-1]] == [new] * 4
         # a number of its own is nobody's alias
         other = _config(row) | row.config.write({}, {key: old}) | {names[-1]: 77}
         if names[-1] not in (key, *row.experts.count, *row.experts.top_k):
-            assert written_config(other, row, said={key: new})[names[-1]] == 77
+            assert written_config(other, row, changes={key: new})[names[-1]] == 77
 
 
 def test_gpt_oss_says_experts_per_token_anew():
     row = FAMILIES["gpt_oss"]
-    text = written_config(_config(row) | {"experts_per_token": 2}, row, said={"num_experts_per_tok": 1})
+    text = written_config(_config(row) | {"experts_per_token": 2}, row, changes={"num_experts_per_tok": 1})
     assert text["experts_per_token"] == text["num_experts_per_tok"] == 1
 
 

@@ -36,13 +36,13 @@ def _in_layer(get: Get, place: Place, key: str) -> Any:
 
 def _global_heads(get: Get, place: Place) -> Any:
     """Gemma 4's layers without a window have heads of another size, which either key says."""
-    said = place.slides or get("per_layer_config") is not None
-    return _in_layer(get, place, "head_dim") or (get("head_dim") if said else get("global_head_dim"))
+    stated = place.slides or get("per_layer_config") is not None
+    return _in_layer(get, place, "head_dim") or (get("head_dim") if stated else get("global_head_dim"))
 
 
 def _global_kv(get: Get, place: Place) -> Any:
-    said = get("per_layer_config") is not None or place.slides or not get("attention_k_eq_v")
-    apart = None if said else get("num_global_key_value_heads")
+    stated = get("per_layer_config") is not None or place.slides or not get("attention_k_eq_v")
+    apart = None if stated else get("num_global_key_value_heads")
     return _in_layer(get, place, "num_key_value_heads") or apart or get("num_key_value_heads")
 
 
@@ -66,7 +66,7 @@ GEMMA = dense_row(
     ),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN, norm_offset=1.0),
 )
-# norms in front of and behind both blocks; some full layers take their keys for values too
+# norms before and after both blocks; some full layers take their keys for values too
 GEMMA4_BLOCK = (
     BLOCK
     | {

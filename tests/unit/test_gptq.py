@@ -348,6 +348,21 @@ def test_bits_that_differ_by_layer_are_chosen_once(cli, case, tmp_path):
     assert all(bool(w.abs().sum() > 0) for w in decoded)
 
 
+def test_codes_do_not_depend_on_which_experts_are_coded_together(cli, tmp_path, monkeypatch):
+    path = tiny.make_moe(tmp_path / "moe", "qwen3_moe", experts=12, top_k=3, hidden=32, intermediate=64, layers=1)
+    tiny.write_shards(path, dict(sorted(tiny.read_tensors(path).items())))  # expert 10 in front of expert 2
+    (tmp_path / "text.txt").write_text(text(400, seed=2))
+    case = add_tokenizer(path), tmp_path / "text.txt"
+    for out, together in (("all", 1 << 30), ("alone", 0)):
+        monkeypatch.setattr("moeconv.quantize.gptq.run.CODED_BYTES", together)
+        quantized(cli, case, tmp_path / out, "--group-size", 32)
+    one, other = open_model(tmp_path / "all"), open_model(tmp_path / "alone")
+    for part in ("gate", "up", "down"):
+        names = [one.expert_name(part, layer=0, expert=e) for e in range(12)]
+        same = [(decode_weight(one, n) == decode_weight(other, n)).double().mean() for n in names]
+        assert min(same) > 0.98 and sum(same) / 12 > 0.999
+
+
 @pytest.mark.slow
 def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
     one = quantized(cli, case, tmp_path / "a")["files"]["model.safetensors"]

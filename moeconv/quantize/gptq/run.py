@@ -269,7 +269,7 @@ class _Layer:
         groups = []
         for (key, size, width), of_experts in kinds.items():
             alike: dict[int, dict[int, list[Item]]] = {}
-            for e, items in of_experts.items():
+            for e, items in sorted(of_experts.items()):
                 alike.setdefault(sum(last_stage(i).inputs[0].shape[0] for i in items), {})[e] = items
             for out, some in alike.items():
                 need = {e: codes_bytes(out, width) + 8 * width * tokens.get(e, 0) for e in some}
@@ -437,12 +437,13 @@ def _cut(need: Mapping[int, int], *, limit: int, most: int) -> Iterator[list[int
 
 def _hidden(experts: nn.Module, inputs: Tensor, rows: Tensor, expert: Tensor, device: torch.device) -> Tensor:
     """What the down projections are given, in any family: [n, I] for rows `rows` int64 [n] of `inputs` [T, H] and
-    `expert` int64 [n], which ascends."""
+    `expert` int64 [n]."""
+    order = expert.argsort(stable=True)  # the stock code takes one expert after the other
     with _inputs_of(experts.down_proj) as found:
-        for at, whose in zip(rows.split(PAIR_ROWS), expert.split(PAIR_ROWS), strict=True):
-            ones = torch.ones(len(at), 1, device=device)
-            experts.forward(inputs[at].to(device), whose[:, None].to(device), ones)
-    return torch.cat(found)
+        for pairs in order.split(PAIR_ROWS):
+            given = inputs[rows[pairs]].to(device)
+            experts.forward(given, expert[pairs, None].to(device), given.new_ones(len(given), 1))
+    return torch.cat(found)[order.argsort().to(device)]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED, weight_of
 from moeconv.families.spec import FFN_PARTS
+from moeconv.matching import assignment
 from moeconv.plan.build import rows, whole
 from moeconv.plan.kernels.arrays import to_float32
 from moeconv.plan.plan import Input
@@ -133,18 +134,11 @@ def _layer_cosine(model: Model, layer: int, *, aligned: bool, jobs: int) -> np.n
             if not aligned:
                 return float((one * other).sum(dtype=np.float64)) / scale
             products = one @ other.T
-            return float(products[match(products)].sum(dtype=np.float64)) / scale
+            return float(products[assignment(products)].sum(dtype=np.float64)) / scale
 
         for (a, b), value in zip(pairs, pool.map(compare, pairs)):
             cosine[a, b] = cosine[b, a] = value
     return np.clip(cosine, -1, 1)
-
-
-def match(worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the assignment with the largest sum of `worth` [n, n] (Hungarian)."""
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(worth, maximize=True)
 
 
 def _neurons(model: Model, layer: int, expert: int) -> np.ndarray:

@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moeconv.checkpoint.header import TensorInfo
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata_json
 from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
 from moeconv.errors import InputError, OutputError, escape
 
@@ -49,6 +50,17 @@ class Overlay:
     def read(self, name: str) -> bytearray:
         """All bytes of one tensor."""
         return self._of[name].read(name)
+
+
+def provenance(
+    overlay: Overlay | SafetensorsFile, *, identity: str, checkpoint: Checkpoint, hint: str
+) -> dict[str, Any]:
+    """What an overlay says of its making. Raises InputError for one that was made for another checkpoint than the one
+    of this `identity`."""
+    made_with = read_metadata_json(overlay, kind="overlay")
+    if made_with.get("identity") != identity:
+        raise InputError(f"{overlay.label} was made for another checkpoint than {escape(checkpoint.path)}", hint=hint)
+    return made_with
 
 
 class OverlayWriter:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.hashes import file_sha256
 from moeconv.errors import InputError, escape
 
-_READ = 1 << 22
 _stdin: tuple[Any, bytes] | None = None  # the stream that was read, and what it gave
 
 
@@ -42,13 +42,9 @@ def content_of(value: str, *, flag: str = "--data") -> str:
 
 
 def _hash(path: Path, flag: str) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while data := file.read(_READ):
-                digest.update(data)
+        return file_sha256(path)
     except FileNotFoundError:
         raise InputError(f"{flag} {escape(path)} does not exist", hint="Check the path.") from None
     except OSError as error:
         raise InputError(f"{flag} {escape(path)}: {error.strerror}", hint="Check its permissions.") from None
-    return digest.hexdigest()

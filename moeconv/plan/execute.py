@@ -22,6 +22,7 @@ from typing import Any
 from moeconv import __version__
 from moeconv.checkpoint.companions import Companions, find_companions, is_licence
 from moeconv.checkpoint.gguf import written_tensors
+from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.output import Finished, OutputDirectory
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
@@ -252,12 +253,9 @@ def _write_fan(
         return records
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with output_errors(path), open(path, "rb") as file:
-        while data := file.read(_READ):
-            digest.update(data)
-    return digest.hexdigest()
+def _sha256(staged: Path) -> str:
+    with output_errors(staged):
+        return file_sha256(staged)
 
 
 # -- the end ---------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import TensorRef, read_metadata_json
+from moeconv.checkpoint.overlay import Overlay, provenance
+from moeconv.checkpoint.reader import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
@@ -169,12 +169,9 @@ def _hash_of(importance: Mapping[int, float]) -> str:
 
 
 def _made_with(model: Model, overlay: Overlay) -> dict[str, Any]:
-    made_with = read_metadata_json(overlay, kind="overlay")
-    if made_with.get("identity") != model.identity:
-        raise InputError(
-            f"{overlay.label} was made for another checkpoint than {escape(model.checkpoint.path)}",
-            hint="Choose the codes again, on this model.",
-        )
+    made_with = provenance(
+        overlay, identity=model.identity, checkpoint=model.checkpoint, hint="Choose the codes again, on this model."
+    )
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 

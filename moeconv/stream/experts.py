@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
 from moeconv.stream.need import PAIR_ROWS
+from moeconv.stream.products import OnProducts
 from moeconv.stream.stored import class_forward, stored_in
 
 
@@ -46,34 +46,25 @@ def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, in
         yield stored.module(first, stop), first, rows
 
 
-class _LastProduct(TorchFunctionMode):
-    """Remembers what the last matrix product inside it multiplied."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            self.left = args[0]
-        return func(*args, **(kwargs or {}))
-
-
-_PRODUCTS = (nn.functional.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm)
-
-
 def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
     """What an expert's down projection reads, [n, I], and the expert's output [n, H], for `hidden` [n, H]."""
     module, at = _alone(experts, expert)
-    with _LastProduct() as seen:
+    last: Tensor | None = None
+
+    def seen(factors: Sequence[Any], product: Tensor) -> Tensor:
+        nonlocal last
+        last = factors[0]
+        return product
+
+    with OnProducts(seen):
         output = one_expert(class_forward(module), hidden, at)
     width = _down(module, at).shape[1]
-    if seen.left is None or seen.left.shape != (len(hidden), width):
+    if last is None or last.shape != (len(hidden), width):
         raise InputError(
             "the experts of this family are not computed as a product with down_proj at the end",
             hint="Leave out --refit and --merge.",
         )
-    return seen.left.detach(), output
+    return last.detach(), output
 
 
 def down_projection(experts: nn.Module, expert: int) -> Tensor:

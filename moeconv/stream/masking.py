@@ -12,23 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
-
-
-class _Masking(TorchFunctionMode):
-    """Inside it, linear maps onto E features give minus infinity for the dropped ones."""
-
-    def __init__(self, gone: Tensor) -> None:
-        super().__init__()
-        self.gone = gone
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is nn.functional.linear and out.shape[-1] == len(self.gone):
-            return out.masked_fill(self.gone, -torch.inf)
-        return out
+from moeconv.stream.products import LINEAR, OnProducts
 
 
 def top_k_places(modules: Iterable[nn.Module], keys: Sequence[str]) -> list[tuple[Any, str]]:
@@ -66,8 +52,11 @@ def routed_to(
     counts = top_k_places(ffn.modules(), top_k_keys) if top_k is not None else []
     before = [getattr(at, name) for at, name in counts]
 
+    def masked(_given: Sequence[Any], logits: Tensor) -> Tensor:
+        return logits.masked_fill(gone, -torch.inf) if logits.shape[-1] == len(gone) else logits
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Masking(gone):
+        with OnProducts(masked, functions=LINEAR):
             return stock(*args, **kwargs)
 
     router.forward = forward

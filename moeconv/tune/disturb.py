@@ -6,7 +6,7 @@ Measures of held-out data, and the model that is written, know nothing of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from moeconv.errors import InputError
 from moeconv.randomness import generator
+from moeconv.stream.products import LINEAR, OnProducts
 
 
 @dataclass
@@ -79,9 +79,18 @@ def disturbed(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], *
     """A router's forward whose logits go through `change` before anything is chosen by them."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _OnLogits(change, experts) as mode:
+        met = False
+
+        def seen(_given: Sequence[Any], logits: Tensor) -> Tensor:
+            nonlocal met
+            if met or logits.shape[-1] != experts:
+                return logits
+            met = True
+            return change(logits)
+
+        with OnProducts(seen, functions=LINEAR):
             out = forward(*args, **kwargs)
-        if not mode.met:
+        if not met:
             raise InputError(
                 "this family's router does not compute its logits as a linear layer: they cannot be disturbed",
                 hint="Leave out --router-noise and --temperature.",
@@ -89,18 +98,3 @@ def disturbed(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], *
         return out
 
     return wrapped
-
-
-class _OnLogits(TorchFunctionMode):
-    """Changes what the first linear layer with one output per expert gives; torch's way to see such calls."""
-
-    def __init__(self, change: Callable[[Tensor], Tensor], experts: int) -> None:
-        super().__init__()
-        self.change, self.experts, self.met = change, experts, False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and not self.met and out.shape[-1] == self.experts:
-            self.met = True
-            return self.change(out)
-        return out

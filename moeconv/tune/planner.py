@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
-from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import SafetensorsFile, TensorRef, read_metadata_json
+from moeconv.checkpoint.overlay import Overlay, provenance
+from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
@@ -33,8 +33,11 @@ def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters:
 
 def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanOptions) -> Plan:
     """`plan_overlay` of options."""
-    made_with = read_metadata_json(overlay, kind="overlay")
-    _check(model, overlay, made_with)
+    made_with = provenance(
+        overlay, identity=model.identity, checkpoint=model.checkpoint,
+        hint="Apply it to the model that it was trained on, or run `moeconv tune` on this one.",
+    )  # fmt: skip
+    _check(model, overlay)
     dtype = parse_dtype(common.dtype)
     replaced = overlay.tensors
 
@@ -68,12 +71,7 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
     )
 
 
-def _check(model: Model, overlay: Overlay | SafetensorsFile, made_with: dict[str, Any]) -> None:
-    if made_with.get("identity") != model.identity:
-        raise InputError(
-            f"{overlay.label} was made for another checkpoint than {escape(model.checkpoint.path)}",
-            hint="Apply it to the model that it was trained on, or run `moeconv tune` on this one.",
-        )
+def _check(model: Model, overlay: Overlay | SafetensorsFile) -> None:
     if not overlay.tensors:
         raise InputError(f"{overlay.label} holds no tensor", hint="Run `moeconv tune` again.")
     for name, info in overlay.tensors.items():

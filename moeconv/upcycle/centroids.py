@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moeconv.randomness import generator
+from moeconv.upcycle.grouping import seeds
 
 _ROUNDS = 25
 _PRICES = 40  # price steps a round
@@ -17,7 +18,8 @@ def balanced_centroids(vectors: np.ndarray, count: int, *, seed: int, layer: int
     Assignment is an auction: a cluster that attracts more than its share gets dearer until loads are even, as the
     selection bias of DeepSeek-V3 (arXiv 2412.19437) evens out experts."""
     draw = generator((seed, "centroids", layer))
-    centroids = _spread_out(vectors, count, draw)
+    start = seeds(len(vectors), count, draw, lambda at: 2 - 2 * vectors @ vectors[at], least=1e-9)
+    centroids = vectors[start]
     prices = np.zeros(count)
     for _ in range(_ROUNDS):
         scores = vectors @ centroids.T  # [n, count]
@@ -30,20 +32,6 @@ def balanced_centroids(vectors: np.ndarray, count: int, *, seed: int, layer: int
             break
         centroids = moved
     return centroids.astype(np.float32)
-
-
-def _spread_out(vectors: np.ndarray, count: int, draw: np.random.Generator) -> np.ndarray:
-    """k-means++: each next centroid is drawn in proportion to its squared distance to the nearest one so far."""
-    chosen = [int(draw.integers(len(vectors)))]
-    nearest = 2 - 2 * vectors @ vectors[chosen[0]]
-    for _ in range(count - 1):
-        weight = np.maximum(nearest, 0).astype(np.float64)
-        total = weight.sum()
-        left = np.setdiff1d(np.arange(len(vectors)), chosen)
-        pick = int(draw.choice(len(vectors), p=weight / total)) if total > 1e-9 else int(left[0])
-        chosen.append(pick)
-        nearest = np.minimum(nearest, 2 - 2 * vectors @ vectors[pick])
-    return vectors[chosen].copy()
 
 
 def _auction(scores: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,10 +5,11 @@ scipy solves the assignment; nothing here knows what the costs mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from moeconv.matching import assignment
 from moeconv.randomness import generator
 
 _BLOCK = 2048  # items that one assignment problem takes: its cost grows with their square, its time with their cube
@@ -17,11 +18,9 @@ _BLOCK = 2048  # items that one assignment problem takes: its cost grows with th
 def assign(cost: np.ndarray, sizes: Sequence[int], *, key: Sequence[object] = ("assign",)) -> np.ndarray:
     """The group of every item, int64 [n], at least total cost; group g takes exactly sizes[g] items.
 
-    cost: [n, G]. Optimal up to 2048 items (linear_sum_assignment); more are dealt into blocks of that size, each of
+    cost: [n, G]. Optimal up to 2048 items (the Hungarian method); more are dealt into blocks of that size, each of
     which is optimal with its share of every group. Raises ValueError when the sizes do not sum to n.
     """
-    from scipy.optimize import linear_sum_assignment
-
     n = len(cost)
     if sum(sizes) != n or len(sizes) != cost.shape[1]:
         raise ValueError(f"{n} items into groups of {list(sizes)}")
@@ -33,7 +32,7 @@ def assign(cost: np.ndarray, sizes: Sequence[int], *, key: Sequence[object] = ("
         share = [size * (block + 1) // blocks - size * block // blocks for size in sizes]
         items = order[done : done + sum(share)]
         slots: np.ndarray = np.repeat(np.arange(len(sizes)), share)
-        rows, columns = linear_sum_assignment(cost[np.ix_(items, slots)])
+        rows, columns = assignment(-cost[np.ix_(items, slots)])
         group[items[rows]] = slots[columns]
         done += len(items)
     return group
@@ -48,7 +47,9 @@ def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], s
     n = len(points)
     sizes = [n // groups + (g < n % groups) for g in range(groups)]
     draw = generator((*key, "kmeans"))
-    centres = _spread(points, groups, draw)
+    centres = points[
+        seeds(len(points), groups, draw, lambda at: np.square(points - points[at]).sum(1, dtype=np.float64))
+    ]
     group = None
     for _ in range(steps):
         cost = np.square(points).sum(1)[:, None] - 2 * points @ centres.T + np.square(centres).sum(1)
@@ -61,13 +62,24 @@ def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], s
     return group
 
 
-def _spread(points: np.ndarray, groups: int, draw: np.random.Generator) -> np.ndarray:
-    """k-means++: each next centre is drawn with probability by its squared distance to the nearest one."""
-    chosen = [points[draw.integers(len(points))]]
-    nearest = np.square(points - chosen[0]).sum(1, dtype=np.float64)
+def seeds(
+    count: int, groups: int, draw: np.random.Generator, distance: Callable[[int], np.ndarray], *, least: float = 0.0
+) -> list[int]:
+    """k-means++ (Arthur and Vassilvitskii 2007): the items to start from, each drawn in proportion to its squared
+    distance to the nearest one so far.
+
+    `distance(i)` is the squared distance [count] of every item to item i. Where they sum to no more than `least`, all
+    items are alike, and the first one that is left is taken.
+    """
+    chosen = [int(draw.integers(count))]
+    nearest = distance(chosen[0])
     for _ in range(groups - 1):
-        total = nearest.sum()
-        at = draw.choice(len(points), p=nearest / total) if total > 0 else int(draw.integers(len(points)))
-        chosen.append(points[at])
-        nearest = np.minimum(nearest, np.square(points - chosen[-1]).sum(1, dtype=np.float64))
-    return np.stack(chosen)
+        weight = np.maximum(nearest, 0).astype(np.float64)
+        total = weight.sum()
+        if total > least:
+            pick = int(draw.choice(count, p=weight / total))
+        else:
+            pick = int(np.setdiff1d(np.arange(count), chosen)[0])
+        chosen.append(pick)
+        nearest = np.minimum(nearest, distance(pick))
+    return chosen

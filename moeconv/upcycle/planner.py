@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata_json
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.checkpoint.overlay import provenance
+from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile
+from moeconv.errors import InputError, UsageError
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
 from moeconv.families.node import fill
@@ -207,13 +208,9 @@ def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence
 def _made_with(model: Model, overlay: SafetensorsFile | None) -> dict[str, Any] | None:
     if overlay is None:
         return None
-    made_with = read_metadata_json(overlay, kind="overlay")
-    if made_with.get("identity") != model.identity:
-        raise InputError(
-            f"{overlay.label} was measured on another checkpoint than {escape(model.checkpoint.path)}",
-            hint="Measure it again on this one.",
-        )
-    return made_with
+    return provenance(
+        overlay, identity=model.identity, checkpoint=model.checkpoint, hint="Measure it again on this one."
+    )
 
 
 def _layers(model: Model, options: UpcycleOptions) -> tuple[int, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.companions import is_companion_name
+from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
@@ -88,7 +88,7 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
         path = checkpoint.path / name
         if not os.path.isfile(path):
             problems.append(f"{escape(name)} is missing")
-        elif (found := _sha256(path)) != entry.get("sha256"):
+        elif (found := _hash(path)) != entry.get("sha256"):
             problems.append(f"{escape(name)} has changed since it was written (sha256 {found[:12]}...)")
     for shard in checkpoint.shards:
         if shard not in files:
@@ -96,15 +96,11 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _hash(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            while data := file.read(_CHUNK):
-                digest.update(data)
+        return file_sha256(path)
     except OSError as error:
         raise InputError(f"cannot read {escape(path.name)}: {error.strerror}", hint="Check permissions.") from None
-    return digest.hexdigest()
 
 
 def _compare(model: Model, source: Model) -> list[str]:

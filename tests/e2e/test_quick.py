@@ -45,7 +45,7 @@ def test_every_command_runs(tmp_path, cli, verb):
     assert done.code == 0 and "error" not in done.json, done.out
 
 
-@pytest.mark.parametrize(("form", "scheme"), [(f.name, scheme) for f in FORMATS.values() for scheme in f.schemes])
+@pytest.mark.parametrize(("form", "scheme"), [(f.name, s.name) for f in FORMATS.values() for s in f.schemes])
 def test_every_form_is_written(tmp_path, cli, form, scheme):
     source = tokenizer(make_moe(tmp_path / "moe", hidden=256, intermediate=256, vocab=128), size=128)
     done = cli("quantize", source, tmp_path / "out", "--format", form, "--scheme", scheme, "--json")

@@ -26,7 +26,7 @@ FILES = {
 
 ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
 # room -> rooms that it may know beside itself
-DECIDE = {"errors", "options", "checkpoint", "families", "plan", "plugins", "randomness"}
+DECIDE = {"errors", "options", "checkpoint", "families", "matching", "plan", "plugins", "randomness"}
 STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
 STEP = MEASURE | {"runner", "requests", "units"}  # a verb from start to end
@@ -35,6 +35,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "world": {"errors"},
     "units": set(),
     "plugins": {"errors"},
+    "matching": set(),
     "randomness": set(),
     "callable_package": set(),
     "api": {

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.calibrate.weights import match
 from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.data.windows import TokenData
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
+from moeconv.matching import assignment
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.prune.repair.run import OVERLAY_VERSION, on_disk, overlay_names
 from moeconv.stream.experts import activations
@@ -87,7 +87,7 @@ def _matched(
     assert layer.experts is not None
     one, two = (_units(activations(layer.experts, hidden, e)[0].T) for e in (kept, other))
     weights = _units(_neurons(mine)) @ _units(_neurons(theirs)).T
-    return match((one @ two.T + weights).double().cpu().numpy())[1]
+    return assignment((one @ two.T + weights).double().cpu().numpy())[1]
 
 
 def _neurons(matrices: Mapping[str, Tensor]) -> Tensor:

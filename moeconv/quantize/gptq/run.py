@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
@@ -43,6 +42,7 @@ from moeconv.randomness import generator
 from moeconv.stream.layers import Layer, LayerStream, pick_device, start_meter, stream_within
 from moeconv.stream.memory import allocate
 from moeconv.stream.need import CODED_BYTES, GPTQ, PAIR_ROWS, codes_bytes
+from moeconv.stream.products import OnProducts
 from moeconv.tensors import decode_weight, packed_source
 
 VERSION = 1
@@ -451,13 +451,11 @@ def _inputs_of(weight: Any) -> Iterator[list[Tensor]]:
     """Collects the other factor of every product with (a slice of) `weight` inside the block."""
     place = weight.untyped_storage().data_ptr()
     found: list[Tensor] = []
-    products = (nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func in products and len(args) > 1 and args[1].untyped_storage().data_ptr() == place:
-                found.append(args[0])
-            return func(*args, **(kwargs or {}))
+    def seen(factors: Sequence[Any], product: Tensor) -> Tensor:
+        if len(factors) > 1 and factors[1].untyped_storage().data_ptr() == place:
+            found.append(factors[0])
+        return product
 
-    with Watch():
+    with OnProducts(seen):
         yield found

@@ -59,35 +59,57 @@ def check_only(family: Family, config: Mapping[str, Any]) -> None:
 
 def check_complete(model: Model) -> None:
     """Every tensor that the family and config ask for is there, in each layer that needs it."""
-    family, moe = model.family, set(model.moe_layers)
-    for start, group in family.multimodal.beside.items():
-        has = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
-        if has and not any(name.startswith(start) for name in model.roles):
-            raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
+    family, moe = model.family, frozenset(model.moe_layers)
+    _check_beside(model)
     there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
-        in_moe = role.layer in moe
-        belongs = {"expert": in_moe, "router": in_moe, "shared": in_moe, "ffn": not in_moe}.get(role.group, True)
-        if role.group in family.layers.where and model.layer_kinds and role.layer is not None:
-            belongs = model.layer_kinds[role.layer] in family.layers.where[role.group]
-        wanted = belongs and role.key not in family.tensors.optional
+        belongs = _belongs(model, role, moe)
         present = (role.key, role.layer, role.expert) in there
-        if wanted and not present:
+        if belongs and not present and role.key not in family.tensors.optional:
             raise InputError(
                 f"tensor {escape(name)!r} is missing from the checkpoint",
                 hint=f"{_TOGETHER}, or a shard is missing.",
             )
         if present and not belongs:
-            kind = "Mixture-of-Experts" if in_moe else "dense"
-            if role.group in family.layers.where and model.layer_kinds and role.layer is not None:
-                kind = model.layer_kinds[role.layer]
             raise InputError(
-                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} {kind}",
+                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} "
+                f"{_kind_of_layer(model, role)}",
                 hint=f"{_TOGETHER}.",
             )
     tied = bool(model.value("tie_word_embeddings"))
     if not tied and ("embedding.lm_head", None, None) not in there:
         raise InputError("lm_head.weight is missing and the embeddings are not tied", hint=why_no_head(model.dropped))
+
+
+def _check_beside(model: Model) -> None:
+    """A multimodal model has tensors of every part that its config describes."""
+    for start, group in model.family.multimodal.beside.items():
+        described = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
+        if described and not any(name.startswith(start) for name in model.roles):
+            raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
+
+
+def _mixed_kind(model: Model, role: Role) -> str | None:
+    """The kind of the tensor's layer, in a family where only layers of some kinds have the tensor's group."""
+    if model.layer_kinds is None or role.layer is None or role.group not in model.family.layers.where:
+        return None
+    return model.layer_kinds[role.layer]
+
+
+def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
+    """Whether the layer of this tensor has tensors of its group."""
+    kind = _mixed_kind(model, role)
+    if kind is not None:
+        return kind in model.family.layers.where[role.group]
+    if role.group == "ffn":
+        return role.layer not in moe
+    return role.group not in ("expert", "router", "shared") or role.layer in moe
+
+
+def _kind_of_layer(model: Model, role: Role) -> str:
+    """In words, for an error: what config.json makes of the tensor's layer."""
+    usual = "Mixture-of-Experts" if role.layer in model.moe_layers else "dense"
+    return _mixed_kind(model, role) or usual
 
 
 def check_mtp(model: Model) -> None:

@@ -46,7 +46,7 @@ _ROPE_LISTS = ("short_factor", "long_factor")
 def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
     """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
     for key, default in family.config.defaults.items():
-        value, kind = config.get(key), _kind_of(family, key)
+        value, kind = config.get(key), kind_of(family, key)
         missing = key not in config and not (key in _NEEDED and default is None)
         if kind is None or missing or (value is None and (key not in _COMPUTED or key in family.config.derived)):
             continue
@@ -62,7 +62,7 @@ def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
 
 def counts_something(family: Family, key: str) -> bool:
     """Whether the key's value is a whole number: a size, or a count of experts."""
-    return key in (*family.experts.count, *family.experts.top_k) or _kind_of(family, key) == WHOLE
+    return key in (*family.experts.count, *family.experts.top_k) or kind_of(family, key) == WHOLE
 
 
 def _check_rope(key: str, params: Any) -> None:
@@ -85,7 +85,8 @@ def _wrong(key: str, wanted: str, value: Any) -> InputError:
     )
 
 
-def _kind_of(family: Family, key: str) -> str | None:
+def kind_of(family: Family, key: str) -> str | None:
+    """The kind of a config key's values (WHOLE, ...), in words for an error; None where no row states it."""
     default = family.config.defaults.get(key)
     if isinstance(default, bool):
         return SWITCH

@@ -6,6 +6,8 @@ sliding windows) is derived from them; a pair adds config keys and names the fol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moeconv.errors import InputError, closest, escape
 from moeconv.families.refused import IMPOSSIBLE
 from moeconv.families.registry import tables
@@ -20,26 +22,38 @@ def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
             f"{source.model_type} is already a Mixture-of-Experts family",
             hint="upcycle takes a dense checkpoint; see `moeconv families`.",
         )
-    targets = tables().moe
-    mine = [p for p in tables().pairs if p.source == source.model_type]
-    rows = [p for p in mine if (p.default if to is None else p.target == to)]
-    if to is None and shared and rows and not targets[rows[0].target].experts.shared_width:
-        able = [p for p in mine if targets[p.target].experts.shared_width]
-        rows = [p for p in able if p.with_shared] or able or rows
-    if rows:
-        return rows[0]
-    can = ", ".join(p.target for p in mine) or "nothing yet"
-    if to is not None and to not in targets:
-        become = {pair.target: targets[pair.target] for pair in tables().pairs}  # the others are no help to the user
-        named = {word: name for name, row in become.items() for word in (name, row.architecture)}
-        close = closest(to, named)
-        meant = f"Did you mean {named[close]}? " if close else ""
-        raise InputError(
+    mine = [pair for pair in tables().pairs if pair.source == source.model_type]
+    found = _default(mine, shared=shared) if to is None else next((p for p in mine if p.target == to), None)
+    if found is None:
+        raise _why_none(source, to, mine)
+    return found
+
+
+def _default(mine: Sequence[Pair], *, shared: bool) -> Pair | None:
+    """The default of a source's pairs; with `shared` the default among those whose target has a shared expert, or the
+    first of them."""
+    usual = next((pair for pair in mine if pair.default), None)
+    moe = tables().moe
+    if usual is None or not shared or moe[usual.target].experts.shared_width:
+        return usual
+    able = [pair for pair in mine if moe[pair.target].experts.shared_width]
+    return next((pair for pair in able if pair.with_shared), able[0] if able else usual)
+
+
+def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputError:
+    can = ", ".join(pair.target for pair in mine) or "nothing yet"
+    moe = tables().moe
+    if to is not None and to not in moe:
+        targets = {pair.target: moe[pair.target] for pair in tables().pairs}  # no other family helps the user
+        words = {word: name for name, row in targets.items() for word in (name, row.architecture)}
+        close = closest(to, words)
+        meant = f"Did you mean {words[close]}? " if close else ""
+        return InputError(
             f"--to {escape(to)}: no such Mixture-of-Experts family",
             hint=f"{meant}{source.model_type} can become: {can}.",
         )
     why = IMPOSSIBLE.get((source.model_type, to or ""), f"no exact mapping from {source.model_type} to it is known")
-    raise InputError(f"cannot write {source.model_type} as {escape(to)}: {why}", hint=f"It can become: {can}.")
+    return InputError(f"cannot write {source.model_type} as {escape(to)}: {why}", hint=f"It can become: {can}.")
 
 
 def promise(source: str, target: str) -> tuple[float, str]:

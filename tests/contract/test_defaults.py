@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moeconv.families.kinds import kind_of
 from moeconv.families.registry import tables
 from moeconv.families.rope import KEYS as ROPE
 from moeconv.families.rope import both_wordings, read_rope
@@ -162,3 +163,35 @@ def test_a_derived_value_is_converted_as_the_class_derives_it(tmp_path):
     assert result["upcycle"]["exact"]
     made = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert made["attention_multiplier"] == pytest.approx(config["head_dim"] ** -0.5)
+
+
+def test_a_key_whose_default_is_null_states_the_kind_of_its_values():
+    """Else a word in place of a number would reach a computation. The exceptions are checked where they are read."""
+    # counts of experts and placements have checks of their own; training and state spaces compute nothing from a list
+    checked = {
+        "moe_layers", "moe_layer_end_index", "num_experts", "top_k_experts", "moe_intermediate_size",
+        "layer_rope_theta", "time_step_limit", "moe_jitter_eps",
+    }  # fmt: skip
+    without = {
+        (name, key)
+        for name, (_, row) in ROWS.items()
+        for key in row.config.defaults
+        if kind_of(row, key) is None and key not in checked
+    }
+    assert not without
+
+
+@pytest.mark.parametrize("name", [name for name, (_, row) in ROWS.items() if row.elsewhere.fixed])
+def test_what_other_readers_compute_with_is_the_default_of_the_class(name):
+    _, row = ROWS[name]
+    assert {key: row.config.defaults[key] for key in row.elsewhere.fixed} == row.elsewhere.fixed
+
+
+@pytest.mark.parametrize("name", [name for name, (_, row) in ROWS.items() if row.multimodal.root])
+def test_the_language_model_is_where_the_class_has_it(name):
+    text, row = ROWS[name]
+    made = CONFIG_MAPPING[row.model_type]().to_dict()
+    assert isinstance(made[row.multimodal.root], dict)
+    if len(tables().wrapped[row.model_type]) == 1:  # the class of others takes more than one
+        assert made[row.multimodal.root]["model_type"] == text
+    assert {f"{group}_config" for group in row.multimodal.beside.values()} <= made.keys()

@@ -16,6 +16,8 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
+from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.methods import check_method
 from moeconv.quantize.separate import plan_separate
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_plan
@@ -83,6 +85,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
     model = open_resolved(request.model)
     options, out, write = request.quantize, request.out, request.write
+    check_method(FORMATS[options.format], options.method)
     if (options.method == "gptq") != bool(request.data.data):
         text = (
             "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"

@@ -195,8 +195,8 @@ def _summary(recipe: Recipe, rows: list[dict[str, Any]], warnings: list[str], *,
 
 def _is_one_file(result: Mapping[str, Any]) -> bool:
     """Whether a step wrote a format that is a file of its own."""
-    format = FORMATS.get(result.get("quantize", {}).get("format", ""))
-    return format is not None and format.shard is not None
+    name = result.get("quantize", {}).get("format")
+    return name is not None and FORMATS[name].shard is not None
 
 
 def _row(name: str, model: Model, *, seconds: float, evaluation: Mapping[str, Any]) -> dict[str, Any]:

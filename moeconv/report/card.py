@@ -110,7 +110,8 @@ def _done(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _loading(plan: Plan) -> str:
     loads = plan.block.get("loads")
-    format = FORMATS.get(plan.block.get("format", ""))
+    name = plan.block.get("format")
+    format = None if name is None else FORMATS.get(name)
     first = f"{format.imports}\n" if format is not None and format.imports else ""
     auto = (
         "AutoModelForImageTextToText" if plan.config.get("model_type") in tables().wrapped else "AutoModelForCausalLM"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moeconv.families.model import open_model
+from moeconv.quantize.formats import FORMATS
 from moeconv.tensors import read_tensor
 from tests.contract.stock import MOE_CASES, dropped, load, logits, relative_difference, row_of, save_stock
 
@@ -15,11 +16,25 @@ torch.set_num_threads(1)
 SEPARATE = [case for case in MOE_CASES if not row_of(case).tensors.packed]
 # all experts of a layer in one tensor, which bitsandbytes' format packs as it lies
 STACKED = [c for c in MOE_CASES if c not in SEPARATE and not any(p.flat for p in row_of(c).tensors.packed.values())]
-_FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in one a format
-INTEGER = [(c, s) for c in SEPARATE for s in ("int4", "int8") if c in _FIRST or s == "int4"]
-BITSANDBYTES = [(c, s) for c in SEPARATE for s in ("nf4", "fp4", "int8") if c in _FIRST or s == "nf4"]
-BITSANDBYTES += [(c, "nf4") for c in STACKED]
-BITSANDBYTES += [(c, s) for c in ("granitemoe", "gpt_oss", "llama4") for s in ("fp4", "int8", "nf4 --double-quant")]
+IN_PLACE = [f for f in FORMATS.values() if f.shard is None]
+_FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in the first of a format
+_STACKED_FIRST = ("granitemoe", "gpt_oss", "llama4")
+STACKING = [f for f in IN_PLACE if f.stack is not None]
+
+
+def nesting(formats):
+    """(format, its first scheme, with double quantization where it goes with it)."""
+    return [(f, f.names[0] + " --double-quant" * f.schemes[0].nests) for f in formats]
+
+
+KINDS = [(c, f.name, s.name) for f in IN_PLACE for c in SEPARATE for s in f.schemes[: None if c in _FIRST else 1]]
+for _f in STACKING:
+    KINDS += [(c, _f.name, s.name) for c in STACKED for s in _f.schemes[: None if c in _STACKED_FIRST else 1]]
+    KINDS += [(c, _f.name, f"{s.name} --double-quant") for c in _STACKED_FIRST for s in _f.schemes if s.nests][:3]
+
+
+def flags_of(format, scheme):
+    return ("--format", format, "--scheme", *scheme.split())
 
 
 @pytest.mark.slow(keep=3)
@@ -45,9 +60,9 @@ def test_dry_run_states_the_bytes_that_are_written(tmp_path, cli, case):
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
     steps: list[tuple] = [("prune", "--keep", 4)]
     if case in SEPARATE:
-        steps += [("quantize", "--format", "bitsandbytes"), ("quantize", "--bits", 8)]
+        steps += [("quantize", *flags_of(f.name, f.names[-1])) for f in IN_PLACE]
     if case in STACKED:
-        steps += [("quantize", "--format", "bitsandbytes", "--double-quant", "--shard-size", "30kB")]
+        steps += [("quantize", *flags_of(f.name, s), "--shard-size", "30kB") for f, s in nesting(STACKING)]
     for i, (verb, *flags) in enumerate(steps):
         out = tmp_path / f"out{i}"
         promised = cli(verb, source, out, *flags, "--dry-run", "--json").json
@@ -77,17 +92,31 @@ def _dequantized(source, quantized, folder):
     return folder
 
 
-@pytest.mark.slow(keep=3)
-@pytest.mark.parametrize(("case", "scheme"), INTEGER)
-def test_compressed_tensors_load_in_transformers_as_the_decoded_weights(tmp_path, cli, case, scheme):
+@pytest.mark.slow(keep=6)
+@pytest.mark.parametrize(("case", "format", "scheme"), KINDS)
+def test_what_transformers_loads_computes_with_the_decoded_weights(tmp_path, cli, case, format, scheme):
+    record = FORMATS[format]
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    done = cli("quantize", source, tmp_path / "packed", "--scheme", scheme, "--json")
+    done = cli("quantize", source, tmp_path / "packed", *flags_of(format, scheme), "--json")
     assert done.code == 0, done.out
-    assert done.json["quantize"]["group_size"] in (32, 64)
+    word = done.json["quantize"]["loads"]["transformers"]
+    assert cli("verify", tmp_path / "packed", "--json").json["ok"]
+    if word not in ("ok", "dequantized"):
+        return
+    exec(record.imports)
     plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
     plain.config._is_quantized = True  # jamba's class adds a bias at another place then
     assert torch.equal(logits(plain), logits(packed))
+    stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
+    assert bool(stored) == (word == "ok"), "whether the experts are packed in memory is not what the format says"
+    if case in STACKED:
+        packed.save_pretrained(tmp_path / "again")
+        before, after = (open_model(tmp_path / folder) for folder in ("packed", "again"))
+        assert before.roles.keys() == after.roles.keys()
+        for name in (name for name, role in before.roles.items() if role.group == "expert"):
+            assert torch.equal(read_tensor(before.checkpoint, name), read_tensor(after.checkpoint, name)), name
+        assert torch.equal(logits(load(tmp_path / "again", dtype=torch.bfloat16)), logits(packed))
 
 
 def test_scales_of_either_sign_load_in_transformers_as_the_decoded_weights(tmp_path, cli):
@@ -101,38 +130,12 @@ def test_scales_of_either_sign_load_in_transformers_as_the_decoded_weights(tmp_p
     assert torch.equal(logits(plain), logits(load(tmp_path / "packed", dtype=torch.bfloat16)))
 
 
-@pytest.mark.slow(keep=3)
-@pytest.mark.parametrize(("case", "scheme"), BITSANDBYTES)
-def test_bitsandbytes_load_packed_and_compute_the_decoded_weights(tmp_path, cli, case, scheme):
-    import moeconv.hf  # noqa: F401 - registers the loader
-
-    source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    flags = ("--format", "bitsandbytes", "--scheme", *scheme.split(), "--json")
-    done = cli("quantize", source, tmp_path / "packed", *flags)
-    assert done.code == 0, done.out
-    plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
-    packed = load(tmp_path / "packed", dtype=torch.bfloat16)
-    plain.config._is_quantized = True  # jamba's class adds a bias at another place then
-    assert torch.equal(logits(plain), logits(packed))
-    stored = [p for n, p in packed.named_parameters() if ".experts." in n and p.dtype in (torch.uint8, torch.int8)]
-    assert stored, "the experts are not packed in memory"
-    if case in STACKED:
-        packed.save_pretrained(tmp_path / "again")
-        before, after = (open_model(tmp_path / folder) for folder in ("packed", "again"))
-        assert before.roles.keys() == after.roles.keys()
-        for name in (name for name, role in before.roles.items() if role.group == "expert"):
-            assert torch.equal(read_tensor(before.checkpoint, name), read_tensor(after.checkpoint, name)), name
-        assert torch.equal(logits(load(tmp_path / "again", dtype=torch.bfloat16)), logits(packed))
-
-
-@pytest.mark.parametrize("scheme", ["nf4 --double-quant", "int8"])
+@pytest.mark.parametrize(("format", "scheme"), [*nesting(STACKING), *((f, f.names[-1]) for f in STACKING)])
 @pytest.mark.parametrize("case", ["granitemoe", "gpt_oss"])
-def test_codes_of_all_experts_in_one_tensor_are_pruned_as_what_they_decode_to(tmp_path, cli, case, scheme):
-    import moeconv.hf  # noqa: F401 - registers the loader
-
+def test_codes_of_all_experts_in_one_tensor_are_pruned_as_what_they_decode_to(tmp_path, cli, case, format, scheme):
+    exec(format.imports)
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    flags = ("--format", "bitsandbytes", "--scheme", *scheme.split(), "--json")
-    assert cli("quantize", source, tmp_path / "packed", *flags).code == 0
+    assert cli("quantize", source, tmp_path / "packed", *flags_of(format.name, scheme), "--json").code == 0
     plain = _dequantized(source, tmp_path / "packed", tmp_path / "plain")
     for folder in (tmp_path / "packed", plain):
         done = cli("prune", folder, folder.with_suffix(".pruned"), "--keep", 5, "--criterion", "magnitude", "--json")
@@ -158,8 +161,8 @@ def test_what_a_router_cannot_give_is_refused_before_any_calibration(tmp_path, c
 def test_experts_in_one_tensor_are_packed_only_for_our_own_loader(tmp_path, cli, case):
     """No stock runtime reads packed weights for them, so nothing is written for one."""
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
-    for format in ("compressed-tensors", "bitsandbytes")[: 1 if case in STACKED else 2]:
-        refused = cli("quantize", source, tmp_path / "out", "--format", format, "--json")
+    for format in (f for f in IN_PLACE if f.stack is None or case not in STACKED):
+        refused = cli("quantize", source, tmp_path / "out", "--format", format.name, "--json")
         assert refused.code == 3 and "one tensor" in refused.json["error"]["message"]
     assert not (tmp_path / "out").exists()
 
@@ -172,7 +175,7 @@ def test_experts_that_lie_transposed_to_their_class_are_not_packed(tmp_path, cli
     for file in source.glob("*.safetensors"):
         turned = {n: t.mT.contiguous() if "mlp.experts" in n else t for n, t in load_file(file).items()}
         save_file(turned, file, metadata={"format": "pt"})
-    refused = cli("quantize", source, tmp_path / "out", "--format", "bitsandbytes", "--json")
+    refused = cli("quantize", source, tmp_path / "out", "--format", STACKING[0].name, "--json")
     assert refused.code == 3 and "transposed" in refused.json["error"]["message"], refused.out
     assert not (tmp_path / "out").exists()
 

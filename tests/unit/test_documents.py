@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from moeconv.prune.criteria import CRITERIA
+from moeconv.quantize.formats import FORMATS
+from moeconv.upcycle.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "recipes").rglob("*.md"))]
@@ -72,3 +76,12 @@ def test_links_and_paths_of_a_document_lead_somewhere(document):
             broken.append(match[0])
     broken += [path for path in _PATH.findall(text) if not (ROOT / path).exists()]
     assert broken == []
+
+
+def test_the_page_of_a_verb_names_what_its_registry_has():
+    named = {page: set(re.findall(r"`([\w.-]+)`", (DOCS / page).read_text("utf-8"))) for page in
+             ("prune.md", "upcycle.md", "quantize.md")}  # fmt: skip
+    schemes = {scheme for f in FORMATS.values() for scheme in f.names}
+    assert set(CRITERIA) <= named["prune.md"]
+    assert set(METHODS) <= named["upcycle.md"]
+    assert {*FORMATS, *schemes} <= named["quantize.md"]

@@ -11,25 +11,28 @@ from moeconv.families.placement import Get
 from moeconv.families.records import Config, Experts, Layout, Packed, Prediction, Routing, Tensors
 from moeconv.families.spec import Family
 
+# names of experts, routers and shared experts, as Mixtral, Qwen and DeepSeek made them common
 W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 MLP_EXPERTS = {f"expert.{p}": LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
 _STACK = LAYER + "mlp.experts."
 STACKED_NAMES = {"expert.gate_up": _STACK + "gate_up_proj", "expert.down": _STACK + "down_proj"}
+GATE_UP_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
 SEPARATE = Layout(MLP_EXPERTS)
-STACKED = Layout(STACKED_NAMES, {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))})
+STACKED = Layout(STACKED_NAMES, GATE_UP_PACKED)
 MLP_ROUTER = {"router.weight": LAYER + "mlp.gate.weight"}
 SPARSE_BLOCK = {"router.weight": LAYER + "block_sparse_moe.gate.weight"} | {
     f"expert.{p}": LAYER + "block_sparse_moe.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()
 }
 SHARED_EXPERT = {f"shared.{p}": LAYER + f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")}
 SHARED_GATE = {"shared.router": LAYER + "mlp.shared_expert_gate.weight"}
+# config keys and their defaults
 ROUTER_LOSS: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
 EXPERT_COUNT = ("num_local_experts", "num_experts")
 TOP_K = ("num_experts_per_tok",)
 SHARED_EXPERTS = {f"shared.{p}": LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
 SHARED_MLP = {f"shared.{p}": LAYER + f"mlp.shared_mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
 CORRECTION = {"router.correction": LAYER + "mlp.gate.e_score_correction_bias"}
-GATE_UP_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
 QKVO_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias", "attention.o_bias")
 SIGMOID: dict[str, Any] = {
     "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
@@ -38,7 +41,8 @@ SIGMOID: dict[str, Any] = {
 GROUPED = Routing(
     "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
 )
-NO_INERT_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
+# biases of a family whose switch adds all four, at the value at which they do nothing
+ZERO_QKVO_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
 # layers after the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
 MTP = Prediction(
     {
@@ -60,8 +64,6 @@ QWEN_MTP = Prediction(
     },
     prefix="mtp.",
 )
-LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
-
 # what a pair sets in a target with grouped routing and one shared expert, so that weights of identical experts sum to 1
 ONE_SHARED_EXPERT: dict[str, Any] = {
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,

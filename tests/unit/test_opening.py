@@ -10,8 +10,10 @@ import pytest
 
 from moeconv.errors import InputError, Unsupported
 from moeconv.families.foreign import FOREIGN
+from moeconv.families.kinds import check_kinds
 from moeconv.families.methods import METHODS
 from moeconv.families.model import open_model
+from moeconv.families.registry import tables
 from moeconv.plan.execute import execute
 from moeconv.prune.planner import plan_prune
 from tests import tiny
@@ -132,3 +134,13 @@ def test_a_list_that_says_the_same_for_every_layer_is_its_number(tmp_path: Path,
     tiny.edit_json(path / "config.json", **{key: [number] * 3})
     with pytest.raises(InputError, match="3 entries for 2 layers"):
         open_model(path)
+
+
+@pytest.mark.parametrize("key", ["n_group", "topk_group"])
+def test_groups_of_experts_are_counts(key):
+    """DeepSeek-V2's default is null, so that nothing but the row states what the keys take."""
+    config = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4}
+    row = tables().moe["deepseek_v2"]
+    check_kinds(row, config | {key: None})
+    with pytest.raises(InputError, match=f"{key} must be a whole number"):
+        check_kinds(row, config | {key: "two"})

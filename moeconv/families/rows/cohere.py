@@ -91,6 +91,7 @@ _COHERE: dict[str, Any] = {
     "norm_topk_prob": True, "prefix_dense_intermediate_size": None,
     "prefix_dense_sliding_window_pattern": 4,  # 1 would make dense layers rotate whatever their kind
 }  # fmt: skip
+
 VENDOR = Vendor(
     dense=(COHERE, COHERE2),
     moe=(COHERE2_MOE,),

@@ -97,11 +97,7 @@ VENDOR = Vendor(
             note="with clip_qkv; the head is untied",
             config={"moe_normalize_expert_weights": 1.0, "moe_jitter_eps": None},
             rename={"rms_norm_eps": None},
-            folds=(
-                folds.untied_head,
-                folds.unit_norms,
-                folds.dbrx_words,
-            ),
+            folds=(folds.untied_head, folds.unit_norms, folds.dbrx_words),
         ),
     ),
 )

@@ -24,40 +24,6 @@ from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
-DEEPSEEK_V3 = moe_row(
-    "deepseek_v3",
-    "DeepseekV3ForCausalLM",
-    config=Config(
-        MLA_CONFIG
-        | {
-            "num_key_value_heads": 128,
-            "max_position_embeddings": 4096,
-            "rope_interleave": True,
-            "moe_intermediate_size": 2048,
-            "first_k_dense_replace": 3,
-            "num_nextn_predict_layers": 1,
-            **SIGMOID,
-            "n_group": 8,
-            "topk_group": 4,
-            "routed_scaling_factor": 2.5,
-        }
-    ),
-    tensors=Tensors(
-        WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
-        optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
-        float32=frozenset({"router.correction"}),
-        shapes=LATENT,
-    ),
-    experts=Experts(
-        count=("n_routed_experts",),
-        width="moe_intermediate_size",
-        shared_width=("moe_intermediate_size", "n_shared_experts"),
-        placement=placement.FIRST_K,
-        routing=GROUPED,
-    ),
-    prediction=MTP,
-    elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
-)
 DEEPSEEK_V2 = moe_row(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
@@ -99,10 +65,45 @@ DEEPSEEK_V2 = moe_row(
     ),
     elsewhere=Elsewhere(keys={"scoring_func": "softmax", "moe_layer_freq": 1}, runs=EVERY_ENGINE),
 )
+DEEPSEEK_V3 = moe_row(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    config=Config(
+        MLA_CONFIG
+        | {
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 4096,
+            "rope_interleave": True,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 3,
+            "num_nextn_predict_layers": 1,
+            **SIGMOID,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+        }
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=MLA_OPTIONAL,
+        float32=frozenset({"router.correction"}),
+        shapes=LATENT,
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=GROUPED,
+    ),
+    prediction=MTP,
+    elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
+)
 
 _MINICPM = dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base", "head_dim"))
+
 VENDOR = Vendor(
-    moe=(DEEPSEEK_V3, DEEPSEEK_V2),
+    moe=(DEEPSEEK_V2, DEEPSEEK_V3),
     pairs=(
         Pair(
             "youtu",
@@ -119,10 +120,7 @@ VENDOR = Vendor(
             note=f"multipliers folded into weights, rotary order; {ZERO_SHARED_FULL}",
             config=ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0},
             rename=_MINICPM,
-            folds=(
-                folds.minicpm_multipliers,
-                folds.pairs_to_interleaved_mla,
-            ),
+            folds=(folds.minicpm_multipliers, folds.pairs_to_interleaved_mla),
         ),
     ),
 )

@@ -79,6 +79,7 @@ ERNIE4_5_MOE = moe_row(
 )
 
 _ERNIE: dict[str, Any] = {"moe_num_shared_experts": 0, "use_bias": False, "moe_norm_min": 1e-12}
+
 VENDOR = Vendor(
     dense=(ERNIE4_5,),
     moe=(ERNIE4_5_MOE,),

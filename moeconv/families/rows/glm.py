@@ -140,6 +140,7 @@ GLM4V_MOE_TEXT = replace(
 )
 
 _GLM4 = ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0}
+
 VENDOR = Vendor(
     dense=(GLM,),
     moe=(GLM4_MOE, GLM4_MOE_LITE),

@@ -6,7 +6,7 @@ from typing import Any
 
 from moeconv.families import folds, sliding
 from moeconv.families.blocks import BLOCK, LAYER, O_BIAS, QKV_BIAS, SINKS
-from moeconv.families.expert_blocks import EVERY_ENGINE, NO_INERT_BIAS, QKVO_BIAS, ROUTER_LOSS, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, QKVO_BIAS, ROUTER_LOSS, ZERO_QKVO_BIAS, moe_row
 from moeconv.families.records import Attention, Config, Elsewhere, Experts, Packed, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -58,7 +58,7 @@ GPT_OSS = moe_row(
             "expert.down_bias": Packed(("down_bias",)),
         },
         switched={"attention_bias": QKVO_BIAS},
-        inert={"attention.sinks": -1e30, **NO_INERT_BIAS},
+        inert={"attention.sinks": -1e30, **ZERO_QKVO_BIAS},
     ),
     attention=Attention(sliding=sliding.EVERY_SECOND),
     experts=Experts(count=("num_local_experts",), routing=Routing("softmax_topk", "always")),
@@ -66,6 +66,7 @@ GPT_OSS = moe_row(
 )
 
 _GPT_OSS: dict[str, Any] = {"swiglu_alpha": 1.0, "swiglu_limit": 1e30}
+
 VENDOR = Vendor(
     moe=(GPT_OSS,),
     pairs=(

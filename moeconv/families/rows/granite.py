@@ -216,6 +216,7 @@ GRANITEMOE_SWA = moe_row(
 
 _NO_SHARED: dict[str, Any] = {"shared_intermediate_size": 0}
 _HYBRID: dict[str, Any] = {"shared_intermediate_size": 128, "position_embedding_type": "rope"}
+
 VENDOR = Vendor(
     dense=(GRANITE, GRANITE_SWA, GRANITE_HYBRID, BAMBA),
     moe=(GRANITEMOE, GRANITEMOESHARED, GRANITEMOEHYBRID, GRANITEMOE_SWA),
@@ -250,10 +251,7 @@ VENDOR = Vendor(
             "granitemoehybrid",
             note=ZERO_SHARED_128,
             config=_HYBRID,
-            folds=(
-                folds.neutral_multipliers,
-                folds.attention_kinds,
-            ),
+            folds=(folds.neutral_multipliers, folds.attention_kinds),
         ),
         Pair(
             "ministral",

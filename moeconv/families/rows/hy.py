@@ -64,6 +64,7 @@ HY_V3 = moe_row(
 )
 
 _HY_V3: dict[str, Any] = {"router_scaling_factor": 1.0, "num_shared_experts": 1, "enable_moe_fp32_combine": True}
+
 VENDOR = Vendor(
     moe=(HY_V3,),
     pairs=(Pair("qwen3", "hy_v3", note=ZERO_SHARED_FULL, config=_HY_V3),),

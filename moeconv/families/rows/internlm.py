@@ -28,6 +28,7 @@ INTERNLM3 = dense_row(
 )
 
 _VISION = {"vision_tower.": "vision", "multi_modal_projector.": "vision"}
+
 VENDOR = Vendor(
     dense=(INTERNLM3,),
     wrappers=(

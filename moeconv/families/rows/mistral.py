@@ -83,6 +83,7 @@ MIXTRAL = moe_row(
 _MULTIPLIERS = dict.fromkeys(
     ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 )  # config keys that granite_multipliers uses up
+
 VENDOR = Vendor(
     dense=(MISTRAL, MINISTRAL, MINISTRAL3),
     moe=(MIXTRAL,),
@@ -96,10 +97,7 @@ VENDOR = Vendor(
             default=True,
             note="norms plus 1, embeddings times sqrt(hidden_size)",
             rename={"hidden_activation": None},
-            folds=(
-                folds.embedding_root,
-                folds.legacy_gelu,
-            ),
+            folds=(folds.embedding_root, folds.legacy_gelu),
         ),
         Pair("helium", "mixtral", default=True, note="rotary order"),
         Pair(

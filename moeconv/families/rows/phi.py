@@ -17,7 +17,7 @@ from moeconv.families.blocks import (
     WITHOUT_QKVO,
     dense_row,
 )
-from moeconv.families.expert_blocks import EVERY_ENGINE, NO_INERT_BIAS, QKVO_BIAS, ROUTER_LOSS, SPARSE_BLOCK, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, QKVO_BIAS, ROUTER_LOSS, SPARSE_BLOCK, ZERO_QKVO_BIAS, moe_row
 from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
@@ -65,7 +65,7 @@ PHIMOE = moe_row(
         BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK | {"embedding.lm_head_bias": "lm_head.bias"},
         in_memory={"block_sparse_moe.gate": "mlp.router"},
         switched={"attention_bias": QKVO_BIAS},
-        inert=NO_INERT_BIAS,
+        inert=ZERO_QKVO_BIAS,
     ),
     attention=Attention(sliding=WINDOW_KEY, rope="mscale"),
     experts=Experts(
@@ -76,6 +76,7 @@ PHIMOE = moe_row(
 )
 
 _PHIMOE: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}
+
 VENDOR = Vendor(
     dense=(PHI3,),
     moe=(PHIMOE,),

@@ -128,6 +128,7 @@ QWEN3_VL_MOE_TEXT = replace(
 
 _QWEN: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1}
 _QWEN2_MOE = _QWEN | {"shared_expert_intermediate_size": 128}
+
 VENDOR = Vendor(
     dense=(QWEN2, QWEN3),
     moe=(QWEN2_MOE, QWEN3_MOE),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, WITHOUT_QKVO, dense_row
+from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, MLA_OPTIONAL, WITHOUT_QKVO, dense_row
 from moeconv.families.records import Config, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.vendor import Vendor
@@ -18,7 +18,7 @@ YOUTU = dense_row(
     ),
     tensors=Tensors(
         WITHOUT_QKVO | MLA | DENSE_FFN,
-        optional=frozenset({"attention.q_whole", "attention.q_a", "attention.q_a_norm", "attention.q_b"}),
+        optional=MLA_OPTIONAL,
         shapes=LATENT,
     ),
 )

@@ -1,7 +1,7 @@
 """How a packed weight is stored: which parts it needs, with which dtypes and shapes, given the weight's own shape.
 
-A row for each stored form in PARTS. `methods.py` reads a quantization_config into these; opening a checkpoint compares
-every header with them, and a kernel decodes by them.
+PARTS has one row per stored form. `methods.py` reads a quantization_config into an Encoding; opening a checkpoint
+compares every header with it, and a kernel decodes by it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _bitsandbytes4(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str,
     if encoding.nested:
         made["nested_absmax"] = Part(("F32",), ((*front, -(-blocks // NESTED_BLOCK)),))
         made["nested_quant_map"] = Part(("F32",), ((256,),))
-    if encoding.nested and stacked:  # of a matrix alone it stands in the state
+    if encoding.nested and stacked:  # a single matrix has it in the state
         made["nested_offset"] = Part(("F32",), ((*front, 1),))
     return made
 

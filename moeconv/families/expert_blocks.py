@@ -8,7 +8,7 @@ from typing import Any
 
 from moeconv.families.blocks import BASE_CONFIG, LAYER, completed
 from moeconv.families.placement import Get
-from moeconv.families.records import Config, Experts, Layout, Packed, Prediction, Routing, Tensors
+from moeconv.families.records import Config, ExpertLayout, Experts, Packed, Prediction, Routing, Tensors
 from moeconv.families.spec import Family
 
 # names of experts, routers and shared experts, as Mixtral, Qwen and DeepSeek made them common
@@ -17,8 +17,8 @@ MLP_EXPERTS = {f"expert.{p}": LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" fo
 _STACK = LAYER + "mlp.experts."
 STACKED_NAMES = {"expert.gate_up": _STACK + "gate_up_proj", "expert.down": _STACK + "down_proj"}
 GATE_UP_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
-SEPARATE = Layout(MLP_EXPERTS)
-STACKED = Layout(STACKED_NAMES, GATE_UP_PACKED)
+SEPARATE = ExpertLayout(MLP_EXPERTS)
+STACKED = ExpertLayout(STACKED_NAMES, GATE_UP_PACKED)
 MLP_ROUTER = {"router.weight": LAYER + "mlp.gate.weight"}
 SPARSE_BLOCK = {"router.weight": LAYER + "block_sparse_moe.gate.weight"} | {
     f"expert.{p}": LAYER + "block_sparse_moe.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()

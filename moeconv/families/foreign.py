@@ -1,6 +1,7 @@
-"""Quantized checkpoints that no command takes: how each is recognised, by config.json or by names, and what to give.
+"""Quantized checkpoints that no command reads: how each is recognised, by config.json or by names of tensors, and what
+to give instead.
 
-A row each. Those that are read stand in methods.py.
+One row per method. Methods that are read are in methods.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a config.json means to transformers: two configs of one model in different words have the same meaning.
 
 Defaults are filled in, rotary parameters, sliding windows and kinds of layers are listed in full, and settings
-without effect are left out, so that families that differ in words alone (llama, mistral) can be compared too.
+without effect are left out, so that families whose keys alone differ (llama, mistral) can be compared too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a quantization_config says of how weights are stored, as the library that wrote it reads it.
+"""How weights are stored according to quantization_config, as the library that wrote it reads it.
 
-A row for each quant_method in METHODS. What config.json leaves out is what the library assumes.
+METHODS has one row per quant_method. Where config.json leaves a setting out, the library's default counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a quantized weight is spread over several tensors on disk: the suffixes that replace `.weight`, and their parts.
+"""How a quantized weight is stored in several tensors: the suffixes that replace `.weight`, and the part of each.
 
-A packed weight is the tensor that transformers would call X.weight, stored as X + one suffix per part.
+A packed weight is the tensor that transformers calls X.weight, stored as X + one suffix per part.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputErro
 
 
 def promise(source: str, target: str) -> tuple[float, str]:
-    """(of the logits' spread in float32, what the pair's arithmetic allows, 0 where no row says it; of which weights it
-    is not exact)."""
+    """(largest difference of logits in float32 that the pair's arithmetic allows, in units of their spread, 0 without a
+    row; the weights for which the pair is not exact)."""
     found = ((p.tolerance, p.unless) for p in tables().pairs if (p.source, p.target) == (source, target))
     return next(found, (0.0, ""))

@@ -15,7 +15,7 @@ Get = Callable[[str], Any]  # a config key's value, the class's default included
 class Placement:
     """`read(get, layers)` gives the MoE layers; `write(moe, layers, get)` the config keys, None where none can.
 
-    `can` says in words what the family can leave dense.
+    `can` names the layers that the family can leave dense, for errors.
     """
 
     read: Callable[[Get, int], tuple[int, ...]]

@@ -36,7 +36,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ExpertLayout:
     """One way to keep a family's experts on disk."""
 
     # key -> name on disk
@@ -60,7 +60,7 @@ class Tensors:
     # key of a tensor that holds all experts of a layer -> how
     packed: Mapping[str, Packed] = field(default_factory=dict)
     # all layouts of the experts that loaders take, where there is more than one
-    layouts: tuple[Layout, ...] = ()
+    layouts: tuple[ExpertLayout, ...] = ()
     # what the names of the language model's own tensors begin with
     prefix: str = "model."
     # the base model's prefix, which from_pretrained adds or removes; "" where it does neither

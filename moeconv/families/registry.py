@@ -17,7 +17,7 @@ from moeconv.plugins import added
 GROUP = "moeconv.families"
 Row = TypeVar("Row", Family, Wrapper)
 # The order in which `moeconv families` lists conversions, by the file that holds them. A file that is not named here
-# comes after these, by its name: nobody has to extend this list.
+# comes after these, by its name; the list need not be extended.
 _LISTED = (
     "mistral", "qwen", "dots", "mellum", "hy", "glm", "solar", "granite", "aria", "gpt_oss", "dbrx", "ernie", "cohere",
     "hunyuan", "olmo", "lfm2", "qwen3_5", "nemotron", "gemma", "deepseek", "phi",

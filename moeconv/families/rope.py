@@ -1,4 +1,4 @@
-"""Rotary position embeddings as config words them: one reading of all the old and new keys, and how targets say it.
+"""Rotary position embeddings in config.json: one reading of all old and new keys, and the keys that a target is given.
 
 Styles: "plain" (one set of parameters), "per_type" (one for full and one for sliding layers), "per_layer" (a base a
 layer, 0 where the layer does not rotate), "no_rope" (plain, with a list of the layers that rotate), "mscale" (plain,
@@ -48,7 +48,7 @@ def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None)
 
 
 def check_uniform(config: Mapping[str, Any], sliding: Sequence[bool], *, name: str) -> None:
-    """Raises InputError when sliding layers turn otherwise than full ones: one set of parameters cannot say it."""
+    """Raises InputError when sliding layers turn otherwise than full ones: one set of parameters cannot express it."""
     found = config.get("rope_parameters")
     if isinstance(found, dict) and any(sliding) and found.get("sliding_attention") != found.get("full_attention"):
         raise InputError(
@@ -142,8 +142,8 @@ def both_wordings(params: Mapping[str, Any]) -> dict[str, Any]:
 def added_wordings(
     config: Mapping[str, Any], *, assumed: Any, theta: float, partial: float | None, style: str
 ) -> dict[str, Any]:
-    """What a config.json that says its rotary parameters in one wording lacks of both. `assumed` are the class's
-    parameters where config has none."""
+    """The keys of the other wording that a config.json with rotary parameters in one wording lacks. `assumed` are the
+    class's parameters where config has none."""
     if style not in ("plain", "mscale"):
         return {}
     params = read_rope({"rope_parameters": assumed, **config}, theta=theta, partial=partial)

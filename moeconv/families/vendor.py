@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from moeconv.families.records import Elsewhere, Layout, Multimodal
+from moeconv.families.records import Elsewhere, ExpertLayout, Multimodal
 from moeconv.families.spec import Family, Pair
 
 
@@ -21,13 +21,13 @@ class Wrapper:
     texts: tuple[Family, ...]
     # beginning of the names of tensors that every step passes as they are -> their group, one of BESIDE
     beside: Mapping[str, str]
-    # what stands in names where those of the language model begin with "model."
+    # replaces "model." at the beginning of the language model's names
     prefix: str = "model.language_model."
-    # what stands in names where those of the language model begin with "lm_head."
+    # replaces "lm_head." at the beginning of the language model's names
     head: str = "lm_head."
     # key of config.json with the language model's config
     root: str = "text_config"
-    # whether the head is the embedding where neither config says it
+    # whether the head is the embedding where neither config states it
     tied: bool = False
     # part of a module's name on disk -> what transformers calls it in memory
     in_memory: Mapping[str, str] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Wrapper:
             text.tensors,
             names=self._names(text.tensors.names),
             dropped=tuple(self._name(name) for name in text.tensors.dropped),
-            layouts=tuple(Layout(self._names(way.tensors), way.packed) for way in text.tensors.layouts),
+            layouts=tuple(ExpertLayout(self._names(way.tensors), way.packed) for way in text.tensors.layouts),
             prefix=self.prefix,
             base_prefix="model." if self.prefix.startswith("model.") else "",
             in_memory={**self.in_memory, **text.tensors.in_memory},
@@ -68,7 +68,7 @@ class Wrapper:
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """The rows of one vendor. A pair stands beside the family that it gives (its target); a package outside may add
+    """The rows of one vendor. A pair is in the file of its target; a package outside may add
     pairs to families of ours. `wrappers` are multimodal models around one of the language models."""
 
     dense: tuple[Family, ...] = ()

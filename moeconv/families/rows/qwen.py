@@ -19,7 +19,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_128,
     moe_row,
 )
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layout, Routing, Tensors
+from moeconv.families.records import Attention, Config, Elsewhere, ExpertLayout, Experts, Routing, Tensors
 from moeconv.families.sliding import LAYER_TYPES, LAYER_TYPES_ALTERNATING, SWITCH
 from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor, Wrapper
@@ -98,7 +98,7 @@ QWEN3_MOE = moe_row(
     ),
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
-_TRANSPOSED = Layout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
+_TRANSPOSED = ExpertLayout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
 # router weights are renormalised whatever the config says; saved untransposed by transformers 5, transposed on the hub
 QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,

@@ -80,6 +80,7 @@ def lints(tree: Path, *files: str) -> None:
         ("Adding an upcycling method", {"moeconv/upcycle/methods.py": 10}, "upcycle", "split, fade, experts-from",
          ["tests/contract/test_bounds.py"], "fade and (passes or damaged_experts) or registered and upcycle.methods"),
     ],
+    ids=["format", "criterion", "method"],
 )  # fmt: skip
 def test_what_a_section_adds_is_all_that_it_takes(tmp_path, title, touched, help, choice, suite, chosen):
     assert replay(title, tmp_path) == touched

@@ -13,6 +13,7 @@ from moeconv.plan.execute import execute
 from moeconv.plan.fuse import fuse
 from moeconv.plan.planned import planned_model
 from moeconv.prune.planner import plan_prune
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
 
 KEEP = {0: [0, 2, 5], 1: [1, 2, 3]}
@@ -25,7 +26,7 @@ def same_files(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "float16"])  # a cast in front of the packing: two kernels as one
-@pytest.mark.parametrize("format", ["compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("format", [f.name for f in FORMATS.values() if f.shard is None])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_same_bytes_as_one_after_the_other(tmp_path, family, format, dtype):
     path = tiny.make_moe(tmp_path / "m", family, experts=6, hidden=64, intermediate=128, shards=2)

@@ -17,6 +17,7 @@ from words import add_tokenizer, text
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.kernels.pack import pack_nf4, relative_rms
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.gptq.grids import grid_of, on_disk
 from moeconv.quantize.gptq.levels import Coded, Grid, round_to_nearest
 from moeconv.quantize.gptq.moments import PRIOR, moments, shown
@@ -222,10 +223,7 @@ def test_on_cuda_the_codes_are_those_of_the_cpu(kind):
     assert float(found / wanted - 1) == pytest.approx(0, abs=1e-3)
 
 
-KINDS = [
-    ("compressed-tensors", "int4"), ("compressed-tensors", "int8"), ("bitsandbytes", "nf4"), ("bitsandbytes", "fp4"),
-    ("bitsandbytes", "int8"),
-]  # fmt: skip
+KINDS = [(f.name, s.name) for f in FORMATS.values() if "gptq" in f.methods for s in f.schemes]
 
 
 @pytest.mark.parametrize(("format", "scheme"), KINDS)
@@ -245,7 +243,6 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     from moeconv.families.packed import fit, split_part
     from moeconv.plan.kernels.decode import decode_parts
     from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES
-    from moeconv.quantize.formats import FORMATS
     from moeconv.quantize.spec import Scheme
 
     for spec in item.outputs:

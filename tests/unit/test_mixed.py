@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moeconv.errors import UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.planned import planned_model
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.mixed import allocate, hull
 from moeconv.quantize.planner import plan_quantize
 
@@ -85,8 +86,9 @@ def bits(plan) -> list[int]:
     return list(plan.block["bits_by_layer"].values())
 
 
-@pytest.mark.parametrize(("format", "more"), [("compressed-tensors", VLLM), ("bitsandbytes", {})])
-def test_average_bits(model, format, more):
+@pytest.mark.parametrize("format", [f.name for f in FORMATS.values() if f.mixes])
+def test_average_bits(model, format):
+    more = {} if FORMATS[format].mixed["transformers"] == "ok" else VLLM
     found = {}
     for average in (4.6, 5.6, 6.6, 8.6):
         plan = plan_quantize(

@@ -15,6 +15,7 @@ from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.stored import to_bytes, to_tensor
+from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.layers import LayerStream, layer_bytes, pick_device
 from moeconv.tensors import decode_weight, plain_names, read_tensor
@@ -281,13 +282,7 @@ def test_empty_and_scalar_tensors() -> None:
         to_tensor(bytearray(1), "F4", (2,))
 
 
-QUANTIZED = [
-    ("compressed-tensors", "int4"),
-    ("compressed-tensors", "int8"),
-    ("bitsandbytes", "nf4"),
-    ("bitsandbytes", "fp4"),
-    ("bitsandbytes", "int8"),
-]
+QUANTIZED = [(f.name, s.name) for f in FORMATS.values() if f.shard is None for s in f.schemes]
 
 
 @pytest.mark.parametrize(("format", "scheme"), QUANTIZED)
@@ -306,7 +301,7 @@ def test_packed_experts_stream_as_what_they_decode_to(tmp_path: Path, format: st
         original = read_tensor(source.checkpoint, name).float()
         error = (weight - original).norm() / original.norm()
         assert (error > 0) == (".experts." in name)
-        assert error < {"int8": 0.02}.get(scheme, 0.2)
+        assert error < FORMATS[format].scheme(scheme).limit / 2
         decoded[name] = ("F32", tuple(weight.shape), bytes(to_bytes(weight)))
     tiny.write_shards(tmp_path / "plain", decoded)
     expected = streamed_logits(tmp_path / "plain", windows())

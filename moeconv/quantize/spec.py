@@ -96,6 +96,20 @@ class Format:
     imports: str = ""  # a line of Python that transformers needs before it loads it
     remote_code: str = ""  # the module of its loader, where --self-contained can write that beside the weights
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a record that no command could use."""
+        packs = self.shard is not None or (self.make is not None and self.config is not None)
+        unknown = set(self.mixes) - set(self.names)
+        wrong = {
+            "it has no scheme": not self.schemes,
+            "two of its schemes have one name": len(set(self.names)) < len(self.schemes),
+            "it has neither make and config nor shard": not packs,
+            f"it mixes {', '.join(sorted(unknown))}, which it does not have": bool(unknown),
+            "it mixes schemes, and has no merge": bool(self.mixes) and self.merge is None,
+        }
+        if problems := [text for text, found in wrong.items() if found]:
+            raise ValueError(f"format {self.name}: {'; '.join(problems)}")
+
     def scheme(self, name: str) -> SchemeInfo:
         """The scheme of a name. Raises KeyError for one that it does not have."""
         return {scheme.name: scheme for scheme in self.schemes}[name]

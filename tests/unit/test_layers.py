@@ -325,7 +325,8 @@ def test_looking_and_planning_never_load_torch(tmp_path):
     ]}))  # fmt: skip
     commands = [
         ["--help"], ["--version"], ["inspect", "--help"], ["upcycle", "--help"], ["calibrate", "--help"],
-        ["evaluate", "--help"], ["tune", "--help"], ["families"], ["formats"], ["inspect", dense],
+        ["evaluate", "--help"], ["tune", "--help"], ["prune", "--help"],
+        ["quantize", "--help"], ["families"], ["formats"], ["inspect", dense],
         ["inspect", moe, "--json"], ["verify", dense],
         ["upcycle", dense, out, "--dry-run"], ["upcycle", dense, out, "--method", "drop", "--dry-run"],
         ["prune", moe, out, "--keep", "2", "--dry-run"], ["prune", moe, out, "--max-bytes", "1MB", "--dry-run"],

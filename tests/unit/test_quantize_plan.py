@@ -14,6 +14,7 @@ from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.families.served import check_served
 from moeconv.plan.build import count_params
+from moeconv.plan.execute import execute
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups
 from moeconv.quantize.planner import plan_quantize
@@ -238,7 +239,9 @@ def test_schemes(format):
 
 
 # the first format in the registry that packs in place, without some of its schemes
-WIDE = replace(IN_PLACE[0], name="wide", schemes=tuple(s for s in IN_PLACE[0].schemes if s.bits == 8))
+WIDE = replace(
+    IN_PLACE[0], name="wide", schemes=tuple(s for s in IN_PLACE[0].schemes if s.bits == 8), mixes=(), merge=None
+)
 
 
 def test_a_format_without_4_bits(model, monkeypatch):
@@ -353,3 +356,31 @@ def test_a_result_that_is_larger_than_its_source_is_warned_of(tmp_path, cli):
     assert "bitsandbytes already" in warning and planned.json["bytes"] > open_model(rows).checkpoint.nbytes
     usual = cli("quantize", source, groups, *finer).json
     assert not [w for w in usual["warnings"] if "larger" in w]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schemes": ()}, "it has no scheme"),
+        ({"schemes": (IN_PLACE[0].schemes[0],) * 2}, "one name"),
+        ({"make": None}, "neither make and config nor shard"),
+        ({"mixes": ("int5",)}, "it mixes int5, which it does not have"),
+        ({"merge": None}, "has no merge"),
+    ],
+)
+def test_a_record_that_no_command_could_use(change, says):
+    base = next(f for f in IN_PLACE if f.mixes)
+    with pytest.raises(ValueError, match=says):
+        replace(base, **change)
+
+
+def test_a_kernel_that_is_not_there_is_named(model, monkeypatch, tmp_path):
+    name, base = next((f.name, f) for f in IN_PLACE)
+
+    def make(ref, scheme, role):
+        return replace(base.make(ref, scheme, role), kernel="no_such_package.kernels:pack")
+
+    monkeypatch.setattr(FORMATS, "_records", {**FORMATS, name: replace(base, make=make)})
+    with pytest.raises(InputError, match=r"the kernel no_such_package.kernels:pack cannot be loaded: No module"):
+        execute(plan_quantize(model, format=name), source=model.checkpoint, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

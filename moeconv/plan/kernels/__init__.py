@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Input, TensorSpec
 
 Buffer = bytearray | memoryview | bytes
@@ -36,9 +37,15 @@ _TORCH = ("moeconv.plan.kernels.quantized",)
 
 def load_kernel(name: str) -> Kernel:
     """The function behind a kernel's name: a row of the table, or "module:function". Raises KeyError for a name
-    that is neither."""
+    that is neither, InputError for a module or function of a package outside that is not there."""
     module, _, function = (name if ":" in name else _WHERE[name]).partition(":")
-    kernel: Kernel = getattr(import_module(module), function)
+    try:
+        kernel: Kernel = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"the kernel {escape(name)} cannot be loaded: {escape(error)}",
+            hint="A package that adds a format names it: update or remove that package.",
+        ) from error
     return kernel
 
 

@@ -40,6 +40,7 @@ from moeconv.upcycle.layout import Assembly, sibling_origin
 from moeconv.upcycle.methods import METHODS, check_reads
 from moeconv.upcycle.siblings import check_siblings
 from moeconv.upcycle.split import (
+    SplitShape,
     check_partition,
     split_block,
     split_layers,
@@ -88,33 +89,19 @@ def upcycle_plan(
         options = split_options(model, options)
     pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
     target = tables().moe[pair.target]
-    method = METHODS[options.method]
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
     cut = _counted(cut, options, len(siblings))
     options = replace(options, experts=cut.experts, top_k=cut.top_k)
     _check(options, target, cut)
-    shape = split_shape(model, options) if splits else None
-    if shape and partition:
-        check_partition(model, options, partition, shape)
+    shape = _shape(model, options, partition) if splits else None
     layers = split_layers(model, options, partition) if splits else _layers(model, options)
     if not layers:
         raise UsageError("--layers names no layer")
     dtype = parse_dtype(common.dtype)
-    if splits and (dtype or model.dtype) == "F16" and "router.weight" not in target.tensors.float32:
-        raise InputError(
-            f"--method {options.method} writes router rows of {target.model_type} that float16 cannot hold "
-            "(about 1e-6)",
-            hint="Pass --dtype bfloat16 or float32.",
-        )
-    draft = draft_target(model, pair)
-    draft.config |= _sizes(model, draft, options, cut, layers)
-    wide = check_widths(model, options, target, cut, dtype or model.dtype)
-    if cut.idle and target.experts.routed_norm:
-        draft.tensors[target.experts.routed_norm] = fill(0.0)  # experts of zero would be normalised into a jolt at once
-    draft.warnings += told + wide + _ties(options, target, cut, dtype or model.dtype)
-    if dtype:
-        draft.config.pop("torch_dtype", None)
-        draft.config["dtype"] = TORCH_NAMES[dtype]
+    if splits:
+        _check_router_rows(options, target, dtype or model.dtype)
+    draft = _draft(model, pair, options, cut, layers, dtype)
+    draft.warnings += told + _size_warnings(model, options, target, cut, dtype or model.dtype)
     assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed, tuple(siblings))
     items = assembly.items()
     if assembly.rounded:
@@ -124,28 +111,61 @@ def upcycle_plan(
         )
     draft.warnings += other_values_elsewhere(target, draft.config)
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
-    made, block = _parameters(options, common, siblings), {}
-    if overlay:
-        made |= {"overlay": fingerprint(overlay), "made_with": made_with}
-    if shape:
-        made |= split_parameters(partition)
-        block = split_block(partition, shape)
-    exact = lossless and (method.exact or cut.idle)
+    exact = lossless and (METHODS[options.method].exact or cut.idle)
+    made = _parameters(options, common, siblings)
+    made |= {"overlay": fingerprint(overlay), "made_with": made_with} if overlay else {}
     total, active = count_planned(items, target, layers=model.num_layers, top_k=cut.top_k, num_experts=cut.experts)
     draft.warnings += _idle_shared(items, target, cut, active)
     return Plan(
         command="upcycle",
-        parameters=made,
+        parameters=made | (split_parameters(partition) if shape else {}),
         identity=model.identity,
         config=written_config(target.config.write({}, draft.config), target),
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
-        block=_block(pair, options, cut, layers, exact=exact) | block,
+        block=_block(pair, options, cut, layers, exact=exact) | (split_block(partition, shape) if shape else {}),
         warnings=(*model.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
     )
+
+
+def _shape(model: Model, options: UpcycleOptions, partition: Partition | None) -> SplitShape:
+    """The shape of a split; a partition that was measured for another is refused."""
+    shape = split_shape(model, options)
+    if partition:
+        check_partition(model, options, partition, shape)
+    return shape
+
+
+def _check_router_rows(options: UpcycleOptions, target: Family, dtype: str) -> None:
+    """Raises InputError where the rows of a router that splits an FFN would be zero in the dtype of the output."""
+    if dtype == "F16" and "router.weight" not in target.tensors.float32:
+        raise InputError(
+            f"--method {options.method} writes router rows of {target.model_type} that float16 cannot hold "
+            "(about 1e-6)",
+            hint="Pass --dtype bfloat16 or float32.",
+        )
+
+
+def _draft(
+    model: Model, pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], dtype: str | None
+) -> Draft:
+    """The target's config and tensors, with the sizes of the experts and the dtype in the config."""
+    draft = draft_target(model, pair)
+    draft.config |= _sizes(model, draft, options, cut, layers)
+    if cut.idle and draft.target.experts.routed_norm:
+        # with another weight the norm would scale up whatever experts of zero first learn to the size of the others
+        draft.tensors[draft.target.experts.routed_norm] = fill(0.0)
+    if dtype:
+        draft.config.pop("torch_dtype", None)
+        draft.config["dtype"] = TORCH_NAMES[dtype]
+    return draft
+
+
+def _size_warnings(model: Model, options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
+    return check_widths(model, options, target, cut, dtype) + _ties(options, target, cut, dtype)
 
 
 def origins_of(siblings: Sequence[Model]) -> dict[str, Checkpoint]:

@@ -33,7 +33,7 @@ def teach_peft() -> None:
     if importlib.util.find_spec("peft") is None:
         return
     model: Any = importlib.import_module("peft.tuners.lora.model").LoraModel
-    stock = model._create_new_module
+    stock = model._create_new_module  # noqa: SLF001 (PEFT asks it alone, and has no public one)
 
     def create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         base = target
@@ -46,7 +46,7 @@ def teach_peft() -> None:
             return _wrappers()[1](target, adapter_name, config=config, **kwargs)
         return stock(config, adapter_name, target, **kwargs)
 
-    model._create_new_module = staticmethod(create)
+    model._create_new_module = staticmethod(create)  # noqa: SLF001
 
 
 class _Merging:
@@ -104,7 +104,7 @@ def _wrappers() -> tuple[type, type]:
             if base is None:
                 return getattr(self.get_base_layer(), name)
             layout = base.packed[name]
-            one = torch.zeros((), dtype=base.dtype, device=base._parameters[name].device)
+            one = torch.zeros((), dtype=base.dtype, device=base.get_parameter(name).device)
             return one.expand(layout.experts, layout.parts * layout.out, layout.columns)
 
         @contextmanager

@@ -15,7 +15,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from moeconv.errors import InputError, escape
 from moeconv.hf.layout import AGAIN, STATE, Layout, companion
-from moeconv.hf.modules import PackedExperts, PackedLinear
+from moeconv.hf.modules import PackedExperts, PackedLinear, buffers_of
 from moeconv.plan.kernels.pack.fourbit import read_quant_state
 from moeconv.plan.kernels.states import quant_state
 
@@ -37,8 +37,8 @@ class FusePacked(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
+        source_patterns: list[str],  # noqa: ARG002 (given by name; our own say which of them are a weight's parts)
+        target_patterns: list[str],  # noqa: ARG002
         **kwargs: Any,
     ) -> dict[str, Any]:
         full_layer_name: str = kwargs["full_layer_name"]
@@ -181,7 +181,7 @@ def check_stacked(model: nn.Module) -> None:
         if not isinstance(module, PackedExperts):
             continue
         for name, layout in module.packed.items():
-            state = module._buffers.get(f"{name}_quant_state")
+            state = buffers_of(module).get(f"{name}_quant_state")
             if state is None or state.is_meta:
                 continue
             fields = read_quant_state(state)

@@ -172,10 +172,15 @@ def weight_of(module: PackedExperts | PackedLinear, name: str, *, dtype: torch.d
     return weight if layout.experts else weight[0]
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own buffers."""
+    return dict(module.named_buffers(recurse=False, remove_duplicate=False))
+
+
 def put_weight(module: PackedExperts | PackedLinear, name: str, weight: Tensor) -> None:
     """Pack `weight`, as `weight_of` gives it, in place of what the module holds; it is rounded to the packed type."""
     layout = module.packed[name]
-    for suffix, tensor in encode(layout, weight, quant_map=module._buffers.get(name + "_quant_map")).items():
+    for suffix, tensor in encode(layout, weight, quant_map=buffers_of(module).get(name + "_quant_map")).items():
         held: Any = getattr(module, name + suffix)
         held.data = tensor.to(held.device)
 
@@ -187,7 +192,7 @@ def unpack(module: PackedExperts | PackedLinear, *, dtype: torch.dtype) -> None:
         for suffix in layout.tensors:
             if suffix:
                 delattr(module, name + suffix)
-        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
     stock = module.stock
     del module.packed, module.deltas, module.dtype
     _become(module, stock)
@@ -201,13 +206,12 @@ def _keep_scales(
     module: PackedExperts | PackedLinear, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool
 ) -> nn.Module:
     """Moves like every module; but a cast (`model.half()`) leaves the scales in float32, where they are exact."""
-    before = dict(module._buffers)
+    before = buffers_of(module)
     apply(fn, recurse)
     module.dtype = fn(torch.empty(0, dtype=module.dtype)).dtype
-    for name, old in before.items():
-        new = module._buffers[name]
-        if old is not None and new is not None and new.dtype != old.dtype:
-            module._buffers[name] = old.to(new.device)
+    for name, new in buffers_of(module).items():
+        if new.dtype != before[name].dtype:
+            setattr(module, name, before[name].to(new.device))
     return module
 
 
@@ -235,5 +239,6 @@ def install(model: nn.Module, target: str, layout: Layout) -> None:
             module.register_buffer(name + suffix, empty)
         else:
             module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    for tensor in (module._parameters[name], *(module._buffers[name + suffix] for suffix in layout.tensors if suffix)):
-        tensor._is_hf_initialized = True  # what is offloaded to disk stays on meta, and must not be drawn anew
+    for suffix in layout.tensors:
+        tensor: Any = getattr(module, name + suffix)
+        tensor._is_hf_initialized = True  # noqa: SLF001 (what is offloaded to disk stays on meta, and must not be drawn anew)

@@ -76,7 +76,7 @@ class PackedExpertsQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         # as transformers does: what renamed nothing on loading (names of older files) must not rename on saving
         used = [c for c in self._conversions if not isinstance(c, WeightRenaming) or c.was_used()]
-        model._weight_conversions = used or None
+        model._weight_conversions = used or None  # noqa: SLF001 (what saving reverses has no public name)
         check_stacked(model)
         teach_peft()
         return model
@@ -87,10 +87,10 @@ class PackedExpertsQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, PackedExperts | PackedLinear):
                 unpack(module, dtype=dtype or model.dtype)
-        if model._weight_conversions:
+        if conversions := model._weight_conversions:  # noqa: SLF001
             patterns = [entry.source_patterns for entry in renamings]
-            kept = [entry for entry in model._weight_conversions if entry.source_patterns not in patterns]
-            model._weight_conversions = kept or None
+            kept = [entry for entry in conversions if entry.source_patterns not in patterns]
+            model._weight_conversions = kept or None  # noqa: SLF001
         if hasattr(model.config, "auto_map") and hasattr(transformers, type(model).__name__):
             del model.config.auto_map  # it led to the loader of packed weights, and the stock class takes plain ones
         return model

@@ -69,7 +69,7 @@ class Layer:
 
     def run(self, hidden: Tensor) -> Tensor:
         """The layer's output for inputs [b, S, H] of the stream's batch sizes; follows the caller's grad mode."""
-        args, kwargs = self._stream._calls[len(hidden)][self.index]
+        args, kwargs = self._stream.arguments(len(hidden), self.index)
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -202,6 +202,10 @@ class LayerStream:
                 self._next_layer = index + 1
                 self._meter.advance(layer_bytes(self.model, index))
                 self._meter.part_done()
+
+    def arguments(self, rows: int, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the stock model gives a layer beside the hidden states of a batch of `rows` windows."""
+        return self._calls[rows][layer]
 
     def router_extras(self, layer: int) -> list[str]:
         """Names on disk of what a router adds to its scores for the choice."""

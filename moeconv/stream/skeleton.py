@@ -103,7 +103,7 @@ class Skeleton:
 
         config = LoadStateDictConfig(
             dtype=self.dtype,
-            dtype_plan=self.module._get_dtype_plan(self.dtype),
+            dtype_plan=self.module._get_dtype_plan(self.dtype),  # noqa: SLF001 (from_pretrained's own)
             device_map={"": device or self.device},
             weight_mapping=self._mapping,
         )
@@ -163,18 +163,22 @@ class Skeleton:
             stored.setdefault(self.place(name), set()).add(tensor.dtype)
         for name, dtypes in stored.items():
             owner, _, leaf = name.rpartition(".")
-            if len(dtypes) != 1 or name not in self.state or leaf not in self.module.get_submodule(owner)._parameters:
+            if (
+                len(dtypes) != 1
+                or name not in self.state
+                or leaf not in own_parameters(self.module.get_submodule(owner))
+            ):
                 continue
             (dtype,) = dtypes
             if dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize:
                 meta = torch.empty(self.state[name].shape, dtype=dtype, device="meta")
-                self.module.get_submodule(owner)._parameters[leaf] = nn.Parameter(meta, False)
+                setattr(holder, leaf, nn.Parameter(meta, False))
 
     def _widen(self) -> None:
         for part in self.module.modules():
-            for name, p in part._parameters.items():
-                if p is not None and not p.is_meta and p.dtype.itemsize < self.dtype.itemsize:
-                    part._parameters[name] = nn.Parameter(p.detach().to(self.dtype), p.requires_grad)
+            for name, p in own_parameters(part).items():
+                if not p.is_meta and p.dtype.itemsize < self.dtype.itemsize:
+                    setattr(part, name, nn.Parameter(p.detach().to(self.dtype), p.requires_grad))
 
     def tie(self) -> None:
         """Tie output and input embeddings as the config says, from whichever of the two is filled."""
@@ -188,9 +192,13 @@ class Skeleton:
         for part in module.modules():
             if vars(part).pop("stored", None) is not None:  # experts that are not in their parameters
                 vars(part).pop("forward", None)
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+            for name, parameter in own_parameters(part).items():
+                setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the module itself holds, by their names in it."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def auto_class(family: Family) -> Any:
@@ -205,7 +213,12 @@ def _has_list(module: nn.Module) -> bool:
 
 
 def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
-    from transformers import AutoConfig, AutoModel
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_MAPPING,
+        AutoConfig,
+    )
     from transformers.initialization import no_init_weights
 
     path = model.checkpoint.path
@@ -215,16 +228,18 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
             del config.quantization_config  # weights arrive decoded
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.output_router_logits = part.output_hidden_states = part.output_attentions = False
-        auto = auto_class(model.family)
-        stock = auto._model_mapping[type(config)]
-        inside = [AutoModel._model_mapping[type(config.get_text_config())]] if model.family.multimodal.beside else []
-        free = model.family.kind == "moe" and stock._can_set_experts_implementation()
+        auto, images = auto_class(model.family), model.family.multimodal.beside
+        classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if images else MODEL_FOR_CAUSAL_LM_MAPPING
+        stock = classes[type(config)]
+        inside: list[Any] = [MODEL_MAPPING[type(config.get_text_config())]] if images else []
+        free = model.family.kind == "moe" and stock._can_set_experts_implementation()  # noqa: SLF001 (no public name)
+        fast = all(c._supports_sdpa for c in (stock, *inside))  # noqa: SLF001 (no public name)
         # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
             module = auto.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation="sdpa" if all(c._supports_sdpa for c in (stock, *inside)) else "eager",
+                attn_implementation="sdpa" if fast else "eager",
                 experts_implementation=experts if free else "eager",
                 trust_remote_code=False,
             )
@@ -241,12 +256,13 @@ def _fill_buffers(module: Any, inside: nn.Module, device: torch.device) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies) in a part of the model, as from_pretrained
     does."""
     for part in inside.modules():
-        buffers = {n: b for n in part._non_persistent_buffers_set if (b := part._buffers.get(n)) is not None}
+        unsaved = part._non_persistent_buffers_set  # noqa: SLF001 (torch has no public name for it)
+        buffers = {n: b for n, b in part.named_buffers(recurse=False, remove_duplicate=False) if n in unsaved}
         for name, buffer in buffers.items():
-            part._buffers[name] = torch.empty_like(buffer, device=device)
+            setattr(part, name, torch.empty_like(buffer, device=device))
         if buffers:
             with torch.no_grad():
-                module._init_weights(part)
+                module._init_weights(part)  # noqa: SLF001 (from_pretrained's own)
 
 
 def _mapping(module: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED
 from moeconv.stream.need import GROUP_BYTES
-from moeconv.stream.skeleton import Skeleton
+from moeconv.stream.skeleton import Skeleton, own_parameters
 from moeconv.tensors import decode_read, plain_name, read_parts, read_rows
 
 Parts = dict[str, dict[str, Tensor]]  # plain name -> part -> stored tensor
@@ -114,14 +114,14 @@ class StoredExperts:
         """The stock module's parameters from the stored tensors of `count` experts, which are let go on the way."""
         prefix = self.skeleton.name_of(self.stock) + "."
         tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
-        whole = dict(self.stock._parameters)
+        whole = own_parameters(self.stock)
         for leaf, p in whole.items():  # some conversions look at the shape of what they are for
-            assert p is not None
-            self.stock._parameters[leaf] = nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False)
+            setattr(self.stock, leaf, nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False))
         try:
             made = self.skeleton.convert(tensors)
         finally:
-            self.stock._parameters.update(whole)
+            for leaf, p in whole.items():
+                setattr(self.stock, leaf, p)
         return {name.removeprefix(prefix): value for name, value in made.items()}
 
     def module(self, first: int, stop: int) -> nn.Module:
@@ -198,7 +198,7 @@ def place(skeleton: Skeleton, experts: nn.Module, names: Names, *, in_place: boo
         stored.raw = {first: names.read(model, first, stop) for first, stop in stored.groups()}
     if whole:
         for leaf in leaves:
-            experts._parameters[leaf] = nn.Parameter(stored.fused[leaf], False)
+            setattr(experts, leaf, nn.Parameter(stored.fused[leaf], False))
         return True
     vars(experts).update(stored=stored, forward=stored.forward)
     return True

@@ -101,7 +101,13 @@ class _Unchosen(torch.autograd.Function):
 
 
 def _activations(experts: Any, e: int, hidden: Tensor) -> Tensor:
-    return experts._apply_gate(linear(hidden, experts.gate_up_proj[e].detach()))
+    return _gated(experts, linear(hidden, experts.gate_up_proj[e].detach()))
+
+
+def _gated(experts: Any, wide: Tensor) -> Tensor:
+    """The stock class's activation of [n, 2I], whatever it is: [n, I]."""
+    made: Tensor = experts._apply_gate(wide)  # noqa: SLF001 (the class has no public one)
+    return made
 
 
 def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tenso
     counts = torch.bincount(flat, minlength=experts.gate_up_proj.shape[0]).tolist()
     rows = order // k
     wide = zip(hidden.index_select(0, rows).split(counts), experts.gate_up_proj.unbind(0))
-    made = experts._apply_gate(torch.cat([linear(x, w) for x, w in wide]))
+    made = _gated(experts, torch.cat([linear(x, w) for x, w in wide]))
     inner = zip(made.split(counts), experts.down_proj.unbind(0))
     made = torch.cat([linear(a, w) for a, w in inner])
     made = made * weights.reshape(-1).index_select(0, order)[:, None].to(made.dtype)

@@ -104,7 +104,7 @@ def measure_router(
         for layer in stream.layers():
             if layer.index not in names:
                 continue
-            seen = _look(layer, read, chosen)
+            seen = _look(layer, read, chosen, width=model.hidden_size)
             rows = seen.means if kind == "hidden" else balanced_centroids(
                 _directions(seen.sample), experts, seed=seed, layer=layer.index
             )  # fmt: skip
@@ -121,8 +121,8 @@ def _choose(read: TokenData, count: int, *, seed: int) -> np.ndarray:
     return np.sort(order[:count])
 
 
-def _look(layer: Layer, read: TokenData, chosen: np.ndarray) -> _Seen:
-    sums = np.zeros((len(read.sources), layer._stream.model.hidden_size))
+def _look(layer: Layer, read: TokenData, chosen: np.ndarray, *, width: int) -> _Seen:
+    sums = np.zeros((len(read.sources), width))
     counts = np.bincount(read.source, minlength=len(read.sources)) * read.seq_len
     sample: list[np.ndarray] = []
     for batch in layer.batches():

@@ -75,6 +75,12 @@ def escape(text: object) -> str:
     return safe if len(safe) <= _LONGEST else f"{safe[:400]} ... {safe[-100:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What another package's error says, made safe to print and short: the first line of its message, else its kind."""
+    lines = str(error).strip().splitlines()
+    return escape((lines[0] if lines else type(error).__name__)[:300])
+
+
 def closest(word: object, known: Iterable[object]) -> str | None:
     """The known word that is most like this one, whatever the case of its letters; None where none is alike."""
     by_letters = {str(k).lower(): str(k) for k in known}

@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from moeconv.calibrate.twin import check_routers, measured_on
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, is_artifact, read_metadata_json
+from moeconv.checkpoint.measured import open_measured
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, is_artifact
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
@@ -92,17 +93,8 @@ class Statistics:
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
     """Open a statistics file. Raises InputError when it is missing, damaged or something else."""
-    if not Path(path).exists():
-        raise InputError(
-            f"{escape(path)} does not exist", hint="Make it with `moeconv calibrate MODEL STATS --data FILE`."
-        )
-    file = SafetensorsFile(Path(path))
-    metadata = read_metadata_json(file, kind=KIND)
-    if metadata.get("version") != VERSION or any(key not in metadata for key in _REQUIRED):
-        raise InputError(
-            f"{file.label} is a statistics file of format {escape(metadata.get('version'))}, not {VERSION}",
-            hint="Calibrate again with this version.",
-        )
+    make = "moeconv calibrate MODEL STATS --data FILE"
+    file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     return Statistics(metadata, file)
 
 

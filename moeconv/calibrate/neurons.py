@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.calibrate.twin import measured_on, structure
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, read_metadata_json
+from moeconv.checkpoint.measured import open_measured
+from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError, escape
@@ -153,14 +154,8 @@ class NeuronStatistics:
 def load_neurons(path: str | os.PathLike[str], model: Model, *, twin: bool = False) -> NeuronStatistics:
     """Open the neuron statistics of exactly this model or, with `twin`, of the same one in another dtype or
     quantization. Raises InputError when missing, damaged or another model's."""
-    if not Path(path).exists():
-        raise InputError(
-            f"{escape(path)} does not exist", hint="Make it with `moeconv calibrate SOURCE STATS --data FILE`."
-        )
-    file = SafetensorsFile(Path(path))
-    metadata = read_metadata_json(file, kind=KIND)
-    if metadata.get("version") != VERSION or any(key not in metadata for key in _REQUIRED):
-        raise InputError(f"{file.label} is of another version", hint="Calibrate again with this version.")
+    make = "moeconv calibrate SOURCE STATS --data FILE"
+    file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     layers, width = len(metadata["layers"]), escape(metadata["width"])
     what = f"{escape(metadata['model_type'])}, {layers} layers of {width} neurons"
     measured_on(model, metadata, label=file.label, what=what, twin=twin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,16 @@ def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
         f"{what}: {least:.0f} tokens per expert on average in {layers_in_words(few)}, and {FEW_TOKENS} are the least "
         "that is advised: give more --data or --tokens"
     ]
+
+
+def remarks_on(layers: Sequence[Mapping[str, Any]], *, what: str, kept: str) -> list[str]:
+    """Warnings of what was fitted to text, by rows of {layer, tokens_per_expert, kept}: too little text, and layers
+    where the fit erred more on held-out tokens; `kept` says what those have instead."""
+    warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in layers}, what=what)
+    back = [row["layer"] for row in layers if not row["kept"]]
+    if back:
+        warnings.append(f"{what}: {layers_in_words(back)} keep {kept} err more on held-out tokens")
+    return warnings
 
 
 def layers_in_words(layers: Sequence[int]) -> str:

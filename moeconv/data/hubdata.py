@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.errors import InputError, UsageError, escape, first_line
 
 _PREFIX = "hf://datasets/"
 _VALUE = re.compile(r"^hf://datasets/([\w.-]+/[\w.-]+)(?::([\w./-]*))?(?::([\w.-]+))?$")
@@ -48,9 +48,8 @@ def read_hub(value: str, *, limit: int | None) -> tuple[str, str, list[dict[str,
                 break
     except Exception as error:
         # Whatever the network, the hub or a data set's own files make the package raise: it is the input's fault.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"cannot read {escape(value)}: {escape(text[:300])}",
+            f"cannot read {escape(value)}: {first_line(error)}",
             hint="Check the name, config and split, the network, and HF_TOKEN for gated data sets.",
         ) from error
     if not records:

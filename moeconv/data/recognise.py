@@ -15,7 +15,7 @@ from typing import Any
 from moeconv.checkpoint.strictjson import parse_json
 from moeconv.data.records import Text, chat_of, fields_of, is_chat, text_of
 from moeconv.data.unpack import unpacked
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, escape, first_line
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -278,7 +278,7 @@ def _parquet(data: bytes, name: str, text_field: str) -> _Parsed:
         raise
     except Exception as error:  # whatever a damaged file makes the package raise: it is the input's fault
         raise InputError(
-            f"{where}: a Parquet file that does not read: {escape(str(error).splitlines()[0][:300])}",
+            f"{where}: a Parquet file that does not read: {first_line(error)}",
             hint="Is the file complete?",
         ) from error
     if not rows:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.companions import asks_for_code, has_vocabulary
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, escape, first_line
 from moeconv.stream.quiet import quiet
 
 
@@ -31,7 +31,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     except Exception as error:
         # Whatever a damaged or foreign tokenizer file makes transformers raise: it is the input's fault.
         raise InputError(
-            f"the tokenizer of {escape(path.name)} does not load: {_first_line(error)}", hint=_remedy(path)
+            f"the tokenizer of {escape(path.name)} does not load: {first_line(error)}", hint=_remedy(path)
         ) from error
 
 
@@ -67,7 +67,3 @@ def same_tokenizer(one: str | os.PathLike[str], other: str | os.PathLike[str]) -
         return True
     vocabularies = [load_tokenizer(directory).get_vocab() for directory in (one, other)]
     return vocabularies[0] == vocabularies[1]
-
-
-def _first_line(error: Exception) -> str:
-    return escape((str(error) or type(error).__name__).strip().splitlines()[0][:300])

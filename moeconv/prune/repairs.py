@@ -72,17 +72,10 @@ def repaired(
 
 def remarks_on(extra: Mapping[str, Any]) -> list[str]:
     """Warnings of a refit: too little text, and layers that stay as they were cut."""
-    from moeconv.data.heldout import few_tokens, layers_in_words
+    from moeconv.data import heldout
 
     layers = extra.get("refit", {}).get("layers", [])
-    warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in layers}, what="--refit")
-    back = [row["layer"] for row in layers if not row["kept"]]
-    if back:
-        warnings.append(
-            f"--refit: {layers_in_words(back)} keep the weights that they had, because the refitted ones err more on "
-            "held-out tokens"
-        )
-    return warnings
+    return heldout.remarks_on(layers, what="--refit", kept="the weights that they had, because the refitted ones")
 
 
 class _Fields:

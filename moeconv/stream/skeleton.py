@@ -163,11 +163,8 @@ class Skeleton:
             stored.setdefault(self.place(name), set()).add(tensor.dtype)
         for name, dtypes in stored.items():
             owner, _, leaf = name.rpartition(".")
-            if (
-                len(dtypes) != 1
-                or name not in self.state
-                or leaf not in own_parameters(self.module.get_submodule(owner))
-            ):
+            holder = self.module.get_submodule(owner)
+            if len(dtypes) != 1 or name not in self.state or leaf not in own_parameters(holder):
                 continue
             (dtype,) = dtypes
             if dtype.is_floating_point and dtype.itemsize < self.dtype.itemsize:

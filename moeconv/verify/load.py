@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moeconv.checkpoint.reader import Checkpoint
-from moeconv.errors import escape
+from moeconv.errors import escape, first_line
 from moeconv.families.find import find_family
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
@@ -42,7 +42,7 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
     except Exception as error:
         # Whatever loading raises is the answer to the question.
-        text = escape((str(error) or type(error).__name__).strip().splitlines()[0][:300])
+        text = first_line(error)
         return {"ok": False, "problems": [text], "missing": [], "unexpected": [], "mismatched": []}
     names = {
         "missing": sorted(map(str, info["missing_keys"])),

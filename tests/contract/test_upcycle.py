@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 
 import pytest
 import torch
@@ -56,19 +55,6 @@ def _ffn_kinds(config):
     kinds = getattr(config, "layer_types", None) or []
     words = {"moe": "moe", "mlp": "dense"}
     return [words.get(kind, "none") for kind in kinds] if "moe" in kinds else ["moe"] * config.num_hidden_layers
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A case's saved model and its logits, made once for all its targets."""
-
-    @lru_cache(maxsize=1)
-    def make(case):
-        model_type, config = DENSE_CASES[case]
-        source = save_stock(tmp_path_factory.mktemp("dense") / "model", model_type, config, dtype=torch.float32)
-        return source, logits(load(source))
-
-    return make
 
 
 def _bf16_logits(tmp_path, cli, case, *flags):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -32,19 +31,6 @@ FIRST = {
 CAN = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].experts.routing.equal]
 SHARED = [pytest.param(c, p, id=f"{c}->{p.target}") for c, p in FIRST if tables().moe[p.target].experts.shared_width]
 PARTS = [param for param in SHARED if not tables().moe[param.values[1].target].experts.routed_norm]
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A case's saved model and its logits, made once for all its targets."""
-
-    @lru_cache(maxsize=1)
-    def make(case):
-        model_type, config = DENSE_CASES[case]
-        source = save_stock(tmp_path_factory.mktemp("dense") / "model", model_type, config, dtype=torch.float32)
-        return source, logits(load(source))
-
-    return make
 
 
 def _difference(dense, case, pair, out, **parameters):

@@ -11,7 +11,7 @@ from tiny import hashes
 from moeconv.checkpoint import output as module
 from moeconv.checkpoint.output import Finished, OutputDirectory
 from moeconv.checkpoint.target import check_target
-from moeconv.errors import OutputError
+from moeconv.errors import OutputError, first_line
 
 
 @pytest.fixture
@@ -219,3 +219,10 @@ def test_discard_leaves_other_work_on_the_same_out(out):
         directory.discard()
     with OutputDirectory(out, key="one") as directory:
         assert os.listdir(directory.staged) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("", "ValueError"), (" \n", "ValueError"), ("one\ntwo", "one"), ("x" * 999, "x" * 300)]
+)
+def test_the_first_line_of_another_packages_error(text, line):
+    assert first_line(ValueError(text)) == line

@@ -50,20 +50,18 @@ def pack_bnb4_kernel(
     inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
 ) -> list[Buffer]:
     """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size, nested."""
-    parts = pack_nf4(
-        _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
-    )
-    return _ordered(parts, params)
+    return _ordered(pack_nf4(_weight(inputs), **_four_bits(params)), params)
 
 
 def pack_bnb4_slice_kernel(
     inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
 ) -> list[Buffer]:
     """One expert's share of tensors that hold all experts' 4-bit codes. params: as of pack_bnb4."""
-    parts = pack_slice(
-        _weight(inputs), block_size=params["block_size"], quant_type=params["quant_type"], nested=params["nested"]
-    )
-    return _ordered(parts, params)
+    return _ordered(pack_slice(_weight(inputs), **_four_bits(params)), params)
+
+
+def _four_bits(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: params[key] for key in ("block_size", "quant_type", "nested")}
 
 
 def pack_bnb8_kernel(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.checkpoint.reader import artifact_metadata
-from moeconv.data.heldout import few_tokens, held_out, layers_in_words
+from moeconv.data import heldout
 from moeconv.data.windows import load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.families import packed
@@ -120,7 +120,7 @@ def choose_codes(
                     f"layer {layer.index}: output error {rows[-1]['output_rms']:.4f}, "
                     f"round-to-nearest {rows[-1]['output_rms_rtn']:.4f}"
                 )
-    return {"layers": rows, "tokens": read.tokens, "held_out": int(held_out(*read.windows.shape).sum())}
+    return {"layers": rows, "tokens": read.tokens, "held_out": int(heldout.held_out(*read.windows.shape).sum())}
 
 
 def _room(stream: LayerStream, jobs: int) -> tuple[int, int]:
@@ -133,15 +133,7 @@ def _room(stream: LayerStream, jobs: int) -> tuple[int, int]:
 
 def remarks_on(found: Mapping[str, Any]) -> list[str]:
     """Warnings of `choose_codes`: too little text, and layers that keep the nearest codes."""
-    rows = found["layers"]
-    warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in rows}, what="--method gptq")
-    back = [row["layer"] for row in rows if not row["kept"]]
-    if back:
-        warnings.append(
-            f"--method gptq: {layers_in_words(back)} keep round-to-nearest, because the chosen codes err more on "
-            "held-out tokens"
-        )
-    return warnings
+    return heldout.remarks_on(found["layers"], what="--method gptq", kept="round-to-nearest, because the chosen codes")
 
 
 def _name_of(item: Item) -> str:
@@ -366,7 +358,7 @@ class _Layer:
             inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.ffn_input)
             index.append(batch.top_k_index.cpu())
             weights.append(batch.top_k_weights.float().cpu())
-        held = torch.from_numpy(held_out(*self.stream.windows.shape)).flatten()
+        held = torch.from_numpy(heldout.held_out(*self.stream.windows.shape)).flatten()
         chosen, scores, pool = torch.cat(index), torch.cat(weights), self._pool(held)
         experts = sorted({int(_role_of(self.view, item).expert or 0) for item in self.items})
         seen = shown(chosen, scores, ~held, experts=experts, pooled=len(pool))

@@ -1,0 +1,31 @@
+"""Files of what was measured (statistics, neurons, partitions): opened, and checked to be of the kind and version."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.checkpoint.reader import SafetensorsFile, read_metadata_json
+from moeconv.errors import InputError, escape
+
+
+def open_measured(
+    path: str | os.PathLike[str], *, kind: str, version: int, required: Sequence[str], make: str
+) -> tuple[SafetensorsFile, dict[str, Any]]:
+    """A file of this `kind`, and its provenance, in which the `required` keys are.
+
+    Raises InputError when it is missing, damaged, of another kind or of another version; `make` is the command that
+    makes one.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{escape(path)} does not exist", hint=f"Make it with `{make}`.")
+    file = SafetensorsFile(Path(path))
+    metadata = read_metadata_json(file, kind=kind)
+    if metadata.get("version") != version or any(key not in metadata for key in required):
+        raise InputError(
+            f"{file.label} is a {kind} file of format {escape(metadata.get('version'))}, not {version}",
+            hint="Make it again with this version.",
+        )
+    return file, metadata

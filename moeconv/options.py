@@ -93,6 +93,13 @@ class WriteOptions:
 
 
 @dataclass(frozen=True)
+class DryOptions:
+    """Whether anything is run."""
+
+    dry_run: bool = option(False, "Say what memory it takes, and stop: run nothing, write nothing.")
+
+
+@dataclass(frozen=True)
 class MeasureOptions:
     """How a model is run."""
 

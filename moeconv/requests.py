@@ -51,6 +51,7 @@ class CalibrateRequest:
     artifact: o.ArtifactOptions
     random: o.SeedOptions
     merge: o.MergeOptions
+    dry: o.DryOptions
     read: o.ReadOptions
 
 
@@ -108,6 +109,7 @@ class EvaluateRequest:
     data: o.DataOptions
     measure: o.MeasureOptions
     sample: o.SampleOptions
+    dry: o.DryOptions
     read: o.ReadOptions
 
 

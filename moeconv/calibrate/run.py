@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from moeconv.calibrate.artifact import KIND, write_statistics
+from moeconv.calibrate.need import sample_size
 from moeconv.calibrate.neurons import KIND as NEURONS
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
-from moeconv.calibrate.sample import sample_size
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.twin import structure
@@ -58,7 +58,7 @@ def calibrate(
     of the windows, and the first one writes.
 
     `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
-    the model's). Of each layer `sample_tokens` tokens (`sample.sample_size`: 2048, fewer where that cost most of the
+    the model's). Of each layer `sample_tokens` tokens (`need.sample_size`: 2048, fewer where that cost most of the
     work) go through all experts, for their similarity; of a dense model the FFN inputs of as many (16384) are kept.
     With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
     The summary: output, tokens, sample_tokens, memory, sources, seconds,

@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.families.rule import Rule, explains, weights_of
-from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS
 from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
-from moeconv.stream.need import SAMPLE_ROWS
+from moeconv.stream.memory import release_memory
+from moeconv.stream.need import PRODUCT_ROWS, sample_room
 from moeconv.world import summed
 
 SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
 _AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
 _CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
-
-_COST = 4  # how often the work of routing may be spent on it
-_PRODUCT_ROWS = 32  # tokens over which cosines are summed in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +39,6 @@ class Tokens:
     total: int
 
 
-def sample_size(tokens: int, *, top_k: int, num_experts: int) -> int:
-    """Tokens of the default sample: 2048, or as many as cost all experts four times what routing `tokens` does to
-    `top_k` of them, but 256 at least."""
-    return min(SAMPLE_TOKENS, max(LEAST_SAMPLE, _COST * tokens * top_k // max(1, num_experts)))
-
-
 def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
     """What every expert gives for `hidden` [n, H]: the sum over tokens of the cosine of two experts' outputs, float64
     [E, E], and the outputs times `matrix` [H, P], float32 [n, E, P]. A zero output has cosine 0 with everything."""
@@ -55,18 +46,25 @@ def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_ex
     projected = torch.empty(len(hidden), num_experts, matrix.shape[1], device=hidden.device)
     by = matrix.to(hidden.device, torch.float32)
     every = torch.arange(num_experts, device=hidden.device)
-    room = torch.empty(num_experts * min(SAMPLE_ROWS, len(hidden)), hidden.shape[1], device=hidden.device)
-    for start in range(0, len(hidden), SAMPLE_ROWS):
-        chunk = hidden[start : start + SAMPLE_ROWS]
+    weights = sum(p.numel() for p in experts.parameters())
+    count, width = sample_room(num_experts, hidden.shape[1], weights)
+    step = PRODUCT_ROWS * width // 4  # a part is widened where it is held in float16
+    room = torch.empty(
+        num_experts * min(count, len(hidden)), hidden.shape[1], device=hidden.device,
+        dtype=torch.float32 if width == 4 else torch.float16,
+    )  # fmt: skip
+    for chunk, sketch in zip(hidden.split(count), projected.split(count)):
+        release_memory()
         token = torch.arange(len(chunk), device=hidden.device).repeat(num_experts)
-        outputs = room[: num_experts * len(chunk)]
+        made = torch.empty(len(token), matrix.shape[1], device=hidden.device)
+        units = room[: len(token)]
         for rows, block in pair_outputs(experts, chunk, token, every.repeat_interleave(len(chunk))):
-            outputs[rows] = block
-        outputs = outputs.view(num_experts, len(chunk), -1)
-        projected[start : start + len(chunk)] = (outputs @ by).transpose(0, 1)
-        for part in outputs.split(_PRODUCT_ROWS, dim=1):
-            units = nn.functional.normalize(part, dim=-1, eps=1e-30).flatten(1)  # [E, n * H]
-            total += (units @ units.T).double()
+            made[rows] = block.float() @ by
+            units[rows] = nn.functional.normalize(block.float(), dim=-1, eps=1e-30)
+        sketch.copy_(made.view(num_experts, len(chunk), -1).transpose(0, 1))
+        for part in units.view(num_experts, len(chunk), -1).split(step, dim=1):
+            wide = part.float().flatten(1)  # [E, n * H]
+            total += (wide @ wide.T).double()
     return total, projected
 
 

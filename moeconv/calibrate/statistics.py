@@ -21,6 +21,7 @@ from moeconv.families.rule import Rule
 from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
 from moeconv.stream.layers import Batch, Layer
+from moeconv.stream.memory import release_memory
 from moeconv.stream.stored import stored_in
 from moeconv.world import summed
 
@@ -57,9 +58,12 @@ def layer_statistics(
             here = chosen[(chosen >= start) & (chosen < stop)] - start
             sample.append(_picked(batch, here.to(batch.ffn_input.device)))
             sums.add(batch)
+            del batch  # before the next one, and the sample, are computed
     fields = sums.fields()
     x, logits, index, weights, scale = (torch.cat(parts) for parts in zip(*sample))
     tokens = Tokens(x, logits, index, weights, scale, places, taken)
+    del sample
+    release_memory()  # the batches' scratch, before that of the sample is taken
     matrix = projection(x.shape[1], layer=layer.index)
     similar, outputs = on_all_experts(layer.experts, x, matrix, num_experts=num_experts)
     fields["output_cosine"] = np.clip(summed(similar).cpu().numpy() / max(1, taken), -1, 1)

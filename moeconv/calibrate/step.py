@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeconv.calibrate.need import run_of
 from moeconv.checkpoint.hub import resolve
 from moeconv.errors import UsageError
 from moeconv.plan.meter import Meter
 from moeconv.requests import CalibrateRequest, keywords
+from moeconv.runner.run import open_resolved, planned_memory
+from moeconv.stream.need import need_of
 
 
 def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
     """Run data through a model and write its statistics to a file, or add the files of several runs."""
     if request.merge.merge:
         return _merge(request)
+    if request.dry.dry_run:
+        return _foreseen(request)
     from moeconv.calibrate.run import calibrate as measure
 
     return measure(
@@ -24,6 +29,13 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
         meter=meter,
         **keywords(request.calibrate, request.data, request.measure),
     )
+
+
+def _foreseen(request: CalibrateRequest) -> dict[str, Any]:
+    model = open_resolved(request.model)
+    run = run_of(model, request.measure, sample_tokens=request.calibrate.sample_tokens)
+    told = {"command": "calibrate", "output": request.stats, "dry_run": True}
+    return told | planned_memory(need_of(model, run), run, request.measure)
 
 
 def _merge(request: CalibrateRequest) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def written(result: Mapping[str, Any]) -> list[Table]:
     if not result["dry_run"] and result.get("complete") is not False:
         rows["to share"] = f"hf upload OWNER/NAME {result['output']}"
     tables = [pairs(rows)]
-    if result["command"] == "tune":
+    if result["command"] == "tune" and not result["dry_run"]:
         tables.append(_tune_layers(block))
     return tables
 
@@ -178,8 +178,18 @@ def inspected(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(rows), *([grid(["role", "parameters", "bytes"], by_role)] if by_role else [])]
 
 
+def _foreseen(result: Mapping[str, Any]) -> list[Table]:
+    """A dry run of a command that only measures."""
+    memory = result["memory"]
+    rows = {"memory": f"{human_bytes(memory['peak_bytes'])}, at least {human_bytes(memory['least_bytes'])}; "
+                      f"{human_bytes(memory['free_bytes'])} are free"}  # fmt: skip
+    return [pairs(rows | {"tokens": f"{memory['tokens']} (dry run: nothing was run)"})]
+
+
 def evaluated(result: Mapping[str, Any]) -> list[Table]:
     """Loss, comparison and gates."""
+    if result.get("dry_run"):
+        return _foreseen(result)
     reference = result.get("reference") or {}
     rows: dict[str, Any] = {
         "tokens": result["tokens"],
@@ -206,6 +216,8 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
 
 def calibrated(result: Mapping[str, Any]) -> list[Table]:
     """Statistics: load per layer."""
+    if result.get("dry_run"):
+        return _foreseen(result)
     rows = {"output": result["output"], "tokens": result["tokens"]}
     if "entropy" not in result["layers"][0]:  # a dense model's neurons
         halves = [[r["layer"], _number(r["rate_top_half"], 3), _number(r["energy_top_half"], 3)]

@@ -43,7 +43,7 @@ def judge(limits: Mapping[str, float | None], figures: Mapping[str, float]) -> d
 
 def failure(result: Mapping[str, Any]) -> CheckError | None:
     """What evaluate's JSON object ends the command with, where it did not pass."""
-    if result["passed"]:
+    if result.get("dry_run") or result["passed"]:
         return None
     if result.get("not_finite"):
         return CheckError(f"the loss is NaN or infinite: {result['not_finite']['message']}",

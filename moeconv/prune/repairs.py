@@ -99,7 +99,7 @@ def _chooser(
     """Statistics of a layer on what the pruned layers before it give, and the criterion on those."""
     import torch
 
-    from moeconv.calibrate.sample import sample_size
+    from moeconv.calibrate.need import sample_size
     from moeconv.calibrate.statistics import layer_statistics
 
     options = request.prune

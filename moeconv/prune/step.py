@@ -20,8 +20,8 @@ from moeconv.prune.evidence import covers, evidence_of, gathered, settled
 from moeconv.prune.gates import cost, smallest
 from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_on, repaired
 from moeconv.requests import PruneRequest
-from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_plan
-from moeconv.stream.need import PRUNED
+from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
+from moeconv.stream.need import PRUNED, need_of
 
 Run = Callable[..., dict[str, Any]]  # as run_plan
 
@@ -79,7 +79,8 @@ def _dry_run(
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
-        told = planned_memory(model, request.measure, PRUNED)
+        asked = run_on_data(model, request.measure, PRUNED)
+        told = planned_memory(need_of(model, asked), asked, request.measure)
         result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
     return result
 

@@ -20,8 +20,8 @@ from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.separate import plan_separate
 from moeconv.requests import QuantizeRequest
-from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_plan
-from moeconv.stream.need import GPTQ
+from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
+from moeconv.stream.need import GPTQ, need_of
 from moeconv.units import human_bytes
 
 _CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
@@ -102,7 +102,8 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     if options.method != "gptq" or write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         if options.method == "gptq":
-            told = planned_memory(model, request.measure, {**GPTQ, "coders": checked_jobs(write.jobs)})
+            asked = run_on_data(model, request.measure, {**GPTQ, "coders": checked_jobs(write.jobs)})
+            told = planned_memory(need_of(model, asked), asked, request.measure)
             result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
         return result
     check_out(out, model, write)

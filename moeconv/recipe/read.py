@@ -55,7 +55,8 @@ REQUESTS: dict[str, type[Asked]] = {
     "calibrate": CalibrateRequest,
     "evaluate": EvaluateRequest,
 }
-_OUTSIDE = (o.ArtifactOptions, o.SeedOptions, o.SampleOptions, o.MergeOptions)  # of the command line alone
+# of the command line alone
+_OUTSIDE = (o.ArtifactOptions, o.SeedOptions, o.SampleOptions, o.MergeOptions, o.DryOptions)
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
     step: tuple(group for group in groups_of(kind) if group not in _OUTSIDE) for step, kind in REQUESTS.items()

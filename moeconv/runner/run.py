@@ -26,7 +26,7 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
 from moeconv.requests import keywords
-from moeconv.stream.need import Run, need_of
+from moeconv.stream.need import Need, Run
 from moeconv.units import human_bytes
 
 
@@ -91,16 +91,20 @@ def check_out(out: str, model: Model, write: WriteOptions) -> None:
     check_target(Path(os.path.abspath(out)), reads=reads, overwrite=write.overwrite)
 
 
-def planned_memory(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> dict[str, Any]:
-    """For a dry run: what running the model on data will take, and a warning where it is not free. `asks` are fields of
-    `stream.need.Run`. {memory: {peak_bytes, least_bytes, free_bytes}, warnings}."""
-    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
-    need = need_of(model, Run(measure.tokens or TOKENS, length, measure.batch_size, **asks))
+def planned_memory(need: Need, run: Run, measure: MeasureOptions) -> dict[str, Any]:
+    """For a dry run: what running the model on data will take, and a warning where it is not free.
+    {memory: {peak_bytes, least_bytes, free_bytes, tokens}, warnings}."""
     free = free_memory()
     told = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
     limit = free if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     text = f"measuring takes at least {human_bytes(need.least)} of memory; {human_bytes(limit)} are free or allowed"
-    return {"memory": told, "warnings": [text] if need.least > limit else []}
+    return {"memory": told | {"tokens": run.tokens}, "warnings": [text] if need.least > limit else []}
+
+
+def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Run:
+    """What a step that measures runs, where the data fills the tokens that are asked for; `asks` are its fields."""
+    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
+    return Run(measure.tokens or TOKENS, length, measure.batch_size, **asks)
 
 
 def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError
-from moeconv.stream.need import PAIR_ROWS
+from moeconv.stream.need import GROUP_ROWS, PAIR_ROWS
 from moeconv.stream.products import OnProducts
 from moeconv.stream.stored import class_forward, stored_in
 
@@ -27,10 +27,11 @@ def pair_outputs(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, unweighted outputs [m, H]) for the pairs of `token` int64 [n], a row of `hidden` [T, H], and `expert`
     int64 [n], which must ascend: blocks in order. `dtype` is that of the weights that the module takes."""
+    step = PAIR_ROWS if stored_in(experts) is None else GROUP_ROWS
     for module, first, rows in _modules(experts, expert):
         forward = class_forward(module)
-        for start in range(rows.start, rows.stop, PAIR_ROWS):
-            block = slice(start, min(start + PAIR_ROWS, rows.stop))
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
             given = hidden[token[block]]
             ones = torch.ones(len(given), 1, dtype=dtype or hidden.dtype, device=hidden.device)
             yield block, forward(given, expert[block, None] - first, ones).reshape(given.shape)

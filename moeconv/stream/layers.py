@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
+from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
@@ -108,6 +109,7 @@ class Layer:
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 flow[rows].copy_(outputs)
+            del inputs, outputs, seen  # where the caller lets go too, before the next batch is computed
         if own:
             self.advanced, self._halfway = advance, False
 
@@ -118,8 +120,8 @@ class Layer:
 
     def pass_on(self) -> None:
         """Advance without looking."""
-        for _ in self.batches():
-            pass
+        for batch in self.batches():
+            del batch
 
 
 class LayerStream:
@@ -344,6 +346,7 @@ def stream_within(
     device = torch.device(device)
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
     if device.type == "cpu":
+        lean_malloc()
         run = Run(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
         found = fitted(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held

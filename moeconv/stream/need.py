@@ -18,7 +18,10 @@ from moeconv.units import human_bytes
 
 GROUP_BYTES = 1 << 25  # of widened experts at a time, or one expert
 PAIR_ROWS = 8192  # (token, expert) pairs computed at a time
-SAMPLE_ROWS = 256  # tokens whose outputs of all experts are held at a time
+GROUP_ROWS = 512  # of those of one group of widened experts
+SAMPLE_ROWS = 256  # tokens whose outputs of all experts are held at a time, where they have room
+SAMPLE_BYTES = 1 << 26  # of those outputs, or an eighth of a byte for every weight of the experts
+PRODUCT_ROWS = 32  # of those tokens, over which cosines are summed in float32
 CODED_BYTES = 1 << 29  # of experts whose codes are chosen together, or one expert
 # activations: the model's, and what its experts are given; of a layer's experts: as they were, rounded, chosen, and
 # those that are being put in place; groups whose codes are being chosen
@@ -26,7 +29,8 @@ GPTQ: Mapping[str, Any] = {"flows": 2, "copies": 6}
 # activations: the model's, the variant's, and of a refit's layer its inputs, what is missing, and a copy
 PRUNED: Mapping[str, Any] = {"flows": 5}
 _PROCESS = 430_000_000  # Python, torch, the classes of transformers
-_CONVERTED = 3  # a group decoded, stacked and joined, beside the widened one
+_CONVERTED = 2  # a group decoded, stacked and joined, beside the widened one
+_COPIES = 8  # of the stream, in a batch: around the attention, in front of the experts and behind them
 _SKEW = 3  # times its even share of the tokens
 _SKETCH = 64  # dimensions of the sampled outputs
 
@@ -54,8 +58,8 @@ class Run:
 @dataclass(frozen=True)
 class Need:
     """Bytes: `ends`, the larger of the two ends of the model with its embeddings; `layer`, the largest layer without
-    its experts as it is computed with, and what is computed in it; `held`, its experts in memory, `read` where they are
-    read when they are needed; `activations`, which a file can hold; `kept`, results that stay to the end."""
+    its experts as it is computed with; `held`, its experts in memory and what is computed in the layer, `read` where
+    they are read when they are needed; `activations`, which a file can hold; `kept`, results that stay to the end."""
 
     ends: int
     layer: int
@@ -112,12 +116,21 @@ def need_of(model: Model, run: Run) -> Need:
     held = [_experts(size, run, experts, batch, model.top_k, hidden) for size in inside]
     return Need(
         ends=vocabulary * width + max(stored, logits),
-        layer=max((_beside(size, run, batch, hidden) for size in inside), default=0),
+        layer=max((size.others * width for size in inside), default=0),
         held=max((h for h, _ in held), default=0),
         read=max((r for _, r in held), default=0),
         activations=run.flows * run.tokens * hidden * width,
         kept=kept,
     )
+
+
+def sample_room(experts: int, hidden: int, weights: int) -> tuple[int, int]:
+    """How outputs of all experts are held for a layer with so many weights in its experts: (tokens at a time, bytes of
+    a number): float32, or float16 where fewer tokens than SAMPLE_ROWS would have room."""
+    room, token = max(SAMPLE_BYTES, weights // 8), experts * hidden
+    if room >= SAMPLE_ROWS * token * 4:
+        return SAMPLE_ROWS, 4
+    return min(SAMPLE_ROWS, max(1, room // (2 * token * PRODUCT_ROWS)) * PRODUCT_ROWS), 2
 
 
 def fit(need: Need, *, budget: int | None, free: int | None = None, what: str = "this") -> Fit:
@@ -180,33 +193,40 @@ class _Sizes:
         self.rows += shape[0] if len(shape) == 2 and numel else 0
 
 
-def _beside(size: _Sizes, run: Run, batch: int, hidden: int) -> int:
-    """A layer's weights beside its experts, and a batch's values in it."""
-    values = batch * (6 * hidden + size.rows) * run.width
-    return size.others * run.width + max(size.others_bytes, values)
+def _values(size: _Sizes, run: Run, batch: int, hidden: int) -> int:
+    """What a batch computes in a layer beside its experts: the stream, copies of it, and every matrix's outputs."""
+    return max(size.others_bytes, batch * (_COPIES * hidden + size.rows) * run.width)
+
+
+def _sample(run: Run, experts: int, hidden: int, weights: int) -> int:
+    """What the sample's outputs of all experts take, with their sketch, the batches being through."""
+    rows, width = sample_room(experts, hidden, weights)
+    held = min(run.sample, rows) * width + min(run.sample, PRODUCT_ROWS) * width
+    return held * experts * hidden + 3 * run.sample * experts * min(hidden, _SKETCH) * 4
 
 
 def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidden: int) -> tuple[int, int]:
-    """Bytes of a layer's experts with what is computed in them: (held in memory, read when they are needed)."""
+    """Bytes of a layer's experts with what is computed in it: (held in memory, read when they are needed)."""
+    values = _values(size, run, batch, hidden)
     if not size.experts:
-        return 0, 0
+        return values, values
     alone = math.ceil(size.experts / experts)  # parameters of one
     inner = alone // (3 * hidden)
-    sample = min(run.sample, SAMPLE_ROWS) * experts * hidden * 4 * 5 // 4
     each = (3 * hidden + 4 * inner) * run.width  # of a (token, expert) pair
     wide, stored = size.experts * run.width, size.experts_bytes
-    work = max(sample, min(batch * top_k, PAIR_ROWS) * each)
+    sample = _sample(run, experts, hidden, size.experts) if run.sample else 0
+    work = max(sample, values + min(batch * top_k, PAIR_ROWS) * each)
     if run.copies:
         placed = wide * run.copies
         together, least = _coded(run, experts, hidden, inner, top_k)
         return placed + max(work, together), placed + max(work, least)
     if wide <= GROUP_BYTES or stored >= wide:
         return wide + work, wide + work
-    group = max(GROUP_BYTES, alone * run.width)
-    busiest = _SKEW * batch * top_k * group // wide  # pairs of the group that is chosen most
-    work = max(sample, min(busiest, batch * top_k, PAIR_ROWS) * each)
-    scratch = group + _CONVERTED * min(group, wide)
-    return stored + scratch + work, scratch + stored * group // wide + work
+    group = max(1, GROUP_BYTES // (alone * run.width)) * alone * run.width
+    pairs = GROUP_ROWS if run.sample else _SKEW * batch * top_k * group // wide  # of the group that is chosen most
+    work = max(sample, values + min(pairs, batch * top_k) * each)
+    decoded = _CONVERTED * group if stored < 2 * size.experts else 0
+    return stored + group + decoded + work, (1 + _CONVERTED) * group + stored * group // wide + work
 
 
 def codes_bytes(out: int, width: int) -> int:

@@ -12,8 +12,8 @@ from moeconv.families.model import Model, open_model
 from moeconv.options import TuneOptions, flag_of
 from moeconv.tensors import decode_weight
 from moeconv.tune.optimise import Plan
-from moeconv.tune.parameters import BIAS, correction_names, parse_train, tensors_of
 from moeconv.tune.symmetry import check_symmetry
+from moeconv.tune.words import BIAS, correction_names, parse_train, tensors_of
 
 # Peak learning rates times the hidden size: Adam's best rate for a matrix goes with 1 / width (Tensor Programs V, arXiv
 # 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: a layer's regression bears four times the rate of

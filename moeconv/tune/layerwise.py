@@ -18,17 +18,15 @@ from moeconv.families.model import Model
 from moeconv.families.records import Routing
 from moeconv.plan.meter import Meter
 from moeconv.stream.layers import allocate, release_memory, stream_within
-from moeconv.stream.need import Run, need_of
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.losses import Load
+from moeconv.tune.need import FLOWS, layerwise_need
 from moeconv.tune.network import FilledBlock, fill_block
 from moeconv.tune.rebalance import Rebalance
 from moeconv.tune.routing import Routed
 from moeconv.world import current, summed
-
-_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are put in place; with gradients and moments
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,12 @@ def each_layer(
 
     Activations beyond `max_memory` bytes lie in files that are mapped into memory.
     """
-    run = Run(windows.size, windows.shape[1], batch_size, flows=3, copies=_TRAINED if trains_experts else _FILLED)
+    need = layerwise_need(
+        student, teacher, tokens=windows.size, seq_len=windows.shape[1], batch_size=batch_size, experts=trains_experts
+    )
     stream = stream_within(
         teacher, windows, dtype=torch.float32, device=device, batch_size=batch_size, budget=max_memory, meter=meter,
-        what="tune", flows=3, beside=[need_of(student, run)],
+        what="tune", flows=FLOWS, beside=[need],
     )  # fmt: skip
     skeleton, share = Skeleton(student, dtype=torch.float32, device=device), stream.max_memory
     shape = (windows.size, student.hidden_size)

@@ -16,8 +16,8 @@ from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import decode_weight, plain_names
-from moeconv.tune.parameters import correction_names, tensors_of
 from moeconv.tune.routing import Block
+from moeconv.tune.words import correction_names, tensors_of
 from moeconv.world import current
 
 

@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeconv.errors import InputError, UsageError, did_you_mean, escape
+from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.tune.routing import Block
-
-WORDS = ("router", "experts", "shared", "norms")
-BIAS = "bias"  # the correction bias, which the balance of the load moves: no word of --train
-_CORRECTIONS = ("router.correction", "router.correction_row")
+from moeconv.tune.words import BIAS, tensors_of, word_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,35 +32,6 @@ class Piece:
     parameter: Tensor
     at: tuple[Any, ...] = ()
     scale: float = 1.0
-
-
-def parse_train(text: str) -> tuple[str, ...]:
-    """`router,experts` -> words in the order of WORDS. Raises UsageError."""
-    words = {w.strip() for w in text.split(",")}
-    for word in words:
-        if word not in WORDS:
-            raise UsageError(f"--train {escape(text)}: unknown word {escape(word)!r}", hint=did_you_mean(word, WORDS))
-    return tuple(w for w in WORDS if w in words)
-
-
-def word_of(role: Role) -> str | None:
-    """The word that opens a tensor, None for one that never changes. A router's correction bias has no gradient."""
-    if role.key in _CORRECTIONS:
-        return BIAS
-    if role.group == "router" and role.key != "router.weight":
-        return None
-    return {"router": "router", "expert": "experts", "shared": "shared", "norm": "norms"}.get(role.group)
-
-
-def correction_names(model: Model) -> dict[int, str]:
-    """Name on disk of every layer's correction bias; empty for a family or checkpoint without one."""
-    found = {role.layer: name for name, role in model.roles.items() if role.key in _CORRECTIONS}
-    return {layer: name for layer, name in found.items() if layer is not None and name in model.checkpoint.tensors}
-
-
-def tensors_of(model: Model, train: tuple[str, ...]) -> list[str]:
-    """Names on disk of everything that trains, in the checkpoint's order."""
-    return [name for name in model.checkpoint.tensors if name in model.roles and word_of(model.roles[name]) in train]
 
 
 def pieces_of(

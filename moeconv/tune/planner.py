@@ -5,6 +5,7 @@ What the overlay names takes the overlay's bytes; every other tensor is carried 
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_fields
 from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
@@ -14,11 +15,12 @@ from moeconv.errors import InputError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config
-from moeconv.options import PlanOptions, check_names, from_keywords, parameters_of
+from moeconv.options import PlanOptions, TuneOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, parse_dtype
 from moeconv.plan.overlay import ORIGIN, fingerprint
 from moeconv.plan.plan import Item, Plan
+from moeconv.tune.words import BIAS, parse_train, tensors_of
 
 
 def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters: Any) -> Plan:
@@ -29,6 +31,21 @@ def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters:
     """
     check_names(parameters, PlanOptions)
     return overlay_plan(model, overlay, from_keywords(PlanOptions, parameters))
+
+
+def plan_unmade(model: Model, options: TuneOptions, common: PlanOptions) -> Plan:
+    """The plan of a training that has not been: what would be written, with the source's bytes."""
+    opened = set(tensors_of(model, (*parse_train(options.train), *([BIAS] if options.bias_update else []))))
+    dtype = parse_dtype(common.dtype)
+
+    def replace(ref: TensorRef) -> list[Item] | None:
+        role = model.roles[ref.name]
+        made = carry(ref, role=role.key, dtype=dtype, params=model.numel(ref), changed=role.group)
+        return [made] if ref.name in opened else None
+
+    items = carry_all(model, dtype=dtype, replace=replace)
+    said = {"objective": "balance" if options.balance_only else options.objective, "steps": options.steps}
+    return _plan(model, items, common, parameters=parameters_of(common), block=said)
 
 
 def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanOptions) -> Plan:
@@ -53,21 +70,29 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
         ]  # fmt: skip
 
     items = carry_all(model, dtype=dtype, replace=replace)
+    about = {"overlay": fingerprint(overlay), "made_with": made_with}
+    said = {"objective": made_with.get("objective")}
+    plan = _plan(model, items, common, parameters=parameters_of(common) | about, block=said)
+    return replace_fields(plan, promise=_promise(model, overlay))
+
+
+def _plan(
+    model: Model, items: list[Item], common: PlanOptions, *, parameters: dict[str, Any], block: dict[str, Any]
+) -> Plan:
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
     return Plan(
         command="tune",
-        parameters=parameters_of(common) | {"overlay": fingerprint(overlay), "made_with": made_with},
+        parameters=parameters,
         identity=model.identity,
-        config=_config(model, dtype),
+        config=_config(model, parse_dtype(common.dtype)),
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
-        block={"objective": made_with.get("objective")},
+        block=block,
         warnings=(*model.warnings, *head_warnings(model)),
         dropped=model.dropped,
-        promise=_promise(model, overlay),
     )
 
 

@@ -24,7 +24,6 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.options import (
     SEQ_LEN,
-    TOKENS,
     DataOptions,
     MeasureOptions,
     TuneOptions,
@@ -37,18 +36,20 @@ from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
 from moeconv.stream.layers import pick_device, start_meter
-from moeconv.stream.need import fitted, whole_need
+from moeconv.stream.need import fitted
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
 from moeconv.tune.layerwise import Fit, Fitted, each_layer
 from moeconv.tune.losses import Load
+from moeconv.tune.need import tokens_of, whole
 from moeconv.tune.network import load_network
 from moeconv.tune.optimise import Outcome, optimise
-from moeconv.tune.parameters import Piece, pieces_of, tensors_of, written
+from moeconv.tune.parameters import Piece, pieces_of, written
 from moeconv.tune.rebalance import Rebalance, rebalancing
 from moeconv.tune.routing import Block, Routed, watching
 from moeconv.tune.whole import Whole
-from moeconv.tune.windows import HELD_OUT, batches, split
+from moeconv.tune.windows import batches, split
+from moeconv.tune.words import tensors_of
 from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
@@ -92,7 +93,7 @@ def tune(
     job = make_job(model_path, options, seed=seed, batch_size=measure.batch_size)
     meter = meter or SilentMeter()
     meter.note("reading the data")
-    data = first(lambda: _read(job, from_keywords(DataOptions, parameters).data, measure))
+    data = first(lambda: _read(job, from_keywords(DataOptions, parameters).data, options, measure))
     metadata = artifact_metadata("overlay", **_provenance(job, data))
     with _overlay(job, path, metadata=metadata, overwrite=overwrite) as put:
         train = _layerwise if job.objective == "layerwise" else _whole
@@ -125,14 +126,13 @@ class Run:
         return rebalancing(blocks, step=self.job.bias_update) if self.job.bias_update else None
 
 
-def _read(job: Job, paths: Sequence[str], measure: MeasureOptions) -> TokenData:
+def _read(job: Job, paths: Sequence[str], options: TuneOptions, measure: MeasureOptions) -> TokenData:
     """The windows: as many as are drawn or, layer by layer, as calibration uses, unless --tokens says otherwise."""
     models = [m for m in (job.student, job.teacher) if m is not None]
     length = min(sequence_length(m, measure.seq_len, default=SEQ_LEN) for m in models)
-    drawn = round(job.plan.steps * job.batch_size / (1 - HELD_OUT)) + job.batch_size
-    tokens = measure.tokens or (TOKENS if job.objective == "layerwise" else max(drawn, 2) * length)
+    tokens = tokens_of(options, measure, length=length)
     return load_tokens(
-        paths, job.student.checkpoint.path, tokens=max(tokens, length), seq_len=length, seed=job.seed,
+        paths, job.student.checkpoint.path, tokens=tokens, seq_len=length, seed=job.seed,
         text_field=measure.text_field,
     )  # fmt: skip
 
@@ -234,12 +234,9 @@ def _check_memory(run: Run) -> None:
     """Refuse what the memory of this machine does not hold."""
     if run.device.type != "cpu":
         return
-    student = run.job.student
-    models = [student, *([run.job.teacher] if run.job.teacher else [])]
-    opened = [student.checkpoint.tensors[name] for name in tensors_of(student, run.job.opened)]
-    need = whole_need(
-        models, trained=sum(map(student.numel, opened)), batch=run.job.batch_size * run.data.seq_len // current().size
-    )
+    job = run.job
+    batch = job.batch_size * run.data.seq_len // current().size
+    need = whole(job.student, job.teacher, job.opened, batch=batch)
     fitted(need, budget=run.max_memory, meter=run.meter, what="tune with the whole model in memory")
 
 

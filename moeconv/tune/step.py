@@ -7,11 +7,12 @@ from typing import Any
 
 from moeconv.checkpoint.hub import resolve
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.errors import UsageError
+from moeconv.families.model import Model
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.requests import TuneRequest, keywords
-from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
+from moeconv.runner.run import check_out, measuring, open_resolved, planned_json, planned_memory, run_plan
+from moeconv.tune.need import need_of_tune
 from moeconv.world import current, first
 
 _OVERLAY = "overlay"
@@ -22,13 +23,10 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
     from moeconv.tune.planner import overlay_plan
 
     out, write = request.out, request.write
-    if write.dry_run:
-        raise UsageError(
-            "--dry-run never measures, and what tune writes is decided by training",
-            hint="The result has the size of its input: see `moeconv inspect`.",
-        )
     model = open_resolved(request.model)
     check_out(out, model, write)
+    if write.dry_run:
+        return _foreseen(model, request)
     from moeconv.tune.run import tune as train
 
     asked = keywords(request.tune, request.data, request.measure)
@@ -59,4 +57,19 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
     result["warnings"] += block.pop("warnings", [])
     result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing
     result["tune"] |= block
+    return result
+
+
+def _foreseen(model: Model, request: TuneRequest) -> dict[str, Any]:
+    """A dry run: the sizes of what will be written, which are the model's, and the memory that training takes. What it
+    writes is decided by training, so that its plan has no number yet."""
+    from moeconv.tune.planner import plan_unmade
+
+    options = request.tune
+    teacher = open_resolved(options.teacher) if options.teacher else None
+    plan = plan_unmade(model, options, request.plan)
+    need, run = need_of_tune(model, teacher, options, request.measure)
+    told = planned_memory(need, run, request.measure)
+    result = planned_json(plan, request.out, dry_run=True) | {"plan_id": None, "memory": told["memory"]}
+    result["warnings"] += told["warnings"]
     return result

@@ -14,8 +14,9 @@ from words import add_tokenizer, text
 
 from moeconv.calibrate import sample
 from moeconv.calibrate.artifact import load_statistics
+from moeconv.calibrate.need import sample_size
 from moeconv.calibrate.run import calibrate
-from moeconv.calibrate.sample import on_all_experts, sample_size
+from moeconv.calibrate.sample import on_all_experts
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.prune.repair.pruned import Variant, pruned_pass
@@ -24,6 +25,7 @@ from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import stored
 from moeconv.stream.experts import activations, down_projection, one_expert, pair_outputs, with_down
 from moeconv.stream.layers import LayerStream
+from moeconv.stream.need import sample_room
 from tests.contract.stock import MOE_CASES, save_stock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,13 +155,13 @@ def test_one_expert_alone(tmp_path: Path, one_at_a_time: None) -> None:
         assert torch.equal(one_expert(experts.forward, x, 3), before)
 
 
-@pytest.mark.parametrize("size", [1, 1 << 25])
+@pytest.mark.parametrize(("size", "width", "off"), [(1, 4, 1e-6), (1 << 25, 4, 1e-6), (1, 2, 1e-4)])
 def test_all_pairs_at_once_are_the_experts_one_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, width: int, off: float
 ) -> None:
     """Outputs of any (token, expert) list, cosines and projections, against one expert after another in float64."""
     monkeypatch.setattr(stored, "GROUP_BYTES", size)
-    monkeypatch.setattr(sample, "SAMPLE_ROWS", 7)
+    monkeypatch.setattr(sample, "sample_room", lambda *_: (7, width))
     path = Path(save_stock(tmp_path / "moe", *MOE_CASES["qwen3_moe"], dtype=torch.bfloat16))
     experts = next(LayerStream(open_model(path), IDS).layers()).experts
     assert experts is not None
@@ -174,9 +176,16 @@ def test_all_pairs_at_once_are_the_experts_one_at_a_time(
         cosine, projected = on_all_experts(experts, x, matrix, num_experts=8)
     units = torch.nn.functional.normalize(alone, dim=-1)
     expected = torch.einsum("ith,jth->ij", units, units)
-    assert (cosine - expected).abs().max() <= 1e-6 * len(x)
+    assert (cosine - expected).abs().max() <= off * len(x)
     wanted = torch.einsum("eth,hp->tep", alone, matrix)
     assert (projected - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_outputs_of_all_experts_are_held_for_as_many_tokens_as_have_room() -> None:
+    assert sample_room(8, 1024, 8 * 3 * 1024 * 256) == (256, 4)
+    assert sample_room(128, 2048, 128 * 3 * 2048 * 768) == (128, 2), "Qwen3-30B"
+    assert sample_room(256, 7168, 256 * 3 * 7168 * 2048) == (256, 2), "an eighth of a byte for a weight"
+    assert sample_room(1024, 4096, 0) == (32, 2), "never fewer than are summed together"
 
 
 def test_the_default_sample_is_sized_by_its_cost() -> None:

@@ -1,0 +1,52 @@
+"""What training takes, from the headers, before a weight is read. Imports no torch."""
+
+from __future__ import annotations
+
+from moeconv.families.model import Model
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, TuneOptions
+from moeconv.stream.need import Need, Run, need_of, together, whole_need
+from moeconv.tune.windows import HELD_OUT
+from moeconv.tune.words import BIAS, parse_train, tensors_of
+
+FLOWS = 3  # activations: the teacher's, and what goes into the FFN of a layer and comes out of it
+_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are put in place; with gradients and moments
+
+
+def tokens_of(options: TuneOptions, measure: MeasureOptions, *, length: int) -> int:
+    """Tokens to read: --tokens, or as many as are drawn; layer by layer as many as calibration uses."""
+    drawn = round(options.steps * measure.batch_size / (1 - HELD_OUT)) + measure.batch_size
+    layerwise = options.objective == "layerwise" and not options.balance_only
+    return max(measure.tokens or (TOKENS if layerwise else max(drawn, 2) * length), length)
+
+
+def layerwise_need(
+    student: Model, teacher: Model, *, tokens: int, seq_len: int, batch_size: int, experts: bool
+) -> Need:
+    """A layer of the teacher, or of the student, of which the `experts` train too."""
+    counts = (0, _TRAINED if experts else _FILLED)
+    runs = [Run(tokens, seq_len, batch_size, flows=FLOWS, copies=copies) for copies in counts]
+    return together([need_of(model, run) for model, run in zip((teacher, student), runs)])
+
+
+def need_of_tune(
+    student: Model, teacher: Model | None, options: TuneOptions, measure: MeasureOptions
+) -> tuple[Need, Run]:
+    """What one process takes, and how many tokens it runs."""
+    models = [student, *([teacher] if teacher is not None else [])]
+    most = min(model.value("max_position_embeddings") or SEQ_LEN for model in models)
+    length, train = measure.seq_len or min(SEQ_LEN, most), parse_train(options.train)
+    run = Run(tokens_of(options, measure, length=length), length, measure.batch_size)
+    if options.objective == "layerwise" and not options.balance_only and teacher is not None:
+        need = layerwise_need(
+            student, teacher, tokens=run.tokens, seq_len=length, batch_size=run.batch_size, experts="experts" in train
+        )
+        return need, run
+    opened = (*train, BIAS) if options.bias_update else train
+    return whole(student, teacher, opened, batch=run.batch_size * length), run
+
+
+def whole(student: Model, teacher: Model | None, opened: tuple[str, ...], *, batch: int) -> Need:
+    """Whole models, of which what `opened` names trains on `batch` tokens at a time."""
+    names = tensors_of(student, opened)
+    trained = sum(student.numel(student.checkpoint.tensors[name]) for name in names)
+    return whole_need([student, *([teacher] if teacher is not None else [])], trained=trained, batch=batch)

@@ -1,22 +1,17 @@
-"""What streaming a layer at a time costs and saves: tokens per second against the model in memory, and peak memory.
+"""What streaming a layer at a time costs: tokens per second against the model in memory. Memory: benchmarks/memory.py.
 
-    python benchmarks/calibrate.py CHECKPOINTS speed  [--gigabytes 0.65] [--tokens 32768]
-    python benchmarks/calibrate.py CHECKPOINTS memory [--gigabytes 6] [--tokens 512] [--scratch DIR]
+    python benchmarks/calibrate.py CHECKPOINTS [--gigabytes 0.65] [--tokens 32768] [--scratch DIR]
 
 Runs on a synthetic Qwen3-MoE (hidden 2048, 32 experts of 768, top-8, random bfloat16; computed in float32),
-with the tokenizer of CHECKPOINTS/llama-8m and its calibration texts. speed: the stock class of transformers with all
+with the tokenizer of CHECKPOINTS/llama-8m and its calibration texts: the stock class of transformers with all
 weights in memory, its loading not counted, against the stream, whose reading and decoding counts; per CPU second of all
-threads, so that others on the machine do not matter, and per second. memory: peak resident memory of the commands,
-against 2.5 times the largest decoder layer as it is computed with plus --max-memory.
+threads, so that others on the machine do not matter, and per second.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,8 +22,6 @@ from synthetic import make
 
 from moeconv.families.model import open_model
 from moeconv.plan.kernels.arrays import from_float
-
-BUDGET = 256_000_000  # --max-memory
 
 
 def checkpoint(a: argparse.Namespace, scratch: Path) -> Path:
@@ -109,48 +102,11 @@ def speed(a: argparse.Namespace, scratch: Path) -> None:
         )
 
 
-def memory(a: argparse.Namespace, scratch: Path) -> None:
-    """Peak resident memory of `calibrate` and of a layerwise `tune` with the model as its own teacher."""
-    from moeconv.stream.layers import layer_bytes
-
-    path = checkpoint(a, scratch)
-    model = open_model(path)
-    stored = max(layer_bytes(model, layer) for layer in range(model.num_layers))
-    layer = 2 * stored  # bfloat16 on disk, float32 in memory
-    limit = 2.5 * layer + BUDGET
-    print(
-        f"{model.checkpoint.nbytes / 1e9:.2f} GB, {model.num_layers} layers; a layer is {stored / 1e9:.2f} GB on disk, "
-        f"{layer / 1e9:.2f} GB in float32; limit 2.5 layers + {BUDGET / 1e9:.2f} GB = {limit / 1e9:.2f} GB"
-    )
-    data = [word for text in texts(a.checkpoints) for word in ("--data", text)]
-    common = [*data, "--tokens", a.tokens, "--seq-len", a.seq_len, "--batch-size", 2, "--max-memory", str(BUDGET)]
-    commands = {
-        "import of torch, transformers": ["-c", "import torch, transformers.models.qwen3_moe.modeling_qwen3_moe"],
-        "calibrate": ["-m", "moeconv", "calibrate", path, scratch / "stats", "--overwrite", *common],
-        "tune, layerwise": [
-            "-m", "moeconv", "tune", path, scratch / "tuned", "--teacher", path, "--steps", 2, "--overwrite", *common,
-        ],
-    }  # fmt: skip
-    for name, arguments in commands.items():
-        began = time.perf_counter()
-        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        if status:
-            raise SystemExit(f"{name} ended with status {status}")
-        peak = usage.ru_maxrss * 1024
-        print(
-            f"{name:30s} peak {peak / 1e9:.2f} GB = {(peak - BUDGET) / layer:.2f} layers + budget "
-            f"({(peak - BUDGET) / stored:.2f} as on disk), {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path)
-    parser.add_argument("part", choices=("speed", "memory"))
-    parser.add_argument("--gigabytes", type=float)
-    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--gigabytes", type=float, default=0.65)
+    parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
@@ -158,12 +114,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="directory for the model (default: a temporary one)")
     a = parser.parse_args()
-    a.gigabytes = a.gigabytes or {"speed": 0.65, "memory": 6.0}[a.part]
-    a.tokens = a.tokens or {"speed": 32768, "memory": 512}[a.part]
     with tempfile.TemporaryDirectory(prefix="moeconv-bench-") as temporary:
         scratch = a.scratch or Path(temporary)
         scratch.mkdir(exist_ok=True)
-        {"speed": speed, "memory": memory}[a.part](a, scratch)
+        speed(a, scratch)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,10 @@ def main() -> None:
     if given.peer:
         row("llm-compressor model_free_ptq", [given.peer, "-c", LLM_COMPRESSOR, str(source), str(out)], PYTHONPATH="")
     row("bitsandbytes quantize_4bit", [sys.executable, "-c", BITSANDBYTES, str(source)])
+    if found:
+        print(f"\n{'':32}{'CPU s per GB':>12}{'CPU s':>8}{'wall s':>8}{'MB':>7}   of {size:.2f} GB")
+    for name, took in found.items():
+        print(f"{name:32}{took['cpu'] / size:>12.1f}{took['cpu']:>8.1f}{took['wall']:>8.1f}{took['mb']:>7}")
     pairs = (("int4 rtn", "llm-compressor model_free_ptq"), ("nf4", "bitsandbytes quantize_4bit"))
     for ours, theirs in pairs:
         if ours in found and theirs in found:

@@ -3,9 +3,9 @@
     python benchmarks/size.py WORK [--gigabytes 20] [--hidden 2048] [--repeats 1]
 
 The source is a llama of holes, whose mixtral of eight experts takes that many gigabytes; half of its experts are
-removed (`--criterion random`: nothing is measured), and the whole of it is packed. The prune runs twice more on models
-of holes, of one dtype and with a float32 router in every layer. WORK needs room for twice the largest output. `cp`
-copies each step's own output and synchronises it.
+removed (`--criterion random`: nothing is measured), and the whole of it is packed. The prune runs again, in turn, on
+models of holes, of one dtype and with a float32 router in every layer, whose rates it compares. WORK needs room for
+twice the largest output. `cp` copies each step's own output and synchronises it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import shutil
+import statistics
 import struct
 import sys
 from pathlib import Path
@@ -81,8 +82,33 @@ def main() -> None:
     step("quantize", moe, out)
     holes_of(moe, uniform)
     holes_of(moe, mixed, wide=".gate.weight")
-    for folder in (uniform, mixed):
-        step("prune", folder, out, "--ratio", 0.5, "--criterion", "random", label=f"prune, {folder.name}")
+    rounds: dict[Path, list[dict[str, float]]] = {uniform: [], mixed: []}
+    for _ in range(given.repeats):  # in turn
+        for folder, found in rounds.items():
+            words = [
+                sys.executable,
+                "-m",
+                "moeconv",
+                "prune",
+                folder,
+                out,
+                "--ratio",
+                0.5,
+                "--criterion",
+                "random",
+                "-q",
+            ]
+            took = timed(words, out)
+            size = sum(p.stat().st_size for p in out.iterdir()) / 1e6
+            found.append({key: size / took[key] for key in ("seconds", "cpu")})
+    rates = {folder: [statistics.median(r[key] for r in found) for key in ("seconds", "cpu")]
+             for folder, found in rounds.items()}  # fmt: skip
+    for folder, (wall, cpu) in rates.items():
+        print(f"prune, {folder.name:<8} {wall:>6.0f} MB per second, {cpu:>6.0f} MB per processor second", flush=True)
+    ratios = [ours / theirs for ours, theirs in zip(rates[mixed], rates[uniform])]
+    print(
+        f"mixed over uniform, medians of {given.repeats} in turn: {ratios[0]:.2f} by wall time, {ratios[1]:.2f} by CPU"
+    )
     for folder in (dense, moe, out, uniform, mixed):
         shutil.rmtree(folder)
 

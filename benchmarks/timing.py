@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -35,10 +36,10 @@ def warm(folder: Path) -> None:
 
 
 def timed(words: list[Any], out: Path) -> dict[str, float]:
-    """Wall seconds of a process from start to end, and the most memory that it held."""
+    """Wall and processor seconds of a process from start to end, and the most memory that it held."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    began = time.monotonic()
+    began, before = time.monotonic(), _spent()
     process = subprocess.Popen([str(w) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
     assert process.stderr is not None
@@ -52,7 +53,13 @@ def timed(words: list[Any], out: Path) -> dict[str, float]:
     if process.returncode:
         said += process.stderr.read() or b""
         raise SystemExit(f"{words}: exit {process.returncode}\n{said.decode()[-2000:]}")
-    return {"seconds": seconds, "peak_mb": peak / 1e6}
+    return {"seconds": seconds, "cpu": _spent() - before, "peak_mb": peak / 1e6}
+
+
+def _spent() -> float:
+    """Processor seconds of the children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _high_water(pid: int) -> int:

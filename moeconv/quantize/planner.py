@@ -23,7 +23,7 @@ from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import in_scope
-from moeconv.quantize.spec import MIXED, Format, Scheme
+from moeconv.quantize.spec import MIXED, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 
 
@@ -61,6 +61,100 @@ def quantize_plan(
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
     )
+    _check_source(model)
+    _check_layout(model, format, options.method)
+    ahead = _left_out(model, format)
+    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(ahead)]
+    if not model.moe_layers:
+        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
+    _check_weights(model, weights)
+    _check_nesting(options, format, info)
+    widths = [ref.shape[1] for ref in weights]
+    group = choose_group(format, info, options.group_size, widths)
+    scheme = Scheme(info.name, info.bits, group, options.double_quant)
+    for ref in weights:
+        format.check(ref, scheme)
+    dtype = parse_dtype(common.dtype)
+    packing = Packing(
+        model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
+    )
+    if mixed and not ahead:
+        _check_no_drafting(model)
+    if mixed:
+        groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
+        packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
+    if format.shard is not None:
+        shard, notes = format.shard(model, weights, scheme, dtype)
+        shards: tuple[Shard, ...] = (shard,)
+        config, warnings = with_head(model), [*warnings, *notes]
+        if ahead:
+            warnings.append(
+                f"left out: the multi-token-prediction layers {list(model.prediction_layers)} ({len(ahead)} tensors), "
+                "which llama.cpp does not run"
+            )
+        promise = _promise(model, weights, 1, layers=len(model.moe_layers))
+    else:
+        shards = arrange(packing.items(), common, model.family)
+        config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
+        promise = packing.parts()
+    items = [item for shard in shards for item in shard.items]
+    texts = _code_of_loader(model, format, config) if options.self_contained else {}
+    total, active = count_planned(
+        items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
+    )
+    of_twin = {} if stats_of_twin is None else {"stats_of_twin": stats_of_twin}
+    return Plan(
+        command="quantize",
+        parameters=parameters_of(options, common) | _evidence(model, importance, of_twin, overlay),
+        identity=model.identity,
+        config=config,
+        shards=shards,
+        params_total=total,
+        params_active=active,
+        block=_block(packing, options, of_twin),
+        warnings=(*model.warnings, *head_warnings(model), *warnings),
+        dropped=(*model.dropped, *ahead),
+        texts=texts,
+        promise=promise,
+    )
+
+
+def _left_out(model: Model, format: Format) -> tuple[str, ...]:
+    """Tensors that a file of the model alone leaves out: llama.cpp predicts one token at a time."""
+    if format.shard is None:
+        return ()
+    return tuple(name for name, role in model.roles.items() if role.layer in model.prediction_layers)
+
+
+def _evidence(
+    model: Model, importance: Mapping[int, float] | None, of_twin: Mapping[str, str], overlay: Overlay | None
+) -> dict[str, Any]:
+    """Parameters of the plan's identity about what was measured for it."""
+    stats = {"stats": None if importance is None else _hash_of(importance)}
+    return stats | dict(of_twin) | ({} if overlay is None else _made_with(model, overlay))
+
+
+def _block(packing: Packing, options: QuantizeOptions, of_twin: Mapping[str, str]) -> dict[str, Any]:
+    """What the result's JSON and the manifest state of the quantization."""
+    format, scheme, by_layer = packing.format, packing.scheme, packing.by_layer
+    mixed = options.scheme == MIXED
+    return {
+        "format": format.name,
+        "scheme": MIXED if mixed else scheme.name,
+        "method": options.method,
+        "group_size": None if mixed else scheme.group,
+        "bits_by_layer": {str(layer): s.bits for layer, s in by_layer.items()},
+        "scheme_by_layer": {str(layer): s.name for layer, s in by_layer.items()},
+        "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
+        "scope": options.scope,
+        **of_twin,
+        "double_quant": scheme.nested,
+        "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed),
+    }
+
+
+def _check_source(model: Model) -> None:
+    """Raises InputError for a source that is quantized already, or has no experts."""
     if model.quantization:
         stored = model.quantization.get("quant_method")
         raise InputError(
@@ -71,96 +165,39 @@ def quantize_plan(
         raise InputError(
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
-    _check_layout(model, format, options.method)
-    # a GGUF file is of the model alone: llama.cpp predicts a token at a time
-    drafting = model.prediction_layers
-    ahead = () if format.shard is None else tuple(n for n, r in model.roles.items() if r.layer in drafting)
-    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(ahead)]
-    if not model.moe_layers:
-        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
-    _check_weights(model, weights)
+
+
+def _check_nesting(options: QuantizeOptions, format: Format, info: SchemeInfo) -> None:
+    """Raises UsageError for --double-quant in a scheme whose scales are not quantized."""
     if options.double_quant and not info.nests:
         fits = ", ".join(f"{f.name} {other.name}" for f in FORMATS.values() for other in f.schemes if other.nests)
         raise UsageError(f"--double-quant has no meaning for {format.name} {info.name}", hint=f"It goes with {fits}.")
-    widths = [ref.shape[1] for ref in weights]
-    group = choose_group(format, info, options.group_size, widths)
-    scheme = Scheme(info.name, info.bits, group, options.double_quant)
-    for ref in weights:
-        format.check(ref, scheme)
-    dtype = parse_dtype(common.dtype)
-    packing = Packing(
-        model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
-    )
-    if model.mtp_layers and mixed and not ahead:
+
+
+def _check_no_drafting(model: Model) -> None:
+    """Raises InputError for bits by layer in a model with multi-token-prediction layers, which have none."""
+    if model.mtp_layers:
         raise InputError(
             "bits that differ by layer cannot be written for the multi-token-prediction layers "
             f"{list(model.mtp_layers)}",
             hint=f"Use one scheme for all layers with --format {' or '.join(f.name for f in in_place())}.",
         )
-    if mixed:
-        groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
-        packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
-    if format.shard is not None:
-        shard, notes = format.shard(model, weights, scheme, dtype)
-        shards: tuple[Shard, ...] = (shard,)
-        config, warnings = with_head(model), [*warnings, *notes]
-        if ahead:
-            warnings.append(
-                f"left out: the multi-token-prediction layers {list(drafting)} ({len(ahead)} tensors), which llama.cpp "
-                "does not run"
-            )
-        promise = _promise(model, weights, 1, layers=len(model.moe_layers))
-    else:
-        shards = arrange(packing.items(), common, model.family)
-        config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
-        promise = packing.parts()
-    items = [item for shard in shards for item in shard.items]
-    texts: dict[str, str] = {}
-    if options.self_contained:
-        if not format.remote_code:
-            raise UsageError(
-                f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
-            )
-        if model.family.multimodal.beside:
-            raise InputError(
-                f"--self-contained is not written for multimodal models, as {model.family.model_type}",
-                hint="Leave it out: `import moeconv.hf` loads the result.",
-            )
-        texts = remote_code(model.family.architecture, loader=format.remote_code)
-        config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
-    total, active = count_planned(
-        items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
-    )
-    of_twin = {} if stats_of_twin is None else {"stats_of_twin": stats_of_twin}
-    return Plan(
-        command="quantize",
-        parameters=parameters_of(options, common)
-        | {"stats": None if importance is None else _hash_of(importance)}
-        | of_twin
-        | ({} if overlay is None else _made_with(model, overlay)),
-        identity=model.identity,
-        config=config,
-        shards=shards,
-        params_total=total,
-        params_active=active,
-        block={
-            "format": format.name,
-            "scheme": MIXED if mixed else scheme.name,
-            "method": options.method,
-            "group_size": None if mixed else scheme.group,
-            "bits_by_layer": {str(layer): s.bits for layer, s in packing.by_layer.items()},
-            "scheme_by_layer": {str(layer): s.name for layer, s in packing.by_layer.items()},
-            "group_size_by_layer": {str(layer): s.group for layer, s in packing.by_layer.items()},
-            "scope": options.scope,
-            **of_twin,
-            "double_quant": scheme.nested,
-            "loads": loads_of(format, scheme.name, model.family, mixed=mixed),
-        },
-        warnings=(*model.warnings, *head_warnings(model), *warnings),
-        dropped=(*model.dropped, *ahead),
-        texts=texts,
-        promise=promise,
-    )
+
+
+def _code_of_loader(model: Model, format: Format, config: dict[str, Any]) -> dict[str, str]:
+    """Files of code that load the result without moeconv, by name; `config` gets the key that names their classes."""
+    if not format.remote_code:
+        raise UsageError(
+            f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
+        )
+    if model.family.multimodal.beside:
+        raise InputError(
+            f"--self-contained is not written for multimodal models, as {model.family.model_type}",
+            hint="Leave it out: `import moeconv.hf` loads the result.",
+        )
+    texts = remote_code(model.family.architecture, loader=format.remote_code)
+    config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
+    return texts
 
 
 def _hash_of(importance: Mapping[int, float]) -> str:

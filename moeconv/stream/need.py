@@ -218,6 +218,8 @@ def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidde
     work = max(sample, values + min(batch * top_k, PAIR_ROWS) * each)
     if run.copies:
         placed = wide * run.copies
+        if run.copies <= 2:  # nothing is kept for a way back: the stock code goes expert by expert
+            work = values + min(batch * top_k, PAIR_ROWS, _SKEW * batch * top_k // experts) * each
         together, least = _coded(run, experts, hidden, inner, top_k)
         return placed + max(work, together), placed + max(work, least)
     if wide <= GROUP_BYTES or stored >= wide:

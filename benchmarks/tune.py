@@ -151,7 +151,7 @@ def pooled_of(b: Bench, model: Path) -> float:
     return float(pooled_loss(logits, experts=opened.num_experts, top_k=opened.top_k))
 
 
-def balance(b: Bench, words: Sequence[str]) -> None:
+def balance(b: Bench, _words: Sequence[str]) -> None:
     """max/mean load of the worst layer and of all, before and after, by the loss per layer and by the pooled one."""
     from moeconv.tune import losses
     from moeconv.tune.run import tune
@@ -160,7 +160,7 @@ def balance(b: Bench, words: Sequence[str]) -> None:
     moeconv("upcycle", dense, moe, "--method", "drop")
     collapse(b, moe)
 
-    def pooled(routed: Any, rule: Any, counts: Any) -> Any:
+    def pooled(routed: Any, _rule: Any, _counts: Any) -> Any:
         experts, top_k = routed[0].logits.shape[1], routed[0].chosen.shape[1]
         return pooled_loss([r.logits for r in routed], experts=experts, top_k=top_k)
 

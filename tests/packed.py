@@ -68,7 +68,7 @@ def make(folder: Path, family: str, scheme, *, dtype=torch.bfloat16, also=None, 
 
     `scheme` is a name, or a function from a layer's number to a name or None (left unpacked); `also` a pattern of
     further weights to pack."""
-    scheme_of = scheme if callable(scheme) else lambda layer: scheme
+    scheme_of = scheme if callable(scheme) else lambda _layer: scheme
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES.get(family, {}), **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)

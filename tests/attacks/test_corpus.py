@@ -69,16 +69,16 @@ def _keys(count: int, value: str) -> bytes:
 
 WORST: dict[str, Callable[[int], bytes]] = {
     "empty lists": lambda size: _to(size, b"[],"),
-    "empty lists, as many as are taken": lambda size: _to(740_000, b"[],"),
+    "empty lists, as many as are taken": lambda _size: _to(740_000, b"[],"),
     "numbers": lambda size: _to(size, b"1.5,"),
-    "keys": lambda size: _keys(2_000_000, "0"),
-    "keys, as many as are taken": lambda size: _keys(490_000, "0"),
-    "objects, as many as are taken": lambda size: _keys(240_000, "{}"),
-    "tensors, as many as are taken": lambda size: _keys(70_000, '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'),
+    "keys": lambda _size: _keys(2_000_000, "0"),
+    "keys, as many as are taken": lambda _size: _keys(490_000, "0"),
+    "objects, as many as are taken": lambda _size: _keys(240_000, "{}"),
+    "tensors, as many as are taken": lambda _size: _keys(70_000, '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'),
     "one string": lambda size: _to(size, b"x", start=b'{"a":"', end=b'"}'),
     "one string with a wide character": lambda size: _to(size // 4, b"x", start='{"a":"😀'.encode(), end=b'"}'),
     "one string of escapes": lambda size: _to(size, b"\\u0041", start=b'{"a":"', end=b'"}'),
-    "nesting": lambda size: b"[" * 400_000,
+    "nesting": lambda _size: b"[" * 400_000,
     "a number of many digits": lambda size: _to(size, b"9", start=b'{"a":', end=b"}"),
     "white space": lambda size: _to(size, b" ", start=b"{", end=b"}"),
 }

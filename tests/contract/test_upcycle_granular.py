@@ -221,7 +221,7 @@ def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, den
     rows = [replace(p, config=p.config | {"norm_topk_prob": False}) for p in tables().pairs if p.target == "qwen3_moe"]
     known = replace(tables(), pairs=tuple(rows))
     monkeypatch.setattr(pairs, "tables", lambda: known)
-    zero = Method(exact=True, scale=lambda cut, options: cut.experts / cut.top_k, router=lambda *_: fill(0.0))
+    zero = Method(exact=True, scale=lambda cut, _options: cut.experts / cut.top_k, router=lambda *_: fill(0.0))
     monkeypatch.setitem(METHODS, "copy", zero)
     done = cli("upcycle", dense("qwen3")[0], tmp_path / "moe", "--experts", 4, "--json")
     assert done.code == 5
@@ -232,7 +232,7 @@ def test_a_promise_that_holds_at_the_chosen_k_alone_is_broken(tmp_path, cli, den
 @pytest.mark.slow
 def test_the_check_fits_its_dtype_to_the_memory_or_says_why_not(tmp_path, cli, dense, monkeypatch):
     source = dense("llama")[0]
-    for free, dtype in ((equivalence._needed, "float32"), (lambda plan, width: 0, None)):
+    for free, dtype in ((equivalence._needed, "float32"), (lambda _plan, _width: 0, None)):
         model = open_model(source)
         plan = plan_upcycle(model)
         memory = int(free(plan, 4) / 0.8) + 1 if dtype else 0

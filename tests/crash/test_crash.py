@@ -331,7 +331,7 @@ def test_signals_at_random_moments(server, works, tmp_path):
 def test_a_signal_before_moeconv_has_taken_over(monkeypatch):
     from moeconv.__main__ import main
 
-    monkeypatch.setattr("moeconv.cli.app.run", lambda words: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("moeconv.cli.app.run", lambda _words: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130

@@ -111,7 +111,7 @@ def test_a_disk_that_is_really_full(cli, source, expected, place, monkeypatch):
         refused(outcome, "bytes are needed")
         assert kept(disk / "out") == 0 and not (disk / "out").exists()
         with monkeypatch.context() as patch:
-            patch.setattr(OutputDirectory, "free_bytes", lambda self: 1 << 40)
+            patch.setattr(OutputDirectory, "free_bytes", lambda _self: 1 << 40)
             refused(cli("upcycle", source, disk / "out", *FLAGS), "No space left")
         finished = kept(disk / "out")
         assert finished >= 2 and not (disk / "out").exists()

@@ -182,7 +182,7 @@ def test_what_resumes_finds_what_was_left(tmp_path, measuring):
 def test_what_an_error_leaves(tmp_path, error, left):
     """A run that can go on finds what is whole; one that cannot leaves nothing."""
     with pytest.raises(type(error)), measured(tmp_path / "out") as mine:
-        mine.once("a", lambda folder: {"x": 0.1})
+        mine.once("a", lambda _folder: {"x": 0.1})
 
         def fails(folder: Path) -> None:
             raise error
@@ -191,12 +191,12 @@ def test_what_an_error_leaves(tmp_path, error, left):
     found = [p.name for p in tmp_path.glob(".out.moeconv/measured-*/*") if p.is_dir()]
     assert found == (["a"] if left else []) and (tmp_path / ".out.moeconv").exists() == left
     with measured(tmp_path / "out") as mine:
-        assert mine.once("a", lambda folder: {"x": 1})[1] == ({"x": 0.1} if left else {"x": 1})
+        assert mine.once("a", lambda _folder: {"x": 1})[1] == ({"x": 0.1} if left else {"x": 1})
 
 
 def test_an_error_with_nothing_measured_leaves_nothing(tmp_path):
     with pytest.raises(Interrupted), measured(tmp_path / "out") as mine:
-        mine.once("a", lambda folder: (_ for _ in ()).throw(Interrupted("stop")))
+        mine.once("a", lambda _folder: (_ for _ in ()).throw(Interrupted("stop")))
     assert os.listdir(tmp_path) == []
 
 

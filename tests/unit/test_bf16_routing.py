@@ -64,7 +64,7 @@ def test_a_known_rule_that_the_router_does_not_follow_is_told_by_calibrate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = add_tokenizer(tiny.make_moe(tmp_path / "moe", experts=6, dtype="F32"))
-    monkeypatch.setattr(run, "rule_of", lambda model: Rule("softmax", True, 3))  # the model's top-k is 2
+    monkeypatch.setattr(run, "rule_of", lambda _model: Rule("softmax", True, 3))  # the model's top-k is 2
     done = calibrate(path, tmp_path / "stats", data=data(tmp_path, 200), seq_len=16, device="cpu")
     assert not load_statistics(tmp_path / "stats").has(0, "sample_unit")
     assert "no token sample is kept" in done["warnings"][0] and "report" in done["warnings"][0]

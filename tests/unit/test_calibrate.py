@@ -71,8 +71,8 @@ def expected(model: Model, data: Any) -> dict[int, dict[str, np.ndarray]]:
 
     for index in model.moe_layers:
         decoder, record = stock.model.layers[index], seen[index]
-        decoder.post_attention_layernorm.register_forward_pre_hook(lambda m, a, r=record: r.update(h=flat(a[0])))
-        decoder.mlp.register_forward_hook(lambda m, a, o, r=record: r.update(x=flat(a[0]), moe=flat(o)))
+        decoder.post_attention_layernorm.register_forward_pre_hook(lambda _m, a, r=record: r.update(h=flat(a[0])))
+        decoder.mlp.register_forward_hook(lambda _m, a, o, r=record: r.update(x=flat(a[0]), moe=flat(o)))
     with torch.no_grad():
         stock(torch.tensor(data.windows))
     source = np.repeat(data.source, data.seq_len)
@@ -304,9 +304,9 @@ def test_killed_at_a_random_layer_and_run_again_the_file_is_the_same(tmp_path: P
 
 def test_a_disk_that_keeps_no_resume_point_does_not_end_the_work(tmp_path: Path, monkeypatch) -> None:
     path = make(tmp_path / "model")
-    monkeypatch.setattr("moeconv.calibrate.state.os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr("moeconv.calibrate.state.os.fsync", lambda _fd: (_ for _ in ()).throw(OSError(28, "No space")))
     parameters: dict[str, Any] = {"data": texts(tmp_path), "seq_len": SEQ_LEN}
-    monkeypatch.setattr("moeconv.calibrate.run.write_statistics", lambda *a, **k: None)
+    monkeypatch.setattr("moeconv.calibrate.run.write_statistics", lambda *_a, **_k: None)
     assert calibrate(path, tmp_path / "stats", save_every=0, **parameters)["tokens"] == 15 * SEQ_LEN
     assert not (tmp_path / ".stats.moeconv-state").exists()
 
@@ -319,7 +319,7 @@ def test_watching_the_experts_changes_nothing(tmp_path: Path) -> None:
     routed = 0
     for layer in watched.layers():
         seen: list[int] = []
-        with each_expert(layer.experts, lambda expert, token, slot, output, seen=seen: seen.append(len(token))):
+        with each_expert(layer.experts, lambda _expert, token, _slot, _output, seen=seen: seen.append(len(token))):
             for _ in layer.batches():
                 pass
         routed += sum(seen)
@@ -391,7 +391,7 @@ def test_targets_are_checked_before_the_work(tmp_path: Path, monkeypatch: pytest
         calibrate(path, target, data=texts(tmp_path), seq_len=SEQ_LEN, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("moeconv.calibrate.run.load_tokens", lambda *a, **k: pytest.fail("it began to work"))
+        patch.setattr("moeconv.calibrate.run.load_tokens", lambda *_a, **_k: pytest.fail("it began to work"))
         with pytest.raises(OutputError, match="exists already"):
             run(out)
         with pytest.raises(OutputError, match="is a directory"):

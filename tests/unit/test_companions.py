@@ -243,7 +243,7 @@ def test_a_companion_too_large_is_refused_without_reading_it(source: Path) -> No
 def test_a_sentencepiece_vocabulary_names_the_package_that_reads_it(tmp_path: Path, monkeypatch) -> None:
     source = make_dense(tmp_path / "source")
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    monkeypatch.setattr("moeconv.data.tokenizer._installed", lambda package: False)
+    monkeypatch.setattr("moeconv.data.tokenizer._installed", lambda _package: False)
     with pytest.raises(InputError, match="does not load") as caught:
         load_tokenizer(source)
     assert "pip install sentencepiece protobuf" in caught.value.hint

@@ -67,7 +67,7 @@ def stock_logits(path: Path, windows: np.ndarray, *, routed: list[Any] | None = 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
     if routed is not None:
         for layer in model.model.layers:
-            layer.mlp.gate.register_forward_hook(lambda m, a, o: routed.append((o[0], o[2])))
+            layer.mlp.gate.register_forward_hook(lambda _m, _a, o: routed.append((o[0], o[2])))
     with torch.no_grad():
         return torch.log_softmax(model(torch.tensor(windows)).logits, -1)
 
@@ -279,7 +279,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wrong = "model.layers.0.self_attn.k_proj.weight"
     with pytest.raises(InputError, match=wrong):
         open_model(staged)
-    monkeypatch.setattr("moeconv.families.check.check_plain", lambda model: None)  # what opening misses, loading names
+    monkeypatch.setattr("moeconv.families.check.check_plain", lambda _model: None)  # what opening misses, loading names
     assert any(p.startswith("mismatched") and wrong in p for p in strict_problems(open_model(staged)))
     found = equivalence(source, staged)
     assert found["strict_load"] is False

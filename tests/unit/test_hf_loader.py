@@ -374,7 +374,7 @@ def test_states_that_contradict_the_tensors_raise(checkpoints, tmp_path):
 
 def test_a_config_of_a_later_version_is_refused(checkpoints, tmp_path):
     source = checkpoints("mixtral", "nf4")[0]
-    folder = damaged(source, tmp_path / "later", lambda w: None)
+    folder = damaged(source, tmp_path / "later", lambda _w: None)
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"]["moeconv"]["scope"] = "all"
     (folder / "config.json").write_text(json.dumps(fields))

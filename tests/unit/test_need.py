@@ -67,7 +67,7 @@ def test_commands_refuse_before_they_read_a_weight(tmp_path: Path, monkeypatch: 
     (tmp_path / "text").write_text(text(100))
     data = ("--data", tmp_path / "text", "--seq-len", 16, "--device", "cpu", "--json")
     monkeypatch.setattr(need, "free_memory", lambda: 123_000_000)
-    monkeypatch.setattr("moeconv.tensors.read_parts", lambda *a: pytest.fail("a weight was read"))
+    monkeypatch.setattr("moeconv.tensors.read_parts", lambda *_a: pytest.fail("a weight was read"))
     for words in (
         ("calibrate", path, tmp_path / "stats", *data),
         ("evaluate", path, *data),

@@ -275,7 +275,7 @@ def _rename_tensor(path, finished):
 
 
 def test_a_kernel_that_makes_too_few_bytes_is_caught(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(flow, "load_kernel", lambda name: lambda inputs, outputs, params: [b"123"])
+    monkeypatch.setattr(flow, "load_kernel", lambda _name: lambda _inputs, _outputs, _params: [b"123"])
     with pytest.raises(CheckError, match="made 3 bytes"):
         execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out")
     assert os.listdir(tmp_path) == ["source"]
@@ -297,12 +297,12 @@ def test_the_check_sees_the_staged_directory_and_can_refuse_it(model, tmp_path):
     with pytest.raises(CheckError, match="no"):
         execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out", check=refuse)
     assert os.listdir(tmp_path) == ["source"]
-    result = execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out", check=lambda staged: {"a": 1})
+    result = execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out", check=lambda _staged: {"a": 1})
     assert result.extra == {"a": 1}
 
 
 def test_disk_space_is_looked_at_before_writing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(execute_module.OutputDirectory, "free_bytes", lambda self: 1000)
+    monkeypatch.setattr(execute_module.OutputDirectory, "free_bytes", lambda _self: 1000)
     with pytest.raises(OutputError, match="1000 are free"):
         execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out")
 
@@ -315,7 +315,7 @@ def test_jobs_below_one(model, tmp_path, jobs):
 
 def test_a_companion_that_cannot_come_along_is_named_before_the_work(model, tmp_path, monkeypatch):
     (model.checkpoint.path / "tokenizer.json").symlink_to("/etc/hostname")
-    monkeypatch.setattr(execute_module, "_write_shards", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(execute_module, "_write_shards", lambda *_a, **_k: pytest.fail("too late"))
     with pytest.raises(InputError, match=r"tokenizer\.json is a link"):
         execute(plan_upcycle(model), source=model.checkpoint, out=tmp_path / "out")
 

@@ -414,7 +414,7 @@ def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: p
     assert done.json["prune"]["measured"]["loss_increase"] == pytest.approx(by_left[left], abs=1e-5)
     passing = [r["experts"] for r in rows if r["loss_increase"] <= limit]
     assert left == min(passing) or rising != sorted(rising), "the largest prune within the gate"
-    monkeypatch.setattr("moeconv.prune.gates.increase", lambda score: 1.0)
+    monkeypatch.setattr("moeconv.prune.gates.increase", lambda _score: 1.0)
     refused = run(cli, path, tmp_path / "out2", tmp_path, "--max-loss-increase", 0.5, "--criterion", "saliency")
     assert refused.code == 2 and "already raises the loss" in refused.json["error"]["message"]
     assert not (tmp_path / "out2").exists()
@@ -446,7 +446,7 @@ def test_top_k_alone_and_with_experts(tmp_path: Path, cli: Any) -> None:
 @pytest.mark.slow
 def test_refusals_before_any_calibration(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "model")
-    monkeypatch.setattr("moeconv.calibrate.run.load_tokens", lambda *a, **k: pytest.fail("it began to measure"))
+    monkeypatch.setattr("moeconv.calibrate.run.load_tokens", lambda *_a, **_k: pytest.fail("it began to measure"))
     cases: list[tuple[list[object], str]] = [
         (["--keep", 1], "fewer than the 2"), (["--ratio", 0.01], "rounds to none"),
         (["--threshold", 1.5], "between 0 and 1"), (["--max-loss-increase", "nan"], "number of nats"),

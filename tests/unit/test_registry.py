@@ -40,7 +40,7 @@ def test_every_vendor_is_in_the_tables():
 def test_the_order_of_conversions_does_not_depend_on_the_file_system(monkeypatch):
     before = [(pair.source, pair.target) for pair in tables().pairs]
     found = list(pkgutil.iter_modules(rows.__path__))
-    monkeypatch.setattr(registry.pkgutil, "iter_modules", lambda path: reversed(found))
+    monkeypatch.setattr(registry.pkgutil, "iter_modules", lambda _path: reversed(found))
     tables.cache_clear()
     assert [(pair.source, pair.target) for pair in tables().pairs] == before
     tables.cache_clear()

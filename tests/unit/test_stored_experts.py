@@ -131,7 +131,7 @@ def test_refit_and_replaced_down_projections(tmp_path: Path, monkeypatch: pytest
         stream = LayerStream(open_model(path), IDS)
         variant = Variant(keep={0: [0, 1, 2, 4], 1: [1, 2, 3, 5]}, refit=Refit())
         seen = made.setdefault(size, [])
-        variant.on_layer = lambda layer, replaced, seen=seen: seen.extend(replaced.values())
+        variant.on_layer = lambda _layer, replaced, seen=seen: seen.extend(replaced.values())
         pruned_pass(stream, [variant])
         seen.append(variant.hidden)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made[1 << 25], made[1], strict=True))

@@ -99,12 +99,12 @@ def test_batches_show_what_the_layer_computes(tmp_path: Path, family: str) -> No
     for decoder in model.model.layers:
         record: dict[str, Any] = {}
         seen.append(record)
-        decoder.post_attention_layernorm.register_forward_pre_hook(lambda m, a, r=record: r.update(residual=a[0]))
-        decoder.mlp.register_forward_hook(lambda m, a, o, r=record: r.update(ffn_input=a[0], ffn_output=o))
-        decoder.register_forward_hook(lambda m, a, o, r=record: r.update(inputs=a[0], outputs=o))
+        decoder.post_attention_layernorm.register_forward_pre_hook(lambda _m, a, r=record: r.update(residual=a[0]))
+        decoder.mlp.register_forward_hook(lambda _m, a, o, r=record: r.update(ffn_input=a[0], ffn_output=o))
+        decoder.register_forward_hook(lambda _m, a, o, r=record: r.update(inputs=a[0], outputs=o))
         if hasattr(decoder.mlp, "experts"):
             decoder.mlp.gate.register_forward_hook(
-                lambda m, a, o, r=record: r.update(router_logits=o[0], top_k_weights=o[1], top_k_index=o[2])
+                lambda _m, _a, o, r=record: r.update(router_logits=o[0], top_k_weights=o[1], top_k_index=o[2])
             )
     with torch.no_grad():
         model(torch.tensor(ids))

@@ -180,7 +180,7 @@ def falling(scores: list[float], plan: Plan) -> Any:
         return True
 
     outcome = optimise(
-        [piece], plan=plan, step=step, measure=lambda: next(told), score=float, note=lambda done, measured: None,
+        [piece], plan=plan, step=step, measure=lambda: next(told), score=float, note=lambda _done, _measured: None,
         not_finite=lambda: InputError("NaN"),
     )  # fmt: skip
     return outcome, float(piece.parameter.detach())

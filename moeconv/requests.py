@@ -152,6 +152,13 @@ class FormatsRequest:
 
 
 @dataclass(frozen=True)
+class SchemaRequest:
+    """`moeconv schema`; `command` is None for all."""
+
+    command: str | None
+
+
+@dataclass(frozen=True)
 class DemoRequest:
     """`moeconv demo`; `dir` is None for a temporary directory."""
 

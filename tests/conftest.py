@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from schema import check_json
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the command does, before torch is imported
 
@@ -41,7 +42,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
         capsys.readouterr()
         code = app.run([str(a) for a in arguments])
         captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return checked(arguments, Outcome(code, captured.out, captured.err))
 
     yield run
     for number, handler in handlers.items():
@@ -54,7 +55,14 @@ def command(*arguments: object, input: str | None = None, **environment: str) ->
         [sys.executable, "-m", "moeconv", *map(str, arguments)],
         capture_output=True, text=True, input=input, env=os.environ | environment, check=False,
     )  # fmt: skip
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return checked(arguments, Outcome(done.returncode, done.stdout, done.stderr))
+
+
+def checked(arguments: Sequence[object], outcome: Outcome) -> Outcome:
+    """The outcome, after its JSON was held against the published schema."""
+    if "--json" in arguments and outcome.out.startswith("{"):
+        check_json(str(arguments[0]), outcome.json)
+    return outcome
 
 
 @pytest.fixture(name="command")

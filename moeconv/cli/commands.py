@@ -147,6 +147,12 @@ def _formats(_request: r.FormatsRequest, _meter: Meter) -> dict[str, Any]:
     return formats()
 
 
+def _schema(request: r.SchemaRequest, _meter: Meter) -> dict[str, Any]:
+    from moeconv.contract import schemas
+
+    return dict(schemas(request.command))
+
+
 VERBS: tuple[Verb, ...] = (
     Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), r.InspectRequest, _inspect,
          tables.inspected),
@@ -173,6 +179,9 @@ VERBS: tuple[Verb, ...] = (
          tables.family_table),
     Verb("formats", "The quantization formats and the runtimes that load them.", (), r.FormatsRequest, _formats,
          tables.format_table),
+    Verb("schema", "The JSON Schema of what commands print with --json.",
+         (Positional("command", "One command (default: all).", required=False),), r.SchemaRequest, _schema,
+         tables.json_text),
     Verb("demo", "The whole pipeline on the small checkpoint that ships with moeconv.",
          (Positional("dir", "Directory to write to (default: a temporary one).", required=False, writes=True),),
          r.DemoRequest, _demo, tables.steps_table),

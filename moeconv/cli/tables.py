@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from moeconv.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
@@ -300,3 +302,10 @@ def steps_table(result: Mapping[str, Any]) -> list[Table]:
         need, free = human_bytes(result["disk_bytes"]), human_bytes(result["disk_free_bytes"])
         words = {"output": f"{result['output']} (dry run: nothing written)", "disk": f"{need} needed, {free} free"}
     return [grid(columns, rows), pairs(words)]
+
+
+def json_text(result: Mapping[str, Any]) -> list[Text]:
+    """A result that is JSON for people too."""
+    from rich.text import Text
+
+    return [Text(json.dumps(result, indent=2), no_wrap=True, overflow="ignore")]

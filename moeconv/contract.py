@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, TypedDict, final
 
 from moeconv.errors import UsageError, did_you_mean, escape
 
@@ -24,6 +24,17 @@ class Memory(TypedDict):
     least_bytes: NotRequired[int]  # of a dry run
     experts: NotRequired[Device]  # of a run
     activations: NotRequired[Device]  # of a run
+
+
+@final
+class Foreseen(TypedDict):
+    """The dry run of a command that only measures: the memory that it will take."""
+
+    command: str
+    output: NotRequired[str]  # of one that writes a file
+    dry_run: bool
+    memory: Memory
+    warnings: list[str]
 
 
 class Counts(TypedDict):
@@ -95,6 +106,7 @@ class SourceTokens(TypedDict):
     tokens: int
 
 
+@final
 class NeuronLayer(TypedDict):
     """The busiest half of a dense layer's neurons: their share of the activity, and of the energy."""
 
@@ -111,7 +123,7 @@ class Calibrated(TypedDict):
     sample_tokens: NotRequired[int]  # not of merged files
     memory: NotRequired[Memory | None]  # not of merged files
     sources: list[SourceTokens]
-    layers: list[Load] | list[NeuronLayer]
+    layers: list[Load | NeuronLayer]
     seconds: NotRequired[float]
     warnings: NotRequired[list[str]]
 
@@ -377,7 +389,7 @@ class Written(TypedDict):
 
     command: str
     output: str
-    plan_id: str
+    plan_id: str | None  # null where training decides what is written
     dry_run: bool
     tensors: int
     shards: int
@@ -403,6 +415,19 @@ class Tuned(Written):
     """`moeconv tune`."""
 
     tune: TuneBlock
+
+
+class TunePlannedBlock(TypedDict):
+    """What a dry run of a training knows."""
+
+    objective: str
+    steps: int
+
+
+class TunePlanned(Written):
+    """`moeconv tune --dry-run`."""
+
+    tune: TunePlannedBlock
 
 
 class Pruned(Written):
@@ -625,11 +650,11 @@ class Failed(TypedDict):
 RESULTS: dict[str, tuple[type, ...]] = {
     "inspect": (Inspected,),
     "upcycle": (Upcycled,),
-    "calibrate": (Calibrated,),
-    "tune": (Tuned,),
+    "calibrate": (Calibrated, Foreseen),
+    "tune": (Tuned, TunePlanned),
     "prune": (Pruned, Curve),
     "quantize": (Quantized,),
-    "evaluate": (Evaluated,),
+    "evaluate": (Evaluated, Foreseen),
     "verify": (Verified,),
     "report": (Reported,),
     "run": (Ran,),

@@ -38,7 +38,7 @@ class Verb:
     positionals: tuple[Positional, ...]
     request: type
     run: Callable[[Any, Meter], dict[str, Any]]
-    table: Callable[[Mapping[str, Any]], Any]
+    table: Callable[[Any], Any]
     failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda _result: None
     distributed: bool = False  # may be started several times by torchrun
 

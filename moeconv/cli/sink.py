@@ -43,7 +43,7 @@ class Sink:
     deaf: bool = False
     mute: bool = False
 
-    def result(self, value: Mapping[str, Any], *, table: Callable[[Mapping[str, Any]], Any]) -> None:
+    def result(self, value: Mapping[str, Any], *, table: Callable[[Any], Any]) -> None:
         """Print a step's result in this run's mode, its warnings on stderr."""
         if self.mute:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.errors import escape
@@ -12,6 +12,20 @@ from moeconv.units import human_bytes, human_count, human_seconds
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
+
+    from moeconv.contract import (
+        Calibrated,
+        Evaluated,
+        Families,
+        Foreseen,
+        Formats,
+        Inspected,
+        PruneBlock,
+        QuantizeBlock,
+        TuneBlock,
+        UpcycleBlock,
+        Verified,
+    )
 
 
 def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
@@ -54,7 +68,7 @@ def written(result: Mapping[str, Any]) -> list[Table]:
         "size": f"{human_bytes(result['bytes'])} in {result['shards']} file{'s' * (result['shards'] != 1)}",
         "changed": ", ".join(f"{n} {role} tensors" for role, n in result["changed"].items()) or "nothing",
     }
-    rows |= {"upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune}[result["command"]](block)
+    rows |= _BLOCKS[result["command"]](block)
     if result.get("complete") is False:
         rows["part"] = f"{result['part']} is done, others are not"
     if memory := result.get("memory"):
@@ -87,13 +101,13 @@ def pruned(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(about), grid(columns, rows)]
 
 
-def _upcycle(block: Mapping[str, Any]) -> dict[str, Any]:
-    check = block.get("equivalence") or {}
+def _upcycle(block: UpcycleBlock) -> dict[str, str]:
+    check = block.get("equivalence")
     rows = {
         "conversion": f"{block['from']} -> {block['to']}, {block['num_experts']} experts, top-{block['top_k']}, "
         f"method {block['method']}",
     }
-    if check.get("checked"):
+    if check and check["checked"]:
         exact = "promised exact" if block["exact"] else "not exact by design"
         rows["against source"] = (
             f"logits differ by at most {check['max_abs_logit_diff']:.2e} "
@@ -102,7 +116,7 @@ def _upcycle(block: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _prune(block: Mapping[str, Any]) -> dict[str, Any]:
+def _prune(block: PruneBlock) -> dict[str, str]:
     by = f", by {block['criterion']}" if block["criterion"] else ""
     rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}
     if "top_k_after" in block:
@@ -114,14 +128,15 @@ def _prune(block: Mapping[str, Any]) -> dict[str, Any]:
             f"({found['tokens']} tokens)"
         )
     if "distill" in block:
-        found = block["distill"]
-        rows["distilled"] = f"{found['steps']} steps, held-out KL {found['kl_before']:.4f} -> {found['kl_after']:.4f}"
+        trained = block["distill"]
+        change = f"{_number(trained['kl_before'])} -> {_number(trained['kl_after'])}"
+        rows["distilled"] = f"{trained['steps']} steps, held-out KL {change}"
     for layer, kept in (block.get("keep") or {}).items():
         rows[f"layer {layer}"] = "keeps " + ", ".join(map(str, kept))
     return rows
 
 
-def _quantize(block: Mapping[str, Any]) -> dict[str, Any]:
+def _quantize(block: QuantizeBlock) -> dict[str, str]:
     group = f", {block['group_size']} weights a scale" if block.get("group_size") else ""
     rows = {"packing": f"{block['format']} {block['scheme']}{group}, method {block['method']}"}
     if error := block.get("error", {}).get("relative_rms"):  # of a sample that the check decoded
@@ -130,15 +145,20 @@ def _quantize(block: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _tune(block: Mapping[str, Any]) -> dict[str, Any]:
+def _tune(block: TuneBlock) -> dict[str, str]:
     rows = {"objective": f"{block['objective']}, {block['steps']} steps"}
-    for name in ("loss", "kl", "error"):
-        if block.get(f"{name}_before") is not None:
-            rows[name] = f"{block[f'{name}_before']:.4f} -> {block[f'{name}_after']:.4f}"
+    changes = {
+        "loss": (block["loss_before"], block["loss_after"]),
+        "kl": (block["kl_before"], block["kl_after"]),
+        "error": (block.get("error_before"), block.get("error_after")),
+    }
+    for name, (before, after) in changes.items():
+        if before is not None:
+            rows[name] = f"{_number(before)} -> {_number(after)}"
     return rows
 
 
-def _tune_layers(block: Mapping[str, Any]) -> Table:
+def _tune_layers(block: TuneBlock) -> Table:
     """A row a layer, held-out tokens before -> after; the error where the objective takes one of each layer."""
     columns = {"error": ("error", 4), "router entropy": ("entropy", 3), "max/mean load": ("max_over_mean", 2)}
     layers = block.get("layers", [])
@@ -152,21 +172,27 @@ def _tune_layers(block: Mapping[str, Any]) -> Table:
     return grid(["layer", *columns, "dead experts"], rows)
 
 
-def inspected(result: Mapping[str, Any]) -> list[Table]:
+# command -> the rows of its own block
+_BLOCKS: Mapping[str, Callable[[Any], dict[str, str]]] = {
+    "upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune,
+}  # fmt: skip
+
+
+def inspected(result: Inspected) -> list[Table]:
     """A checkpoint."""
     parameters = result["parameters"]
-    moe, known = result["kind"] == "moe", parameters["active"] is not None
+    moe, count = result["kind"] == "moe", parameters["active"]
     names = ", ".join(word for word in (result["kind"] or "unknown", result["architecture"]) if word)
-    active = f", {human_count(parameters['active'])} active per token" if known else ""
+    active = "" if count is None else f", {human_count(count)} active per token"
     rows = {
         "family": f"{result['model_type']} ({names})",
         "parameters": None if parameters["total"] is None else f"{human_count(parameters['total'])} total{active}",
         "prediction": f"{human_count(parameters['prediction'])} more in layers {result['mtp_layers']}"
         if parameters["prediction"] else None,
         "layers": None if result["layers"] is None else
-        f"{result['layers']}" + (f", {len(result['moe_layers'])} with experts" if moe else ""),
+        f"{result['layers']}" + (f", {len(result['moe_layers'] or ())} with experts" if moe else ""),
         "experts": f"{result['num_experts']} per layer, top-{result['top_k']}" if moe else None,
-        "FLOPs per token": human_count(result["flops_per_token"]) if known else None,
+        "FLOPs per token": None if result["flops_per_token"] is None else human_count(result["flops_per_token"]),
         "size": f"{human_bytes(result['bytes'])}, {result['tensors']} tensors, {result['shards']} shards",
         "dtypes": ", ".join(f"{d} {human_bytes(n)}" for d, n in result["dtypes"].items()),
         "quantization": None,
@@ -180,7 +206,7 @@ def inspected(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(rows), *([grid(["role", "parameters", "bytes"], by_role)] if by_role else [])]
 
 
-def _foreseen(result: Mapping[str, Any]) -> list[Table]:
+def _foreseen(result: Foreseen) -> list[Table]:
     """A dry run of a command that only measures."""
     memory = result["memory"]
     rows = {"memory": f"{human_bytes(memory['peak_bytes'])}, at least {human_bytes(memory['least_bytes'])}; "
@@ -188,11 +214,11 @@ def _foreseen(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(rows | {"tokens": f"{memory['tokens']} (dry run: nothing was run)"})]
 
 
-def evaluated(result: Mapping[str, Any]) -> list[Table]:
+def evaluated(result: Evaluated | Foreseen) -> list[Table]:
     """Loss, comparison and gates."""
-    if result.get("dry_run"):
+    if "dry_run" in result:
         return _foreseen(result)
-    reference = result.get("reference") or {}
+    reference = result["reference"]
     rows: dict[str, Any] = {
         "tokens": result["tokens"],
         "loss": f"{_number(result['loss'])} nats per token, perplexity {_number(result['perplexity'], 3)}",
@@ -216,22 +242,23 @@ def evaluated(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def calibrated(result: Mapping[str, Any]) -> list[Table]:
+def calibrated(result: Calibrated | Foreseen) -> list[Table]:
     """Statistics: load per layer."""
-    if result.get("dry_run"):
+    if "dry_run" in result:
         return _foreseen(result)
     rows = {"output": result["output"], "tokens": result["tokens"]}
-    if "entropy" not in result["layers"][0]:  # a dense model's neurons
-        halves = [[r["layer"], _number(r["rate_top_half"], 3), _number(r["energy_top_half"], 3)]
-                  for r in result["layers"]]  # fmt: skip
+    halves, loads = list[list[object]](), list[list[object]]()
+    for r in result["layers"]:
+        if "entropy" in r:
+            loads.append([r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]])
+        else:  # a dense model's neurons
+            halves.append([r["layer"], _number(r["rate_top_half"], 3), _number(r["energy_top_half"], 3)])
+    if halves:
         return [pairs(rows), grid(["layer", "activity of the busiest half", "energy of it"], halves)]
-    layers = [
-        [r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]] for r in result["layers"]
-    ]
-    return [pairs(rows), grid(["layer", "router entropy", "max/mean load", "dead experts"], layers)]
+    return [pairs(rows), grid(["layer", "router entropy", "max/mean load", "dead experts"], loads)]
 
 
-def verified(result: Mapping[str, Any]) -> list[Table]:
+def verified(result: Verified) -> list[Table]:
     """Whether a checkpoint is whole."""
     checked = result["checked"]
     loads = result["loads"]["transformers"]
@@ -262,7 +289,7 @@ def reported(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def family_table(result: Mapping[str, Any]) -> list[Table]:
+def family_table(result: Families) -> list[Table]:
     """Conversions."""
     rows = [
         [p["from"], p["to"], "exact" if p["exact"] else "near", "yes" if p["default"] else "", p["note"]]
@@ -273,7 +300,7 @@ def family_table(result: Mapping[str, Any]) -> list[Table]:
     return [pairs(lists), grid(["from", "to", "", "default", "note"], rows)]
 
 
-def format_table(result: Mapping[str, Any]) -> list[Table]:
+def format_table(result: Formats) -> list[Table]:
     """Formats and runtimes, and what one should know about some of them."""
     runtimes = list(result["formats"][0]["loads"])
     rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]

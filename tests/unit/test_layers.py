@@ -55,6 +55,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "families": {"errors", "checkpoint", "plugins"},
     "options": {"errors"},
     "requests": {"options"},
+    "contract": {"errors"},
     "plan": {"errors", "checkpoint", "randomness"},
     "plan.arrange": {"errors", "options", "checkpoint", "families"},
     "plan.build": {"errors", "checkpoint", "families"},
@@ -77,7 +78,20 @@ MAY_KNOW: dict[str, set[str]] = {
     "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP
-    | {"upcycle", "tune", "prune", "quantize", "evaluate", "inspect", "verify", "report", "recipe", "demo", "units"},
+    | {
+        "upcycle",
+        "tune",
+        "prune",
+        "quantize",
+        "evaluate",
+        "inspect",
+        "verify",
+        "report",
+        "recipe",
+        "demo",
+        "contract",
+        "units",
+    },
     "__main__": {"cli"},
 }
 # Files that measure, or that take a verb from start to end, in the rooms that decide. Every other file there

@@ -22,6 +22,7 @@ class Memory(TypedDict):
     peak_bytes: int
     free_bytes: int
     least_bytes: NotRequired[int]  # of a dry run
+    tokens: NotRequired[int]  # of a dry run
     experts: NotRequired[Device]  # of a run
     activations: NotRequired[Device]  # of a run
 
@@ -228,9 +229,11 @@ class Cost(TypedDict):
 
 
 class RefitLayer(TypedDict):
-    """How the refit of one layer fared on held-out tokens."""
+    """How the refit of one layer fared on held-out tokens: relative errors with the old weights and with the new."""
 
     layer: int
+    error_before: float
+    error_after: float
     kept: bool
     tokens_per_expert: float
 

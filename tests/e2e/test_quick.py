@@ -32,6 +32,7 @@ WORDS = {
     "families": (),
     "formats": (),
     "demo": ("--where",),
+    "schema": ("prune",),
 }
 
 

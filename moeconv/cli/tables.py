@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moeconv.errors import escape
 from moeconv.units import human_bytes, human_count, human_seconds
@@ -147,9 +147,10 @@ def _quantize(block: QuantizeBlock) -> dict[str, str]:
 
 def _tune(block: TuneBlock) -> dict[str, str]:
     rows = {"objective": f"{block['objective']}, {block['steps']} steps"}
+    # a dry run has none of them
     changes = {
-        "loss": (block["loss_before"], block["loss_after"]),
-        "kl": (block["kl_before"], block["kl_after"]),
+        "loss": (block.get("loss_before"), block.get("loss_after")),
+        "kl": (block.get("kl_before"), block.get("kl_after")),
         "error": (block.get("error_before"), block.get("error_after")),
     }
     for name, (before, after) in changes.items():
@@ -217,7 +218,7 @@ def _foreseen(result: Foreseen) -> list[Table]:
 def evaluated(result: Evaluated | Foreseen) -> list[Table]:
     """Loss, comparison and gates."""
     if "dry_run" in result:
-        return _foreseen(result)
+        return _foreseen(cast("Foreseen", result))
     reference = result["reference"]
     rows: dict[str, Any] = {
         "tokens": result["tokens"],
@@ -245,7 +246,7 @@ def evaluated(result: Evaluated | Foreseen) -> list[Table]:
 def calibrated(result: Calibrated | Foreseen) -> list[Table]:
     """Statistics: load per layer."""
     if "dry_run" in result:
-        return _foreseen(result)
+        return _foreseen(cast("Foreseen", result))
     rows = {"output": result["output"], "tokens": result["tokens"]}
     halves, loads = list[list[object]](), list[list[object]]()
     for r in result["layers"]:

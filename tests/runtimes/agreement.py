@@ -17,9 +17,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sizes import MOE
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
@@ -50,35 +52,18 @@ ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
 # What a runtime is known to refuse, with a message; the rows stay in the table.
 REFUSED = {"vllm": ("compressed-tensors int8 g128",)}  # its CPU backend has no 8-bit kernel
 
-_TINY = {
-    "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 2, "bos_token_id": 0,
-    "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.08, "moe_intermediate_size": 96,
-}  # fmt: skip
-_SIGMOID = {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-LLAMA_CPP_FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8},
-    "qwen2_moe": {"num_experts": 8, "norm_topk_prob": False, "shared_expert_intermediate_size": 160},
-    "qwen3_moe": {"num_experts": 8, "norm_topk_prob": True, "head_dim": 32},
-    "olmoe": {"num_experts": 8, "norm_topk_prob": False, "num_key_value_heads": 4},
-    "dots1": {
-        **_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32, "num_key_value_heads": 4,
-    },
-    "glm4_moe": {
-        **_SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "head_dim": 32, "num_nextn_predict_layers": 0,
-        "attention_bias": True, "use_qk_norm": True,
-    },
-}  # fmt: skip
+# the families that moeconv writes GGUF for
+LLAMA_CPP_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe")
 
 
-def random_model(family: str, out: Path) -> Path:
+def random_model(family: str, out: Path, config: Mapping[str, Any] | None = None) -> Path:
     """A small random model of a family with the demo's tokenizer; biases and corrections are not left at zero."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_TINY, **LLAMA_CPP_FAMILIES[family]})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made = AutoConfig.for_model(family, **(config or MOE[family]))
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith(("bias", "norm.weight")):
             tensor.data += torch.randn_like(tensor) * 0.1
@@ -119,15 +104,26 @@ def sentencepiece(folder: Path, *, size: int = 2048) -> Path:
     return folder
 
 
+def in_environment(variable: str, script: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a script of this folder answers in another environment. Raises RuntimeError with its last words."""
+    done = subprocess.run(
+        [os.environ[variable], str(HERE / script)], input=json.dumps(job) + "\n", capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+    )  # fmt: skip
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        lines = [line for line in done.stderr.splitlines() if "rror" in line] or done.stderr.splitlines()
+        found = {"failed": lines[-1].strip()[-200:] if lines else f"exit {done.returncode}"}
+    if "failed" in found:
+        raise RuntimeError(found["failed"])
+    return found
+
+
 def texts_elsewhere(packed: Path, texts: Sequence[str]) -> list[list[int]]:
     """Texts as llama.cpp tokenizes them with a GGUF file."""
-    command = [os.environ[RUNTIMES["llama.cpp"]], str(HERE / "run_llama_cpp.py"), str(packed / "model.gguf")]
-    job = json.dumps({"prompts": [], "length": 1, "texts": list(texts)})
-    done = subprocess.run(
-        command, input=job, capture_output=True, text=True, check=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )  # fmt: skip
-    return json.loads(done.stdout)["texts"]
+    job = {"model": str(packed / "model.gguf"), "prompts": [], "length": 1, "texts": list(texts)}
+    return in_environment(RUNTIMES["llama.cpp"], "run_llama_cpp.py", job)["texts"]
 
 
 def moe_source(model: Path, out: Path) -> Path:
@@ -215,20 +211,12 @@ def generate(model: Any, asked: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def run_elsewhere(runtime: str, path: Path, asked: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Raises RuntimeError with the last words of a runtime that fails."""
+    """Greedy tokens of another runtime. Raises RuntimeError with the last words of one that fails."""
     script, target = {
-        "vllm": (HERE / "run_vllm.py", path), "llama.cpp": (HERE / "run_llama_cpp.py", path / "model.gguf")
+        "vllm": ("run_vllm.py", path), "llama.cpp": ("run_llama_cpp.py", path / "model.gguf")
     }[runtime]  # fmt: skip
-    job = json.dumps({"prompts": asked, "length": LENGTH, "texts": []})
-    done = subprocess.run(
-        [os.environ[RUNTIMES[runtime]], str(script), str(target)], input=job, capture_output=True, text=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
-    )  # fmt: skip
-    try:
-        return json.loads(done.stdout)["tokens"]
-    except ValueError:
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()
-        raise RuntimeError(lines[-1].strip()[-200:] if lines else f"exit {done.returncode}") from None
+    job = {"model": str(target), "prompts": asked, "length": LENGTH, "texts": []}
+    return in_environment(RUNTIMES[runtime], script, job)["tokens"]
 
 
 def agreement(runtime: str, packed: Path, plain: Path, asked: Sequence[Sequence[int]]) -> dict[str, Any]:

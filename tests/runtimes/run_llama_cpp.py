@@ -1,7 +1,9 @@
-"""Greedy tokens of a GGUF file by llama.cpp: run_llama_cpp.py MODEL < {"prompts": [[id]], "length": n, "texts": []}.
+"""Greedy tokens and log-probabilities of a GGUF file by llama.cpp, in an environment of its own (environments.sh).
 
-Runs in an environment of its own (environments.sh). Prints {"tokens": [[id]], "texts": [[id]]}: the continuation of
-every prompt, and every text tokenized.
+    run_llama_cpp.py < {"model": path, "prompts": [[id]], "length": n, "texts": [], "vocabulary": n}
+
+Prints {"tokens": [[id]], "texts": [[id]], "logprobs": [[[id, float]]]}: the greedy continuation of every prompt, every
+text tokenized, and with `vocabulary` the log-probabilities of all tokens after every prompt.
 """
 
 import json
@@ -17,7 +19,7 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # llama.cpp logs to both streams
     params = xllamacpp.CommonParams()
-    params.model.path = sys.argv[1]
+    params.model.path = job["model"]
     params.n_ctx = 512
     params.n_parallel = 1
     params.cpuparams.n_threads = 1
@@ -31,10 +33,16 @@ def main() -> None:
         with urlopen(request) as answer:
             return json.load(answer)
 
-    greedy = {"n_predict": job["length"], "temperature": 0.0, "return_tokens": True, "ignore_eos": True}
+    greedy = {"temperature": 0.0, "return_tokens": True, "ignore_eos": True, "n_predict": job["length"]}
     tokens = [ask("/completion", {"prompt": prompt, **greedy})["tokens"] for prompt in job["prompts"]]
     texts = [ask("/tokenize", {"content": text, "add_special": False})["tokens"] for text in job["texts"]]
-    os.write(out, json.dumps({"tokens": tokens, "texts": texts}).encode())
+    scores = []
+    for prompt in job["prompts"] if job.get("vocabulary") else []:
+        body = {"prompt": prompt, **greedy, "n_predict": 1, "n_probs": job["vocabulary"]}
+        first = ask("/completion", body)["completion_probabilities"][0]
+        # null for one so improbable that it rounds to nothing
+        scores.append([[t["id"], t["logprob"]] for t in first["top_logprobs"] if t["logprob"] is not None])
+    os.write(out, json.dumps({"tokens": tokens, "texts": texts, "logprobs": scores}).encode())
     os._exit(0)  # its threads do not end by themselves
 
 

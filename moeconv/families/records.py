@@ -270,6 +270,10 @@ class Elsewhere:
     old_words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # key of a nested config -> the keys in it that its class in transformers 4 accepts
     nested: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # keys that hold one number, which some reader takes only as a list of one per layer; transformers reads both
+    per_layer: frozenset[str] = frozenset()
+    # keys left out where they say what the class assumes anyway, because some reader stumbles over them
+    implied: frozenset[str] = frozenset()
     # key that transformers 5 alone reads -> the value with which every other reader computes
     fixed: Mapping[str, Any] = field(default_factory=dict)
     # whether every other reader slides in all layers or in none, whatever layer_types says

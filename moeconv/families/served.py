@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
+from moeconv.families.measured import doubts
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 
@@ -29,8 +30,8 @@ def _row(model_type: str) -> Family | None:
 
 
 def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
-    """Warnings about runtimes that may or may not run the family. Raises UsageError for an unknown runtime, and for one
-    that does not run the family."""
+    """Warnings about runtimes that may or may not run the family, or were not measured to. Raises UsageError for an
+    unknown runtime, and for one that does not run the family."""
     warnings = []
     for target in targets:
         if target not in TARGETS:
@@ -42,4 +43,6 @@ def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
             )
         if found == "unknown":
             warnings.append(f"nothing says that {target} runs {model_type}")
+        else:
+            warnings += doubts(model_type, target)
     return warnings

@@ -107,11 +107,18 @@ def _everywhere(family: Family, text: Mapping[str, Any], changes: Mapping[str, A
 
 
 def _reword(family: Family, text: dict[str, Any]) -> None:
-    """Words of a list that one version of transformers does not know, in those that all know; keys of a nested config
-    that its class refuses are left out."""
+    """Words of a list that one version of transformers does not know, in those that all know; one number for all layers
+    where a reader wants one per layer; keys of a nested config that its class refuses, and keys that say what the class
+    assumes and another reader cannot read, are left out."""
     for key, words in family.elsewhere.old_words.items():
         if isinstance(text.get(key), list):
             text[key] = [words.get(word, word) if isinstance(word, str) else word for word in text[key]]
+    for key in family.elsewhere.per_layer:
+        if isinstance(number := text.get(key), int):
+            text[key] = [number] * family.config.read(text)["num_hidden_layers"]
+    for key in family.elsewhere.implied:
+        if key in text and text[key] == family.config.defaults.get(key):
+            del text[key]
     for key, known in family.elsewhere.nested.items():
         if isinstance(text.get(key), dict):
             text[key] = {name: value for name, value in text[key].items() if name in known}

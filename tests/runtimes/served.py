@@ -1,4 +1,4 @@
-"""Which families do vLLM and llama.cpp run as transformers does? Random models of each, pruned and upcycled, as a table.
+"""Which families do vLLM and llama.cpp run as transformers does? Random models, pruned and upcycled, as a table.
 
     MOECONV_VLLM_PYTHON=... MOECONV_LLAMA_CPP_PYTHON=... MOECONV_CONVERTER_PYTHON=... MOECONV_LLAMA_CPP_SOURCE=DIR \\
         python tests/runtimes/served.py [--made pruned] [--weights bf16] [--runtime vllm] [--json FILE] [FAMILY ...]
@@ -65,7 +65,7 @@ def make(family: str, made: str, work: Path) -> Path:
         values: dict[str, Any] = {"keep": 6, "criterion": "random"}
     else:
         values = {"to": family, "experts": 6, "top_k": 2, "method": "drop", "router_std": 0.3, "no_check": True}
-    run_step("prune" if made == "pruned" else "upcycle", source, out, values, meter=SilentMeter())
+    run_step("prune" if made == "pruned" else "upcycle", values, str(source), str(out), meter=SilentMeter())
     return out
 
 
@@ -233,7 +233,9 @@ def main() -> None:
                 weights, where = options.weights or list(WEIGHTS), options.runtime or ["vllm", "llama.cpp"]
                 for row in measure(family, made, Path(folder), weights, where, vllm):
                     rows.append(row)
-                    figures = row.get("failed") or f"{row['apart']:.1e} | {row['noise']:.1e} | {100 * row['agree']:.1f} %"
+                    figures = (
+                        row.get("failed") or f"{row['apart']:.1e} | {row['noise']:.1e} | {100 * row['agree']:.1f} %"
+                    )
                     print(f"| {family} | {made} | {row['weights']} | {row['runtime']} | {figures} |", flush=True)
                     if options.json:
                         options.json.write_text(json.dumps(rows, indent=1))

@@ -15,6 +15,11 @@ COMMON: dict[str, Any] = {
     "pad_token_id": None, "initializer_range": 0.08, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 _MOE = COMMON | {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
+# families whose experts are as wide as intermediate_size says
+_ONE_WIDTH = {
+    "mixtral", "olmoe", "minimax_m2", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "phimoe",
+    "cohere2_moe", "flex_olmo", "hunyuan_v1_moe", "gpt_oss", "jamba", "llama4_text", "aria_text",
+}  # fmt: skip
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 # the sizes that vLLM's latent attention has a kernel for
 _MLA = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64,
@@ -42,7 +47,7 @@ _GEMMA4 = _WINDOW | {
 
 # model_type -> config of a model that prune takes experts from
 MOE: dict[str, dict[str, Any]] = {
-    kind: _MOE | config
+    kind: {k: v for k, v in (_MOE | config).items() if kind not in _ONE_WIDTH or k != "moe_intermediate_size"}
     for kind, config in {
         "mixtral": _LOCAL | _ROPE,
         "qwen2_moe": _EXPERTS | _ROPE | {"norm_topk_prob": False, "shared_expert_intermediate_size": 160},

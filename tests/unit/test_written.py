@@ -51,7 +51,8 @@ def test_both_wordings_and_every_key_of_other_readers(name):
     text = _text(row, written)
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     for aliases, count in ((row.experts.count, 8), (row.experts.top_k, 2)):
-        assert {text[alias] for alias in aliases} == {count}
+        for alias in aliases:
+            assert text[alias] == ([count] * 4 if alias in row.elsewhere.per_layer else count)
     for key in row.elsewhere.keys:
         assert text[key] is not None, key
     if row.attention.rope in ("plain", "mscale") and "rope_theta" not in row.config.words:
@@ -92,7 +93,9 @@ def test_no_alias_of_a_changed_number_is_stale(name):
         said = {**{alias: [old] * 4 for alias in names if alias not in (*beside, *row.config.words)}, **beside}
         config = _config(row) | row.config.write({}, {key: old}) | said
         text = written_config(config, row, changes={key: new})
-        assert {text[alias] for alias in beside} <= {new} and row.config.read(text)[key] == new
+        listed_now = row.elsewhere.per_layer
+        assert all(text[alias] == ([new] * 4 if alias in listed_now else new) for alias in beside)
+        assert row.config.read(text)[key] == ([new] * 4 if key in listed_now else new)
         listed = _config(row) | row.config.write({}, {key: old}) | {names[-1]: [old] * 4}
         if names[-1] != key:
             assert written_config(listed, row, changes={key: new})[names[-1]] == [new] * 4
@@ -146,3 +149,33 @@ def test_upcycled_configs_have_both_wordings_and_the_readers_keys(tmp_path, sour
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 54321.0 and text["rope_scaling"] is None
     if target == "gpt_oss":  # whose activation transformers 4 and the engines compute with numbers of their own
         assert any("swiglu_alpha" in warning for warning in plan.warnings)
+
+
+def test_a_number_that_a_reader_wants_per_layer_is_a_list_and_stays_one():
+    """llama.cpp's converter takes the first of HunYuan's moe_topk; a new value replaces every entry."""
+    row = ROWS["hunyuan_v1_moe"]
+    written = written_config(_config(row), row)
+    assert written["moe_topk"] == [2, 2, 2, 2]
+    assert written_config(written, row, changes={"moe_topk": 1})["moe_topk"] == [1, 1, 1, 1]
+    assert written_config(written, row) == written
+
+
+def test_keys_of_layers_with_a_window_are_those_of_the_published_model():
+    """vLLM and llama.cpp's converter read them; with the class's own rotary parameters there is no other wording."""
+    row = ROWS["mimo_v2_flash"]
+    written = written_config(_config(row, rope_parameters=row.config.defaults["rope_parameters"]), row)
+    assert "rope_parameters" not in written
+    assert (written["rope_theta"], written["swa_rope_theta"], written["partial_rotary_factor"]) == (5e6, 1e4, 0.334)
+    assert written["swa_num_key_value_heads"] == 2 * row.config.value("num_key_value_heads", written)
+    assert written["swa_head_dim"] == row.config.value("head_dim", written)
+    assert written["sliding_window_size"] == row.config.value("sliding_window", written) - 1
+    other = dict(row.config.defaults["rope_parameters"], sliding_attention={"rope_type": "default", "rope_theta": 7.0})
+    kept = written_config(_config(row, rope_parameters=other), row)
+    assert kept["rope_parameters"] == other and kept["swa_rope_theta"] == 7.0
+
+
+def test_a_class_is_named_as_every_reader_knows_it():
+    row = ROWS["phimoe"]
+    written = written_config(_config(row, architectures=["PhimoeForCausalLM"]), row)
+    assert written["architectures"] == ["PhiMoEForCausalLM"]
+    assert written["original_max_position_embeddings"] == row.config.value("max_position_embeddings", written)

@@ -211,7 +211,7 @@ GRANITEMOE_SWA = moe_row(
         shared_width=("shared_intermediate_size",),
         routing=Routing("softmax_topk", "always"),
     ),
-    elsewhere=Elsewhere(runs=frozenset({"vllm"}), runs_not=frozenset({"llama.cpp"})),
+    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 
 _NO_SHARED: dict[str, Any] = {"shared_intermediate_size": 0}

@@ -73,6 +73,7 @@ HUNYUAN_MOE = moe_row(
             "use_qk_norm": True,
             "use_mixed_mlp_moe": True,
         },
+        per_layer=frozenset({"moe_topk"}),
         runs=EVERY_ENGINE,
     ),
 )

@@ -47,6 +47,17 @@ def _per_layer(key: str, word: str) -> Callable[[Get], list[int] | None]:
     return flags
 
 
+def _rotation(kind: str, key: str, assumed: float) -> Callable[[Get], float]:
+    """A rotary parameter of the layers of one kind, whose parameters may be those of all layers."""
+
+    def found(get: Get) -> float:
+        params = get("rope_parameters")
+        of_kind = params.get(kind, params) if isinstance(params, dict) else {}
+        return of_kind.get(key, assumed) if isinstance(of_kind, dict) else assumed
+
+    return found
+
+
 MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
@@ -60,6 +71,8 @@ MIMO_V2_FLASH = moe_row(
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.334},
             },
             "head_dim": 192,
+            "v_head_dim": 128,
+            "attention_value_scale": 0.707,
             "max_position_embeddings": 131072,
             "attention_bias": False,
             "sliding_window": 129,
@@ -93,9 +106,22 @@ MIMO_V2_FLASH = moe_row(
         keys=NO_AUX_LOSS
         | {
             "layernorm_epsilon": "=rms_norm_eps",
+            "rope_theta": _rotation("full_attention", "rope_theta", 5e6),
+            "partial_rotary_factor": _rotation("full_attention", "partial_rotary_factor", 1.0),
+            "swa_rope_theta": _rotation("sliding_attention", "rope_theta", 1e4),
+            "swa_num_attention_heads": "=num_attention_heads",
+            "swa_num_key_value_heads": lambda get: 2 * get("num_key_value_heads"),
+            "swa_head_dim": "=head_dim",
+            "swa_v_head_dim": "=v_head_dim",
+            "sliding_window_size": lambda get: get("sliding_window") - 1,
+            "add_swa_attention_sink_bias": True,
+            "add_full_attention_sink_bias": False,
+            "attention_value_scale": "=attention_value_scale",
             "hybrid_layer_pattern": _per_layer("layer_types", "sliding_attention"),
             "moe_layer_freq": _per_layer("mlp_layer_types", "sparse"),
         },
+        # llama.cpp's converter looks for partial_rotary_factor in it, where parameters by kind of layer have none
+        implied=frozenset({"rope_parameters"}),
         runs=frozenset({"vllm", "llama.cpp"}),
     ),
 )

@@ -72,7 +72,13 @@ PHIMOE = moe_row(
         # a softmax over those within the jitter of an expert weighs each of the two chosen ones: 1 without jitter
         routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False)
     ),
-    elsewhere=Elsewhere(runs=EVERY_ENGINE),
+    # llama.cpp's converter asks for the trained length of every model of this kind
+    elsewhere=Elsewhere(
+        keys={"original_max_position_embeddings": "=max_position_embeddings"},
+        # the class's name in transformers is not the one that the hub, vLLM and llama.cpp know
+        old_words={"architectures": {"PhimoeForCausalLM": "PhiMoEForCausalLM"}},
+        runs=EVERY_ENGINE,
+    ),
 )
 
 _PHIMOE: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}

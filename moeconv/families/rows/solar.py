@@ -43,7 +43,7 @@ SOLAR_OPEN = moe_row(
         shared_width=("moe_intermediate_size", "n_shared_experts"),
         routing=GROUPED,
     ),
-    elsewhere=Elsewhere(runs=frozenset({"llama.cpp"})),
+    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 
 VENDOR = Vendor(

@@ -58,7 +58,7 @@ MEASURED: Mapping[str, Mapping[str, Measured]] = {
             (
                 "mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "minimax_m2", "exaone_moe",
                 "granitemoe", "granitemoeshared", "granitemoe_swa", "lfm2_moe", "cohere2_moe", "gpt_oss", "jamba",
-                "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3",
+                "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3", "glm4_moe_lite",
             ),
             _SAME,
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from moeconv.families.measured import MEASURED, VERSIONS, how_known
@@ -29,3 +31,14 @@ def test_target_says_what_was_not_measured_or_differs():
     assert "refused it" in check_served("minimax_m2", ["vllm"])[0]
     assert "rotary_embedding" in check_served("deepseek_v3", ["vllm"])[0]
     assert how_known("qwen3_moe", "sglang") == "listed" and how_known("qwen3_moe", "vllm") == "measured"
+
+
+def test_the_manual_says_what_the_table_says():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    for engine, rows in MEASURED.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {VERSIONS[engine]} |")]
+        same, conditional, differs, refused = ([*cell.strip().split(", ")] for cell in line.split("|")[2:6])
+        said = dict.fromkeys([*same, *conditional], "same") | dict.fromkeys(differs, "differs")
+        said |= dict.fromkeys(refused, "refused")
+        assert said == {name: row.found for name, row in rows.items()}
+        assert set(conditional) == {name for name, row in rows.items() if row.found == "same" and row.note}

@@ -70,7 +70,7 @@ class PlanOptions:
     shard_size: str = option("5GB", "Largest size of an output shard.")
     shard_by: str = option(
         "size",
-        "What lies together: shards filled in order, or of their own for each layer or each expert.",
+        "How tensors are grouped into shards: in order up to the size, one shard per layer, or one per expert.",
         choices=("size", "layer", "expert"),
     )
 
@@ -79,16 +79,18 @@ class PlanOptions:
 class WriteOptions:
     """How a checkpoint is written."""
 
-    dry_run: bool = option(False, "Stop after the plan: print what would be written, write nothing.")
+    dry_run: bool = option(False, "Stop after the plan: print what would be written, and write nothing.")
     no_check: bool = option(False, "Skip the check of the written model against the source.")
     strict: bool = option(False, "Refuse what would otherwise be a warning (NaN in a source tensor).")
     jobs: int | None = option(None, "Workers (default: the processors, at most 4).")
     part: str | None = option(
-        None, "Write only share I of N of the shards, as I/N counted from 0; the last one commits."
+        None,
+        "Write only share I of N of the shards, given as I/N with I from 0; the share that finishes last "
+        "completes OUT.",
     )
     overwrite: bool = option(
-        False, "Swap OUT for the new directory once that is complete, where OUT is empty, an output of moeconv, or a "
-        "single checkpoint, with nothing else in it."
+        False, "Replace an existing OUT when the new directory is complete. OUT must be empty, an output of "
+        "moeconv, or a single checkpoint with nothing else in it."
     )  # fmt: skip
 
 
@@ -96,15 +98,15 @@ class WriteOptions:
 class DryOptions:
     """Whether anything is run."""
 
-    dry_run: bool = option(False, "Say what memory it takes, and stop: run nothing, write nothing.")
+    dry_run: bool = option(False, "Print how much memory the command will take, and stop: run nothing, write nothing.")
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
     """How a model is run."""
 
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
-    max_memory: str | None = option(None, "Memory to take at most, such as 16GB (default: what is free).")
+    device: str = option("auto", "Device to compute on.", choices=("auto", "cpu", "cuda"))
+    max_memory: str | None = option(None, "Most memory to use, such as 16GB (default: what is free).")
     batch_size: int = option(8, "Sequences per forward pass.")
     seq_len: int | None = option(
         None, f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's)."
@@ -114,7 +116,7 @@ class MeasureOptions:
         "as its steps take)."
     )  # fmt: skip
     text_field: str = option(
-        "text", "Field of the records that holds the text (default: text, or else messages or conversations)."
+        "text", "Name of the record field that holds the text (default: text, otherwise messages or conversations)."
     )
 
 
@@ -123,8 +125,8 @@ class DataOptions:
     """Text to run a model on."""
 
     data: tuple[str, ...] = option(
-        (), "File of text, JSON, JSON lines, CSV or Parquet, directory, - for standard input, or "
-        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]; repeatable, FILE=WEIGHT.", reads="data"
+        (), "A file of text, JSON, JSON lines, CSV or Parquet; a directory; - for standard input; or "
+        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]. Repeatable; FILE=WEIGHT sets a weight.", reads="data"
     )  # fmt: skip
 
 
@@ -151,18 +153,21 @@ class UpcycleOptions:
     )  # fmt: skip
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
     layers: str = option(
-        "all", "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N, where it costs least."
+        "all",
+        "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N for the N layers that it costs "
+        "least.",
     )
     granularity: int | None = option(
-        None, "Pieces that each copy of the FFN is cut into, an expert each (default: 1; granular and shuffle: 2)."
+        None,
+        "Pieces into which each copy of the FFN is cut, one expert per piece (default: 1; granular and shuffle: 2).",
     )
     shared_experts: str | None = option(
-        None, "What an always-on expert holds: full (the whole FFN; routed experts then start by adding nothing), a "
-        "share of its neurons such as 0.25, or a number of the --granularity pieces (default: none of it).",
+        None, "Part of the FFN that an always-on expert holds: full (all of it; routed experts then start by adding "
+        "nothing), a share of its neurons such as 0.25, or a number of --granularity pieces (default: none).",
     )  # fmt: skip
     router: str = option(
-        "random", "Rows of the router: random; hidden (means of what the router reads, one --data an expert); centroid "
-        "(balanced clusters of it).", choices=("random", "hidden", "centroid"),
+        "random", "Rows of the router: random; hidden (the mean of the router's inputs, one --data per "
+        "expert); centroid (balanced clusters of its inputs).", choices=("random", "hidden", "centroid"),
     )  # fmt: skip
     router_std: float = option(0.02, "Standard deviation of the router's random rows.")
     drop_ratio: float = option(0.5, "drop and shuffle: share of an expert's neurons that are redrawn.")
@@ -181,7 +186,8 @@ class StatisticsOptions:
     """How --stats are taken."""
 
     stats_of_twin: bool = option(
-        False, "Take --stats of the same model in another dtype or quantization; refused where it is no such twin."
+        False,
+        "Accept --stats of the same model in another dtype or quantization; statistics of another model are refused.",
     )
 
 
@@ -193,37 +199,45 @@ class PruneOptions:
     ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")
     max_bytes: str | None = option(None, "Largest size of the result, such as 20GB; removes as few as fit.")
     max_loss_increase: float | None = option(
-        None, "Remove as many as raise the loss on --data by at most this (nats per token)."
+        None, "Remove as many experts as possible while the loss on --data rises by at most this (nats per token)."
     )
     threshold: float | None = option(
-        None, "Remove only experts that have a stand-in of at least this similarity, such as 0.8 (redundancy)."
+        None, "Remove only experts for which another one is at least this similar, such as 0.8 (redundancy)."
     )
     criterion: str | None = option(
-        None, "What decides which experts go (default: reconstruction with data, aimer without).",
+        None, "How the experts to remove are chosen (default: reconstruction with data, aimer without).",
         choices="moeconv.prune.criteria:CRITERIA",
     )  # fmt: skip
     similarity: str = option(
-        "output", "Likeness of experts (redundancy, merge).", choices=("output", "aligned", "raw", "router")
+        "output",
+        "Measure of the similarity of experts (redundancy, merge).",
+        choices=("output", "aligned", "raw", "router"),
     )
     stats: str | None = option(None, "Statistics from `moeconv calibrate`.", reads="file")
-    refit: bool = option(False, "Refit the kept experts' down_proj on --data to what the whole layer gave.")
+    refit: bool = option(
+        False, "Refit the down_proj of the kept experts on --data to the output of the unpruned layer."
+    )
     refit_strength: float = option(0.3, "Ridge of --refit, in units of the mean squared activation.")
     refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
     rescale: bool | None = option(
         None, "Fold the least-squares scale into down_proj (default: where the router does not renormalise)."
     )
-    sequential: bool = option(False, "Choose each layer's experts on the already pruned layers before it (--data).")
-    merge: bool = option(False, "Average the dropped experts into the most similar kept ones, neurons aligned.")
-    distill: int = option(0, "Steps of router distillation to the unpruned model on --data (100 is brief).")
-    top_k: int | None = option(None, "Experts per token of the result; alone it removes nothing.")
-    curve: bool = option(False, "Print loss and KL on --data against ratio; writes no model (OUT: .json, .png, .svg).")
+    sequential: bool = option(
+        False, "Choose the experts of each layer with the layers before it already pruned (--data)."
+    )
+    merge: bool = option(False, "Average each removed expert into the most similar kept one, with aligned neurons.")
+    distill: int = option(0, "Steps of router distillation from the unpruned model on --data, such as 100.")
+    top_k: int | None = option(None, "Experts per token of the result; this option alone removes no expert.")
+    curve: bool = option(
+        False, "Print the loss and KL on --data for every ratio, and write no model (OUT: .json, .png, .svg)."
+    )
     protect_coverage: float | None = option(
-        None, "Keep what makes up this share of a single data source's saliency, such as 0.5."
+        None, "For each data source, keep the experts that make up this share of its saliency, such as 0.5."
     )
     target: tuple[str, ...] = option(
         (), "Runtime that must run the result: transformers, vllm, sglang or llama.cpp; repeatable."
     )
-    protect: str | None = option(None, "Experts that stay: LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
+    protect: str | None = option(None, "Experts to keep, as LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
 
 
 @dataclass(frozen=True)
@@ -238,16 +252,18 @@ class QuantizeOptions:
     bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)
     group_size: str = option("auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS)
     method: str = option(
-        "rtn", "How codes are chosen: nearest, scales of least error, or by data (needs --data).",
+        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error, gptq uses --data.",
         choices=("rtn", "mse", "gptq"),
     )  # fmt: skip
-    average_bits: float | None = option(None, "mixed: bits an expert weight, scales included, such as 5.")
+    average_bits: float | None = option(None, "mixed: bits per expert weight, scales included, such as 5.")
     max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.")
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
-    scope: str = option("experts", "What is packed; router, embeddings, norms and lm_head stay.", choices=SCOPES)
+    scope: str = option(
+        "experts", "Weights to pack; the router, embeddings, norms and lm_head are never packed.", choices=SCOPES
+    )
     target: tuple[str, ...] = option(
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
     )
@@ -257,7 +273,7 @@ class QuantizeOptions:
     )  # fmt: skip
     double_quant: bool = option(False, "Quantize the scales too ({nesting}).", words=_FORMAT_WORDS)
     requantize: bool = option(
-        False, "Take a source that is quantized already (FP8, MXFP4, ...): each weight is decoded as it is packed."
+        False, "Accept a source that is already quantized (FP8, MXFP4, ...): each weight is decoded, then packed."
     )
 
 
@@ -275,17 +291,17 @@ class CalibrateOptions:
 class TuneOptions:
     """moeconv tune"""
 
-    objective: str = option("layerwise", "What is minimised.", choices=("layerwise", "distill", "lm"))
+    objective: str = option("layerwise", "What the training minimises.", choices=("layerwise", "distill", "lm"))
     teacher: str | None = option(
-        None, "Dense source, or the model before an edit (layerwise and distill need it).", reads="model"
+        None, "The dense source, or the model before it was edited (required by layerwise and distill).", reads="model"
     )
-    train: str = option("router", "What trains: router, or with more words: router,experts,shared,norms.")
+    train: str = option("router", "Parts to train, separated by commas: router, experts, shared, norms.")
     steps: int = option(100, "Optimiser steps (per layer with layerwise).")
     learning_rate: float | None = option(
         None, "Peak learning rate of everything that trains (default: by width, objective and --train)."
     )
     schedule: str = option(
-        "cosine", "The rate after its warmup: down to a tenth of the peak, or constant.",
+        "cosine", "The learning rate after the warmup: falling to a tenth of the peak, or constant.",
         choices=("cosine", "linear", "constant"),
     )  # fmt: skip
     warmup: float = option(0.1, "Share of the steps in which the rate rises to its peak.")
@@ -300,7 +316,7 @@ class TuneOptions:
     )  # fmt: skip
     z_loss: float = option(0.0, "Weight of the router z-loss.")
     router_noise: float = option(0.0, "While training: standard deviation of noise on the router's logits.")
-    temperature: float = option(1.0, "While training: what the router's logits are divided by.")
+    temperature: float = option(1.0, "While training: divisor of the router's logits.")
     capacity_factor: float | None = option(
         None, "While training: an expert takes at most ceil(F * tokens * top-k / experts) tokens of a batch, those "
         "with the largest weights (default: no limit)."

@@ -1,4 +1,4 @@
-"""Which tensors lie together in a file: filled by size, a layer each, or an expert each (--shard-by).
+"""How tensors are grouped into shards: in order up to a size, one shard per layer, or one per expert (--shard-by).
 
 Files keep the names that every loader knows; the index says where a tensor is, so loaders need no word of this.
 """

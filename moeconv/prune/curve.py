@@ -51,7 +51,10 @@ def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> 
             )
     for flag in limits.BUDGETS:
         if getattr(options, flag) is not None:
-            raise UsageError("--curve shows every ratio: it takes no budget", hint="Leave out --ratio and its kin.")
+            raise UsageError(
+                "--curve shows every ratio, so it takes no budget",
+                hint="Leave out --ratio, --keep and the other budgets.",
+            )
     counts = [n for n in range(1, model.num_experts) if feasible(model, n, options)]
     # says why nothing can go
     limits.check_prune(model, replace(options, keep=counts[-1] if counts else 0), request.plan)

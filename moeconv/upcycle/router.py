@@ -58,7 +58,7 @@ def measure_router(
 ) -> dict[str, Any]:
     """Write `experts` router rows of every layer in `names` (layer -> tensor name, float32 [experts, H]) to `path`.
 
-    `hidden`: the mean direction of the router's inputs over each expert's data, one --data value an expert (as
+    `hidden`: the mean direction of the router's inputs over each expert's data, one --data value per expert (as
     mergekit-moe's mode of that name, which averages hidden states; here it is what the router really reads).
     `centroid`: balanced k-means of those directions, over all data. The part that all rows share is taken out, which no
     softmax sees, rows get one length, and one factor a layer gives logits a standard deviation of 1 over the sample.
@@ -68,10 +68,10 @@ def measure_router(
     """
     meter = meter or SilentMeter()
     if not data:
-        raise UsageError(f"--router {kind} needs --data", hint="hidden: one --data an expert; centroid: any text.")
+        raise UsageError(f"--router {kind} needs --data", hint="hidden: one --data per expert; centroid: any text.")
     if kind == "hidden" and len(data) != experts:
         raise UsageError(
-            f"--router hidden with {experts} experts needs as many --data values, one an expert; {len(data)} are given",
+            f"--router hidden with {experts} experts needs one --data value per expert; {len(data)} are given",
             hint="Give them in the order of the experts; several files of one expert go into a directory.",
         )
     length = sequence_length(model, seq_len, default=SEQ_LEN)

@@ -36,7 +36,7 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
         raise UsageError(f"--router: {options.method} fits its own router", hint="Leave --router out.")
     if request.data.data and not splits and options.router == "random":
         raise UsageError(
-            "--data says nothing to this upcycle",
+            "this upcycle does not use --data",
             hint=f"It goes with {which(partitioning())} and with --router hidden or centroid; leave it out.",
         )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))

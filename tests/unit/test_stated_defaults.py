@@ -125,7 +125,7 @@ def test_how_many_experts_an_upcycle_makes(models, cli, tmp_path):
         block = done.json["upcycle"]
         assert (block["num_experts"], block["top_k"]) == found[:2], words
         assert found[2] is None or block["granularity"] == found[2], words
-    assert "most runtimes serve" in STATED["upcycle", "to"] and STATED["upcycle", "shared_experts"] == "none of it"
+    assert "most runtimes serve" in STATED["upcycle", "to"] and STATED["upcycle", "shared_experts"] == "none"
 
 
 def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):

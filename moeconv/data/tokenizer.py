@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.companions import asks_for_code, has_vocabulary
+from moeconv.checkpoint.companions import asks_for_code, has_vocabulary, is_companion_name
 from moeconv.errors import InputError, escape, first_line
 from moeconv.stream.quiet import quiet
 
@@ -30,9 +31,19 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Whatever a damaged or foreign tokenizer file makes transformers raise: it is the input's fault.
-        raise InputError(
-            f"the tokenizer of {escape(path.name)} does not load: {first_line(error)}", hint=_remedy(path)
-        ) from error
+        said = _broken(path) or first_line(error)
+        raise InputError(f"the tokenizer of {escape(path.name)} does not load: {said}", hint=_remedy(path)) from error
+
+
+def _broken(path: Path) -> str | None:
+    """What is wrong with the first of its JSON files that is none: transformers does not say which one it is."""
+    for file in sorted(path.glob("*.json")):
+        if is_companion_name(file.name):
+            try:
+                json.loads(file.read_bytes())
+            except (ValueError, OSError) as error:
+                return f"{escape(file.name)} is not valid JSON ({error})"
+    return None
 
 
 def _remedy(path: Path) -> str:

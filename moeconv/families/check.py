@@ -12,6 +12,7 @@ from moeconv.families.foreign import GIVE, bits_of, recognise
 from moeconv.families.methods import encodings, quantization_method
 from moeconv.families.names import why_no_head
 from moeconv.families.packed import Stored, fit, weight_of
+from moeconv.families.packed import quantization as checkpoint_quantization
 from moeconv.families.records import Packed
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
@@ -24,8 +25,8 @@ _TOGETHER = "config.json and the shards do not belong together"
 
 
 def check_foreign(checkpoint: Checkpoint) -> None:
-    """Raises Unsupported for weights that are quantized in a known way that is not read, or whose quantization_config
-    stands where it is not read."""
+    """Raises Unsupported for weights that are quantized in a way or a form that is not read, or whose
+    quantization_config stands where it is not read; InputError for settings that are none."""
     nested = [
         key for key, part in checkpoint.config.items() if isinstance(part, dict) and "quantization_config" in part
     ]
@@ -44,6 +45,8 @@ def check_foreign(checkpoint: Checkpoint) -> None:
             + ", which moeconv does not read",
             hint=GIVE,
         )  # fmt: skip
+    if (quantization := checkpoint_quantization(checkpoint.config)) is not None:
+        encodings(quantization)  # before names are judged, which a form that is not read makes strange
 
 
 def check_only(family: Family, config: Mapping[str, Any]) -> None:

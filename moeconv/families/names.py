@@ -10,15 +10,19 @@ from moeconv.errors import InputError, escape
 from moeconv.families.spec import Family
 
 _SAVE_INNER = "Save the model inside with save_pretrained, or write the tensors again without that part of their names."
+_MERGE = "Merge the adapter: peft's merge_and_unload(), then save_pretrained."
 # parts of names that training tools add around modules -> (tool, what to do)
 _ADDED = {
     "_orig_mod": ("torch.compile", _SAVE_INNER),
     "_fsdp_wrapped_module": ("FSDP", _SAVE_INNER),
     "_checkpoint_wrapped_module": ("activation checkpointing", _SAVE_INNER),
+    "_forward_module": ("Lightning", _SAVE_INNER),
     "module": ("DataParallel or DeepSpeed", _SAVE_INNER),
-    "base_model": ("PEFT", "Merge the adapter: peft's merge_and_unload(), then save_pretrained."),
+    "pretrained_model": ("TRL's value head", _SAVE_INNER),
+    "base_model": ("PEFT", _MERGE),
+    "base_layer": ("PEFT", _MERGE),
 }
-_AT_START = ("module", "base_model")  # elsewhere they may be a family's own word
+_AT_START = ("module", "base_model", "pretrained_model")  # elsewhere they may be a family's own word
 _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
 # heads that other classes than a language model's have, which transformers leaves out
 _HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "reward_head.", "regression_head.")

@@ -179,6 +179,11 @@ def test_a_checkpoint_without_a_usable_tokenizer(tmp_path: Path) -> None:
     (damaged / "tokenizer.json").write_text('{"version": "1.0"}')
     with pytest.raises(InputError, match="tokenizer of damaged does not load"):
         load(damaged, tmp_path / "a.txt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        broken = add_tokenizer(tmp_path / name.partition(".")[0])
+        (broken / name).write_text("{\n oops")
+        with pytest.raises(InputError, match=rf"does not load: {name} is not valid JSON \(.*line 2"):
+            load(broken, tmp_path / "a.txt")
 
 
 def test_chats_need_a_template(tmp_path: Path) -> None:

@@ -73,6 +73,31 @@ def test_every_method_of_transformers_is_read_or_named(tmp_path: Path) -> None:
         assert word in known or word in raised.value.message
 
 
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ({"quant_method": "brandnew"}, "quantized by brandnew"),
+        (
+            {"quant_method": "compressed-tensors", "format": "marlin-24",
+             "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}}},
+            "compressed-tensors marlin-24",
+        ),
+    ],
+)  # fmt: skip
+def test_a_quantization_that_nobody_knew_is_named_before_its_tensors_are(
+    tmp_path: Path, cli, quantization, says
+) -> None:
+    path = tiny.make_moe(tmp_path / "model")
+    tensors = tiny.read_tensors(path)
+    renamed = {n.replace("weight", "weight_q") if ".experts." in n else n: t for n, t in tensors.items()}
+    tiny.write_shards(path, renamed)
+    tiny.edit_json(path / "config.json", quantization_config=quantization)
+    refused = cli("prune", path, tmp_path / "out", "--ratio", 0.5, "--json")
+    assert refused.code == 3 and says in refused.json["error"]["message"]
+    found = cli("inspect", path, "--json")
+    assert found.code == 0 and found.json["quantization"]["format"] == quantization["quant_method"]
+
+
 def test_a_kind_of_compressed_tensors_that_is_not_read_is_named(tmp_path: Path) -> None:
     path = tiny.make_moe(tmp_path / "model")
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

@@ -258,6 +258,9 @@ def test_names_that_would_fall_together(tmp_path: Path) -> None:
         (lambda n: n.replace("self_attn", "_fsdp_wrapped_module.self_attn"), "FSDP"),
         (lambda n: f"base_model.model.{n}", "PEFT"),
         (lambda n: n.replace("q_proj.weight", "q_proj.lora_A.weight"), "adapter"),
+        (lambda n: n.replace("q_proj.weight", "q_proj.base_layer.weight"), "PEFT"),
+        (lambda n: f"_forward_module.{n}", "Lightning"),
+        (lambda n: f"pretrained_model.{n}", "TRL"),
     ],
 )
 def test_names_that_a_training_tool_has_wrapped_are_refused_by_its_name(tmp_path: Path, change, tool: str) -> None:

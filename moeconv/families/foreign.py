@@ -19,13 +19,15 @@ GIVE = (
 @dataclass(frozen=True, slots=True)
 class Foreign:
     """A way to quantize. `methods` are its words for quant_method, `endings` those of its tensors, all of which some
-    weight has; `key` is the key of config.json where its settings stand; `bits` are the words for the width."""
+    weight has; `key` is the key of config.json where its settings stand; `bits` are the words for the width. A way that
+    shares its word with one that is read is told by its endings, and by `without`, endings that no weight has."""
 
     name: str
     methods: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
     key: str = "quantization_config"
     bits: tuple[str, ...] = ("bits",)
+    without: tuple[str, ...] = ()
 
 
 # in the order in which they are tried by their endings: what asks for more comes first
@@ -47,6 +49,9 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("BitNet", ("bitnet",)),
     Foreign("SpQR", ("spqr",)),
     Foreign("HIGGS", ("higgs",)),
+    Foreign(
+        "AutoFP8", ("fp8",), (".weight_scale",), without=(".weight_scale_inv",)
+    ),  # transformers' own has the latter
     Foreign("FP-Quant", ("fp_quant",), (".qweight", ".scales", ".forward_hadamard_matrix")),
 )
 
@@ -56,17 +61,23 @@ def recognise(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Foreign,
     says goes before what the names show."""
     settings = config.get("quantization_config")
     stated = settings.get("quant_method") if isinstance(settings, dict) else None
-    if isinstance(stated, str):
-        found = next((way for way in FOREIGN if stated.lower() in way.methods), None)
-        return None if found is None else (found, dict(settings or {}))
     ends = {"." + name.rpartition(".")[2] for name in names} | {
         "." + ".".join(name.rsplit(".", 2)[1:]) for name in names
     }
+    if isinstance(stated, str):
+        named = (way for way in FOREIGN if stated.lower() in way.methods)
+        found = next((way for way in named if not way.without or _shown(way, ends)), None)
+        return None if found is None else (found, dict(settings or {}))
     for way in FOREIGN:
-        if way.endings and ends.issuperset(way.endings):
+        if way.endings and not way.without and _shown(way, ends):
             own = config.get(way.key)
             return way, dict(own) if isinstance(own, dict) else {}
     return None
+
+
+def _shown(way: Foreign, ends: set[str]) -> bool:
+    """Whether the tensors' endings are those of a way."""
+    return ends.issuperset(way.endings) and ends.isdisjoint(way.without)
 
 
 def bits_of(way: Foreign, settings: Mapping[str, Any]) -> int | None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from moeconv.families import packed
 from moeconv.families.head import head_warnings
 from moeconv.families.methods import quantization_method
-from moeconv.families.model import Model
+from moeconv.families.model import Model, open_model
 from moeconv.plan.build import count_params, count_prediction
 
 
-def inspect(model: Model) -> dict[str, Any]:
-    """The JSON object of `moeconv inspect`. The input embedding counts among the active parameters, but not among those
-    that multiply, of which `flops_per_token` are 2 each, without the attention's dependence on context length;
-    multi-token-prediction layers count apart."""
+def inspect(model: Model | str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object of `moeconv inspect`, of a model or of the directory where it lies.
+
+    The input embedding counts among the active parameters, but not among those that multiply, of which
+    `flops_per_token` are 2 each, without the attention's dependence on context length; multi-token-prediction layers
+    count apart. Raises InputError for a directory that `open_model` refuses."""
+    if isinstance(model, str | os.PathLike):
+        model = open_model(model)
     refs = model.checkpoint.tensors
     dtypes: dict[str, int] = {}
     by_role: dict[str, int] = {}

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_moe
 
 import moeconv
 from moeconv import api
@@ -58,3 +59,9 @@ def test_the_face_loads_no_torch_and_leaves_the_built_ins_alone():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "False", done.stderr
     assert "open" not in moeconv.__all__ and not set(api.__all__) & set(dir(builtins))
+
+
+def test_inspect_takes_a_model_or_its_directory(tmp_path):
+    path = make_moe(tmp_path / "moe")
+    assert moeconv.inspect(path) == moeconv.inspect(str(path)) == api.inspect(api.open_model(path))
+    assert moeconv.inspect(path)["kind"] == "moe"

@@ -179,7 +179,10 @@ def main() -> None:
                 print(f"{form:6} {name:13} not taken: {planned['error']['message']}", flush=True)
                 continue
             told = planned["memory"]["peak_bytes"]
-            done = run(words)
+            done = run(words, fails=True)
+            if '"error"' in done.out[:20]:
+                print(f"{form:6} {name:13} not taken: {json.loads(done.out)['error']['message']}", flush=True)
+                continue
             subprocess.run(["rm", "-rf", str(out)], check=True)
             print(
                 f"{form:6} {name:13} {layer / 1e6:>5.0f} MB {done.peak / 1e6:>5.0f} MB {done.peak / layer:>6.2f}"

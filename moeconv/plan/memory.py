@@ -19,10 +19,10 @@ _PROCESS, _TORCH = 60_000_000, 200_000_000  # a process with its write buffers, 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
-def lean_malloc() -> None:
-    """One arena, mmap for blocks from 4 MiB on, and at most 32 MiB kept free for the next ones: below that, every block
-    of scratch would be page faults, half of a quantize's processor time. Does nothing where the C library is not glibc.
-    """
+def lean_malloc(mapped: int = 1 << 22) -> None:
+    """One arena, mmap for blocks from `mapped` bytes on, and at least 32 MiB kept free for the next ones: below that,
+    every block of scratch would be page faults, half of a quantize's processor time. Does nothing where the C library
+    is not glibc."""
     import ctypes
 
     try:
@@ -30,8 +30,8 @@ def lean_malloc() -> None:
     except (AttributeError, OSError):
         return
     mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, 1 << 22)
-    mallopt(_M_TRIM_THRESHOLD, 1 << 25)
+    mallopt(_M_MMAP_THRESHOLD, mapped)
+    mallopt(_M_TRIM_THRESHOLD, max(1 << 25, 4 * mapped))
 
 
 def memory_bytes(plan: Plan, *, jobs: int) -> int:

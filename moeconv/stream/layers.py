@@ -22,7 +22,7 @@ from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
-from moeconv.stream.memory import allocate, release_memory
+from moeconv.stream.memory import MAPPED, allocate, release_memory
 from moeconv.stream.need import Fit, Need, Run, fitted, need_of, together
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import Names, names_of, place
@@ -346,7 +346,7 @@ def stream_within(
     device = torch.device(device)
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
     if device.type == "cpu":
-        lean_malloc()
+        lean_malloc(MAPPED)
         run = Run(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
         found = fitted(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held

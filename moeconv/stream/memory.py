@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moeconv.errors import OutputError, escape
 
+MAPPED = 1 << 24  # blocks from here on go back to the system at once; below, an expert is decoded in the same pages
+
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:
     """Room for activations: memory, or beyond `limit` bytes a file in the temporary directory, gone with the tensor.

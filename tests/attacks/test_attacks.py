@@ -447,7 +447,7 @@ def test_pruning_by_weights_that_are_no_numbers(refused, tmp_path, out):
         (["--to", "\x1b[31mred"], "\\x1b[31mred"), (["--jobs", "0", "--dry-run"], "--jobs 0"),
         (["--drop-ratio", "0.2"], "--drop-ratio says nothing to --method copy"),
         (["--method", "drop", "--noise-scale", "0.2"], "--noise-scale says nothing to --method drop"),
-        (["--stats", "nofile"], "--stats says nothing"), (["--data", "nofile"], "--data says nothing"),
+        (["--stats", "nofile"], "--stats says nothing"), (["--data", "nofile"], "does not use --data"),
     ],
 )  # fmt: skip
 def test_wrong_words(refused, cli, tmp_path, out, words, says):

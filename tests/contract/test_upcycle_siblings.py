@@ -256,7 +256,7 @@ def test_hidden_needs_one_text_an_expert(tmp_path, cli, texts):
     done = cli(
         "upcycle", DEMO / "model", tmp_path / "moe", "--experts", 4, "--router", "hidden", "--data", texts[0], "--json"
     )
-    assert done.code == 2 and "as many --data" in done.json["error"]["message"]
+    assert done.code == 2 and "one --data value per expert" in done.json["error"]["message"]
 
 
 def test_clusters_are_balanced_and_do_not_depend_on_anything_but_the_seed():

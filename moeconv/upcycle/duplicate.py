@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.reader import TensorRef
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.errors import InputError, UsageError
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role, with_expert
@@ -72,7 +72,7 @@ def _check_options(options: UpcycleOptions) -> None:
         if getattr(options, name) != getattr(usual, name):
             flag = name.replace("_", "-")
             raise UsageError(
-                f"--{flag} {escape(getattr(options, name))}: a source with experts can only have its experts copied",
+                f"--{flag}: a source with experts can only have its experts copied",
                 hint="Give --experts alone; `moeconv tune` then lets the copies differ.",
             )
 

@@ -201,6 +201,6 @@ def check_reads(options: UpcycleOptions) -> None:
         readers = [known for known, method in METHODS.items() if name in method.reads]
         if getattr(options, name) != getattr(UpcycleOptions(), name) and options.method not in readers:
             raise UsageError(
-                f"{flag_of(name)} says nothing to --method {options.method}",
+                f"--method {options.method} does not use {flag_of(name)}",
                 hint=f"It goes with {which(readers)}; leave it out.",
             )

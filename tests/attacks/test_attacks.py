@@ -445,9 +445,9 @@ def test_pruning_by_weights_that_are_no_numbers(refused, tmp_path, out):
         (["--jobs", "-1"], "--jobs -1"), (["--part", "2/2"], "--part 2/2"), (["--part", "\x1b[2J"], "--part \\x1b[2J"),
         (["--dtype", "int3"], "--dtype int3"), (["--router-std", "nan"], "--router-std"), (["--topk", "2"], "--topk"),
         (["--to", "\x1b[31mred"], "\\x1b[31mred"), (["--jobs", "0", "--dry-run"], "--jobs 0"),
-        (["--drop-ratio", "0.2"], "--drop-ratio says nothing to --method copy"),
-        (["--method", "drop", "--noise-scale", "0.2"], "--noise-scale says nothing to --method drop"),
-        (["--stats", "nofile"], "--stats says nothing"), (["--data", "nofile"], "does not use --data"),
+        (["--drop-ratio", "0.2"], "--method copy does not use --drop-ratio"),
+        (["--method", "drop", "--noise-scale", "0.2"], "--method drop does not use --noise-scale"),
+        (["--stats", "nofile"], "does not use --stats"), (["--data", "nofile"], "does not use --data"),
     ],
 )  # fmt: skip
 def test_wrong_words(refused, cli, tmp_path, out, words, says):

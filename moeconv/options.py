@@ -512,5 +512,5 @@ def flag_of(name: str) -> str:
 
 
 def parameters_of(*groups: Any) -> dict[str, Any]:
-    """The values that a plan's id depends on, as plain JSON values."""
+    """The values of option groups by name: what a plan's id depends on, and keywords of the library's functions."""
     return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}

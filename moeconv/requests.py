@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from moeconv import options as o
 
@@ -181,11 +181,6 @@ def request(kind: type[R], values: Mapping[str, object]) -> R:
 def paths_of(kind: type) -> tuple[str, ...]:
     """The fields of a request that are no option group: its source, then what it writes."""
     return tuple(name for name, group in _fields(kind) if group is None)
-
-
-def keywords(*groups: object) -> dict[str, Any]:
-    """The values of option groups as keyword arguments, for the functions of `moeconv.api`."""
-    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group)}  # type: ignore[arg-type]
 
 
 def _fields(kind: type) -> Iterator[tuple[str, type | None]]:

@@ -7,8 +7,9 @@ from typing import Any
 from moeconv.calibrate.need import run_of
 from moeconv.checkpoint.hub import resolve
 from moeconv.errors import UsageError
+from moeconv.options import parameters_of
 from moeconv.plan.meter import Meter
-from moeconv.requests import CalibrateRequest, keywords
+from moeconv.requests import CalibrateRequest
 from moeconv.runner.run import open_resolved, planned_memory
 from moeconv.stream.need import need_of
 
@@ -27,7 +28,7 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
         seed=request.random.seed,
         overwrite=request.artifact.overwrite,
         meter=meter,
-        **keywords(request.calibrate, request.data, request.measure),
+        **parameters_of(request.calibrate, request.data, request.measure),
     )
 
 

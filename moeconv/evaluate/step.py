@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.checkpoint.hub import resolve
-from moeconv.options import EVALUATE_SEQ_LEN, TOKENS
+from moeconv.options import EVALUATE_SEQ_LEN, TOKENS, parameters_of
 from moeconv.plan.meter import Meter
-from moeconv.requests import EvaluateRequest, keywords
+from moeconv.requests import EvaluateRequest
 from moeconv.runner.run import open_resolved, planned_memory
 from moeconv.stream.need import Run, need_of, together
 
@@ -18,7 +18,7 @@ def evaluate(request: EvaluateRequest, *, meter: Meter) -> dict[str, Any]:
         return _foreseen(request)
     from moeconv.evaluate.run import evaluate as measure
 
-    asked = keywords(request.evaluate, request.data, request.measure)
+    asked = parameters_of(request.evaluate, request.data, request.measure)
     if request.evaluate.reference:
         asked["reference"] = resolve(request.evaluate.reference)
     return measure(resolve(request.model), seed=request.sample.seed, meter=meter, **asked)

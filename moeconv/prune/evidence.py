@@ -14,12 +14,12 @@ from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.writer import replace_file
 from moeconv.families.model import Model
 from moeconv.families.rule import rule_of
-from moeconv.options import PruneOptions
+from moeconv.options import PruneOptions, parameters_of
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prune import choice
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Evidence
-from moeconv.requests import PruneRequest, keywords
+from moeconv.requests import PruneRequest
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
 JUDGE_EVERY = 4  # of --data, the share of windows that judge what was decided on the others
@@ -37,7 +37,7 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
 
         judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
         judged = JUDGE_EVERY if judges else None
-        asked = keywords(request.data, request.measure, request.calibrate)
+        asked = parameters_of(request.data, request.measure, request.calibrate)
 
         def measure(folder: Path) -> None:
             calibrate(

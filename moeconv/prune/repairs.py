@@ -13,14 +13,14 @@ import numpy as np
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import InputError
 from moeconv.families.model import Model
-from moeconv.options import TuneOptions, parameters_of
+from moeconv.options import parameters_of
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.decision import Decision, with_keep
 from moeconv.prune.windows import read_windows, refit_of, stream_of
-from moeconv.requests import PruneRequest, keywords
+from moeconv.requests import PruneRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,11 +162,10 @@ def distilled(
     )
     student, path = folder / "pruned", folder / "tuned"
     execute(plan, source=model.checkpoint, out=student, origins=before.overlays or None, meter=meter)
-    asked = keywords(request.measure, request.data)
     block = tune(
         student, path, seed=request.plan.seed, meter=meter, objective="distill", teacher=str(model.checkpoint.path),
         train="router", steps=request.prune.distill, balance=0.0,
-        **{k: v for k, v in asked.items() if k not in parameters_of(TuneOptions())},
+        **parameters_of(request.measure, request.data),
     )  # fmt: skip
     shutil.rmtree(student)
     figures = {

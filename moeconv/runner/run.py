@@ -18,14 +18,13 @@ from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
 from moeconv.families.model import Model, open_model
-from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size
 from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
-from moeconv.requests import keywords
 from moeconv.stream.need import Need, Run
 from moeconv.units import human_bytes
 
@@ -138,7 +137,7 @@ def measuring(command: str, model: Model, out: str, write: WriteOptions, *option
     checked_jobs(write.jobs)
 
     def key() -> str:
-        said = dict[str, Any](keywords(*options))
+        said = dict[str, Any](parameters_of(*options))
         said |= {"data": [content_of(value) for value in said.get("data", ())]}
         if said.get("stats"):
             said["stats"] = content_of(said["stats"], flag="--stats")

@@ -8,9 +8,10 @@ from typing import Any
 from moeconv.checkpoint.hub import resolve
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.families.model import Model
+from moeconv.options import parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
-from moeconv.requests import TuneRequest, keywords
+from moeconv.requests import TuneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_json, planned_memory, run_plan
 from moeconv.tune.need import need_of_tune
 from moeconv.world import current, first
@@ -29,7 +30,7 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
         return _foreseen(model, request)
     from moeconv.tune.run import tune as train
 
-    asked = keywords(request.tune, request.data, request.measure)
+    asked = parameters_of(request.tune, request.data, request.measure)
     if request.tune.teacher:
         asked["teacher"] = resolve(request.tune.teacher)
     begun = False

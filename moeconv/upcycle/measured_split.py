@@ -7,9 +7,10 @@ from pathlib import Path
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
+from moeconv.options import parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import Partition, load_partition
-from moeconv.requests import UpcycleRequest, keywords
+from moeconv.requests import UpcycleRequest
 from moeconv.upcycle.split import MEASURE, split_options, split_shape
 
 _NEURONS, _PARTITION = "neurons.safetensors", "partition.safetensors"
@@ -33,7 +34,7 @@ def measure_partition(model: Model, request: UpcycleRequest, measured: Measured,
     seed = request.plan.seed
     stats, twin = options.stats, request.statistics.stats_of_twin
     if not stats:
-        asked = keywords(request.calibrate, request.data, request.measure)
+        asked = parameters_of(request.calibrate, request.data, request.measure)
 
         def look(folder: Path) -> None:
             calibrate(

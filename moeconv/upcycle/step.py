@@ -10,12 +10,13 @@ from moeconv.checkpoint.reader import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
+from moeconv.options import parameters_of
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
-from moeconv.requests import UpcycleRequest, keywords
+from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
 from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
 from moeconv.upcycle.methods import METHODS, partitioning, which
@@ -81,7 +82,7 @@ def _measured_router(
     from moeconv.upcycle.router import measure_router
 
     names, rows = router_rows(plan)
-    asked = keywords(request.data, request.measure)
+    asked = parameters_of(request.data, request.measure)
 
     def measure(folder: Path) -> dict[str, Any]:
         path = folder / _ROUTER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moeconv.data.windows import sequence_length
 from moeconv.families.model import Model
 from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS, SEQ_LEN, TOKENS, MeasureOptions
 from moeconv.stream.need import Run
@@ -17,7 +18,7 @@ def sample_size(tokens: int, *, top_k: int, num_experts: int) -> int:
 
 def run_of(model: Model, measure: MeasureOptions, *, sample_tokens: int | None) -> Run:
     """What is run, where the data fills the tokens that are asked for."""
-    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
+    length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     tokens = measure.tokens or TOKENS
     if not model.moe_layers:
         return Run(tokens, length, measure.batch_size)

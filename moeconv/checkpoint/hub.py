@@ -10,7 +10,7 @@ from pathlib import Path
 from moeconv.checkpoint.companions import PATTERNS, TEMPLATES, asks_for_code
 from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from moeconv.checkpoint.strictjson import read_json_object
-from moeconv.errors import InputError, UsageError, escape
+from moeconv.errors import InputError, UsageError, escape, first_line
 
 _HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
@@ -49,9 +49,8 @@ def resolve(model: str) -> str:
         if asks_for_code(Path(path)):
             snapshot_download(match[1], revision=commit, allow_patterns=["*.py"], ignore_patterns=[_FOLDERS])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot get {escape(model)} from the hub: {escape(reason)}",
+            f"cannot get {escape(model)} from the hub: {first_line(error)}",
             hint="Check the name, the network, and HF_TOKEN for gated models.",
         ) from None
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moeconv.checkpoint.hub import resolve
+from moeconv.data.windows import sequence_length
 from moeconv.options import EVALUATE_SEQ_LEN, TOKENS, parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.requests import EvaluateRequest
@@ -28,9 +29,8 @@ def _foreseen(request: EvaluateRequest) -> dict[str, Any]:
     """Without --tokens, which are all that the data has, for as many as calibrate takes."""
     paths = (request.model, request.evaluate.reference)
     models = [open_resolved(path) for path in paths if path is not None]
-    most = min(model.value("max_position_embeddings") or EVALUATE_SEQ_LEN for model in models)
     asked = request.measure
-    length = asked.seq_len or min(EVALUATE_SEQ_LEN, most)
+    length = min(sequence_length(model, asked.seq_len, default=EVALUATE_SEQ_LEN) for model in models)
     run = Run(asked.tokens or TOKENS, length, asked.batch_size, flows=len(models), judged=True)
     need = together([need_of(model, run) for model in models])
     return {"command": "evaluate", "dry_run": True} | planned_memory(need, run, asked)

@@ -17,6 +17,7 @@ from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
 from moeconv.checkpoint.writer import output_errors
+from moeconv.data.windows import sequence_length
 from moeconv.families.model import Model, open_model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size
 from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
@@ -102,7 +103,7 @@ def planned_memory(need: Need, run: Run, measure: MeasureOptions) -> dict[str, A
 
 def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Run:
     """What a step that measures runs, where the data fills the tokens that are asked for; `asks` are its fields."""
-    length = measure.seq_len or min(SEQ_LEN, model.value("max_position_embeddings") or SEQ_LEN)
+    length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     return Run(measure.tokens or TOKENS, length, measure.batch_size, **asks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moeconv.data.windows import sequence_length
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, TuneOptions
 from moeconv.stream.need import Need, Run, need_of, together, whole_need
@@ -33,8 +34,8 @@ def need_of_tune(
 ) -> tuple[Need, Run]:
     """What one process takes, and how many tokens it runs."""
     models = [student, *([teacher] if teacher is not None else [])]
-    most = min(model.value("max_position_embeddings") or SEQ_LEN for model in models)
-    length, train = measure.seq_len or min(SEQ_LEN, most), parse_train(options.train)
+    length = min(sequence_length(model, measure.seq_len, default=SEQ_LEN) for model in models)
+    train = parse_train(options.train)
     run = Run(tokens_of(options, measure, length=length), length, measure.batch_size)
     if options.objective == "layerwise" and not options.balance_only and teacher is not None:
         need = layerwise_need(

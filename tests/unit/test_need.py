@@ -152,3 +152,12 @@ def test_free_memory_heeds_ulimit() -> None:
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=limited, check=True)
     assert 0 < json.loads(done.stdout) < 2 * GB
+
+
+@pytest.mark.parametrize("command", [("calibrate", "s.safetensors"), ("evaluate",), ("prune", "out", "--ratio", "0.5")])
+def test_a_dry_run_refuses_sequences_that_the_run_refuses(command, tmp_path, cli):
+    tiny.make_moe(tmp_path / "moe", max_position_embeddings=64)
+    verb, *rest = command
+    words = [tmp_path / word if word in ("s.safetensors", "out") else word for word in rest]
+    done = cli(verb, tmp_path / "moe", *words, "--data", tmp_path / "text", "--seq-len", 65, "--dry-run", "--json")
+    assert done.code == 2 and "more than the model's 64 positions" in done.json["error"]["message"]

@@ -35,8 +35,8 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
 def _foreseen(request: CalibrateRequest) -> dict[str, Any]:
     model = open_resolved(request.model)
     run = run_of(model, request.measure, sample_tokens=request.calibrate.sample_tokens)
-    told = {"command": "calibrate", "output": request.stats, "dry_run": True}
-    return told | planned_memory(need_of(model, run), run, request.measure)
+    planned = {"command": "calibrate", "output": request.stats, "dry_run": True}
+    return planned | planned_memory(need_of(model, run), run, request.measure)
 
 
 def _merge(request: CalibrateRequest) -> dict[str, Any]:

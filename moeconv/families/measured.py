@@ -14,7 +14,7 @@ VERSIONS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Finding:
     """How an engine runs a family: "same" function, "differs", or "refused"."""
 
     found: str
@@ -22,57 +22,63 @@ class Measured:
     note: str = ""
 
 
-_SAME = Measured("same")
-_ROTATION = Measured(
+_SAME = Finding("same")
+_ROTATION = Finding(
     "same",
     "only with compilation_config={'custom_ops': ['-rotary_embedding']}: its CPU kernel turns interleaved pairs of "
     "several heads otherwise than its own PyTorch code does",
 )
+_PRUNED = Finding("same", "as pruned; an upcycled model was refused")
 _NO_CPU = "its CPU backend has no kernel for it; a GPU was not tried"
-MEASURED: Mapping[str, Mapping[str, Measured]] = {
+MEASURED: Mapping[str, Mapping[str, Finding]] = {
     "vllm": {
         **dict.fromkeys(
             (
                 "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "dots1", "glm4_moe", "solar_open", "hy_v3", "exaone_moe",
-                "afmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa", "gpt_oss",
+                "afmoe", "granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa",
                 "hunyuan_v1_moe", "mellum", "gemma4_text",
             ),
             _SAME,
         ),
+        "gpt_oss": _PRUNED,
         "deepseek_v3": _ROTATION,
         "glm4_moe_lite": _ROTATION,
-        "lfm2_moe": Measured(
+        "lfm2_moe": Finding(
             "same", "only with its CPU kernels for rotation, normalisation and activation switched off in custom_ops"
         ),
-        "ernie4_5_moe": Measured(
+        "ernie4_5_moe": Finding(
             "same", "where the router's correction bias is zero: its CPU backend leaves the bias out"
         ),
-        "cohere2_moe": Measured("differs"),
-        "phimoe": Measured("differs"),
-        "mimo_v2_flash": Measured("differs"),
-        **dict.fromkeys(("nemotron_h", "jamba", "deepseek_v2", "minimax_m2"), Measured("refused", _NO_CPU)),
-        **dict.fromkeys(("llama4_text", "laguna", "aria_text", "dbrx", "qwen3_5_moe_text"), Measured("refused")),
+        "cohere2_moe": Finding("differs"),
+        "phimoe": Finding("differs"),
+        "mimo_v2_flash": Finding("differs"),
+        **dict.fromkeys(("nemotron_h", "jamba"), Finding("refused", _NO_CPU)),
+        **dict.fromkeys(
+            ("deepseek_v2", "minimax_m2", "llama4_text", "laguna", "aria_text", "dbrx", "qwen3_5_moe_text"),
+            Finding("refused"),
+        ),
     },
     "llama.cpp": {
         **dict.fromkeys(
             (
                 "mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "minimax_m2", "exaone_moe",
-                "granitemoe", "granitemoeshared", "granitemoe_swa", "lfm2_moe", "cohere2_moe", "gpt_oss", "jamba",
+                "granitemoe", "granitemoeshared", "granitemoe_swa", "lfm2_moe", "cohere2_moe", "jamba",
                 "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3", "glm4_moe_lite",
             ),
             _SAME,
         ),
-        "mellum": Measured("same", "where every layer attends to all tokens; it differs with layers of both kinds"),
-        "nemotron_h": Measured("same", "as upcycled; a pruned model that has dense layers too was refused"),
-        "granitemoehybrid": Measured(
+        "gpt_oss": _PRUNED,
+        "mellum": Finding("same", "where every layer attends to all tokens; it differs with layers of both kinds"),
+        "nemotron_h": Finding("same", "as upcycled; a pruned model that has dense layers too was refused"),
+        "granitemoehybrid": Finding(
             "differs", "its converter leaves out the rotation of models with state-space layers"
         ),
-        "phimoe": Measured("differs"),
-        "laguna": Measured("differs"),
-        "solar_open": Measured("differs"),
-        "flex_olmo": Measured("refused", "its converter does not know the class"),
-        "aria_text": Measured("refused", "its converter does not know the class"),
-        "mimo_v2_flash": Measured(
+        "phimoe": Finding("differs"),
+        "laguna": Finding("differs"),
+        "solar_open": Finding("differs"),
+        "flex_olmo": Finding("refused", "its converter does not know the class"),
+        "aria_text": Finding("refused", "its converter does not know the class"),
+        "mimo_v2_flash": Finding(
             "refused", "its converter looks for partial_rotary_factor where transformers 5 has none"
         ),
     },
@@ -95,5 +101,9 @@ def doubts(model_type: str, target: str) -> list[str]:
     where = VERSIONS[target]
     if row.found == "same":
         return [f"{where} computes {model_type} as transformers does {row.note}"] if row.note else []
-    word = "computes something else than transformers" if row.found == "differs" else "refused it"
+    word = (
+        "computes something different from transformers"
+        if row.found == "differs"
+        else "refused a small random model of it"
+    )
     return [f"{target} lists {model_type}, but when it was measured {where} {word}{note}"]

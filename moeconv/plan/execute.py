@@ -65,7 +65,7 @@ def default_jobs() -> int:
 def checked_jobs(jobs: int | None) -> int:
     """The workers of a run. Raises UsageError for none of them."""
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs} must be at least 1", hint="Leave it out for one a processor.")
+        raise UsageError(f"--jobs {jobs} must be at least 1", hint="Leave it out for one per processor, at most 4.")
     return default_jobs() if jobs is None else jobs
 
 

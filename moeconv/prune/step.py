@@ -80,8 +80,8 @@ def _dry_run(
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
         asked = run_on_data(model, request.measure, PRUNED)
-        told = planned_memory(need_of(model, asked), asked, request.measure)
-        result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+        planned = planned_memory(need_of(model, asked), asked, request.measure)
+        result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     return result
 
 

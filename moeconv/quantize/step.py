@@ -103,8 +103,8 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         if options.method == "gptq":
             asked = run_on_data(model, request.measure, {**GPTQ, "coders": checked_jobs(write.jobs)})
-            told = planned_memory(need_of(model, asked), asked, request.measure)
-            result |= {"memory": told["memory"], "warnings": [*result["warnings"], *told["warnings"]]}
+            planned = planned_memory(need_of(model, asked), asked, request.measure)
+            result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
         return result
     check_out(out, model, write)
     from moeconv.quantize.gptq.run import choose_codes, remarks_on

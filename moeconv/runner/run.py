@@ -95,10 +95,10 @@ def planned_memory(need: Need, run: Run, measure: MeasureOptions) -> dict[str, A
     """For a dry run: what running the model on data will take, and a warning where it is not free.
     {memory: {peak_bytes, least_bytes, free_bytes, tokens}, warnings}."""
     free = free_memory()
-    told = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
+    memory = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
     limit = free if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     text = f"measuring takes at least {human_bytes(need.least)} of memory; {human_bytes(limit)} are free or allowed"
-    return {"memory": told | {"tokens": run.tokens}, "warnings": [text] if need.least > limit else []}
+    return {"memory": memory | {"tokens": run.tokens}, "warnings": [text] if need.least > limit else []}
 
 
 def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Run:
@@ -138,14 +138,14 @@ def measuring(command: str, model: Model, out: str, write: WriteOptions, *option
     checked_jobs(write.jobs)
 
     def key() -> str:
-        said = dict[str, Any](parameters_of(*options))
-        said |= {"data": [content_of(value) for value in said.get("data", ())]}
-        if said.get("stats"):
-            said["stats"] = content_of(said["stats"], flag="--stats")
-        if said.get("teacher"):
-            teacher = open_resolved(said["teacher"])
-            said["teacher"] = [teacher.identity, teacher.checkpoint.resume_state()]
-        state = [__version__, command, model.identity, model.checkpoint.resume_state(), said]
+        asked = dict[str, Any](parameters_of(*options))
+        asked |= {"data": [content_of(value) for value in asked.get("data", ())]}
+        if asked.get("stats"):
+            asked["stats"] = content_of(asked["stats"], flag="--stats")
+        if asked.get("teacher"):
+            teacher = open_resolved(asked["teacher"])
+            asked["teacher"] = [teacher.identity, teacher.checkpoint.resume_state()]
+        state = [__version__, command, model.identity, model.checkpoint.resume_state(), asked]
         return hashlib.sha256(canonical_json(state)).hexdigest()
 
     return Measured(Path(os.path.abspath(out)), key=key, shared=shared, note=meter.note)

@@ -44,8 +44,8 @@ def plan_unmade(model: Model, options: TuneOptions, common: PlanOptions) -> Plan
         return [made] if ref.name in opened else None
 
     items = carry_all(model, dtype=dtype, replace=replace)
-    said = {"objective": "balance" if options.balance_only else options.objective, "steps": options.steps}
-    return _plan(model, items, common, parameters=parameters_of(common), block=said)
+    block = {"objective": "balance" if options.balance_only else options.objective, "steps": options.steps}
+    return _plan(model, items, common, parameters=parameters_of(common), block=block)
 
 
 def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanOptions) -> Plan:
@@ -71,8 +71,8 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
 
     items = carry_all(model, dtype=dtype, replace=replace)
     about = {"overlay": fingerprint(overlay), "made_with": made_with}
-    said = {"objective": made_with.get("objective")}
-    plan = _plan(model, items, common, parameters=parameters_of(common) | about, block=said)
+    block = {"objective": made_with.get("objective")}
+    plan = _plan(model, items, common, parameters=parameters_of(common) | about, block=block)
     return replace_fields(plan, promise=_promise(model, overlay))
 
 

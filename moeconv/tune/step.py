@@ -70,7 +70,7 @@ def _foreseen(model: Model, request: TuneRequest) -> dict[str, Any]:
     teacher = open_resolved(options.teacher) if options.teacher else None
     plan = plan_unmade(model, options, request.plan)
     need, run = need_of_tune(model, teacher, options, request.measure)
-    told = planned_memory(need, run, request.measure)
-    result = planned_json(plan, request.out, dry_run=True) | {"plan_id": None, "memory": told["memory"]}
-    result["warnings"] += told["warnings"]
+    planned = planned_memory(need, run, request.measure)
+    result = planned_json(plan, request.out, dry_run=True) | {"plan_id": None, "memory": planned["memory"]}
+    result["warnings"] += planned["warnings"]
     return result

@@ -310,7 +310,7 @@ def format_table(result: Formats) -> list[Table]:
 
 
 def steps_table(result: Mapping[str, Any]) -> list[Table]:
-    """A recipe or the demo: a row a step."""
+    """A recipe or the demo: one row per step."""
     if "steps" not in result:
         return [pairs({"output": result["output"]})]
     planned = result.get("dry_run", False)

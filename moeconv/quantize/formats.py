@@ -1,4 +1,4 @@
-"""The quantization formats, a file each, in one table; and what --scheme, --bits and --group-size come to.
+"""The quantization formats, one file per format, in one table; and what --scheme, --bits and --group-size come to.
 
 Formats are data over the pack kernels; sizes are pure arithmetic, so a dry run states them to the byte. A new
 format is one more line in FORMATS.

@@ -1,4 +1,4 @@
-"""What llama.cpp calls our families and their tensors, as data: a row a family, one table of tensor names for all.
+"""What llama.cpp calls our families and their tensors, as data: one row per family, one table of tensor names for all.
 
 A row is there only when llama.cpp computes what transformers does; `needs` are the config values for which that holds.
 """

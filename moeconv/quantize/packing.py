@@ -41,7 +41,7 @@ class Packing:
         return self.scheme if layer is None else self.by_layer.get(layer, self.scheme)
 
     def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
-        """One weight, packed; of a tensor that holds all experts of a layer an item each."""
+        """One weight, packed; of a tensor that holds all experts of a layer, one item per expert."""
         role = self.model.roles[ref.name]
         if role.group == "expert" and role.expert is None:
             assert self.format.stack is not None

@@ -57,7 +57,7 @@ _WRITERS = ("upcycle", "tune", "prune", "quantize")
 def run_recipe(
     path: str, *, meter: Meter, settings: tuple[str, ...] = (), dry_run: bool = False
 ) -> dict[str, Any]:  # fmt: skip
-    """Run (or plan) every step of a recipe file. The JSON: output, and a row a step."""
+    """Run (or plan) every step of a recipe file. The JSON: output, and one row per step."""
     recipe = load_recipe(path, settings=settings)
     with follow_links(any(step.parameters.get("follow_links") for step in recipe.steps)):  # said once, of all it reads
         return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)

@@ -84,7 +84,7 @@ def _step(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pipeline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The table of the last recipe that was run: a row a step, losses where the recipe measures them."""
+    """The table of the last recipe that was run: one row per step, with losses where the recipe measures them."""
     rows: list[dict[str, Any]] = []
     for result in results:
         if isinstance(result.get("steps"), list):

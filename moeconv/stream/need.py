@@ -1,4 +1,4 @@
-"""What running a model a layer at a time will take, from its headers, before a byte of a weight is read.
+"""What running a model layer by layer will take, from its headers, before a byte of a weight is read.
 
 The figures are those of the CPU, where all of it lies in the memory of one process. Imports no torch.
 """

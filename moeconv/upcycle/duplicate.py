@@ -112,7 +112,7 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
 
 
 def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str | None) -> Item:
-    """A tensor with a slice an expert, [E, ...] or a row [1, E], every slice `times` in a row."""
+    """A tensor with one slice per expert, [E, ...] or a row [1, E], every slice `times` in a row."""
     row = ref.shape[0] == 1 and model.num_experts > 1
     slices = math.prod(ref.shape) // model.num_experts
     each = tensor_nbytes(ref.dtype, (slices,))

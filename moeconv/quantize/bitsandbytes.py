@@ -42,9 +42,11 @@ def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
 
 
 def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[Item]:
-    """A tensor [E, rows, columns] of all experts, one item per expert: blocks (INT8: rows) run along a matrix as it lies on
-    disk, so that decoding is one reshape. The parts' first axis is the expert, but for what all share; their names
-    begin with the whole name of the tensor, so that what renames it in a runtime renames them too."""
+    """A tensor [E, rows, columns] of all experts, one item per expert.
+
+    Blocks (INT8: rows) run along a matrix as it lies on disk, so that decoding is one reshape. The parts' first axis is
+    the expert, but for what all share; their names begin with the whole name of the tensor, so that what renames it in
+    a runtime renames them too."""
     numel, shape = math.prod(ref.shape[1:]), ref.shape[1:]
     group = role.partition(".")[0]
     if scheme.bits == 8:

@@ -153,7 +153,7 @@ class _Cutting:
         return torch.cat([order[:cut].sort().values, *members]).view(self.pieces, self.size)
 
     def _features(self, rows: Tensor, neurons: Tensor) -> np.ndarray:
-        """What the clusters are found by, one row per neuron: directions of magnitudes over tokens, or who is active."""
+        """What neurons are clustered by, one row per neuron: directions of magnitudes over tokens, or who is active."""
         if self.clustering == "binary":
             score = self.ffn.h[rows].abs()
             top = torch.topk(score, max(1, round(_ACTIVE * score.shape[1])), dim=1).indices

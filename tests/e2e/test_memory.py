@@ -12,6 +12,14 @@ ROOT = Path(__file__).parents[2]
 MEGABYTE = 1_000_000
 
 
+@pytest.fixture(scope="session")
+def torch_rss_bytes() -> int:
+    """Peak resident memory of a process that imports torch and does nothing: it differs between builds and machines."""
+    script = "import resource, torch; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
 def _synthetic(path: Path, family: str, gigabytes: float) -> Path:
     script = ROOT / "benchmarks" / "synthetic.py"
     words = [sys.executable, script, path, "--family", family, "--gigabytes", gigabytes, "--shards", 3]
@@ -37,16 +45,17 @@ def test_eight_files_at_once_stay_under_it_too(tmp_path, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("verb", "flags", "limit"),
-    [
-        ("prune", ("--ratio", 0.5), 130),
-        ("quantize", ("--scheme", "int4"), 300),
-        ("quantize", ("--format", "bitsandbytes"), 300),
-    ],
-)
-def test_compressing_stays_under_its_bound(tmp_path, command, verb, flags, limit):
+def test_pruning_stays_under_130_mb(tmp_path, command):
     source = _synthetic(tmp_path / "moe", "qwen3_moe", 0.6)
-    done = command(verb, source, tmp_path / "out", *flags, "--json")
+    done = command("prune", source, tmp_path / "out", "--ratio", 0.5, "--json")
     assert done.code == 0, done.err
-    assert done.json["peak_rss_bytes"] < limit * MEGABYTE
+    assert done.json["peak_rss_bytes"] < 130 * MEGABYTE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--scheme", "int4"), ("--format", "bitsandbytes")], ids="-".join)
+def test_packing_needs_at_most_100_mb_beside_torch(tmp_path, command, torch_rss_bytes, flags):
+    source = _synthetic(tmp_path / "moe", "qwen3_moe", 0.6)
+    done = command("quantize", source, tmp_path / "out", *flags, "--json")
+    assert done.code == 0, done.err
+    assert done.json["peak_rss_bytes"] < torch_rss_bytes + 100 * MEGABYTE

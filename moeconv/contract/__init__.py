@@ -1,0 +1,108 @@
+"""The JSON of every command, as types. `moeconv schema` prints them as JSON Schemas.
+
+The tests hold every object that a command prints against its schema.
+
+Fields are only ever added. What a type marks as NotRequired is there where its comment says so.
+"""
+
+from __future__ import annotations
+
+from moeconv.contract.calibrated import Calibrated, Load, NeuronLayer, SourceTokens
+from moeconv.contract.evaluated import Evaluated, Gate, NotFinite, Perplexity, SourceLoss
+from moeconv.contract.failed import ErrorFields, Failed
+from moeconv.contract.inspected import Inspected, Quantization, RoleCounts
+from moeconv.contract.listed import Families, FamilyPair, FormatRow, Formats, Schemas
+from moeconv.contract.pruned import Cost, Curve, CurveRow, DistillFigures, PruneBlock, Pruned, RefitFigures, RefitLayer
+from moeconv.contract.quantized import (
+    Between,
+    CodesFigures,
+    CodesLayer,
+    ErrorLayer,
+    MeanMax,
+    PackingError,
+    QuantizeBlock,
+    Quantized,
+)
+from moeconv.contract.ran import Located, Ran, Reported, StepRow
+from moeconv.contract.schema import RESULTS, json_schema, schemas
+from moeconv.contract.shared import Counts, Device, Foreseen, Memory, Written
+from moeconv.contract.tuned import LoadBefore, TuneBlock, Tuned, TunedLayer, TunedTokens, TunePlanned, TunePlannedBlock
+from moeconv.contract.upcycled import (
+    Counterpart,
+    Difference,
+    Equivalence,
+    RouterFigures,
+    RouterLayer,
+    SplitLayer,
+    UpcycleBlock,
+    Upcycled,
+)
+from moeconv.contract.verified import Checked, Loads, Verified
+
+__all__ = [
+    "RESULTS",
+    "Between",
+    "Calibrated",
+    "Checked",
+    "CodesFigures",
+    "CodesLayer",
+    "Cost",
+    "Counterpart",
+    "Counts",
+    "Curve",
+    "CurveRow",
+    "Device",
+    "Difference",
+    "DistillFigures",
+    "Equivalence",
+    "ErrorFields",
+    "ErrorLayer",
+    "Evaluated",
+    "Failed",
+    "Families",
+    "FamilyPair",
+    "Foreseen",
+    "FormatRow",
+    "Formats",
+    "Gate",
+    "Inspected",
+    "Load",
+    "LoadBefore",
+    "Loads",
+    "Located",
+    "MeanMax",
+    "Memory",
+    "NeuronLayer",
+    "NotFinite",
+    "PackingError",
+    "Perplexity",
+    "PruneBlock",
+    "Pruned",
+    "Quantization",
+    "QuantizeBlock",
+    "Quantized",
+    "Ran",
+    "RefitFigures",
+    "RefitLayer",
+    "Reported",
+    "RoleCounts",
+    "RouterFigures",
+    "RouterLayer",
+    "Schemas",
+    "SourceLoss",
+    "SourceTokens",
+    "SplitLayer",
+    "StepRow",
+    "TuneBlock",
+    "TunePlanned",
+    "TunePlannedBlock",
+    "Tuned",
+    "TunedLayer",
+    "TunedTokens",
+    "UpcycleBlock",
+    "Upcycled",
+    "Verified",
+    "Written",
+    "json_schema",
+    "schemas",
+]

@@ -1,0 +1,59 @@
+"""The JSON of `moeconv evaluate`."""
+
+from __future__ import annotations
+
+from typing_extensions import NotRequired, TypedDict
+
+from moeconv.contract.calibrated import Load
+from moeconv.contract.shared import Memory
+
+
+class SourceLoss(TypedDict):
+    """The loss on one source of data."""
+
+    name: str
+    tokens: int
+    loss: float | None
+    reference_loss: NotRequired[float | None]  # with --reference
+    kl: NotRequired[float | None]
+
+
+class Gate(TypedDict):
+    """A limit, what was measured, and whether it passes; a value that is NaN is null and fails."""
+
+    limit: float
+    value: float | None
+    passed: bool
+
+
+class Perplexity(TypedDict):
+    """Loss in nats per token, and its exponential."""
+
+    loss: float | None
+    perplexity: float | None
+
+
+class NotFinite(TypedDict):
+    """The first layer and tensor that make a loss NaN or infinite."""
+
+    message: str
+    hint: str
+
+
+class Evaluated(TypedDict):
+    """`moeconv evaluate`; a figure that is NaN or infinite is null."""
+
+    tokens: int
+    loss: float | None
+    perplexity: float | None
+    sources: list[SourceLoss]
+    reference: Perplexity | None
+    kl: float | None
+    top1_agreement: float | None
+    seq_len: int
+    memory: Memory | None
+    tokens_per_second: float | None
+    layers: list[Load]
+    passed: bool
+    gates: dict[str, Gate]
+    not_finite: NotFinite | None

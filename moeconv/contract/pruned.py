@@ -1,0 +1,95 @@
+"""The JSON of `moeconv prune` and of its curve."""
+
+from __future__ import annotations
+
+from typing_extensions import NotRequired, TypedDict
+
+from moeconv.contract.shared import Written
+
+
+class Cost(TypedDict):
+    """What a prune does to the loss on --data, in nats per token."""
+
+    loss: float
+    reference_loss: float
+    loss_increase: float
+    kl: float
+    tokens: int
+
+
+class RefitLayer(TypedDict):
+    """How the refit of one layer fared on held-out tokens: relative errors with the old weights and with the new."""
+
+    layer: int
+    error_before: float
+    error_after: float
+    kept: bool
+    tokens_per_expert: float
+
+
+class RefitFigures(TypedDict):
+    """What --refit measured."""
+
+    layers: list[RefitLayer]
+
+
+class DistillFigures(TypedDict):
+    """What --distill measured on held-out text."""
+
+    steps: int
+    kl_before: float | None
+    kl_after: float | None
+    loss_before: float | None
+    loss_after: float | None
+    improved: bool
+
+
+class PruneBlock(TypedDict):
+    """The block of `moeconv prune`: experts by their old numbers; null is what a dry run does not measure."""
+
+    criterion: str | None
+    experts_before: int
+    experts_after: int
+    keep: dict[str, list[int]] | None
+    scores: dict[str, list[float | None]] | None
+    stats_of_twin: NotRequired[str]
+    top_k_before: NotRequired[int]  # with --top-k
+    top_k_after: NotRequired[int]
+    scale: NotRequired[dict[str, float]]
+    groups: NotRequired[dict[str, dict[str, list[int]]]]  # with --merge
+    measured: NotRequired[Cost]
+    refit: NotRequired[RefitFigures]
+    distill: NotRequired[DistillFigures]
+
+
+class Pruned(Written):
+    """`moeconv prune`."""
+
+    prune: PruneBlock
+
+
+class CurveRow(TypedDict):
+    """One ratio of the curve; `stability` is null where no bootstrap was made."""
+
+    ratio: float
+    experts: int
+    bytes: int
+    loss: float
+    loss_increase: float
+    kl: float
+    stability: float | None
+
+
+class Curve(TypedDict):
+    """`moeconv prune --curve`."""
+
+    command: str
+    output: str | None
+    dry_run: bool
+    criterion: str
+    refit: bool
+    reference_loss: float
+    tokens: int
+    curve: list[CurveRow]
+    warnings: list[str]
+    removal_order: dict[str, list[int]]

@@ -1,0 +1,86 @@
+"""The JSON of `moeconv quantize`, with the error of what was packed."""
+
+from __future__ import annotations
+
+from typing_extensions import NotRequired, TypedDict
+
+from moeconv.contract.pruned import PruneBlock
+from moeconv.contract.shared import Written
+
+
+class MeanMax(TypedDict):
+    """Over the sampled weights."""
+
+    mean: float
+    max: float
+
+
+class ErrorLayer(TypedDict):
+    """Relative RMS error of one layer's sampled weights; `layer` is null outside the decoder layers."""
+
+    layer: int | None
+    relative_rms: float
+    max: float
+
+
+class CodesLayer(TypedDict):
+    """Output error of one layer by the chosen codes and by round-to-nearest, on held-out tokens."""
+
+    layer: int
+    output_rms: float
+    output_rms_rtn: float
+    output_rms_gptq: float
+    kept: bool
+    fewest_tokens: int
+    tokens_per_expert: float
+
+
+class CodesFigures(TypedDict):
+    """What --method gptq measured."""
+
+    layers: list[CodesLayer]
+    tokens: int
+    held_out: int
+
+
+class PackingError(TypedDict):
+    """The error of a sample of weights that were decoded again; not with --no-check."""
+
+    relative_rms: NotRequired[MeanMax]
+    layers: NotRequired[list[ErrorLayer]]
+    sampled: NotRequired[int]
+    output: NotRequired[CodesFigures]
+
+
+class QuantizeBlock(TypedDict):
+    """The block of `moeconv quantize`."""
+
+    format: str
+    scheme: str
+    method: str
+    group_size: int | None
+    bits_by_layer: dict[str, int]
+    scheme_by_layer: dict[str, str]
+    group_size_by_layer: dict[str, int | None]
+    scope: str
+    double_quant: bool
+    loads: dict[str, str]
+    stats_of_twin: NotRequired[str]
+    error: NotRequired[PackingError]
+    counted: NotRequired[dict[str, int]]
+
+
+class Between(TypedDict):
+    """The pruned model that was never written."""
+
+    bytes: int
+    total: int
+    active: int
+
+
+class Quantized(Written):
+    """`moeconv quantize`; of a recipe that prunes in the same pass, also the prune."""
+
+    quantize: QuantizeBlock
+    prune: NotRequired[PruneBlock]
+    between: NotRequired[Between]

@@ -1,0 +1,55 @@
+"""The JSON of `moeconv run`, `demo` and `report`."""
+
+from __future__ import annotations
+
+from typing_extensions import NotRequired, TypedDict
+
+
+class StepRow(TypedDict):
+    """A step of a recipe; null is what was not measured."""
+
+    step: str
+    seconds: float
+    output: NotRequired[str | None]
+    total: NotRequired[int]
+    active: NotRequired[int]
+    bytes: NotRequired[int]
+    loss: NotRequired[float | None]
+    kl: NotRequired[float | None]
+    passed: NotRequired[bool]
+    kept: NotRequired[bool]  # taken from an earlier run
+    result: NotRequired[dict[str, object]]  # the step's own JSON
+    fused_into: NotRequired[str | None]
+    # of a dry run
+    plan_id: NotRequired[str | None]
+    largest_item_bytes: NotRequired[int | None]
+    memory_bytes: NotRequired[int | None]
+
+
+class Ran(TypedDict):
+    """`moeconv run` and `moeconv demo`."""
+
+    command: str
+    recipe: str
+    dry_run: bool
+    output: str
+    steps: list[StepRow]
+    warnings: list[str]
+    report: NotRequired[str]
+    disk_bytes: NotRequired[int]  # of a dry run
+    disk_free_bytes: NotRequired[int]
+
+
+class Located(TypedDict):
+    """`moeconv demo --where`."""
+
+    output: str
+
+
+class Reported(TypedDict):
+    """`moeconv report`; `figures` are what the page shows."""
+
+    command: str
+    output: str
+    bytes: int
+    figures: dict[str, object]

@@ -1,0 +1,88 @@
+"""Every parameter of every step, declared once: flag names, recipe keys and API parameter names are these words.
+
+A group is a frozen dataclass; a field's metadata holds its help text and its choices: words, or the place of the
+registry that has them (`choices_of` reads both).
+"""
+
+from __future__ import annotations
+
+from moeconv.options.build import check_names, from_keywords, parameters_of
+from moeconv.options.calibrate import CalibrateOptions, MergeOptions
+from moeconv.options.declare import Reads, choices_of, flag_of, help_of, option, reads_of
+from moeconv.options.defaults import (
+    EVALUATE_SEQ_LEN,
+    EXPERTS,
+    LEAST_SAMPLE,
+    LOOKS,
+    NEURON_TOKENS,
+    SAMPLE_TOKENS,
+    SCOPES,
+    SEQ_LEN,
+    TOKENS,
+    TOP_K,
+)
+from moeconv.options.evaluate import EvaluateOptions, SampleOptions
+from moeconv.options.prune import PruneOptions
+from moeconv.options.quantize import QuantizeOptions
+from moeconv.options.read_only import ReportOptions, VerifyOptions
+from moeconv.options.run import DemoOptions, RunOptions
+from moeconv.options.shared import (
+    ArtifactOptions,
+    DataOptions,
+    DryOptions,
+    MeasureOptions,
+    PlanOptions,
+    ReadOptions,
+    SeedOptions,
+    StatisticsOptions,
+    WriteOptions,
+)
+from moeconv.options.tune import TuneOptions
+from moeconv.options.upcycle import UpcycleOptions
+from moeconv.options.values import parse_index, parse_layers, parse_size
+
+__all__ = [
+    "EVALUATE_SEQ_LEN",
+    "EXPERTS",
+    "LEAST_SAMPLE",
+    "LOOKS",
+    "NEURON_TOKENS",
+    "SAMPLE_TOKENS",
+    "SCOPES",
+    "SEQ_LEN",
+    "TOKENS",
+    "TOP_K",
+    "ArtifactOptions",
+    "CalibrateOptions",
+    "DataOptions",
+    "DemoOptions",
+    "DryOptions",
+    "EvaluateOptions",
+    "MeasureOptions",
+    "MergeOptions",
+    "PlanOptions",
+    "PruneOptions",
+    "QuantizeOptions",
+    "ReadOptions",
+    "Reads",
+    "ReportOptions",
+    "RunOptions",
+    "SampleOptions",
+    "SeedOptions",
+    "StatisticsOptions",
+    "TuneOptions",
+    "UpcycleOptions",
+    "VerifyOptions",
+    "WriteOptions",
+    "check_names",
+    "choices_of",
+    "flag_of",
+    "from_keywords",
+    "help_of",
+    "option",
+    "parameters_of",
+    "parse_index",
+    "parse_layers",
+    "parse_size",
+    "reads_of",
+]

@@ -1,0 +1,27 @@
+"""The options of `moeconv calibrate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+from moeconv.options.defaults import LEAST_SAMPLE, NEURON_TOKENS, SAMPLE_TOKENS
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """moeconv calibrate"""
+
+    sample_tokens: int | None = option(
+        None, f"Tokens per layer on which all experts are compared (default: {SAMPLE_TOKENS}, with many experts fewer, "
+        f"at least {LEAST_SAMPLE}), or whose FFN inputs are kept (dense, default: {NEURON_TOKENS})."
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """moeconv calibrate, of files instead of data"""
+
+    merge: tuple[str, ...] = option(
+        (), "Instead of running data: add these statistics files; repeatable.", reads="file"
+    )

@@ -1,0 +1,56 @@
+"""The options of `moeconv prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """moeconv prune"""
+
+    keep: int | None = option(None, "Experts to keep in every layer.")
+    ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")
+    max_bytes: str | None = option(None, "Largest size of the result, such as 20GB; removes as few as fit.")
+    max_loss_increase: float | None = option(
+        None, "Remove as many experts as possible while the loss on --data rises by at most this (nats per token)."
+    )
+    threshold: float | None = option(
+        None, "Remove only experts for which another one is at least this similar, such as 0.8 (redundancy)."
+    )
+    criterion: str | None = option(
+        None, "How the experts to remove are chosen (default: reconstruction with data, aimer without).",
+        choices="moeconv.prune.criteria:CRITERIA",
+    )  # fmt: skip
+    similarity: str = option(
+        "output",
+        "Measure of the similarity of experts (redundancy, merge).",
+        choices=("output", "aligned", "raw", "router"),
+    )
+    stats: str | None = option(None, "Statistics from `moeconv calibrate`.", reads="file")
+    refit: bool = option(
+        False, "Refit the down_proj of the kept experts on --data to the output of the unpruned layer."
+    )
+    refit_strength: float = option(0.3, "Ridge of --refit, in units of the mean squared activation.")
+    refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
+    rescale: bool | None = option(
+        None, "Fold the least-squares scale into down_proj (default: where the router does not renormalise)."
+    )
+    sequential: bool = option(
+        False, "Choose the experts of each layer with the layers before it already pruned (--data)."
+    )
+    merge: bool = option(False, "Average each removed expert into the most similar kept one, with aligned neurons.")
+    distill: int = option(0, "Steps of router distillation from the unpruned model on --data, such as 100.")
+    top_k: int | None = option(None, "Experts per token of the result; this option alone removes no expert.")
+    curve: bool = option(
+        False, "Print the loss and KL on --data for every ratio, and write no model (OUT: .json, .png, .svg)."
+    )
+    protect_coverage: float | None = option(
+        None, "For each data source, keep the experts that make up this share of its saliency, such as 0.5."
+    )
+    target: tuple[str, ...] = option(
+        (), "Runtime that must run the result: transformers, vllm, sglang or llama.cpp; repeatable."
+    )
+    protect: str | None = option(None, "Experts to keep, as LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")

@@ -1,0 +1,47 @@
+"""The options of `moeconv quantize`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+from moeconv.options.defaults import SCOPES
+
+_FORMAT_WORDS = "moeconv.quantize.formats:help_words"
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """moeconv quantize"""
+
+    format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
+    scheme: str | None = option(
+        None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
+        choices="moeconv.quantize.formats:scheme_words",
+    )  # fmt: skip
+    bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)
+    group_size: str = option("auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS)
+    method: str = option(
+        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error, gptq uses --data.",
+        choices=("rtn", "mse", "gptq"),
+    )  # fmt: skip
+    average_bits: float | None = option(None, "mixed: bits per expert weight, scales included, such as 5.")
+    max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.")
+    stats: str | None = option(
+        None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
+    )
+    damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
+    scope: str = option(
+        "experts", "Weights to pack; the router, embeddings, norms and lm_head are never packed.", choices=SCOPES
+    )
+    target: tuple[str, ...] = option(
+        (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
+    )
+    self_contained: bool = option(
+        False, "{self_contained}: write the loader's code beside the weights, for trust_remote_code=True without "
+        "moeconv.", words=_FORMAT_WORDS,
+    )  # fmt: skip
+    double_quant: bool = option(False, "Quantize the scales too ({nesting}).", words=_FORMAT_WORDS)
+    requantize: bool = option(
+        False, "Accept a source that is already quantized (FP8, MXFP4, ...): each weight is decoded, then packed."
+    )

@@ -1,0 +1,27 @@
+"""The options of `moeconv verify` and `moeconv report`, which only read checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """moeconv verify"""
+
+    source: str | None = option(None, "Compare unchanged tensors with this checkpoint.", reads="model")
+    load: bool = option(False, "Also load the model in transformers, strictly, and run it.")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """moeconv report"""
+
+    stats: str | None = option(
+        None, "Statistics from `moeconv calibrate`, of this model or of one it was made from.", reads="file"
+    )
+    results: tuple[str, ...] = option((), "JSON that a command printed with --json; repeatable.", reads="file")
+    reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
+    title: str | None = option(None, "Title of the page (default: the directory's name).")

@@ -1,0 +1,22 @@
+"""The options of `moeconv run` and `moeconv demo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """moeconv run"""
+
+    set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.")
+    dry_run: bool = option(False, "Print the steps and sizes, write nothing.")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """moeconv demo"""
+
+    where: bool = option(False, "Only say where its model and texts lie.")

@@ -1,0 +1,114 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+from moeconv.options.defaults import EVALUATE_SEQ_LEN, SEQ_LEN, TOKENS
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How checkpoints are read."""
+
+    follow_links: bool = option(
+        False, "Let files of a checkpoint be links that leave its directory, as old downloads with --local-dir have."
+    )
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What shapes the files of every written checkpoint."""
+
+    seed: int = option(0, "Seed of every random draw.")
+    dtype: str | None = option(
+        None,
+        "Dtype of the weights that are written (default: the source's).",
+        choices=("bfloat16", "float16", "float32"),
+    )
+    shard_size: str = option("5GB", "Largest size of an output shard.")
+    shard_by: str = option(
+        "size",
+        "How tensors are grouped into shards: in order up to the size, one shard per layer, or one per expert.",
+        choices=("size", "layer", "expert"),
+    )
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How a checkpoint is written."""
+
+    dry_run: bool = option(False, "Stop after the plan: print what would be written, and write nothing.")
+    no_check: bool = option(False, "Skip the check of the written model against the source.")
+    strict: bool = option(False, "Refuse what would otherwise be a warning (NaN in a source tensor).")
+    jobs: int | None = option(None, "Workers (default: the processors, at most 4).")
+    part: str | None = option(
+        None,
+        "Write only share I of N of the shards, given as I/N with I from 0; the share that finishes last "
+        "completes OUT.",
+    )
+    overwrite: bool = option(
+        False, "Replace an existing OUT when the new directory is complete. OUT must be empty, an output of "
+        "moeconv, or a single checkpoint with nothing else in it."
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DryOptions:
+    """Whether anything is run."""
+
+    dry_run: bool = option(False, "Print how much memory the command will take, and stop: run nothing, write nothing.")
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How a model is run."""
+
+    device: str = option("auto", "Device to compute on.", choices=("auto", "cpu", "cuda"))
+    max_memory: str | None = option(None, "Most memory to use, such as 16GB (default: what is free).")
+    batch_size: int = option(8, "Sequences per forward pass.")
+    seq_len: int | None = option(
+        None, f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's)."
+    )
+    tokens: int | None = option(
+        None, f"Tokens to use, sampled with the seed (default: {TOKENS}; evaluate: all; tune by distill or lm: as many "
+        "as its steps take)."
+    )  # fmt: skip
+    text_field: str = option(
+        "text", "Name of the record field that holds the text (default: text, otherwise messages or conversations)."
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text to run a model on."""
+
+    data: tuple[str, ...] = option(
+        (), "A file of text, JSON, JSON lines, CSV or Parquet; a directory; - for standard input; or "
+        "hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]. Repeatable; FILE=WEIGHT sets a weight.", reads="data"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """How --stats are taken."""
+
+    stats_of_twin: bool = option(
+        False,
+        "Accept --stats of the same model in another dtype or quantization; statistics of another model are refused.",
+    )
+
+
+@dataclass(frozen=True)
+class ArtifactOptions:
+    """How a single file is written."""
+
+    overwrite: bool = option(False, "Replace the file, of the same kind, when the new one is complete.")
+
+
+@dataclass(frozen=True)
+class SeedOptions:
+    """What random draws begin with."""
+
+    seed: int = option(0, "Seed of every random draw.")

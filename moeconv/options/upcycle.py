@@ -1,0 +1,59 @@
+"""The options of `moeconv upcycle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+from moeconv.options.defaults import EXPERTS, TOP_K
+
+
+@dataclass(frozen=True)
+class UpcycleOptions:
+    """moeconv upcycle"""
+
+    experts: int | None = option(
+        None, f"Experts per layer (default: {EXPERTS}; with --experts-from one per sibling; of an MoE source twice its "
+        "own)."
+    )  # fmt: skip
+    top_k: int | None = option(
+        None, f"Experts per token (default: {TOP_K}, or all pieces of one copy of the FFN; of an MoE source its own, "
+        "times the copies)."
+    )  # fmt: skip
+    method: str = option(
+        "copy",
+        "How experts are made from the FFN.",
+        choices="moeconv.upcycle.methods:METHODS",
+    )
+    experts_from: tuple[str, ...] = option(
+        (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts.",
+        reads="model",
+    )  # fmt: skip
+    to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
+    layers: str = option(
+        "all",
+        "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N for the N layers that it costs "
+        "least.",
+    )
+    granularity: int | None = option(
+        None,
+        "Pieces into which each copy of the FFN is cut, one expert per piece (default: 1; granular and shuffle: 2).",
+    )
+    shared_experts: str | None = option(
+        None, "Part of the FFN that an always-on expert holds: full (all of it; routed experts then start by adding "
+        "nothing), a share of its neurons such as 0.25, or a number of --granularity pieces (default: none).",
+    )  # fmt: skip
+    router: str = option(
+        "random", "Rows of the router: random; hidden (the mean of the router's inputs, one --data per "
+        "expert); centroid (balanced clusters of its inputs).", choices=("random", "hidden", "centroid"),
+    )  # fmt: skip
+    router_std: float = option(0.02, "Standard deviation of the router's random rows.")
+    drop_ratio: float = option(0.5, "drop and shuffle: share of an expert's neurons that are redrawn.")
+    noise_scale: float = option(0.05, "noise: standard deviation, in units of the matrix's own.")
+    noise_fraction: float = option(0.5, "noise: share of an expert's neurons that get noise.")
+    clustering: str = option(
+        "refined", "split: how neurons are grouped.", choices=("refined", "magnitude", "binary", "random")
+    )
+    stats: str | None = option(
+        None, "split: neuron statistics of the dense model from `moeconv calibrate`.", reads="file"
+    )

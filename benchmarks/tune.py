@@ -195,7 +195,7 @@ def _rows(block: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, A
 
 
 def _apply(model: Path, overlay: Path, out: Path) -> None:
-    from moeconv.checkpoint.reader import SafetensorsFile
+    from moeconv.checkpoint.safetensors_file import SafetensorsFile
     from moeconv.families.model import open_model
     from moeconv.plan.execute import execute
     from moeconv.tune.planner import plan_overlay

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeconv.calibrate.run import calibrate as calibrate
-    from moeconv.checkpoint.reader import follow_links as follow_links
+    from moeconv.checkpoint.paths import follow_links as follow_links
     from moeconv.evaluate.run import evaluate as evaluate
     from moeconv.families.model import open_model as open_model
     from moeconv.inspect.run import inspect as inspect

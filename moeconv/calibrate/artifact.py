@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from moeconv.calibrate.twin import check_routers, measured_on
+from moeconv.checkpoint.artifact import artifact_metadata, is_artifact
 from moeconv.checkpoint.measured import open_measured
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata, is_artifact
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.calibrate.twin import measured_on, structure
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.measured import open_measured
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError, escape

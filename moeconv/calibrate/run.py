@@ -19,7 +19,7 @@ from moeconv.calibrate.routing import load_of_layer
 from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.twin import structure
-from moeconv.checkpoint.reader import is_artifact
+from moeconv.checkpoint.artifact import is_artifact
 from moeconv.checkpoint.target import Inputs, check_file_target
 from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_windows
 from moeconv.errors import InputError, UsageError

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile, read_metadata_json
+from moeconv.checkpoint.artifact import read_metadata_json
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, escape
 
 

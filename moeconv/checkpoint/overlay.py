@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moeconv.checkpoint.artifact import read_metadata_json
 from moeconv.checkpoint.header import TensorInfo
-from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile, read_metadata_json
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
 from moeconv.errors import InputError, OutputError, escape
 

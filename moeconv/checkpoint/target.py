@@ -13,7 +13,8 @@ from typing import Any
 
 from moeconv.checkpoint.card import CARD_NAME
 from moeconv.checkpoint.companions import TEMPLATES, is_companion_name
-from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, allowed_root
+from moeconv.checkpoint.paths import allowed_root
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
 from moeconv.checkpoint.staging import staging_of
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, OutputError, escape

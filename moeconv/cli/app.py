@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from moeconv import __version__
-from moeconv.checkpoint.reader import follow_links
+from moeconv.checkpoint.paths import follow_links
 from moeconv.cli.commands import VERBS, Positional, Verb
 from moeconv.cli.progress import make_meter
 from moeconv.cli.sink import Sink, debug, open_streams

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
-from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.foreign import GIVE, bits_of, recognise
 from moeconv.families.methods import encodings, quantization_method

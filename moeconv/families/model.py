@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from moeconv.checkpoint.companions import without_code
-from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
 from moeconv.families.find import find_family

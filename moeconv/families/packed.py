@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, escape
 from moeconv.families.encodings import ANY_LENGTH, Encoding, Part, Shape, parts_of

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Family

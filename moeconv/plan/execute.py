@@ -25,7 +25,8 @@ from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.output import Finished, OutputDirectory
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, SafetensorsFile
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Input, Item
 

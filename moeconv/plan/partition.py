@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile, read_metadata_json
+from moeconv.checkpoint.artifact import read_metadata_json
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError
 
 KIND = "partition"

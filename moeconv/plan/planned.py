@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from moeconv.checkpoint.reader import Checkpoint, TensorRef
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model, open_model
 from moeconv.plan.flow import ByteSource, make
 from moeconv.plan.plan import Item, Plan

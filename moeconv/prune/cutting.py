@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.packed import SHARED

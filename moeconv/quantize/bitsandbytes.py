@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError
 from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state

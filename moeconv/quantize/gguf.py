@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from moeconv.checkpoint.gguf import GgufHead, Stack
 from moeconv.checkpoint.header import BLOCK_DTYPES
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.head import with_head
 from moeconv.families.model import Model
 from moeconv.families.written import written_config

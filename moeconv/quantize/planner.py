@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay, provenance
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model

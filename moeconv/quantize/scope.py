@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 
 # The groups of a scope. The shared expert's own router ("shared.router") stays, as every router does: bitsandbytes'

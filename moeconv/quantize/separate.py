@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.spec import Family, Role

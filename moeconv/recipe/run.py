@@ -16,7 +16,8 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.calibrate.step import calibrate
-from moeconv.checkpoint.reader import MANIFEST_NAME, follow_links
+from moeconv.checkpoint.paths import follow_links
+from moeconv.checkpoint.reader import MANIFEST_NAME
 from moeconv.checkpoint.strictjson import canonical_json, read_json_object
 from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import CheckError, MoeconvError, escape

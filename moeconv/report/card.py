@@ -11,7 +11,8 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.checkpoint.card import source_metadata
-from moeconv.checkpoint.reader import Checkpoint, hub_name
+from moeconv.checkpoint.paths import hub_name
+from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
 from moeconv.families.registry import tables
 from moeconv.plan.plan import Plan

@@ -10,7 +10,7 @@ from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from moeconv.checkpoint.overlay import Overlay, provenance
-from moeconv.checkpoint.reader import SafetensorsFile, TensorRef
+from moeconv.checkpoint.safetensors_file import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model

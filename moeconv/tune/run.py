@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.checkpoint.reader import artifact_metadata, is_artifact
+from moeconv.checkpoint.artifact import artifact_metadata, is_artifact
 from moeconv.checkpoint.target import check_file_target
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens, sequence_length

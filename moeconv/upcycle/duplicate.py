@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moeconv.calibrate.neurons import NeuronStatistics, activations, down_module
-from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import to_bytes

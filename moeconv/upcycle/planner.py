@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from moeconv.checkpoint.overlay import provenance
-from moeconv.checkpoint.reader import Checkpoint, SafetensorsFile
+from moeconv.checkpoint.reader import Checkpoint
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, UsageError
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model

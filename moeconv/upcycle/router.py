@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moeconv.checkpoint.reader import artifact_metadata
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model

@@ -12,7 +12,7 @@ import tiny
 from distributed.launch import launch
 from words import add_tokenizer, text
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.tune.run import tune

@@ -23,7 +23,8 @@ from tiny import make_dense, make_moe, read_file, read_tensors, safetensors_byte
 
 from moeconv.checkpoint import blocks
 from moeconv.checkpoint.header import DTYPE_BITS, parse_header, serialise_header, tensor_nbytes
-from moeconv.checkpoint.reader import INDEX_NAME, Checkpoint, SafetensorsFile
+from moeconv.checkpoint.reader import INDEX_NAME, Checkpoint
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.strictjson import canonical_json, parse_json
 from moeconv.checkpoint.writer import ShardWriter
 from moeconv.cli.stdin import model_from_stdin
@@ -259,7 +260,7 @@ def test_shards_hold_every_tensor_once_in_order_and_respect_their_size(groups, s
 @examples(200)
 @given(st.lists(st.integers(0, 9), max_size=12))
 def test_picked_rows_are_those_asked_for(chosen):
-    from moeconv.checkpoint.reader import TensorRef
+    from moeconv.checkpoint.safetensors_file import TensorRef
 
     ref = TensorRef("w", "BF16", (10, 3), "s", 0, 60)
     data = bytes(range(60))

@@ -11,7 +11,8 @@ import pytest
 from tiny import hashes, make_dense, make_moe, read_tensors
 
 from moeconv.checkpoint.output import OutputDirectory
-from moeconv.checkpoint.reader import INDEX_NAME, SafetensorsFile
+from moeconv.checkpoint.reader import INDEX_NAME
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import UsageError
 from moeconv.families.model import open_model
 from moeconv.plan import execute as execute_module

@@ -9,7 +9,8 @@ import yaml
 from tiny import make_dense
 
 from moeconv.checkpoint.card import source_metadata
-from moeconv.checkpoint.reader import Checkpoint, hub_name
+from moeconv.checkpoint.paths import hub_name
+from moeconv.checkpoint.reader import Checkpoint
 from moeconv.report.history import command_line
 
 

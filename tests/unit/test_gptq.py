@@ -238,7 +238,7 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     batch = gptq(weight[None], hessians(1, 1, width=ref.shape[1]), grid, group=group)
     coded = Coded(batch.levels[0], batch.scales[0])
     parts = on_disk(item, coded)
-    from moeconv.checkpoint.reader import TensorRef
+    from moeconv.checkpoint.safetensors_file import TensorRef
     from moeconv.families.methods import encodings
     from moeconv.families.packed import fit, split_part
     from moeconv.plan.kernels.decode import decode_parts

@@ -59,7 +59,7 @@ def test_a_header_of_many_tensors_opens(tmp_path):
     layout = [(f"model.layers.{i // 999}.mlp.experts.{i % 999}.up_proj.weight", "U8", (1024, 1)) for i in range(75_000)]
     holes(tmp_path / "a.safetensors", layout)
     assert file_cost(layout)[1] > 600_000
-    code = "import sys; from pathlib import Path; from moeconv.checkpoint.reader import SafetensorsFile as F"
+    code = "import sys; from pathlib import Path; from moeconv.checkpoint.safetensors_file import SafetensorsFile as F"
     assert peak(code + "; assert len(F(Path(sys.argv[1])).tensors) == 75_000", tmp_path / "a.safetensors") < 120 << 20
 
 

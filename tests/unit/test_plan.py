@@ -11,7 +11,8 @@ import pytest
 from tiny import decode, edit_json, encode, hashes, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.checkpoint.header import DTYPE_BITS
-from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint, TensorRef
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import CheckError, InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan import execute as execute_module

@@ -10,16 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from tiny import edit_json, make_dense, make_moe, read_tensors, safetensors_bytes
 
+from moeconv.checkpoint.artifact import artifact_metadata, read_metadata_json
 from moeconv.checkpoint.companions import find_companions
-from moeconv.checkpoint.reader import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    SafetensorsFile,
-    artifact_metadata,
-    read_metadata_json,
-)
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, Checkpoint
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 

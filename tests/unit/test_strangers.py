@@ -11,7 +11,8 @@ import pytest
 from tiny import edit_json, make_dense, make_moe, read_tensors, write_shards
 from words import add_tokenizer, text
 
-from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint, follow_links
+from moeconv.checkpoint.paths import follow_links
+from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME, Checkpoint
 from moeconv.checkpoint.strangers import KINDS
 from moeconv.errors import InputError, Unsupported
 from moeconv.families.find import accepted, find_family

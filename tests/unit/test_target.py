@@ -16,9 +16,9 @@ import pytest
 from tiny import hashes, make_dense, make_moe
 
 from moeconv import options
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.guard import guard
 from moeconv.checkpoint.hub import cache as cache_of_the_hub
-from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.checkpoint.target import check_target, strangers
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.cli.commands import VERBS, Verb

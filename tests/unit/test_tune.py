@@ -13,7 +13,8 @@ import torch
 from contract.stock import DENSE_CASES, load, logits, relative_difference, save_stock
 from words import WORDS, add_tokenizer, text
 
-from moeconv.checkpoint.reader import SafetensorsFile, artifact_metadata
+from moeconv.checkpoint.artifact import artifact_metadata
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.data.windows import load_tokens
 from moeconv.errors import InputError, OutputError, UsageError
 from moeconv.families.model import Model, open_model

@@ -13,7 +13,7 @@ import torch
 from contract.stock import DENSE_CASES, save_stock
 from words import add_tokenizer, text
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute

@@ -13,7 +13,7 @@ from words import add_tokenizer, text
 from moeconv.calibrate.artifact import KIND, load_statistics
 from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.twin import structure
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.prune.planner import plan_prune

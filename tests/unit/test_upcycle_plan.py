@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import decode, edit_json, make_dense, make_moe, random_tensors, read_tensors, write_shards
 
-from moeconv.checkpoint.reader import SafetensorsFile
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.families.refused import IMPOSSIBLE

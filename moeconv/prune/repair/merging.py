@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.overlay import writing_overlay
-from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.data.windows import TokenData
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.overlay import Layout, writing_overlay
-from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError
 from moeconv.families.model import Model

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeconv.checkpoint.artifact import artifact_metadata
 from moeconv.checkpoint.overlay import writing_overlay
-from moeconv.checkpoint.reader import artifact_metadata
 from moeconv.data import heldout
 from moeconv.data.windows import load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError

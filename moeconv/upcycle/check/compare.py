@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.checkpoint.reader import follow_links
+from moeconv.checkpoint.paths import follow_links
 from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import Model, open_model
 from moeconv.upcycle.counterpart import Counterpart, Forced

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
-from moeconv.checkpoint.reader import TensorRef
+from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model, open_model
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.kernels.arrays import to_float32

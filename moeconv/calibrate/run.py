@@ -110,7 +110,7 @@ def calibrate(
     progress.remove()
     told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
     told["sample_tokens"] = min(sample_tokens, read.tokens)
-    told["memory"] = stream.fit and stream.fit.to_json()
+    told["memory"] = stream.placement and stream.placement.to_json()
     return told | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
 
 

@@ -22,7 +22,7 @@ _BLOCK = 1 << 20  # elements converted at a time
 
 
 def measure_experts(
-    model: Model, measure: Callable[[ExpertWeights], float], *, jobs: int = 1
+    model: Model, measure: Callable[[StoredExpertWeights], float], *, jobs: int = 1
 ) -> dict[int, np.ndarray]:  # fmt: skip
     """`measure` of every expert of every MoE layer, {layer: float64 [E]}. Quantized weights are decoded.
 
@@ -37,7 +37,7 @@ def measure_experts(
     pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.num_experts)]
     matrices = _matrices(model)
     with ThreadPoolExecutor(jobs) as pool:
-        scores = list(pool.map(lambda at: measure(ExpertWeights(model, at[0], at[1], matrices[at])), pairs))
+        scores = list(pool.map(lambda at: measure(StoredExpertWeights(model, at[0], at[1], matrices[at])), pairs))
     return {
         layer: np.array([s for (at, _), s in zip(pairs, scores) if at == layer], np.float64)
         for layer in model.moe_layers
@@ -62,7 +62,7 @@ def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
+class StoredExpertWeights:
     """One expert's matrices, each {part: where it lies} by the name of its weight."""
 
     model: Model

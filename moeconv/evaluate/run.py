@@ -82,7 +82,7 @@ def evaluate(
     options["flows"] = len(models)
     try:
         stream = _pass(models[0], read.windows, options, loads=layers)
-        memory = stream.fit
+        memory = stream.placement
         seconds = time.monotonic() - began
         other = _pass(models[1], read.windows, options, loads=[]) if len(models) == 2 else None
         meter.note("computing the losses")

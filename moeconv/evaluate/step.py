@@ -10,7 +10,7 @@ from moeconv.options import EVALUATE_SEQ_LEN, TOKENS, parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.requests import EvaluateRequest
 from moeconv.runner.run import open_resolved, planned_memory
-from moeconv.stream.need import Run, need_of, together
+from moeconv.stream.need import Workload, need_of, together
 
 
 def evaluate(request: EvaluateRequest, *, meter: Meter) -> dict[str, Any]:
@@ -31,6 +31,6 @@ def _foreseen(request: EvaluateRequest) -> dict[str, Any]:
     models = [open_resolved(path) for path in paths if path is not None]
     asked = request.measure
     length = min(sequence_length(model, asked.seq_len, default=EVALUATE_SEQ_LEN) for model in models)
-    run = Run(asked.tokens or TOKENS, length, asked.batch_size, flows=len(models), judged=True)
+    run = Workload(asked.tokens or TOKENS, length, asked.batch_size, flows=len(models), judged=True)
     need = together([need_of(model, run) for model in models])
     return {"command": "evaluate", "dry_run": True} | planned_memory(need, run, asked)

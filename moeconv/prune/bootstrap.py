@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from moeconv.families.rule import Rule, route
-from moeconv.prune.criteria import CRITERIA, Evidence, Needs, Order, Statistics
+from moeconv.prune.criteria import CRITERIA, Evidence, LayerStatistics, Needs, Order
 from moeconv.randomness import generator
 
 _ROWS = ("sample_logits", "sample_outputs", "sample_scale")
@@ -27,7 +27,7 @@ def can_resample(needs: Needs) -> bool:
 class Resampled:
     """Statistics of the sampled tokens `rows` alone; fields that are no sums over tokens stay what they were."""
 
-    def __init__(self, statistics: Statistics, rule: Rule, draw: np.random.Generator) -> None:
+    def __init__(self, statistics: LayerStatistics, rule: Rule, draw: np.random.Generator) -> None:
         self._whole, self._rule, self._draw = statistics, rule, draw
         self._rows: dict[int, np.ndarray] = {}
         self._sums: dict[int, dict[str, np.ndarray]] = {}

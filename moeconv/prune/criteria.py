@@ -22,7 +22,7 @@ SIMILARITIES = ("output", "aligned", "raw", "router")
 OF_WEIGHTS = ("aligned", "raw")  # the similarities that are read from the weights
 
 
-class Statistics(Protocol):
+class LayerStatistics(Protocol):
     """What a statistics file gives: a field of one MoE layer as an array."""
 
     def layer(self, layer: int, field: str) -> np.ndarray: ...
@@ -37,7 +37,7 @@ class Evidence:
     [E, E]} of the similarity "aligned" or "raw".
     """
 
-    statistics: Statistics | None = None
+    statistics: LayerStatistics | None = None
     weights: Mapping[int, np.ndarray] | None = None
     weight_cosine: Mapping[int, np.ndarray] | None = None
     rule: Rule | None = None

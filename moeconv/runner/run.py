@@ -26,7 +26,7 @@ from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
-from moeconv.stream.need import Need, Run
+from moeconv.stream.need import Need, Workload
 from moeconv.units import human_bytes
 
 
@@ -91,7 +91,7 @@ def check_out(out: str, model: Model, write: WriteOptions) -> None:
     check_target(Path(os.path.abspath(out)), reads=reads, overwrite=write.overwrite)
 
 
-def planned_memory(need: Need, run: Run, measure: MeasureOptions) -> dict[str, Any]:
+def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> dict[str, Any]:
     """For a dry run: what running the model on data will take, and a warning where it is not free.
     {memory: {peak_bytes, least_bytes, free_bytes, tokens}, warnings}."""
     free = free_memory()
@@ -101,10 +101,10 @@ def planned_memory(need: Need, run: Run, measure: MeasureOptions) -> dict[str, A
     return {"memory": memory | {"tokens": run.tokens}, "warnings": [text] if need.least > limit else []}
 
 
-def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Run:
+def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Workload:
     """What a step that measures runs, where the data fills the tokens that are asked for; `asks` are its fields."""
     length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
-    return Run(measure.tokens or TOKENS, length, measure.batch_size, **asks)
+    return Workload(measure.tokens or TOKENS, length, measure.batch_size, **asks)
 
 
 def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:

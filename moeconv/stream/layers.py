@@ -23,7 +23,7 @@ from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import MAPPED, allocate, release_memory
-from moeconv.stream.need import Fit, Need, Run, fitted, need_of, together
+from moeconv.stream.need import MemoryPlacement, Need, Workload, need_of, noted_placement, together
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import Names, names_of, place
 from moeconv.tensors import decode_weight, plain_name, plain_names
@@ -89,7 +89,7 @@ class Layer:
         return skeleton.module.get_parameter(skeleton.place(family.name("router.scale", layer=self.index))).detach()
 
     def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
-        """Run the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
+        """Workload the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
         consumed, and is possible once and to the end; without it the pass can be repeated. With `hidden` [n, S, H] the
         inputs are read from there and the outputs go there, and the stream itself stays where it is. Raises
         NotFiniteError where the layer makes NaN or infinity."""
@@ -154,7 +154,7 @@ class LayerStream:
             raise UsageError("--batch-size must be at least 1")
         self.model, self.batch_size, self.max_memory = model, batch_size, max_memory
         self.held, self.in_place = held, in_place
-        self.fit: Fit | None = None
+        self.placement: MemoryPlacement | None = None
         self._meter = meter or SilentMeter()
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
@@ -339,22 +339,24 @@ def stream_within(
     device: str | torch.device = "cpu", batch_size: int = 8, experts: str = "eager", beside: Sequence[Need] = (),
     **asks: Any,
 ) -> LayerStream:  # fmt: skip
-    """A stream that takes no more than `budget` bytes, or than what is free: experts and activations go to the disk
-    where they must. `asks` are fields of `need.Run`; `beside` is what else the process will do, before or after it.
-    What it came to is in `fit`. Raises as `need.fit`, before anything is read. On another device than the CPU the
-    budget is for the activations."""
+    """A stream that takes at most `budget` bytes of memory, or without a budget at most what is free. Where the experts
+    and the activations do not fit, they stay on the disk; the stream's `placement` says which do.
+
+    `asks` are fields of `need.Workload`. `beside` are the needs of what else the process does, before or after.
+    On another device than the CPU the budget is for the activations alone. Raises what `need.choose_placement` raises,
+    before anything is read."""
     device = torch.device(device)
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
     if device.type == "cpu":
         lean_malloc(MAPPED)
-        run = Run(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
-        found = fitted(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
+        run = Workload(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
+        found = noted_placement(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held
     stream = LayerStream(
         model, windows, dtype=dtype, device=device, batch_size=batch_size, experts=experts, max_memory=limit, held=held,
         in_place=bool(asks.get("copies")), meter=meter,
     )  # fmt: skip
-    stream.fit = found
+    stream.placement = found
     return stream
 
 

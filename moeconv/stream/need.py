@@ -36,7 +36,7 @@ _SKETCH = 64  # dimensions of the sampled outputs
 
 
 @dataclass(frozen=True)
-class Run:
+class Workload:
     """What is run: windows of tokens in batches, computed in numbers of `width` bytes.
 
     `flows`: activations [tokens, H] that are held; `sample`: tokens that go through all experts, whose figures stay to
@@ -83,7 +83,7 @@ def together(needs: Sequence[Need]) -> Need:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlacement:
     """How a run fits: its `peak`, what is `free`, whether experts are `held` in memory, and the bytes of activations in
     memory (None: all)."""
 
@@ -99,7 +99,7 @@ class Fit:
         return {"peak_bytes": self.peak, "free_bytes": self.free} | places
 
 
-def need_of(model: Model, run: Run) -> Need:
+def need_of(model: Model, run: Workload) -> Need:
     """What a run of this model takes."""
     sizes: dict[int | None, _Sizes] = {}
     for name, role in model.roles.items():
@@ -133,7 +133,7 @@ def sample_room(experts: int, hidden: int, weights: int) -> tuple[int, int]:
     return min(SAMPLE_ROWS, max(1, room // (2 * token * PRODUCT_ROWS)) * PRODUCT_ROWS), 2
 
 
-def fit(need: Need, *, budget: int | None, free: int | None = None, what: str = "this") -> Fit:
+def choose_placement(need: Need, *, budget: int | None, free: int | None = None, what: str = "this") -> MemoryPlacement:
     """Where experts and activations go so that the peak stays below `budget`, or below what is free without one.
 
     Raises InputError where not even the least fits into what is free, UsageError where `budget` is below it.
@@ -143,7 +143,7 @@ def fit(need: Need, *, budget: int | None, free: int | None = None, what: str = 
     for held, in_file in ((True, False), (True, True), (False, True)):
         peak = need.peak(held=held, in_file=in_file)
         if peak <= limit:
-            return Fit(peak, free, held, 0 if in_file else None)
+            return MemoryPlacement(peak, free, held, 0 if in_file else None)
     least = f"{what} takes at least {human_bytes(need.least)} of memory"
     if budget is not None:
         raise UsageError(f"--max-memory {human_bytes(budget)}: {least}", hint="Raise it; --batch-size lowers the need.")
@@ -153,9 +153,9 @@ def fit(need: Need, *, budget: int | None, free: int | None = None, what: str = 
     )
 
 
-def fitted(need: Need, *, budget: int | None, meter: Meter, what: str) -> Fit:
-    """`fit`, told to the meter."""
-    found = fit(need, budget=budget, what=what)
+def noted_placement(need: Need, *, budget: int | None, meter: Meter, what: str) -> MemoryPlacement:
+    """`choose_placement`, with a note to the meter."""
+    found = choose_placement(need, budget=budget, what=what)
     text = f"{what} takes about {human_bytes(found.peak)} of memory, {human_bytes(found.free)} are free"
     meter.note(text + ("" if found.held else "; no more of the experts is held than must be"))
     return found
@@ -193,19 +193,19 @@ class _Sizes:
         self.rows += shape[0] if len(shape) == 2 and numel else 0
 
 
-def _values(size: _Sizes, run: Run, batch: int, hidden: int) -> int:
+def _values(size: _Sizes, run: Workload, batch: int, hidden: int) -> int:
     """What a batch computes in a layer beside its experts: the stream, copies of it, and every matrix's outputs."""
     return max(size.others_bytes, batch * (_COPIES * hidden + size.rows) * run.width)
 
 
-def _sample(run: Run, experts: int, hidden: int, weights: int) -> int:
+def _sample(run: Workload, experts: int, hidden: int, weights: int) -> int:
     """What the sample's outputs of all experts take, with their sketch, the batches being through."""
     rows, width = sample_room(experts, hidden, weights)
     held = min(run.sample, rows) * width + min(run.sample, PRODUCT_ROWS) * width
     return held * experts * hidden + 3 * run.sample * experts * min(hidden, _SKETCH) * 4
 
 
-def _experts(size: _Sizes, run: Run, experts: int, batch: int, top_k: int, hidden: int) -> tuple[int, int]:
+def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, hidden: int) -> tuple[int, int]:
     """Bytes of a layer's experts with what is computed in it: (held in memory, read when they are needed)."""
     values = _values(size, run, batch, hidden)
     if not size.experts:
@@ -237,7 +237,7 @@ def codes_bytes(out: int, width: int) -> int:
     return 40 * width * width + 24 * out * width
 
 
-def _coded(run: Run, experts: int, hidden: int, inner: int, top_k: int) -> tuple[int, int]:
+def _coded(run: Workload, experts: int, hidden: int, inner: int, top_k: int) -> tuple[int, int]:
     """Bytes of the groups of experts whose codes are chosen, and of one expert alone."""
     if not run.coders:
         return 0, 0

@@ -11,7 +11,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import TuneOptions, flag_of
 from moeconv.tensors import decode_weight
-from moeconv.tune.optimise import Plan
+from moeconv.tune.optimise import Schedule
 from moeconv.tune.symmetry import check_symmetry
 from moeconv.tune.words import BIAS, correction_names, parse_train, tensors_of
 
@@ -34,7 +34,7 @@ class Job:
     teacher: Model | None
     objective: str
     train: tuple[str, ...]
-    plan: Plan
+    schedule: Schedule
     balance: float
     z_loss: float
     bias_update: float
@@ -76,11 +76,11 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
     learned = teacher is not None and bool(teacher.moe_layers)
     rates = _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size, learned=learned)
-    plan = Plan(options.steps, rates, options.schedule, options.warmup, options.look_every, options.patience)
+    schedule = Schedule(options.steps, rates, options.schedule, options.warmup, options.look_every, options.patience)
     return Job(
-        student, teacher, objective, train, plan, 1.0 if objective == "balance" else options.balance, options.z_loss,
-        options.bias_update, options.router_noise, options.temperature, options.capacity_factor, through, seed,
-        batch_size, tuple(warnings),
+        student, teacher, objective, train, schedule, 1.0 if objective == "balance" else options.balance,
+        options.z_loss, options.bias_update, options.router_noise, options.temperature, options.capacity_factor,
+        through, seed, batch_size, tuple(warnings),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from moeconv.stream.layers import allocate, release_memory, stream_within
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
-from moeconv.tune.losses import Load
+from moeconv.tune.losses import RoutingLoad
 from moeconv.tune.need import FLOWS, layerwise_need
 from moeconv.tune.network import FilledBlock, fill_block
 from moeconv.tune.rebalance import Rebalance
@@ -30,15 +30,15 @@ from moeconv.world import current, summed
 
 
 @dataclass(frozen=True)
-class Fitted:
+class LayerMeasure:
     """Held-out tokens: error relative to the teacher's output, and the layer's load."""
 
     error: float
-    load: Load
+    load: RoutingLoad
 
 
 @dataclass(frozen=True)
-class Fit:
+class LayerTraining:
     """One layer to be fitted. inputs and outputs: the teacher's FFN's in this process, [T, H]: its windows (`seq_len`
     tokens; every so many-th of all processes') that train, then its held-out ones, the last `held` rows."""
 
@@ -87,16 +87,16 @@ class Fit:
         return bool(loss.isfinite())
 
     @torch.no_grad()
-    def measure(self, *, batch: int) -> Fitted:
+    def measure(self, *, batch: int) -> LayerMeasure:
         """The held-out rows, `batch` at a time."""
         sums = torch.zeros(2, dtype=torch.float64)  # squared error, squared norm
-        load = Load(self.filled.block.layer, self.filled.block.num_experts, self.rule)
+        load = RoutingLoad(self.filled.block.layer, self.filled.block.num_experts, self.rule)
         for first in range(len(self.inputs) - self.held, len(self.inputs), batch):
             part, whole, routed = self._run(slice(first, min(first + batch, len(self.inputs))))
             sums += torch.stack([part, whole]).double().cpu()
             load.add(routed[0])
         error, norm = summed(sums).tolist()
-        return Fitted(error / norm if norm else error, load.together())
+        return LayerMeasure(error / norm if norm else error, load.together())
 
 
 def each_layer(

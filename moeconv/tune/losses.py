@@ -104,7 +104,7 @@ def z_loss(routed: Sequence[Routed], *, tokens: int) -> Tensor:
     return torch.stack([layer.logits.float().logsumexp(-1).square().sum() / tokens for layer in routed]).mean()
 
 
-class Load:
+class RoutingLoad:
     """One layer's routing counted over batches: how even it is, and its balance loss over all of them."""
 
     def __init__(self, layer: int, experts: int, rule: Routing) -> None:
@@ -116,7 +116,7 @@ class Load:
         self._counter.add(router_logits=routed.logits, top_k_index=routed.chosen)
         self._probability += probabilities(routed.logits, self._rule).double().sum(0).cpu()
 
-    def together(self) -> Load:
+    def together(self) -> RoutingLoad:
         """What all processes counted."""
         counter = self._counter
         counter.counts = summed(torch.from_numpy(counter.counts)).numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.data.windows import sequence_length
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, TuneOptions
-from moeconv.stream.need import Need, Run, need_of, together, whole_need
+from moeconv.stream.need import Need, Workload, need_of, together, whole_need
 from moeconv.tune.windows import HELD_OUT
 from moeconv.tune.words import BIAS, parse_train, tensors_of
 
@@ -25,18 +25,18 @@ def layerwise_need(
 ) -> Need:
     """A layer of the teacher, or of the student, of which the `experts` train too."""
     counts = (0, _TRAINED if experts else _FILLED)
-    runs = [Run(tokens, seq_len, batch_size, flows=FLOWS, copies=copies) for copies in counts]
+    runs = [Workload(tokens, seq_len, batch_size, flows=FLOWS, copies=copies) for copies in counts]
     return together([need_of(model, run) for model, run in zip((teacher, student), runs)])
 
 
 def need_of_tune(
     student: Model, teacher: Model | None, options: TuneOptions, measure: MeasureOptions
-) -> tuple[Need, Run]:
+) -> tuple[Need, Workload]:
     """What one process takes, and how many tokens it runs."""
     models = [student, *([teacher] if teacher is not None else [])]
     length = min(sequence_length(model, measure.seq_len, default=SEQ_LEN) for model in models)
     train = parse_train(options.train)
-    run = Run(tokens_of(options, measure, length=length), length, measure.batch_size)
+    run = Workload(tokens_of(options, measure, length=length), length, measure.batch_size)
     if options.objective == "layerwise" and not options.balance_only and teacher is not None:
         need = layerwise_need(
             student, teacher, tokens=run.tokens, seq_len=length, batch_size=run.batch_size, experts="experts" in train

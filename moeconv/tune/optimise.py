@@ -37,24 +37,24 @@ _BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast. `schedule`: cosine, linear or constant; `warmup`: share of the steps; `patience`: looks
+class Schedule:
+    """How long and how fast. `decay`: cosine, linear or constant; `warmup`: share of the steps; `patience`: looks
     without improvement after which training stops."""
 
     steps: int
     rates: Mapping[str, float]  # peak, by word of --train
-    schedule: str = "cosine"
+    decay: str = "cosine"
     warmup: float = 0.1
     look_every: int | None = None
     patience: int | None = None
 
     def rate_at(self, step: int) -> float:
-        """Share of the peak learning rate at a step from 0: linear warmup, then the schedule."""
+        """Share of the peak learning rate at a step from 0: linear warmup, then the decay."""
         warm = max(1, round(self.steps * self.warmup)) if self.warmup else 0
         if step < warm:
             return (step + 1) / warm
         done = (step - warm) / max(1, self.steps - warm)
-        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.decay]
         return _FLOOR + (1 - _FLOOR) * left
 
     def looks(self) -> set[int]:
@@ -80,7 +80,7 @@ class Outcome(Generic[M]):
 def optimise(
     pieces: Sequence[Piece],
     *,
-    plan: Plan,
+    schedule: Schedule,
     step: Callable[[int], bool],
     measure: Callable[[], M],
     score: Callable[[M], float],
@@ -103,7 +103,7 @@ def optimise(
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(
         [
-            {"params": [leaves[id(p)] for p in found], "lr": plan.rates[word], "peak": plan.rates[word]}
+            {"params": [leaves[id(p)] for p in found], "lr": schedule.rates[word], "peak": schedule.rates[word]}
             for word, found in groups.items()
         ],
         betas=_BETAS, weight_decay=0.0, fused=True,
@@ -111,9 +111,9 @@ def optimise(
     for p in parameters:
         p.requires_grad_(True)
     try:
-        for i in range(plan.steps):
+        for i in range(schedule.steps):
             for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * plan.rate_at(i)
+                group["lr"] = group["peak"] * schedule.rate_at(i)
             for p in parameters:
                 p.grad = None
             finite = all_agree(step(i))
@@ -122,7 +122,7 @@ def optimise(
                 break
             optimiser.step()
             note(i + 1, None)
-            if i + 1 not in plan.looks():
+            if i + 1 not in schedule.looks():
                 continue
             measured, rounded = _look(pieces, measure)
             note(i + 1, measured)
@@ -130,7 +130,7 @@ def optimise(
                 best, best_values, bare = replace(best, after=measured, improved=True), rounded, 0
                 continue
             bare += 1
-            if plan.patience is not None and bare >= plan.patience and i + 1 < plan.steps:
+            if schedule.patience is not None and bare >= schedule.patience and i + 1 < schedule.steps:
                 best = replace(best, stopped_at=i + 1)
                 break
     finally:

@@ -36,18 +36,18 @@ from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
 from moeconv.stream.layers import pick_device, start_meter
-from moeconv.stream.need import fitted
+from moeconv.stream.need import noted_placement
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
-from moeconv.tune.layerwise import Fit, Fitted, each_layer
-from moeconv.tune.losses import Load
+from moeconv.tune.layerwise import LayerMeasure, LayerTraining, each_layer
+from moeconv.tune.losses import RoutingLoad
 from moeconv.tune.need import tokens_of, whole
 from moeconv.tune.network import load_network
 from moeconv.tune.optimise import Outcome, optimise
 from moeconv.tune.parameters import Piece, pieces_of, written
 from moeconv.tune.rebalance import Rebalance, rebalancing
 from moeconv.tune.routing import Block, Routed, watching
-from moeconv.tune.whole import Whole
+from moeconv.tune.whole import ModelTraining
 from moeconv.tune.windows import batches, split
 from moeconv.tune.words import tensors_of
 from moeconv.world import current, first
@@ -98,12 +98,12 @@ def tune(
     with _overlay(job, path, metadata=metadata, overwrite=overwrite) as put:
         train = _layerwise if job.objective == "layerwise" else _whole
         disturbance = Disturbance(job.router_noise, job.temperature, job.capacity_factor, seed)
-        block = train(Run(job, data, device, budget, meter, put, disturbance))
+        block = train(TrainingRun(job, data, device, budget, meter, put, disturbance))
     return block | {"seconds": time.monotonic() - began}
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """A job on its data. `put` writes pieces to the overlay: their own values, or the source's bytes."""
 
     job: Job
@@ -144,13 +144,13 @@ def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
         "teacher": job.teacher.identity if job.teacher else None,
         "objective": job.objective,
         "train": list(job.train),
-        "steps": job.plan.steps,
+        "steps": job.schedule.steps,
         "batch_size": job.batch_size,
-        "learning_rate": dict(job.plan.rates),
+        "learning_rate": dict(job.schedule.rates),
         "balance": job.balance,
         "z_loss": job.z_loss,
         "straight_through": job.straight_through,
-        "schedule": job.plan.schedule,
+        "schedule": job.schedule.decay,
         "bias_update": job.bias_update,
         "router_noise": job.router_noise,
         "temperature": job.temperature,
@@ -185,7 +185,7 @@ def _overlay(job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bo
 # -- through the whole model -----------------------------------------------------------------------------------------
 
 
-def _whole(run: Run) -> dict[str, Any]:
+def _whole(run: TrainingRun) -> dict[str, Any]:
     job = run.job
     _check_memory(run)
     run.meter.note("loading the model" + (" and its teacher" if job.teacher else ""))
@@ -203,13 +203,13 @@ def _whole(run: Run) -> dict[str, Any]:
     routing = job.student.family.experts.routing
     assert routing is not None
     with run.watching(student.blocks) as take_routed:
-        task = Whole(
+        task = ModelTraining(
             student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device,
             run.disturbance, run.rebalance(student.blocks),
         )  # fmt: skip
         outcome = optimise(
             pieces,
-            plan=job.plan,
+            schedule=job.schedule,
             step=lambda i: task.step(training[next(order)], number=i),
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
@@ -230,20 +230,20 @@ def _first_bad(job: Job) -> NotFiniteError:
     return scanned(job.teacher, dtype=torch.float32) if mine.overflows and job.teacher is not None else mine
 
 
-def _check_memory(run: Run) -> None:
+def _check_memory(run: TrainingRun) -> None:
     """Refuse what the memory of this machine does not hold."""
     if run.device.type != "cpu":
         return
     job = run.job
     batch = job.batch_size * run.data.seq_len // current().size
     need = whole(job.student, job.teacher, job.opened, batch=batch)
-    fitted(need, budget=run.max_memory, meter=run.meter, what="tune with the whole model in memory")
+    noted_placement(need, budget=run.max_memory, meter=run.meter, what="tune with the whole model in memory")
 
 
 # -- a layer at a time -----------------------------------------------------------------------------------------------
 
 
-def _layerwise(run: Run) -> dict[str, Any]:
+def _layerwise(run: TrainingRun) -> dict[str, Any]:
     job = run.job
     assert job.teacher is not None and job.student.family.experts.routing is not None
     training, held = split(run.data, batch_size=job.batch_size)
@@ -262,7 +262,7 @@ def _layerwise(run: Run) -> dict[str, Any]:
     )  # fmt: skip
     for filled, inputs, outputs in layers:
         with run.watching([filled.block]) as take_routed:
-            fit = Fit(
+            fit = LayerTraining(
                 filled, inputs, outputs, mine[1].size, run.data.seq_len, job.student.family.experts.routing,
                 take_routed, job.balance, job.z_loss, run.device, run.disturbance, run.rebalance([filled.block]),
             )  # fmt: skip
@@ -282,15 +282,15 @@ def _layerwise(run: Run) -> dict[str, Any]:
     return block_json | unknown | errors | {"warnings": warnings}
 
 
-def _fit(run: Run, fit: Fit, *, training: int) -> Outcome[Fitted]:
-    """Fit one layer on `training` tokens of all processes, and write its tensors."""
+def _fit(run: TrainingRun, fit: LayerTraining, *, training: int) -> Outcome[LayerMeasure]:
+    """LayerTraining one layer on `training` tokens of all processes, and write its tensors."""
     job, layer = run.job, fit.filled.block.layer
     pieces = pieces_of(job.student, job.opened, blocks=[fit.filled.block], named=fit.filled.named, layer=layer)
     size = job.batch_size * run.data.seq_len
     order = batches(training, size, key=(job.seed, "tune", "rows", layer))
     outcome = optimise(
         pieces,
-        plan=job.plan,
+        schedule=job.schedule,
         step=lambda i: fit.step(next(order), number=i),
         measure=lambda: fit.measure(batch=size),
         score=lambda measured: measured.error,
@@ -311,7 +311,7 @@ _JUDGED = {
 }
 
 
-def _noting(run: Run, prefix: str, describe: Callable[[Any], str]) -> Callable[[int, Any], None]:
+def _noting(run: TrainingRun, prefix: str, describe: Callable[[Any], str]) -> Callable[[int, Any], None]:
     """Notes for the meter: every measure, and in between a sign of life."""
     last = time.monotonic()
 
@@ -321,7 +321,7 @@ def _noting(run: Run, prefix: str, describe: Callable[[Any], str]) -> Callable[[
             return
         last = time.monotonic()
         tail = "" if measured is None else f"  {describe(measured)}"
-        run.meter.note(f"{prefix}step {done}/{run.job.plan.steps}{tail}")
+        run.meter.note(f"{prefix}step {done}/{run.job.schedule.steps}{tail}")
 
     return note
 
@@ -338,8 +338,8 @@ def _remarks(outcome: Outcome[Any], judged: str) -> list[str]:
 
 
 def _block(
-    run: Run, outcomes: Sequence[Outcome[Any]], loads: Sequence[tuple[Load, Load]], *, trained: np.ndarray,
-    held: np.ndarray,
+    run: TrainingRun, outcomes: Sequence[Outcome[Any]], loads: Sequence[tuple[RoutingLoad, RoutingLoad]], *,
+    trained: np.ndarray, held: np.ndarray,
 ) -> dict[str, Any]:  # fmt: skip
     """The part of the JSON that all objectives share."""
     layers = []
@@ -349,8 +349,8 @@ def _block(
     return {
         "objective": run.job.objective,
         "train": list(run.job.train),
-        "steps": run.job.plan.steps,
-        "learning_rate": dict(run.job.plan.rates),
+        "steps": run.job.schedule.steps,
+        "learning_rate": dict(run.job.schedule.rates),
         "improved": any(o.improved for o in outcomes),
         "layers": layers,
         "tokens": {"trained": int(trained.size), "held_out": int(held.size)},

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeconv.families.records import Routing
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance
-from moeconv.tune.losses import Load
+from moeconv.tune.losses import RoutingLoad
 from moeconv.tune.network import Network
 from moeconv.tune.rebalance import Rebalance
 from moeconv.tune.routing import Routed
@@ -20,17 +20,17 @@ from moeconv.world import current, summed
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelMeasure:
     """Held-out data: nats per token (kl without a teacher is None), balance loss, load per layer."""
 
     loss: float
     kl: float | None
     balance: float
-    loads: dict[int, Load]
+    loads: dict[int, RoutingLoad]
 
 
 @dataclass(frozen=True)
-class Whole:
+class ModelTraining:
     """A student and what it is trained on. `take` gives what the routers did since the last call.
 
     Of several processes each takes every so many-th window of a batch; losses are parts of the whole batch's.
@@ -93,10 +93,10 @@ class Whole:
             target = self.teacher.hidden(tokens).flatten(0, 1)
         return losses.divergence(self.student.head, self.teacher.head, target)
 
-    def measure(self, windows: np.ndarray, *, batch_size: int) -> Measured:
+    def measure(self, windows: np.ndarray, *, batch_size: int) -> ModelMeasure:
         """Loss, KL and load over all of the windows [N, S]."""
         world = current()
-        loads = {b.layer: Load(b.layer, b.num_experts, self.rule) for b in self.student.blocks}
+        loads = {b.layer: RoutingLoad(b.layer, b.num_experts, self.rule) for b in self.student.blocks}
         sums = torch.zeros(2, dtype=torch.float64)  # next-token loss, KL
         count = windows.shape[0] * (windows.shape[1] - 1)
         for first in range(0, len(windows), batch_size):
@@ -118,9 +118,9 @@ class Whole:
         whole = [load.together() for load in loads.values()]
         # a bias moves the load and not the probabilities, so that it is judged by the load alone
         balance = float(np.mean([load.unevenness() if self.rebalance else load.balance() for load in whole]))
-        return Measured(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
+        return ModelMeasure(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 
-    def score(self, measured: Measured) -> float:
+    def score(self, measured: ModelMeasure) -> float:
         """What the held-out data is judged by."""
         if self.objective == "balance":
             return measured.balance

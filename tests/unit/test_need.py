@@ -19,7 +19,7 @@ from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.plan.memory import free_memory
 from moeconv.stream import need
-from moeconv.stream.need import Fit, Need, Run, fit, need_of
+from moeconv.stream.need import MemoryPlacement, Need, Workload, choose_placement, need_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,18 +30,18 @@ NEED = Need(ends=GB, layer=GB // 2, held=4 * GB, read=GB // 2, activations=2 * G
 def test_what_is_short_goes_to_the_disk_activations_first() -> None:
     full, file, read = (NEED.peak(held=h, in_file=f) for h, f in ((True, False), (True, True), (False, True)))
     assert full == file + 2 * GB and read < file
-    assert fit(NEED, budget=None, free=full) == Fit(full, full, True, None)
-    assert fit(NEED, budget=None, free=full - 1) == Fit(file, full - 1, True, 0)
-    assert fit(NEED, budget=file - 1, free=full) == Fit(read, full, False, 0)
-    assert fit(NEED, budget=full, free=1).held, "a budget overrules what is free"
+    assert choose_placement(NEED, budget=None, free=full) == MemoryPlacement(full, full, True, None)
+    assert choose_placement(NEED, budget=None, free=full - 1) == MemoryPlacement(file, full - 1, True, 0)
+    assert choose_placement(NEED, budget=file - 1, free=full) == MemoryPlacement(read, full, False, 0)
+    assert choose_placement(NEED, budget=full, free=1).held, "a budget overrules what is free"
 
 
 def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     with pytest.raises(InputError, match=r"calibrate takes at least 1.4 GB of memory, 1.0 GB are free") as told:
-        fit(NEED, budget=None, free=GB, what="calibrate")
+        choose_placement(NEED, budget=None, free=GB, what="calibrate")
     assert "--batch-size" in told.value.hint and "--max-memory" in told.value.hint
     with pytest.raises(UsageError, match=r"--max-memory 1.0 GB: this takes at least 1.4 GB"):
-        fit(NEED, budget=GB, free=100 * GB)
+        choose_placement(NEED, budget=GB, free=100 * GB)
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_a_layer_counts_as_it_is_stored(tmp_path: Path) -> None:
     model = open_model(path)
     experts = sum(model.checkpoint.tensors[n].nbytes for n, role in model.roles.items() if role.group == "expert")
     assert 2 * experts > need.GROUP_BYTES
-    stored, placed = (need_of(model, Run(64, 64, 1, copies=copies)) for copies in (0, 3))
+    stored, placed = (need_of(model, Workload(64, 64, 1, copies=copies)) for copies in (0, 3))
     one = experts // 64 * 2  # widened
     group = need.GROUP_BYTES // one * one
     assert placed.held - stored.held == pytest.approx(5 * experts - group, rel=0.02)
@@ -119,7 +119,7 @@ def test_looking_ahead_imports_no_torch(tmp_path: Path) -> None:
     path = tiny.make_moe(tmp_path / "moe")
     code = (
         "import sys; from moeconv.families.model import open_model; from moeconv.stream.need import *;"
-        f"n = need_of(open_model({str(path)!r}), Run(64, 16, 1)); print(n.least, 'torch' in sys.modules)"
+        f"n = need_of(open_model({str(path)!r}), Workload(64, 16, 1)); print(n.least, 'torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert int(found[0]) > 0 and found[1] == "False"

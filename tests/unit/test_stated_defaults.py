@@ -148,10 +148,10 @@ def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
 def test_how_a_tune_is_run(models):
     from moeconv.options import TuneOptions
     from moeconv.tune.job import make_job
-    from moeconv.tune.optimise import Plan
+    from moeconv.tune.optimise import Schedule
 
     (looks,) = stated("tune", "look_every")
-    assert len(Plan(100, {}, "cosine", 0.1).looks()) == looks
+    assert len(Schedule(100, {}, "cosine", 0.1).looks()) == looks
     assert "unless experts train too" in STATED["tune", "straight_through"]
     for train in ("router", "router,experts"):
         job = make_job(models[1], TuneOptions(objective="lm", train=train), seed=0, batch_size=2)

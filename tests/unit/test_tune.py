@@ -24,9 +24,9 @@ from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
-from moeconv.tune.losses import Load, balance_loss, counts_of
+from moeconv.tune.losses import RoutingLoad, balance_loss, counts_of
 from moeconv.tune.network import fill_block, load_network
-from moeconv.tune.optimise import Plan
+from moeconv.tune.optimise import Schedule
 from moeconv.tune.parameters import pieces_of, written
 from moeconv.tune.planner import plan_overlay
 from moeconv.tune.routing import Routed, straight_through_weights, watching
@@ -207,7 +207,7 @@ def test_balance_loss_is_taken_per_layer_and_not_pooled():
     assert float(balance_loss(routed, Routing(), counts_of(routed))) == pytest.approx(4.0)
     even = Routed(0, torch.eye(4).repeat(2, 1) * 50, torch.arange(4).repeat(2)[:, None])
     assert float(balance_loss([even], Routing(), counts_of([even]))) == pytest.approx(1.0)
-    load = Load(0, 4, Routing())
+    load = RoutingLoad(0, 4, Routing())
     load.add(even)
     load.add(Routed(0, logits[1], routed[1].chosen))
     share = np.array([2, 10, 2, 2]) / 16  # 8 tokens spread evenly, 8 on expert 1
@@ -618,14 +618,18 @@ def test_dtype_casts_overlay_and_source_alike_and_the_plan_follows_the_overlays_
 
 
 def test_schedule_warms_up_and_ends_at_a_tenth():
-    shares = [Plan(100, {}).rate_at(i) for i in range(100)]
+    shares = [Schedule(100, {}).rate_at(i) for i in range(100)]
     assert shares[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and max(shares) == 1
     assert shares[10:] == sorted(shares[10:], reverse=True) and shares[-1] == pytest.approx(0.1, abs=1e-3)
-    linear, constant = (Plan(100, {}, schedule, warmup=0.0) for schedule in ("linear", "constant"))
+    linear, constant = (Schedule(100, {}, schedule, warmup=0.0) for schedule in ("linear", "constant"))
     assert [linear.rate_at(i) for i in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
     assert {constant.rate_at(i) for i in range(100)} == {1.0}
-    assert Plan(100, {}).looks() == {25, 50, 75, 100} and Plan(1, {}).looks() == {1} and Plan(2, {}).looks() >= {1, 2}
-    assert Plan(10, {}, look_every=4).looks() == {4, 8, 10}
+    assert (
+        Schedule(100, {}).looks() == {25, 50, 75, 100}
+        and Schedule(1, {}).looks() == {1}
+        and Schedule(2, {}).looks() >= {1, 2}
+    )
+    assert Schedule(10, {}, look_every=4).looks() == {4, 8, 10}
 
 
 def test_batches_visit_everything_once_before_anything_twice():

@@ -19,7 +19,7 @@ from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.tune.disturb import Disturbance, disturbed
 from moeconv.tune.network import load_network
-from moeconv.tune.optimise import Plan, optimise
+from moeconv.tune.optimise import Schedule, optimise
 from moeconv.tune.parameters import Piece
 from moeconv.tune.rebalance import rebalancing
 from moeconv.tune.routing import Block, watching
@@ -170,7 +170,7 @@ def test_a_family_without_a_bias_says_so(tmp_path, data):
 # -- early stop, values --------------------------------------------------------------------------------------------
 
 
-def falling(scores: list[float], plan: Plan) -> Any:
+def falling(scores: list[float], schedule: Schedule) -> Any:
     """Optimise one number whose held-out scores are given, the first one before training."""
     piece = Piece("x", "F32", "router", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
     told = iter(scores)
@@ -180,20 +180,21 @@ def falling(scores: list[float], plan: Plan) -> Any:
         return True
 
     outcome = optimise(
-        [piece], plan=plan, step=step, measure=lambda: next(told), score=float, note=lambda _done, _measured: None,
+        [piece], schedule=schedule, step=step, measure=lambda: next(told), score=float,
+        note=lambda _done, _measured: None,
         not_finite=lambda: InputError("NaN"),
     )  # fmt: skip
     return outcome, float(piece.parameter.detach())
 
 
 def test_patience_ends_training_and_the_best_look_stays():
-    plan = Plan(100, {"router": 0.1}, "constant", 0.0, look_every=10, patience=2)
-    outcome, value = falling([5, 4, 3, 3.5, 3.2, 1], plan)
+    schedule = Schedule(100, {"router": 0.1}, "constant", 0.0, look_every=10, patience=2)
+    outcome, value = falling([5, 4, 3, 3.5, 3.2, 1], schedule)
     assert (outcome.before, outcome.after, outcome.stopped_at, outcome.improved) == (5, 3, 40, True)
     assert value == pytest.approx(2.0, rel=1e-3)  # the twentieth step's, not the fortieth's
-    outcome, value = falling([5, 6, 7], plan)
+    outcome, value = falling([5, 6, 7], schedule)
     assert (outcome.after, outcome.stopped_at, outcome.improved, value) == (5, 20, False, 0.0)
-    outcome, _ = falling([5, 6, 4, 6, 3, *[9] * 6], Plan(100, {"router": 0.1}, look_every=10))
+    outcome, _ = falling([5, 6, 4, 6, 3, *[9] * 6], Schedule(100, {"router": 0.1}, look_every=10))
     assert (outcome.after, outcome.stopped_at) == (3, None)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moeconv.data.heldout import held_out
 from moeconv.errors import InputError
-from moeconv.prune.repair.refit import Fitted, Refit, Routes, judged, refit_layer
+from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, judged, refit_layer
 from moeconv.stream.experts import down_projection, with_down
 from moeconv.stream.layers import Layer, LayerStream
 from moeconv.stream.masking import check_routed, routed_to
@@ -44,7 +44,7 @@ class Variant:
     replace: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
     scale: Mapping[int, float] = field(default_factory=dict)
     on_layer: OnLayer | None = None
-    fitted: list[Fitted] = field(default_factory=list)
+    fitted: list[RefitOutcome] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -166,7 +166,7 @@ def _refitted(
     old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
     shown = float((whole.where(~held).weights != 0).sum()) / len(kept)
     variant.fitted.append(
-        Fitted(layer.index, (old / given) ** 0.5 if given else 0.0, (new / given) ** 0.5 if given else 0.0, shown,
+        RefitOutcome(layer.index, (old / given) ** 0.5 if given else 0.0, (new / given) ** 0.5 if given else 0.0, shown,
                kept=new <= old)
     )  # fmt: skip
     return made if new <= old else before

@@ -69,7 +69,7 @@ def refit_layer(
 
 
 @dataclass(frozen=True)
-class Fitted:
+class RefitOutcome:
     """How a layer's refit fared on its held-out tokens: relative errors with the old weights and with the new ones,
     tokens per expert that shaped these, and whether they are `kept`."""
 

@@ -127,7 +127,7 @@ def _room(stream: LayerStream, jobs: int) -> tuple[int, int]:
     """(bytes of experts that are coded together, how many such groups at a time)."""
     if stream.device.type != "cpu":
         return max(CODED_BYTES, torch.cuda.mem_get_info(stream.device)[0] // 4), 1
-    tight = stream.fit is not None and not stream.fit.held
+    tight = stream.placement is not None and not stream.placement.held
     return (0, 1) if tight else (CODED_BYTES, jobs)
 
 

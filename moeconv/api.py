@@ -27,7 +27,7 @@ _HOMES = {
     "calibrate": "moeconv.calibrate.run",
     "evaluate": "moeconv.evaluate.run",
     "execute": "moeconv.plan.execute",
-    "follow_links": "moeconv.checkpoint.reader",
+    "follow_links": "moeconv.checkpoint.paths",
     "inspect": "moeconv.inspect.run",
     "open_model": "moeconv.families.model",
     "plan_overlay": "moeconv.tune.planner",

@@ -1,7 +1,7 @@
-"""Which files beside the shards come along to an output: tokenizer, processors, templates, generation config, licence.
+"""Which files beside the shards are copied to an output: tokenizer, processors, templates, generation config, licence.
 
-One list for the loader of tokenizers and for the copier. Code comes along unread, and only where a file that comes
-along names it; whatever else lies there stays behind and is named.
+The loader of tokenizers and the copier use the same list. Code is copied unread, and only if a copied file names it;
+everything else in the directory is left behind, and a warning names it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
 from moeconv.checkpoint.strictjson import parse_json, read_json_object
 from moeconv.errors import InputError, escape
+from moeconv.types import Config, JsonObject
 
 # files that hold a vocabulary: a directory without any of them has no tokenizer
 VOCABULARIES = (
@@ -37,10 +37,10 @@ _SETTINGS = (
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 PATTERNS = (*VOCABULARIES, *_BESIDE_VOCABULARIES, *_SETTINGS, *_LICENCES)
 _NEVER = ("*.py", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.safetensors", "*.index.json", "*.exe", "*.so")
-# what a step writes anew or the reader has spoken of
+# files that a step writes itself, and files that the reader has warned about already
 _OWN = ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md", "*.safetensors", ".*")
 _MAX_BYTES = 256 * 1024 * 1024
-_MAX_SETTINGS = 1 << 20  # of a JSON file that may name code
+_MAX_SETTINGS = 1 << 20  # bytes of a JSON file that may name code
 _SHOWN = 8
 _CODE = "auto_map"
 _MODEL_CLASSES = ("AutoConfig", "AutoModel", "TFAutoModel", "FlaxAutoModel")  # the beginnings of their keys
@@ -48,17 +48,17 @@ ENTRY = "modeling_moeconv"  # the module that loads packed weights written with 
 
 
 def is_licence(name: str) -> bool:
-    """Whether a companion says what one may do with the model."""
+    """Whether a companion is a licence, a notice or a use policy."""
     return _matches(name, _LICENCES)
 
 
 def has_vocabulary(directory: Path) -> bool:
-    """Whether a directory holds a file that a tokenizer can be made of."""
+    """Whether a directory holds a file from which a tokenizer can be made."""
     return any(path.is_file() for pattern in VOCABULARIES for path in directory.glob(pattern))
 
 
 def is_companion_name(name: str) -> bool:
-    """Whether a file of this name, which may be in the directory of templates, comes along by its name alone."""
+    """Whether a file is copied for its name alone. `name` may be in the directory of templates: FOLDER/NAME."""
     folder, _, file = name.rpartition("/")
     if folder:
         return folder == TEMPLATES and file.endswith(".jinja") and not file.startswith(".")
@@ -72,11 +72,11 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 # -- code ------------------------------------------------------------------------------------------------------------
 
 
-def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_code(config: Config) -> tuple[JsonObject, list[str]]:
     """config.json without the entries of `auto_map` that name code for the config and the model, and those entries.
 
-    Every family that a step takes is a class of transformers itself, so nothing needs that code: but for the loader
-    of packed weights that moeconv wrote beside them.
+    transformers has a class of its own for every supported family, so this code is not needed. The one exception is
+    the loader of packed weights that moeconv itself wrote beside them.
     """
     named, result = config.get(_CODE), dict(config)
     if not isinstance(named, dict):
@@ -96,20 +96,20 @@ def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return result, [f"{escape(key)}: {escape(value)}" for key, value in gone.items()]
 
 
-def _modules(value: Any) -> list[str]:
-    """The Python modules of the checkpoint's own directory that an entry of `auto_map` names."""
+def _modules(value: object) -> list[str]:
+    """The Python modules in the checkpoint's own directory that an entry of `auto_map` names."""
     entries = value if isinstance(value, list) else [value]
     return [e.partition(".")[0] for e in entries if isinstance(e, str) and "." in e and "--" not in e and "/" not in e]
 
 
-def _code_of(value: Any) -> set[str]:
-    """The Python files beside it that a JSON value asks its reader to import."""
+def _code_of(value: object) -> set[str]:
+    """The Python files that a JSON object asks its reader to import."""
     named = value.get(_CODE) if isinstance(value, Mapping) else None
     return {f"{m}.py" for entry in named.values() for m in _modules(entry)} if isinstance(named, dict) else set()
 
 
 def _asks_for_code(path: Path) -> bool:
-    """Whether a small JSON file asks its reader to import Python files that lie beside it."""
+    """Whether a JSON file of at most 1 MiB asks its reader to import Python files from its directory."""
     if not path.name.endswith(".json") or path.stat().st_size > _MAX_SETTINGS:
         return False
     data = path.read_bytes()
@@ -117,19 +117,19 @@ def _asks_for_code(path: Path) -> bool:
 
 
 def asks_for_code(directory: Path) -> bool:
-    """Whether the small files of a directory, as a step carries them over, ask for Python files beside them."""
+    """Whether the files that a step would copy from a directory ask for Python files in it."""
     config = read_json_object(directory / "config.json", what=escape(directory / "config.json"), constants=True)
     beside = [path for path in directory.glob("*.json") if is_companion_name(path.name)]
     return bool(_code_of(without_code(config)[0])) or any(map(_asks_for_code, beside))
 
 
-# -- what there is ---------------------------------------------------------------------------------------------------
+# -- companions ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Companions:
-    """What lies beside the shards: `files` come along, those that are `code` among them; `left` stays behind.
-    `askers` are the files that name the code."""
+    """The files beside the shards: `files` are copied, `code` among them; `left` are left behind. `askers` are the
+    files that name the code."""
 
     files: Mapping[str, Path]
     code: tuple[str, ...]
@@ -137,7 +137,7 @@ class Companions:
     left: tuple[str, ...]
 
     def read(self) -> Iterator[tuple[str, bytes]]:
-        """(name, bytes) of every file that comes along, in name order. Raises InputError for one that is too large."""
+        """(name, bytes) of every copied file, in name order. Raises InputError for one that is too large."""
         for name, path in self.files.items():
             with _reading():
                 _check_size(path)
@@ -146,48 +146,53 @@ class Companions:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user must know of the files: which code came along, and what did not come along."""
+        """What a user must know about the files: which code is copied, and which files are left behind."""
         found = []
         if self.code:
             found.append(
-                f"code comes along, unread and never run: {_some(self.code)} (auto_map in {_some(self.askers)} asks "
-                "for it; read it before you load it with trust_remote_code=True)"
+                f"code is copied, unread and never run: {_some(self.code)} (auto_map in {_some(self.askers)} asks for "
+                "it; read it before you load it with trust_remote_code=True)"
             )
         elif self.askers:
-            found.append(f"auto_map in {_some(self.askers)} asks for code that does not lie beside the weights")
+            found.append(f"auto_map in {_some(self.askers)} asks for code that is not in the directory")
         if self.left:
-            found.append(f"left behind, not among the files that loaders read: {_some(self.left)}")
+            found.append(f"not copied, because no loader reads them: {_some(self.left)}")
         return found
 
 
-def find_companions(
-    checkpoint: Checkpoint, config: Mapping[str, Any] | None = None, *, made: Collection[str] = ()
-) -> Companions:
+def find_companions(checkpoint: Checkpoint, config: Config | None = None, *, made: Collection[str] = ()) -> Companions:
     """The companions of a checkpoint whose output has `config`; `made` are names of code that the step writes itself.
 
-    Raises InputError for a link that leaves the directory, and for a file too large to be a companion; of the files
-    only small JSON is read, which may name code.
+    Only small JSON files are read, because they may name code. Raises InputError for a link that leaves the directory,
+    and for a file that is too large to be a companion.
     """
     beside = checkpoint.beside()
-    names = [name for name, is_file in beside.items() if is_file and is_companion_name(name)]
-    if beside.get(TEMPLATES) is False:
-        names += filter(is_companion_name, checkpoint.inside(TEMPLATES))
-    files = {name: checkpoint.confined(name) for name in names}
+    files = _copied_by_name(checkpoint, beside)
     with _reading():
         for path in files.values():
             _check_size(path)
         askers = [name for name, path in files.items() if _asks_for_code(path)]
     if config is not None and _code_of(config) - set(made):
         askers.append("config.json")
-    code = [name for name, is_file in beside.items() if askers and is_file and name.endswith(".py")]
-    code = [name for name in code if name not in made]
+    modules = [name for name, is_file in beside.items() if is_file and name.endswith(".py") and name not in made]
+    code = modules if askers else []
     files |= {name: checkpoint.confined(name) for name in code}
-    left = [
-        f"{name}/" if (checkpoint.path / name).is_dir() else name
-        for name in beside
-        if name not in files and name != TEMPLATES and not _matches(name, _OWN) and name not in made
-    ]
+    left = _left_behind(checkpoint, beside, copied={*files, *made, TEMPLATES})
     return Companions(dict(sorted(files.items())), tuple(code), tuple(askers), tuple(left))
+
+
+def _copied_by_name(checkpoint: Checkpoint, beside: Mapping[str, bool]) -> dict[str, Path]:
+    """{name: path} of the companions that need nothing but their name; `beside` maps a name to whether it is a file."""
+    names = [name for name, is_file in beside.items() if is_file and is_companion_name(name)]
+    if beside.get(TEMPLATES) is False:
+        names += filter(is_companion_name, checkpoint.inside(TEMPLATES))
+    return {name: checkpoint.confined(name) for name in names}
+
+
+def _left_behind(checkpoint: Checkpoint, beside: Collection[str], *, copied: Collection[str]) -> list[str]:
+    """Names of everything else in the directory, those of directories with a slash at the end."""
+    names = [name for name in beside if name not in copied and not _matches(name, _OWN)]
+    return [f"{name}/" if (checkpoint.path / name).is_dir() else name for name in names]
 
 
 @contextmanager

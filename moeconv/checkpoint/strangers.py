@@ -1,4 +1,4 @@
-"""What a directory holds that is no checkpoint which can be read: a row for each kind, with what to do about it."""
+"""Errors for a directory that is not a readable checkpoint: one row per kind of content, with what to do about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,14 @@ _PICKLED = (
     "Convert it to safetensors first, in a sandbox: load it with transformers there and "
     "save_pretrained(..., safe_serialization=True)."
 )
-# what a trainer leaves beside weights
+# files that a trainer leaves beside the weights
 _TRAINING = ("training_args.bin", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`files`: patterns of names (a directory's ends in a slash), one of which tells the kind; {} in `what` becomes the
-    first such name."""
+    """A kind of content. `files` are patterns of names (those of directories end in a slash); one matching name
+    identifies the kind, and replaces {} in `what`."""
 
     files: tuple[str, ...]
     what: str
@@ -67,39 +67,67 @@ KINDS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A directory and its entries; the names of directories among them end in a slash."""
+
+    directory: Path
+    names: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        return escape(self.directory)
+
+
 def refusal(directory: Path, entries: Sequence[os.DirEntry[str]], *, lacks: str) -> InputError:
     """The error for a directory without config.json or without weights; `lacks` says which of them."""
-    where = escape(directory)
-    names = [f"{e.name}/" if e.is_dir() else e.name for e in entries]
-    if "adapter_config.json" in names:
-        return _adapter(directory)
-    if inside := [e.name for e in entries if e.is_dir() and _is_checkpoint(Path(e.path))]:
-        more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
-        return InputError(
-            f"{where} is no checkpoint but holds some: {', '.join(map(escape, inside[:_SHOWN]))}{more}",
-            hint=f"Give one of them, such as {escape(directory / inside[-1])}.",
-        )
-    weights = [name for name in names if name in ("model.safetensors", "model.safetensors.index.json")]
-    if shards := [found for name in names if not weights and (found := _SHARD.fullmatch(name))]:
-        return _without_index(where, shards)
-    for kind in KINDS:
-        telling = [n for n in names if _one_of(n, kind.files) and not _one_of(n, _TRAINING)]
-        if telling and not weights:
-            return InputError(f"{where} {kind.what.format(escape(telling[0]))}", hint=kind.hint)
-    if others := [name for name in names if not weights and name.endswith(".safetensors")]:
-        return InputError(
-            f"{where} holds {escape(others[0])}, a name that transformers does not look for",
-            hint="If it is the whole model, rename it to model.safetensors.",
-        )
-    return InputError(f"{where}{lacks}", hint=_lacking(names))
+    found = _Listing(directory, tuple(f"{e.name}/" if e.is_dir() else e.name for e in entries))
+    with_weights = any(name in ("model.safetensors", "model.safetensors.index.json") for name in found.names)
+    for check in _CHECKS if with_weights else (*_CHECKS, *_CHECKS_WITHOUT_WEIGHTS):
+        if (error := check(found)) is not None:
+            return error
+    return InputError(f"{found.where}{lacks}", hint=_hint_for_missing(found.names))
 
 
-def _lacking(names: Sequence[str]) -> str:
+def _hint_for_missing(names: Sequence[str]) -> str:
     if not names:
-        return "It is empty: is this the right path, and did the download end?"
+        return "The directory is empty: is this the right path, and was the download complete?"
     if "config.json" in names:
         return "Give a directory of safetensors shards as transformers' save_pretrained writes it."
     return "Is this a checkpoint directory? Download config.json again, or give the directory that holds it."
+
+
+def _holds_checkpoints(found: _Listing) -> InputError | None:
+    """The user gave the parent of the checkpoints."""
+    folders = [name.rstrip("/") for name in found.names if name.endswith("/")]
+    inside = [name for name in folders if _is_checkpoint(found.directory / name)]
+    if not inside:
+        return None
+    more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
+    return InputError(
+        f"{found.where} is not a checkpoint but contains checkpoints: {', '.join(map(escape, inside[:_SHOWN]))}{more}",
+        hint=f"Give one of them, such as {escape(found.directory / inside[-1])}.",
+    )
+
+
+def _known_kind(found: _Listing) -> InputError | None:
+    """Weights in a layout that is not read."""
+    for kind in KINDS:
+        matching = [n for n in found.names if _one_of(n, kind.files) and not _one_of(n, _TRAINING)]
+        if matching:
+            return InputError(f"{found.where} {kind.what.format(escape(matching[0]))}", hint=kind.hint)
+    return None
+
+
+def _other_name(found: _Listing) -> InputError | None:
+    """A safetensors file under a name that no loader uses."""
+    others = [name for name in found.names if name.endswith(".safetensors")]
+    if not others:
+        return None
+    return InputError(
+        f"{found.where} holds {escape(others[0])}, a name that transformers does not look for",
+        hint="If it is the whole model, rename it to model.safetensors.",
+    )
 
 
 def _one_of(name: str, patterns: Sequence[str]) -> bool:
@@ -114,23 +142,29 @@ def _is_checkpoint(directory: Path) -> bool:
     return "config.json" in names and any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
 
 
-def _without_index(where: str, shards: Sequence[re.Match[str]]) -> InputError:
+def _without_index(found: _Listing) -> InputError | None:
+    """Shards of a model whose index is missing."""
+    shards = [match for name in found.names if (match := _SHARD.fullmatch(name))]
+    if not shards:
+        return None
     stem, _, count = shards[0].groups()
-    have = {int(found[2]) for found in shards if found[1] == stem and found[3] == count}
+    have = {int(match[2]) for match in shards if match[1] == stem and match[3] == count}
     missing = [i for i in range(1, min(int(count), 10_000) + 1) if i not in have]
     lost = f"; number {', '.join(map(str, missing[:_SHOWN]))} of {int(count)} missing" if missing else ""
     return InputError(
-        f"{where} holds {len(have)} of {int(count)} shards ({escape(shards[0][0])}, ...) without an index, so nothing "
-        f"says which tensors belong to the model{lost}",
-        hint=f"Download {escape(stem)}.safetensors.index.json from where the shards are from"
-        + (" and the missing shards." if missing else "."),
+        f"{found.where} holds {len(have)} of {int(count)} shards ({escape(shards[0][0])}, ...) without an index, so it "
+        f"is unknown which tensors belong to the model{lost}",
+        hint=f"Download {escape(stem)}.safetensors.index.json from the place that has the shards"
+        + (", and the missing shards." if missing else "."),
     )
 
 
-def _adapter(directory: Path) -> InputError:
-    """A PEFT adapter names the model that it belongs to."""
+def _adapter(found: _Listing) -> InputError | None:
+    """A PEFT adapter, which names the model that it belongs to."""
+    if "adapter_config.json" not in found.names:
+        return None
     try:
-        data = (directory / "adapter_config.json").read_bytes()[:_MAX_ADAPTER]
+        data = (found.directory / "adapter_config.json").read_bytes()[:_MAX_ADAPTER]
         config = json.loads(data)
     except (OSError, ValueError, RecursionError):
         config = None
@@ -138,7 +172,11 @@ def _adapter(directory: Path) -> InputError:
     kind, base = (config.get(key) for key in ("peft_type", "base_model_name_or_path"))
     of = f" of {escape(base)}" if isinstance(base, str) and base else ""
     return InputError(
-        f"{escape(directory)} is an adapter ({escape(kind or 'PEFT')}){of}, not a model",
+        f"{found.where} is an adapter ({escape(kind or 'PEFT')}){of}, not a model",
         hint="Merge it first: peft's AutoPeftModelForCausalLM.from_pretrained(DIRECTORY).merge_and_unload()"
         ".save_pretrained(OUT), then give OUT.",
     )
+
+
+_CHECKS: tuple[Callable[[_Listing], InputError | None], ...] = (_adapter, _holds_checkpoints)
+_CHECKS_WITHOUT_WEIGHTS = (_without_index, _known_kind, _other_name)

@@ -143,7 +143,7 @@ def execute(
 
 
 def companions_of(plan: Plan, source: Checkpoint) -> Companions:
-    """The files beside the source's shards that come along to what `plan` writes. Raises InputError."""
+    """The files beside the source's shards that are copied to the output of `plan`. Raises InputError."""
     found = find_companions(source, plan.config, made=plan.texts)
     if plan.gguf:  # config and tokenizer are inside
         return Companions({name: path for name, path in found.files.items() if is_licence(name)}, (), (), ())

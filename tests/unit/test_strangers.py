@@ -93,7 +93,7 @@ def test_a_directory_of_checkpoints_names_them(tmp_path: Path) -> None:
     for name in ("checkpoint-500", "checkpoint-1000"):
         make_dense(tmp_path / "run" / name)
     (tmp_path / "run" / "trainer_state.json").write_text("{}")
-    with pytest.raises(InputError, match="holds some: checkpoint-1000, checkpoint-500") as caught:
+    with pytest.raises(InputError, match="contains checkpoints: checkpoint-1000, checkpoint-500") as caught:
         Checkpoint(tmp_path / "run")
     assert "checkpoint-500" in caught.value.hint
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from moeconv.checkpoint.reader import Checkpoint
+from moeconv.types import JsonObject
 
 CARD_NAME = "README.md"
 _MOST = 1 << 16  # bytes of a source's card that are looked at
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 
 
-def source_metadata(source: Checkpoint) -> dict[str, Any]:
+def source_metadata(source: Checkpoint) -> JsonObject:
     """Licence, language and base model of the source's card; what it cannot read it leaves out."""
     import yaml
 
@@ -32,7 +32,7 @@ def source_metadata(source: Checkpoint) -> dict[str, Any]:
     return {key: words for key in _CARRIED if (words := _words(value.get(key))) is not None}
 
 
-def _words(value: Any) -> str | list[str] | None:
+def _words(value: object) -> str | list[str] | None:
     """A short printable string or a list of such, else None."""
     if isinstance(value, list):
         words = [w for item in value[:50] if isinstance(w := _words(item), str)]

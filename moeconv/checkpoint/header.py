@@ -11,10 +11,10 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
-from typing import Any
 
 from moeconv.checkpoint.strictjson import MAX_VALUES, Limits, duplicate, parse_items
 from moeconv.errors import InputError, LimitError, escape
+from moeconv.types import JsonObject
 
 MAX_HEADER_BYTES = 32 << 20  # with no data behind it; 40,000 tensors take 6 MB
 LIBRARY_HEADER_BYTES = 100_000_000  # what the safetensors library itself reads
@@ -63,11 +63,11 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
-def _is_size(n: Any) -> bool:
+def _is_size(n: object) -> bool:
     return type(n) is int and 0 <= n <= MAX_SIZE
 
 
-def _tensor_info(name: str, entry: Any, base: int, file: str) -> TensorInfo:
+def _tensor_info(name: str, entry: object, base: int, file: str) -> TensorInfo:
     def fail(why: str) -> InputError:
         return InputError(f"{file}: tensor {escape(name)!r}: {why}", hint="The header is damaged; download it again.")
 
@@ -124,15 +124,15 @@ def parse_header(data: bytes | bytearray, *, file_size: int, file: str) -> tuple
     Raises InputError unless every tensor's bytes match its shape and the tensors tile the file without gap or overlap.
     """
     what, base = f"{file}: header", 8 + len(data)
-    metadata: Any = None
+    metadata: dict[str, str] | None = None
     found: dict[str, TensorInfo] = {}
     for name, entry in parse_items(data, what=what, limits=header_limits(file_size)):
         if name in found or (name == "__metadata__" and metadata is not None):
             raise InputError(f"{what}: not valid JSON ({duplicate(name)})", hint="Download it again.")
         if name == "__metadata__":
-            metadata = entry
-            if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
                 raise InputError(f"{file}: __metadata__ must map strings to strings", hint="Download it again.")
+            metadata = entry
         else:
             found[name] = _tensor_info(name, entry, base, file)
     infos = sorted(found.values(), key=lambda t: (t.start, t.end))
@@ -190,9 +190,9 @@ def json_length(text: str) -> int:
 
 def _entries(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> tuple[dict[str, Any], int]:
+) -> tuple[JsonObject, int]:
     """The header's JSON, and where the last tensor ends."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    entries: JsonObject = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for name, dtype, shape in tensors:
         if name in entries:
@@ -203,6 +203,6 @@ def _entries(
     return entries, position
 
 
-def _padded(entries: dict[str, Any]) -> bytes:
+def _padded(entries: JsonObject) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % _ALIGN)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.artifact import read_metadata_json
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, escape
+from moeconv.types import JsonObject
 
 
 def open_measured(
     path: str | os.PathLike[str], *, kind: str, version: int, required: Sequence[str], make: str
-) -> tuple[SafetensorsFile, dict[str, Any]]:
+) -> tuple[SafetensorsFile, JsonObject]:
     """A file of this `kind`, and its provenance, in which the `required` keys are.
 
     Raises InputError when it is missing, damaged, of another kind or of another version; `make` is the command that

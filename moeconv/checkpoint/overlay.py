@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.artifact import read_metadata_json
 from moeconv.checkpoint.header import TensorInfo
@@ -19,6 +18,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
 from moeconv.errors import InputError, OutputError, escape
+from moeconv.types import JsonObject
 
 Layout = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -54,9 +54,7 @@ class Overlay:
         return self._of[name].read(name)
 
 
-def provenance(
-    overlay: Overlay | SafetensorsFile, *, identity: str, checkpoint: Checkpoint, hint: str
-) -> dict[str, Any]:
+def provenance(overlay: Overlay | SafetensorsFile, *, identity: str, checkpoint: Checkpoint, hint: str) -> JsonObject:
     """What an overlay says of its making. Raises InputError for one that was made for another checkpoint than the one
     of this `identity`."""
     made_with = read_metadata_json(overlay, kind="overlay")

@@ -18,17 +18,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeconv.checkpoint.writer import output_errors, replace_file, sync_directory
 from moeconv.errors import Interrupted, LimitError, OutputError, escape
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FIGURES = "figures.json"
 _STEP, _HEARTBEAT = 0.2, 30.0  # seconds between two tries for the lock, and between two words about it
 
 
 def staging_of(out: Path) -> Path:
-    """The directory in which OUT is made."""
+    """The directory in which OUT is built: `.NAME.moeconv` beside it."""
     return out.parent / f".{out.name}.moeconv"
 
 
@@ -187,6 +190,7 @@ def _still_at(fd: int, path: Path) -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: np.ndarray | np.generic) -> object:
     """A number or array of numpy as JSON has it."""
-    return value.tolist()
+    plain: object = value.tolist()
+    return plain

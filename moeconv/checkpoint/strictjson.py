@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import InputError, LimitError, escape
+from moeconv.types import JsonObject
 
 # with nothing behind it: 40 MiB in each of the forms that parsing holds at once (bytes, text, values) stay within
 # 200 MB, and so do the objects of 500,000 values
@@ -38,8 +39,8 @@ def index_limits(backing: int) -> Limits:
     return Limits(MAX_JSON_BYTES + backing // 4, MAX_VALUES + backing // 64)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
+    result: JsonObject = {}
     seen: dict[str, str] = {}  # an index repeats a few file names
     for key, value in pairs:
         if key in result:
@@ -174,12 +175,12 @@ def _end(text: str, at: int) -> None:
         raise json.JSONDecodeError("Extra data", text, at)
 
 
-def _check_characters(value: Any) -> None:
+def _check_characters(value: object) -> None:
     """An escaped half of a surrogate pair is no character: it could not be written again. Raises ValueError."""
     json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
-def read_json_object(path: Path, *, what: str, limits: Limits | None = None, constants: bool = False) -> dict[str, Any]:
+def read_json_object(path: Path, *, what: str, limits: Limits | None = None, constants: bool = False) -> JsonObject:
     """Read a JSON object from a file. Raises InputError when missing, too large or not an object."""
     limits = limits or Limits(MAX_JSON_BYTES)
     try:
@@ -196,6 +197,6 @@ def read_json_object(path: Path, *, what: str, limits: Limits | None = None, con
     return value
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """One byte sequence for one value: sorted keys, no spaces, ASCII, Infinity as in Python. For hashes and ids."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

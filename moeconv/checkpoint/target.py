@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.card import CARD_NAME
 from moeconv.checkpoint.companions import TEMPLATES, is_companion_name
@@ -18,6 +17,7 @@ from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
 from moeconv.checkpoint.staging import staging_of
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, OutputError, escape
+from moeconv.types import JsonObject
 
 Inputs = Iterable[tuple[str, str | os.PathLike[str]]]  # (the word that names it: SOURCE, --teacher; its path)
 _BESIDE = (CARD_NAME, "README", ".gitattributes", ".gitignore")  # files of a repository that are no model's
@@ -154,7 +154,7 @@ def shards_of(directory: Path) -> frozenset[str]:
     return frozenset({SINGLE_NAME} if os.path.isfile(directory / SINGLE_NAME) else ())
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> JsonObject:
     """A JSON object from a file, empty where there is none that can be read."""
     try:
         return read_json_object(path, what=path.name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moeconv.families.records import Config, Tensors
+from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.spec import Family
+from moeconv.types import JsonObject
 
 LAYER = "model.layers.{L}."
 # The decoder block that Llama made common: pre-norm RMSNorm, separate q, k, v, o.
@@ -27,7 +28,7 @@ QK_NORM = {f"attention.{p}_norm": LAYER + f"self_attn.{p}_norm.weight" for p in 
 DENSE_FFN = {f"ffn.{p}": LAYER + f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
 FFN_BIAS = {f"ffn.{p}_bias": LAYER + f"mlp.{p}_proj.bias" for p in ("gate", "up", "down")}
 ROTARY_BUFFERS = (LAYER + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
-BASE_CONFIG: dict[str, Any] = {
+BASE_CONFIG: JsonObject = {
     "vocab_size": None,
     "hidden_size": None,
     "intermediate_size": None,
@@ -52,7 +53,7 @@ NORM_BIAS = {
 FUSED_QKV: dict[str, tuple[str, ...]] = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
 FUSED_FFN: dict[str, tuple[str, ...]] = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
 FFN_GATE_UP = {"ffn.gate_up": LAYER + "mlp.gate_up_proj.weight", "ffn.down": LAYER + "mlp.down_proj.weight"}
-MULTIPLIERS: dict[str, Any] = {
+MULTIPLIERS: JsonObject = {
     "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 1.0,
 }  # fmt: skip
 SINKS = {"attention.sinks": LAYER + "self_attn.sinks"}
@@ -66,7 +67,7 @@ MLA = {
     "attention.kv_b": LAYER + "self_attn.kv_b_proj.weight",
     "attention.o": LAYER + "self_attn.o_proj.weight",
 }
-MLA_CONFIG: dict[str, Any] = {
+MLA_CONFIG: JsonObject = {
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
     "attention_bias": False,
 }  # fmt: skip
@@ -90,7 +91,7 @@ LLAMA_TENSORS = Tensors(BLOCK | DENSE_FFN)
 
 
 def dense_row(
-    model_type: str, architecture: str, *, config: Config, tensors: Tensors = LLAMA_TENSORS, **row: Any
+    model_type: str, architecture: str, *, config: ConfigKeys, tensors: Tensors = LLAMA_TENSORS, **row: Any
 ) -> Family:
     """A row for Llama's block, or for `tensors` in its place: the config keys of every such block come first, and its
     biases and the language model's head are optional. Raises TypeError for what is no field of Family."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint
@@ -18,6 +18,7 @@ from moeconv.families.records import Packed
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
 from moeconv.families.spec import BESIDE, Family, Role
+from moeconv.types import Config
 
 if TYPE_CHECKING:
     from moeconv.families.model import Model
@@ -50,7 +51,7 @@ def check_foreign(checkpoint: Checkpoint) -> None:
         encodings(quantization)  # before names are judged, which a form that is not read makes strange
 
 
-def check_only(family: Family, config: Mapping[str, Any]) -> None:
+def check_only(family: Family, config: Config) -> None:
     """Raises Unsupported for a value of a config key at which no step knows the family."""
     for key, (values, meaning) in family.config.only.items():
         value = family.config.value(key, config)

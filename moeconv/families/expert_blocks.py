@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from moeconv.families.blocks import BASE_CONFIG, LAYER, completed
 from moeconv.families.placement import Get
-from moeconv.families.records import Config, ExpertLayout, Experts, Packed, Prediction, Routing, Tensors
+from moeconv.families.records import ConfigKeys, ExpertLayout, Experts, Packed, Prediction, Routing, Tensors
 from moeconv.families.spec import Family
+from moeconv.types import Config, JsonObject
 
 # names of experts, routers and shared experts, as Mixtral, Qwen and DeepSeek made them common
 W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -26,15 +26,15 @@ SPARSE_BLOCK = {"router.weight": LAYER + "block_sparse_moe.gate.weight"} | {
 SHARED_EXPERT = {f"shared.{p}": LAYER + f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")}
 SHARED_GATE = {"shared.router": LAYER + "mlp.shared_expert_gate.weight"}
 # config keys and their defaults
-ROUTER_LOSS: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
-LOSS_OFF: dict[str, Any] = {"output_router_logits": False}
+ROUTER_LOSS: JsonObject = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+LOSS_OFF: JsonObject = {"output_router_logits": False}
 EXPERT_COUNT = ("num_local_experts", "num_experts")
 TOP_K = ("num_experts_per_tok",)
 SHARED_EXPERTS = {f"shared.{p}": LAYER + f"mlp.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")}
 SHARED_MLP = {f"shared.{p}": LAYER + f"mlp.shared_mlp.{p}_proj.weight" for p in ("gate", "up", "down")}
 CORRECTION = {"router.correction": LAYER + "mlp.gate.e_score_correction_bias"}
 QKVO_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias", "attention.o_bias")
-SIGMOID: dict[str, Any] = {
+SIGMOID: JsonObject = {
     "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_shared_experts": 1,
     "output_router_logits": False,
 }  # fmt: skip
@@ -65,7 +65,7 @@ QWEN_MTP = Prediction(
     prefix="mtp.",
 )
 # what a pair sets in a target with grouped routing and one shared expert, so that weights of identical experts sum to 1
-ONE_SHARED_EXPERT: dict[str, Any] = {
+ONE_SHARED_EXPERT: JsonObject = {
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
 # notes of pairs
@@ -73,7 +73,7 @@ ZERO_SHARED_128 = "zero shared expert of 128 neurons: the family cannot be witho
 ZERO_SHARED_FULL = "zero shared expert as wide as a routed one: the family cannot be without one"
 EVERY_ENGINE = frozenset({"vllm", "sglang", "llama.cpp"})
 # without them vLLM and SGLang have no correction bias, and every reader but transformers scores by softmax
-NO_AUX_LOSS: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+NO_AUX_LOSS: JsonObject = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def leading_dense(get: Get) -> int | None:
@@ -89,10 +89,10 @@ def moe_row(
     model_type: str,
     architecture: str,
     *,
-    config: Config,
+    config: ConfigKeys,
     tensors: Tensors,
     experts: Experts,
-    base: Mapping[str, Any] = BASE_CONFIG,
+    base: Config = BASE_CONFIG,
     **row: Any,
 ) -> Family:
     """A row with experts: the config keys of `base` come first, biases and the language model's head are optional, and

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
 
 from moeconv.errors import Unsupported, escape
 from moeconv.families.refused import UNSUPPORTED, WITHOUT_TARGET
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
+from moeconv.types import Config
 
 _LIST = "`moeconv families` lists what is taken; `moeconv inspect` and `verify` answer for any checkpoint."
 _TEXT_ROOTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -28,7 +28,7 @@ def accepted() -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
+def find_family(config: Config) -> Family:
     """The row for a config.json. Raises Unsupported for an architecture that no step takes."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -70,7 +70,7 @@ def _near(model_type: str) -> str:
     return f"Did you mean {close[0]}? {_LIST}" if close else _LIST
 
 
-def _language_model(config: Mapping[str, Any]) -> str:
+def _language_model(config: Config) -> str:
     """In words: the language model inside a multimodal one, as far as config.json tells it."""
     nested = ((key, part) for key, part in config.items() if isinstance(part, Mapping) and key in _TEXT_ROOTS)
     key, text = next(nested, ("", config))
@@ -80,7 +80,7 @@ def _language_model(config: Mapping[str, Any]) -> str:
     return f"{escape(name)}, a {kind} language model" if name else f"a {kind} language model"
 
 
-def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[str, Any]) -> Family:
+def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Config) -> Family:
     """The row of a multimodal model, by the language model in it."""
     root = next(iter(rows.values())).multimodal.root
     nested = config.get(root)
@@ -95,7 +95,7 @@ def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Mapping[s
     return rows[text]
 
 
-def _is_plain(plain: Family, family: Family, config: Mapping[str, Any]) -> bool:
+def _is_plain(plain: Family, family: Family, config: Config) -> bool:
     """Whether config is that of the dense row `plain` of a family whose row with experts is `family`."""
     stated = family.config.read(config)
     return plain.is_dense is not None and plain.is_dense(lambda key: family.config.value(key, stated))

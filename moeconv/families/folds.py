@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from moeconv.errors import InputError
 from moeconv.families import rope
@@ -18,6 +17,7 @@ from moeconv.families.node import Node, add, centre, fill, rotary, scale, scale_
 from moeconv.families.placement import Get
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family
+from moeconv.types import JsonObject
 
 _RESIDUAL = ("attention.o", "attention.o_bias", "ffn.down", "ffn.down_bias")  # what writes the residual stream
 _QUERY = ("attention.q", "attention.q_bias")
@@ -33,7 +33,7 @@ class Draft:
     target: Family
     get: Get
     layers: int
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, Node]
     warnings: list[str]
     tied: bool
@@ -90,14 +90,14 @@ def _turn(draft: Draft, head: int, size: int, order: str) -> None:
     draft.change(_TURNED, lambda node: rotary(node, head=head, start=0, size=size, order=order))
 
 
-def _rope(draft: Draft) -> dict[str, Any]:
+def _rope(draft: Draft) -> JsonObject:
     family = draft.source
     config = {key: draft.get(key) for key in rope.KEYS}
     config = {key: value for key, value in config.items() if value is not None}
     return rope.read_rope(config, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
 
 
-def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, spreads: bool) -> None:
+def _align_rope(draft: Draft, params: JsonObject, *, head: int, size: int, spreads: bool) -> None:
     """Write the rotary parameters in the target's style, also those that the source's class assumes, since the target's
     class may assume others."""
     family, target = draft.source, draft.target
@@ -127,7 +127,7 @@ def _align_rope(draft: Draft, params: dict[str, Any], *, head: int, size: int, s
     draft.config |= rope.write_rope(params, style=target.attention.rope, rotates=rotates)
 
 
-def _given(draft: Draft) -> dict[str, Any]:
+def _given(draft: Draft) -> JsonObject:
     words = ("rope_parameters", "sliding_window", "layer_types", "sliding_window_pattern")
     return {key: draft.get(key) for key in words if draft.get(key) is not None}
 

@@ -6,9 +6,10 @@ One row per method. Methods that are read are in methods.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from moeconv.types import Config, JsonObject
 
 GIVE = (
     "Give the unquantized checkpoint that it was made from, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
@@ -56,7 +57,7 @@ FOREIGN: tuple[Foreign, ...] = (
 )
 
 
-def recognise(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Foreign, dict[str, Any]] | None:
+def recognise(config: Config, names: Iterable[str]) -> tuple[Foreign, JsonObject] | None:
     """(the way, its settings in config.json) of a checkpoint that is quantized in one of these ways; what config.json
     says goes before what the names show."""
     settings = config.get("quantization_config")
@@ -80,6 +81,6 @@ def _shown(way: Foreign, ends: set[str]) -> bool:
     return ends.issuperset(way.endings) and ends.isdisjoint(way.without)
 
 
-def bits_of(way: Foreign, settings: Mapping[str, Any]) -> int | None:
+def bits_of(way: Foreign, settings: Config) -> int | None:
     """Bits of a weight, where the settings say a number."""
     return next((settings[key] for key in way.bits if type(settings.get(key)) is int), None)

@@ -7,11 +7,9 @@ other runtimes tie whatever config.json ties. Every step writes such a model unt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
+from moeconv.types import Config, JsonObject
 
 _WHAT = (
     "config.json ties the output embeddings to the input embeddings, and the stored ones differ: transformers 5 runs "
@@ -25,19 +23,19 @@ def head_warnings(model: Model, *, writes: bool = True) -> list[str]:
     return [_WHAT + _DONE * writes] if model.own_head else []
 
 
-def with_head(model: Model) -> dict[str, Any]:
+def with_head(model: Model) -> JsonObject:
     """A copy of config.json, untied where the checkpoint's head is its own."""
     config = model.carried_config
     return untied(config, model.family) if model.own_head else config
 
 
-def untied(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def untied(config: Config, family: Family) -> JsonObject:
     """The config with tie_word_embeddings = false, also in the part of it that is a language model's."""
     result = _off(config)
     inner = config.get(family.multimodal.root) if family.multimodal.root else None
     return result | {family.multimodal.root: _off(inner)} if isinstance(inner, dict) else result
 
 
-def _off(config: Mapping[str, Any]) -> dict[str, Any]:
+def _off(config: Config) -> JsonObject:
     """lfm2 knows the key by an older name too."""
     return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}

@@ -6,12 +6,11 @@ The kind of a key is the kind of its default. Null is always accepted: it means 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from moeconv.errors import InputError, escape
 from moeconv.families.records import LIST, NUMBER, OBJECT, SWITCH, WHOLE, WORD
 from moeconv.families.spec import Family
+from moeconv.types import Config
 
 # keys of several families whose default is null, because the class derives it or a checkpoint must state it; those of
 # one family are in its row
@@ -43,7 +42,7 @@ _ROPE_NUMBERS = (
 _ROPE_LISTS = ("short_factor", "long_factor")
 
 
-def check_kinds(family: Family, config: Mapping[str, Any]) -> None:
+def check_kinds(family: Family, config: Config) -> None:
     """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
     for key, default in family.config.defaults.items():
         value, kind = config.get(key), kind_of(family, key)
@@ -65,7 +64,7 @@ def counts_something(family: Family, key: str) -> bool:
     return key in (*family.experts.count, *family.experts.top_k) or kind_of(family, key) == WHOLE
 
 
-def _check_rope(key: str, params: Any) -> None:
+def _check_rope(key: str, params: object) -> None:
     """Rotary parameters, or those of one kind of layers; keys that are unknown here are left to the class."""
     if not isinstance(params, dict):
         return
@@ -78,7 +77,7 @@ def _check_rope(key: str, params: Any) -> None:
             raise _wrong(f"{key}.{name}", "a word", value)
 
 
-def _wrong(key: str, wanted: str, value: Any) -> InputError:
+def _wrong(key: str, wanted: str, value: object) -> InputError:
     return InputError(
         f"config.json: {key} must be {wanted}, found {escape(value)[:200]}",
         hint="Correct config.json, or download it again.",
@@ -103,9 +102,9 @@ def kind_of(family: Family, key: str) -> str | None:
     return family.config.kinds.get(key, _DERIVED.get(key))
 
 
-def _is(kind: str, value: Any) -> bool:
+def _is(kind: str, value: object) -> bool:
     if kind == WHOLE:
         return type(value) is int and value >= 0
     if kind == NUMBER:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, {SWITCH: bool, WORD: str, LIST: list, OBJECT: dict}[kind])

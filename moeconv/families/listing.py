@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families.find import accepted
 from moeconv.families.registry import tables
+from moeconv.types import JsonObject
 
 
-def families() -> dict[str, Any]:
+def families() -> JsonObject:
     """The supported families and conversions."""
     known = tables()
     pairs = [

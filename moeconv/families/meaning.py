@@ -6,12 +6,11 @@ without effect are left out, so that families whose keys alone differ (llama, mi
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import rope, sliding
 from moeconv.families.model import Model
 from moeconv.families.shapes import head_dim
 from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
+from moeconv.types import JsonObject
 
 # keys about the number of positions or tokens, or the end of a text: no weight of a layer depends on them
 OUTSIDE_THE_LAYERS = ("max_position_embeddings", "tie_word_embeddings", "vocab_size", "eod_token_id", "tie_embedding")
@@ -19,7 +18,7 @@ OUTSIDE_THE_LAYERS = ("max_position_embeddings", "tie_word_embeddings", "vocab_s
 _LENGTH_FREE = ("default", "linear", "llama3")
 
 
-def meaning(model: Model) -> dict[str, Any]:
+def meaning(model: Model) -> JsonObject:
     """What the settings of a model's layers compute, by names of our own where words differ."""
     family = model.family
     spelled = {*rope.KEYS, *sliding.KEYS, "sliding_window_pattern", "head_dim", "num_key_value_heads"}
@@ -47,7 +46,7 @@ def meaning(model: Model) -> dict[str, Any]:
     return found | _rope(model)
 
 
-def _rope(model: Model) -> dict[str, Any]:
+def _rope(model: Model) -> JsonObject:
     """The rotary parameters, and the longest text where they depend on it."""
     family = model.family
     if family.attention.rope == "none":
@@ -56,7 +55,7 @@ def _rope(model: Model) -> dict[str, Any]:
     params = rope.read_rope(stated, theta=family.config.defaults["rope_theta"], partial=family.attention.partial)
     if params.get("partial_rotary_factor") == 1.0:
         del params["partial_rotary_factor"]
-    found: dict[str, Any] = {"rope_parameters": params}
+    found: JsonObject = {"rope_parameters": params}
     if params["rope_type"] not in _LENGTH_FREE:
         found["max_position_embeddings"] = model.value("max_position_embeddings")
     if family.attention.rope in ("per_type", "per_layer", "own", "no_rope"):

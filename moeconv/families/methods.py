@@ -6,13 +6,12 @@ METHODS has one row per quant_method. Where config.json leaves a setting out, th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.encodings import Encoding
 from moeconv.families.foreign import GIVE
+from moeconv.types import Config
 
-Config = Mapping[str, Any]
 _BLOCK = [128, 128]  # of transformers' FineGrainedFP8Config
 
 
@@ -44,7 +43,7 @@ def _fp8(quantization: Config) -> tuple[Encoding, ...]:
     return (Encoding("float8-blocks", 8, _block(block, "weight_block_size"), static=static, scale="scale_inv"),)
 
 
-def _block(value: Any, key: str) -> tuple[int, int]:
+def _block(value: object, key: str) -> tuple[int, int]:
     if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
         raise InputError(
             f"config.json: quantization_config.{key} must be two whole numbers above 0, found {escape(value)[:80]}",
@@ -86,7 +85,7 @@ def _compressed(quantization: Config) -> tuple[Encoding, ...]:
     return tuple(dict.fromkeys(_group(group, group.get("format") or whole) for group in groups.values()))
 
 
-def _group(group: Config, layout: Any) -> Encoding:
+def _group(group: Config, layout: object) -> Encoding:
     """The form of one group of compressed-tensors."""
     weights, activations = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, dict):

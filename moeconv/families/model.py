@@ -25,6 +25,7 @@ from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
 from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import Family, Role
+from moeconv.types import Config, JsonObject
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Model:
     dropped: tuple[str, ...]
 
     @property
-    def carried_config(self) -> dict[str, Any]:
+    def carried_config(self) -> JsonObject:
         """config.json as a step carries it over: without the names of code that transformers' own class replaces, and
         with the language model's class where a head of another is left out."""
         config = without_code(self.checkpoint.config)[0]
@@ -57,7 +58,7 @@ class Model:
         )
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """The part of config.json that describes the text model."""
         return text_config(self.checkpoint.config, self.family)
 
@@ -199,7 +200,7 @@ class Model:
         return tied and head is not None and tokens is not None and not self.checkpoint.same_bytes(head, tokens)
 
     @property
-    def quantization(self) -> dict[str, Any] | None:
+    def quantization(self) -> JsonObject | None:
         return packed.quantization(self.checkpoint.config)
 
     @cached_property
@@ -267,7 +268,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     return model
 
 
-def _with_rule(family: Family, config: Mapping[str, Any]) -> Family:
+def _with_rule(family: Family, config: Config) -> Family:
     """The row with the routing rule that config.json picks."""
     if family.experts.rules is None:
         return family

@@ -6,9 +6,11 @@ Movements (`concat`, `rotary`, `transpose`, `interleave`) keep every value's bit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from moeconv.types import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Node:
 
     op: str
     of: tuple[Node, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Config = field(default_factory=dict)
 
     def leaves(self) -> Iterator[Node]:
         """The leaves, from left to right."""

@@ -16,6 +16,7 @@ from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, escape
 from moeconv.families.encodings import ANY_LENGTH, Encoding, Part, Shape, parts_of
 from moeconv.families.methods import encodings
+from moeconv.types import Config, JsonObject
 
 # suffix that takes the place of ".weight" -> name of the part. The first two carry the codes.
 PARTS: dict[str, str] = {
@@ -103,13 +104,13 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
     return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight") else 0
 
 
-def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization(config: Config) -> JsonObject | None:
     """The quantization_config of a config.json, or None."""
     value = config.get("quantization_config")
     return dict(value) if isinstance(value, dict) else None
 
 
-def bits_of(config: Mapping[str, Any]) -> int | None:
+def bits_of(config: Config) -> int | None:
     """Bits per packed element that a quantization_config states, or None when it does not say."""
     value = quantization(config)
     try:
@@ -127,7 +128,7 @@ class Stored:
     parts: Mapping[str, str]
 
     @property
-    def how(self) -> dict[str, Any]:
+    def how(self) -> JsonObject:
         """What a kernel decodes by, as plain JSON values."""
         form = self.encoding
         return {"form": form.name, "bits": form.bits, "grid": list(form.grid), "shape": list(self.shape)}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import InputError
+from moeconv.types import Config
 
 Get = Callable[[str], Any]  # a config key's value, the class's default included
 
@@ -19,7 +20,7 @@ class Placement:
     """
 
     read: Callable[[Get, int], tuple[int, ...]]
-    write: Callable[[Sequence[int], int, Get], Mapping[str, Any] | None]
+    write: Callable[[Sequence[int], int, Get], Config | None]
     can: str
 
 
@@ -34,7 +35,7 @@ def _read_every(_get: Get, layers: int) -> tuple[int, ...]:
     return tuple(range(layers))
 
 
-def _write_every(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
+def _write_every(moe: Sequence[int], layers: int, _get: Get) -> Config | None:
     return {} if len(moe) == layers else None
 
 
@@ -47,7 +48,7 @@ def _read_list(get: Get, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if (i + 1) % step == 0 and i not in left_dense)
 
 
-def _write_list(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
+def _write_list(moe: Sequence[int], layers: int, _get: Get) -> Config | None:
     return {"mlp_only_layers": [i for i in range(layers) if i not in moe], "decoder_sparse_step": 1}
 
 
@@ -55,7 +56,7 @@ def _prefix(key: str) -> Placement:
     def read(get: Get, layers: int) -> tuple[int, ...]:
         return tuple(range(min(layers, _whole(get, key, least=0)), layers))
 
-    def write(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
+    def write(moe: Sequence[int], layers: int, _get: Get) -> Config | None:
         first = layers - len(moe)
         return {key: first} if list(moe) == list(range(first, layers)) else None
 
@@ -73,7 +74,7 @@ def _words(missing: Callable[[int], str]) -> Placement:
             raise InputError(f"config.json: mlp_layer_types must be a list of {layers} words", hint="Correct it.")
         return tuple(i for i in range(layers) if words[i] == "sparse")
 
-    def write(moe: Sequence[int], layers: int, _get: Get) -> Mapping[str, Any] | None:
+    def write(moe: Sequence[int], layers: int, _get: Get) -> Config | None:
         return {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]}
 
     return Placement(read, write, "any layer")
@@ -108,7 +109,7 @@ def _read_range(get: Get, layers: int) -> tuple[int, ...]:
     return tuple(i for i in range(layers) if first <= i <= last and (i + 1) % step == 0)
 
 
-def _write_range(moe: Sequence[int], _layers: int, _get: Get) -> Mapping[str, Any] | None:
+def _write_range(moe: Sequence[int], _layers: int, _get: Get) -> Config | None:
     if list(moe) != list(range(moe[0], moe[-1] + 1)):
         return None
     return {"moe_layer_start_index": moe[0], "moe_layer_end_index": moe[-1], "moe_layer_interval": 1}
@@ -142,7 +143,7 @@ def of_kinds(kinds: Callable[[Get, int], list[str]]) -> Placement:
     def read(get: Get, layers: int) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(kinds(get, layers)) if kind == "moe")
 
-    def write(moe: Sequence[int], layers: int, get: Get) -> Mapping[str, Any] | None:
+    def write(moe: Sequence[int], layers: int, get: Get) -> Config | None:
         return {"layer_types": ["moe" if i in moe else kind for i, kind in enumerate(kinds(get, layers))]}
 
     return Placement(read, write, "any layer")

@@ -13,6 +13,7 @@ from typing import Any
 from moeconv.families.placement import EVERY, Get, Placement
 from moeconv.families.shapes import Size
 from moeconv.families.sliding import NEVER, Sliding
+from moeconv.types import Config, JsonObject
 
 # kinds of values in config.json, as an error names them
 WHOLE, NUMBER, SWITCH, WORD, LIST, OBJECT = (
@@ -82,13 +83,13 @@ class Tensors:
 
 
 @dataclass(frozen=True, slots=True)
-class Config:
+class ConfigKeys:
     """The keys of config.json that shape the computation. Where a family has other words for some of them, these tables
     keep the usual word, and `words` has the path in config.json."""
 
     # key -> what transformers assumes when config.json leaves it out; "=key" takes another key's value, None means that
     # the class derives it or that a checkpoint must state it
-    defaults: Mapping[str, Any]
+    defaults: Config
     # key -> values at which it changes nothing, so that a target without that key may drop it
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     # key whose default is None -> the kind of its values (WHOLE, ...), where the table of kinds.py does not have it; a
@@ -101,21 +102,21 @@ class Config:
     # key -> (the values at which every step takes the family, what another value would mean)
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
-    def read(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    def read(self, config: Config) -> Config:
         """The keys of a config.json in the words of these tables."""
         if not self.words:
             return config
         nested = {path.partition(".")[0] for path in self.words.values()}
         found = {key: value for key, value in config.items() if key not in nested}
         for key, path in self.words.items():
-            value: Any = config
+            value: object = config
             for name in path.split("."):
                 value = value.get(name, _ABSENT) if isinstance(value, Mapping) else _ABSENT
             if value is not _ABSENT:
                 found[key] = value
         return found
 
-    def write(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, config: Config, values: Config) -> JsonObject:
         """A config.json with `values`, which are in the words of these tables, in their places; a number that stood
         there as a list with an entry for each layer is written as a list again."""
         result = dict(config)
@@ -129,7 +130,7 @@ class Config:
             at[last] = [value] * len(at[last]) if repeats else value
         return result
 
-    def value(self, key: str, config: Mapping[str, Any]) -> Any:
+    def value(self, key: str, config: Config) -> Any:
         """The value of a key: what config.json says, else what transformers assumes or derives. `config` is in the
         words of these tables."""
         if key in self.derived and config.get(key) is None:
@@ -265,7 +266,7 @@ class Elsewhere:
 
     # key that some reader needs and transformers 5 does not -> its value: itself, the "=key" whose value it takes, or a
     # function of the config's values; None leaves the key out
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: Config = field(default_factory=dict)
     # key of a list -> words of transformers 5 in it -> words of transformers 4, which both versions read
     old_words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # key of a nested config -> the keys in it that its class in transformers 4 accepts
@@ -275,7 +276,7 @@ class Elsewhere:
     # keys left out where they say what the class assumes anyway, because some reader stumbles over them
     implied: frozenset[str] = frozenset()
     # key that transformers 5 alone reads -> the value with which every other reader computes
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Config = field(default_factory=dict)
     # whether every other reader slides in all layers or in none, whatever layer_types says
     one_window: bool = False
     # serving engines whose list of models (2026) has the family

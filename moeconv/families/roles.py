@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint
@@ -12,6 +11,7 @@ from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families import packed, settings
 from moeconv.families.names import is_head
 from moeconv.families.spec import Family, Role
+from moeconv.types import Config
 
 
 def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
@@ -50,7 +50,7 @@ def _role_of(name: str, dtype: str, known: Mapping[str, Role]) -> Role | None:
     return replace(role, part="weight") if role is not None and dtype not in FLOAT_DTYPES else role
 
 
-def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> dict[str, Role]:
+def _known_names(checkpoint: Checkpoint, family: Family, config: Config) -> dict[str, Role]:
     """Every name that a checkpoint of this config may hold, before any part of a packed weight."""
     layers = settings.layer_count(family, config)
     moe = settings.moe_layers(family, config, layers)
@@ -75,7 +75,7 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Mapping[str, An
     return known
 
 
-def _mtp_count(checkpoint: Checkpoint, family: Family, config: Mapping[str, Any]) -> int:
+def _mtp_count(checkpoint: Checkpoint, family: Family, config: Config) -> int:
     """Multi-token-prediction layers that the checkpoint may hold."""
     if not family.prediction.names:
         return 0

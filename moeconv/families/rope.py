@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moeconv.errors import InputError, escape
 from moeconv.families.placement import Get
+from moeconv.types import Config, JsonObject
 
 KEYS = frozenset({
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "layer_rope_theta",
@@ -27,7 +27,7 @@ _OLD_WORDS = {"su": "longrope"}
 _STILL = 1e30  # a frequency divided by this does not turn at any position
 
 
-def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None) -> dict[str, Any]:
+def read_rope(config: Config, *, theta: float, partial: float | None) -> JsonObject:
     """The parameters of full attention in transformers' words: rope_type, rope_theta and whatever the type needs."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5 prefers them
     if not isinstance(found, dict):
@@ -47,7 +47,7 @@ def read_rope(config: Mapping[str, Any], *, theta: float, partial: float | None)
     return params
 
 
-def check_uniform(config: Mapping[str, Any], sliding: Sequence[bool], *, name: str) -> None:
+def check_uniform(config: Config, sliding: Sequence[bool], *, name: str) -> None:
     """Raises InputError when sliding layers turn otherwise than full ones: one set of parameters cannot express it."""
     found = config.get("rope_parameters")
     if isinstance(found, dict) and any(sliding) and found.get("sliding_attention") != found.get("full_attention"):
@@ -68,7 +68,7 @@ def rotating(get: Get, layers: int) -> list[bool]:
     return [bool(word) for word in listed]
 
 
-def spread(params: Mapping[str, Any], *, head: int, size: int, longest: int) -> dict[str, Any]:
+def spread(params: Config, *, head: int, size: int, longest: int) -> JsonObject:
     """Parameters that turn the first `size` of a head's `head` dimensions as `params` do, and leave the rest still.
 
     A frequency of the whole head is theta^(-2i/head) / factor[i], so factors give any frequency: the source's own for
@@ -82,7 +82,7 @@ def spread(params: Mapping[str, Any], *, head: int, size: int, longest: int) -> 
         )
     ratio = [theta ** (2 * i / size - 2 * i / head) for i in range(size // 2)]
     still = [_STILL] * ((head - size) // 2)
-    result: dict[str, Any] = {"rope_type": "longrope", "rope_theta": theta}
+    result: JsonObject = {"rope_type": "longrope", "rope_theta": theta}
     for word in ("short_factor", "long_factor"):
         own = params.get(word) or [1.0] * len(ratio)
         if len(own) != len(ratio):
@@ -93,7 +93,7 @@ def spread(params: Mapping[str, Any], *, head: int, size: int, longest: int) -> 
     return result
 
 
-def attention_factor(params: Mapping[str, Any], longest: int) -> float:
+def attention_factor(params: Config, longest: int) -> float:
     """What cosines and sines are multiplied by; for longrope (Ding et al. 2024, arXiv 2402.13753) as transformers
     derives it where config does not say it."""
     if params["rope_type"] != "longrope":
@@ -106,7 +106,7 @@ def attention_factor(params: Mapping[str, Any], longest: int) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
 
 
-def write_rope(params: Mapping[str, Any], *, style: str, rotates: Sequence[bool]) -> dict[str, Any]:
+def write_rope(params: Config, *, style: str, rotates: Sequence[bool]) -> JsonObject:
     """The target's config keys in its own style. Raises InputError for layers that do not rotate where all must."""
     theta = params["rope_theta"]
     if style == "mscale" and params["rope_type"] == "longrope":
@@ -126,7 +126,7 @@ def write_rope(params: Mapping[str, Any], *, style: str, rotates: Sequence[bool]
     return both_wordings(params)
 
 
-def both_wordings(params: Mapping[str, Any]) -> dict[str, Any]:
+def both_wordings(params: Config) -> JsonObject:
     """One set of parameters in the words of transformers 5, and in those of transformers 4."""
     beside = ("rope_theta", "partial_rotary_factor")
     scaling = {key: copy.deepcopy(value) for key, value in params.items() if key not in beside}
@@ -139,9 +139,7 @@ def both_wordings(params: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def added_wordings(
-    config: Mapping[str, Any], *, assumed: Any, theta: float, partial: float | None, style: str
-) -> dict[str, Any]:
+def added_wordings(config: Config, *, assumed: object, theta: float, partial: float | None, style: str) -> JsonObject:
     """The keys of the other wording that a config.json with rotary parameters in one wording lacks. `assumed` are the
     class's parameters where config has none."""
     if style not in ("plain", "mscale"):

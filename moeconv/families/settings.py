@@ -5,12 +5,10 @@ A key that is usually a number may be a list with one entry per layer; a list of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from moeconv.errors import InputError, escape
 from moeconv.families.kinds import counts_something
 from moeconv.families.spec import Family
+from moeconv.types import Config
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
@@ -20,7 +18,7 @@ MAX_MTP = 16  # multi-token-prediction layers
 _CORRECT = "Correct config.json, or download it again."
 
 
-def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+def text_config(config: Config, family: Family) -> Config:
     """The part of config.json that describes the text model. Raises InputError for a part that is no object, and for
     what differs from layer to layer where every layer must have the same."""
     if not family.multimodal.root:
@@ -38,7 +36,7 @@ def text_config(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     return {**_same_in_all(family.config.read(text), family), **stated}
 
 
-def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
+def _same_in_all(config: Config, family: Family) -> Config:
     """The config with a number in place of each list that repeats it for every layer."""
     lists = {
         key: value
@@ -59,7 +57,7 @@ def _same_in_all(config: Mapping[str, Any], family: Family) -> Mapping[str, Any]
     return {**config, **{key: value[0] for key, value in lists.items()}} if lists else config
 
 
-def count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) -> int:
+def count(config: Config, aliases: tuple[str, ...], *, limit: int) -> int:
     """The number that any of these keys states. Raises InputError where they contradict each other."""
     found = {a: config[a] for a in aliases if config.get(a) is not None}
     if len(set(map(repr, found.values()))) > 1:
@@ -70,7 +68,7 @@ def count(config: Mapping[str, Any], aliases: tuple[str, ...], *, limit: int) ->
     return whole(next(iter(found.values()), None), " or ".join(aliases), limit=limit)
 
 
-def whole(value: Any, key: str, *, limit: int) -> int:
+def whole(value: object, key: str, *, limit: int) -> int:
     """The value, if it is a number from 1 to `limit`. Raises InputError."""
     if type(value) is not int or not 0 < value <= limit:
         raise InputError(
@@ -79,20 +77,20 @@ def whole(value: Any, key: str, *, limit: int) -> int:
     return value
 
 
-def layer_count(family: Family, config: Mapping[str, Any]) -> int:
+def layer_count(family: Family, config: Config) -> int:
     """The number of decoder layers. Raises InputError for one that is not a whole number within the limit."""
     found = family.layers.count(lambda key: family.config.value(key, config))
     return whole(found, "num_hidden_layers", limit=MAX_LAYERS)
 
 
-def moe_layers(family: Family, config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+def moe_layers(family: Family, config: Config, layers: int) -> tuple[int, ...]:
     """Indices of the layers whose FFN is a Mixture-of-Experts."""
     if family.kind != "moe":
         return ()
     return family.experts.placement.read(lambda key: family.config.value(key, config), layers)
 
 
-def layer_kinds(family: Family, config: Mapping[str, Any], layers: int) -> tuple[str, ...] | None:
+def layer_kinds(family: Family, config: Config, layers: int) -> tuple[str, ...] | None:
     """The kind of each layer in a family that mixes kinds, else None."""
     if family.layers.kinds is None:
         return None

@@ -166,7 +166,7 @@ _SIZES: Mapping[str, Size] = {
 }
 
 
-def _mamba_rank(rank: Any, hidden: int) -> Any:
+def _mamba_rank(rank: object, hidden: int) -> Any:
     return -(-hidden // 16) if rank in ("auto", None) else rank
 
 

@@ -6,11 +6,11 @@ missing `layer_types`; the same words in two configs can mean different layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from moeconv.errors import InputError, escape
+from moeconv.types import Config, JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,35 +29,35 @@ class Pattern:
 class Sliding:
     """`read(config, layers)` gives the pattern; `write(pattern)` the config keys, or None where none can express it."""
 
-    read: Callable[[Mapping[str, Any], int], Pattern]
-    write: Callable[[Pattern], dict[str, Any] | None]
+    read: Callable[[Config, int], Pattern]
+    write: Callable[[Pattern], JsonObject | None]
 
 
-def _uniform(on: bool, window: Any, layers: int) -> Pattern:
+def _uniform(on: bool, window: int | None, layers: int) -> Pattern:
     return Pattern((on,) * layers, window if on else None)
 
 
-def _read_window_key(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_window_key(config: Config, layers: int) -> Pattern:
     window = config.get("sliding_window")
     return _uniform(window is not None, window, layers)
 
 
-def _write_window_key(pattern: Pattern) -> dict[str, Any] | None:
+def _write_window_key(pattern: Pattern) -> JsonObject | None:
     return None if pattern.kind == "mixed" else {"sliding_window": pattern.window}
 
 
-def _read_switch(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_switch(config: Config, layers: int) -> Pattern:
     window = config.get("sliding_window")
     return _uniform(bool(config.get("use_sliding_window")) and window is not None, window, layers)
 
 
-def _write_switch(pattern: Pattern) -> dict[str, Any] | None:
+def _write_switch(pattern: Pattern) -> JsonObject | None:
     if pattern.kind == "mixed":
         return None
     return {"use_sliding_window": pattern.kind == "all", "sliding_window": pattern.window}
 
 
-def _read_layer_types(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_layer_types(config: Config, layers: int) -> Pattern:
     """Qwen2 and Qwen3: layers from max_window_layers on slide, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types = config.get("layer_types")
@@ -68,7 +68,7 @@ def _read_layer_types(config: Mapping[str, Any], layers: int) -> Pattern:
     return Pattern(slides, window if any(slides) else None)
 
 
-def _read_layer_types_alternating(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_layer_types_alternating(config: Config, layers: int) -> Pattern:
     """Qwen2-MoE fills a missing layer_types by another rule: every second layer below max_window_layers."""
     if config.get("layer_types") is None:
         on, first = bool(config.get("use_sliding_window")), config.get("max_window_layers", 0)
@@ -77,7 +77,7 @@ def _read_layer_types_alternating(config: Mapping[str, Any], layers: int) -> Pat
     return _read_layer_types(config, layers)
 
 
-def _write_layer_types(pattern: Pattern) -> dict[str, Any] | None:
+def _write_layer_types(pattern: Pattern) -> JsonObject | None:
     return {
         "use_sliding_window": pattern.kind != "none",
         "sliding_window": pattern.window,
@@ -86,13 +86,13 @@ def _write_layer_types(pattern: Pattern) -> dict[str, Any] | None:
     }
 
 
-def typed(slides: Callable[[int, Mapping[str, Any]], bool], *, idle: int | None = None) -> Sliding:
+def typed(slides: Callable[[int, Config], bool], *, idle: int | None = None) -> Sliding:
     """layer_types beside sliding_window; `slides` is the class's rule for layer i when config has no layer_types.
 
     `idle` is the window to write when no layer slides, for classes that fail without a number.
     """
 
-    def read(config: Mapping[str, Any], layers: int) -> Pattern:
+    def read(config: Config, layers: int) -> Pattern:
         window, types = config.get("sliding_window"), config.get("layer_types")
         if types is None:
             found = tuple(bool(window is not None and slides(i, config)) for i in range(layers))
@@ -100,21 +100,21 @@ def typed(slides: Callable[[int, Mapping[str, Any]], bool], *, idle: int | None 
             found = tuple(window is not None and t == "sliding_attention" for t in types)
         return Pattern(found, window if any(found) else None)
 
-    def write(pattern: Pattern) -> dict[str, Any] | None:
+    def write(pattern: Pattern) -> JsonObject | None:
         words = ["sliding_attention" if s else "full_attention" for s in pattern.layers]
         return {"sliding_window": pattern.window or idle, "layer_types": words}
 
     return Sliding(read, write)
 
 
-def _read_full_at_the_end(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_full_at_the_end(config: Config, layers: int) -> Pattern:
     """Gemma 4: five layers of six slide, and the last one never, whatever layer_types says."""
     found = typed(lambda i, _config: (i + 1) % 6 != 0).read(config, layers).layers
     found = (*found[:-1], False)
     return Pattern(found, config.get("sliding_window") if any(found) else None)
 
 
-def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_switched_types(config: Config, layers: int) -> Pattern:
     """SmolLM3: the window is for layers without rotary embeddings, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types, rotates = config.get("layer_types"), config.get("no_rope_layers")
@@ -127,15 +127,15 @@ def _read_switched_types(config: Mapping[str, Any], layers: int) -> Pattern:
     return Pattern(found, window if any(found) else None)
 
 
-def _read_never(_config: Mapping[str, Any], layers: int) -> Pattern:
+def _read_never(_config: Config, layers: int) -> Pattern:
     return Pattern((False,) * layers, None)
 
 
-def _write_never(pattern: Pattern) -> dict[str, Any] | None:
+def _write_never(pattern: Pattern) -> JsonObject | None:
     return {} if pattern.kind == "none" else None
 
 
-def check_keys(config: Mapping[str, Any], layers: int) -> None:
+def check_keys(config: Config, layers: int) -> None:
     """Raises InputError for a value that is not of the kind that its key takes."""
     for key, needed in (("sliding_window", False), ("max_window_layers", bool(config.get("use_sliding_window")))):
         value = config.get(key, 0)
@@ -146,7 +146,7 @@ def check_keys(config: Mapping[str, Any], layers: int) -> None:
         raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct it.")
 
 
-def _every(config: Mapping[str, Any]) -> int:
+def _every(config: Config) -> int:
     value = config.get("sliding_window_pattern")
     return value if type(value) is int and value > 0 else 4
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moeconv.families.placement import Get
 from moeconv.families.records import (
     Attention,
-    Config,
+    ConfigKeys,
     Elsewhere,
     Experts,
     Layers,
@@ -17,6 +17,7 @@ from moeconv.families.records import (
     Prediction,
     Tensors,
 )
+from moeconv.types import Config
 
 if TYPE_CHECKING:
     from moeconv.families.folds import Fold
@@ -56,7 +57,7 @@ class Family:
     # names on disk, and how matrices are stored in them
     tensors: Tensors
     # keys of config.json that shape the computation, with transformers' defaults
-    config: Config
+    config: ConfigKeys
     # rotary embeddings and sliding windows
     attention: Attention = field(default_factory=Attention)
     # number and kinds of layers
@@ -160,7 +161,7 @@ class Pair:
     # what `moeconv families` shows of the pair
     note: str = ""
     # config keys to set in the target, beside what it has in common with the source
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     # the source's config key -> the target's word for it; None: a fold used it up
     rename: Mapping[str, str | None] = field(default_factory=dict)
     # rules of folds.py that rewrite tensors, in order

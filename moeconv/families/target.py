@@ -8,7 +8,6 @@ names the key: dropping it would silently change what the model computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from moeconv.errors import InputError, escape
@@ -21,6 +20,7 @@ from moeconv.families.node import source as source_node
 from moeconv.families.registry import tables
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family, Pair
+from moeconv.types import Config, JsonObject
 
 # Keys of config.json that describe the file or generation, not the computation of a layer: they are copied.
 CARRIED = frozenset({
@@ -80,7 +80,7 @@ def _source_keys(model: Model) -> list[str]:
     return list(keys)
 
 
-def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_nulls(config: Config) -> JsonObject:
     """The config without nulls that ask the source's class to derive a value, since the target's class may not."""
     result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
     if "num_key_value_heads" in result and result["num_key_value_heads"] is None:
@@ -88,11 +88,11 @@ def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _same(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _same(value: object, neutral: tuple[Any, ...]) -> bool:
     return any(value == n and type(value) is type(n) for n in neutral)
 
 
-def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, Any], list[str]]:
+def _target_config(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, list[str]]:
     """(the target's config.json but for rotary parameters and the sizes of experts, warnings about the source's)."""
     if model.config.get("quantization_config"):
         raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
@@ -111,11 +111,11 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[dict[str, 
     return result, warnings
 
 
-def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[dict[str, Any], list[str]]:
+def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, list[str]]:
     """(the source's settings in the target's words, warnings). Raises InputError for a setting that changes what the
     source computes and that the target does not have."""
     family = model.family
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     warnings: list[str] = []
     given = _without_nulls(model.config)
     # what config.json leaves out counts as the source's default, since the target's class may assume another value
@@ -148,7 +148,7 @@ def _says_windows(key: str, family: Family) -> bool:
     return key in sliding.KEYS and (family.attention.sliding is not sliding.NEVER or key not in family.config.defaults)
 
 
-def _check_neutral(key: str, value: Any, pair: Pair, family: Family) -> None:
+def _check_neutral(key: str, value: object, pair: Pair, family: Family) -> None:
     """Raises InputError unless a setting that the target does not have changes nothing at this value."""
     if not _same(value, family.config.neutral.get(key, ())):
         raise InputError(
@@ -158,9 +158,9 @@ def _check_neutral(key: str, value: Any, pair: Pair, family: Family) -> None:
         )
 
 
-def _sizes_of_heads(model: Model, target: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes_of_heads(model: Model, target: Family, found: Config) -> JsonObject:
     """Sizes that classes derive by different rules when config.json leaves them out: written in any case."""
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     if "num_key_value_heads" in target.config.defaults:
         result["num_key_value_heads"] = found.get("num_key_value_heads", model.value("num_attention_heads"))
     if "head_dim" in target.config.defaults:
@@ -168,7 +168,7 @@ def _sizes_of_heads(model: Model, target: Family, found: Mapping[str, Any]) -> d
     return result
 
 
-def _target_defaults(target: Family, found: Mapping[str, Any]) -> dict[str, Any]:
+def _target_defaults(target: Family, found: Config) -> JsonObject:
     """The target's defaults for what is not found yet: other readers than transformers assume other defaults."""
     written_elsewhere = {*found, *rope.KEYS, *sliding.KEYS, *_sizes(target)}
     return {
@@ -189,7 +189,7 @@ def _sizes(target: Family) -> set[str]:
     }
 
 
-def _windows(model: Model, pair: Pair, target: Family) -> dict[str, Any]:
+def _windows(model: Model, pair: Pair, target: Family) -> JsonObject:
     """Which layers slide, in the target's words. Raises InputError where it has none for that."""
     family, layers = model.family, model.num_layers
     sliding.check_keys({key: value for key, value in model.config.items() if key in family.config.defaults}, layers)

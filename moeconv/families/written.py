@@ -6,11 +6,12 @@ A reader of one wording takes the other for missing and silently assumes a defau
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from moeconv.families.rope import added_wordings
 from moeconv.families.spec import Family
+from moeconv.types import Config, JsonObject
 
 # every word in use for the same number; a published config may hold several
 ALIASES: tuple[tuple[str, ...], ...] = (
@@ -25,8 +26,8 @@ ALIASES: tuple[tuple[str, ...], ...] = (
 
 
 def written_config(
-    config: Mapping[str, Any], family: Family, *, changes: Mapping[str, Any] | None = None, dtype: str | None = None
-) -> dict[str, Any]:
+    config: Config, family: Family, *, changes: Config | None = None, dtype: str | None = None
+) -> JsonObject:
     """A config.json with `changes` (in the words of the family's row) and the `dtype` (in those of torch), so that
     every reader reads the same from it. Everything else stays as the source has it."""
     result = copy.deepcopy(dict(config))
@@ -43,13 +44,13 @@ def written_config(
     return result
 
 
-def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+def added(family: Family, values: Config) -> JsonObject:
     """What a config (in the words of the family's row) lacks for some reader: keys with their values."""
 
     def get(key: str) -> Any:
         return found[key] if key in found else family.config.value(key, values)
 
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for aliases in (family.experts.count, family.experts.top_k):
         known = next((values[key] for key in aliases if values.get(key) is not None), None)
         if known is not None:
@@ -65,7 +66,7 @@ def added(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def other_values_elsewhere(family: Family, values: Mapping[str, Any]) -> list[str]:
+def other_values_elsewhere(family: Family, values: Config) -> list[str]:
     """Warnings about settings that transformers 5 alone reads."""
     others = "transformers 4, vLLM, SGLang and llama.cpp compute"
     found = [
@@ -84,13 +85,13 @@ def other_values_elsewhere(family: Family, values: Mapping[str, Any]) -> list[st
     return found
 
 
-def _value(rule: Any, get: Callable[[str], Any]) -> Any:
+def _value(rule: object, get: Callable[[str], Any]) -> Any:
     if callable(rule):
         return rule(get)
     return get(rule[1:]) if isinstance(rule, str) and rule.startswith("=") else copy.deepcopy(rule)
 
 
-def _everywhere(family: Family, text: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _everywhere(family: Family, text: Config, changes: Config) -> JsonObject:
     """`changes`, and the new value under every alias that holds the old one: a number, or one number per layer."""
     values, changed = family.config.read(text), dict(changes)
     for key, new in changes.items():
@@ -106,7 +107,7 @@ def _everywhere(family: Family, text: Mapping[str, Any], changes: Mapping[str, A
     return changed
 
 
-def _reword(family: Family, text: dict[str, Any]) -> None:
+def _reword(family: Family, text: JsonObject) -> None:
     """Words of a list that one version of transformers does not know, in those that all know; one number for all layers
     where a reader wants one per layer; keys of a nested config that its class refuses, and keys that say what the class
     assumes and another reader cannot read, are left out."""
@@ -124,7 +125,7 @@ def _reword(family: Family, text: dict[str, Any]) -> None:
             text[key] = {name: value for name, value in text[key].items() if name in known}
 
 
-def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
+def _say_dtype(part: JsonObject, dtype: str | None) -> None:
     """The dtype in the words of transformers 5 and of transformers 4."""
     for key, other in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
         says = dtype or part.get(key) or part.get(other)
@@ -132,7 +133,7 @@ def _say_dtype(part: dict[str, Any], dtype: str | None) -> None:
             part[key] = says
 
 
-def _say_tied(outer: dict[str, Any], text: dict[str, Any]) -> None:
+def _say_tied(outer: JsonObject, text: JsonObject) -> None:
     """Whether the head is the embedding: transformers 5 asks the outer config, version 4 that of the language model."""
     stated = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
     if stated:

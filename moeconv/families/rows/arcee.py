@@ -16,13 +16,13 @@ from moeconv.families.blocks import (
     dense_row,
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, LOSS_OFF, MLP_EXPERTS, SHARED_EXPERTS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.vendor import Vendor
 
 ARCEE = dense_row(
     "arcee",
     "ArceeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "head_dim": None,
             "hidden_act": "relu2",
@@ -38,7 +38,7 @@ ARCEE = dense_row(
 AFMOE = moe_row(
     "afmoe",
     "AfmoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "max_position_embeddings": 16384,
             "rms_norm_eps": 1e-5,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from moeconv.families import folds
 from moeconv.families.blocks import BLOCK, LAYER, O_BIAS, QKV_BIAS
 from moeconv.families.expert_blocks import SHARED_EXPERTS, ZERO_SHARED_FULL, moe_row
-from moeconv.families.records import Config, Elsewhere, Experts, Packed, Routing, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Packed, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
 
 ARIA_TEXT = moe_row(
     "aria_text",
     "AriaTextForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "head_dim": None,
             "attention_bias": False,

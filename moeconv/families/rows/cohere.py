@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, NO_BIAS, O_BIAS, QK_NORM, QKV_BIAS, dense_row
 from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, SHARED_EXPERTS, moe_row
-from moeconv.families.records import WHOLE, Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import WHOLE, Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import NORM_OF_EACH_HEAD
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
-_COHERE_CONFIG: dict[str, Any] = {
+_COHERE_CONFIG: JsonObject = {
     "layer_norm_eps": 1e-5,
     "logit_scale": 0.0625,
     "max_position_embeddings": 8192,
@@ -23,7 +22,7 @@ PARALLEL_BLOCK = {k: v for k, v in BLOCK.items() if k != "norm.ffn"}
 COHERE = dense_row(
     "cohere",
     "CohereForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         _COHERE_CONFIG | {"rope_theta": 500000.0, "use_qk_norm": False}, neutral=NO_BIAS | {"use_qk_norm": (False,)}
     ),
     tensors=Tensors(
@@ -34,7 +33,7 @@ COHERE = dense_row(
 COHERE2 = dense_row(
     "cohere2",
     "Cohere2ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         _COHERE_CONFIG
         | {"sliding_window": 4096, "layer_types": None, "sliding_window_pattern": None, "head_dim": None},
         neutral={"sliding_window_pattern": (4, None)},
@@ -45,7 +44,7 @@ COHERE2 = dense_row(
 COHERE2_MOE = moe_row(
     "cohere2_moe",
     "Cohere2MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "layer_norm_eps": 1e-5,
             "rms_norm_eps": None,
@@ -86,7 +85,7 @@ COHERE2_MOE = moe_row(
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
-_COHERE: dict[str, Any] = {
+_COHERE: JsonObject = {
     "expert_selection_fn": "softmax", "num_shared_experts": 0, "shared_expert_combination_strategy": "sum",
     "norm_topk_prob": True, "prefix_dense_intermediate_size": None,
     "prefix_dense_sliding_window_pattern": 4,  # 1 would make dense layers rotate whatever their kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families import folds
 from moeconv.families.blocks import BASE_CONFIG, FUSED_QKV
 from moeconv.families.expert_blocks import EVERY_ENGINE, moe_row
-from moeconv.families.records import Config, Elsewhere, Experts, Packed, Routing, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Packed, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
@@ -13,7 +13,7 @@ _DBRX = "transformer.blocks.{L}."
 DBRX = moe_row(
     "dbrx",
     "DbrxForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "clip_qkv": None,
             "num_key_value_heads": 1,

@@ -19,7 +19,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import WHOLE, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import WHOLE, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -27,7 +27,7 @@ from moeconv.families.vendor import Vendor
 DEEPSEEK_V2 = moe_row(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         MLA_CONFIG
         | {
             "moe_intermediate_size": 1407,
@@ -68,7 +68,7 @@ DEEPSEEK_V2 = moe_row(
 DEEPSEEK_V3 = moe_row(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         MLA_CONFIG
         | {
             "num_key_value_heads": 128,

@@ -17,14 +17,14 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 DOTS1 = moe_row(
     "dots1",
     "Dots1ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 32,
             "head_dim": None,

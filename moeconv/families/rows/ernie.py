@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import placement
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, LAYER, dense_row
 from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, ROUTER_LOSS, SHARED_EXPERTS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Prediction, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 ERNIE4_5 = dense_row(
     "ernie4_5",
     "Ernie4_5ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 2,
             "rms_norm_eps": 1e-5,
@@ -37,7 +36,7 @@ _ERNIE_MTP = {
 ERNIE4_5_MOE = moe_row(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 4,
@@ -78,7 +77,7 @@ ERNIE4_5_MOE = moe_row(
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 
-_ERNIE: dict[str, Any] = {"moe_num_shared_experts": 0, "use_bias": False, "moe_norm_min": 1e-12}
+_ERNIE: JsonObject = {"moe_num_shared_experts": 0, "use_bias": False, "moe_norm_min": 1e-12}
 
 VENDOR = Vendor(
     dense=(ERNIE4_5,),

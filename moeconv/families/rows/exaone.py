@@ -15,13 +15,13 @@ from moeconv.families.expert_blocks import (
     SHARED_EXPERTS,
     moe_row,
 )
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Tensors
 from moeconv.families.vendor import Vendor
 
 EXAONE_MOE = moe_row(
     "exaone_moe",
     "ExaoneMoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 32,
             "rms_norm_eps": 1e-5,

@@ -16,7 +16,7 @@ from moeconv.families.records import (
     WHOLE,
     WORD,
     Attention,
-    Config,
+    ConfigKeys,
     Elsewhere,
     Experts,
     Routing,
@@ -25,6 +25,7 @@ from moeconv.families.records import (
 from moeconv.families.shapes import Place, Size
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
+from moeconv.types import JsonObject
 
 
 def _in_layer(get: Get, place: Place, key: str) -> Any:
@@ -50,7 +51,7 @@ GEMMA4_SIZES: Mapping[str, Size] = {"head": _global_heads, "v_head": _global_hea
 GEMMA = dense_row(
     "gemma",
     "GemmaForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 16,
             "head_dim": 256,
@@ -78,7 +79,7 @@ GEMMA4_BLOCK = (
     | ATTENTION_BIAS
     | QK_NORM
 )
-GEMMA4_CONFIG: dict[str, Any] = {
+GEMMA4_CONFIG: JsonObject = {
     "num_key_value_heads": 4, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "max_position_embeddings": 131072,
     "rope_theta": 1e6, "tie_word_embeddings": True, "attention_bias": False, "sliding_window": 512,
     "layer_types": None, "final_logit_softcapping": None, "use_bidirectional_attention": None,
@@ -91,7 +92,7 @@ GEMMA4_CONFIG: dict[str, Any] = {
     "num_global_key_value_heads": None, "per_layer_config": None, "enable_moe_block": False, "num_experts": None,
     "top_k_experts": None, "moe_intermediate_size": None,
 }  # fmt: skip
-_GEMMA4_CONFIG = Config(
+_GEMMA4_CONFIG = ConfigKeys(
     GEMMA4_CONFIG,
     kinds={
         "global_head_dim": WHOLE,

@@ -34,7 +34,7 @@ from moeconv.families.expert_blocks import (
     leading_dense,
     moe_row,
 )
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Prediction, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
@@ -42,7 +42,7 @@ from moeconv.families.vendor import Vendor, Wrapper
 GLM = dense_row(
     "glm",
     "GlmForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "head_dim": 128,
             "rms_norm_eps": 1.5625e-07,
@@ -59,7 +59,7 @@ GLM = dense_row(
 GLM4_MOE = moe_row(
     "glm4_moe",
     "Glm4MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
@@ -92,7 +92,7 @@ GLM4_MOE = moe_row(
 GLM4_MOE_LITE = moe_row(
     "glm4_moe_lite",
     "Glm4MoeLiteForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         MLA_CONFIG
         | {
             "num_key_value_heads": 20,
@@ -132,7 +132,7 @@ GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
     model_type="glm4v_moe_text",
     tensors=replace(GLM4_MOE.tensors, names={k: v for k, v in GLM4_MOE.tensors.names.items() if k not in QK_NORM}),
-    config=Config(
+    config=ConfigKeys(
         {k: v for k, v in GLM4_MOE.config.defaults.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
         | {"attention_bias": True, "max_position_embeddings": 65536}
     ),

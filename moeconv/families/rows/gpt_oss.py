@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import folds, sliding
 from moeconv.families.blocks import BLOCK, LAYER, O_BIAS, QKV_BIAS, SINKS
 from moeconv.families.expert_blocks import EVERY_ENGINE, QKVO_BIAS, ROUTER_LOSS, ZERO_QKVO_BIAS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Packed, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Packed, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 GPT_OSS = moe_row(
     "gpt_oss",
     "GptOssForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
@@ -65,7 +64,7 @@ GPT_OSS = moe_row(
     elsewhere=Elsewhere(fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0}, runs=EVERY_ENGINE),
 )
 
-_GPT_OSS: dict[str, Any] = {"swiglu_alpha": 1.0, "swiglu_limit": 1e30}
+_GPT_OSS: JsonObject = {"swiglu_alpha": 1.0, "swiglu_limit": 1e30}
 
 VENDOR = Vendor(
     moe=(GPT_OSS,),

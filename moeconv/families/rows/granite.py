@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import folds, sliding
 from moeconv.families.blocks import (
     ATTENTION_BIAS,
@@ -23,20 +21,21 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import LIST, WORD, Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import LIST, WORD, Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 GRANITE = dense_row(
     "granite",
     "GraniteForCausalLM",
-    config=Config({"attention_bias": False, "mlp_bias": False, **MULTIPLIERS}, neutral=NO_BIAS),
+    config=ConfigKeys({"attention_bias": False, "mlp_bias": False, **MULTIPLIERS}, neutral=NO_BIAS),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
 )
 GRANITE_SWA = dense_row(
     "granite_swa",
     "GraniteSWAForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 4,
             "rms_norm_eps": 1e-5,
@@ -54,7 +53,7 @@ GRANITE_SWA = dense_row(
     tensors=Tensors(BLOCK | SINKS | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
     attention=Attention(sliding=sliding.ALL_BUT_EVERY_FOURTH, rope="per_layer"),
 )
-MAMBA_CONFIG: dict[str, Any] = {
+MAMBA_CONFIG: JsonObject = {
     "layer_types": None, "position_embedding_type": None, "mamba_n_heads": 128, "mamba_n_groups": 1,
     "mamba_d_state": 256, "mamba_d_head": 64, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
     "mamba_conv_bias": True, "mamba_proj_bias": False, "time_step_limit": None,
@@ -72,7 +71,7 @@ _HYBRID_ELSEWHERE = Elsewhere(
 GRANITE_HYBRID = dense_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"attention_bias": False, "head_dim": None, **MULTIPLIERS, **MAMBA_CONFIG}
         | {"shared_intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2},
         kinds={"position_embedding_type": WORD},
@@ -101,7 +100,7 @@ def _bamba_kinds(get: Get, layers: int) -> list[str]:
 BAMBA = dense_row(
     "bamba",
     "BambaForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {key: value for key, value in MAMBA_CONFIG.items() if key not in ("layer_types", "position_embedding_type")}
         | {
             "num_key_value_heads": 8,
@@ -141,7 +140,7 @@ _GRANITE_CONFIG = {"attention_bias": False, "head_dim": None} | MULTIPLIERS | RO
 GRANITEMOE = moe_row(
     "granitemoe",
     "GraniteMoeForCausalLM",
-    config=Config(_GRANITE_CONFIG),
+    config=ConfigKeys(_GRANITE_CONFIG),
     tensors=Tensors(BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS, packed=GATE_UP_PACKED),
     experts=Experts(count=("num_local_experts",), routing=Routing("softmax_topk", "always")),
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
@@ -149,7 +148,7 @@ GRANITEMOE = moe_row(
 GRANITEMOESHARED = moe_row(
     "granitemoeshared",
     "GraniteMoeSharedForCausalLM",
-    config=Config(_GRANITE_CONFIG | {"shared_intermediate_size": 0}),
+    config=ConfigKeys(_GRANITE_CONFIG | {"shared_intermediate_size": 0}),
     tensors=Tensors(
         BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS | _GRANITE_SHARED,
         optional=frozenset(_GRANITE_SHARED),
@@ -166,7 +165,7 @@ GRANITEMOESHARED = moe_row(
 GRANITEMOEHYBRID = moe_row(
     "granitemoehybrid",
     "GraniteMoeHybridForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         _GRANITE_CONFIG | MAMBA_CONFIG | {"shared_intermediate_size": 1024}, kinds={"position_embedding_type": WORD}
     ),
     tensors=Tensors(
@@ -185,7 +184,7 @@ GRANITEMOEHYBRID = moe_row(
 GRANITEMOE_SWA = moe_row(
     "granitemoe_swa",
     "GraniteMoeSWAForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         _GRANITE_CONFIG
         | {"shared_intermediate_size": 0, "sliding_window": 128, "layer_types": None, "layer_rope_theta": None}
     ),
@@ -214,8 +213,8 @@ GRANITEMOE_SWA = moe_row(
     elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 
-_NO_SHARED: dict[str, Any] = {"shared_intermediate_size": 0}
-_HYBRID: dict[str, Any] = {"shared_intermediate_size": 128, "position_embedding_type": "rope"}
+_NO_SHARED: JsonObject = {"shared_intermediate_size": 0}
+_HYBRID: JsonObject = {"shared_intermediate_size": 128, "position_embedding_type": "rope"}
 
 VENDOR = Vendor(
     dense=(GRANITE, GRANITE_SWA, GRANITE_HYBRID, BAMBA),

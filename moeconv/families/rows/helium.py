@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import BLOCK, DENSE_FFN, NO_BIAS, QKV_BIAS, dense_row
-from moeconv.families.records import Attention, Config, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Tensors
 from moeconv.families.vendor import Vendor
 
 HELIUM = dense_row(
     "helium",
     "HeliumForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 20,
             "head_dim": 128,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, O_BIAS, QKV_BIAS, dense_row
 from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, SHARED_MLP, ZERO_SHARED_FULL, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
@@ -19,7 +19,7 @@ QK_LAYERNORM = {
 HUNYUAN = dense_row(
     "hunyuan_v1_dense",
     "HunYuanDenseV1ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "head_dim": None,
@@ -41,7 +41,7 @@ def _each_layer(value: Callable[[Get], int]) -> Callable[[Get], list[int]]:
 HUNYUAN_MOE = moe_row(
     "hunyuan_v1_moe",
     "HunYuanMoEV1ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "head_dim": None,

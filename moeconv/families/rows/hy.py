@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import placement
 from moeconv.families.blocks import BLOCK, DENSE_FFN, FFN_BIAS, LAYER, O_BIAS, QK_NORM, QKV_BIAS
 from moeconv.families.expert_blocks import MLP_EXPERTS, SHARED_MLP, ZERO_SHARED_FULL, leading_dense, moe_row
-from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 HY_V3 = moe_row(
     "hy_v3",
     "HYV3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
@@ -63,7 +62,7 @@ HY_V3 = moe_row(
     ),
 )
 
-_HY_V3: dict[str, Any] = {"router_scaling_factor": 1.0, "num_shared_experts": 1, "enable_moe_fp32_combine": True}
+_HY_V3: JsonObject = {"router_scaling_factor": 1.0, "num_shared_experts": 1, "enable_moe_fp32_combine": True}
 
 VENDOR = Vendor(
     moe=(HY_V3,),

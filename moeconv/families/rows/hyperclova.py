@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, LAYER, MULTIPLIERS, NO_BIAS, dense_row
-from moeconv.families.records import NUMBER, Config, Tensors
+from moeconv.families.records import NUMBER, ConfigKeys, Tensors
 from moeconv.families.shapes import head_dim
 from moeconv.families.vendor import Vendor
 
 HYPERCLOVAX = dense_row(
     "hyperclovax",
     "HyperCLOVAXForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"head_dim": None, "attention_bias": False, "mlp_bias": False, "use_post_norm": True, **MULTIPLIERS}
         | {"attention_multiplier": None},
         neutral=NO_BIAS | {"use_post_norm": (False,)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, NO_BIAS, dense_row
-from moeconv.families.records import Config, Tensors
+from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.rows.gpt_oss import GPT_OSS
 from moeconv.families.rows.qwen import QWEN3_MOE
 from moeconv.families.vendor import Vendor, Wrapper
@@ -11,7 +11,7 @@ from moeconv.families.vendor import Vendor, Wrapper
 INTERNLM3 = dense_row(
     "internlm3",
     "InternLM3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 2,
             "head_dim": 128,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, NO_BIAS, NORM_BIAS, UNGATED_FFN, dense_row
-from moeconv.families.records import Config, Tensors
+from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.vendor import Vendor
 
 JAIS2 = dense_row(
     "jais2",
     "Jais2ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "layer_norm_eps": 1e-5,
             "hidden_act": "relu2",

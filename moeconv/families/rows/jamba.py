@@ -6,7 +6,7 @@ from moeconv.families import placement
 from moeconv.families.blocks import BLOCK, FEED_FORWARD, FEED_FORWARD_FFN, FULL_LAYERS, LAYER, PARTS
 from moeconv.families.expert_blocks import ROUTER_LOSS, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.vendor import Vendor
 
 MAMBA_1 = {
@@ -33,7 +33,7 @@ def _jamba_kinds(get: Get, layers: int) -> list[str]:
 JAMBA = moe_row(
     "jamba",
     "JambaForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "max_position_embeddings": 262144,

@@ -9,7 +9,7 @@ from moeconv.families import placement
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, QK_NORM
 from moeconv.families.expert_blocks import MLP_EXPERTS, MLP_ROUTER, ROUTER_LOSS, SHARED_EXPERT, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import Place, Size, head_dim
 from moeconv.families.vendor import Vendor
 
@@ -33,7 +33,7 @@ LAGUNA_SIZES: Mapping[str, Size] = {
 LAGUNA = moe_row(
     "laguna",
     "LagunaForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rope_theta": 500000.0,
             "rope_parameters": {

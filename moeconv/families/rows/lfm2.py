@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import placement
 from moeconv.families.blocks import FULL_LAYERS, LAYER
 from moeconv.families.expert_blocks import EVERY_ENGINE, W_NAMES, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import LIST, WHOLE, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import LIST, WHOLE, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 LFM2 = {
     "embedding.tokens": "model.embed_tokens.weight",
@@ -28,7 +27,7 @@ LFM2 = {
     **{f"ffn.{p}": LAYER + f"feed_forward.{w}.weight" for p, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
 }
 LFM2_OPTIONAL = frozenset({"embedding.lm_head", "conv.kernel_bias", "conv.in_bias", "conv.out_bias"})
-LFM2_CONFIG: dict[str, Any] = {
+LFM2_CONFIG: JsonObject = {
     "vocab_size": 65536, "hidden_size": None, "num_hidden_layers": None, "num_attention_heads": 32,
     "num_key_value_heads": 8, "max_position_embeddings": 128000, "initializer_range": 0.02, "norm_eps": 1e-5,
     "rope_theta": 1e6, "rope_scaling": None, "rope_parameters": None, "tie_word_embeddings": True,
@@ -59,7 +58,7 @@ LFM2_DENSE = Family(
     model_type="lfm2",
     architecture="Lfm2ForCausalLM",
     kind="dense",
-    config=Config(
+    config=ConfigKeys(
         LFM2_CONFIG
         | {
             "intermediate_size": 12288,
@@ -81,7 +80,7 @@ LFM2_DENSE = Family(
 LFM2_MOE = moe_row(
     "lfm2_moe",
     "Lfm2MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "intermediate_size": 7168,
             "moe_intermediate_size": 1792,

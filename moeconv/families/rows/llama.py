@@ -16,13 +16,13 @@ from moeconv.families.blocks import (
     dense_row,
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Packed, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Layers, Packed, Routing, Tensors
 from moeconv.families.vendor import Vendor, Wrapper
 
 LLAMA = dense_row(
     "llama",
     "LlamaForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"head_dim": None, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
         neutral={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1, None)},
     ),
@@ -31,7 +31,7 @@ LLAMA = dense_row(
 CWM = dense_row(
     "cwm",
     "CwmForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -59,7 +59,7 @@ CWM = dense_row(
 LLAMA4 = moe_row(
     "llama4_text",
     "Llama4ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from moeconv.families import placement, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, O_BIAS, QK_NORM, QKV_BIAS
 from moeconv.families.expert_blocks import MLP_EXPERTS, MLP_ROUTER, ROUTER_LOSS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 MELLUM = moe_row(
     "mellum",
     "MellumForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 4,
             "head_dim": 128,

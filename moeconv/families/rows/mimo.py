@@ -18,7 +18,7 @@ from moeconv.families.expert_blocks import (
     moe_row,
 )
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Prediction, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Prediction, Tensors
 from moeconv.families.shapes import Place, Size, config_key
 from moeconv.families.vendor import Vendor
 
@@ -61,7 +61,7 @@ def _rotation(kind: str, key: str, assumed: float) -> Callable[[Get], float]:
 MIMO_V2_FLASH = moe_row(
     "mimo_v2_flash",
     "MiMoV2FlashForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 4,
             "rms_norm_eps": 1e-5,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, NO_BIAS, WITHOUT_QKVO, dense_row
-from moeconv.families.records import Config, Tensors
+from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.vendor import Vendor
 
 MINICPM3 = dense_row(
     "minicpm3",
     "MiniCPM3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         MLA_CONFIG
         | {
             "q_lora_rank": 768,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families.blocks import BLOCK, LAYER, QK_NORM
 from moeconv.families.expert_blocks import ROUTER_LOSS, SPARSE_BLOCK, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import WHOLE_ROW_NORMS
 from moeconv.families.vendor import Vendor
 
@@ -18,7 +18,7 @@ def _rotary_dim(get: Get) -> int:
 MINIMAX_M2 = moe_row(
     "minimax_m2",
     "MiniMaxM2ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "head_dim": 128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moeconv.families import folds, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, dense_row
 from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, SPARSE_BLOCK, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -13,7 +13,7 @@ from moeconv.families.vendor import Vendor
 MISTRAL = dense_row(
     "mistral",
     "MistralForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072, "sliding_window": 4096}
     ),
     tensors=Tensors(BLOCK | DENSE_FFN),
@@ -22,7 +22,7 @@ MISTRAL = dense_row(
 MINISTRAL = dense_row(
     "ministral",
     "MinistralForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "head_dim": None,
@@ -36,7 +36,7 @@ MINISTRAL = dense_row(
 MINISTRAL3 = dense_row(
     "ministral3",
     "Ministral3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -62,7 +62,7 @@ MINISTRAL3 = dense_row(
 MIXTRAL = moe_row(
     "mixtral",
     "MixtralForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "head_dim": None,

@@ -19,10 +19,11 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import GROUPED, ONE_SHARED_EXPERT, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import LIST, WHOLE, WORD, Attention, Config, Elsewhere, Experts, Layers, Tensors
+from moeconv.families.records import LIST, WHOLE, WORD, Attention, ConfigKeys, Elsewhere, Experts, Layers, Tensors
 from moeconv.families.shapes import Size, config_key
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 NEMOTRON_H_SIZES: Mapping[str, Size] = {
     "mamba_heads": config_key("mamba_num_heads"),
@@ -34,7 +35,7 @@ NEMOTRON_H_SIZES: Mapping[str, Size] = {
 NEMOTRON = dense_row(
     "nemotron",
     "NemotronForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "norm_eps": 1e-5,
             "initializer_range": 0.0134,
@@ -63,7 +64,7 @@ NEMOTRON_H_BLOCK = {
     **{f"ffn.{p}_bias": _MIXER + f"{p}_proj.bias" for p in ("up", "down")},
 }
 # layers of one block each; what a Mixture-of-Experts needs is there whether one is or not
-NEMOTRON_H_CONFIG: dict[str, Any] = {
+NEMOTRON_H_CONFIG: JsonObject = {
     "hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504,
     "max_position_embeddings": 4096, "attention_bias": False, "mlp_bias": False, "use_bias": False,
     "sliding_window": None, "layer_types": None, "ssm_state_size": 128, "mamba_num_heads": 128, "mamba_head_dim": 64,
@@ -99,7 +100,7 @@ def nemotron_h_layers(get: Get) -> Any:
     return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
 
 
-_NEMOTRON_H = Config(
+_NEMOTRON_H = ConfigKeys(
     NEMOTRON_H_CONFIG | {"hybrid_override_pattern": None},
     kinds={"hybrid_override_pattern": WORD, "mtp_layers_block_type": LIST, "moe_latent_size": WHOLE},
     words=NEMOTRON_H_WORDS,

@@ -15,7 +15,7 @@ from moeconv.families.blocks import (
     dense_row,
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, MLP_EXPERTS, MLP_ROUTER, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.shapes import WHOLE_ROW_NORMS
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -27,7 +27,7 @@ POST_NORM = {
 OLMO = dense_row(
     "olmo",
     "OlmoForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"rms_norm_eps": None, "attention_bias": False, "clip_qkv": None}, neutral=NO_BIAS | {"clip_qkv": (None,)}
     ),
     tensors=Tensors({k: v for k, v in (BLOCK | ATTENTION_BIAS | DENSE_FFN).items() if not k.startswith("norm.")}),
@@ -35,13 +35,13 @@ OLMO = dense_row(
 OLMO2 = dense_row(
     "olmo2",
     "Olmo2ForCausalLM",
-    config=Config({"rms_norm_eps": 1e-5, "attention_bias": False}),
+    config=ConfigKeys({"rms_norm_eps": 1e-5, "attention_bias": False}),
     tensors=Tensors(BLOCK | POST_NORM | ATTENTION_BIAS | QK_NORM | DENSE_FFN, shapes=WHOLE_ROW_NORMS),
 )
 OLMO3 = dense_row(
     "olmo3",
     "Olmo3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
@@ -56,7 +56,7 @@ OLMO3 = dense_row(
 OLMOE = moe_row(
     "olmoe",
     "OlmoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
@@ -74,7 +74,7 @@ OLMOE = moe_row(
 FLEX_OLMO = moe_row(
     "flex_olmo",
     "FlexOlmoForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "max_position_embeddings": 4096,
             "rope_theta": 500000.0,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import folds
 from moeconv.families.blocks import (
     BLOCK,
@@ -18,15 +16,16 @@ from moeconv.families.blocks import (
     dense_row,
 )
 from moeconv.families.expert_blocks import EVERY_ENGINE, QKVO_BIAS, ROUTER_LOSS, SPARSE_BLOCK, ZERO_QKVO_BIAS, moe_row
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
+from moeconv.types import JsonObject
 
 PHI3 = dense_row(
     "phi3",
     "Phi3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
@@ -46,7 +45,7 @@ PHI3 = dense_row(
 PHIMOE = moe_row(
     "phimoe",
     "PhiMoEForCausalLM",  # as on the hub, and what serving engines know
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
@@ -81,7 +80,7 @@ PHIMOE = moe_row(
     ),
 )
 
-_PHIMOE: dict[str, Any] = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}
+_PHIMOE: JsonObject = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}
 
 VENDOR = Vendor(
     dense=(PHI3,),

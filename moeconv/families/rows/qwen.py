@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from moeconv.families import placement
 from moeconv.families.blocks import BASE_CONFIG, BLOCK, DENSE_FFN, O_BIAS, QK_NORM, QKV_BIAS, ROTARY_BUFFERS, dense_row
@@ -19,17 +18,18 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_128,
     moe_row,
 )
-from moeconv.families.records import Attention, Config, Elsewhere, ExpertLayout, Experts, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, ExpertLayout, Experts, Routing, Tensors
 from moeconv.families.sliding import LAYER_TYPES, LAYER_TYPES_ALTERNATING, SWITCH
 from moeconv.families.spec import Family, Pair
 from moeconv.families.vendor import Vendor, Wrapper
+from moeconv.types import JsonObject
 
 _QWEN_SLIDING = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
     "dense",
-    config=Config(BASE_CONFIG | {"num_key_value_heads": 32, "max_position_embeddings": 32768} | _QWEN_SLIDING),
+    config=ConfigKeys(BASE_CONFIG | {"num_key_value_heads": 32, "max_position_embeddings": 32768} | _QWEN_SLIDING),
     # its biases are not optional: no config key turns them off
     tensors=Tensors(BLOCK | QKV_BIAS | DENSE_FFN, optional=frozenset({"embedding.lm_head"}), dropped=ROTARY_BUFFERS),
     attention=Attention(sliding=LAYER_TYPES),
@@ -37,18 +37,18 @@ QWEN2 = Family(
 QWEN3 = dense_row(
     "qwen3",
     "Qwen3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768, "attention_bias": False}
         | _QWEN_SLIDING
     ),
     tensors=Tensors(BLOCK | QK_NORM | QKV_BIAS | O_BIAS | DENSE_FFN),
     attention=Attention(sliding=LAYER_TYPES),
 )
-_QWEN_MOE: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+_QWEN_MOE: JsonObject = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
 QWEN2_MOE = moe_row(
     "qwen2_moe",
     "Qwen2MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 16,
             "head_dim": None,
@@ -78,7 +78,7 @@ QWEN2_MOE = moe_row(
 QWEN3_MOE = moe_row(
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 4,
             "head_dim": None,
@@ -109,7 +109,7 @@ QWEN3_VL_MOE_TEXT = replace(
         packed=STACKED.packed,
         layouts=(STACKED, _TRANSPOSED),
     ),
-    config=Config(
+    config=ConfigKeys(
         {
             k: v
             for k, v in QWEN3_MOE.config.defaults.items()
@@ -126,7 +126,7 @@ QWEN3_VL_MOE_TEXT = replace(
     experts=replace(QWEN3_MOE.experts, routing=Routing("softmax", "always")),
 )
 
-_QWEN: dict[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1}
+_QWEN: JsonObject = {"norm_topk_prob": True, "decoder_sparse_step": 1}
 _QWEN2_MOE = _QWEN | {"shared_expert_intermediate_size": 128}
 
 VENDOR = Vendor(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.families import placement
 from moeconv.families.blocks import (
     ATTENTION_BIAS,
@@ -31,10 +29,11 @@ from moeconv.families.expert_blocks import (
     moe_row,
 )
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, Config, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import GATED_QUERY
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
+from moeconv.types import JsonObject
 
 LINEAR_ATTENTION = {
     f"linear.{key}": LAYER + f"linear_attn.{name}"
@@ -44,7 +43,7 @@ LINEAR_ATTENTION = {
         ("out", "out_proj.weight"),
     )
 }  # fmt: skip
-QWEN3_5_CONFIG: dict[str, Any] = {
+QWEN3_5_CONFIG: JsonObject = {
     "head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": None, "attention_bias": False,
     "layer_types": None, "full_attention_interval": None, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
     "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
@@ -63,7 +62,7 @@ def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
 QWEN3_5 = dense_row(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
-    config=Config(QWEN3_5_CONFIG | {"num_key_value_heads": 4}),
+    config=ConfigKeys(QWEN3_5_CONFIG | {"num_key_value_heads": 4}),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN, shapes=GATED_QUERY),
     attention=Attention(partial=0.25),
     layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
@@ -71,7 +70,7 @@ QWEN3_5 = dense_row(
 QWEN3_5_MOE = moe_row(
     "qwen3_5_moe_text",
     "Qwen3_5MoeForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         QWEN3_5_CONFIG
         | {
             "num_key_value_heads": 2,
@@ -102,7 +101,7 @@ QWEN3_5_MOE = moe_row(
 QWEN3_NEXT = moe_row(
     "qwen3_next",
     "Qwen3NextForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         QWEN3_5_CONFIG
         | {
             "num_key_value_heads": 2,

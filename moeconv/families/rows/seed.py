@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, NO_BIAS, dense_row
-from moeconv.families.records import Config, Tensors
+from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.vendor import Vendor
 
 SEED_OSS = dense_row(
     "seed_oss",
     "SeedOssForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 8,
             "attention_dropout": 0.1,

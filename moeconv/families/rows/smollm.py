@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from moeconv.families import sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, NO_BIAS, dense_row
-from moeconv.families.records import Attention, Config, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Tensors
 from moeconv.families.vendor import Vendor
 
 SMOLLM3 = dense_row(
     "smollm3",
     "SmolLM3ForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,

@@ -14,14 +14,14 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import Config, Elsewhere, Experts, Tensors
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 SOLAR_OPEN = moe_row(
     "solar_open",
     "SolarOpenForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from moeconv.families.blocks import BLOCK, DENSE_FFN, NORM_BIAS, QKV_BIAS, dense_row
-from moeconv.families.records import NUMBER, Attention, Config, Tensors
+from moeconv.families.records import NUMBER, Attention, ConfigKeys, Tensors
 from moeconv.families.vendor import Vendor
 
 STABLELM = dense_row(
     "stablelm",
     "StableLmForCausalLM",
-    config=Config(
+    config=ConfigKeys(
         {
             "num_key_value_heads": 32,
             "layer_norm_eps": 1e-5,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
+from moeconv.contract import CodesFigures
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.plan.execute import checked_jobs
@@ -116,7 +117,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     ]  # multi-token-prediction layers are not run: their experts keep the searched scales
     jobs = checked_jobs(write.jobs)
 
-    def measure(folder: Path) -> dict[str, Any]:
+    def measure(folder: Path) -> CodesFigures:
         path = folder / _CODES
         return choose_codes(
             model,

@@ -37,9 +37,10 @@ from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Item, Plan
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
-from moeconv.upcycle.layout import Assembly, sibling_origin
+from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS, check_reads
 from moeconv.upcycle.siblings import check_siblings
+from moeconv.upcycle.sources import sibling_origin
 from moeconv.upcycle.split import (
     SplitShape,
     check_partition,

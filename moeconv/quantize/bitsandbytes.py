@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError
@@ -13,6 +12,7 @@ from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 from moeconv.plan.plan import Item, TensorSpec
 from moeconv.quantize.spec import MIXED, Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.types import JsonObject
 
 Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
 
@@ -74,7 +74,7 @@ def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[
 
 def _slices(
     ref: TensorRef, kernel: str, each: Sequence[Part], shared: Sequence[Part], role: str, group: str, experts: int,
-    params: Mapping[str, Any],
+    params: Mapping[str, object],
 ) -> list[Item]:  # fmt: skip
     """An item an expert; the first one's makes what all share as well."""
     numel = math.prod(ref.shape[1:])
@@ -93,7 +93,7 @@ def _slices(
     return items
 
 
-def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> dict[str, Any]:
+def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> JsonObject:
     four = scheme.bits == 4
     return {
         "quant_method": "bitsandbytes",
@@ -109,7 +109,7 @@ def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -
     }
 
 
-def _by_layer(parts: Mapping[Scheme, dict[str, Any]], schemes: Mapping[int, Scheme]) -> dict[str, Any]:
+def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme]) -> JsonObject:
     """The config of the narrowest scheme, with the name of each layer's for our loader."""
     config = parts[min(dict.fromkeys(schemes.values()), key=lambda s: s.bits)]
     by_layer = {str(layer): s.name for layer, s in schemes.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.types import JsonObject
 
 
 def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
@@ -22,7 +22,7 @@ def _make_packed(ref: TensorRef, scheme: Scheme, role: str) -> Item:
     return codes(ref, "pack_int", parts, role, bits=scheme.bits, group_size=scheme.group)
 
 
-def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: str) -> dict[str, Any]:
+def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: str) -> JsonObject:
     weights = {
         "num_bits": scheme.bits, "type": "int", "symmetric": True, "strategy": "group" if scheme.group else "channel",
         "group_size": scheme.group, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
@@ -52,7 +52,7 @@ def _check_words(ref: TensorRef, scheme: Scheme) -> None:
         )
 
 
-def _by_layer(parts: Mapping[Scheme, dict[str, Any]], schemes: Mapping[int, Scheme]) -> dict[str, Any]:
+def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme]) -> JsonObject:
     """A config group for each scheme, with the experts of its layers as targets."""
     used = list(dict.fromkeys(schemes.values()))
     groups = {}

@@ -6,9 +6,9 @@ import logging
 import math
 import struct
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from moeconv.checkpoint.card import source_metadata
 from moeconv.checkpoint.strictjson import read_json_object
@@ -18,10 +18,11 @@ from moeconv.families.rope import read_rope
 from moeconv.families.shapes import head_dim
 from moeconv.quantize.gguf_tokenizer import add_tokenizer
 from moeconv.quantize.llama_cpp import LlamaCpp
+from moeconv.types import JsonObject
 
 _FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14}  # llama.cpp's llama_ftype
 _SETTINGS = "generation_config.json"
-# its key -> llama.cpp's word for the setting, and the type
+# key of generation_config.json -> llama.cpp's name for the setting, and its type
 _SAMPLING: dict[str, tuple[str, type]] = {
     "top_k": ("top_k", int),
     "top_p": ("top_p", float),
@@ -31,8 +32,24 @@ _SAMPLING: dict[str, tuple[str, type]] = {
 }
 
 
+Value = bool | int | float | str
+
+
+class KeyWriter(Protocol):
+    """What is used of `gguf.GGUFWriter` to write a key and its value."""
+
+    def add_bool(self, key: str, val: bool) -> None: ...
+
+    def add_uint32(self, key: str, val: int) -> None: ...
+
+    def add_float32(self, key: str, val: float) -> None: ...
+
+    def add_string(self, key: str, val: str) -> None: ...
+
+
 def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, list[str]]:
-    """(encoded key-value pairs, their number, warnings). Raises InputError without a tokenizer that llama.cpp knows."""
+    """(encoded key-value pairs, their number, warnings). Raises InputError for a tokenizer that llama.cpp is not known
+    to follow, and for rotary embeddings that GGUF is not written for."""
     gguf = import_gguf()
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         path = Path(folder) / "head.gguf"
@@ -52,27 +69,29 @@ def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, l
     return data[24:], count, notes
 
 
-def import_gguf() -> Any:
-    """The optional `gguf` package. Raises InputError that says how to get it."""
+def import_gguf() -> ModuleType:
+    """The optional `gguf` package. Raises InputError, with the command that installs it, where it is missing."""
     try:
         import gguf
     except ImportError:
-        raise InputError("--format gguf needs the gguf package", hint="pip install 'moeconv[gguf]'") from None
+        raise InputError(
+            "--format gguf needs the gguf package", hint="Install it: pip install 'moeconv[gguf]'"
+        ) from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 
 
-def _general(gguf: Any, model: Model) -> Mapping[str, Any]:
-    """What programs show of a model, and how it wants to be sampled, without `general.` in front."""
+def _general(gguf: ModuleType, model: Model) -> dict[str, Value]:
+    """What programs show of a model, and its sampling settings, by keys without `general.` in front."""
     source = model.checkpoint
     card = source_metadata(source)
     experts = [name for name, role in model.roles.items() if role.group == "expert"]
     in_experts = sum(math.prod(source.tensors[name].shape) for name in experts)
     total = sum(math.prod(source.tensors[name].shape) for name in model.roles)
     size = gguf.size_label(total, total - in_experts, in_experts // max(1, model.num_experts), model.num_experts)
-    found: dict[str, Any] = {"type": "model", "name": source.name, "size_label": size}
+    found: dict[str, Value] = {"type": "model", "name": source.name, "size_label": size}
     found |= {key: card[key] for key in ("license",) if isinstance(card.get(key), str)}
-    settings: Mapping[str, Any] = {}
+    settings: JsonObject = {}
     if (source.path / _SETTINGS).is_file():
         settings = read_json_object(source.path / _SETTINGS, what=_SETTINGS)
     for key, (word, kind) in _SAMPLING.items():
@@ -82,19 +101,19 @@ def _general(gguf: Any, model: Model) -> Mapping[str, Any]:
     return found
 
 
-def _numbers(model: Model, row: LlamaCpp) -> Mapping[str, Any]:
-    """Hyperparameters by llama.cpp's keys, without the architecture in front."""
+def _numbers(model: Model, row: LlamaCpp) -> dict[str, Value]:
+    """The hyperparameters by llama.cpp's keys, without the architecture in front."""
     value, family = model.value, model.family
     heads = value("num_attention_heads")
     width = head_dim(value)
     rope = read_rope({**family.config.defaults, **model.config}, theta=10000.0, partial=family.attention.partial)
     if rope["rope_type"] not in ("default", "linear"):
         raise InputError(
-            f"rotary embeddings of type {escape(rope['rope_type'])} are not written to GGUF",
+            f"GGUF is not written for rotary embeddings of type {escape(rope['rope_type'])}",
             hint="Choose another --format.",
         )
     partial = rope.get("partial_rotary_factor") or 1.0
-    numbers: dict[str, Any] = {
+    numbers: dict[str, Value] = {
         "block_count": model.num_layers,
         "context_length": value("max_position_embeddings"),
         "embedding_length": model.hidden_size,
@@ -119,6 +138,16 @@ def _numbers(model: Model, row: LlamaCpp) -> Mapping[str, Any]:
     return numbers | dict(row.fixed)
 
 
-def _add(writer: Any, key: str, value: Any) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    add[type(value)](key, value)
+def _add(writer: KeyWriter, key: str, value: Value) -> None:
+    """Write a value under the GGUF type of its Python type."""
+    match value:
+        case bool():  # before int, of which it is a subclass
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            raise TypeError(f"{key}: {type(value).__name__}")

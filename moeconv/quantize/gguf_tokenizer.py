@@ -1,17 +1,19 @@
-"""The tokenizer inside a GGUF file: tokens, types, merges or scores, and llama.cpp's word for how texts are split.
+"""The tokenizer inside a GGUF file: tokens, types, merges or scores, and llama.cpp's name for how texts are split.
 
-A file whose texts tokenize otherwise than in transformers is a silently wrong model, so only what llama.cpp is known to
-do exactly is written: byte-level BPE of known splits, and SentencePiece's BPE with byte fallback.
+A file that tokenizes a text differently from transformers is a silently wrong model. Only tokenizers that llama.cpp is
+known to follow exactly are written: byte-level BPE with known splits, and SentencePiece's BPE with byte fallback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, escape
+from moeconv.types import JsonObject
 
 # ggml's token types
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -22,7 +24,7 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
 # (regular expression of a byte-level BPE's pre-tokenizer, whether a word that is a token as a whole skips the merges)
-# -> llama.cpp's word for both
+# -> llama.cpp's name for both
 PRE_TOKENIZERS: dict[tuple[str, bool], str] = {
     ("", False): "gpt-2",  # ByteLevel's own
     (_LLAMA3, True): "llama-bpe",
@@ -31,14 +33,30 @@ PRE_TOKENIZERS: dict[tuple[str, bool], str] = {
 }
 
 
-def add_tokenizer(gguf: Any, writer: Any, folder: Path, *, size: int) -> list[str]:
-    """Write the tokenizer of a checkpoint's directory, padded to the `size` rows of the model's embedding; gives
+class TokenizerWriter(Protocol):
+    """What is used here of `gguf.GGUFWriter`."""
+
+    def add_tokenizer_model(self, model: str) -> None: ...
+
+    def add_tokenizer_pre(self, pre: str) -> None: ...
+
+    def add_token_scores(self, scores: Sequence[float]) -> None: ...
+
+    def add_add_space_prefix(self, value: bool) -> None: ...
+
+    def add_token_list(self, tokens: Sequence[str]) -> None: ...
+
+    def add_token_types(self, types: Sequence[int]) -> None: ...
+
+
+def add_tokenizer(gguf: ModuleType, writer: TokenizerWriter, folder: Path, *, size: int) -> list[str]:
+    """Write the tokenizer of a checkpoint's directory, padded to the `size` rows of the model's embedding. Returns
     warnings.
 
-    Raises InputError without a tokenizer.json, or for one that llama.cpp is not known to follow."""
+    Raises InputError without a tokenizer.json, and for one that llama.cpp is not known to follow."""
     if not (folder / "tokenizer.json").is_file():
         raise InputError(
-            "a GGUF file holds its tokenizer, and there is no tokenizer.json",
+            "a GGUF file needs the tokenizer, and the checkpoint has no tokenizer.json",
             hint="Make one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) in transformers.",
         )
     tokenizer = read_json_object(folder / "tokenizer.json", what="tokenizer.json")
@@ -55,8 +73,9 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, *, size: int) -> list[st
             writer.add_add_space_prefix(_space_in_front(tokenizer))
             if _space_in_front(tokenizer) and tokenizer.get("pre_tokenizer"):
                 notes.append(
-                    "llama.cpp puts a space in front of every piece of text, this tokenizer only where a text does not "
-                    "begin with one (and not behind a special token): such texts begin with another token there"
+                    "llama.cpp puts a space in front of every text; this tokenizer does so only where a text does not "
+                    "begin with a space, and never after a special token. Such texts begin with another token in "
+                    "llama.cpp"
                 )
         else:
             writer.add_tokenizer_model("gpt2")
@@ -69,10 +88,10 @@ def add_tokenizer(gguf: Any, writer: Any, folder: Path, *, size: int) -> list[st
         vocabulary.add_to_gguf(writer, quiet=True)
         return notes
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"tokenizer.json is not what it should be: {escape(error)}", hint="Restore it.") from None
+        raise InputError(f"tokenizer.json is malformed: {escape(error)}", hint="Restore the file.") from None
 
 
-def _rows(tokenizer: Mapping[str, Any], size: int) -> list[tuple[str, int]]:
+def _rows(tokenizer: JsonObject, size: int) -> list[tuple[str, int]]:
     """(token, type) of every row of the embedding."""
     model = tokenizer["model"]
     kinds = dict.fromkeys(model["vocab"], _NORMAL)
@@ -85,15 +104,18 @@ def _rows(tokenizer: Mapping[str, Any], size: int) -> list[tuple[str, int]]:
         kind = _CONTROL if token["special"] else _USER
         words[token["id"]] = (token["content"], held if held == _UNKNOWN else kind)
     if any(type(i) is not int or not 0 <= i < size for i in words):
-        raise InputError(f"tokenizer.json has more tokens than the model's {size}", hint="They do not belong together.")
+        raise InputError(
+            f"tokenizer.json has a token beyond the {size} rows of the model's embedding",
+            hint="The tokenizer and the weights do not belong together.",
+        )
     return [words.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(size)]
 
 
 # -- byte-level BPE ----------------------------------------------------------------------------------------------------
 
 
-def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of how texts are split. Raises InputError for one that it does not know."""
+def _pre_tokenizer(tokenizer: JsonObject) -> str:
+    """llama.cpp's name for how the tokenizer splits texts. Raises InputError where it has none."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     last = steps[-1]
@@ -115,8 +137,8 @@ def _pre_tokenizer(tokenizer: Mapping[str, Any]) -> str:
 def _unknown() -> InputError:
     known = sorted({*PRE_TOKENIZERS.values()})
     return InputError(
-        "the tokenizer splits texts in a way that llama.cpp is not known to",
-        hint="Known are SentencePiece's BPE with byte fallback, and byte-level BPEs that split as "
+        "llama.cpp is not known to split texts as this tokenizer does",
+        hint="GGUF is written for SentencePiece's BPE with byte fallback, and for byte-level BPEs that split as "
         f"{', '.join(known)} do.",
     )
 
@@ -124,8 +146,8 @@ def _unknown() -> InputError:
 # -- SentencePiece -----------------------------------------------------------------------------------------------------
 
 
-def _space_in_front(tokenizer: Mapping[str, Any]) -> bool:
-    """Whether a space is put in front of a text. Raises InputError for texts that are not just spaces made visible."""
+def _space_in_front(tokenizer: JsonObject) -> bool:
+    """Whether a space is put in front of a text. Raises InputError for a tokenizer that changes more than spaces."""
     normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -139,38 +161,51 @@ def _space_in_front(tokenizer: Mapping[str, Any]) -> bool:
     raise _unknown()
 
 
-def _scores(tokenizer: Mapping[str, Any], words: Sequence[str]) -> list[float]:
-    """The score of every token: llama.cpp joins the neighbours whose token has the highest one.
+def _scores(tokenizer: JsonObject, words: Sequence[str]) -> list[float]:
+    """The score of every token: llama.cpp joins the two neighbours whose joined token has the highest score.
 
-    A tokenizer.json lists merges in the order of those scores. Raises InputError where joining by token, in that
-    order, would not do what the merges say."""
+    A tokenizer.json lists merges in the order of those scores. Raises InputError where joining by the token alone, in
+    that order, would not do what the merges do."""
     model = tokenizer["model"]
     if model.get("ignore_merges") or model.get("dropout"):
         raise _unknown()
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     if any(len(pair) != 2 for pair in merges):
         raise ValueError("a merge that is not of two tokens")
+    rank = _ranks(merges)
+    special = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+    _check_joins(model["vocab"], set(merges), rank, special)
+    return [-float(rank[word]) if word in rank else 0.0 for word in words]
+
+
+def _ranks(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The position of the first merge that makes each token. Raises InputError where a token's merges are not next to
+    each other: no one score stands for both positions."""
     rank: dict[str, int] = {}
     before = ""
     for at, (left, right) in enumerate(merges):
         made = left + right
-        if made in rank and made != before:  # another token came in between: no one score says both places
+        if made in rank and made != before:
             raise _unknown()
         rank.setdefault(made, at)
         before = made
-    vocabulary, pairs = model["vocab"], set(merges)
-    if any(pair not in pairs for word in rank for pair in _halves(word, vocabulary)):
+    return rank
+
+
+def _check_joins(
+    vocabulary: Mapping[str, int], merges: set[tuple[str, str]], rank: Mapping[str, int], special: set[str]
+) -> None:
+    """Raises InputError where two tokens could be joined that no merge joins."""
+    if any(pair not in merges for word in rank for pair in _halves(word, vocabulary)):
         raise _unknown()
-    # what no merge makes must never be made by joining: it is a single character, or met whole as a special token
-    special = {token["content"] for token in tokenizer.get("added_tokens") or ()}
-    loose = (word for word in vocabulary if word not in rank and word not in special and len(word) > 1)
-    if any(True for word in loose for _ in _halves(word, vocabulary)):
+    # A token that no merge makes must never be made by joining: it is one character, or matched whole as special.
+    unmade = (word for word in vocabulary if word not in rank and word not in special and len(word) > 1)
+    if any(True for word in unmade for _ in _halves(word, vocabulary)):
         raise _unknown()
-    return [-float(rank[word]) if word in rank else 0.0 for word in words]
 
 
 def _halves(word: str, vocabulary: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """The ways to make a token of two tokens."""
+    """The pairs of tokens that make a token when they are joined."""
     for at in range(1, len(word)):
         if word[:at] in vocabulary and word[at:] in vocabulary:
             yield word[:at], word[at:]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from moeconv.contract import FormatRow, Formats
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.targets import every_runtime
 
 
-def formats() -> dict[str, Any]:
+def formats() -> Formats:
     """The quantization formats and which runtime loads them."""
-    rows = []
+    rows: list[FormatRow] = []
     for f in FORMATS.values():
         kinds: list[tuple[str, int | None, Mapping[str, str]]] = [
             (info.name, info.bits, info.loads) for info in f.schemes

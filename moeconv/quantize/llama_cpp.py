@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
@@ -45,16 +44,16 @@ class LlamaCpp:
 
     arch: str
     interleaved: bool = False
-    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    needs: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, int] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     dense_layers: bool = False  # whether leading layers may be dense
     grouped_query: bool = True  # whether keys and values may have fewer heads
 
 
-_EVERY_LAYER: dict[str, tuple[Any, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
+_EVERY_LAYER: dict[str, tuple[object, ...]] = {"mlp_only_layers": ([], None), "decoder_sparse_step": (1,)}
 _SIGMOID = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 _DEEPSEEK_NUMBERS = {
     "expert_feed_forward_length": "moe_intermediate_size",

@@ -1,4 +1,4 @@
-"""Bits by layer: the schemes whose error, weighted by what a layer matters, is least within a budget of bytes.
+"""Bits by layer: the schemes of least error, weighted by the importance of each layer, within a budget of bytes.
 
 minimise sum_l importance_l * error(scheme_l) subject to sum_l bytes(scheme_l) <= budget (MC-MoE, arXiv 2410.06270, by
 layer: no runtime loads bits that differ by expert). Greedy on each layer's lower convex hull; no torch, no bytes read.
@@ -15,8 +15,8 @@ from moeconv.quantize.spec import MIXED, Format, Scheme
 
 
 def candidates(format: Format, groups: Sequence[int | None]) -> list[Scheme]:
-    """The schemes that layers choose from. `groups` are the group sizes that divide every width, largest first: all of
-    them for the narrower schemes, the largest for the widest."""
+    """The schemes that layers choose from. `groups` are the group sizes that divide every width, the largest first. The
+    scheme with the most bits is offered with the largest group alone, the others with every group."""
     *narrow, wide = (format.scheme(name) for name in format.mixes)
     return [
         *(Scheme(info.name, info.bits, group) for info in narrow for group in groups),
@@ -25,7 +25,7 @@ def candidates(format: Format, groups: Sequence[int | None]) -> list[Scheme]:
 
 
 def hull(options: Sequence[tuple[int, float]]) -> list[int]:
-    """Indices of the options (bytes, error) on the lower convex hull, from the smallest up, error falling."""
+    """Indices of the options (bytes, error) on the lower convex hull: bytes ascend, the error descends."""
     order = sorted(range(len(options)), key=lambda i: (options[i][0], options[i][1]))
     kept: list[int] = []
     for i in order:
@@ -40,14 +40,16 @@ def hull(options: Sequence[tuple[int, float]]) -> list[int]:
 
 
 def _slope(options: Sequence[tuple[int, float]], a: int, b: int) -> float:
-    """Error that a byte saves between two options."""
+    """The error that each byte more saves, from option `a` to option `b`."""
     return (options[a][1] - options[b][1]) / max(1, options[b][0] - options[a][0])
 
 
 def allocate(layers: Sequence[Sequence[tuple[int, float]]], budget: int) -> list[int] | None:
-    """The index of each layer's option (bytes, error) for the least sum of errors within `budget` bytes, None when even
-    the smallest do not fit. Upgrades go in the order of error saved by a byte; one that does not fit is passed over, so
-    that the result misses the linear program's bound by less than one upgrade.
+    """The index of each layer's option (bytes, error) for the least sum of errors within `budget` bytes; None when even
+    the smallest options do not fit.
+
+    Upgrades are taken in the order of the error that they save per byte. One that does not fit is skipped, so that the
+    result is worse than the bound of the linear program by less than one upgrade.
     """
     hulls = [hull(options) for options in layers]
     chosen = [h[0] for h in hulls]
@@ -66,53 +68,72 @@ def allocate(layers: Sequence[Sequence[tuple[int, float]]], budget: int) -> list
 
 
 def check_mixed(options: QuantizeOptions, format: Format, importance: Mapping[int, float] | None) -> None:
-    """Raises UsageError for parameters that do not go together, or missing statistics."""
+    """Raises UsageError for parameters that do not go together, and where the importance of the layers is missing."""
     if options.scheme != MIXED:
-        for flag, value in (("--average-bits", options.average_bits), ("--max-bytes", options.max_bytes)):
-            if value is not None:
-                raise UsageError(f"{flag} goes with --scheme mixed", hint="Add --scheme mixed --stats STATS.")
-        if options.stats:
-            raise UsageError("--stats goes with --scheme mixed", hint="Other schemes need no importance.")
+        _check_not_mixed(options)
         return
+    _check_mixing(options, format)
+    _check_budget(options)
+    if importance is None:
+        raise UsageError(
+            "--scheme mixed needs --stats, from which it computes how important each layer is",
+            hint="Make statistics: moeconv calibrate MODEL STATS --data FILE; then pass --stats STATS.",
+        )
+
+
+def _check_not_mixed(options: QuantizeOptions) -> None:
+    """Raises UsageError for an option that only --scheme mixed reads."""
+    for flag, value in (("--average-bits", options.average_bits), ("--max-bytes", options.max_bytes)):
+        if value is not None:
+            raise UsageError(f"{flag} needs --scheme mixed", hint="Add --scheme mixed --stats STATS.")
+    if options.stats:
+        raise UsageError("--stats needs --scheme mixed", hint="Leave --stats out: other schemes do not use it.")
+
+
+def _check_budget(options: QuantizeOptions) -> None:
+    if (options.average_bits is None) == (options.max_bytes is None):
+        raise UsageError("--scheme mixed needs either --average-bits or --max-bytes", hint="Try --average-bits 5.")
+    if options.average_bits is not None and not 0 < options.average_bits <= 32:
+        raise UsageError(f"--average-bits {options.average_bits} must be above 0 and at most 32")
+
+
+def _check_mixing(options: QuantizeOptions, format: Format) -> None:
+    """Raises UsageError for a format, or for options of it, in which bits cannot differ by layer."""
     mixing = [f for f in FORMATS.values() if f.mixes]
     if not format.mixes:
         raise UsageError(
-            f"--scheme mixed is not for --format {format.name}",
+            f"--format {format.name} does not support --scheme mixed",
             hint=f"Use --format {' or '.join(f.name for f in mixing)}.",
         )
-    if (options.average_bits is None) == (options.max_bytes is None):
-        raise UsageError("--scheme mixed needs one of --average-bits and --max-bytes", hint="Try --average-bits 5.")
-    if options.average_bits is not None and not 0 < options.average_bits <= 32:
-        raise UsageError(f"--average-bits {options.average_bits} must lie between 0 and 32")
     if options.scope != "experts" or options.double_quant:
         flag = "--double-quant" if options.double_quant else f"--scope {options.scope}"
-        raise UsageError(f"{flag} does not go with --scheme mixed", hint="Leave it out.")
+        raise UsageError(f"{flag} cannot be combined with --scheme mixed", hint=f"Leave {flag.split()[0]} out.")
     if format.mixed.get("transformers") == "no" and not options.target:
         able = [runtime for runtime, word in format.mixed.items() if word == "ok"]
         others = [f.name for f in mixing if f.mixed.get("transformers") == "ok"]
         raise UsageError(
             f"transformers cannot load {format.name} with bits that differ by layer",
-            hint=f"Say which runtime will: --target {' or '.join(able)}; or use --format {' or '.join(others)}.",
-        )
-    if importance is None:
-        raise UsageError(
-            "--scheme mixed decides by the importance of the layers",
-            hint="Make statistics: moeconv calibrate MODEL STATS --data FILE; then pass --stats STATS.",
+            hint=f"If another runtime loads the result, name it: --target {' or '.join(able)}. "
+            f"Otherwise use --format {' or '.join(others)}.",
         )
 
 
 def byte_budget(options: QuantizeOptions, *, weights: int, beside: int) -> int:
-    """Bytes for the experts' codes and scales: `weights` is how many they are, `beside` the bytes of all else."""
+    """The bytes for the experts' codes and scales. `weights` is the number of weights, `beside` the bytes of everything
+    else in the files."""
     if options.average_bits is not None:
         return int(options.average_bits * weights / 8)
     return parse_size(str(options.max_bytes), flag="--max-bytes") - beside
 
 
 def too_small(options: QuantizeOptions, least: int, weights: int) -> UsageError:
-    """The budget's error, with the least that is possible."""
+    """The error of a budget that is too small; `least` is the number of bytes that the smallest schemes take."""
     if options.average_bits is not None:
         return UsageError(
-            f"--average-bits {options.average_bits}: the smallest scheme takes {least * 8 / weights:.3f}",
-            hint="Give more, or a larger --group-size.",
+            f"--average-bits {options.average_bits} is too small: the smallest scheme takes {least * 8 / weights:.3f} bits",
+            hint="Raise --average-bits, or give a larger --group-size.",
         )
-    return UsageError(f"--max-bytes {escape(options.max_bytes)}: too small", hint="Give more, or prune first.")
+    return UsageError(
+        f"--max-bytes {escape(options.max_bytes)} is too small for this model",
+        hint="Raise --max-bytes, or prune first.",
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -20,6 +19,7 @@ from moeconv.plan.plan import Item
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.spec import Format, Scheme
+from moeconv.types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Packing:
 
         return carry_all(self.model, dtype=self.dtype, replace=packed)
 
-    def config(self, ignored: Sequence[str], *, scope: str) -> dict[str, Any]:
+    def config(self, ignored: Sequence[str], *, scope: str) -> JsonObject:
         """config.json with the format's quantization_config in it."""
         make, merge = self.format.config, self.format.merge
         assert make is not None

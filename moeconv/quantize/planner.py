@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay, provenance
 from moeconv.checkpoint.safetensors_file import TensorRef
+from moeconv.contract import QuantizeBlock
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
@@ -25,6 +25,7 @@ from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.spec import MIXED, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
+from moeconv.types import JsonObject
 
 
 def plan_quantize(
@@ -33,7 +34,7 @@ def plan_quantize(
     overlay: Overlay | None = None,
     importance: Mapping[int, float] | None = None,
     stats_of_twin: str | None = None,
-    **parameters: Any,
+    **parameters: object,
 ) -> Plan:
     """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
 
@@ -111,7 +112,7 @@ def quantize_plan(
         shards=shards,
         params_total=total,
         params_active=active,
-        block=_block(packing, options, of_twin),
+        block=_block(packing, options, stats_of_twin),
         warnings=(*model.warnings, *head_warnings(model), *warnings),
         dropped=(*model.dropped, *ahead),
         texts=texts,
@@ -128,17 +129,17 @@ def _left_out(model: Model, format: Format) -> tuple[str, ...]:
 
 def _evidence(
     model: Model, importance: Mapping[int, float] | None, of_twin: Mapping[str, str], overlay: Overlay | None
-) -> dict[str, Any]:
-    """Parameters of the plan's identity about what was measured for it."""
+) -> dict[str, object]:
+    """The parameters by which the plan's id depends on what was measured for it."""
     stats = {"stats": None if importance is None else _hash_of(importance)}
     return stats | dict(of_twin) | ({} if overlay is None else _made_with(model, overlay))
 
 
-def _block(packing: Packing, options: QuantizeOptions, of_twin: Mapping[str, str]) -> dict[str, Any]:
-    """What the result's JSON and the manifest state of the quantization."""
+def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None) -> QuantizeBlock:
+    """The block of the result's JSON."""
     format, scheme, by_layer = packing.format, packing.scheme, packing.by_layer
     mixed = options.scheme == MIXED
-    return {
+    block: QuantizeBlock = {
         "format": format.name,
         "scheme": MIXED if mixed else scheme.name,
         "method": options.method,
@@ -147,10 +148,12 @@ def _block(packing: Packing, options: QuantizeOptions, of_twin: Mapping[str, str
         "scheme_by_layer": {str(layer): s.name for layer, s in by_layer.items()},
         "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
         "scope": options.scope,
-        **of_twin,
         "double_quant": scheme.nested,
         "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed),
     }
+    if stats_of_twin is not None:
+        block["stats_of_twin"] = stats_of_twin
+    return block
 
 
 def _check_source(model: Model) -> None:
@@ -184,7 +187,7 @@ def _check_no_drafting(model: Model) -> None:
         )
 
 
-def _code_of_loader(model: Model, format: Format, config: dict[str, Any]) -> dict[str, str]:
+def _code_of_loader(model: Model, format: Format, config: JsonObject) -> dict[str, str]:
     """Files of code that load the result without moeconv, by name; `config` gets the key that names their classes."""
     if not format.remote_code:
         raise UsageError(
@@ -205,7 +208,7 @@ def _hash_of(importance: Mapping[int, float]) -> str:
     return hashlib.sha256(json.dumps({str(at): x for at, x in importance.items()}, sort_keys=True).encode()).hexdigest()
 
 
-def _made_with(model: Model, overlay: Overlay) -> dict[str, Any]:
+def _made_with(model: Model, overlay: Overlay) -> dict[str, object]:
     made_with = provenance(
         overlay, identity=model.identity, checkpoint=model.checkpoint, hint="Choose the codes again, on this model."
     )

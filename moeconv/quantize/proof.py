@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.contract import ErrorLayer, PackingError
 from moeconv.errors import CheckError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import CODES, split_part
@@ -17,20 +18,26 @@ from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
 from moeconv.quantize.formats import FORMATS
 
 
-def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | None = None) -> dict[str, Any]:
-    """{error: {relative_rms: {mean, max}, layers, sampled}, counted}: the first and last matrix of every role in every
-    layer decoded and compared with its source; `counted` is the number of packed weights by role, as found on disk.
-    Where codes come from an overlay, `before` is the plan that would have made them.
+class PackingProof(TypedDict):
+    """The error of the sampled weights, and the number of packed weights by role, as found on disk."""
 
-    Raises CheckError when a decoded weight is further from its source than codes of that width can be, or when a role
-    has fewer or more packed weights than the plan says.
+    error: PackingError
+    counted: dict[str, int]
+
+
+def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | None = None) -> PackingProof:
+    """Decode the first and the last matrix of every role in every layer, and compare each with its source in float32.
+    Where codes come from an overlay, `before` is the plan that packs the source itself.
+
+    Raises CheckError when a decoded weight has a larger error than codes of its width can have, and when the number of
+    packed weights of a role is not the planned one.
     """
     from moeconv.plan.kernels.pack.common import relative_rms
 
     counted = _count(plan, staged)
     planned = _planned(plan)
     if counted != planned:
-        raise CheckError(f"packed weights on disk are {counted}, the plan says {planned}")
+        raise CheckError(f"the packed weights on disk are {counted}, and the plan has {planned}")
     format = FORMATS[plan.block["format"]]
     decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
     layers: dict[int | None, list[float]] = {}
@@ -38,16 +45,24 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
         error = relative_rms(_source_weight(source, item), decode(spec))
         if not error <= format.limit(8 * spec.nbytes / spec.params):
             raise CheckError(
-                f"{escape(spec.name)} decodes with a relative error of {error:.3f}, too much for its bits",
-                hint="Are there extreme outliers in the weights? Try a smaller --group-size or 8 bits.",
+                f"{escape(spec.name)} decodes with a relative error of {error:.3f}, which is too large for its bits",
+                hint="The weights may have extreme outliers. Try a smaller --group-size, or 8 bits.",
             )
         layers.setdefault(layer, []).append(error)
     if not layers:
-        raise CheckError("the plan packs no weight", hint="The format's schemes do not name the dtype of their codes.")
+        raise CheckError(
+            "the plan packs no weight", hint="No scheme of the format has the dtype of its codes in `codes`."
+        )
     every = [error for errors in layers.values() for error in errors]
-    rows = [{"layer": layer, "relative_rms": sum(e) / len(e), "max": max(e)} for layer, e in layers.items()]
-    found = {"relative_rms": {"mean": sum(every) / len(every), "max": max(every)}, "layers": rows}
-    return {"error": found | {"sampled": len(every)}, "counted": counted}
+    rows: list[ErrorLayer] = [
+        {"layer": layer, "relative_rms": sum(e) / len(e), "max": max(e)} for layer, e in layers.items()
+    ]
+    error: PackingError = {
+        "relative_rms": {"mean": sum(every) / len(every), "max": max(every)},
+        "layers": rows,
+        "sampled": len(every),
+    }
+    return {"error": error, "counted": counted}
 
 
 def _packed(plan: Plan) -> Iterator[tuple[Item, TensorSpec]]:
@@ -65,7 +80,7 @@ def _planned(plan: Plan) -> dict[str, int]:
 
 
 def _count(plan: Plan, staged: Path) -> dict[str, int]:
-    """Packed weights by role, by what the written headers say."""
+    """The number of packed weights by role, from the headers on disk."""
     counts: dict[str, int] = {}
     if plan.gguf:
         from moeconv.checkpoint.gguf import written_tensors
@@ -101,7 +116,7 @@ def _plain(name: str) -> str:
 
 
 def _source_weight(source: Model, item: Item):
-    """What was packed, in float32."""
+    """The matrix that the item packs, in float32."""
     import torch
 
     from moeconv.plan.kernels.ggml import interleave
@@ -131,7 +146,10 @@ def _decoder(staged: Path):
         parts, stored = {}, model.stored[spec.name]
         for part, name in stored.parts.items():
             ref = model.checkpoint.tensors[name]
-            size, shape = ref.nbytes // spec.of, (1, *ref.shape[1:])  # of one expert alone, but what all share
+            size, shape = (
+                ref.nbytes // spec.of,
+                (1, *ref.shape[1:]),
+            )  # one expert's share; parts that all experts share are read whole
             start = spec.at * size
             if part in SHARED:
                 start, size, shape = 0, ref.nbytes, ref.shape

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.types import JsonObject
 
 MIXED = "mixed"  # the word of --scheme for bits that differ by layer
 
@@ -83,7 +83,7 @@ class Format:
     notes: Mapping[str, str]  # runtime -> what one should know
     kernels: tuple[Kernel, ...]  # that its items name
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
-    config: Callable[[Scheme, Sequence[str], str, str], dict[str, Any]] | None = None
+    config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed
@@ -91,7 +91,7 @@ class Format:
     mixes: tuple[str, ...] = ()
     mixed: Mapping[str, str] = field(default_factory=dict)  # `loads` where bits differ by layer
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
-    merge: Callable[[Mapping[Scheme, dict[str, Any]], Mapping[int, Scheme]], dict[str, Any]] | None = None
+    merge: Callable[[Mapping[Scheme, JsonObject], Mapping[int, Scheme]], JsonObject] | None = None
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target
     imports: str = ""  # a line of Python that transformers needs before it loads it
     remote_code: str = ""  # the module of its loader, where --self-contained can write that beside the weights
@@ -130,7 +130,7 @@ class Format:
 
 
 def codes(
-    ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: Any
+    ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: object
 ) -> Item:
     """An item of one weight: `parts` are (suffix, name that the kernel gives it, dtype, shape); the first has codes."""
     numel, stem = math.prod(ref.shape), ref.name.removesuffix(".weight")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.contract import CodesFigures
@@ -19,10 +18,12 @@ from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.methods import check_method
+from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.separate import plan_separate
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import GPTQ, need_of
+from moeconv.types import JsonObject
 from moeconv.units import human_bytes
 
 _CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
@@ -82,7 +83,7 @@ def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float
     return layer_importance(statistics), twin
 
 
-def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
+def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
     model = open_resolved(request.model)
     options, out, write = request.quantize, request.out, request.write
@@ -95,7 +96,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> dict[str, Any]:
     packing = plan_packing(model, request)
     plan = before = packing.plan
 
-    def check(staged: Path) -> dict[str, Any]:
+    def check(staged: Path) -> PackingProof:
         from moeconv.quantize.proof import prove_packing
 
         return prove_packing(plan, model, staged, before=before)

@@ -144,7 +144,7 @@ def _families(_request: r.FamiliesRequest, _meter: Meter) -> dict[str, Any]:
 def _formats(_request: r.FormatsRequest, _meter: Meter) -> dict[str, Any]:
     from moeconv.quantize.listing import formats
 
-    return formats()
+    return dict(formats())
 
 
 def _schema(request: r.SchemaRequest, _meter: Meter) -> dict[str, Any]:

@@ -169,13 +169,17 @@ def _scores(tokenizer: JsonObject, words: Sequence[str]) -> list[float]:
     model = tokenizer["model"]
     if model.get("ignore_merges") or model.get("dropout"):
         raise _unknown()
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    if any(len(pair) != 2 for pair in merges):
-        raise ValueError("a merge that is not of two tokens")
+    merges = [_pair(merge) for merge in model["merges"]]
     rank = _ranks(merges)
     special = {token["content"] for token in tokenizer.get("added_tokens") or ()}
     _check_joins(model["vocab"], set(merges), rank, special)
     return [-float(rank[word]) if word in rank else 0.0 for word in words]
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+    """The two tokens of a merge. Raises ValueError where they are not two."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _ranks(merges: Sequence[tuple[str, str]]) -> dict[str, int]:

@@ -130,7 +130,7 @@ def too_small(options: QuantizeOptions, least: int, weights: int) -> UsageError:
     """The error of a budget that is too small; `least` is the number of bytes that the smallest schemes take."""
     if options.average_bits is not None:
         return UsageError(
-            f"--average-bits {options.average_bits} is too small: the smallest scheme takes {least * 8 / weights:.3f} bits",
+            f"--average-bits {options.average_bits} is too small: the smallest scheme takes {least * 8 / weights:.3f}",
             hint="Raise --average-bits, or give a larger --group-size.",
         )
     return UsageError(

@@ -57,12 +57,12 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
     rows: list[ErrorLayer] = [
         {"layer": layer, "relative_rms": sum(e) / len(e), "max": max(e)} for layer, e in layers.items()
     ]
-    error: PackingError = {
+    found: PackingError = {
         "relative_rms": {"mean": sum(every) / len(every), "max": max(every)},
         "layers": rows,
         "sampled": len(every),
     }
-    return {"error": error, "counted": counted}
+    return {"error": found, "counted": counted}
 
 
 def _packed(plan: Plan) -> Iterator[tuple[Item, TensorSpec]]:
@@ -151,7 +151,7 @@ def _decoder(staged: Path):
                 (1, *ref.shape[1:]),
             )  # one expert's share; parts that all experts share are read whole
             start = spec.at * size
-            if part in SHARED:
+            if part in SHARED:  # one for all experts
                 start, size, shape = 0, ref.nbytes, ref.shape
             data = model.checkpoint.read(name, start=start, length=size)
             parts[part] = to_tensor(bytearray(data), ref.dtype, shape)

@@ -311,7 +311,7 @@ def test_the_space_in_front_is_said_by_either_wording(tmp_path, scheme, front):
     sentencepiece(path, normalizer=None, pre_tokenizer=pre)
     _, plan, reader = write(path, tmp_path / "out")
     assert reader.fields["tokenizer.ggml.add_space_prefix"].contents() is front
-    assert any("puts a space in front of every piece" in text for text in plan.warnings) is front
+    assert any("puts a space in front of every text" in text for text in plan.warnings) is front
 
 
 def test_what_the_model_is_and_how_it_is_sampled_stands_in_the_file(tmp_path):

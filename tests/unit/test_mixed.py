@@ -136,15 +136,15 @@ def test_max_bytes_counts_the_files(model):
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"average_bits": 5, **VLLM, "importance": None}, "importance of the layers"),
+        ({"average_bits": 5, **VLLM, "importance": None}, "--scheme mixed needs --stats"),
         ({"average_bits": 5}, "transformers cannot load compressed-tensors with bits that differ by layer"),
         ({"average_bits": 5, "target": ("vllm", "transformers")}, "--target transformers cannot load"),
         ({"average_bits": 5, "format": "gguf"}, "mixed"),
-        (VLLM, "one of --average-bits and --max-bytes"),
-        ({"average_bits": 5, "max_bytes": "1GB", **VLLM}, "one of --average-bits and --max-bytes"),
-        ({"average_bits": 3, **VLLM}, "--average-bits 3: the smallest scheme takes 4."),
+        (VLLM, "either --average-bits or --max-bytes"),
+        ({"average_bits": 5, "max_bytes": "1GB", **VLLM}, "either --average-bits or --max-bytes"),
+        ({"average_bits": 3, **VLLM}, "--average-bits 3 is too small: the smallest scheme takes 4."),
         ({"average_bits": 5, "scope": "all-linear", **VLLM}, "--scope all-linear"),
-        ({"average_bits": 5, "scheme": "int4"}, "--average-bits goes with --scheme mixed"),
+        ({"average_bits": 5, "scheme": "int4"}, "--average-bits needs --scheme mixed"),
     ],
 )
 def test_refused(model, parameters, says):

@@ -65,7 +65,7 @@ def test_codes_that_are_not_the_sources_fail(tmp_path):
 def test_a_role_that_was_skipped_fails(tmp_path):
     model, _, out = written(tmp_path)
     more = plan_quantize(model, scope="experts+shared")
-    with pytest.raises(CheckError, match=r"packed weights on disk are \{'expert': 36\}"):
+    with pytest.raises(CheckError, match=r"the packed weights on disk are \{'expert': 36\}"):
         prove_packing(more, model, out)
 
 

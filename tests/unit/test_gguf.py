@@ -241,7 +241,7 @@ def test_tokenizers_that_are_not_known_are_refused(tmp_path):
             assert name.encode() in plan.shards[0].gguf.metadata
             if (regex, not whole) not in PRE_TOKENIZERS:
                 tokenizer(path, pre_tokenizer=pre, model=model | {"ignore_merges": not whole})
-                with pytest.raises(InputError, match="splits texts"):
+                with pytest.raises(InputError, match="split texts"):
                     plan_quantize(open_model(path), format="gguf")
     (path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
@@ -300,7 +300,7 @@ def test_a_sentencepiece_tokenizer_becomes_scores_and_types(tmp_path):
 def test_a_sentencepiece_tokenizer_that_scores_cannot_say_is_refused(tmp_path, changes):
     path = make_moe(tmp_path / "m", "mixtral", hidden=64, intermediate=512, vocab=300)
     sentencepiece(path, **changes)
-    with pytest.raises(InputError, match="splits texts"):
+    with pytest.raises(InputError, match="split texts"):
         plan_quantize(open_model(path), format="gguf")
 
 

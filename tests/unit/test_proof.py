@@ -105,7 +105,7 @@ def test_a_format_that_does_not_name_the_dtype_of_its_codes_fails_its_proof(tmp_
     wrong = replace(base, schemes=tuple(replace(info, codes="U16") for info in base.schemes))
     monkeypatch.setattr(FORMATS, "_records", {**FORMATS, name: wrong})
     model, plan, out = written(tmp_path)
-    with pytest.raises(CheckError, match="the plan says"):
+    with pytest.raises(CheckError, match="and the plan has"):
         prove_packing(plan, model, out)
     with pytest.raises(CheckError, match="the plan packs no weight"):
         unpacked = replace(plan, shards=())

@@ -1,4 +1,4 @@
-"""The typer app, built from the table of verbs, and the way from an exception to an exit code."""
+"""The typer app, built from the table of commands, and the exit code of every exception."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -30,7 +30,7 @@ from moeconv.requests import request
 from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
-_LOST = ("gloo", "NCCL", "Connection", "TCPStore")  # what a collective's error speaks of when a peer has died
+_LOST_PEER = ("gloo", "NCCL", "Connection", "TCPStore")  # words in the error of a collective whose peer has died
 _OUTPUT_FLAGS = (
     ("json", Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]),
     ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]),
@@ -38,68 +38,80 @@ _OUTPUT_FLAGS = (
 )
 
 
-def _annotation(kind: Any, name: str, help: str, choices: Sequence[str] = ()) -> Any:
-    """The typer annotation of a flag; a bool that is not off by default gets a --no- twin."""
+class _Parameter(NamedTuple):
+    """A parameter of the function that typer sees. `annotation` is a type with typer's metadata, as in source code."""
+
+    name: str
+    annotation: object
+    default: object
+
+
+def _annotation(kind: object, name: str, help: str, choices: Sequence[str] = ()) -> object:
+    """The typer annotation of an option of type `kind` whose flag has one form."""
     if typing.get_origin(kind) in (tuple, list):
         kind = list[str]
     text = f"{help} One of: {', '.join(choices)}." if choices else help
     return Annotated[kind, typer.Option(flag_of(name), help=text)]
 
 
-def _flag_parameters(verb: Verb, *, whole: bool) -> list[tuple[str, Any, Any]]:
-    """(name, annotation, default) of every flag of a verb; its help is `whole`, with what registries have, or not."""
-    flags: list[tuple[str, Any, Any]] = []
+def _switch(kind: object, name: str, help: str) -> object:
+    """The typer annotation of a bool that is not off by default: its flag also has the form --no-."""
+    spelled = f"{flag_of(name)}/--no-{name.replace('_', '-')}"
+    return Annotated[kind, typer.Option(spelled, help=help)]
+
+
+def _flag_parameters(verb: Verb, *, whole: bool) -> list[_Parameter]:
+    """Every flag of a command. With `whole` its help includes the words of the registries, which must be loaded."""
+    flags: list[_Parameter] = []
     for group in verb.groups:
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             help, choices = (help_of(field), choices_of(field)) if whole else (field.metadata["help"], ())
             default = list(field.default) if isinstance(field.default, tuple) else field.default
             if field.default is True or hints[field.name] == (bool | None):
-                spelled = f"{flag_of(field.name)}/--no-{field.name.replace('_', '-')}"
-                kind: Any = Annotated[hints[field.name], typer.Option(spelled, help=help)]
+                annotation = _switch(hints[field.name], field.name, help)
             else:
-                kind = _annotation(hints[field.name], field.name, help, choices)
-            flags.append((field.name, kind, default))
+                annotation = _annotation(hints[field.name], field.name, help, choices)
+            flags.append(_Parameter(field.name, annotation, default))
     return flags
 
 
-def _argument(positional: Positional) -> Any:
-    kind: Any = str if positional.required else str | None
-    return Annotated[kind, typer.Argument(help=positional.help, metavar=positional.name.upper())]
+def _argument(positional: Positional) -> _Parameter:
+    argument = typer.Argument(help=positional.help, metavar=positional.name.upper())
+    if positional.required:
+        return _Parameter(positional.name, Annotated[str, argument], inspect.Parameter.empty)
+    return _Parameter(positional.name, Annotated[str | None, argument], None)
 
 
 def _command(verb: Verb, *, whole: bool) -> types.FunctionType:
-    """The function that typer sees: the verb's parameters as its signature, with their `whole` help or a part of it."""
-    names: list[tuple[str, Any, Any]] = [
-        (p.name, _argument(p), inspect.Parameter.empty if p.required else None) for p in verb.positionals
-    ]
-    names += _flag_parameters(verb, whole=whole)
-    names += [(name, kind, False) for name, kind in _OUTPUT_FLAGS]
+    """The function that typer sees: its signature is made of the command's parameters. `whole` as for the flags."""
+    parameters = [_argument(p) for p in verb.positionals] + _flag_parameters(verb, whole=whole)
+    parameters += [_Parameter(name, kind, False) for name, kind in _OUTPUT_FLAGS]
 
-    def command(**values: Any) -> int:
+    def command(**values: object) -> int:
         return _call(verb, values)
 
     command.__name__, command.__doc__ = verb.name, verb.help
-    command.__annotations__ = {name: kind for name, kind, _ in names}
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-            for name, kind, default in names
+            inspect.Parameter(p.name, inspect.Parameter.KEYWORD_ONLY, annotation=p.annotation, default=p.default)
+            for p in parameters
         ]
     )
     return typing.cast(types.FunctionType, command)
 
 
-def _call(verb: Verb, values: dict[str, Any]) -> int:
-    """Run a verb and print its result. Returns the exit code."""
-    _SINK.mode = "json" if values.pop("json") else "quiet" if values.pop("quiet", False) else "human"
-    _meet(verb, launched())
-    _SINK.verbose = values.pop("verbose")
-    values.pop("quiet", None)
+def _call(verb: Verb, values: dict[str, object]) -> int:
+    """Run a command and print its result. Returns the exit code."""
+    json, quiet, verbose = (bool(values.pop(name)) for name, _ in _OUTPUT_FLAGS)
+    _SINK.mode = "json" if json else "quiet" if quiet else "human"
+    _join_processes(verb, launched())
+    _SINK.verbose = verbose
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     _read_stdin(verb, values)
     _guard(verb, values)
-    meter = SilentMeter() if _SINK.mute else make_meter()
+    meter = SilentMeter() if _SINK.silent else make_meter()
     try:
         with follow_links(bool(values.get("follow_links"))):
             result = verb.run(request(verb.request, values), meter)
@@ -117,43 +129,45 @@ def _call(verb: Verb, values: dict[str, Any]) -> int:
     return failure.exit_code
 
 
-def _meet(verb: Verb, world: World) -> None:
-    """Under a launcher: join the other processes, and let the first one speak. Raises UsageError for other verbs."""
-    _SINK.mute = not world.leads
+def _join_processes(verb: Verb, world: World) -> None:
+    """Under a launcher such as torchrun: join the other processes; only the first one prints. Raises UsageError for a
+    command that runs in one process."""
+    _SINK.silent = not world.leads
     if world.size == 1:
         return
     if not verb.distributed:
         able = ", ".join(v.name for v in VERBS if v.distributed)
         raise UsageError(
             f"{verb.name} runs in one process, and the launcher started {world.size}",
-            hint=f"Run it without torchrun; these share their work: {able}.",
+            hint=f"Run it without torchrun. These commands can share their work: {able}.",
         )
     join()
 
 
-def _read_stdin(verb: Verb, values: dict[str, Any]) -> None:
-    """Put what standard input names in the place of `-`."""
+def _read_stdin(verb: Verb, values: dict[str, object]) -> None:
+    """Replace `-` by the model that standard input names; `--data -` is read later."""
     dashes = [p.name for p in verb.positionals if p.model and values[p.name] == "-"]
-    dashes += ["data"] * list(values.get("data", ())).count("-")
+    data = values.get("data", ())
+    dashes += ["data"] * (data.count("-") if isinstance(data, tuple) else 0)
     if len(dashes) > 1:
-        raise UsageError("standard input can be read once: only one argument may be -", hint="Give a path.")
+        raise UsageError("standard input can be read only once, so only one argument may be -", hint="Give a path.")
     if dashes and dashes[0] != "data":
         values[dashes[0]] = first(lambda: model_from_stdin(sys.stdin.buffer.read()))
 
 
-def _guard(verb: Verb, values: Mapping[str, Any]) -> None:
-    """Refuse an output that is, holds or lies in anything that the command reads. Raises OutputError."""
-    from moeconv.checkpoint.guard import guard  # what only the version or help asks for reads nothing
+def _guard(verb: Verb, values: Mapping[str, object]) -> None:
+    """Refuse an output that is, contains or is inside anything that the command reads. Raises OutputError."""
+    from moeconv.checkpoint.guard import guard  # here, because --version and --help do not need it
 
-    given = [(p, values[p.name]) for p in verb.positionals if values[p.name]]
+    given = [(p, str(values[p.name])) for p in verb.positionals if values[p.name]]
     reads = [(p.name.upper(), path) for p, path in given if p.reads] + reads_of(values, *verb.groups)
     for path in (path for p, path in given if p.writes):
         guard(path, reads)
 
 
 def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
-    """The typer app with every verb. Only where `arguments` ask for a verb's help are the registries loaded that have
-    the choices of its parameters and other words of its help."""
+    """The typer app with every command. The registries, which have the choices of options and other words of help
+    texts, are loaded only if `arguments` ask for the help of a command."""
     asks = "--help" in arguments
     app = typer.Typer(
         name="moeconv", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -171,28 +185,30 @@ def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     return app
 
 
-def _on_signal(number: int, _frame: Any) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+def _on_signal(number: int, _frame: types.FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise Interrupted(f"stopped by {signal.Signals(number).name}", signal_number=number,
                       hint="Run the same command again to resume.")  # fmt: skip
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line. Returns the exit code; prints errors, never a traceback unless MOECONV_DEBUG is set."""
-    _SINK.mode, _SINK.deaf = "json" if "--json" in arguments else "human", False
-    _SINK.mute = not launched().leads
+    _SINK.mode, _SINK.stdout_failed = "json" if "--json" in arguments else "human", False
+    _SINK.silent = not launched().leads
     open_streams()
     calm_collector()
     for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread: a caller's business
+        with contextlib.suppress(ValueError):  # not in the main thread, where the caller handles signals
             signal.signal(number, _on_signal)
     try:
         code = 0
-        with contextlib.suppress(BrokenPipeError, SystemExit):  # of help, raised by rich: the sink catches its own
+        with contextlib.suppress(
+            BrokenPipeError, SystemExit
+        ):  # rich raises them while it prints help; the sink handles its own
             code = typer.main.get_command(build_app(arguments)).main(
                 args=list(arguments), prog_name="moeconv", standalone_mode=False
             )
-        with _SINK.printing():  # what help left in the buffer
+        with _SINK.printing():  # flush what help left in the buffer
             pass
         return int(code or 0)
     except (Exception, Interrupted) as error:
@@ -201,7 +217,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _failed(error: Exception | Interrupted) -> int:
     known = settle(_as_moeconv_error(error))
-    assert known is not None  # of several processes, the first one's
+    assert known is not None  # the first error of any process
     if debug() and not isinstance(known, UsageError):
         traceback.print_exception(error)
     _SINK.error(known)
@@ -211,20 +227,20 @@ def _failed(error: Exception | Interrupted) -> int:
 def _as_moeconv_error(error: Exception | Interrupted) -> MoeconvError | Interrupted:
     if isinstance(error, MoeconvError | Interrupted):
         return error
-    # typer carries its own copy of click, so its usage errors are known by what they can do
+    # typer contains a copy of click, so its usage errors are recognised by their methods and not by their class
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) is not None:
         context = getattr(error, "ctx", None)
         hint = f"See `{context.command_path} --help`." if context is not None else "See `moeconv --help`."
         return UsageError(escape(error.format_message()), hint=hint)
-    if isinstance(error, RuntimeError) and current().size > 1 and any(word in str(error) for word in _LOST):
-        return MoeconvError("another process of this command is gone", hint="See its messages, and the system's log.")
+    if isinstance(error, RuntimeError) and current().size > 1 and any(word in str(error) for word in _LOST_PEER):
+        return MoeconvError("another process of this command has died", hint="See its messages, and the system's log.")
     if isinstance(error, MemoryError):
         return MoeconvError("out of memory", hint="Lower --jobs or --batch-size.")
-    where: Mapping[str, Any] = {}
+    where: dict[str, object] = {}
     frames = traceback.extract_tb(error.__traceback__)
     if frames:
         where = {"file": os.path.basename(frames[-1].filename), "line": frames[-1].lineno}
     return MoeconvError(
-        f"a bug of moeconv: {type(error).__name__}: {escape(error)} {dict(where) or ''}".strip(),
+        f"a bug of moeconv: {type(error).__name__}: {escape(error)} {where or ''}".strip(),
         hint="Please report it, with the traceback that MOECONV_DEBUG=1 prints.",
     )

@@ -1,13 +1,13 @@
-"""The verbs: positionals, request and the step that each one calls. Typer functions are built from these rows.
+"""The commands: the arguments, the request and the step of each. Typer functions are built from these rows.
 
-A flag is declared once, as a field in moeconv.options; this table only says which verb takes which group.
+A flag is declared once, as a field in moeconv.options; this table only states which command takes which groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moeconv import options as o
 from moeconv import requests as r
@@ -15,11 +15,18 @@ from moeconv.cli import tables
 from moeconv.errors import CheckError
 from moeconv.plan.meter import Meter
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from moeconv.contract import Verified
+
+Result: TypeAlias = Mapping[str, object]  # the JSON object of a command, as moeconv.contract describes it
+
 
 @dataclass(frozen=True)
 class Positional:
-    """An argument without a flag; `model` ones may be `-`, the JSON or path on standard input. `reads` as in
-    `options.option`; the path of one that `writes` is never one that the command reads."""
+    """An argument without a flag. A `model` may be `-`: the JSON or the path on standard input. `reads` is as in
+    `options.option`; an argument that `writes` may not name anything that the command reads."""
 
     name: str
     help: str
@@ -31,16 +38,17 @@ class Positional:
 
 @dataclass(frozen=True)
 class Verb:
-    """A command. `run` gets a `request`; `failed` turns a result into the error that its exit code needs."""
+    """A command. `run` takes an object of class `request` and returns the result, from which `table` makes what people
+    see, and `failed` the error of a check that did not pass. Their types differ from command to command."""
 
     name: str
     help: str
     positionals: tuple[Positional, ...]
     request: type
-    run: Callable[[Any, Meter], dict[str, Any]]
-    table: Callable[[Any], Any]
-    failed: Callable[[Mapping[str, Any]], CheckError | None] = lambda _result: None
-    distributed: bool = False  # may be started several times by torchrun
+    run: Callable[[Any, Meter], Result]
+    table: Callable[[Any], Sequence[RenderableType]]
+    failed: Callable[[Any], CheckError | None] = lambda _result: None
+    distributed: bool = False  # torchrun may start it as several processes
 
     @property
     def groups(self) -> tuple[type, ...]:
@@ -55,65 +63,65 @@ SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or 
 OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).", writes=True)
 
 
-def _inspect(request: r.InspectRequest, _meter: Meter) -> dict[str, Any]:
+def _inspect(request: r.InspectRequest, _meter: Meter) -> Result:
     from moeconv.inspect.step import inspect
 
     return inspect(request)
 
 
-def _upcycle(request: r.UpcycleRequest, meter: Meter) -> dict[str, Any]:
+def _upcycle(request: r.UpcycleRequest, meter: Meter) -> Result:
     from moeconv.upcycle.step import upcycle
 
     return upcycle(request, meter=meter)
 
 
-def _calibrate(request: r.CalibrateRequest, meter: Meter) -> dict[str, Any]:
+def _calibrate(request: r.CalibrateRequest, meter: Meter) -> Result:
     from moeconv.calibrate.step import calibrate
 
     return calibrate(request, meter=meter)
 
 
-def _tune(request: r.TuneRequest, meter: Meter) -> dict[str, Any]:
+def _tune(request: r.TuneRequest, meter: Meter) -> Result:
     from moeconv.tune.step import tune
 
     return tune(request, meter=meter)
 
 
-def _prune(request: r.PruneRequest, meter: Meter) -> dict[str, Any]:
+def _prune(request: r.PruneRequest, meter: Meter) -> Result:
     from moeconv.prune.step import prune
 
     return prune(request, meter=meter)
 
 
-def _quantize(request: r.QuantizeRequest, meter: Meter) -> dict[str, Any]:
+def _quantize(request: r.QuantizeRequest, meter: Meter) -> Result:
     from moeconv.quantize.step import quantize
 
     return quantize(request, meter=meter)
 
 
-def _evaluate(request: r.EvaluateRequest, meter: Meter) -> dict[str, Any]:
+def _evaluate(request: r.EvaluateRequest, meter: Meter) -> Result:
     from moeconv.evaluate.step import evaluate
 
     return evaluate(request, meter=meter)
 
 
-def _gates_failed(result: Mapping[str, Any]) -> CheckError | None:
+def _gates_failed(result: Result) -> CheckError | None:
     from moeconv.evaluate.gates import failure
 
     return failure(result)
 
 
-def _verify(request: r.VerifyRequest, _meter: Meter) -> dict[str, Any]:
+def _verify(request: r.VerifyRequest, _meter: Meter) -> Result:
     from moeconv.verify.step import verify
 
     return verify(request)
 
 
-def _problems(result: Mapping[str, Any]) -> CheckError | None:
+def _problems(result: Verified) -> CheckError | None:
     return None if result["ok"] else CheckError(f"{len(result['problems'])} problems: {result['problems'][0]}")
 
 
-def _report(request: r.ReportRequest, _meter: Meter) -> dict[str, Any]:
+def _report(request: r.ReportRequest, _meter: Meter) -> Result:
     from moeconv.report.step import load_results, report
 
     asked = request.report
@@ -123,34 +131,34 @@ def _report(request: r.ReportRequest, _meter: Meter) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _run_recipe(request: r.RunRequest, meter: Meter) -> dict[str, Any]:
+def _run_recipe(request: r.RunRequest, meter: Meter) -> Result:
     from moeconv.recipe.run import run_recipe
 
     return run_recipe(request.recipe, settings=request.run.set, dry_run=request.run.dry_run, meter=meter)
 
 
-def _demo(request: r.DemoRequest, meter: Meter) -> dict[str, Any]:
+def _demo(request: r.DemoRequest, meter: Meter) -> Result:
     from moeconv.demo import DEMO_DATA, run_demo
 
     return {"output": str(DEMO_DATA)} if request.demo.where else run_demo(request.dir, meter=meter)
 
 
-def _families(_request: r.FamiliesRequest, _meter: Meter) -> dict[str, Any]:
+def _families(_request: r.FamiliesRequest, _meter: Meter) -> Result:
     from moeconv.families.listing import families
 
     return families()
 
 
-def _formats(_request: r.FormatsRequest, _meter: Meter) -> dict[str, Any]:
+def _formats(_request: r.FormatsRequest, _meter: Meter) -> Result:
     from moeconv.quantize.listing import formats
 
     return dict(formats())
 
 
-def _schema(request: r.SchemaRequest, _meter: Meter) -> dict[str, Any]:
+def _schema(request: r.SchemaRequest, _meter: Meter) -> Result:
     from moeconv.contract import schemas
 
-    return dict(schemas(request.command))
+    return schemas(request.command)
 
 
 VERBS: tuple[Verb, ...] = (

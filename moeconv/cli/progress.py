@@ -1,21 +1,24 @@
-"""Progress on stderr: a live bar on a terminal, heartbeat lines without control characters on anything else."""
+"""Progress on stderr: a live bar on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
-from moeconv.cli.sink import say
+from moeconv.cli.sink import print_error_line
 from moeconv.errors import escape
 from moeconv.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 HEARTBEAT_SECONDS = 30.0
 
 
 class LineMeter:
-    """A line per shard, or every 30 s when shards take longer. For pipes, logs and CI."""
+    """Prints one line per shard, and one every 30 s while a shard takes longer. For pipes, logs and CI."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -39,7 +42,7 @@ class LineMeter:
             self._print()
 
     def note(self, text: str) -> None:
-        say(escape(text))
+        print_error_line(escape(text))
 
     def close(self) -> None:
         pass
@@ -50,15 +53,15 @@ class LineMeter:
         left = (self._total - self._done) / rate if rate else 0.0
         share = 100 * self._done // max(self._total, 1)
         eta = f"eta {human_seconds(left)}" if self._done < self._total else f"in {human_seconds(now - self._began)}"
-        say(f"{self._unit} {self._parts_done}/{self._parts}  {share}%  {human_bytes(rate)}/s  {eta}")
+        print_error_line(f"{self._unit} {self._parts_done}/{self._parts}  {share}%  {human_bytes(rate)}/s  {eta}")
 
 
 class BarMeter:
     """A live bar with bytes, rate and time left. For a terminal."""
 
     def __init__(self) -> None:
-        self._progress: Any = None
-        self._task: Any = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
 
     def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
         from rich.console import Console
@@ -78,7 +81,7 @@ class BarMeter:
         self._progress.start()
 
     def advance(self, nbytes: int) -> None:
-        if self._progress is not None:
+        if self._progress is not None and self._task is not None:
             self._progress.advance(self._task, nbytes)
 
     def part_done(self) -> None:
@@ -86,7 +89,7 @@ class BarMeter:
 
     def note(self, text: str) -> None:
         self.close()
-        say(escape(text))
+        print_error_line(escape(text))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -95,5 +98,5 @@ class BarMeter:
 
 
 def make_meter() -> LineMeter | BarMeter:
-    """The meter that fits where stderr goes."""
+    """The meter for the kind of stream that stderr is."""
     return BarMeter() if sys.stderr.isatty() else LineMeter()

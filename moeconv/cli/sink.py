@@ -1,6 +1,6 @@
-"""The one place that prints. stdout carries the result and nothing else; stderr carries the rest.
+"""The only module that prints. The result goes to stdout and nothing else does; all other text goes to stderr.
 
-Three modes: a table for people, one JSON object with --json, the output path alone with -q.
+There are three modes: a table for people, one JSON object with --json, and the output path alone with -q.
 """
 
 from __future__ import annotations
@@ -11,84 +11,88 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeconv.errors import Interrupted, MoeconvError, OutputError, escape
 
-_WIDE = 4096  # columns of a pipe or file: a path stays on one line
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_WIDE = 4096  # columns of a pipe or a file, so that a path stays on one line
 
 
 def open_streams() -> None:
-    """A standard stream that our caller closed reads as empty, and what is written to it goes nowhere."""
+    """Replace a standard stream that the caller closed: it reads as empty, and what is written to it is discarded."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the life of the process)
 
 
-def say(text: str) -> None:
-    """One line on stderr. That nobody reads it must not end the work."""
+def print_error_line(text: str) -> None:
+    """Print one line on stderr. The work continues if nobody reads it."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 @dataclass
 class Sink:
-    """How this run speaks. `mode` is "human", "json" or "quiet"; `deaf` once stdout has refused a write; `mute` in all
-    processes but the first of a command that several share."""
+    """How this run prints. `mode` is "human", "json" or "quiet". `stdout_failed` is set once a write to stdout failed.
+    `silent` is set in all processes but the first one of a command that several processes share."""
 
     mode: str = "human"
     verbose: bool = False
-    deaf: bool = False
-    mute: bool = False
+    stdout_failed: bool = False
+    silent: bool = False
 
-    def result(self, value: Mapping[str, Any], *, table: Callable[[Any], Any]) -> None:
-        """Print a step's result in this run's mode, its warnings on stderr."""
-        if self.mute:
+    def result(self, value: Mapping[str, object], *, table: Callable[[Any], Sequence[RenderableType]]) -> None:
+        """Print a result in this run's mode: `table` makes what people see. Its warnings go to stderr."""
+        if self.silent:
             return
-        for text in value.get("warnings", ()):
-            self.warn(text)
+        if isinstance(warnings := value.get("warnings"), list | tuple):
+            for text in warnings:
+                self.warn(text)
         if self.verbose:
             self._details(value)
         if self.mode == "json":
             self._out(json.dumps(_finite(value), ensure_ascii=True, allow_nan=False))
         elif self.mode == "quiet":
-            # a path's bytes as they are, also those that are no characters
+            # the bytes of a path are printed unchanged, even where they are not valid characters
             self._out(str(value.get("output") or value.get("path") or ""), errors="surrogateescape")
         else:
             from rich.console import Console
 
-            # rich ends the program when a reader has had enough; the exit code is not its business
+            # rich ends the program when the reader of a pipe is gone; the exit code stays ours
             with self.printing(), contextlib.suppress(SystemExit):
                 # names from files are text, not markup
                 wide = None if sys.stdout.isatty() else _WIDE
                 console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=wide)
-                made = table(value)
-                for part in made if isinstance(made, list) else [made]:
+                for part in table(value):
                     console.print(part)
 
-    def _details(self, value: Mapping[str, Any]) -> None:
-        """What -v adds on stderr: identities and hashes, which nobody wants to read but to compare."""
+    def _details(self, value: Mapping[str, object]) -> None:
+        """What -v adds on stderr: identities, hashes and sizes."""
         for key in ("plan_id", "identity", "tensors", "seconds", "peak_rss_bytes"):
             if key in value:
-                say(f"{key}: {value[key]}")
-        for name, digest in sorted((value.get("files") or {}).items()):
-            say(f"sha256 {digest}  {escape(name)}")
+                print_error_line(f"{key}: {value[key]}")
+        files = value.get("files")
+        for name, digest in sorted(files.items()) if isinstance(files, Mapping) else ():
+            print_error_line(f"sha256 {digest}  {escape(name)}")
 
     def error(self, error: MoeconvError | Interrupted) -> None:
         """Print an error: one JSON object on stdout with --json, else one or two lines on stderr."""
-        if self.mute:
+        if self.silent:
             return None
-        if self.mode == "json" and not self.deaf:
+        if self.mode == "json" and not self.stdout_failed:
             fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}
             return self._out(json.dumps({"error": fields}))
-        say(f"moeconv: {error.message}")
+        print_error_line(f"moeconv: {error.message}")
         if error.hint:
-            say(f"  {error.hint}")
+            print_error_line(f"  {error.hint}")
 
     def warn(self, text: str) -> None:
-        say(f"warning: {escape(text)}")
+        print_error_line(f"warning: {escape(text)}")
 
     def _out(self, text: str, *, errors: str = "backslashreplace") -> None:
         with self.printing(errors=errors):
@@ -96,9 +100,10 @@ class Sink:
 
     @contextlib.contextmanager
     def printing(self, *, errors: str = "backslashreplace") -> Iterator[None]:
-        """Writes to stdout. A reader that has had enough ends it quietly; raises OutputError for a full disk.
+        """A block that writes to stdout. It ends without an error when the reader of a pipe is gone. Raises OutputError
+        for other failures, such as a full disk.
 
-        `errors` is what becomes of characters that stdout's encoding lacks.
+        `errors` states how characters are printed that the encoding of stdout lacks.
         """
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors=errors)
@@ -106,17 +111,17 @@ class Sink:
             yield
             sys.stdout.flush()
         except OSError as error:
-            # what is still buffered must not fail again at exit
+            # otherwise Python would write the rest of the buffer at exit, and fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if not isinstance(error, BrokenPipeError):
-                self.deaf = True
+                self.stdout_failed = True
                 raise OutputError(
                     f"cannot write to standard output: {error.strerror}", hint="The result itself is not affected."
                 ) from None
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+def _finite(value: object) -> object:
+    """`value` with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -127,5 +132,5 @@ def _finite(value: Any) -> Any:
 
 
 def debug() -> bool:
-    """Whether tracebacks are wanted."""
+    """Whether MOECONV_DEBUG asks for tracebacks."""
     return os.environ.get("MOECONV_DEBUG", "") not in ("", "0")

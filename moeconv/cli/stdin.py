@@ -1,4 +1,4 @@
-"""`-` as MODEL: standard input holds a path, or the JSON of the previous step, whose `output` is taken."""
+"""`-` as MODEL: standard input holds a path, or the JSON of the previous step, whose `output` is the path."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moeconv.errors import InputError, escape
 
 def model_from_stdin(data: bytes) -> str:
     """The model's path from standard input. Raises InputError when it is empty or the previous step failed."""
-    text = os.fsdecode(data).strip()  # a path may hold bytes that are no UTF-8
+    text = os.fsdecode(data).strip()  # a path may contain bytes that are not UTF-8
     if not text:
-        raise InputError("standard input is empty: the previous step gave no result", hint="See its messages above.")
+        raise InputError("standard input is empty: the previous step printed no result", hint="See its messages above.")
     if not text.startswith("{"):
         return text.splitlines()[-1].strip()
     try:
@@ -22,11 +22,11 @@ def model_from_stdin(data: bytes) -> str:
             "standard input is neither a path nor JSON", hint="Pass --json to the previous step."
         ) from None
     if "error" in value:
-        said = value["error"].get("message", "") if isinstance(value["error"], dict) else ""
-        raise InputError(f"the previous step failed: {escape(said)}", hint="Correct that step first.")
+        message = value["error"].get("message", "") if isinstance(value["error"], dict) else ""
+        raise InputError(f"the previous step failed: {escape(message)}", hint="Correct that step first.")
     output = value.get("output")
     if not isinstance(output, str) or not output:
         raise InputError("the JSON on standard input has no `output`", hint="Pipe in a step that writes a checkpoint.")
     if value.get("dry_run"):
-        raise InputError("the previous step was a dry run: it wrote nothing", hint="Run it without --dry-run.")
+        raise InputError("the previous step was a dry run, which wrote no checkpoint", hint="Run it without --dry-run.")
     return output

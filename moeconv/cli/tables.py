@@ -1,10 +1,10 @@
-"""What people see: a short table for each result. Numbers only, no opinion."""
+"""What people see: a short table per result, with figures and without judgement."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from moeconv.errors import escape
 from moeconv.units import human_bytes, human_count, human_seconds
@@ -15,24 +15,29 @@ if TYPE_CHECKING:
 
     from moeconv.contract import (
         Calibrated,
+        Curve,
         Evaluated,
         Families,
         Foreseen,
         Formats,
         Inspected,
         PruneBlock,
+        Pruned,
         QuantizeBlock,
         TuneBlock,
         UpcycleBlock,
         Verified,
+        Written,
     )
+    from moeconv.report.types import ReportResult
+    from moeconv.types import JsonObject
 
 
-def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
-    """Two columns: a word and its value."""
+def pairs(rows: Mapping[str, object]) -> Table:
+    """Two columns: a word and its value. Rows whose value is None are left out."""
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, box=None, pad_edge=False, title_justify="left")
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for key, value in rows.items():
@@ -41,11 +46,11 @@ def pairs(rows: Mapping[str, Any], *, title: str | None = None) -> Table:
     return table
 
 
-def grid(columns: list[str], rows: list[list[Any]], *, title: str | None = None) -> Table:
+def grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A plain table; columns of numbers are right-aligned."""
     from rich.table import Table
 
-    table = Table(title=title, box=None, pad_edge=False, title_justify="left", header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numbers = i > 0 and any(str(row[i])[:1].isdigit() for row in rows)
         table.add_column(column, justify="right" if numbers else "left")
@@ -54,15 +59,15 @@ def grid(columns: list[str], rows: list[list[Any]], *, title: str | None = None)
     return table
 
 
-def _number(value: Any, digits: int = 4) -> str:
+def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def written(result: Mapping[str, Any]) -> list[Table]:
-    """A step that writes a checkpoint."""
-    block = result.get(result["command"], {})
+def written(result: Written) -> list[Table]:
+    """The result of a step that writes a checkpoint."""
+    block = _block(result)
     parameters = result["parameters"]
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "output": result["output"] + (" (dry run: nothing written)" if result["dry_run"] else ""),
         "parameters": f"{human_count(parameters['total'])} total, {human_count(parameters['active'])} active per token",
         "size": f"{human_bytes(result['bytes'])} in {result['shards']} file{'s' * (result['shards'] != 1)}",
@@ -83,10 +88,20 @@ def written(result: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def pruned(result: Mapping[str, Any]) -> list[Table]:
+def _block(result: Written) -> JsonObject:
+    """The block that the command adds under its own name. `_BLOCKS` has the function that knows its type."""
+    block = result.get(result["command"], {})
+    return block if isinstance(block, dict) else {}
+
+
+def _is_curve(result: Pruned | Curve) -> TypeGuard[Curve]:
+    return "curve" in result
+
+
+def pruned(result: Pruned | Curve) -> list[Table]:
     """A pruned checkpoint, or the curve over all ratios."""
-    if "curve" not in result:
-        return written(result)
+    if not _is_curve(result):
+        return written(cast("Pruned", result))
     columns = ["removed", "experts", "size", "loss", "increase", "KL", "keep set stable"]
     rows = [
         [f"{r['ratio']:.1%}", r["experts"], human_bytes(r["bytes"]), f"{r['loss']:.4f}", f"{r['loss_increase']:+.4f}",
@@ -137,7 +152,7 @@ def _prune(block: PruneBlock) -> dict[str, str]:
 
 
 def _quantize(block: QuantizeBlock) -> dict[str, str]:
-    group = f", {block['group_size']} weights a scale" if block.get("group_size") else ""
+    group = f", {block['group_size']} weights per scale" if block.get("group_size") else ""
     rows = {"packing": f"{block['format']} {block['scheme']}{group}, method {block['method']}"}
     if error := block.get("error", {}).get("relative_rms"):  # of a sample that the check decoded
         rows["error"] = f"relative RMS {error['mean']:.4f} mean, {error['max']:.4f} max (decoded sample)"
@@ -159,14 +174,14 @@ def _tune(block: TuneBlock) -> dict[str, str]:
     return rows
 
 
-def _tune_layers(block: TuneBlock) -> Table:
-    """A row a layer, held-out tokens before -> after; the error where the objective takes one of each layer."""
+def _tune_layers(block: JsonObject) -> Table:
+    """One row per layer, on held-out tokens before -> after; with the error where the objective has one per layer."""
     columns = {"error": ("error", 4), "router entropy": ("entropy", 3), "max/mean load": ("max_over_mean", 2)}
     layers = block.get("layers", [])
     if not any("error" in r for r in layers):
         del columns["error"]
 
-    def change(r: Mapping[str, Any], key: str, digits: int) -> str:
+    def change(r: JsonObject, key: str, digits: int) -> str:
         return f"{_number(r['before'][key], digits)} -> {_number(r[key], digits)}"
 
     rows = [[r["layer"], *(change(r, *column) for column in columns.values()), change(r, "dead", 0)] for r in layers]
@@ -216,11 +231,11 @@ def _foreseen(result: Foreseen) -> list[Table]:
 
 
 def evaluated(result: Evaluated | Foreseen) -> list[Table]:
-    """Loss, comparison and gates."""
+    """Loss, comparison with the reference, and gates."""
     if "dry_run" in result:
         return _foreseen(cast("Foreseen", result))
     reference = result["reference"]
-    rows: dict[str, Any] = {
+    rows: dict[str, object] = {
         "tokens": result["tokens"],
         "loss": f"{_number(result['loss'])} nats per token, perplexity {_number(result['perplexity'], 3)}",
     }
@@ -244,7 +259,7 @@ def evaluated(result: Evaluated | Foreseen) -> list[Table]:
 
 
 def calibrated(result: Calibrated | Foreseen) -> list[Table]:
-    """Statistics: load per layer."""
+    """What a statistics file was made of, and the load per layer."""
     if "dry_run" in result:
         return _foreseen(cast("Foreseen", result))
     rows = {"output": result["output"], "tokens": result["tokens"]}
@@ -260,7 +275,7 @@ def calibrated(result: Calibrated | Foreseen) -> list[Table]:
 
 
 def verified(result: Verified) -> list[Table]:
-    """Whether a checkpoint is whole."""
+    """Whether a checkpoint passed the checks."""
     checked = result["checked"]
     loads = result["loads"]["transformers"]
     rows = {
@@ -275,8 +290,8 @@ def verified(result: Verified) -> list[Table]:
     return tables
 
 
-def reported(result: Mapping[str, Any]) -> list[Table]:
-    """What a report page shows, in short."""
+def reported(result: ReportResult) -> list[Table]:
+    """A summary of a report page."""
     figures = result["figures"]
     history = [[s["command"], human_count(s["total"] or 0), human_count(s["active"] or 0)] for s in figures["history"]]
     tables = [pairs({"output": f"{result['output']} ({human_bytes(result['bytes'])})"})]
@@ -302,15 +317,15 @@ def family_table(result: Families) -> list[Table]:
 
 
 def format_table(result: Formats) -> list[Table]:
-    """Formats and runtimes, and what one should know about some of them."""
+    """Formats, the runtimes that load them, and notes about some of these."""
     runtimes = list(result["formats"][0]["loads"])
     rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
     notes = dict.fromkeys((f["format"], r, text) for f in result["formats"] for r, text in f["notes"].items())
     return [grid(["format", "bits", *runtimes], rows), grid(["format", "runtime", "note"], [list(n) for n in notes])]
 
 
-def steps_table(result: Mapping[str, Any]) -> list[Table]:
-    """A recipe or the demo: one row per step."""
+def steps_table(result: JsonObject) -> list[Table]:
+    """A recipe or the demo: one row per step. `result` is a Ran or a Located; a report has rows of other steps."""
     if "steps" not in result:
         return [pairs({"output": result["output"]})]
     planned = result.get("dry_run", False)
@@ -332,8 +347,8 @@ def steps_table(result: Mapping[str, Any]) -> list[Table]:
     return [grid(columns, rows), pairs(words)]
 
 
-def json_text(result: Mapping[str, Any]) -> list[Text]:
-    """A result that is JSON for people too."""
+def json_text(result: Mapping[str, object]) -> list[Text]:
+    """A result that people see as JSON too."""
     from rich.text import Text
 
     return [Text(json.dumps(result, indent=2), no_wrap=True, overflow="ignore")]

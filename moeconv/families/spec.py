@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moeconv.families.placement import Get
 from moeconv.families.records import (
@@ -52,8 +52,8 @@ class Family:
     model_type: str
     # the class of transformers, as `architectures` of config.json names it
     architecture: str
-    # "dense" or "moe"
-    kind: str
+    # whether the FFNs are dense or Mixtures-of-Experts
+    kind: Literal["dense", "moe"]
     # names on disk, and how matrices are stored in them
     tensors: Tensors
     # keys of config.json that shape the computation, with transformers' defaults

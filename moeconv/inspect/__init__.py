@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers."""
+"""`moeconv inspect`: describes a checkpoint from its headers."""
 
 from moeconv.callable_package import make_callable
 

@@ -1,10 +1,10 @@
-"""What a checkpoint is, from its headers and config alone: sizes, experts, dtypes, quantization. No torch."""
+"""Describes a checkpoint from its headers and config alone: sizes, experts, dtypes, quantization. No torch."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
+from moeconv.contract import Inspected, Quantization
 from moeconv.families import packed
 from moeconv.families.head import head_warnings
 from moeconv.families.methods import quantization_method
@@ -12,12 +12,12 @@ from moeconv.families.model import Model, open_model
 from moeconv.plan.build import count_params, count_prediction
 
 
-def inspect(model: Model | str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object of `moeconv inspect`, of a model or of the directory where it lies.
+def inspect(model: Model | str | os.PathLike[str]) -> Inspected:
+    """The JSON object of `moeconv inspect`, of a model or of the directory that contains it.
 
-    The input embedding counts among the active parameters, but not among those that multiply, of which
-    `flops_per_token` are 2 each, without the attention's dependence on context length; multi-token-prediction layers
-    count apart. Raises InputError for a directory that `open_model` refuses."""
+    `flops_per_token` is 2 per active parameter; it leaves out the input embedding, which is a lookup, and the part of
+    attention that grows with the context. The active parameters include the input embedding. Multi-token-prediction
+    layers are counted apart. Raises InputError for a directory that `open_model` refuses."""
     if isinstance(model, str | os.PathLike):
         model = open_model(model)
     refs = model.checkpoint.tensors
@@ -67,7 +67,8 @@ def inspect(model: Model | str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _quantization(model: Model) -> dict[str, Any] | None:
+def _quantization(model: Model) -> Quantization | None:
+    """How the weights are packed; None for an unquantized model."""
     value = model.quantization
     if value is None:
         return None

@@ -1,11 +1,9 @@
-"""What can be said of a checkpoint that no step takes, for its architecture or its quantization: all that its headers
-and config.json say."""
+"""Describes a checkpoint whose architecture or quantization is not supported, from its headers and config.json."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from moeconv.checkpoint.reader import Checkpoint
+from moeconv.contract import Inspected, Quantization
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families import packed
 from moeconv.families.find import find_family
@@ -14,14 +12,15 @@ from moeconv.families.methods import quantization_method
 from moeconv.families.model import Model
 
 
-def inspect_unknown(checkpoint: Checkpoint, why: Unsupported) -> dict[str, Any]:
-    """The JSON object of `moeconv inspect`; what only a row of the families could say is null."""
+def inspect_unknown(checkpoint: Checkpoint, why: Unsupported) -> Inspected:
+    """The JSON object of `moeconv inspect`; fields that need a known family are null. `why` is the reason for which no
+    step accepts the checkpoint."""
     config, refs = checkpoint.config, checkpoint.tensors
     dtypes: dict[str, int] = {}
     for ref in refs.values():
         dtypes[ref.dtype] = dtypes.get(ref.dtype, 0) + ref.nbytes
     names, layers = config.get("architectures"), config.get("num_hidden_layers")
-    found: dict[str, Any] = {
+    found: Inspected = {
         "path": str(checkpoint.path),
         "model_type": escape(config["model_type"]) if isinstance(config.get("model_type"), str) else None,
         "kind": None,
@@ -32,7 +31,9 @@ def inspect_unknown(checkpoint: Checkpoint, why: Unsupported) -> dict[str, Any]:
         "num_experts": None,
         "top_k": None,
         "shared_experts": None,
-        "parameters": {"total": _total(checkpoint), **dict.fromkeys(("active", "experts", "router", "prediction"))},
+        "parameters": {
+            "total": _total(checkpoint), "active": None, "experts": None, "router": None, "prediction": None,
+        },
         "parameters_by_role": {},
         "bytes_by_role": {},
         "bytes": checkpoint.nbytes,
@@ -42,29 +43,26 @@ def inspect_unknown(checkpoint: Checkpoint, why: Unsupported) -> dict[str, Any]:
         "tensors": len(refs),
         "shards": len(checkpoint.shards),
         "identity": checkpoint.identity(),
-        "warnings": [*checkpoint.warnings, said(why)],
-    }
-    return found | _of_family(checkpoint)
+        "warnings": [*checkpoint.warnings, unsupported_warning(why)],
+    }  # fmt: skip
+    _add_family(found, checkpoint)
+    return found
 
 
-def _of_family(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config.json says of a family that is known, where only the weights are not read."""
+def _add_family(found: Inspected, checkpoint: Checkpoint) -> None:
+    """Fill in what config.json states where the family is known and only its weights cannot be read."""
     try:
         model = Model(checkpoint, find_family(checkpoint.config), {}, ())
-        return {
-            "kind": model.family.kind,
-            "architecture": model.family.architecture,
-            "layers": model.num_layers,
-            "moe_layers": list(model.moe_layers),
-            "num_experts": model.num_experts,
-            "top_k": model.top_k,
-        }
+        kind, architecture, layers = model.family.kind, model.family.architecture, model.num_layers
+        moe_layers, num_experts, top_k = list(model.moe_layers), model.num_experts, model.top_k
     except InputError:
-        return {}
+        return
+    found["kind"], found["architecture"], found["layers"] = kind, architecture, layers
+    found["moe_layers"], found["num_experts"], found["top_k"] = moe_layers, num_experts, top_k
 
 
 def _total(checkpoint: Checkpoint) -> int | None:
-    """Parameters of the model; None where the headers do not tell, as of codes that are not read."""
+    """Parameters of the model; None where the headers do not show them, as for codes of an unknown layout."""
     if recognise(checkpoint.config, checkpoint.tensors) is not None:
         return None
     bits, value = packed.bits_of(checkpoint.config), packed.quantization(checkpoint.config)
@@ -74,8 +72,8 @@ def _total(checkpoint: Checkpoint) -> int | None:
     )
 
 
-def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """How a checkpoint is quantized, by config.json or by its names."""
+def _quantization(checkpoint: Checkpoint) -> Quantization | None:
+    """How a checkpoint is quantized, according to config.json or to the names of its tensors."""
     foreign = recognise(checkpoint.config, checkpoint.tensors)
     value = packed.quantization(checkpoint.config)
     if foreign is not None:
@@ -88,6 +86,6 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"format": escape(word), "bits": bits, "scheme": None if scheme is None else escape(scheme), "roles": []}
 
 
-def said(why: Unsupported) -> str:
-    """The warning of a command that answers for such a checkpoint all the same."""
-    return f"no step takes this checkpoint: {why.message}"
+def unsupported_warning(why: Unsupported) -> str:
+    """The warning of a command that describes or checks an unsupported checkpoint nevertheless."""
+    return f"no step accepts this checkpoint: {why.message}"

@@ -1,13 +1,12 @@
-"""The model card: README.md of every output, with the hub's metadata, what was done, how to load it, what was measured.
+"""The model card, README.md of every output: the hub's metadata, the steps, how to load the model, what was measured.
 
-It is not part of the manifest, so that people may edit it.
+The manifest does not include it, so that people may edit it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from moeconv import __version__
 from moeconv.checkpoint.card import source_metadata
@@ -18,15 +17,16 @@ from moeconv.families.registry import tables
 from moeconv.plan.plan import Plan
 from moeconv.quantize.formats import FORMATS
 from moeconv.report.history import command_line
+from moeconv.types import Config, JsonObject
 from moeconv.units import human_bytes, human_count
 from moeconv.upcycle.methods import METHODS
 
 _TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
 
 
-def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> bytes:
-    """README.md of an output. `steps` are the manifest's, the last one is this plan's; `found` is what the check of
-    the written model measured. Nothing of it depends on times or paths."""
+def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Config], found: Config) -> bytes:
+    """README.md of an output, in UTF-8. `steps` are those of the manifest, of which this plan's is the last; `found` is
+    what the check of the written model measured. The text depends neither on times nor on paths."""
     import yaml
 
     meta = yaml.safe_dump(_metadata(source, steps), sort_keys=False, allow_unicode=True)
@@ -53,10 +53,10 @@ def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Mapping[str, Any]
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def _metadata(source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _metadata(source: Checkpoint, steps: Sequence[Config]) -> JsonObject:
     theirs = source_metadata(source)
     base = hub_name(source.path) or (theirs.get("base_model") if source.manifest is not None else None)
-    meta: dict[str, Any] = {}
+    meta: JsonObject = {}
     if base:
         meta["base_model"] = base
         meta["base_model_relation"] = _relation(steps)
@@ -68,8 +68,8 @@ def _metadata(source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[st
     return meta
 
 
-def _relation(steps: Sequence[Mapping[str, Any]]) -> str:
-    """How the hub calls what became of the base model: quantized when nothing else was done to it."""
+def _relation(steps: Sequence[Config]) -> str:
+    """The hub's word for how the output relates to the base model: "quantized" if no other step was run."""
     commands = {str(step.get("command")) for step in steps}
     methods = {
         str(parameters.get("method")) for step in steps if isinstance(parameters := step.get("parameters"), dict)
@@ -100,7 +100,7 @@ def _architecture(plan: Plan) -> str:
     return f"`{escape(names[0])}`" if isinstance(names, list) and names else escape(plan.config.get("model_type"))
 
 
-def _done(steps: Sequence[Mapping[str, Any]]) -> str:
+def _done(steps: Sequence[Config]) -> str:
     rows = ["| step | parameters | active |", "|---|---|---|"]
     for step in steps:
         counts = (step.get(f"{kind}_parameters") for kind in ("total", "active"))
@@ -125,24 +125,24 @@ def _loading(plan: Plan) -> str:
     if not isinstance(loads, Mapping) or loads.get("transformers") in ("ok", "dequantized"):
         note = (
             " (experts are expanded to the model's dtype in memory)"
-            if _says(loads, "transformers", "dequantized")
+            if _loads_as(loads, "transformers", "dequantized")
             else ""
         )
         parts.append(f"transformers{note}:\n\n{code}")
-    if _says(loads, "vllm", "ok"):
+    if _loads_as(loads, "vllm", "ok"):
         parts.append("vLLM:\n\n```sh\nvllm serve PATH\n```")
-    if _says(loads, "sglang", "ok"):
+    if _loads_as(loads, "sglang", "ok"):
         parts.append("SGLang:\n\n```sh\npython -m sglang.launch_server --model-path PATH\n```")
-    if _says(loads, "llama.cpp", "ok"):
+    if _loads_as(loads, "llama.cpp", "ok"):
         parts.append(f"llama.cpp:\n\n```sh\nllama-cli -m PATH/{plan.shards[0].name}\n```")
     return "\n\n".join(parts)
 
 
-def _says(loads: Any, runtime: str, word: str) -> bool:
+def _loads_as(loads: object, runtime: str, word: str) -> bool:
     return isinstance(loads, Mapping) and loads.get(runtime) == word
 
 
-def _measured(plan: Plan, found: Mapping[str, Any]) -> str:
+def _measured(plan: Plan, found: Config) -> str:
     lines = []
     check = found.get("equivalence")
     if isinstance(check, Mapping) and check.get("checked"):

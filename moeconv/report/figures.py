@@ -1,6 +1,6 @@
 """The figures of a report, as plain JSON values: from headers and manifest, statistics, and results of steps.
 
-What is not there is left out: a report shows what was measured and nothing else.
+A report shows what was measured and nothing else, so figures without a source are left out.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,41 +17,56 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.inspect.run import inspect
 from moeconv.report.history import command_line, steps_of
-
-_SIMILARITIES = ("output_cosine", "router_cosine", "logit_correlation")
+from moeconv.report.json_values import mapping, number, rows, texts
+from moeconv.report.types import (
+    Balance,
+    Dendrogram,
+    ErrorRow,
+    EvaluationFigures,
+    Figures,
+    HistoryRow,
+    PipelineRow,
+    PruningFigures,
+    PruningLayer,
+    SimilarityRow,
+    TuningFigures,
+    TuningLayer,
+    UtilizationRow,
+)
+from moeconv.types import JsonObject
 
 
 def gather(
     model: Model,
     *,
     statistics: Statistics | None = None,
-    results: Sequence[Mapping[str, Any]] = (),
+    results: Sequence[Mapping[str, object]] = (),
     reference: Model | None = None,
-) -> dict[str, Any]:
+) -> Figures:
     """Everything that a report of `model` can show. `results` are JSON objects that moeconv's commands printed.
 
     Raises InputError for statistics of a model that is neither this one nor one that it was made from.
     """
     done = flatten(results)
-    figures: dict[str, Any] = {
+    figures: Figures = {
         "model": inspect(model),
         "reference": inspect(reference) if reference is not None else None,
         "history": [_step(step) for step in steps_of(model.checkpoint.manifest)],
         "pipeline": _pipeline(results),
         "evaluations": [_evaluation(r) for r in done if "perplexity" in r and "tokens_per_second" in r],
-        "equivalence": _mapping(_last(done, "upcycle", "equivalence")),
-        "quantization_error": _quantization(_mapping(_last(done, "quantize", "error"))),
+        "equivalence": mapping(_last(done, "upcycle", "equivalence")),
+        "quantization_error": _quantization(mapping(_last(done, "quantize", "error"))),
         "tuning": _tuning(done),
         "pruning": _pruning(done),
-        "curve": next((rows for r in reversed(done) if (rows := _rows(r.get("curve")))), []),
-        "warnings": sorted({escape(text) for r in (*results, *done) for text in _texts(r.get("warnings"))}),
+        "curve": next((points for r in reversed(done) if (points := rows(r.get("curve")))), []),
+        "warnings": sorted({escape(text) for r in (*results, *done) for text in texts(r.get("warnings"))}),
     }
     if statistics is not None:
-        figures |= _measured(model, statistics)
+        _add_statistics(figures, model, statistics)
     return figures
 
 
-def load_results(path: str) -> dict[str, Any]:
+def load_results(path: str) -> JsonObject:
     """A file that holds the JSON object of a moeconv command. Raises InputError for anything else."""
     value = read_json_object(Path(path), what=escape(path))
     if "error" in value and "command" not in value:
@@ -60,148 +74,178 @@ def load_results(path: str) -> dict[str, Any]:
     return value
 
 
-def flatten(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The results of single steps: those given, and those inside the results of recipes."""
-    flat: list[Mapping[str, Any]] = []
+def flatten(results: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """The results of single steps: the given ones, and those inside the results of recipes."""
+    flat: list[Mapping[str, object]] = []
     for result in results:
         if isinstance(result.get("steps"), list):
-            flat += [inner for row in _rows(result["steps"]) if (inner := _mapping(row.get("result")))]
+            flat += [inner for row in rows(result.get("steps")) if (inner := mapping(row.get("result")))]
         else:
             flat.append(result)
     return flat
 
 
-def _step(step: Mapping[str, Any]) -> dict[str, Any]:
+def _step(step: Mapping[str, object]) -> HistoryRow:
     return {
         "command": command_line(step),
-        "total": _number(step.get("total_parameters")),
-        "active": _number(step.get("active_parameters")),
-        "changed": ", ".join(f"{escape(n)} {escape(role)}" for role, n in _mapping(step.get("changed")).items()),
+        "total": number(step.get("total_parameters")),
+        "active": number(step.get("active_parameters")),
+        "changed": ", ".join(f"{escape(n)} {escape(role)}" for role, n in mapping(step.get("changed")).items()),
         "plan_id": escape(step.get("plan_id", ""))[:12],
         "source": escape(step.get("source", ""))[:12],
         "version": escape(step.get("moeconv", "")),
     }
 
 
-def _pipeline(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _pipeline(results: Sequence[Mapping[str, object]]) -> list[PipelineRow]:
     """The table of the last recipe that was run: one row per step, with losses where the recipe measures them."""
-    rows: list[dict[str, Any]] = []
-    for result in results:
-        if isinstance(result.get("steps"), list):
-            rows = [
-                {"step": escape(r.get("step", "")), **{k: _number(r.get(k)) for k in
-                 ("total", "active", "bytes", "loss", "kl", "seconds")}}
-                for r in _rows(result["steps"])
-            ]  # fmt: skip
-    return rows
+    recipes = [result for result in results if isinstance(result.get("steps"), list)]
+    return [_pipeline_row(row) for row in rows(recipes[-1]["steps"])] if recipes else []
 
 
-def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
-    reference = _mapping(result.get("reference"))
+def _pipeline_row(row: Mapping[str, object]) -> PipelineRow:
     return {
-        "loss": _number(result.get("loss")),
-        "perplexity": _number(result.get("perplexity")),
-        "reference_loss": _number(reference.get("loss")),
-        "kl": _number(result.get("kl")),
-        "agreement": _number(result.get("top1_agreement")),
-        "tokens": _number(result.get("tokens")),
+        "step": escape(row.get("step", "")),
+        "total": number(row.get("total")),
+        "active": number(row.get("active")),
+        "bytes": number(row.get("bytes")),
+        "loss": number(row.get("loss")),
+        "kl": number(row.get("kl")),
+        "seconds": number(row.get("seconds")),
+    }
+
+
+def _evaluation(result: Mapping[str, object]) -> EvaluationFigures:
+    reference = mapping(result.get("reference"))
+    return {
+        "loss": number(result.get("loss")),
+        "perplexity": number(result.get("perplexity")),
+        "reference_loss": number(reference.get("loss")),
+        "kl": number(result.get("kl")),
+        "agreement": number(result.get("top1_agreement")),
+        "tokens": number(result.get("tokens")),
         "sources": [
-            {"name": escape(s.get("name", "")), **{k: _number(s.get(k)) for k in
-             ("tokens", "loss", "reference_loss", "kl")}}
-            for s in _rows(result.get("sources"))
+            {"name": escape(s.get("name", "")), "tokens": number(s.get("tokens")), "loss": number(s.get("loss")),
+             "reference_loss": number(s.get("reference_loss")), "kl": number(s.get("kl"))}
+            for s in rows(result.get("sources"))
         ],
         "gates": [
-            {"name": escape(n), "value": _number(g.get("value")), "limit": _number(g.get("limit")),
+            {"name": escape(n), "value": number(g.get("value")), "limit": number(g.get("limit")),
              "passed": g.get("passed") is True}
-            for n, g in _mapping(result.get("gates")).items() if isinstance(g, Mapping)
+            for n, g in mapping(result.get("gates")).items() if isinstance(g, Mapping)
         ],
     }  # fmt: skip
 
 
-def _quantization(error: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a layer: how far the packed weights are from the source's and, by gptq, what the layer's outputs lose."""
-    outputs = {str(r.get("layer")): r for r in _rows(_mapping(error.get("output")).get("layers"))}
-    made = []
-    for row in _rows(error.get("layers")):
+def _quantization(error: Mapping[str, object]) -> list[ErrorRow]:
+    """One row per layer: the error of the packed weights and, with gptq, that of the layer's outputs."""
+    outputs = {str(r.get("layer")): r for r in rows(mapping(error.get("output")).get("layers"))}
+    made: list[ErrorRow] = []
+    for row in rows(error.get("layers")):
         found = outputs.get(str(row.get("layer")), {})
-        made.append({"layer": _number(row.get("layer")), "relative_rms": _number(row.get("relative_rms")),
-                     "output_rms": _number(found.get("output_rms")),
-                     "output_rms_rtn": _number(found.get("output_rms_rtn"))})  # fmt: skip
+        made.append({"layer": number(row.get("layer")), "relative_rms": number(row.get("relative_rms")),
+                     "output_rms": number(found.get("output_rms")),
+                     "output_rms_rtn": number(found.get("output_rms_rtn"))})  # fmt: skip
     return made
 
 
-def _tuning(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _tuning(done: Sequence[Mapping[str, object]]) -> TuningFigures | None:
     block = _block(done, "tune")
     if block is None:
         return None
-    layers = [
-        {"layer": _number(r.get("layer")), "after": _balance(r), "before": _balance(_mapping(r.get("before")))}
-        for r in _rows(block.get("layers"))
-    ]  # fmt: skip
-    names = [f"{name}_{when}" for name in ("loss", "kl", "error") for when in ("before", "after")]
-    words = {name: _number(block.get(name)) for name in names}
-    return {"objective": escape(block.get("objective", "")), "steps": _number(block.get("steps")), **words,
-            "layers": layers}  # fmt: skip
+    layers: list[TuningLayer] = [
+        {"layer": number(r.get("layer")), "after": _balance(r), "before": _balance(mapping(r.get("before")))}
+        for r in rows(block.get("layers"))
+    ]
+    return {
+        "objective": escape(block.get("objective", "")),
+        "steps": number(block.get("steps")),
+        "loss_before": number(block.get("loss_before")),
+        "loss_after": number(block.get("loss_after")),
+        "kl_before": number(block.get("kl_before")),
+        "kl_after": number(block.get("kl_after")),
+        "error_before": number(block.get("error_before")),
+        "error_after": number(block.get("error_after")),
+        "layers": layers,
+    }
 
 
-def _balance(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _number(row.get(key)) for key in ("entropy", "max_over_mean", "dead")}
+def _balance(row: Mapping[str, object]) -> Balance:
+    return {
+        "entropy": number(row.get("entropy")),
+        "max_over_mean": number(row.get("max_over_mean")),
+        "dead": number(row.get("dead")),
+    }
 
 
-def _pruning(done: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Per layer every expert's score, and whether it stayed."""
+def _pruning(done: Sequence[Mapping[str, object]]) -> PruningFigures | None:
+    """The scores of all experts per layer, and which of them were kept."""
     block = _block(done, "prune")
-    if block is None or not isinstance(block.get("keep"), Mapping):
+    if block is None or not isinstance(keep := block.get("keep"), Mapping):
         return None
-    layers = []
-    for layer, kept in block["keep"].items():
-        listed = _mapping(block.get("scores")).get(layer)
-        values = [_number(v) for v in listed] if isinstance(listed, list) else []
+    layers: list[PruningLayer] = []
+    for layer, kept in keep.items():
+        listed = mapping(block.get("scores")).get(layer)
+        values = [number(v) for v in listed] if isinstance(listed, list) else []
         stays = [e for e in kept if isinstance(e, int)] if isinstance(kept, list) else []
         layers.append({"layer": escape(layer), "scores": values, "kept": sorted(stays)})
-    return {"criterion": escape(block.get("criterion", "")), "before": _number(block.get("experts_before")),
-            "after": _number(block.get("experts_after")), "layers": layers}  # fmt: skip
+    return {"criterion": escape(block.get("criterion", "")), "before": number(block.get("experts_before")),
+            "after": number(block.get("experts_after")), "layers": layers}  # fmt: skip
 
 
-def _measured(model: Model, statistics: Statistics) -> dict[str, Any]:
-    """Utilization, entropy and similarities from a statistics file."""
-    identity = statistics.metadata["identity"]
+def _add_statistics(figures: Figures, model: Model, statistics: Statistics) -> None:
+    """Add utilization, entropy and similarities from a statistics file to `figures`."""
+    metadata = statistics.metadata
+    identity = metadata["identity"]
     earlier = [step.get("source") for step in steps_of(model.checkpoint.manifest)]
     if identity != model.identity and identity not in earlier:
         statistics.check_belongs(model)
-    experts, names = statistics.metadata["num_experts"], [s.get("name") for s in statistics.metadata["sources"]]
-    rows, similarity = [], []
-    for layer in statistics.layers:
-        count = statistics.layer(layer, "count")
-        total = count.sum()
-        tokens = float(statistics.layer(layer, "tokens").sum())
-        entropy = float(statistics.layer(layer, "entropy_sum").sum()) / tokens if tokens else 0.0
-        share = count.sum(axis=0) / total if total else count.sum(axis=0)
-        rows.append({
-            "layer": layer, "load": share.tolist(), "by_source": (count / np.maximum(count.sum(1, keepdims=True), 1))
-            .tolist(), "entropy": entropy, "entropy_share": entropy / math.log(experts) if experts > 1 else 1.0,
-            "max_over_mean": float(share.max() * experts) if total else 0.0, "dead": int((share == 0).sum()),
-        })  # fmt: skip
-        fields = {name: statistics.layer(layer, name) for name in _SIMILARITIES}
-        similarity.append({
-            "layer": layer, **{name: np.nan_to_num(values).tolist() for name, values in fields.items()},
-            "dendrogram": dendrogram(fields["output_cosine"]),
-        })  # fmt: skip
+    experts = metadata["num_experts"]
+    figures["statistics"] = {
+        "of_this_model": identity == model.identity,
+        "num_experts": experts,
+        "tokens": metadata["tokens"],
+        "sources": [escape(source.get("name")) for source in metadata["sources"]],
+    }
+    figures["utilization"] = [_utilization(statistics, layer, experts) for layer in statistics.layers]
+    figures["similarity"] = [_similarity(statistics, layer) for layer in statistics.layers]
+
+
+def _utilization(statistics: Statistics, layer: int, experts: int) -> UtilizationRow:
+    count = statistics.layer(layer, "count")  # [sources, E]
+    total = count.sum()
+    tokens = float(statistics.layer(layer, "tokens").sum())
+    entropy = float(statistics.layer(layer, "entropy_sum").sum()) / tokens if tokens else 0.0
+    share = count.sum(axis=0) / total if total else count.sum(axis=0)
     return {
-        "statistics": {
-            "of_this_model": identity == model.identity, "num_experts": experts,
-            "tokens": statistics.metadata["tokens"], "sources": [escape(name) for name in names],
-        },
-        "utilization": rows,
-        "similarity": similarity,
-    }  # fmt: skip
+        "layer": layer,
+        "load": share.tolist(),
+        "by_source": (count / np.maximum(count.sum(1, keepdims=True), 1)).tolist(),
+        "entropy": entropy,
+        "entropy_share": entropy / math.log(experts) if experts > 1 else 1.0,
+        "max_over_mean": float(share.max() * experts) if total else 0.0,
+        "dead": int((share == 0).sum()),
+    }
 
 
-def dendrogram(cosine: np.ndarray) -> dict[str, Any] | None:
-    """Average-linkage tree of experts at distance 1 - cosine [E, E]: the leaves' order, and each join's x and y.
+def _similarity(statistics: Statistics, layer: int) -> SimilarityRow:
+    cosine = statistics.layer(layer, "output_cosine")
 
-    A join is ([x0, x1, x2, x3], [y0, y1, y2, y3]), x in leaves from 0, y in distance. None for fewer than two experts.
-    """
+    def listed(name: str) -> list[list[float]]:
+        values: list[list[float]] = np.nan_to_num(statistics.layer(layer, name)).tolist()
+        return values
+
+    return {
+        "layer": layer,
+        "output_cosine": listed("output_cosine"),
+        "router_cosine": listed("router_cosine"),
+        "logit_correlation": listed("logit_correlation"),
+        "dendrogram": dendrogram(cosine),
+    }
+
+
+def dendrogram(cosine: np.ndarray) -> Dendrogram | None:
+    """Average-linkage tree of experts at distance 1 - `cosine` [E, E]; None for fewer than two experts."""
     count = len(cosine)
     if count < 2:
         return None
@@ -217,29 +261,13 @@ def dendrogram(cosine: np.ndarray) -> dict[str, Any] | None:
     return {"order": [int(i) for i in tree["leaves"]], "joins": joins}
 
 
-def _block(done: Sequence[Mapping[str, Any]], command: str) -> Mapping[str, Any] | None:
-    blocks = [r[command] for r in done if isinstance(r.get(command), Mapping)]
+def _block(done: Sequence[Mapping[str, object]], command: str) -> Mapping[str, object] | None:
+    """The newest block of a command."""
+    blocks = [block for r in done if isinstance(block := r.get(command), Mapping)]
     return blocks[-1] if blocks else None
 
 
-def _last(done: Sequence[Mapping[str, Any]], command: str, key: str) -> Any:
-    """The newest value of a key of a command's blocks."""
-    found = [r[command][key] for r in done if isinstance(r.get(command), Mapping) and r[command].get(key)]
+def _last(done: Sequence[Mapping[str, object]], command: str, key: str) -> object:
+    """The newest value that the blocks of a command have for a key."""
+    found = [value for r in done if (value := mapping(r.get(command)).get(key))]
     return found[-1] if found else None
-
-
-def _rows(value: Any) -> list[Mapping[str, Any]]:
-    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: Any) -> float | int | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []

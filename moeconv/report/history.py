@@ -1,4 +1,4 @@
-"""What was done to a checkpoint, in words: the steps of its manifest, each as the command that makes it."""
+"""The steps in a checkpoint's manifest, each as the command that performs it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from moeconv import options as o
 from moeconv.errors import escape
+from moeconv.types import Config, JsonObject
 
 _OPTIONS: dict[str, type] = {
     "upcycle": o.UpcycleOptions, "prune": o.PruneOptions, "quantize": o.QuantizeOptions, "tune": o.TuneOptions,
 }  # fmt: skip
+# parameters that are always shown
 _ALWAYS = {"upcycle": ("method", "experts", "top_k"), "tune": ("objective", "train", "steps"),
            "prune": ("criterion",), "quantize": ("format", "scheme", "method")}  # fmt: skip
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 
-def steps_of(manifest: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The manifest's steps that can be read, oldest first; a manifest is a file, and may hold anything."""
+def steps_of(manifest: Config | None) -> list[JsonObject]:
+    """The manifest's steps, oldest first. Entries that are not objects are left out: anybody may edit the file."""
     steps = (manifest or {}).get("steps")
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
-def command_line(step: Mapping[str, Any]) -> str:
-    """The step as a command with the flags that matter: those that always do, and those that are not the default."""
+def command_line(step: Config) -> str:
+    """The step as a command line, with its most important flags and those that differ from the default."""
     command = str(step.get("command", "?"))
     words = ["moeconv", escape(command)]
     for name, value in flags(step).items():
@@ -37,8 +38,9 @@ def command_line(step: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def flags(step: Mapping[str, Any]) -> dict[str, str | bool]:
-    """{parameter: word} of a step: what always matters, then what differs from the default. Paths are file names."""
+def flags(step: Config) -> dict[str, str | bool]:
+    """{parameter: value in words} of a step: the most important ones, then those that differ from the default. Paths
+    are shortened to file names."""
     command = str(step.get("command", ""))
     given = step.get("parameters")
     values = dict(given) if isinstance(given, Mapping) else {}
@@ -55,7 +57,7 @@ def flags(step: Mapping[str, Any]) -> dict[str, str | bool]:
     return {name: _word(name, values[name]) for name in chosen if not isinstance(values[name], Mapping)}
 
 
-def _word(name: str, value: Any) -> str | bool:
+def _word(name: str, value: object) -> str | bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and name in ("stats", "teacher", "reference") and not value.startswith("hf://"):

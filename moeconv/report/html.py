@@ -1,32 +1,92 @@
-"""The HTML report: one self-contained page, light and dark, readable without scripts."""
+"""The HTML report: one self-contained page without scripts, in light and dark colours."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
+from typing_extensions import NotRequired, TypedDict
 
 from moeconv import __version__
 from moeconv.checkpoint.target import starts_with
+from moeconv.contract import Inspected
 from moeconv.report import svg
+from moeconv.report.types import Figures, Number, PipelineRow, PruningLayer, TuningFigures
 from moeconv.units import human_bytes, human_count, human_seconds
 
 _PAGE = Path(__file__).parent / "page"
-# what every page has begun with and says of itself
+# the bytes that identify a page of `render`: its beginning, and words in it
 _MARKS = ((b"<!doctype html>", b"report of moeconv "),)
-_FOLD_ABOVE = 8  # layers; more small charts than this are folded away
+_FOLD_ABOVE = 8  # layers; more charts than this are hidden until they are opened
 _NONE = "–"
-_ERRORS = {
-    "relative_rms": "weights",
-    "output_rms": "outputs",
-    "output_rms_rtn": "outputs, nearest codes",
-}  # keys of a layer's error -> what it is of
 
 
-def render(figures: Mapping[str, Any], *, title: str) -> str:
-    """The page of `figures.gather(...)`."""
+class _Tile(TypedDict):
+    """A large figure at the top of the page, with a word under it."""
+
+    value: str
+    word: str
+    note: NotRequired[str]
+
+
+class _LossRow(PipelineRow):
+    """A step, its loss above that of the first row, and that as a share of the largest, in percent."""
+
+    above: float | None
+    share: float | None
+
+
+class _ComparedRow(TypedDict):
+    """One size of this model and of the reference, in words."""
+
+    word: str
+    ours: str
+    theirs: str
+    ratio: str
+
+
+class _RoleRow(TypedDict):
+    """The parameters and bytes of one role."""
+
+    role: str
+    parameters: int | None
+    bytes: int
+    share: float
+    word: str
+
+
+class _BalanceRow(TypedDict):
+    """The balance of one layer's router."""
+
+    layer: int
+    entropy: float
+    share: str
+    max_over_mean: str
+    dead: int
+
+
+class _Drawing(TypedDict):
+    """A drawing with its caption."""
+
+    caption: str
+    svg: Markup
+
+
+class _Chart(TypedDict):
+    """A section of drawings; `folded` is the title under which they are hidden until they are opened."""
+
+    title: str
+    text: str
+    folded: str
+    figures: list[_Drawing]
+
+
+_NO_CHART: _Chart = {"title": "", "text": "", "folded": "", "figures": []}
+
+
+def render(figures: Figures, *, title: str) -> str:
+    """The HTML page of the figures that `figures.gather` returned."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -59,38 +119,42 @@ def render(figures: Mapping[str, Any], *, title: str) -> str:
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a page that `render` made."""
+    """Whether a file is a page of `render`."""
     return starts_with(path, *_MARKS)
 
 
-def _or_none(show: Any) -> Any:
+def _or_none(show: Callable[[float], str]) -> Callable[[Number], str]:
+    """`show` with a dash for None."""
     return lambda value: _NONE if value is None else show(value)
+
+
+_count = _or_none(human_count)
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _tiles(figures: Mapping[str, Any]) -> list[dict[str, str]]:
+def _tiles(figures: Figures) -> list[_Tile]:
     model = figures["model"]
-    tiles = [
-        {"value": human_count(model["parameters"]["total"]), "word": "parameters"},
-        {"value": human_count(model["parameters"]["active"]), "word": "active per token"},
+    total = model["parameters"]["total"]
+    tiles: list[_Tile] = [
+        {"value": _count(total), "word": "parameters"},
+        {"value": _count(model["parameters"]["active"]), "word": "active per token"},
         {"value": human_bytes(model["bytes"]), "word": f"in {_files(model['shards'])}"},
     ]
     if model["num_experts"]:
         tiles.append({"value": f"{model['num_experts']} × top-{model['top_k']}",
-                      "word": f"experts in {len(model['moe_layers'])} of {model['layers']} layers"})  # fmt: skip
-    if model["quantization"]:
-        tiles.append(
-            {"value": f"{8 * model['bytes'] / model['parameters']['total']:.2f}", "word": "bits per parameter"}
-        )
-    losses = [r for r in figures["pipeline"] if r["loss"] is not None]
+                      "word": f"experts in {len(model['moe_layers'] or ())} of {model['layers']} layers"})  # fmt: skip
+    if model["quantization"] and total:
+        tiles.append({"value": f"{8 * model['bytes'] / total:.2f}", "word": "bits per parameter"})
+    losses = [(row["step"], row["loss"]) for row in figures["pipeline"] if row["loss"] is not None]
     if losses:
-        note = f"{losses[-1]['loss'] - losses[0]['loss']:+.4f} on {losses[0]['step']}" if len(losses) > 1 else ""
-        tiles.append({"value": f"{losses[-1]['loss']:.4f}", "word": "loss, nats per token", "note": note})
-    check = figures["equivalence"]
-    if isinstance(check.get("relative"), float) and check["relative"] < 1e-2:
-        tiles.append({"value": f"{check['relative']:.1e}", "word": "of the logits' spread from the source"})
+        (first_step, first), (_, last) = losses[0], losses[-1]
+        note = f"{last - first:+.4f} on {first_step}" if len(losses) > 1 else ""
+        tiles.append({"value": f"{last:.4f}", "word": "loss, nats per token", "note": note})
+    relative = figures["equivalence"].get("relative")
+    if isinstance(relative, float) and relative < 1e-2:
+        tiles.append({"value": f"{relative:.1e}", "word": "of the logits' spread from the source"})
     return tiles
 
 
@@ -98,10 +162,10 @@ def _files(count: int) -> str:
     return "one file" if count == 1 else f"{count} files"
 
 
-def _pipeline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    losses = [r["loss"] for r in rows if r["loss"] is not None]
+def _pipeline(rows: Sequence[PipelineRow]) -> list[_LossRow]:
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     most = max((loss - losses[0] for loss in losses), default=0.0)
-    made = []
+    made: list[_LossRow] = []
     for row in rows:
         above = None if row["loss"] is None else row["loss"] - losses[0]
         share = None if above is None else (100 * max(0.0, above) / most if most > 0 else 0.0)
@@ -109,30 +173,30 @@ def _pipeline(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _compared(model: Mapping[str, Any], reference: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    words: list[tuple[str, Callable[[Mapping[str, Any]], Any], Callable[[Any], str]]] = [
-        ("parameters", lambda m: m["parameters"]["total"], human_count),
-        ("active per token", lambda m: m["parameters"]["active"], human_count),
-        ("FLOPs per token", lambda m: m["flops_per_token"], human_count),
-        ("bytes", lambda m: m["bytes"], human_bytes),
-        ("experts' parameters", lambda m: m["parameters"]["experts"], human_count),
-        ("router's parameters", lambda m: m["parameters"]["router"], human_count),
-        ("layers", lambda m: m["layers"], str),
-        ("tensors", lambda m: m["tensors"], str),
-    ]
-    rows = []
-    for word, take, show in words:
+_COMPARED: tuple[tuple[str, Callable[[Inspected], int | None], Callable[[float], str]], ...] = (
+    ("parameters", lambda m: m["parameters"]["total"], human_count),
+    ("active per token", lambda m: m["parameters"]["active"], human_count),
+    ("FLOPs per token", lambda m: m["flops_per_token"], human_count),
+    ("bytes", lambda m: m["bytes"], human_bytes),
+    ("experts' parameters", lambda m: m["parameters"]["experts"], human_count),
+    ("router's parameters", lambda m: m["parameters"]["router"], human_count),
+    ("layers", lambda m: m["layers"], str),
+    ("tensors", lambda m: m["tensors"], str),
+)
+
+
+def _compared(model: Inspected, reference: Inspected | None) -> list[_ComparedRow]:
+    rows: list[_ComparedRow] = []
+    for word, take, show in _COMPARED:
         ours, theirs = take(model), take(reference) if reference else None
-        ratio = f"{ours / theirs:.2f}" if theirs else _NONE
-        rows.append(
-            {"word": word, "ours": show(ours), "theirs": _NONE if theirs is None else show(theirs), "ratio": ratio}
-        )
+        ratio = f"{ours / theirs:.2f}" if ours is not None and theirs else _NONE
+        rows.append({"word": word, "ours": _or_none(show)(ours), "theirs": _or_none(show)(theirs), "ratio": ratio})
     return rows
 
 
-def _roles(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _roles(model: Inspected) -> list[_RoleRow]:
     total = sum(model["bytes_by_role"].values()) or 1
-    rows = []
+    rows: list[_RoleRow] = []
     for role, size in sorted(model["bytes_by_role"].items(), key=lambda pair: -pair[1]):
         share = 100 * size / total
         rows.append({"role": role, "parameters": model["parameters_by_role"].get(role), "bytes": size,
@@ -140,7 +204,7 @@ def _roles(model: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _balance(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _balance(figures: Figures) -> list[_BalanceRow]:
     return [
         {"layer": r["layer"], "entropy": r["entropy"], "share": f"{100 * r['entropy_share']:.1f} %",
          "max_over_mean": f"{r['max_over_mean']:.2f}", "dead": r["dead"]}
@@ -151,7 +215,7 @@ def _balance(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 # -- charts ------------------------------------------------------------------------------------------------------------
 
 
-def _charts(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _charts(figures: Figures) -> list[_Chart]:
     return [
         _curve(figures),
         _pruned(figures),
@@ -162,16 +226,15 @@ def _charts(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _chart(title: str, figures: Sequence[tuple[str, Markup]], *, text: str = "", folded: str = "") -> dict[str, Any]:
-    shown = [{"caption": caption, "svg": markup} for caption, markup in figures if markup]
+def _chart(title: str, drawings: Sequence[tuple[str, Markup]], *, text: str = "", folded: str = "") -> _Chart:
+    shown: list[_Drawing] = [{"caption": caption, "svg": markup} for caption, markup in drawings if markup]
     return {"title": title, "text": text, "folded": folded, "figures": shown}
 
 
-def _utilization(figures: Mapping[str, Any]) -> dict[str, Any]:
-    rows = figures.get("utilization", ())
-    if not rows:
-        return _chart("", [])
-    about = figures["statistics"]
+def _utilization(figures: Figures) -> _Chart:
+    rows, about = figures.get("utilization"), figures.get("statistics")
+    if not rows or about is None:
+        return _NO_CHART
     experts = about["num_experts"]
     word = "this model" if about["of_this_model"] else "an earlier step of this model"
     drawn = [
@@ -194,7 +257,7 @@ def _utilization(figures: Mapping[str, Any]) -> dict[str, Any]:
     return _chart("Utilization", drawn, text=f"Measured on {about['tokens']:,} tokens through {word}.")
 
 
-def _similarity(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _similarity(figures: Figures) -> _Chart:
     rows = figures.get("similarity", ())
     drawn = []
     for row in rows:
@@ -206,60 +269,84 @@ def _similarity(figures: Mapping[str, Any]) -> dict[str, Any]:
         drawn.append((f"layer {layer}", markup))
     folded = f"{len(rows)} layers" if len(rows) > _FOLD_ABOVE else ""
     text = (
-        "Cosine of two experts' outputs, mean over tokens that both are shown (negative ones in the second colour), "
-        "and the tree that joins experts at 1 − cosine. Experts that answer alike can be removed or merged."
+        "The cosine of two experts' outputs, as the mean over tokens that both compute (negative values have the "
+        "second colour), and the tree that joins experts at distance 1 − cosine. Experts with similar outputs can be removed "
+        "or merged."
     )
     return _chart("Similarity of experts", drawn, text=text, folded=folded)
 
 
-def _pruned(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _pruned(figures: Figures) -> _Chart:
     pruning = figures["pruning"]
     if not pruning:
-        return _chart("", [])
-    rows = [
-        (r["layer"], r["scores"], [e in r["kept"] for e in range(len(r["scores"]))])
-        for r in pruning["layers"] if r["scores"] and all(v is not None for v in r["scores"])
-    ]  # fmt: skip
+        return _NO_CHART
+    rows = [row for layer in pruning["layers"] if (row := _scores(layer)) is not None]
     text = (
-        f"{pruning['before']} experts a layer became {pruning['after']} by {pruning['criterion']}. A row is a layer, a "
-        "dot an expert at its score, as a share of the layer's largest; hollow ones were removed."
+        f"{pruning['criterion']} reduced {pruning['before']} experts per layer to {pruning['after']}. Each row is a "
+        "layer, and each dot an expert at its score relative to the largest of the layer; hollow dots were removed."
     )
     return _chart("Scores of experts", [("", svg.strip(rows, label="scores per layer"))] if rows else [], text=text)
 
 
-def _tuned(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _scores(layer: PruningLayer) -> tuple[str, list[float], list[bool]] | None:
+    """(layer, the scores of its experts, which were kept); None where a score is missing."""
+    scores = [score for score in layer["scores"] if score is not None]
+    if not scores or len(scores) < len(layer["scores"]):
+        return None
+    return layer["layer"], scores, [expert in layer["kept"] for expert in range(len(scores))]
+
+
+def _tuned(figures: Figures) -> _Chart:
     tuning = figures["tuning"]
     if not tuning or not tuning["layers"]:
-        return _chart("", [])
-    layers = [r["layer"] for r in tuning["layers"]]
-    series = [(when, layers, [r[when]["max_over_mean"] for r in tuning["layers"]]) for when in ("before", "after")]
-    words = [
-        f"{name} {tuning[f'{name}_before']:.4f} to {tuning[f'{name}_after']:.4f}"
-        for name in ("loss", "kl", "error")
-        if tuning[f"{name}_before"] is not None and tuning[f"{name}_after"] is not None
+        return _NO_CHART
+    layers = [r for r in tuning["layers"] if r["layer"] is not None]
+    at = [r["layer"] for r in layers if r["layer"] is not None]
+    series = [
+        ("before", at, [r["before"]["max_over_mean"] for r in layers]),
+        ("after", at, [r["after"]["max_over_mean"] for r in layers]),
     ]
-    text = f"{tuning['objective']}, {tuning['steps']} steps, on text held out from them: {', '.join(words)}."
+    changes = ", ".join(_changes(tuning))
+    text = f"{tuning['objective']}, {tuning['steps']} steps, measured on held-out text: {changes}."
     chart = svg.lines(series, x_word="layer", y_word="max / mean", label="load balance")
     return _chart("Tuning", [("largest load over the mean", chart)], text=text)
 
 
-def _packed(figures: Mapping[str, Any]) -> dict[str, Any]:
+def _changes(tuning: TuningFigures) -> list[str]:
+    """The figures before and after training, where the objective has them."""
+    pairs = {
+        "loss": (tuning["loss_before"], tuning["loss_after"]),
+        "kl": (tuning["kl_before"], tuning["kl_after"]),
+        "error": (tuning["error_before"], tuning["error_after"]),
+    }
+    return [
+        f"{name} {before:.4f} to {after:.4f}"
+        for name, (before, after) in pairs.items()
+        if before is not None and after is not None
+    ]
+
+
+def _packed(figures: Figures) -> _Chart:
     layers = [r for r in figures["quantization_error"] if r["layer"] is not None]
-    at = [r["layer"] for r in layers]
-    known = [k for k in _ERRORS if layers and all(isinstance(r.get(k), float) for r in layers)]
-    series = [(_ERRORS[k], at, [r[k] for r in layers]) for k in known]
+    at = [r["layer"] for r in layers if r["layer"] is not None]
+    errors = {
+        "weights": [r["relative_rms"] for r in layers],
+        "outputs": [r["output_rms"] for r in layers],
+        "outputs, nearest codes": [r["output_rms_rtn"] for r in layers],
+    }
+    series = [(name, at, ys) for name, ys in errors.items() if ys and all(isinstance(y, float) for y in ys)]
     drawn = [("", svg.lines(series, x_word="layer", y_word="relative RMS error", y_from=0.0, label="error per layer"))]
     return _chart("Quantization error by layer", drawn)
 
 
-def _curve(figures: Mapping[str, Any]) -> dict[str, Any]:
-    points = figures["curve"]
-    series = []
-    for name in ("loss", "kl"):
-        known = [p for p in points if isinstance(p.get(name), float) and isinstance(p.get("ratio"), int | float)]
-        series.append((name, [p["ratio"] for p in known], [p[name] for p in known]))
-    drawn = [
-        (word, svg.lines([one], x_word="share of experts removed", y_word="nats per token", label=word))
-        for word, one in zip(("loss", "KL to the unpruned model"), series)
-    ]
+def _curve(figures: Figures) -> _Chart:
+    drawn = []
+    for key, word in (("loss", "loss"), ("kl", "KL to the unpruned model")):
+        points = [
+            (ratio, y) for p in figures["curve"]
+            if isinstance(y := p.get(key), float) and isinstance(ratio := p.get("ratio"), int | float)
+        ]  # fmt: skip
+        line = (key, [ratio for ratio, _ in points], [y for _, y in points])
+        chart = svg.lines([line], x_word="share of experts removed", y_word="nats per token", label=word)
+        drawn.append((word, chart))
     return _chart("What pruning costs", drawn)

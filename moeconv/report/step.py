@@ -1,21 +1,26 @@
-"""The step report: one HTML page about a checkpoint."""
+"""`moeconv report` from start to end: one HTML page about a checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from moeconv.checkpoint.target import check_file_target
 from moeconv.errors import escape
 from moeconv.runner.run import open_resolved
+from moeconv.types import JsonObject
+
+if TYPE_CHECKING:
+    from moeconv.report.types import ReportResult
 
 
 def report(
-    source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, Any]] = (),
+    source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, object]] = (),
     reference: str | None = None, title: str | None = None, overwrite: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the HTML report of a checkpoint. `results` are JSON objects of other steps. The JSON: its figures."""
+) -> ReportResult:  # fmt: skip
+    """Write the HTML report of a checkpoint to `out`. `results` are JSON objects of other steps. Returns the JSON of
+    the command. Raises OutputError where `out` cannot be written, InputError for statistics of another model."""
     from moeconv.calibrate.artifact import load_statistics
     from moeconv.checkpoint.writer import replace_file
     from moeconv.report.figures import gather
@@ -36,14 +41,14 @@ def report(
 
 
 def check_report_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse, before any work, a path where a report could not be put. Raises OutputError."""
+    """Check, before any work, that a report can be written to `path`. Raises OutputError."""
     from moeconv.report.html import is_report
 
     check_file_target(path, what="report", reads=(), overwrite=overwrite, replaces=is_report)
 
 
-def load_results(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON objects that commands printed, from files."""
+def load_results(paths: Sequence[str]) -> list[JsonObject]:
+    """The JSON objects that commands printed, read from files. Raises InputError for anything else."""
     from moeconv.report.figures import load_results as load
 
     return [load(path) for path in paths]

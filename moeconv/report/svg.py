@@ -10,11 +10,14 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
 
-_MOST_CELLS = 2048  # above this a heat map is one image, without a tooltip a cell
+from moeconv.report.types import Dendrogram
+
+_MOST_CELLS = 2048  # a heat map with more cells is drawn as one image, without one tooltip per cell
 _IMAGE_COLOURS = np.array([(47, 111, 222), (217, 98, 43)], np.uint8)  # readable on both backgrounds
 
 
@@ -34,7 +37,8 @@ def heatmap(
     values: Sequence[Sequence[float]], *, rows: Sequence[object], columns: Sequence[object], label: str,
     most: float | None = None, row_word: str = "", column_word: str = "", width: float = 720,
 ) -> Markup:  # fmt: skip
-    """A matrix: opacity grows with |value| up to `most` (default: the largest); negative ones in a second colour."""
+    """A matrix of cells. Opacity grows with |value| up to `most` (default: the largest); negative values have a second
+    colour."""
     matrix = np.nan_to_num(np.asarray(values, np.float64))
     if matrix.size == 0:
         return Markup("")
@@ -72,7 +76,7 @@ def heatmap(
 
 
 def _png(matrix: np.ndarray, strength: np.ndarray) -> str:
-    """A data URI of the matrix, a pixel a cell: two colours, opacity as strength."""
+    """A data URI of the matrix with one pixel per cell: the colour shows the sign, the opacity the strength."""
     pixels = np.empty((*matrix.shape, 4), np.uint8)
     pixels[..., :3] = np.where((matrix < 0)[..., None], _IMAGE_COLOURS[1], _IMAGE_COLOURS[0])
     pixels[..., 3] = np.round(255 * strength)
@@ -87,48 +91,83 @@ def _png(matrix: np.ndarray, strength: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
+Series = tuple[str, Sequence[float], Sequence[float | None]]  # name, xs, ys
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Common axes of a line chart: the plotting area in pixels, and the values at its edges."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    x: tuple[float, float]
+    y: tuple[float, float]
+
+    def px(self, x: float) -> float:
+        low, high = self.x
+        return self.left + (x - low) / ((high - low) or 1) * (self.right - self.left)
+
+    def py(self, y: float) -> float:
+        low, high = self.y
+        return self.bottom - (y - low) / ((high - low) or 1) * (self.bottom - self.top)
+
+    def drawn(self, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
+        """The grid, with the numbers at its lines."""
+        body = [
+            f'<line x1="{self.left}" x2="{self.right}" y1="{self.py(y):.1f}" y2="{self.py(y):.1f}" class="grid"/>'
+            for y in y_ticks
+        ]
+        body += [_text(self.left - 6, self.py(y) + 4, _short(y), anchor="end") for y in y_ticks]
+        return body + [_text(self.px(x), self.bottom + 16, _short(x)) for x in x_ticks]
+
+
 def lines(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, x_word: str, y_word: str, label: str,
+    series: Sequence[Series], *, x_word: str, y_word: str, label: str,
     y_from: float | None = None, width: float = 520, height: float = 240,
 ) -> Markup:  # fmt: skip
-    """Line charts over common axes: (name, xs, ys) each; values that are no numbers leave a gap."""
+    """A chart of lines over common axes. Values that are not finite leave a gap. Empty if there is nothing to draw."""
     xs = [x for _, at, _ in series for x in at]
-    ys = [y for _, _, values in series for y in values if y is not None and math.isfinite(y)]
+    ys = [y for _, at, values in series for _, y in _finite_points(at, values)]
     if not xs or not ys:
         return Markup("")
     x_ticks = ticks(min(xs), max(xs), 6)
     y_ticks = ticks(min(ys) if y_from is None else y_from, max(ys), 5)
-    left, right, top, bottom = 62, 16, 26, height - 38
-    x0, x1 = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
-    y0, y1 = y_ticks[0], max(y_ticks[-1], max(ys))
-
-    def px(x: float) -> float:
-        return left + (x - x0) / ((x1 - x0) or 1) * (width - left - right)
-
-    def py(y: float) -> float:
-        return bottom - (y - y0) / ((y1 - y0) or 1) * (bottom - top)
-
-    body = [f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" class="grid"/>' for y in y_ticks]
-    body += [_text(left - 6, py(y) + 4, _short(y), anchor="end") for y in y_ticks]
-    body += [_text(px(x), bottom + 16, _short(x)) for x in x_ticks]
-    body.append(_text((left + width - right) / 2, height - 6, x_word, kind="axis"))
-    body.append(_text(left, 12, y_word, anchor="start", kind="axis"))
+    axes = _Axes(
+        left=62, right=width - 16, top=26, bottom=height - 38,
+        x=(min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])), y=(y_ticks[0], max(y_ticks[-1], max(ys))),
+    )  # fmt: skip
+    body = axes.drawn(x_ticks, y_ticks)
+    body.append(_text((axes.left + axes.right) / 2, height - 6, x_word, kind="axis"))
+    body.append(_text(axes.left, 12, y_word, anchor="start", kind="axis"))
     for i, (name, at, values) in enumerate(series):
-        points = [(px(x), py(y), x, y) for x, y in zip(at, values) if y is not None and math.isfinite(y)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _, _ in points)
-        body.append(f'<polyline points="{path}" class="line s{i % 4}"/>')
-        for a, b, x, y in points:
-            title = f"{name}: {_short(x)}, {y:.4g}"
-            body.append(
-                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" class="dot s{i % 4}"><title>{escape(title)}</title></circle>'
-            )
+        body += _line(axes, name, _finite_points(at, values), colour=f"s{i % 4}")
         if len(series) > 1:
-            body.append(_text(width - right, 12 + 13 * i, name, anchor="end", kind=f"key s{i % 4}"))
+            body.append(_text(axes.right, 12 + 13 * i, name, anchor="end", kind=f"key s{i % 4}"))
     return _svg(width, height, "".join(body), label)
 
 
+def _finite_points(xs: Sequence[float], ys: Sequence[float | None]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in zip(xs, ys) if y is not None and math.isfinite(y)]
+
+
+def _line(axes: _Axes, name: str, points: Sequence[tuple[float, float]], *, colour: str) -> list[str]:
+    """A line and its dots; each dot shows its values as a tooltip."""
+    path = " ".join(f"{axes.px(x):.1f},{axes.py(y):.1f}" for x, y in points)
+    body = [f'<polyline points="{path}" class="line {colour}"/>']
+    for x, y in points:
+        title = escape(f"{name}: {_short(x)}, {y:.4g}")
+        body.append(
+            f'<circle cx="{axes.px(x):.1f}" cy="{axes.py(y):.1f}" r="3" class="dot {colour}"><title>{title}</title>'
+            "</circle>"
+        )
+    return body
+
+
 def strip(rows: Sequence[tuple[object, Sequence[float], Sequence[bool]]], *, label: str, width: float = 720) -> Markup:
-    """A row of dots each: values as shares of the row's largest, filled where the flag is set."""
+    """One row of dots per (name, values, flags): values relative to the largest of the row; a dot is filled where its
+    flag is set."""
     left, right, step = 46, 12, 18
     body = []
     for i, (name, values, flags) in enumerate(rows):
@@ -146,8 +185,8 @@ def strip(rows: Sequence[tuple[object, Sequence[float], Sequence[bool]]], *, lab
     return _svg(width, 16 + step * len(rows), "".join(body), label)
 
 
-def tree(dendrogram: dict, *, label: str, width: float = 260, height: float = 150) -> Markup:
-    """A dendrogram of `figures.dendrogram`, root on top, leaves at distance 0 below."""
+def tree(dendrogram: Dendrogram, *, label: str, width: float = 260, height: float = 150) -> Markup:
+    """A dendrogram of `figures.dendrogram`, with the root at the top and the leaves at distance 0 at the bottom."""
     order, joins = dendrogram["order"], dendrogram["joins"]
     most = max((max(ys) for _, ys in joins), default=0.0) or 1.0
     left, top, bottom = 40, 8, height - 18
@@ -170,7 +209,7 @@ def tree(dendrogram: dict, *, label: str, width: float = 260, height: float = 15
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from at most `low` on up to `high`."""
+    """About `count` round numbers, the first at most `low` and the last at least `high`."""
     if not high > low:
         high = low + (abs(low) or 1.0)
     raw = (high - low) / max(1, count - 1)

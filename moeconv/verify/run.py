@@ -12,7 +12,7 @@ from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import stated_shape
-from moeconv.inspect.unknown import said
+from moeconv.inspect.unknown import unsupported_warning
 
 _CHUNK = 1 << 22
 
@@ -27,7 +27,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
     try:
         model = open_model(checkpoint)
     except Unsupported as error:
-        unknown.append(f"{said(error)}; its structure was not checked")
+        unknown.append(f"{unsupported_warning(error)}; its structure was not checked")
     except InputError as error:
         problems.append(error.message)
     problems += _check_hashes(checkpoint)

@@ -90,5 +90,5 @@ def test_an_error_or_death_of_the_second_process_ends_the_first(model, tmp_path)
     assert [d.code for d in done] == [4, 4] and done[0].err.splitlines()[-2:] == ["moeconv: no room", "  Buy some."]
     assert not done[1].err
     done = launch("-c", DIES.format(how="os.kill(os.getpid(), signal.SIGKILL)"), *arguments)
-    assert [d.code for d in done] == [1, -9] and "another process of this command is gone" in done[0].err
+    assert [d.code for d in done] == [1, -9] and "another process of this command has died" in done[0].err
     assert "Traceback" not in done[0].err and not (tmp_path / "out").exists()

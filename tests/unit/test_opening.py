@@ -55,7 +55,7 @@ def test_a_foreign_quantization_is_named_and_inspect_answers(tmp_path: Path, cli
     assert found.json["quantization"]["format"] == said.get("quant_method", way)
     assert found.json["quantization"]["bits"] == said.get("bits")
     assert found.json["dtypes"]["I32"] > 0 and found.json["parameters"]["total"] is None
-    assert any("no step takes this checkpoint" in text for text in found.json["warnings"])
+    assert any("no step accepts this checkpoint" in text for text in found.json["warnings"])
     table = cli("inspect", path)
     assert table.code == 0 and "quantization" in table.out
 

@@ -270,8 +270,8 @@ def _similarity(figures: Figures) -> _Chart:
     folded = f"{len(rows)} layers" if len(rows) > _FOLD_ABOVE else ""
     text = (
         "The cosine of two experts' outputs, as the mean over tokens that both compute (negative values have the "
-        "second colour), and the tree that joins experts at distance 1 − cosine. Experts with similar outputs can be removed "
-        "or merged."
+        "second colour), and the tree that joins experts at distance 1 − cosine. Experts with similar outputs can be "
+        "removed or merged."
     )
     return _chart("Similarity of experts", drawn, text=text, folded=folded)
 

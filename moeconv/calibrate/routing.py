@@ -1,12 +1,12 @@
-"""How evenly a router spreads tokens: load, entropy and dead experts, in the words of the JSON contract."""
+"""How evenly a router distributes tokens: load, entropy and dead experts, as the JSON contract names them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from moeconv.contract import Load
 
 
 def router_entropy(logits: Tensor) -> Tensor:
@@ -15,9 +15,10 @@ def router_entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
-def load_of_layer(layer: int, counts: np.ndarray, *, entropy_sum: float, tokens: float) -> dict[str, Any]:
-    """`load` is each expert's share of the routed pairs (sum 1), `entropy` the mean router entropy in nats,
-    `max_over_mean` 1 when balanced, `dead` how many experts no token reached."""
+def load_of_layer(layer: int, counts: np.ndarray, *, entropy_sum: float, tokens: float) -> Load:
+    """The routing of one layer, from `counts` [E]: `load` is each expert's share of the (token, expert) pairs, with the
+    sum 1; `entropy` is the mean entropy of the router in nats; `max_over_mean` is 1 where the load is balanced; `dead`
+    is the number of experts that no token was routed to."""
     counts = np.asarray(counts, np.float64)
     total = counts.sum()
     return {
@@ -30,7 +31,7 @@ def load_of_layer(layer: int, counts: np.ndarray, *, entropy_sum: float, tokens:
 
 
 class LoadCounter:
-    """Counts over batches of one layer."""
+    """Counts the routing of one layer over batches."""
 
     def __init__(self, layer: int, num_experts: int) -> None:
         self.layer, self.tokens, self.entropy_sum = layer, 0, 0.0
@@ -42,5 +43,5 @@ class LoadCounter:
         self.entropy_sum += float(router_entropy(router_logits).sum())
         self.tokens += len(router_logits)
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Load:
         return load_of_layer(self.layer, self.counts, entropy_sum=self.entropy_sum, tokens=self.tokens)

@@ -21,6 +21,7 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.twin import structure
 from moeconv.checkpoint.artifact import is_artifact
 from moeconv.checkpoint.target import Inputs, check_file_target
+from moeconv.contract import Load
 from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_windows
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
@@ -192,7 +193,7 @@ def _all_layers(
                 rule=rule_of(stream.model),
             )
         else:
-            layer.pass_on()
+            layer.run_all()
         if layer.index + 1 < stream.model.num_layers:
             progress.save(stream, layer.index + 1, fields)
     return fields
@@ -217,6 +218,6 @@ def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_token
     }
 
 
-def _summary(layer: int, fields: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _summary(layer: int, fields: Mapping[str, np.ndarray]) -> Load:
     entropy, tokens = fields["entropy_sum"].sum(), fields["tokens"].sum()
     return load_of_layer(layer, fields["count"].sum(axis=0), entropy_sum=entropy, tokens=tokens)

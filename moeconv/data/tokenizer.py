@@ -10,7 +10,7 @@ from typing import Any
 
 from moeconv.checkpoint.companions import asks_for_code, has_vocabulary, is_companion_name
 from moeconv.errors import InputError, escape, first_line
-from moeconv.stream.quiet import quiet
+from moeconv.stream.silence import transformers_silenced
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
@@ -27,7 +27,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with quiet():
+        with transformers_silenced():
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # Whatever a damaged or foreign tokenizer file makes transformers raise: it is the input's fault.

@@ -1,4 +1,4 @@
-"""evaluate: loss on text, alone or against a reference, a layer at a time; with gates for CI."""
+"""`evaluate`: the loss on text, alone or against a reference, computed layer by layer; with gates for CI."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeconv.calibrate.routing import LoadCounter
+from moeconv.contract import Evaluated, Load, SourceLoss
 from moeconv.data.tokenizer import same_tokenizer
 from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
@@ -24,7 +25,19 @@ from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How the models are run. `flows` is the number of models whose activations are held at the same time."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    batch_size: int
+    budget: int | None
+    flows: int
+    meter: Meter
 
 
 def evaluate(
@@ -44,58 +57,65 @@ def evaluate(
     text_field: str = "text",
     max_memory: str | int | None = None,
     meter: Meter | None = None,
-) -> dict[str, Any]:
-    """The JSON object of `moeconv evaluate`.
+) -> Evaluated:
+    """Measure the loss of a model on text, and return the JSON object of `moeconv evaluate`.
 
-    All of `data` is used, or a sample of `tokens`, in sequences of `seq_len` (256, at most the models'), as the result
-    says too. `tokens` in the result are the predicted ones, a sequence's first is not; losses are nats per predicted
-    token; `kl` is the mean KL(reference || model). A figure that is NaN or infinite is None and fails its gate;
-    `not_finite` {message, hint} then names the first layer and tensor that make it (else None), and `passed` is False.
-    The caller turns `passed` == False into exit 5. `dtype` None is float32 on the CPU, else the checkpoint's own.
+    All of `data` is used, or a sample of `tokens` tokens, in sequences of `seq_len` tokens (by default 256, or the
+    models' maximum where that is less). The result's `tokens` counts the predicted tokens, which are all but the first
+    of each sequence. Losses are in nats per predicted token; `kl` is the mean of KL(reference || model).
 
-    Raises UsageError for a gate without a reference, InputError for unusable data or tokenizers that differ.
+    A figure that is NaN or infinite is None and fails its gate. `not_finite` {message, hint} then names the first layer
+    and tensor that produce such values, and `passed` is False. The caller turns `passed` == False into exit code 5.
+    With `dtype` None, the models run in float32 on the CPU, and elsewhere in the checkpoint's own dtype.
+
+    Raises UsageError for a gate without a reference, and InputError for data that cannot be used and for models with
+    different tokenizers.
     """
     meter = meter or SilentMeter()
     limits = {"max_loss_increase": max_loss_increase, "max_kl": max_kl, "min_agreement": min_agreement}
     check_limits(limits, has_reference=reference is not None)
-    options: dict[str, Any] = {
-        "dtype": _dtype(dtype),
-        "device": pick_device(device),
-        "batch_size": batch_size,
-        "budget": None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
-        "meter": meter,
-    }
+    settings = _Settings(
+        _dtype(dtype), pick_device(device), batch_size,
+        budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
+        flows=1 if reference is None else 2, meter=meter,
+    )  # fmt: skip
     models = [open_model(path) for path in (model_path, reference) if path is not None]
-    if len(models) == 2 and not same_tokenizer(models[0].checkpoint.path, models[1].checkpoint.path):
-        raise InputError(
-            "the model and its reference have different tokenizers: their losses cannot be compared",
-            hint="Compare with a model that has the same tokenizer.json.",
-        )
+    _check_tokenizers(models)
     length = min(sequence_length(model, seq_len, default=EVALUATE_SEQ_LEN) for model in models)
     meter.note("reading the data")
     read = load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
     start_meter(meter, *models)
     began = time.monotonic()
-    layers: list[dict[str, Any]] = []
+    layers: list[Load] = []
     problem: NotFiniteError | None = None
     rate = memory = None
-    options["flows"] = len(models)
     try:
-        stream = _pass(models[0], read.windows, options, loads=layers)
+        stream = _pass(models[0], read.windows, settings, loads=layers)
         memory = stream.placement
         seconds = time.monotonic() - began
-        other = _pass(models[1], read.windows, options, loads=[]) if len(models) == 2 else None
+        other = _pass(models[1], read.windows, settings, loads=[]) if len(models) == 2 else None
         meter.note("computing the losses")
         scores, tail_seconds = _score(stream, other, read.source, len(read.sources))
         rate = read.tokens / (seconds + tail_seconds)
         problem = _tail_problem(models, scores, dtype=stream.dtype)
     except NotFiniteError as error:
         scores, problem = _unknown(read), error
-    result = _result(scores, [s.name for s in read.sources], compared=len(models) == 2)
-    gates = judge(limits, result.pop("figures"))
-    return result | {
+    total = Score()
+    for score in scores:
+        total.add(score)
+    compared, figures = len(models) == 2, _figures(total)
+    gates = judge(limits, figures)
+    loss, reference_loss = total.mean("loss"), total.mean("reference_loss")
+    return {
+        "tokens": total.tokens,
+        "loss": finite(loss),
+        "perplexity": _perplexity(loss),
+        "sources": [_source(s.name, score, compared=compared) for s, score in zip(read.sources, scores)],
+        "reference": {"loss": finite(reference_loss), "perplexity": _perplexity(reference_loss)} if compared else None,
+        "kl": finite(figures["kl"]) if compared else None,
+        "top1_agreement": finite(figures["top1_agreement"]) if compared else None,
         "seq_len": read.seq_len,
-        "memory": memory and memory.to_json(),
+        "memory": None if memory is None else memory.to_json(),
         "tokens_per_second": rate,
         "layers": layers,
         "passed": problem is None and all(gate["passed"] for gate in gates.values()),
@@ -104,30 +124,43 @@ def evaluate(
     }
 
 
+def _check_tokenizers(models: Sequence[Model]) -> None:
+    if len(models) == 2 and not same_tokenizer(models[0].checkpoint.path, models[1].checkpoint.path):
+        raise InputError(
+            "the model and its reference have different tokenizers, so their losses cannot be compared",
+            hint="Pass a --reference that has the same tokenizer.json.",
+        )
+
+
 def _unknown(read: TokenData) -> list[Score]:
-    """Scores of data on which a layer computes NaN: the tokens alone are known."""
+    """The scores of data on which a layer computes NaN: only the numbers of tokens are known."""
     counts = np.bincount(read.source, minlength=len(read.sources)) * (read.seq_len - 1)
     return [Score(int(n), math.nan, math.nan, math.nan) for n in counts]
 
 
 def _tail_problem(models: Sequence[Model], scores: Sequence[Score], *, dtype: torch.dtype) -> NotFiniteError | None:
-    """What made a loss NaN or infinite although every layer was finite: the final norm or the output head."""
+    """The cause of a loss that is NaN or infinite although the outputs of every layer were finite: the final norm or
+    the output head. None where all losses are finite."""
     for model, field in zip(models, ("loss", "reference_loss")):
         if not all(math.isfinite(getattr(score, field)) for score in scores):
             return not_finite(model, None, dtype=dtype)
     return None
 
 
-def _dtype(word: str | None) -> torch.dtype | None:
-    if word is not None and word not in _DTYPES:
-        raise UsageError(f"--dtype {word}: not one of {', '.join(_DTYPES)}")
-    return None if word is None else getattr(torch, word)
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise UsageError(f"--dtype {name}: not one of {', '.join(_DTYPES)}")
+    return None if name is None else _DTYPES[name]
 
 
-def _pass(model: Model, windows: Any, options: dict[str, Any], *, loads: list[dict[str, Any]]) -> LayerStream:
-    """The model passed up to its final hidden states; the routing load of its MoE layers goes to `loads`."""
-    # transformers' own default for experts, so that this measures what a user runs
-    stream = stream_within(model, windows, experts="grouped_mm", what="evaluate", judged=True, **options)
+def _pass(model: Model, windows: np.ndarray, settings: _Settings, *, loads: list[Load]) -> LayerStream:
+    """Run all layers of the model, up to its final hidden states. The routing load of each MoE layer is appended to
+    `loads`."""
+    # grouped_mm is the default of transformers for experts: the loss is that of the code that users run
+    stream = stream_within(
+        model, windows, experts="grouped_mm", what="evaluate", judged=True, flows=settings.flows, dtype=settings.dtype,
+        device=settings.device, batch_size=settings.batch_size, budget=settings.budget, meter=settings.meter,
+    )  # fmt: skip
     for layer in stream.layers():
         if layer.experts is None:
             continue
@@ -139,8 +172,11 @@ def _pass(model: Model, windows: Any, options: dict[str, Any], *, loads: list[di
     return stream
 
 
-def _score(stream: LayerStream, other: LayerStream | None, source: Any, sources: int) -> tuple[list[Score], float]:
-    """A Score per data source, window by window through both tails; and the seconds that the model's own took."""
+def _score(
+    stream: LayerStream, other: LayerStream | None, source: np.ndarray, sources: int
+) -> tuple[list[Score], float]:
+    """(one Score per data source, the seconds that the model's own output head took). `source` int64 [n] is the data
+    source of each window. The logits of the model and of its reference are made window by window."""
     scores = [Score() for _ in range(sources)]
     seconds = 0.0
     theirs: Iterator[tuple[slice, Tensor]] = other.logits() if other else iter(())
@@ -155,38 +191,30 @@ def _score(stream: LayerStream, other: LayerStream | None, source: Any, sources:
         reference = next(theirs)[1][0] if other else None
         if reference is not None and reference.shape != logits[0].shape:
             raise InputError(
-                f"the model predicts {logits.shape[-1]} tokens, its reference {reference.shape[-1]}",
-                hint="Compare with a model of the same vocabulary.",
+                f"the model has a vocabulary of {logits.shape[-1]} tokens, and its reference one of "
+                f"{reference.shape[-1]}",
+                hint="Pass a --reference with the same vocabulary.",
             )
         scores[int(source[rows.start])].add(score_window(stream.windows[rows.start], logits[0], reference))
     return scores, seconds
 
 
-def _result(scores: list[Score], names: list[str], *, compared: bool) -> dict[str, Any]:
-    total = Score()
-    for score in scores:
-        total.add(score)
-    loss, theirs = total.mean("loss"), total.mean("reference_loss")
-    # a most likely token of NaN logits says nothing, so that its agreement is no number either
-    agreement = total.mean("agree") if math.isfinite(loss) and math.isfinite(theirs) else math.nan
-    figures = {"loss_increase": loss - theirs, "kl": total.mean("kl"), "top1_agreement": agreement}
-    sources = []
-    for name, score in zip(names, scores):
-        row = {"name": name, "tokens": score.tokens, "loss": finite(score.mean("loss"))}
-        if compared:
-            row |= {"reference_loss": finite(score.mean("reference_loss")), "kl": finite(score.mean("kl"))}
-        sources.append(row)
-    return {
-        "tokens": total.tokens,
-        "loss": finite(loss),
-        "perplexity": _perplexity(loss),
-        "sources": sources,
-        "reference": {"loss": finite(theirs), "perplexity": _perplexity(theirs)} if compared else None,
-        "kl": finite(figures["kl"]) if compared else None,
-        "top1_agreement": finite(figures["top1_agreement"]) if compared else None,
-        "figures": figures,
-    }
+def _figures(total: Score) -> dict[str, float]:
+    """The figures that the gates limit."""
+    loss, reference_loss = total.mean("loss"), total.mean("reference_loss")
+    # The most likely token of NaN logits has no meaning, so that the agreement is NaN as well.
+    agreement = total.mean("agree") if math.isfinite(loss) and math.isfinite(reference_loss) else math.nan
+    return {"loss_increase": loss - reference_loss, "kl": total.mean("kl"), "top1_agreement": agreement}
+
+
+def _source(name: str, score: Score, *, compared: bool) -> SourceLoss:
+    row: SourceLoss = {"name": name, "tokens": score.tokens, "loss": finite(score.mean("loss"))}
+    if compared:
+        row["reference_loss"] = finite(score.mean("reference_loss"))
+        row["kl"] = finite(score.mean("kl"))
+    return row
 
 
 def _perplexity(loss: float) -> float | None:
+    """exp(loss); None where a float cannot hold it, and for NaN."""
     return math.exp(loss) if loss < 700 else None

@@ -12,7 +12,8 @@ _CHUNK_BYTES = 1 << 25  # float32 log-probabilities held at a time
 
 @dataclass
 class Score:
-    """Sums over predicted tokens; `kl` is KL(reference || model), `agree` counts equal most likely tokens."""
+    """Sums over the predicted tokens, in nats. `kl` is KL(reference || model); `agree` counts the positions where both
+    models have the same most likely token."""
 
     tokens: int = 0
     loss: float = 0.0
@@ -25,14 +26,14 @@ class Score:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def mean(self, field: str) -> float:
-        """A sum per predicted token; NaN without tokens."""
+        """The mean of a sum over the predicted tokens; NaN where there are none."""
         return getattr(self, field) / self.tokens if self.tokens else float("nan")
 
 
 @torch.no_grad()
 def score_window(ids: Tensor, logits: Tensor, reference: Tensor | None = None) -> Score:
     """Score one window: `ids` int64 [S], `logits` and `reference` [S, V]. Each of the first S - 1 positions predicts
-    the next token; the last one predicts nothing that is known."""
+    the token after it; what the last position predicts is not in the window, so it is not scored."""
     score = Score(tokens=len(ids) - 1)
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))
     for start in range(0, score.tokens, step):

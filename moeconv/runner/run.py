@@ -26,7 +26,7 @@ from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
-from moeconv.stream.need import Need, Workload
+from moeconv.stream.need import Need, Workload, WorkloadFields
 from moeconv.units import human_bytes
 
 
@@ -101,7 +101,7 @@ def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> dict[s
     return {"memory": memory | {"tokens": run.tokens}, "warnings": [text] if need.least > limit else []}
 
 
-def run_on_data(model: Model, measure: MeasureOptions, asks: Mapping[str, Any]) -> Workload:
+def run_on_data(model: Model, measure: MeasureOptions, asks: WorkloadFields) -> Workload:
     """What a step that measures runs, where the data fills the tokens that are asked for; `asks` are its fields."""
     length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     return Workload(measure.tokens or TOKENS, length, measure.batch_size, **asks)

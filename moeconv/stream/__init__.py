@@ -1,1 +1,1 @@
-"""The layer stream: a checkpoint of any size, run a decoder layer at a time by the stock modules."""
+"""The layer stream: runs a checkpoint of any size layer by layer, with the stock modules of transformers."""

@@ -1,10 +1,9 @@
-"""Experts of a stock experts module, whatever its layout and place: their outputs, activations and down projections."""
+"""The outputs, activations and down projections of the experts of a stock module, in any layout and storage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from moeconv.stream.stored import class_forward, stored_in
 
 
 def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
-    """Output [n, H] of one expert for `hidden` [n, H], through the stock experts' `forward`, whatever its layout."""
+    """The output [n, H] of one expert for `hidden` [n, H], from the stock module's `forward`. `like` is a tensor of the
+    dtype that the module expects of its weights."""
     index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
     ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
     return forward(hidden, index, ones).reshape(hidden.shape)
@@ -25,8 +25,9 @@ def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, l
 def pair_outputs(
     experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, unweighted outputs [m, H]) for the pairs of `token` int64 [n], a row of `hidden` [T, H], and `expert`
-    int64 [n], which must ascend: blocks in order. `dtype` is that of the weights that the module takes."""
+    """Yield (rows, unweighted outputs [m, H]) for (token, expert) pairs, block by block in their order. `token` int64
+    [n] are rows of `hidden` [T, H]; `expert` int64 [n] must be in ascending order. `dtype` is the dtype of the routing
+    weights that the module expects."""
     step = PAIR_ROWS if stored_in(experts) is None else GROUP_ROWS
     for module, first, rows in _modules(experts, expert):
         forward = class_forward(module)
@@ -38,7 +39,8 @@ def pair_outputs(
 
 
 def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, int, slice]]:
-    """(module, its first expert, the rows of `expert` that are its) that hold weights in the computation's dtype."""
+    """Yield (module, its first expert, the rows of `expert` that belong to it): modules whose weights are in the dtype
+    of the computation."""
     stored = stored_in(experts)
     if stored is None:
         yield experts, 0, slice(0, len(expert))
@@ -48,33 +50,36 @@ def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, in
 
 
 def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """What an expert's down projection reads, [n, I], and the expert's output [n, H], for `hidden` [n, H]."""
+    """(the input [n, I] of an expert's down projection, the expert's output [n, H]) for `hidden` [n, H].
+
+    Raises InputError where the last product of the stock code is not the one with the down projection.
+    """
     module, at = _alone(experts, expert)
     last: Tensor | None = None
 
-    def seen(factors: Sequence[Any], product: Tensor) -> Tensor:
+    def keep_input(factors: Sequence[object], product: Tensor) -> Tensor:
         nonlocal last
-        last = factors[0]
+        last = factors[0] if isinstance(factors[0], Tensor) else None
         return product
 
-    with OnProducts(seen):
+    with OnProducts(keep_input):
         output = one_expert(class_forward(module), hidden, at)
     width = _down(module, at).shape[1]
     if last is None or last.shape != (len(hidden), width):
         raise InputError(
-            "the experts of this family are not computed as a product with down_proj at the end",
+            "the experts of this family do not end in a product with down_proj, so that its input cannot be read",
             hint="Leave out --refit and --merge.",
         )
     return last.detach(), output
 
 
 def down_projection(experts: nn.Module, expert: int) -> Tensor:
-    """A copy of an expert's down projection, [H, I]. Raises InputError where the class of transformers has none."""
+    """A copy of an expert's down projection, [H, I]. Raises InputError if the class of transformers has none."""
     return _down(*_alone(experts, expert)).clone()
 
 
 def _alone(experts: nn.Module, expert: int) -> tuple[nn.Module, int]:
-    """A module that holds the weights of an expert, and its number there."""
+    """(a module that holds the weights of an expert, the number of the expert in it)."""
     stored = stored_in(experts)
     return (experts, expert) if stored is None else (stored.module(expert, expert + 1), 0)
 
@@ -83,7 +88,7 @@ def _down(experts: nn.Module, expert: int) -> Tensor:
     """A view [H, I]."""
     if not hasattr(experts, "down_proj"):
         raise InputError(
-            f"{type(experts).__name__} of transformers keeps no down_proj of its experts, which this computes with",
+            f"the class {type(experts).__name__} of transformers has no down_proj, which a refit or a merge changes",
             hint="Leave out --refit and --merge.",
         )
     down = experts.down_proj[expert]  # type: ignore[index]
@@ -92,7 +97,7 @@ def _down(experts: nn.Module, expert: int) -> Tensor:
 
 @contextmanager
 def with_down(experts: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside the block the experts' down projections are the given [H, I] ones."""
+    """Inside the block, the down projections of these experts are replaced by the given ones, {expert: [H, I]}."""
     stored = stored_in(experts)
     if stored is not None:
         before = stored.down

@@ -1,19 +1,22 @@
-"""Looking into the stock forward: what layers are called with, and what their parts take and give."""
+"""Hooks into the stock forward pass: the arguments of the layers, and the inputs and outputs of their parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from torch import Tensor, nn
 
-Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]  # (args, kwargs) per layer, without the hidden states
+Arguments = tuple[tuple[object, ...], dict[str, object]]  # (args, kwargs) of one layer, without the hidden states
+Calls = list[Arguments]  # one entry per layer
 
 
 @contextmanager
-def replaced(layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]):
-    """Inside the block every layer's forward is `forward(index, hidden, args, kwargs)`."""
+def replaced(
+    layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[object, ...], dict[str, object]], Tensor]
+) -> Iterator[None]:
+    """Inside the block, the forward of every layer is `forward(index, hidden, args, kwargs)`. It is set on the layer's
+    object, where it hides the method of the class, and removed afterwards."""
     for index, layer in enumerate(layers):
         layer.forward = lambda hidden, *args, _index=index, **kwargs: forward(_index, hidden, args, kwargs)
     try:
@@ -23,74 +26,78 @@ def replaced(layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[Any, .
             del layer.forward
 
 
-class _Enough(Exception):
-    """The last layer has been called: what comes behind it is not needed."""
+class _AllLayersCalled(Exception):
+    """Ends a forward pass after the last layer was called: nothing behind the layers has to be computed."""
 
 
 def record_calls(decoder: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Calls]:
-    """Run the stock decoder over ids [b, S] without its layers. Returns the first layer's inputs [b, S, H], and what
-    every layer is called with beside them."""
+    """Run the stock decoder over ids [b, S] without computing its layers. Returns the first layer's inputs [b, S, H]
+    and the other arguments of every layer (masks, positions, rotary embeddings), which the stock code makes itself."""
     first: list[Tensor] = []
     calls: Calls = []
 
-    def record(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(index: int, hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
         first.append(hidden)
         calls.append((args, kwargs))
         if index + 1 == len(layers):
-            raise _Enough
+            raise _AllLayersCalled
         return hidden
 
     with replaced(layers, record):
-        with suppress(_Enough):
+        with suppress(_AllLayersCalled):
             decoder(input_ids=ids, use_cache=False)
     return first[0], calls
 
 
 def distinct_tensors(calls: Calls) -> list[Tensor]:
-    """The different tensors among the arguments, in order; layers share most of them."""
+    """The distinct tensors among the arguments, in order. Layers share most of them."""
     found: dict[int, Tensor] = {}
 
-    def look(value: Any) -> None:
+    def collect(value: object) -> None:
         if isinstance(value, Tensor):
             found.setdefault(id(value), value)
         elif isinstance(value, (tuple, list)):
             for part in value:
-                look(part)
+                collect(part)
         elif isinstance(value, dict):
-            look(list(value.values()))
+            collect(list(value.values()))
 
-    look(calls)
+    collect(calls)
     return list(found.values())
 
 
 @contextmanager
 def captured(
     norm: nn.Module | None, ffn: nn.Module, router: nn.Module | None, experts: nn.Module | None, *, on_input: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Hooks on the modules of one layer; the block's value holds a Batch's fields after a forward pass in it.
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks on the modules of one layer. After a forward pass in the block, the dictionary that it yields holds the
+    tensors of a `layers.Batch` by their field.
 
-    `on_input` is the top-k of a router whose weights multiply the experts' inputs: it returns (weights [T, E], 0 where
-    an expert is not chosen, logits), and its experts are called with neither."""
-    seen: dict[str, Any] = {}
+    `on_input` is the top-k of a router whose weights multiply the experts' inputs. Such a router returns (weights
+    [T, E], which are 0 where an expert is not chosen, logits), and its experts are called with neither. It is 0 for all
+    other routers."""
+    seen: dict[str, Tensor] = {}
 
-    def flat(value: Any) -> Tensor:
+    def flat(value: object) -> Tensor:
         tensor = value[0] if isinstance(value, tuple) else value
+        assert isinstance(tensor, Tensor)
         return tensor.reshape(-1, tensor.shape[-1])
 
-    def on_norm(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_norm(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         seen.setdefault("residual", flat(args or tuple(kwargs.values())))
 
-    def on_ffn(_module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def on_ffn(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
         seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
-        seen.setdefault("residual", seen["ffn_input"])  # families that normalise behind the FFN
+        seen.setdefault("residual", seen["ffn_input"])  # for families whose norm is behind the FFN
 
-    def on_router(_module: nn.Module, _args: Any, out: Any) -> None:
+    def on_router(_module: nn.Module, _args: object, out: object) -> None:
         if on_input:
             seen["top_k_weights"], seen["top_k_index"] = flat(out).topk(on_input, dim=-1)
+            assert isinstance(out, tuple)
             out = out[1]
         seen["router_logits"] = flat(out)
 
-    def on_experts(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def on_experts(_module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
 
     handles = [ffn.register_forward_hook(on_ffn, with_kwargs=True)]

@@ -1,7 +1,7 @@
-"""The layer stream: run a checkpoint of any size a decoder layer at a time, one layer's weights in memory.
+"""The layer stream: runs a checkpoint of any size layer by layer, with the weights of one decoder layer in memory.
 
-Masks, rotary embeddings and layer types come from the stock forward itself: it runs once over layers that only write
-down what they are called with. While a layer computes, the system is told to bring the next one's bytes into its cache.
+Masks, rotary embeddings and layer types come from the stock forward itself: it runs once over layers that only record
+their arguments. While a layer computes, the system is asked to read the bytes of the next one into its cache.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
@@ -21,9 +21,9 @@ from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.memory import lean_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
-from moeconv.stream.hooks import Calls, captured, distinct_tensors, record_calls, replaced
+from moeconv.stream.hooks import Arguments, Calls, captured, distinct_tensors, record_calls, replaced
 from moeconv.stream.memory import MAPPED, allocate, release_memory
-from moeconv.stream.need import MemoryPlacement, Need, Workload, need_of, noted_placement, together
+from moeconv.stream.need import MemoryPlacement, Need, Workload, WorkloadFields, need_of, noted_placement, together
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import Names, names_of, place
 from moeconv.tensors import decode_weight, plain_name, plain_names
@@ -31,12 +31,12 @@ from moeconv.tensors import decode_weight, plain_name, plain_names
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One forward pass of one layer over windows `rows`; b windows of S tokens, T = b * S tokens.
+    """One forward pass of one layer over the windows `rows`: b windows of S tokens, T = b * S tokens in all.
 
-    `inputs`, `outputs` [b, S, H] are the residual stream in front of the layer and behind it; `residual` [T, H] is what
-    the norm in front of the FFN reads (the FFN itself, in families without a norm there); `ffn_input`, `ffn_output`
-    [T, H] are what the FFN block (shared expert included) takes and gives. MoE layers: `router_logits` [T, E],
-    `top_k_index` int64 [T, k], `top_k_weights` [T, k], the weights that the model really gives to its experts.
+    `inputs` and `outputs` [b, S, H] are the residual stream before and after the layer. `residual` [T, H] is the input
+    of the norm before the FFN (or of the FFN, in families without such a norm). `ffn_input` and `ffn_output` [T, H] are
+    the input and output of the FFN block, including a shared expert. Only of MoE layers: `router_logits` [T, E],
+    `top_k_index` int64 [T, k], and `top_k_weights` [T, k], the weights that the model really gives its experts.
     """
 
     rows: slice
@@ -52,10 +52,10 @@ class Batch:
 
 @dataclass(eq=False)
 class Layer:
-    """A decoder layer with its weights in place. `router` and `experts` are None in a dense layer.
+    """A decoder layer with its weights loaded. `router` and `experts` are None in a dense layer.
 
-    `norm` is the one in front of the FFN, None where the family has none there. `experts(x [T, H], top_k_index [T, k],
-    top_k_weights [T, k])` is the stock experts module: `experts(x, e, 1)` is expert e's output in any family.
+    `norm` is the norm before the FFN, None in families without one there. `experts(x [T, H], top_k_index [T, k],
+    top_k_weights [T, k])` is the stock experts module: in every family `experts(x, e, 1)` is the output of expert e.
     """
 
     index: int
@@ -69,33 +69,38 @@ class Layer:
     _halfway: bool = False
 
     def run(self, hidden: Tensor) -> Tensor:
-        """The layer's output for inputs [b, S, H] of the stream's batch sizes; follows the caller's grad mode."""
+        """The layer's output [b, S, H] for inputs [b, S, H], where b is a batch size of the stream. Gradients are
+        recorded if the caller has them enabled."""
         args, kwargs = self._stream.arguments(len(hidden), self.index)
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     @property
     def biases(self) -> list[Tensor]:
-        """What the router adds to its scores beside its weight: tensors [E] or [1, E] in their places."""
+        """The tensors [E] or [1, E] that the router adds to its scores for the choice. They share memory with the
+        model."""
         state = self._stream.skeleton.module.state_dict(keep_vars=True)
         return [state[self._stream.skeleton.place(name)].detach() for name in self._stream.router_extras(self.index)]
 
     @property
     def scale(self) -> Tensor | None:
-        """What each expert's weight is multiplied by behind the rule [E], in families that do."""
+        """The factors [E] by which each expert's routing weight is multiplied; None in families without them."""
         family, skeleton = self._stream.model.family, self._stream.skeleton
         if not family.has("router.scale"):
             return None
         return skeleton.module.get_parameter(skeleton.place(family.name("router.scale", layer=self.index))).detach()
 
     def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
-        """Workload the layer over all windows. `advance` makes the outputs the next layer's inputs as the batches are
-        consumed, and is possible once and to the end; without it the pass can be repeated. With `hidden` [n, S, H] the
-        inputs are read from there and the outputs go there, and the stream itself stays where it is. Raises
-        NotFiniteError where the layer makes NaN or infinity."""
+        """Run the layer over all windows, batch by batch.
+
+        With `advance`, the outputs become the inputs of the next layer as the batches are consumed. Such a pass is
+        possible once and must be consumed to the end; a pass without `advance` can be repeated. With `hidden` [n, S,
+        H], the inputs are read from there and (with `advance`) the outputs are written there, and the stream itself
+        does not advance. Raises NotFiniteError if the layer computes NaN or infinity.
+        """
         own = hidden is None
         if own and (self.advanced or self._halfway):
-            raise ValueError(f"layer {self.index} has been passed already")
+            raise ValueError(f"layer {self.index} has already been run, and its inputs are overwritten")
         self._halfway = advance if own else self._halfway
         flow = self._stream.hidden if hidden is None else hidden
         for rows in self._stream.rows():
@@ -109,31 +114,36 @@ class Layer:
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 flow[rows].copy_(outputs)
-            del inputs, outputs, seen  # where the caller lets go too, before the next batch is computed
+            del (
+                inputs,
+                outputs,
+                seen,
+            )  # freed before the next batch, if the caller holds no reference
         if own:
             self.advanced, self._halfway = advance, False
 
     def free(self) -> None:
-        """Let go of the weights, all batches being through, before the next layer is asked for."""
+        """Free the weights when all batches were run, before the next layer is requested."""
         self._stream.skeleton.empty(self.module)
         release_memory()
 
-    def pass_on(self) -> None:
-        """Advance without looking."""
+    def run_all(self) -> None:
+        """Run all batches, and use nothing of them."""
         for batch in self.batches():
             del batch
 
 
 class LayerStream:
-    """A model's pass over `windows` int64 [n, S], a layer at a time; holds the activations `hidden` [n, S, H] (on the
-    CPU, in `dtype`) and one layer's weights.
+    """A pass of a model over `windows` int64 [n, S], layer by layer. It holds the activations `hidden` [n, S, H] (on
+    the CPU, in `dtype`) and the weights of one layer.
 
-    Iterate `layers()` once, then `logits()` as often as needed. `dtype` None is float32 on the CPU, elsewhere the
-    checkpoint's own. Activations of more than `max_memory` bytes lie in an unnamed file that is mapped into memory.
-    Unless `held`, a large layer's experts stay on disk and are read whenever they are computed with.
-    `in_place`: experts are ordinary parameters in `dtype`, instead of staying as they are stored.
-    `meter` hears of every layer that is done. Raises InputError for token ids outside the vocabulary or a checkpoint
-    that does not load strictly.
+    Iterate `layers()` once, then `logits()` as often as needed. With `dtype` None, the dtype is float32 on the CPU and
+    the checkpoint's own elsewhere. Activations of more than `max_memory` bytes are in an unnamed file that is mapped
+    into memory. With `held` False, the experts of a large layer stay on disk and are read each time that they are
+    computed. With `in_place`, the experts are ordinary parameters in `dtype`; otherwise they stay as they are stored.
+    `meter` is told of every layer that is done.
+
+    Raises InputError for token ids outside the vocabulary and for a checkpoint that does not load strictly.
     """
 
     def __init__(
@@ -169,7 +179,7 @@ class LayerStream:
         self._next_layer = 0
 
     def skip_to(self, layer: int) -> None:
-        """Begin at this layer: the caller has put what goes into it in `hidden`."""
+        """Start at this layer. The caller must have written the inputs of the layer to `hidden`."""
         self._next_layer = layer
 
     def rows(self) -> Iterator[slice]:
@@ -178,9 +188,8 @@ class LayerStream:
             yield slice(start, min(start + self.batch_size, len(self.windows)))
 
     def layers(self) -> Iterator[Layer]:
-        """Every decoder layer in order, its weights in place until the next one is asked for.
-
-        A layer that the consumer did not advance is run then.
+        """Yield every decoder layer in order; its weights stay loaded until the next layer is requested. A layer that
+        the caller did not run with `advance` is run at that point.
         """
         first = self._next_layer
         for index in range(first):
@@ -198,39 +207,40 @@ class LayerStream:
                     pool.submit(self.model.checkpoint.advise, self._stored_names(index + 1))
                 yield layer
                 if not layer.advanced:
-                    layer.pass_on()
+                    layer.run_all()
                 self.skeleton.empty(module)
                 release_memory()
                 self._next_layer = index + 1
                 self._meter.advance(layer_bytes(self.model, index))
                 self._meter.part_done()
 
-    def arguments(self, rows: int, layer: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the stock model gives a layer beside the hidden states of a batch of `rows` windows."""
+    def arguments(self, rows: int, layer: int) -> Arguments:
+        """The arguments (args, kwargs) with which the stock model calls a layer for a batch of `rows` windows, without
+        the hidden states."""
         return self._calls[rows][layer]
 
     def router_extras(self, layer: int) -> list[str]:
-        """Names on disk of what a router adds to its scores for the choice."""
+        """The names on disk of the tensors that a router adds to its scores for the choice."""
         of_layer = ((n, r) for n, r in self.model.roles.items() if r.layer == layer and r.group == "router")
-        # a plain bias is part of the logits already, and a scale has no part in the choice
+        # an ordinary bias is already in the logits, and a scale does not affect the choice
         beside = ("router.weight", "router.bias", "router.scale")
         return [plain_name(name, r) for name, r in of_layer if r.key not in beside]
 
     def run(self) -> LayerStream:
-        """Pass all layers without looking."""
+        """Run all layers."""
         for _ in self.layers():
             pass
         return self
 
     def logits(self, *, batch_size: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, logits [b, S, vocabulary]) of the stock tail: final norm and output embeddings, tied or not."""
+        """Yield (rows, logits [b, S, V]) from the stock final norm and output head, tied or not."""
         return ((rows, logits[0]) for rows, logits in self.tails([self.hidden], batch_size=batch_size))
 
     @torch.no_grad()
     def tails(self, flows: Sequence[Tensor], *, batch_size: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
-        """(rows, the logits that the stock tail gives for each of several final activations [n, S, H])."""
+        """Yield (rows, [logits [b, S, V] per flow]), for several final activations `flows` [n, S, H]."""
         if self._next_layer != self.model.num_layers:
-            raise ValueError("logits need all layers to be passed first")
+            raise ValueError("the logits are known only after all layers were run")
         embedding = self._embedding_names()
         tied = bool(self.skeleton.module.all_tied_weights_keys)
         names = [n for n in self._names[None] if tied or n not in embedding]
@@ -238,7 +248,9 @@ class LayerStream:
         self.skeleton.tie()
         missing = [n for n, p in self.skeleton.module.get_output_embeddings().named_parameters() if p.is_meta]
         if missing:
-            raise InputError("the checkpoint has no output embeddings", hint="A shard is missing.")
+            raise InputError(
+                "the checkpoint has no output embeddings", hint="A shard is missing: copy the checkpoint again."
+            )
         try:
             for start in range(0, len(self.windows), batch_size):
                 rows = slice(start, min(start + batch_size, len(self.windows)))
@@ -257,19 +269,20 @@ class LayerStream:
     def _check_ids(self) -> None:
         size = self.skeleton.module.get_input_embeddings().weight.shape[0]
         if self.windows.ndim != 2 or self.windows.numel() == 0:
-            raise InputError("no tokens to run the model on", hint="Give more text.")
+            raise InputError("there are no tokens to run the model on", hint="Give more text.")
         low, high = int(self.windows.min()), int(self.windows.max())
         if low < 0 or high >= size:
             raise InputError(
                 f"token id {high if high >= size else low} is outside the model's vocabulary of {size}",
-                hint="The tokenizer in the checkpoint's directory belongs to another model.",
+                hint="The tokenizer files belong to another model: copy those of this model into its directory.",
             )
 
     def _stored_names(self, layer: int) -> list[str]:
         return [name for name, role in self.model.roles.items() if role.layer == layer]
 
     def _fill_layer(self, layer: Layer) -> None:
-        """Give a layer its weights: the experts as they are stored, the others as they are computed with."""
+        """Load the weights of a layer: its experts as they are stored, everything else in the dtype of the
+        computation."""
         under, names = self.skeleton.name_of(layer.module) + ".", self._names[layer.index]
         experts = names_of(self.model, layer.index) if layer.experts is not None else None
         if layer.experts is None or experts is None or not self._place(layer.experts, experts):
@@ -292,7 +305,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _embed(self) -> Tensor:
-        """The first layer's inputs [n, S, H]; notes on the way what every layer is called with, per batch size."""
+        """The inputs [n, S, H] of the first layer. Also records the arguments of every layer, for each batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
         self._fill(self._embedding_names(), under=self.skeleton.name_of(embedding) + ".")
         hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self.max_memory)
@@ -300,12 +313,13 @@ class LayerStream:
             ids = self.windows[rows].to(self.device)
             first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids)
             hidden[rows].copy_(first)
-            # Windows are whole, so nothing but the batch's shape decides masks and positions: kept once per shape.
+            # Windows have no padding, so masks and positions depend only on the shape of the batch: keep one per shape.
             kept = self._calls.setdefault(len(first), calls)
             if not all(map(torch.equal, distinct_tensors(kept), distinct_tensors(calls))):
                 raise InputError(
-                    f"{self.model.family.model_type} cannot be streamed: its layers look at the tokens themselves",
-                    hint="This family is not supported by the commands that run a model.",
+                    f"{self.model.family.model_type} cannot be run layer by layer: the "
+                    "arguments of its layers depend on the tokens",
+                    hint="The commands that run a model do not support this family; the others do.",
                 )
         check_finite(self.model, hidden, layer=None)
         self.skeleton.empty(embedding)
@@ -313,7 +327,8 @@ class LayerStream:
         return hidden
 
     def _layer(self, index: int, module: nn.Module) -> Layer:
-        """The modules of a layer, found through the places of its tensors."""
+        """The modules of a layer, found through its tensors: the module that holds a tensor is its owner, in any
+        family."""
         first: dict[str, str] = {}
         for name, role in self.model.roles.items():
             if role.layer == index:
@@ -322,7 +337,7 @@ class LayerStream:
                 )
         norm = self.skeleton.owner(first["norm.ffn"]) if "norm.ffn" in first else None
         if index not in self.model.moe_layers:
-            # a layer without an FFN is looked at as a whole
+            # of a layer without an FFN, the whole layer is observed
             ffn = self.skeleton.parent(self.skeleton.owner(first["ffn"])) if "ffn" in first else module
             return Layer(index, module, norm, ffn, None, None, self)
         router = self.skeleton.owner(first["router.weight"])
@@ -330,14 +345,14 @@ class LayerStream:
         for _ in range(self.model.family.experts.modules_above):
             experts = self.skeleton.parent(experts)
         above = self.skeleton.parent(experts)
-        # experts that are no part of a block of their own are looked at alone
+        # experts that are directly in the layer have no block around them, so they are observed alone
         return Layer(index, module, norm, experts if above is module else above, router, experts, self)
 
 
 def stream_within(
     model: Model, windows: np.ndarray, *, budget: int | None, what: str, meter: Meter, dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu", batch_size: int = 8, experts: str = "eager", beside: Sequence[Need] = (),
-    **asks: Any,
+    **asks: Unpack[WorkloadFields],
 ) -> LayerStream:  # fmt: skip
     """A stream that takes at most `budget` bytes of memory, or without a budget at most what is free. Where the experts
     and the activations do not fit, they stay on the disk; the stream's `placement` says which do.
@@ -366,11 +381,11 @@ def default_dtype(model: Model, device: torch.device) -> torch.dtype:
 
 
 def pick_device(word: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> a device. Raises UsageError for cuda where there is none."""
+    """The device of `auto`, `cpu` or `cuda`. Raises UsageError for `cuda` without such a device."""
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if word == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device", hint="Pass --device cpu.")
+        raise UsageError("--device cuda: torch finds no CUDA device", hint="Pass --device cpu.")
     return torch.device(word)
 
 
@@ -380,6 +395,6 @@ def layer_bytes(model: Model, layer: int) -> int:
 
 
 def start_meter(meter: Meter, *models: Model) -> None:
-    """Announce the layers of every model that will be streamed."""
+    """Announce to the meter the layers of all models that will be run."""
     total = sum(layer_bytes(model, layer) for model in models for layer in range(model.num_layers))
     meter.start(total_bytes=total, parts=sum(model.num_layers for model in models), unit="layer")

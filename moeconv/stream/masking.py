@@ -1,14 +1,13 @@
-"""A stock layer that routes as if experts were gone, and parts of stock experts that no interface gives.
+"""Makes a stock layer route as if some experts had been removed.
 
-The router's logits of dropped experts become minus infinity where the stock router computes them, so that choice,
-groups, normalisation and scaling stay the stock code of any family.
+The logits of removed experts become minus infinity at the place where the stock router computes them, so that the
+choice, groups, normalisation and scaling remain the stock code of every family.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,11 @@ from moeconv.errors import InputError
 from moeconv.stream.products import LINEAR, OnProducts
 
 
-def top_k_places(modules: Iterable[nn.Module], keys: Sequence[str]) -> list[tuple[Any, str]]:
-    """Where the stock code reads its top-k: (object, attribute), the modules' own, else the config that they share."""
-    found: list[tuple[Any, str]] = []
-    configs: dict[int, Any] = {}
+def top_k_places(modules: Iterable[nn.Module], keys: Sequence[str]) -> list[tuple[object, str]]:
+    """The places where the stock code reads its top-k, as (object, attribute): attributes of the modules themselves, or
+    of the config that they share where no module has one."""
+    found: list[tuple[object, str]] = []
+    configs: dict[int, object] = {}
     for module in modules:
         if type(getattr(module, "top_k", None)) is int:
             found.append((module, "top_k"))
@@ -40,10 +40,11 @@ def routed_to(
     top_k: int | None = None,
     top_k_keys: Sequence[str] = (),
 ) -> Iterator[None]:
-    """Inside the block the router chooses among the `kept` experts alone, and `top_k` of them where that is given.
-    `top_k_keys` are the config keys that say it, for routers that keep no number of their own.
+    """Inside the block, the router chooses only among the `kept` experts, and `top_k` of them if that is given.
+    `top_k_keys` are the config keys that hold the top-k, for routers that have no attribute of their own.
 
-    `biases` are the tensors [E] or [1, E] that the choice is corrected by: a dropped expert's entry must not win.
+    `biases` are the tensors [E] or [1, E] that are added to the scores for the choice. Their entries of removed experts
+    become minus infinity too, because a large bias would otherwise outweigh the masked score.
     """
     gone = torch.ones(num_experts, dtype=torch.bool, device=router.weight.device)  # type: ignore[arg-type]
     gone[list(kept)] = False
@@ -52,10 +53,10 @@ def routed_to(
     counts = top_k_places(ffn.modules(), top_k_keys) if top_k is not None else []
     before = [getattr(at, name) for at, name in counts]
 
-    def masked(_given: Sequence[Any], logits: Tensor) -> Tensor:
+    def masked(_arguments: Sequence[object], logits: Tensor) -> Tensor:
         return logits.masked_fill(gone, -torch.inf) if logits.shape[-1] == len(gone) else logits
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         with OnProducts(masked, functions=LINEAR):
             return stock(*args, **kwargs)
 
@@ -78,10 +79,11 @@ def routed_to(
 
 
 def check_routed(index: Tensor, weights: Tensor, kept: Sequence[int], *, top_k: int | None, layer: int) -> None:
-    """Raises InputError unless only `kept` experts got weight, and `top_k` slots were filled where that is given."""
+    """Raises InputError unless only `kept` experts have a weight, and each token has `top_k` experts if that is
+    given."""
     allowed = torch.isin(index, torch.tensor(list(kept), device=index.device))
     if not bool((allowed | (weights == 0)).all()) or (top_k is not None and index.shape[-1] != top_k):
         raise InputError(
-            f"the router of layer {layer} cannot be run without experts: its stock code chose one that is left out",
-            hint="Criteria that read statistics alone do not need it: leave out --refit, --curve and gates.",
+            f"the stock router of layer {layer} cannot be run as if experts were removed: it chose a removed expert",
+            hint="Leave out --refit, --curve and the gates; criteria that only read statistics work without this.",
         )

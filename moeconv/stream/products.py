@@ -1,9 +1,8 @@
-"""Matrix products inside stock code, seen and changed from outside: what no interface of transformers gives."""
+"""Observes and replaces matrix products inside stock code, for which transformers has no interface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +13,24 @@ PRODUCTS = (*LINEAR, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__
 
 
 class OnProducts(TorchFunctionMode):
-    """Inside the block `seen(arguments, product)` is called for every product that one of `functions` computes, and
-    what it returns takes the product's place."""
+    """Inside the block, `on_product(arguments, product)` is called for every product that one of `functions` computes.
+    The tensor that it returns replaces the product."""
 
     def __init__(
-        self, seen: Callable[[Sequence[Any], Tensor], Tensor], *, functions: Sequence[Callable[..., Any]] = PRODUCTS
+        self,
+        on_product: Callable[[Sequence[object], Tensor], Tensor],
+        *,
+        functions: Sequence[Callable[..., Tensor]] = PRODUCTS,
     ) -> None:
         super().__init__()
-        self._seen, self._functions = seen, functions
+        self._on_product, self._functions = on_product, functions
 
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        _types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
-        return self._seen(args, out) if func in self._functions else out
+        return self._on_product(args, out) if func in self._functions and isinstance(out, Tensor) else out

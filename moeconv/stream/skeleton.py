@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
-from moeconv.stream.quiet import quiet
+from moeconv.stream.silence import transformers_silenced
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -47,13 +47,13 @@ class Skeleton:
         self, model: Model, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: str = "eager"
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
-        with quiet():
+        with transformers_silenced():
             self.module = _build(model, dtype, experts)
             self._mapping = _mapping(self.module)
         decoder = self.module.get_decoder()
         if not _has_list(decoder):  # llama4's class names another prefix than it has
             decoder = next((m for m in decoder.children() if _has_list(m)), decoder)
-        with quiet():  # of what is beside the language model nothing runs
+        with transformers_silenced():  # of what is beside the language model nothing runs
             _fill_buffers(self.module, decoder if model.family.multimodal.beside else self.module, self.device)
         lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
         if len(lists) != 1:
@@ -107,7 +107,7 @@ class Skeleton:
             device_map={"": device or self.device},
             weight_mapping=self._mapping,
         )
-        with quiet(), torch.no_grad():
+        with transformers_silenced(), torch.no_grad():
             info, _ = convert_and_load_state_dict_in_model(self.module, dict(tensors), config)
         broken = sorted(set(info.conversion_errors))
         mismatched = sorted({str(m[0]) for m in info.mismatched_keys})
@@ -180,7 +180,7 @@ class Skeleton:
     def tie(self) -> None:
         """Tie output and input embeddings as the config says, from whichever of the two is filled."""
         missing = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.is_meta}
-        with quiet():
+        with transformers_silenced():
             self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
 
     @staticmethod

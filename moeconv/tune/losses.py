@@ -6,13 +6,13 @@ Logits are made a few rows at a time, so that a large vocabulary never stands in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
 from moeconv.calibrate.routing import LoadCounter
+from moeconv.contract import Load
 from moeconv.families.records import Routing
 from moeconv.tune.routing import Routed
 from moeconv.world import summed
@@ -135,6 +135,6 @@ class RoutingLoad:
         share = torch.from_numpy(self._counter.counts / self._counter.counts.sum())
         return float(len(share) * (share * self._probability / self._counter.tokens).sum())
 
-    def to_json(self) -> dict[str, Any]:
-        """layer, load, entropy, max_over_mean, dead: the words of the JSON contract."""
+    def to_json(self) -> Load:
+        """{layer, load, entropy, max_over_mean, dead}, as the JSON contract names them."""
         return self._counter.result()

@@ -15,7 +15,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.families.widths import why_not
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.layers import LayerStream
-from moeconv.stream.quiet import quiet
+from moeconv.stream.silence import transformers_silenced
 
 TOKENS = 16
 
@@ -43,7 +43,7 @@ def loaded_problem(checkpoint: Checkpoint, module: Any) -> str | None:
     except InputError as error:
         return error.message
     try:
-        with quiet(), torch.no_grad():
+        with transformers_silenced(), torch.no_grad():
             logits = module.eval()(torch.tensor([_ids(model)]), use_cache=False).logits
         return None if bool(torch.isfinite(logits).all()) else "the logits are NaN or infinite"
     except Exception as error:

@@ -12,7 +12,7 @@ from moeconv.errors import escape, first_line
 from moeconv.families.find import find_family
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
-from moeconv.stream.quiet import quiet
+from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
 from moeconv.tensors import decode_weight, plain_names
 from moeconv.verify.default_run import loaded_problem
@@ -32,7 +32,7 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if isinstance(quantization, dict) and "moeconv" in quantization:
             import moeconv.hf  # noqa: F401  (registers the quantizer)
-        with quiet():
+        with transformers_silenced():
             module, info = auto_class(find_family(checkpoint.config)).from_pretrained(
                 str(checkpoint.path),
                 dtype="auto",

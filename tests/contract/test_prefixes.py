@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
-from moeconv.stream.quiet import quiet
+from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import auto_class
 from tests.contract.stock import MOE_CASES, save_stock
 
@@ -47,7 +47,7 @@ def test_taken_where_transformers_takes_them(tmp_path: Path, case: str, base: st
     (tmp_path / "m" / "model.safetensors.index.json").unlink(missing_ok=True)
     named = {CHANGES[how](name, base): tensor for name, tensor in tensors.items()}
     save_file(named, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
-    with quiet():
+    with transformers_silenced():
         _, info = auto_class(family).from_pretrained(tmp_path / "m", output_loading_info=True)
     theirs = not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
     try:

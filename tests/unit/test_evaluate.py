@@ -160,7 +160,7 @@ def test_nan_fails_every_gate(tmp_path: Path, paths: list[str]) -> None:
 
 def test_wrong_usage_is_told_before_anything_runs(tmp_path: Path, paths: list[str]) -> None:
     for gate in ({"max_kl": 0.1}, {"max_loss_increase": 0.1}, {"min_agreement": 0.9}):
-        with pytest.raises(UsageError, match="compares with a reference"):
+        with pytest.raises(UsageError, match="needs a reference model"):
             evaluate(tmp_path / "no-model", data=paths, **gate)
     for gate in ({"max_kl": math.nan}, {"max_loss_increase": math.inf}, {"min_agreement": 90.0}):
         with pytest.raises(UsageError, match="expected"):
@@ -180,7 +180,7 @@ def test_models_that_cannot_be_compared(tmp_path: Path, paths: list[str]) -> Non
     with pytest.raises(InputError, match="different tokenizers"):
         evaluate(path, data=paths, reference=other, seq_len=SEQ_LEN)
     wider = make(tmp_path / "wider", vocab=80)
-    with pytest.raises(InputError, match="predicts 64 tokens, its reference 80"):
+    with pytest.raises(InputError, match="a vocabulary of 64 tokens, and its reference one of 80"):
         evaluate(path, data=paths, reference=wider, seq_len=SEQ_LEN)
 
 

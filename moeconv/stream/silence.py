@@ -1,4 +1,4 @@
-"""Keep transformers' progress bars and advice off the terminal: standard error belongs to our own progress."""
+"""Keeps the progress bars and the advice of transformers off the terminal: standard error is for our own progress."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """transformers says nothing inside the block; its settings are put back afterwards."""
+def transformers_silenced() -> Iterator[None]:
+    """Inside the block, transformers prints nothing. Its settings are restored afterwards."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -31,7 +31,8 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.randomness import generator
-from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
 
 KIND = "neurons"
 VERSION = 1

@@ -20,7 +20,7 @@ from moeconv.errors import InputError
 from moeconv.families.rule import Rule
 from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
-from moeconv.stream.layers import Batch, Layer
+from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.memory import release_memory
 from moeconv.stream.stored import stored_in
 from moeconv.world import summed

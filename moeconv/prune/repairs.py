@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from moeconv.data.windows import TokenData
-    from moeconv.stream.layers import Layer
+    from moeconv.stream.layer import Layer
 
 REPAIRS = ("refit", "sequential", "merge", "distill")
 

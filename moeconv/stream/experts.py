@@ -57,9 +57,9 @@ def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor
     module, at = _alone(experts, expert)
     last: Tensor | None = None
 
-    def keep_input(factors: Sequence[object], product: Tensor) -> Tensor:
+    def keep_input(factors: Sequence[Tensor], product: Tensor) -> Tensor:
         nonlocal last
-        last = factors[0] if isinstance(factors[0], Tensor) else None
+        last = factors[0]
         return product
 
     with OnProducts(keep_input):

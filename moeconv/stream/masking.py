@@ -53,7 +53,7 @@ def routed_to(
     counts = top_k_places(ffn.modules(), top_k_keys) if top_k is not None else []
     before = [getattr(at, name) for at, name in counts]
 
-    def masked(_arguments: Sequence[object], logits: Tensor) -> Tensor:
+    def masked(_arguments: Sequence[Tensor], logits: Tensor) -> Tensor:
         return logits.masked_fill(gone, -torch.inf) if logits.shape[-1] == len(gone) else logits
 
     def forward(*args: object, **kwargs: object) -> object:

@@ -18,7 +18,7 @@ class OnProducts(TorchFunctionMode):
 
     def __init__(
         self,
-        on_product: Callable[[Sequence[object], Tensor], Tensor],
+        on_product: Callable[[Sequence[Tensor], Tensor], Tensor],
         *,
         functions: Sequence[Callable[..., Tensor]] = PRODUCTS,
     ) -> None:
@@ -29,7 +29,7 @@ class OnProducts(TorchFunctionMode):
         self,
         func: Callable[..., object],
         _types: object,
-        args: Sequence[object] = (),
+        args: Sequence[Tensor] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         out = func(*args, **(kwargs or {}))

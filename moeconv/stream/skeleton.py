@@ -1,21 +1,23 @@
-"""The stock transformers class of a checkpoint on the meta device, and filling or emptying parts of it.
+"""The stock transformers model of a checkpoint on the meta device, and loading and freeing of its parts.
 
-transformers' own converter puts tensors in place (it renames, stacks experts, fuses gate and up), so nothing here knows
-a family. It uses interfaces that transformers calls internal: pyproject.toml pins the version, tests load each family.
+The converter of transformers itself loads the tensors (it renames them, stacks experts, fuses gate and up), so nothing
+here depends on a family. This uses interfaces that transformers calls internal: pyproject.toml pins the version, and
+tests load each family.
 """
 
 from __future__ import annotations
 
 import os
 
-# oneDNN keeps packed weights per shape; without a limit that is a second copy of the layers. Read at its first use.
+# oneDNN caches packed weights per shape; without a limit the cache is a second copy of the layers. It reads this
+# variable at its first use, so that it must be set before torch is imported.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,13 @@ from moeconv.stream.silence import transformers_silenced
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+# A model of transformers, or a class of it: the interfaces used here are internal and have no types.
+Stock: TypeAlias = Any
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """What transformers said of tensors that it was given: names in memory, but `unexpected` as on disk."""
+    """What transformers reported on the tensors that it loaded, by their names in memory (`unexpected`: on disk)."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -39,9 +44,8 @@ class Loaded:
 
 
 class Skeleton:
-    """A stock model without weights. `module` is what the Auto class of the family makes, `layers` its decoder layers.
-
-    Of a multimodal model the language model alone is filled and run, by the stock forward without images."""
+    """A stock model without weights. `module` is the model that the family's Auto class makes, `layers` its decoder
+    layers. Of a multimodal model only the language model is loaded and run, by the stock forward without images."""
 
     def __init__(
         self, model: Model, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: str = "eager"
@@ -51,9 +55,9 @@ class Skeleton:
             self.module = _build(model, dtype, experts)
             self._mapping = _mapping(self.module)
         decoder = self.module.get_decoder()
-        if not _has_list(decoder):  # llama4's class names another prefix than it has
+        if not _has_list(decoder):  # the class of llama4 names a prefix that its model does not have
             decoder = next((m for m in decoder.children() if _has_list(m)), decoder)
-        with transformers_silenced():  # of what is beside the language model nothing runs
+        with transformers_silenced():  # the parts beside the language model do not run, so they need no buffers
             _fill_buffers(self.module, decoder if model.family.multimodal.beside else self.module, self.device)
         lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.num_layers]
         if len(lists) != 1:
@@ -67,18 +71,18 @@ class Skeleton:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """Names and shapes of every parameter and persistent buffer, in memory."""
+        """Every parameter and persistent buffer by its name in memory; tensors on the meta device, for their shapes."""
         return dict(self.module.state_dict())
 
     def name_of(self, module: nn.Module) -> str:
         return self._names[id(module)]
 
     def place(self, name: str) -> str:
-        """The name in memory of the parameter that takes (a part of) tensor `name` of the disk."""
+        """The name in memory of the parameter that (a part of) the tensor `name` on disk is loaded into."""
         return self._renamed(name)[0]
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        """Where a tensor of the disk goes, and the pattern of the conversion that takes it there."""
+        """(the name in memory of a tensor on disk, the source pattern of the conversion that builds it or None)."""
         if name not in self._places:
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -89,7 +93,7 @@ class Skeleton:
         return self._places[name]
 
     def owner(self, name: str) -> nn.Module:
-        """The module that holds the parameter of tensor `name` of the disk."""
+        """The module that holds the parameter of the tensor `name` on disk."""
         return self.module.get_submodule(self.place(name).rpartition(".")[0])
 
     def parent(self, module: nn.Module) -> nn.Module:
@@ -97,7 +101,7 @@ class Skeleton:
         return self.module.get_submodule(self.name_of(module).rpartition(".")[0])
 
     def load(self, tensors: Mapping[str, Tensor], *, device: torch.device | None = None) -> Loaded:
-        """Put tensors (named as on disk) in place, converted to the skeleton's dtype and device."""
+        """Load tensors (by their names on disk), converted to the dtype of the skeleton and to `device`."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -114,8 +118,8 @@ class Skeleton:
         return Loaded(tuple(sorted(info.missing_keys)), tuple(sorted(info.unexpected_keys)), (*mismatched, *broken))
 
     def convert(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{parameter: value} that transformers makes of tensors named as on disk, for as many experts as they are of.
-        Empties `tensors`; places nothing, and casts nothing."""
+        """{parameter: value} that transformers makes of `tensors` (by their names on disk), for the experts that they
+        belong to. Empties `tensors`. Neither changes the model nor casts a tensor."""
         from transformers.core_model_loading import WeightConverter, dot_natural_key
 
         patterns = {p: m for m in self._mapping if isinstance(m, WeightConverter) for p in m.source_patterns}
@@ -128,7 +132,8 @@ class Skeleton:
                 made[target] = tensor
             else:
                 converter = converters.setdefault(target, copy.deepcopy(patterns[pattern]))
-                converter.add_tensor(target, name, pattern, cast("Future[Tensor]", tensor))  # as good as one
+                # its annotation names the future of a tensor alone, and it takes tensors as well
+                converter.add_tensor(target, name, pattern, cast("Future[Tensor]", tensor))
         with torch.no_grad():
             for target in list(converters):
                 found = converters.pop(target).convert(target, model=self.module, config=self.module.config)
@@ -136,28 +141,32 @@ class Skeleton:
         return made
 
     def fill(self, tensors: dict[str, Tensor], *, under: str, beside: str | None = None) -> None:
-        """Put tensors in place; with them everything whose name starts with `under` must be there, but for what starts
-        with `beside`. Empties `tensors`.
+        """Load tensors. Afterwards, every parameter whose name starts with `under` must be loaded, except those whose
+        names start with `beside`. Empties `tensors`.
 
-        Raises InputError when transformers would leave a parameter random or a tensor unused.
+        Raises InputError if transformers would leave a parameter random or a tensor unused.
         """
         self._narrow(tensors)
         loaded = self.load(tensors)
         tensors.clear()
         missing = [name for name in loaded.missing if under and name.startswith(under)]
         missing = [name for name in missing if beside is None or not name.startswith(beside)]
-        for names, what in ((missing, "lacks"), (loaded.unexpected, "has"), (loaded.mismatched, "has a misshapen")):
+        for names, what in (
+            (missing, "it lacks"),
+            (loaded.unexpected, "no parameter takes"),
+            (loaded.mismatched, "the shape is wrong of"),
+        ):
             if names:
                 raise InputError(
-                    f"transformers does not load this checkpoint strictly: it {what} {escape(names[0])}"
+                    f"transformers does not load this checkpoint strictly: {what} {escape(names[0])}"
                     f" ({len(names)} such)",
-                    hint="config.json and the tensors do not belong together.",
+                    hint="config.json and the tensors do not belong together: copy the checkpoint again.",
                 )
         self._widen()
 
     def _narrow(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the places of tensors their dtype on disk where that is smaller: stacking and fusing the experts then
-        takes half the memory, and `_widen` casts one parameter at a time."""
+        """Give the parameters of these tensors their dtype on disk where that is smaller. Stacking and fusing the
+        experts then takes half the memory, and `_widen` casts one parameter at a time."""
         stored: dict[str, set[torch.dtype]] = {}
         for name, tensor in tensors.items():
             stored.setdefault(self.place(name), set()).add(tensor.dtype)
@@ -172,34 +181,35 @@ class Skeleton:
                 setattr(holder, leaf, nn.Parameter(meta, False))
 
     def _widen(self) -> None:
+        """Cast the loaded parameters to the dtype of the computation, one at a time."""
         for part in self.module.modules():
             for name, p in own_parameters(part).items():
                 if not p.is_meta and p.dtype.itemsize < self.dtype.itemsize:
                     setattr(part, name, nn.Parameter(p.detach().to(self.dtype), p.requires_grad))
 
     def tie(self) -> None:
-        """Tie output and input embeddings as the config says, from whichever of the two is filled."""
+        """Tie the output and input embeddings if the config says so, from the one that is loaded."""
         missing = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.is_meta}
         with transformers_silenced():
             self.module.tie_weights(missing_keys=missing, recompute_mapping=False)
 
     @staticmethod
     def empty(module: nn.Module) -> None:
-        """Let go of the parameters of `module` and everything in it."""
+        """Free the parameters of `module` and of all modules in it."""
         for part in module.modules():
-            if vars(part).pop("stored", None) is not None:  # experts that are not in their parameters
+            if vars(part).pop("stored", None) is not None:  # stored.StoredExperts
                 vars(part).pop("forward", None)
             for name, parameter in own_parameters(part).items():
                 setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the module itself holds, by their names in it."""
+    """The parameters of the module itself, not of its children, by name."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
-def auto_class(family: Family) -> Any:
-    """transformers' Auto class for models of this family."""
+def auto_class(family: Family) -> Stock:
+    """The Auto class of transformers for models of this family."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if family.multimodal.beside else AutoModelForCausalLM
@@ -209,7 +219,8 @@ def _has_list(module: nn.Module) -> bool:
     return any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
-def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
+def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
+    """The stock model on the meta device. Raises InputError if transformers cannot build it from config.json."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -222,16 +233,16 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # weights arrive decoded
+            del config.quantization_config  # the weights are decoded before they are loaded
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             part.output_router_logits = part.output_hidden_states = part.output_attentions = False
         auto, images = auto_class(model.family), model.family.multimodal.beside
-        classes: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if images else MODEL_FOR_CAUSAL_LM_MAPPING
+        classes: Stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if images else MODEL_FOR_CAUSAL_LM_MAPPING
         stock = classes[type(config)]
-        inside: list[Any] = [MODEL_MAPPING[type(config.get_text_config())]] if images else []
+        inside: list[Stock] = [MODEL_MAPPING[type(config.get_text_config())]] if images else []
         free = model.family.kind == "moe" and stock._can_set_experts_implementation()  # noqa: SLF001 (no public name)
         fast = all(c._supports_sdpa for c in (stock, *inside))  # noqa: SLF001 (no public name)
-        # Both implementations are named, so that config.json cannot ask for a kernel from the hub.
+        # Both implementations are given, so that config.json cannot ask for a kernel from the hub.
         with torch.device("meta"), no_init_weights():
             module = auto.from_config(
                 config,
@@ -241,7 +252,7 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
                 trust_remote_code=False,
             )
     except Exception as error:
-        # Any value of config.json may make a class of transformers fail in its own way: it is the input's fault.
+        # A value of config.json can make a class of transformers fail in any way, so every error is about the input.
         raise InputError(
             f"transformers cannot build {escape(path.name)} from its config.json: {escape(error)[:300]}",
             hint="Correct config.json; see `moeconv families` for what is supported.",
@@ -249,8 +260,8 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Any:
     return module.eval()
 
 
-def _fill_buffers(module: Any, inside: nn.Module, device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies) in a part of the model, as from_pretrained
+def _fill_buffers(module: Stock, inside: nn.Module, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint contains (rotary frequencies) in a part of the model, as from_pretrained
     does."""
     for part in inside.modules():
         unsaved = part._non_persistent_buffers_set  # noqa: SLF001 (torch has no public name for it)
@@ -262,7 +273,7 @@ def _fill_buffers(module: Any, inside: nn.Module, device: torch.device) -> None:
                 module._init_weights(part)  # noqa: SLF001 (from_pretrained's own)
 
 
-def _mapping(module: Any) -> list[Any]:
+def _mapping(module: Stock) -> list[Stock]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return get_model_conversion_mapping(module)

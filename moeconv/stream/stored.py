@@ -1,7 +1,8 @@
-"""A layer's experts as they are stored: decoded and widened a few at a time, when they are computed with.
+"""A layer's experts as they are stored: decoded and widened a few at a time, when they are computed.
 
-The stock experts module keeps its parameters on the meta device. For a few experts a shallow copy of it gets theirs,
-and runs on the tokens of those experts alone, so that the arithmetic stays the stock code's in any family.
+The parameters of the stock experts module stay on the meta device. A shallow copy of the module gets the weights of a
+few experts and runs on the tokens of these experts only, so that the arithmetic is that of the stock code in every
+family.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Parts = dict[str, dict[str, Tensor]]  # plain name -> part -> stored tensor
 
 
 @dataclass(frozen=True)
-class Names:
-    """Plain names of a layer's expert tensors: `alone` per expert, `packed` those that hold all experts."""
+class ExpertNames:
+    """The plain names of a layer's expert tensors: `alone` per expert, `packed` those that hold all experts."""
 
     alone: tuple[tuple[str, ...], ...]
     packed: tuple[str, ...]
@@ -39,14 +40,15 @@ class Names:
         return parts | {name: read_rows(model, name, first, stop, of=len(self)) for name in self.packed}
 
     def cut(self, parts: Parts, first: int, start: int, stop: int) -> Parts:
-        """Of the stored tensors of experts from `first` on: those of `start` to `stop`, as views."""
+        """The part of `parts` (the stored tensors of experts from `first` on) of experts `start` to `stop`, as
+        views."""
         alone = {name: parts[name] for of_one in self.alone[start:stop] for name in of_one}
         rows = slice(start - first, stop - first)
         return alone | {n: {key: part[rows] for key, part in parts[n].items()} for n in self.packed}
 
 
-def names_of(model: Model, layer: int) -> Names | None:
-    """The expert tensors of a layer; None where they cannot be cut into experts."""
+def names_of(model: Model, layer: int) -> ExpertNames | None:
+    """The expert tensors of a layer; None where they cannot be split into experts."""
     alone: list[dict[str, None]] = [{} for _ in range(model.num_experts)]
     packed: dict[str, None] = {}
     for stored, role in model.roles.items():
@@ -58,22 +60,22 @@ def names_of(model: Model, layer: int) -> Names | None:
             return None
         else:
             packed[plain_name(stored, role)] = None
-    return Names(tuple(map(tuple, alone)), tuple(packed))
+    return ExpertNames(tuple(map(tuple, alone)), tuple(packed))
 
 
 @dataclass(eq=False)
 class StoredExperts:
-    """The weights of one layer's experts, beside their stock module.
+    """The weights of one layer's experts, kept apart from their stock module.
 
-    `fused` {parameter: [E, ...]} in the dtype of the disk, where that is a float; otherwise `raw` {first expert of a
-    group: stored tensors}, or what `names` reads from the disk at every use. `down` {expert: [H, I]} replaces down
-    projections.
+    Floating-point weights are in `fused` {parameter: [E, ...]}, in their dtype on disk. All others are in `raw` {first
+    expert of a group: stored tensors}, or are read from the disk by `names` at every use. `down` {expert: [H, I]}
+    replaces down projections. `size` is how many experts are widened at the same time.
     """
 
     stock: nn.Module
     model: Model
     skeleton: Skeleton
-    names: Names
+    names: ExpertNames
     size: int
     dtypes: Mapping[str, torch.dtype]
     fused: dict[str, Tensor] = field(default_factory=dict)
@@ -82,12 +84,13 @@ class StoredExperts:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[int, int]]:
-        """(first, stop) of the experts that are widened together."""
+        """Yield (first, stop) of the experts that are widened at the same time."""
         for first in range(0, len(self.names), self.size):
             yield first, min(first + self.size, len(self.names))
 
     def weights(self, first: int, stop: int) -> dict[str, Tensor]:
-        """{parameter: [stop - first, ...]} as the experts are computed with; within one group."""
+        """{parameter: [stop - first, ...]} of experts of one group, in the dtype of the computation. The tensors are
+        valid until the next call."""
         if self.fused:
             found = {leaf: self._widened(leaf, whole[first:stop]) for leaf, whole in self.fused.items()}
         else:
@@ -103,7 +106,8 @@ class StoredExperts:
         return found
 
     def _widened(self, leaf: str, value: Tensor) -> Tensor:
-        """The values in the dtype of the computation, in memory that the next group will use: new pages cost more."""
+        """The values in the dtype of the computation, in memory that all groups reuse: new pages would cost more
+        time."""
         held = self.buffers.get(leaf)
         if held is None:
             shape = (self.size, *value.shape[1:])
@@ -111,11 +115,11 @@ class StoredExperts:
         return held[: len(value)].copy_(value)
 
     def converted(self, parts: Parts, count: int) -> dict[str, Tensor]:
-        """The stock module's parameters from the stored tensors of `count` experts, which are let go on the way."""
+        """The parameters of the stock module, made from the stored tensors of `count` experts. Empties `parts`."""
         prefix = self.skeleton.name_of(self.stock) + "."
         tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
         whole = own_parameters(self.stock)
-        for leaf, p in whole.items():  # some conversions look at the shape of what they are for
+        for leaf, p in whole.items():  # some conversions read the shape of the parameter that they build
             setattr(self.stock, leaf, nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False))
         try:
             made = self.skeleton.convert(tensors)
@@ -125,8 +129,8 @@ class StoredExperts:
         return {name.removeprefix(prefix): value for name, value in made.items()}
 
     def module(self, first: int, stop: int) -> nn.Module:
-        """The stock module of experts `first` to `stop` alone, which it counts from 0; until the next one is asked
-        for, which gets the same memory."""
+        """A stock module that holds only the experts `first` to `stop`, numbered from 0. It is valid until the next
+        call, which reuses its memory."""
         part = copy.copy(self.stock)
         held = {leaf: nn.Parameter(value, False) for leaf, value in self.weights(first, stop).items()}
         count = len(self.names)
@@ -138,7 +142,8 @@ class StoredExperts:
         return part
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The stock module's output: sums over a token's experts in ascending order, as the eager stock code's."""
+        """The stock module's output, in the shape of `hidden` [..., H], for `top_k_index` and `top_k_weights` [T, k].
+        The sum over a token's experts is in ascending order, as in the eager stock code."""
         flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]
         expert, order = top_k_index.reshape(-1).sort(stable=True)
         total, weights = torch.zeros_like(flat), top_k_weights.reshape(-1)
@@ -150,7 +155,8 @@ class StoredExperts:
         return total.view(hidden.shape)
 
     def pairs(self, expert: Tensor) -> Iterator[tuple[int, int, slice]]:
-        """(first, stop, rows) of every group of experts that occurs in `expert` int64 [n], which ascends."""
+        """Yield (first, stop, rows) for every group of experts that occurs in `expert` int64 [n], which must be
+        ascending."""
         bounds = torch.tensor([[first, stop] for first, stop in self.groups()], device=expert.device)
         for (first, stop), (start, end) in zip(bounds.tolist(), torch.searchsorted(expert, bounds).tolist()):
             if end > start:
@@ -158,54 +164,58 @@ class StoredExperts:
 
 
 def class_forward(experts: nn.Module) -> Callable[..., Tensor]:
-    """The stock forward, whatever stands in its place in this object."""
+    """The forward of the module's class, even where the object has another one."""
     return type(experts).forward.__get__(experts)
 
 
 def stored_in(experts: nn.Module) -> StoredExperts | None:
-    """Where a module's experts are, if they are not in its parameters."""
+    """The stored experts of a module, if its experts are not in its parameters."""
     return vars(experts).get("stored")
 
 
-def place(skeleton: Skeleton, experts: nn.Module, names: Names, *, in_place: bool, held: bool) -> bool:
-    """Give a stock experts module its weights. False, and nothing done, where they do not come apart by expert.
+def place(skeleton: Skeleton, experts: nn.Module, names: ExpertNames, *, in_place: bool, held: bool) -> bool:
+    """Give a stock experts module its weights. Returns False, and does nothing, where they cannot be split by expert.
 
-    `in_place` makes them ordinary parameters in the dtype and on the device of the computation; otherwise they stay as
-    they are stored, in memory, or on disk unless `held`. What is as wide on disk as it is computed with, or is computed
-    elsewhere than on the CPU, or is small, is put in place.
+    With `in_place` they become ordinary parameters in the dtype and on the device of the computation. Otherwise they
+    stay as they are stored: in memory, or with `held` False on the disk. They become ordinary parameters in any case
+    where that takes no more memory, where they are small, or where the computation is not on the CPU.
     """
-    model, leaves = skeleton.model, dict(experts.named_parameters())
-    takes = inspect.signature(type(experts).forward).parameters
-    plain = all("." not in leaf and p.shape[:1] == (len(names),) for leaf, p in leaves.items())
-    if not plain or len(takes) != 4 or (model.family.experts.routing and model.family.experts.routing.on_input):
+    leaves = dict(experts.named_parameters())
+    if not _separable(skeleton.model, experts, leaves, len(names)):
         return False
-    wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())
     dtypes = {leaf: p.dtype for leaf, p in leaves.items()}
-    stored = StoredExperts(experts, model, skeleton, names, max(1, GROUP_BYTES // max(1, wide)), dtypes)
-    one = stored.converted(names.read(model, 0, 1), 1)
+    wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())  # bytes of one widened expert
+    size = max(1, GROUP_BYTES // max(1, wide))
+    stored = StoredExperts(experts, skeleton.model, skeleton, names, size, dtypes)
+    one = stored.converted(names.read(skeleton.model, 0, 1), 1)
     if {leaf: value.shape for leaf, value in one.items()} != {n: (1, *p.shape[1:]) for n, p in leaves.items()}:
         return False
-    floats = _plain_floats(model, names)
-    whole = (
-        in_place
-        or wide * len(names) <= GROUP_BYTES
-        or skeleton.device.type != "cpu"
-        or (floats and all(one[leaf].dtype.itemsize >= d.itemsize for leaf, d in dtypes.items()))
-    )
-    if whole or (floats and held):
-        stored.fused = _fuse(stored, leaves, dtypes if whole else {leaf: v.dtype for leaf, v in one.items()})
-    elif held:
-        stored.raw = {first: names.read(model, first, stop) for first, stop in stored.groups()}
-    if whole:
-        for leaf in leaves:
-            setattr(experts, leaf, nn.Parameter(stored.fused[leaf], False))
+    floats = _plain_floats(skeleton.model, names)
+    saves_memory = not floats or any(one[leaf].dtype.itemsize < dtype.itemsize for leaf, dtype in dtypes.items())
+    small = wide * len(names) <= GROUP_BYTES
+    if in_place or small or skeleton.device.type != "cpu" or not saves_memory:
+        for leaf, value in _fuse(stored, leaves, dtypes).items():
+            setattr(experts, leaf, nn.Parameter(value, False))
         return True
+    if held and floats:
+        stored.fused = _fuse(stored, leaves, {leaf: value.dtype for leaf, value in one.items()})
+    elif held:
+        stored.raw = {first: names.read(skeleton.model, first, stop) for first, stop in stored.groups()}
     vars(experts).update(stored=stored, forward=stored.forward)
     return True
 
 
-def _plain_floats(model: Model, names: Names) -> bool:
-    """Whether no tensor needs decoding."""
+def _separable(model: Model, experts: nn.Module, leaves: Mapping[str, nn.Parameter], count: int) -> bool:
+    """Whether a stock module of `count` experts can run on a few of them: its parameters have one entry per expert, and
+    its forward takes the hidden states, the index and the weights, which multiply the experts' outputs."""
+    routing = model.family.experts.routing
+    takes = inspect.signature(type(experts).forward).parameters
+    by_expert = all("." not in leaf and p.shape[:1] == (count,) for leaf, p in leaves.items())
+    return by_expert and len(takes) == 4 and not (routing and routing.on_input)
+
+
+def _plain_floats(model: Model, names: ExpertNames) -> bool:
+    """Whether all tensors are stored as floating-point numbers, so that none needs decoding."""
     every = (*names.packed, *(name for of_one in names.alone for name in of_one))
     tensors = model.checkpoint.tensors
     return all(name in tensors and tensors[name].dtype in ("F64", "F32", "BF16", "F16") for name in every)
@@ -214,7 +224,7 @@ def _plain_floats(model: Model, names: Names) -> bool:
 def _fuse(
     stored: StoredExperts, leaves: Mapping[str, nn.Parameter], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, Tensor]:
-    """{parameter: [E, ...]}, filled a group at a time as it is read."""
+    """{parameter: [E, ...]}, filled group by group from the disk."""
     device = stored.skeleton.device
     fused = {leaf: torch.empty(p.shape, dtype=dtypes[leaf], device=device) for leaf, p in leaves.items()}
     for first, stop in stored.groups():

@@ -17,7 +17,8 @@ from torch import Tensor
 from moeconv.families.model import Model
 from moeconv.families.records import Routing
 from moeconv.plan.meter import Meter
-from moeconv.stream.layers import allocate, release_memory, stream_within
+from moeconv.stream.layers import stream_within
+from moeconv.stream.memory import allocate, release_memory
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tune import losses
 from moeconv.tune.disturb import Disturbance

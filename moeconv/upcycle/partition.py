@@ -20,7 +20,8 @@ from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import KIND, VERSION
-from moeconv.stream.layers import layer_bytes, release_memory
+from moeconv.stream.layers import layer_bytes
+from moeconv.stream.memory import release_memory
 from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import decode_weight
 from moeconv.upcycle.ffn_split import Ffn, FfnSplit, split_ffn

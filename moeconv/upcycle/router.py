@@ -22,7 +22,8 @@ from moeconv.options import SEQ_LEN, TOKENS, parse_size
 from moeconv.plan.kernels.arrays import raw_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.randomness import generator
-from moeconv.stream.layers import Layer, pick_device, start_meter, stream_within
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import pick_device, start_meter, stream_within
 from moeconv.upcycle.centroids import balanced_centroids
 
 _SAMPLE = 4096  # tokens a layer that clusters and scales are taken from, and at least

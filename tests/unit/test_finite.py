@@ -64,7 +64,7 @@ def test_evaluate_names_the_layer_and_the_tensor(tmp_path, data, name, value, wh
         result = evaluate(model, data=data, seq_len=SEQ_LEN, reference=reference)
         error = failure(result)
         assert isinstance(error, CheckError) and not result["passed"] and result["tokens"] == 20 * (SEQ_LEN - 1)
-        assert f"{where} NaN or infinite values: tensor {name!r} of bad holds them" in error.message
+        assert f"{where} NaN or infinite values: tensor {name!r} of bad contains them" in error.message
     assert result["kl"] is None and failure(evaluate(good, data=data, seq_len=SEQ_LEN)) is None
 
 
@@ -112,8 +112,8 @@ def test_values_that_overflow_from_finite_weights_say_so(tmp_path, data):
     large = spoiled(tmp_path / "large", "model.layers.1.post_attention_layernorm.weight", 1e38)
     result = evaluate(large, data=data, seq_len=SEQ_LEN)
     assert (
-        "layer 1 computes NaN or infinite values in large from finite weights: they overflow in float32"
-        in (result["not_finite"]["message"])
+        "layer 1 computes NaN or infinite values in large, although its weights are finite: the values "
+        "overflow in float32" in (result["not_finite"]["message"])
     )
 
 

@@ -37,7 +37,7 @@ def test_what_is_short_goes_to_the_disk_activations_first() -> None:
 
 
 def test_what_does_not_fit_is_refused_with_the_figures() -> None:
-    with pytest.raises(InputError, match=r"calibrate takes at least 1.4 GB of memory, 1.0 GB are free") as told:
+    with pytest.raises(InputError, match=r"calibrate takes at least 1.4 GB of memory, and 1.0 GB are free") as told:
         choose_placement(NEED, budget=None, free=GB, what="calibrate")
     assert "--batch-size" in told.value.hint and "--max-memory" in told.value.hint
     with pytest.raises(UsageError, match=r"--max-memory 1.0 GB: this takes at least 1.4 GB"):

@@ -127,7 +127,7 @@ def test_a_pass_can_be_repeated_until_it_advances(tmp_path: Path) -> None:
         first = torch.cat([b.outputs for b in layer.batches(advance=False)])
         second = torch.cat([b.outputs for b in layer.batches()])
         assert torch.equal(first, second)
-        with pytest.raises(ValueError, match="passed already"):
+        with pytest.raises(ValueError, match="already been run"):
             next(layer.batches())
     repeated = torch.cat([logits for _, logits in stream.logits(batch_size=2)])
     assert torch.equal(repeated, streamed_logits(path, windows()))
@@ -138,7 +138,7 @@ def test_a_pass_left_halfway_is_no_silent_damage(tmp_path: Path) -> None:
     layers = stream.layers()
     for _ in next(layers).batches():
         break
-    with pytest.raises(ValueError, match="passed already"):
+    with pytest.raises(ValueError, match="already been run"):
         next(layers)
 
 
@@ -211,13 +211,13 @@ def test_refusals(tmp_path: Path) -> None:
         LayerStream(model, np.zeros((0, 8), np.int64))
     with pytest.raises(UsageError, match="batch-size"):
         LayerStream(model, windows(), batch_size=0)
-    with pytest.raises(ValueError, match="passed first"):
+    with pytest.raises(ValueError, match="after all layers were run"):
         next(LayerStream(model, windows()).logits())
     tiny.edit_json(path / "config.json", hidden_act="no_such_function")
     with pytest.raises(InputError, match="cannot build"):
         LayerStream(open_model(path), windows())
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="no CUDA"):
+        with pytest.raises(UsageError, match="finds no CUDA"):
             pick_device("cuda")
     assert pick_device("cpu").type == "cpu"
 
@@ -233,7 +233,7 @@ def test_layers_that_look_at_the_tokens_are_refused(tmp_path: Path, monkeypatch:
     model = open_model(make(tmp_path / "model", "llama"))
     LayerStream(model, windows(), batch_size=2)
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    with pytest.raises(InputError, match="cannot be streamed"):
+    with pytest.raises(InputError, match="cannot be run layer by layer"):
         LayerStream(model, windows(), batch_size=2)
 
 

@@ -23,7 +23,8 @@ from moeconv.matching import assignment
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.prune.repair.run import OVERLAY_VERSION, on_disk, overlay_names
 from moeconv.stream.experts import activations
-from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
 from moeconv.tensors import decode_weight
 
 _TOKENS = 2048  # on which activations are compared

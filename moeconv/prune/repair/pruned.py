@@ -17,7 +17,8 @@ from moeconv.data.heldout import held_out
 from moeconv.errors import InputError
 from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, judged, refit_layer
 from moeconv.stream.experts import down_projection, with_down
-from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
 

@@ -27,7 +27,8 @@ from moeconv.quantize.gptq.levels import Coded, round_to_nearest
 from moeconv.quantize.gptq.moments import POOLED, Shown, moments, shown
 from moeconv.quantize.gptq.solve import damped, gptq, retarget
 from moeconv.randomness import generator
-from moeconv.stream.layers import Layer, LayerStream
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
 from moeconv.tensors import decode_weight, packed_source
 

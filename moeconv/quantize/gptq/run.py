@@ -29,7 +29,7 @@ from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.groups import role_of
 from moeconv.quantize.gptq.layer import LayerCodes
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
-from moeconv.stream.need import CODED_BYTES, GPTQ
+from moeconv.stream.need import CODED_BYTES, GPTQ, WorkloadFields
 
 VERSION = 1
 
@@ -73,9 +73,10 @@ def choose_codes(
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
     start_meter(meter, model)
+    workload: WorkloadFields = {**GPTQ, "coders": jobs}
     stream = stream_within(
         model, read.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
-        budget=budget, meter=meter, what="gptq", coders=jobs, **GPTQ,
+        budget=budget, meter=meter, what="gptq", **workload,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources]
     metadata = artifact_metadata(

@@ -1,0 +1,121 @@
+"""One decoder layer of a stream, and the record of one forward pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.stream.finite import check_finite
+from moeconv.stream.hooks import captured
+from moeconv.stream.memory import release_memory
+
+if TYPE_CHECKING:
+    from moeconv.stream.layers import LayerStream
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One forward pass of one layer over the windows `rows`: b windows of S tokens, T = b * S tokens in all.
+
+    `inputs` and `outputs` [b, S, H] are the residual stream before and after the layer. `residual` [T, H] is the input
+    of the norm before the FFN (or of the FFN, in families without such a norm). `ffn_input` and `ffn_output` [T, H] are
+    the input and output of the FFN block, including a shared expert. Only of MoE layers: `router_logits` [T, E],
+    `top_k_index` int64 [T, k], and `top_k_weights` [T, k], the weights that the model really gives its experts.
+    """
+
+    rows: slice
+    inputs: Tensor
+    outputs: Tensor
+    residual: Tensor
+    ffn_input: Tensor
+    ffn_output: Tensor
+    router_logits: Tensor | None = None
+    top_k_index: Tensor | None = None
+    top_k_weights: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Layer:
+    """A decoder layer with its weights loaded. `router` and `experts` are None in a dense layer.
+
+    `norm` is the norm before the FFN, None in families without one there. `experts(x [T, H], top_k_index [T, k],
+    top_k_weights [T, k])` is the stock experts module: in every family `experts(x, e, 1)` is the output of expert e.
+    """
+
+    index: int
+    module: nn.Module
+    norm: nn.Module | None
+    ffn: nn.Module
+    router: nn.Module | None
+    experts: nn.Module | None
+    _stream: LayerStream = field(repr=False)
+    advanced: bool = False
+    _halfway: bool = False
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The layer's output [b, S, H] for inputs [b, S, H], where b is a batch size of the stream. Gradients are
+        recorded if the caller has them enabled."""
+        args, kwargs = self._stream.arguments(len(hidden), self.index)
+        out = self.module(hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """The tensors [E] or [1, E] that the router adds to its scores for the choice. They share memory with the
+        model."""
+        state = self._stream.skeleton.module.state_dict(keep_vars=True)
+        return [state[self._stream.skeleton.place(name)].detach() for name in self._stream.router_extras(self.index)]
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factors [E] by which each expert's routing weight is multiplied; None in families without them."""
+        family, skeleton = self._stream.model.family, self._stream.skeleton
+        if not family.has("router.scale"):
+            return None
+        return skeleton.module.get_parameter(skeleton.place(family.name("router.scale", layer=self.index))).detach()
+
+    def batches(self, *, advance: bool = True, hidden: Tensor | None = None) -> Iterator[Batch]:
+        """Run the layer over all windows, batch by batch.
+
+        With `advance`, the outputs become the inputs of the next layer as the batches are consumed. Such a pass is
+        possible once and must be consumed to the end; a pass without `advance` can be repeated. With `hidden` [n, S,
+        H], the inputs are read from there and (with `advance`) the outputs are written there, and the stream itself
+        does not advance. Raises NotFiniteError if the layer computes NaN or infinity.
+        """
+        own = hidden is None
+        if own and (self.advanced or self._halfway):
+            raise ValueError(f"layer {self.index} has already been run, and its inputs are overwritten")
+        self._halfway = advance if own else self._halfway
+        flow = self._stream.hidden if hidden is None else hidden
+        for rows in self._stream.rows():
+            inputs = flow[rows].to(self._stream.device)
+            model = self._stream.model
+            on_input = model.top_k if model.family.experts.routing and model.family.experts.routing.on_input else 0
+            parts = (self.norm, self.ffn, self.router, self.experts)
+            with torch.no_grad(), captured(*parts, on_input=on_input) as seen:
+                outputs = self.run(inputs)
+            check_finite(model, outputs, layer=self.index)
+            yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
+            if advance:
+                flow[rows].copy_(outputs)
+            del (
+                inputs,
+                outputs,
+                seen,
+            )  # freed before the next batch, if the caller holds no reference
+        if own:
+            self.advanced, self._halfway = advance, False
+
+    def free(self) -> None:
+        """Free the weights when all batches were run, before the next layer is requested."""
+        self._stream.skeleton.empty(self.module)
+        release_memory()
+
+    def run_all(self) -> None:
+        """Run all batches, and use nothing of them."""
+        for batch in self.batches():
+            del batch

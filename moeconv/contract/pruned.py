@@ -25,6 +25,7 @@ class RefitLayer(TypedDict):
     error_after: float
     kept: bool
     tokens_per_expert: float
+    tokens_needed: int
 
 
 class RefitFigures(TypedDict):

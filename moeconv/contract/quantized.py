@@ -33,6 +33,7 @@ class CodesLayer(TypedDict):
     kept: bool
     fewest_tokens: int
     tokens_per_expert: float
+    tokens_needed: int
 
 
 class CodesFigures(TypedDict):

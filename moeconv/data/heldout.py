@@ -1,4 +1,6 @@
-"""The held-out slice of a text that shapes weights: what was fitted on the rest is judged there."""
+"""The held-out slice of a text that shapes weights: what was fitted on the rest is judged there, and kept only where it
+is clearly better.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 EVERY = 16  # of so many windows the last one is held out
 SHARE = 4  # of fewer windows the last tokens of each, one in so many
 FEW_TOKENS = 512  # per expert, on average over a layer: with fewer, what is fitted is mostly noise
+_ERRORS = 2  # standard errors by which a fit must be better
 
 
 def held_out(windows: int, seq_len: int) -> np.ndarray:
@@ -20,6 +24,13 @@ def held_out(windows: int, seq_len: int) -> np.ndarray:
     else:
         held[:, -max(1, seq_len // SHARE) :] = True
     return held
+
+
+def clearly_less(new: ArrayLike, old: ArrayLike) -> bool:
+    """Whether errors per held-out token, [n] each, fell: their mean difference is above two standard errors. A fit that
+    is better by chance on the few tokens that judge it is worse on other text as often as not."""
+    gain = np.asarray(old, np.float64) - np.asarray(new, np.float64)
+    return len(gain) > 1 and bool(gain.mean() > _ERRORS * gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
@@ -34,13 +45,22 @@ def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
     ]
 
 
-def remarks_on(layers: Sequence[Mapping[str, Any]], *, what: str, kept: str) -> list[str]:
-    """Warnings of what was fitted to text, by rows of {layer, tokens_per_expert, kept}: too little text, and layers
-    where the fit erred more on held-out tokens; `kept` says what those have instead."""
+def remarks_on(layers: Sequence[Mapping[str, Any]], *, what: str, kept: str, fitted: str) -> list[str]:
+    """Warnings of what was fitted to text, by rows of {layer, tokens_per_expert, tokens_needed, kept}: too little text,
+    and layers where the fit is not clearly better on held-out tokens. `kept` says what those have instead of what was
+    `fitted`."""
     warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in layers}, what=what)
-    back = [row["layer"] for row in layers if not row["kept"]]
+    short = {row["layer"]: row["tokens_needed"] for row in layers if row["tokens_per_expert"] < row["tokens_needed"]}
+    if short:
+        warnings.append(
+            f"{what}: {layers_in_words([*short])} keep {kept}: the text is too little to fit anything to, at least "
+            f"{max(short.values())} tokens per expert"
+        )
+    back = [row["layer"] for row in layers if not row["kept"] and row["layer"] not in short]
     if back:
-        warnings.append(f"{what}: {layers_in_words(back)} keep {kept} err more on held-out tokens")
+        warnings.append(
+            f"{what}: {layers_in_words(back)} keep {kept}, because {fitted} are not clearly better on held-out tokens"
+        )
     return warnings
 
 

@@ -75,7 +75,7 @@ def remarks_on(extra: Mapping[str, Any]) -> list[str]:
     from moeconv.data import heldout
 
     layers = extra.get("refit", {}).get("layers", [])
-    return heldout.remarks_on(layers, what="--refit", kept="the weights that they had, because the refitted ones")
+    return heldout.remarks_on(layers, what="--refit", kept="the weights that they had", fitted="the refitted ones")
 
 
 class _Fields:

@@ -315,20 +315,18 @@ def test_too_little_text_is_warned_of_and_no_layer_is_worse_than_the_nearest_cod
         assert found["held_out"] == tokens // 4
         for row in found["layers"]:
             assert row["output_rms"] <= row["output_rms_rtn"]
-            assert row["kept"] == (row["output_rms_gptq"] <= row["output_rms_rtn"])
+            assert row["output_rms_gptq"] < row["output_rms_rtn"] or not row["kept"]
+            assert row["tokens_per_expert"] >= row["tokens_needed"] or not row["kept"]
         back = [row["layer"] for row in found["layers"] if not row["kept"]]
         fell += len(back)
         assert sum("tokens per expert on average" in w for w in result["warnings"]) == 1
         assert sum("keep round-to-nearest" in w for w in result["warnings"]) == bool(back)
         plain = tmp_path / f"plain{i}"
         assert cli("quantize", case[0], plain, "--scheme", "int8").code == 0
-        written, nearest, source = open_model(tmp_path / f"out{i}"), open_model(plain), open_model(case[0])
-        for layer in back:  # up to the rounding of the scales, the codes of a plain run
-            name = source.expert_name("up", layer=layer, expert=2)
-            one, other = (decode_weight(model, name).float() for model in (written, nearest))
-            assert relative_rms(decode_weight(source, name).float(), one) <= 1.05 * relative_rms(
-                decode_weight(source, name).float(), other
-            )
+        written, nearest = open_model(tmp_path / f"out{i}"), open_model(plain)
+        for name, role in written.roles.items():
+            if role.layer in back:  # to the byte what a plain run writes
+                assert written.checkpoint.read(name) == nearest.checkpoint.read(name), name
     assert fell, "codes that 12 to 36 tokens choose err more on others, in some layer"
 
 

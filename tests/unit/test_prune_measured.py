@@ -206,7 +206,8 @@ def _least_squares(sample: Any, kept: list[int]) -> float:
 def test_a_masked_and_refitted_variant_is_the_pruned_file(tmp_path: Path, case: str) -> None:
     path = make(tmp_path / "model", case)
     model = open_model(path)
-    data = load_tokens(texts(tmp_path), path, tokens=512, seq_len=SEQ_LEN, seed=0)
+    (tmp_path / "a.txt").write_text(text(4096, seed=1))
+    data = load_tokens([str(tmp_path / "a.txt")], path, tokens=2048, seq_len=SEQ_LEN, seed=0)
     groups = model.groups[0]
     size = 8 // groups
     kept = {at: [e for e in range(8) if e % size < size * 3 // 4 or (groups == 1 and e < 6)] for at in model.moe_layers}
@@ -246,7 +247,7 @@ def test_a_refit_is_never_worse_on_the_held_out_tokens(tmp_path: Path) -> None:
         pruned_pass(stream, [plain, refitted])
         new, old = (float((v.hidden - stream.hidden)[held].double().norm()) for v in (refitted, plain))
         (fitted,) = refitted.fitted
-        assert new <= old and fitted.kept == (fitted.error_after <= fitted.error_before)
+        assert new <= old and (fitted.error_after < fitted.error_before or not fitted.kept)
         assert new / old == pytest.approx(fitted.error_after / fitted.error_before if fitted.kept else 1, rel=1e-3)
         kept.append(fitted.kept)
     assert not all(kept) and kept[-1], "fits without a ridge on so few tokens err more, one on many less"
@@ -260,9 +261,9 @@ def test_a_refit_on_too_little_text_says_so(tmp_path: Path, cli: Any) -> None:
     assert done.code == 0, done.out
     layers = done.json["prune"]["refit"]["layers"]
     back = [row["layer"] for row in layers if not row["kept"]]
-    assert back and all(row["error_before"] < row["error_after"] for row in layers if not row["kept"])
+    assert len(back) == len(layers) and all(row["tokens_per_expert"] < row["tokens_needed"] for row in layers)
     assert sum("tokens per expert on average" in w for w in done.json["warnings"]) == 1
-    assert sum("err more on held-out tokens" in w for w in done.json["warnings"]) == 1
+    assert sum("the text is too little to fit anything to" in w for w in done.json["warnings"]) == 1
     assert cli("prune", path, tmp_path / "plain", *flags, "--no-check").code == 0
     one, other = open_model(tmp_path / "out"), open_model(tmp_path / "plain")
     for name, role in one.roles.items():

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.data.heldout import held_out
+from moeconv.data.heldout import clearly_less, held_out
 from moeconv.errors import InputError
-from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, judged, refit_layer
+from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, judged, refit_layer, tokens_needed
 from moeconv.stream.experts import down_projection, with_down
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
@@ -33,9 +33,9 @@ class Variant:
     """One way to prune: `keep` {layer: kept experts} (all where a layer is absent), or `choose` as the layers come.
 
     `replace` {layer: {expert: down projection [H, I]}} are weights that stand already, `scale` {layer: factor}
-    multiplies the experts' down projections, `refit` finds new ones, which stay where they err no more than the old
-    ones on held-out tokens (`fitted` says where); `on_layer` hears what they became. `top_k` experts a token instead of
-    the model's own. After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
+    multiplies the experts' down projections, `refit` finds new ones, which stay where they are clearly better than
+    the old ones on held-out tokens (`fitted` says where); `on_layer` hears what they became. `top_k` experts a token
+    instead of the model's own. After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
     """
 
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -127,8 +127,8 @@ def _refitted(
 ) -> dict[int, Tensor]:
     """New down projections of the kept experts. What they are to restore is the unpruned model's residual stream behind
     the layer, so that a layer also mends what those before it could not; where the family does not simply add the FFN
-    to the stream, it is what the whole layer would give on the same inputs. Where the new ones err more than the old
-    ones on the held-out tokens, the old ones."""
+    to the stream, it is what the whole layer would give on the same inputs. Where the new ones are not
+    clearly better than the old ones on the held-out tokens, or the tokens are too few for a fit, the old ones."""
     assert variant.refit is not None and layer.experts is not None
     routes: list[Routes] = []
     wanted: list[Tensor] = []
@@ -165,9 +165,8 @@ def _refitted(
     before = {e: down_projection(layer.experts, e) for e in kept}
     made = refit_layer(layer.experts, whole.where(~held), missing[~held], before, variant.refit)
     old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
-    shown = float((whole.where(~held).weights != 0).sum()) / len(kept)
-    variant.fitted.append(
-        RefitOutcome(layer.index, (old / given) ** 0.5 if given else 0.0, (new / given) ** 0.5 if given else 0.0, shown,
-               kept=new <= old)
-    )  # fmt: skip
-    return made if new <= old else before
+    shown, needed = float((whole.where(~held).weights != 0).sum()) / len(kept), tokens_needed(before)
+    better = shown >= needed and clearly_less(new.cpu(), old.cpu())
+    errors = [(float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new)]
+    variant.fitted.append(RefitOutcome(layer.index, *errors, shown, needed, kept=better))
+    return made if better else before

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moeconv.stream.experts import activations
 
 _ROWS = 8192  # tokens whose activations are held at a time
+_TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit is of the text and not of the model
 
 
 @dataclass(frozen=True)
@@ -71,26 +72,33 @@ def refit_layer(
 @dataclass(frozen=True)
 class RefitOutcome:
     """How a layer's refit fared on its held-out tokens: relative errors with the old weights and with the new ones,
-    tokens per expert that shaped these, and whether they are `kept`."""
+    tokens per expert that shaped these and that are needed, and whether the new ones are `kept`."""
 
     layer: int
     error_before: float
     error_after: float
     tokens_per_expert: float
+    tokens_needed: int
     kept: bool
+
+
+def tokens_needed(before: Mapping[int, Tensor]) -> int:
+    """Tokens per expert that a refit of down projections {expert: [H, I]} needs."""
+    return _TOKENS_PER_COLUMN * next(iter(before.values())).shape[1]
 
 
 def judged(
     experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], after: Mapping[int, Tensor]
-) -> tuple[float, float]:
-    """Squared norms of what the layer's output lacks [T, H], with the old down projections and with the new ones."""
+) -> tuple[Tensor, Tensor]:
+    """Squared norms of what the layer's output lacks [T, H], by token: float64 [T] with the old down projections and
+    with the new ones."""
     left = missing.double().clone()
     for e, weight in after.items():
         rows, slot = (routes.index == e).nonzero(as_tuple=True)
         if len(rows):
             inner = _inner(experts, routes.hidden[rows], e) * routes.weights[rows, slot][:, None].double()
             left[rows] -= inner @ (weight.double() - before[e].double()).T
-    return float(missing.double().square().sum()), float(left.square().sum())
+    return missing.double().square().sum(1), left.square().sum(1)
 
 
 def _inner(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:

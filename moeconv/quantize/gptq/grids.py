@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import UsageError
+from moeconv.plan.kernels import load_kernel
 from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
-from moeconv.plan.kernels.stored import TORCH_DTYPES
+from moeconv.plan.kernels.stored import TORCH_DTYPES, to_tensor
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import kernel_of
 from moeconv.quantize.gptq.levels import Coded, Grid
@@ -43,6 +46,24 @@ def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
         spec.name: parts[part].to(TORCH_DTYPES[spec.dtype]).view(spec.shape)
         for spec, part in zip(item.outputs, item.params["parts"], strict=True)
     }
+
+
+def nearest_on_disk(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The item's output tensors, by name, as round-to-nearest writes them: by the item's own kernel."""
+    read = [(ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs]
+    made = load_kernel(item.kernel)(read, item.outputs, _unfitted(item.params))
+    return {
+        spec.name: to_tensor(memoryview(data), spec.dtype, spec.shape)
+        for spec, data in zip(item.outputs, made, strict=True)
+    }
+
+
+def _unfitted(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A packing kernel's parameters with its scales not fitted, also where it is the last of a chain."""
+    plain = {key: value for key, value in params.items() if key != "fit"}
+    if "then" in plain:
+        plain["then"] = plain["then"] | {"params": _unfitted(plain["then"]["params"])}
+    return plain
 
 
 def _code_grid(item: Item) -> CodeGrid:

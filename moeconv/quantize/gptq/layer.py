@@ -7,6 +7,7 @@ behind the quantized gate and up, so that down makes up for a part of their erro
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from moeconv.data import heldout
 from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.plan.plan import Item
-from moeconv.quantize.gptq.grids import grid_of, on_disk
+from moeconv.quantize.gptq.grids import nearest_on_disk, on_disk
 from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of, weight_name
 from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.levels import Coded, round_to_nearest
@@ -32,6 +33,7 @@ from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
 from moeconv.tensors import decode_weight, packed_source
 
+_TOKENS_PER_COLUMN = 4  # of what a layer's experts read: with fewer, codes fit the text and not the model
 Put = Callable[[Mapping[str, Tensor]], None]
 
 
@@ -78,8 +80,8 @@ class LayerCodes:
 
     def run(self, put: Put) -> CodesLayer:
         """Choose the codes of all experts and pass them to `put`; then compute the layer with them, so that the next
-        layer reads what the quantized model gives it. The layer keeps round-to-nearest where the chosen codes have the
-        larger error on held-out tokens.
+        layer reads what the quantized model gives it. The layer keeps round-to-nearest where the chosen codes are not
+        clearly better on held-out tokens, and where the tokens are too few to choose codes by.
 
         Raises InputError for experts without a `down_proj`, and for weights that are not finite.
         """
@@ -100,29 +102,37 @@ class LayerCodes:
         self._each(downs, self._round, found)
         wanted = self._output(seen, seen.held)
         self._fill(found.rounded)
-        baseline = _relative(self._output(seen, seen.held), wanted)
+        nearest = _squares(self._output(seen, seen.held), wanted)
         self._fill(found.chosen)
         self._each(downs, partial(self._code_down, seen, original, dict(found.chosen)), found)
         del original
         self._fill(found.chosen)
-        reached = _relative(self._output(seen, seen.held), wanted)
-        kept = reached <= baseline
+        chosen = _squares(self._output(seen, seen.held), wanted)
+        counts = [len(s.rows) for s in seen.shown.values()]
+        tokens, needed = sum(counts) / len(counts), self._tokens_needed()
+        kept = tokens >= needed and heldout.clearly_less(chosen.cpu(), nearest.cpu())
         if not kept:
             self._fill(found.rounded)
-        for parts in found.packed if kept else (on_disk(item, self._nearest(item)) for item in self.items):
+        for parts in found.packed if kept else (nearest_on_disk(item, self.model.checkpoint) for item in self.items):
             put(parts)
         for _ in self.layer.batches():  # computes what the next layer reads
             pass
-        counts = [len(s.rows) for s in seen.shown.values()]
+        reached, baseline = _relative(chosen, wanted), _relative(nearest, wanted)
         return {
             "layer": self.layer.index,
-            "output_rms": min(reached, baseline),
+            "output_rms": reached if kept else baseline,
             "output_rms_rtn": baseline,
             "output_rms_gptq": reached,
             "kept": kept,
             "fewest_tokens": min(counts),
-            "tokens_per_expert": sum(counts) / len(counts),
+            "tokens_per_expert": tokens,
+            "tokens_needed": needed,
         }
+
+    def _tokens_needed(self) -> int:
+        """Tokens per expert at which the layer's own tokens fill the second moment that its experts share."""
+        share = self.model.top_k / self.model.num_experts
+        return math.ceil(_TOKENS_PER_COLUMN * self.model.hidden_size * share)
 
     def _each(self, groups: Sequence[Group], code: Callable[[Group], _Weights], found: _Weights) -> None:
         """Code the groups, several at a time, and add the results to `found` in the order of the groups."""
@@ -198,10 +208,6 @@ class LayerCodes:
         """The weights of a group, those of one expert stacked along the rows: [E, out, in]."""
         return torch.stack([torch.cat([self._weight(item) for item in items]) for items in group.items])
 
-    def _nearest(self, item: Item) -> Coded:
-        grid, group = grid_of(item)
-        return round_to_nearest(self._weight(item), grid, group=group)
-
     def _pooled(self, seen: ExpertInputs) -> Tensor:
         """The second moment of the pool, float64 [H, H]."""
         x = seen.inputs[seen.pool].to(self.stream.device)
@@ -261,7 +267,12 @@ class LayerCodes:
         return torch.cat(made)
 
 
-def _relative(made: Tensor, wanted: Tensor) -> float:
-    """sqrt(sum (made - wanted)^2 / sum wanted^2)."""
+def _squares(made: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error of each token, float64 [n]."""
+    return (made.double() - wanted.double()).square().sum(1)
+
+
+def _relative(squares: Tensor, wanted: Tensor) -> float:
+    """sqrt(sum of squared errors / sum wanted^2)."""
     norm = float(wanted.double().square().sum())
-    return (float((made.double() - wanted.double()).square().sum()) / norm) ** 0.5 if norm else 0.0
+    return (float(squares.sum()) / norm) ** 0.5 if norm else 0.0

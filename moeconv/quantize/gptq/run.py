@@ -56,8 +56,8 @@ def choose_codes(
 
     In the result, `output_rms` is the relative error of the layer's FFN against the unquantized one, for the same
     inputs, on tokens that chose no codes; `output_rms_rtn` is that error with round-to-nearest and `output_rms_gptq`
-    with the chosen codes. A layer whose chosen codes have the larger error gets round-to-nearest, and its `kept` is
-    False.
+    with the chosen codes. A layer whose chosen codes are not clearly better, or that has too few tokens, gets what
+    round-to-nearest writes, and its `kept` is False.
 
     Raises UsageError for a wrong damping or size, InputError for unusable data and for weights or activations that are
     not finite.
@@ -120,4 +120,4 @@ def _room(stream: LayerStream, jobs: int) -> tuple[int, int]:
 
 def remarks_on(found: CodesFigures) -> list[str]:
     """Warnings about the result of `choose_codes`: too little text, and layers that keep round-to-nearest."""
-    return heldout.remarks_on(found["layers"], what="--method gptq", kept="round-to-nearest, because the chosen codes")
+    return heldout.remarks_on(found["layers"], what="--method gptq", kept="round-to-nearest", fitted="the chosen codes")

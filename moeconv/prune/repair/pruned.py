@@ -167,6 +167,6 @@ def _refitted(
     old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
     shown, needed = float((whole.where(~held).weights != 0).sum()) / len(kept), tokens_needed(before)
     better = shown >= needed and clearly_less(new.cpu(), old.cpu())
-    errors = [(float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new)]
-    variant.fitted.append(RefitOutcome(layer.index, *errors, shown, needed, kept=better))
+    was, now = ((float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new))
+    variant.fitted.append(RefitOutcome(layer.index, was, now, shown, needed, kept=better))
     return made if better else before

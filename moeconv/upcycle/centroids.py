@@ -1,4 +1,4 @@
-"""Balanced clusters of directions: spherical k-means in which every cluster gets about as many vectors as any other."""
+"""Balanced clusters of directions: spherical k-means with clusters of about equal size."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from moeconv.randomness import generator
 from moeconv.upcycle.grouping import seeds
 
 _ROUNDS = 25
-_PRICES = 40  # price steps a round
+_PRICES = 40  # price steps per round
 _NEAR = 1.05  # largest load over the mean that counts as balanced
 
 
 def balanced_centroids(vectors: np.ndarray, count: int, *, seed: int, layer: int) -> np.ndarray:
-    """`vectors` float32 [n, H] of length 1 -> centroids float32 [count, H] of length 1, n >= count.
+    """Centroids float32 [count, H] of length 1, for `vectors` float32 [n, H] of length 1 with n >= count.
 
-    Assignment is an auction: a cluster that attracts more than its share gets dearer until loads are even, as the
-    selection bias of DeepSeek-V3 (arXiv 2412.19437) evens out experts."""
+    Vectors are assigned by an auction: the price of a cluster rises while it attracts more than its share, until the
+    loads are even. The selection bias of DeepSeek-V3 (arXiv 2412.19437) balances experts in the same way."""
     draw = generator((seed, "centroids", layer))
     start = seeds(len(vectors), count, draw, lambda at: 2 - 2 * vectors @ vectors[at], least=1e-9)
     centroids = vectors[start]

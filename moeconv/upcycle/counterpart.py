@@ -1,18 +1,18 @@
-"""The exact counterpart of an upcycle that changes the model: what it would have been with nothing drawn or rounded.
+"""The exact counterpart of an upcycle that changes the model: the same upcycle with nothing drawn and nothing rounded.
 
-It is planned like the upcycle itself, with the method's edits at rest, in float32 and with every FFN from SOURCE. It
-must compute what the source computes, and the written model must be it: tensor by tensor, up to the rounding of its
-dtype and what the method may change. So what is inexact has a bound too. No torch, no bytes.
+It is planned like the upcycle itself, but with options at which the method edits nothing, in float32, and with every
+FFN from the source. It must compute what the source computes, and the written model must equal it tensor by tensor, up
+to the rounding of its dtype and to what the method may change. An inexact upcycle therefore has a bound too. Imports no
+torch and reads no bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from moeconv.options import UpcycleOptions, from_keywords
 from moeconv.plan.plan import Plan
+from moeconv.types import Config, JsonObject
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Method
 
@@ -21,8 +21,9 @@ _KEPT = ("granularity", "shared_experts", "router_std", "clustering")
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Where the router cannot choose whole copies: every layer is given the `pieces` of one of the `copies`, at 1 /
-    `scale` of the weights' sum each, which makes the FFN."""
+    """What the check makes the router choose, where it cannot choose whole copies by itself: in every layer the
+    `pieces` of one of the `copies`, each weighted by 1 / `scale` of the sum of the weights. Together they are the
+    FFN."""
 
     pieces: int
     copies: int
@@ -31,57 +32,58 @@ class Forced:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """What a method may change in a matrix of an expert: a share of its values, and the RMS of the change over the
-    matrix's own."""
+    """What a method may change in a matrix of an expert: the share of its values that change, and the RMS of the change
+    as a share of the matrix's RMS."""
 
     changed: float
     rms: float
 
 
 @dataclass(frozen=True, slots=True)
-class Counterpart:
-    """`parameters` are those of plan_upcycle. `config` is the config that the plan writes: keys that the counterpart's
-    plan says otherwise (dtype, top-k) are not looked at in the written one. `siblings`: the experts are theirs.
-    `measured`: the written router's rows are, and cannot be planned again."""
+class ExactCounterpart:
+    """How to plan the counterpart, and how to compare it. `parameters` are those of `plan_upcycle`. `config` is the
+    config that the upcycle's plan writes; keys in which the counterpart's plan differs from it (dtype, top-k) are not
+    compared. `siblings`: the experts come from siblings. `measured`: the router's rows were measured, so that they
+    cannot be planned again and are not compared."""
 
-    parameters: Mapping[str, Any]
-    config: Mapping[str, Any]
+    parameters: JsonObject
+    config: Config
     forced: Forced | None = None
     drift: Drift | None = None
     siblings: bool = False
     measured: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
     @staticmethod
-    def from_json(said: Mapping[str, Any]) -> Counterpart:
-        forced, drift = said["forced"], said["drift"]
+    def from_json(value: JsonObject) -> ExactCounterpart:
+        forced, drift = value["forced"], value["drift"]
         known = {"forced": forced and Forced(**forced), "drift": drift and Drift(**drift)}
-        return Counterpart(**{**said, **known})
+        return ExactCounterpart(**{**value, **known})
 
 
-def counterpart(plan: Plan) -> Counterpart | None:
-    """The counterpart of an upcycle's plan; None for one that is exact itself."""
+def counterpart(plan: Plan) -> ExactCounterpart | None:
+    """The counterpart of an upcycle's plan; None for a plan that is exact itself."""
     block, made = plan.block, plan.parameters
     if block["exact"]:
         return None
     options = from_keywords(UpcycleOptions, made)
-    asked: dict[str, Any] = {"experts": block["num_experts"], "dtype": "float32", "seed": made["seed"]}
-    if "copies" in block:  # of a Mixture-of-Experts: top-k by itself
-        return Counterpart(asked, plan.config)
+    parameters: JsonObject = {"experts": block["num_experts"], "dtype": "float32", "seed": made["seed"]}
+    if "copies" in block:  # an upcycle of a Mixture-of-Experts: top-k follows from the experts
+        return ExactCounterpart(parameters, plan.config)
     method = METHODS[options.method]
-    asked |= {name: made[name] for name in _KEPT if made[name] != getattr(UpcycleOptions(), name)}
-    asked |= dict(method.idle)
-    asked |= {"to": block["to"], "top_k": block["top_k"], "layers": ",".join(map(str, block["moe_layers"]))}
-    asked["method"] = method.undrawn or options.method
+    parameters |= {name: made[name] for name in _KEPT if made[name] != getattr(UpcycleOptions(), name)}
+    parameters |= dict(method.idle)
+    parameters |= {"to": block["to"], "top_k": block["top_k"], "layers": ",".join(map(str, block["moe_layers"]))}
+    parameters["method"] = method.undrawn or options.method
     if method.partition:
-        asked.pop("granularity", None)
+        parameters.pop("granularity", None)
     pieces = block["granularity"]
     cut = Cut(0, pieces, block["expert_width"], experts=block["num_experts"], top_k=block["top_k"])
     forced = None if method.grouped else Forced(pieces, cut.experts // pieces, method.scale(cut, options))
-    return Counterpart(
-        asked,
+    return ExactCounterpart(
+        parameters,
         plan.config,
         forced=forced,
         drift=_drift(method, options, cut.width),

@@ -1,14 +1,14 @@
-"""More experts for a model that has some: every expert and its router row m times in a row, top-k times m.
+"""More experts for a model that has some: m adjacent copies of every expert and of its router row, and m times the
+top-k.
 
-Equal rows get equal scores, so the m * k best are the m copies of the k best, and their weights sum to what those had:
-divided by the sum where the family renormalises, by the larger softmax where it does not.
+Equal rows get equal scores, so that the m * k best experts are the m copies of the k best. Their weights sum to the old
+ones: the division by the sum does that where the family renormalises, and the larger softmax where it does not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -21,12 +21,13 @@ from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
+from moeconv.types import JsonObject
 
 
 def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -> Plan:
-    """Plan the duplication of all experts; `experts` is a multiple of what the model has (default: twice).
+    """Plan the duplication of all experts. `experts` is a multiple of the model's number of experts (default: twice).
 
-    Raises UsageError for options that mean nothing here, InputError where copies would not add up.
+    Raises UsageError for options that do not apply to it, InputError where the copies would not add up to the original.
     """
     _check_options(options)
     _check_family(model)
@@ -34,8 +35,8 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     times, rest = divmod(experts, model.num_experts)
     if rest or times < 2:
         raise UsageError(
-            f"--experts {experts}: the source has {model.num_experts} experts, which can only be multiplied as a whole",
-            hint=f"Give a multiple: --experts {model.num_experts * max(2, times)}.",
+            f"--experts {experts} is not a multiple, by 2 or more, of the source's {model.num_experts} experts",
+            hint=f"Try --experts {model.num_experts * max(2, times)}.",
         )
     top_k = times * model.top_k if options.top_k is None else options.top_k
     if not 1 <= top_k <= experts:
@@ -46,7 +47,10 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     whole = top_k == times * model.top_k
     warnings = [*model.warnings, *head_warnings(model)]
     if not whole:
-        warnings.append(f"--top-k {top_k} of {times} copies each changes the model; {times * model.top_k} would not")
+        warnings.append(
+            f"--top-k {top_k} changes what the model computes: each expert has {times} copies, so that only "
+            f"--top-k {times * model.top_k} keeps it"
+        )
     return Plan(
         command="upcycle",
         parameters=parameters_of(options, common) | {"experts": experts, "top_k": top_k, "experts_from": []},
@@ -72,7 +76,7 @@ def _check_options(options: UpcycleOptions) -> None:
         if getattr(options, name) != getattr(usual, name):
             flag = name.replace("_", "-")
             raise UsageError(
-                f"--{flag}: a source with experts can only have its experts copied",
+                f"--{flag} is for dense sources: the experts of this one can only be copied",
                 hint="Give --experts alone; `moeconv tune` then lets the copies differ.",
             )
 
@@ -80,20 +84,24 @@ def _check_options(options: UpcycleOptions) -> None:
 def _check_family(model: Model) -> None:
     rule, name = model.family.experts.routing, model.family.model_type
     if model.quantization:
-        raise InputError("the source is quantized", hint="Copy experts of the unquantized checkpoint, then quantize.")
+        raise InputError(
+            "the source is quantized", hint="Copy the experts of the unquantized checkpoint, then quantize."
+        )
     if rule is None or not rule.equal:
-        raise InputError(f"{name} gives experts with equal logits unequal weights, so copies do not add up")
+        raise InputError(f"{name} gives experts with equal logits unequal weights, so that copies do not add up")
     if (
         rule.groups
         and rule.best_of_group > 1
         and (model.value(rule.groups[0]) or 1) != (model.value(rule.groups[1]) or 1)
     ):
         raise InputError(
-            f"{name} first picks {model.value(rule.groups[1])} of {model.value(rule.groups[0])} groups by their best "
-            "experts, and the two best of a group of copies are one: other groups could be picked"
+            f"{name} first chooses {model.value(rule.groups[1])} of {model.value(rule.groups[0])} groups by their two "
+            "best experts. With copies those two are the same expert, so that other groups could be chosen"
         )
     if rule.score == "sigmoid" and not model.renormalises and rule.scaling is None:
-        raise InputError(f"{name} sums unnormalised sigmoid scores, so copies would add up to a multiple")
+        raise InputError(
+            f"{name} sums unnormalised sigmoid scores, so that copies would add up to a multiple of the output"
+        )
 
 
 def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[Item]:
@@ -112,7 +120,7 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
 
 
 def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str | None) -> Item:
-    """A tensor with one slice per expert, [E, ...] or a row [1, E], every slice `times` in a row."""
+    """A tensor with one slice per expert, [E, ...] or [1, E], with `times` adjacent copies of every slice."""
     row = ref.shape[0] == 1 and model.num_experts > 1
     slices = math.prod(ref.shape) // model.num_experts
     each = tensor_nbytes(ref.dtype, (slices,))
@@ -126,24 +134,24 @@ def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str |
     spec = TensorSpec(ref.name, made, shape, role.key, math.prod(shape))
     rule = model.family.experts.routing
     if role.key.startswith("router.correction") and rule and rule.score == "softmax":
-        # a softmax over m times the experts has scores 1/m as large, and the bias is added to those
+        # the bias is added to softmax scores, which are 1/m as large over m times the experts
         parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]
         tree = ["scale", {"by": 1 / times}, [["concat", {}, parts]]]
         return Item((spec,), "compute", inputs[::times], {"tree": tree}, role.group)
     return Item((spec,), "copy" if made == ref.dtype else "cast", inputs, {}, role.group)
 
 
-def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> dict[str, Any]:
-    said: dict[str, Any] = dict.fromkeys(model.family.experts.count, experts)
-    said |= dict.fromkeys(model.family.experts.top_k, top_k)
+def _config(model: Model, experts: int, top_k: int, times: int, dtype: str | None) -> JsonObject:
+    changes: JsonObject = dict.fromkeys(model.family.experts.count, experts)
+    changes |= dict.fromkeys(model.family.experts.top_k, top_k)
     rule = model.family.experts.routing
     if rule and rule.score == "sigmoid" and rule.scaling and not model.renormalises:
-        said[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
-    return written_config(with_head(model), model.family, changes=said, dtype=TORCH_NAMES[dtype] if dtype else None)
+        changes[rule.scaling] = (model.value(rule.scaling) or 1.0) / times
+    return written_config(with_head(model), model.family, changes=changes, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _promise(model: Model, times: int) -> dict[str, int]:
-    """How many tensors change, counted from the source and not from the items."""
+    """How many tensors of each role change, counted from the source and not from the items."""
     count = {"expert": 0, "router": 0}
     for role in model.roles.values():
         if role.group in count:

@@ -1,9 +1,8 @@
-"""From an expression of families/node.py to the one Item that makes a tensor: a plain copy wherever bytes only move."""
+"""From an expression of families/node.py to the item that makes a tensor; a plain copy where bytes only move."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.families.node import Node
@@ -16,7 +15,8 @@ _EDITS = ("add_noise", "redraw_neurons")
 
 
 def item_of(node: Node, spec: TensorSpec, *, resolve: Resolve, changed: str = "") -> Item:
-    """The work that makes `spec` of `node`; `resolve` gives the bytes behind a leaf `source` or `read`."""
+    """The item that makes the tensor `spec` from the expression; `resolve` gives the bytes behind a leaf `source` or
+    `read`. `changed` is the role under which the tensor counts as changed, "" where it does not."""
     if node.op in _DRAWS:
         return Item((spec,), _DRAWS[node.op], (), dict(node.params), changed)
     pieces = list(_pieces(node))
@@ -34,7 +34,7 @@ def item_of(node: Node, spec: TensorSpec, *, resolve: Resolve, changed: str = ""
 
 
 def _pieces(node: Node) -> Iterator[Node]:
-    """What a concatenation joins, however it is nested."""
+    """The parts of a concatenation, nested or not."""
     if node.op != "concat":
         yield node
         return
@@ -42,7 +42,8 @@ def _pieces(node: Node) -> Iterator[Node]:
         yield from _pieces(child)
 
 
-def _tree(node: Node, index: Callable[[Node], int]) -> list[Any]:
+def _tree(node: Node, index: Callable[[Node], int]) -> list[object]:
+    """The expression as the JSON of the kernel `compute`: [op, params, children]."""
     if node.op in _INPUTS:
         return ["input", {"index": index(node)}, []]
     return [node.op, dict(node.params), [_tree(child, index) for child in node.of]]

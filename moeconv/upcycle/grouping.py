@@ -1,6 +1,6 @@
-"""Neurons into groups of exactly given sizes: balanced assignment, and balanced k-means to start from.
+"""Items assigned to groups of given sizes: assignment at least cost, and balanced k-means as a starting point.
 
-scipy solves the assignment; nothing here knows what the costs mean.
+scipy solves the assignment problem.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import numpy as np
 from moeconv.matching import assignment
 from moeconv.randomness import generator
 
-_BLOCK = 2048  # items that one assignment problem takes: its cost grows with their square, its time with their cube
+_BLOCK = 2048  # items per assignment problem: its memory grows with their square, its time with their cube
 
 
 def assign(cost: np.ndarray, sizes: Sequence[int], *, key: Sequence[object] = ("assign",)) -> np.ndarray:
     """The group of every item, int64 [n], at least total cost; group g takes exactly sizes[g] items.
 
-    cost: [n, G]. Optimal up to 2048 items (the Hungarian method); more are dealt into blocks of that size, each of
-    which is optimal with its share of every group. Raises ValueError when the sizes do not sum to n.
+    `cost` is [n, G]. The result is optimal for up to 2048 items (the Hungarian method). More items are divided at
+    random into blocks of that size, and each block is assigned optimally to its share of every group. Raises ValueError
+    when the sizes do not sum to n.
     """
     n = len(cost)
     if sum(sizes) != n or len(sizes) != cost.shape[1]:
-        raise ValueError(f"{n} items into groups of {list(sizes)}")
+        raise ValueError(f"{n} items cannot fill groups of {list(sizes)}")
     blocks = -(-n // _BLOCK)
     order = np.arange(n) if blocks == 1 else generator(key).permutation(n)
     group: np.ndarray = np.empty(n, np.int64)
@@ -41,7 +42,7 @@ def assign(cost: np.ndarray, sizes: Sequence[int], *, key: Sequence[object] = ("
 def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], steps: int = 10) -> np.ndarray:
     """Balanced k-means of the rows of `points` [n, d] (k-means++ start): the group of each, int64 [n].
 
-    Groups are equal; where n does not divide, the first ones take one more.
+    The groups have equal sizes; where `groups` does not divide n, the first groups have one item more.
     """
     points = np.asarray(points, np.float32)
     n = len(points)
@@ -65,11 +66,11 @@ def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], s
 def seeds(
     count: int, groups: int, draw: np.random.Generator, distance: Callable[[int], np.ndarray], *, least: float = 0.0
 ) -> list[int]:
-    """k-means++ (Arthur and Vassilvitskii 2007): the items to start from, each drawn in proportion to its squared
-    distance to the nearest one so far.
+    """The initial centres of k-means++ (Arthur and Vassilvitskii 2007): `groups` of `count` items, each drawn in
+    proportion to its squared distance from the nearest one that is drawn already.
 
-    `distance(i)` is the squared distance [count] of every item to item i. Where they sum to no more than `least`, all
-    items are alike, and the first one that is left is taken.
+    `distance(i)` is the squared distance [count] of every item from item i. Where the distances sum to no more than
+    `least`, all items are alike, and the first item that is not drawn yet is taken.
     """
     chosen = [int(draw.integers(count))]
     nearest = distance(chosen[0])

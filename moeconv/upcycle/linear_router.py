@@ -1,8 +1,8 @@
-"""A linear router for groups of neurons: fitted on FFN inputs so that what is left out of the output is small.
+"""A linear router for groups of neurons, fitted on FFN inputs so that the missing part of the output is small.
 
-A stock router is one matrix, so one is fitted (MoEfication, arXiv 2110.01786, and CMoE, arXiv 2502.04416, score groups
-by a non-linear function instead): ridge regression on the norm of a group's output, or logistic regression on the
-groups that a greedy oracle would take; the better one on held-out tokens wins.
+The routers of transformers are one matrix, so the fitted one is linear. (MoEfication, arXiv 2110.01786, and CMoE, arXiv
+2502.04416, score groups by a non-linear function.) There are two regressions: ridge regression on the norm of a group's
+output, and logistic regression on the groups that a greedy oracle chooses. The caller takes the better one.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 25  # of the groups' outputs that are made at a time
-_RIDGE = 1e-3  # of the mean diagonal
+_ELEMENTS = 1 << 25  # elements of the groups' outputs that are computed at a time
+_RIDGE = 1e-3  # as a share of the mean of the diagonal
 _DECAY = 1e-4
 _STEPS = 60
 
 
 def outputs(h: Tensor, down: Tensor, groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(tokens, outputs [t, G, H]) of groups of neurons, some tokens at a time. h: [n, f], down: [H, f], groups: int64
-    [G, w]."""
+    """(tokens, outputs [t, G, H]) of groups of neurons, for some tokens at a time. `h` [n, f] are the activations,
+    `down` [H, f] is the projection, `groups` int64 [G, w] has the neurons of each group."""
     matrices = down[:, groups].permute(1, 2, 0)  # [G, w, H]
     step = max(1, _ELEMENTS // (max(1, groups.shape[0]) * down.shape[0]))
     for first in range(0, len(h), step):
@@ -29,12 +29,12 @@ def outputs(h: Tensor, down: Tensor, groups: Tensor) -> Iterator[tuple[slice, Te
 
 
 def output_norms(h: Tensor, down: Tensor, groups: Tensor) -> Tensor:
-    """Norm of every group's output, [n, G]."""
+    """The norm of every group's output, [n, G]."""
     return torch.cat([made.norm(dim=-1) for _, made in outputs(h, down, groups)])
 
 
 def oracle(h: Tensor, down: Tensor, groups: Tensor, *, top_k: int) -> Tensor:
-    """Which `top_k` groups a greedy choice takes to leave the smallest rest of their sum: bool [n, G]."""
+    """The `top_k` groups that a greedy search chooses so that the rest of the output is smallest: bool [n, G]."""
     return torch.cat([_greedy(made, top_k) for _, made in outputs(h, down, groups)])
 
 
@@ -50,8 +50,8 @@ def _greedy(made: Tensor, top_k: int) -> Tensor:
 
 
 def ridge(x: Tensor, target: Tensor) -> Tensor:
-    """Rows [G, H] of the regression of `target` [n, G] on x [n, H]. No intercept: behind an RMSNorm the inputs hold a
-    nearly constant direction."""
+    """Rows [G, H] of the ridge regression of `target` [n, G] on `x` [n, H]. There is no intercept: after an RMSNorm,
+    the inputs contain a nearly constant direction."""
     wide = x.double()
     gram = wide.T @ wide
     gram += _RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
@@ -77,13 +77,13 @@ def logistic(x: Tensor, chosen: Tensor, *, weight: Tensor) -> Tensor:
 
 
 def select(x: Tensor, rows: Tensor, *, top_k: int) -> Tensor:
-    """The groups that a router takes, bool [n, G]."""
+    """The `top_k` groups that router rows [G, H] choose for inputs `x` [n, H]: bool [n, G]."""
     chosen = torch.zeros(len(x), len(rows), dtype=torch.bool, device=x.device)
     return chosen.scatter_(1, torch.topk(x @ rows.T, top_k, dim=1).indices, True) if top_k else chosen
 
 
 def missing(h: Tensor, down: Tensor, groups: Tensor, chosen: Tensor) -> Tensor:
-    """What the groups that are not chosen would have added, [n, H]."""
+    """The part of the output that is missing because some groups are not chosen: [n, H]."""
     off = torch.zeros_like(h)
     off[:, groups.flatten()] = (~chosen).to(h.dtype).repeat_interleave(groups.shape[1], dim=1)
     return (h * off) @ down.T

@@ -1,4 +1,4 @@
-"""What `upcycle --method split` measures before it can be planned: neuron statistics, then a partition file."""
+"""The measurements before `upcycle --method split` can be planned: neuron statistics, then a partition file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _NEURONS, _PARTITION = "neurons.safetensors", "partition.safetensors"
 
 
 def measure_partition(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Partition:
-    """The partition that `request` asks for, from --stats, or from --data through statistics; `measured` keeps it.
+    """The partition for `request`: made from --stats, or from statistics that are measured on --data. The files are
+    kept in `measured`.
 
-    Raises UsageError where neither or both are given.
+    Raises UsageError where neither of the two options or both are given.
     """
     options, data = request.upcycle, request.data.data
     shape = split_shape(model, split_options(model, options))
     if bool(options.stats) == bool(data):
-        text = "--stats and --data exclude each other" if data else "--method split decides on data"
+        text = "--stats and --data exclude each other" if data else "--method split needs --stats or --data"
         raise UsageError(text, hint=MEASURE.format(source=model.checkpoint.path.name))
     from moeconv.calibrate.neurons import load_neurons
     from moeconv.calibrate.run import calibrate
@@ -36,18 +37,18 @@ def measure_partition(model: Model, request: UpcycleRequest, measured: Measured,
     if not stats:
         asked = parameters_of(request.calibrate, request.data, request.measure)
 
-        def look(folder: Path) -> None:
+        def measure_neurons(folder: Path) -> None:
             calibrate(
                 str(model.checkpoint.path), folder / _NEURONS, seed=seed, overwrite=True, meter=meter, **asked
             )  # fmt: skip
 
-        stats = str(measured.once("neurons", look, resumes=True)[0] / _NEURONS)
+        stats = str(measured.once("neurons", measure_neurons, resumes=True)[0] / _NEURONS)
 
-    def cut(folder: Path) -> None:
+    def partition(folder: Path) -> None:
         write_partition(
             model, load_neurons(stats, model, twin=twin), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
             shared=shape.shared, width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best,
             clustering=options.clustering, device=pick_device(request.measure.device), seed=seed, meter=meter,
         )  # fmt: skip
 
-    return load_partition(measured.once("partition", cut)[0] / _PARTITION)
+    return load_partition(measured.once("partition", partition)[0] / _PARTITION)

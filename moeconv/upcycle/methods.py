@@ -1,11 +1,12 @@
-"""Upcycling methods: how one FFN matrix becomes an expert's matrix. A method is a row of functions over expressions."""
+"""Upcycling methods: how the matrix of an FFN becomes that of an expert. A method is a row of functions on
+expressions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from moeconv.errors import UsageError
 from moeconv.families.node import Node, cut, deal, measured, scale, take
@@ -16,9 +17,8 @@ from moeconv.upcycle.cut import Cut, counts
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One expert's matrix to be made of the FFN's `node`. `part` is gate, up or down, or one of their biases.
-
-    `expert` is None for the shared expert. `cut` says how many neurons each holds.
+    """One matrix of an expert, to be made of the expression `node` for the FFN's. `part` is gate, up or down, or one of
+    their biases. `expert` is None for the shared expert. `cut` has the numbers of neurons.
     """
 
     node: Node
@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def axis(self) -> int | None:
-        """The neurons' axis; None for down_bias, which has none."""
+        """The axis of the neurons; None for down_bias, which has no such axis."""
         return None if self.part == "down_bias" else 1 if self.part == "down" else 0
 
 
@@ -41,7 +41,8 @@ def _range(matrix: Matrix, start: int, stop: int) -> Node:
 
 
 def in_order(matrix: Matrix, _options: UpcycleOptions) -> Node:
-    """The expert's neurons where they lie: the shared expert's first, then piece after piece, copy after copy."""
+    """The neurons in the order of the FFN: the shared expert has the first ones, and the pieces of every copy
+    follow."""
     if matrix.expert is None:
         return _range(matrix, 0, matrix.cut.shared)
     first = matrix.cut.first(matrix.expert)
@@ -49,7 +50,7 @@ def in_order(matrix: Matrix, _options: UpcycleOptions) -> Node:
 
 
 def shuffled(matrix: Matrix, options: UpcycleOptions) -> Node:
-    """Each copy of what is routed in an order of its own, then cut (Qwen2 report, arXiv 2407.10671)."""
+    """Each copy of the routed neurons is shuffled in its own order and then cut (Qwen2 report, arXiv 2407.10671)."""
     if matrix.expert is None or matrix.axis is None:
         return in_order(matrix, options)
     first = 0 if matrix.cut.idle else matrix.cut.shared
@@ -61,7 +62,7 @@ def shuffled(matrix: Matrix, options: UpcycleOptions) -> Node:
 
 
 def partitioned(matrix: Matrix, _options: UpcycleOptions) -> Node:
-    """The neurons that the partition file names, in its order."""
+    """The neurons that the partition file lists, in its order."""
     if matrix.axis is None:
         return matrix.node
     if matrix.expert is None:
@@ -73,13 +74,14 @@ def partitioned(matrix: Matrix, _options: UpcycleOptions) -> Node:
 
 
 def _fitted(layer: int, options: UpcycleOptions, hidden: int) -> Node:
-    """The fitted rows, so small that all chosen experts weigh the same."""
+    """The fitted rows [experts, H], scaled down so far that all chosen experts have the same weight."""
     shape = (counts(options)[0], hidden)
     return scale(measured(f"layer.{layer}.router", dtype="F32", shape=shape), ROUTER_SCALE)
 
 
 def _always_on(layer: int, options: UpcycleOptions) -> Node:
-    """Scores lie between 0 and 1, so that a correction of 1 decides."""
+    """The correction bias [experts]: scores lie between 0 and 1, so that an expert with a bias of 1 is always
+    chosen."""
     return measured(f"layer.{layer}.always", dtype="F32", shape=(counts(options)[0],))
 
 
@@ -90,18 +92,21 @@ def keep(matrix: Matrix, _options: UpcycleOptions) -> Node:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """`select` gives an expert's neurons out of the FFN's matrix, `edit` changes them (matrix.node is then what it
-    gave); the shared expert is selected and never edited. `scale` is what the routed sum must be multiplied by to be
-    the FFN's; `grouped` repeats a router row for the pieces of a copy; `router` gives a layer's rows in place of random
-    ones, `correction` its correction bias. `exact` where the model's function does not change. `granularity` is the
-    default number of pieces. `reads` are the options that only some methods look at.
+    """How an FFN becomes experts.
 
-    `partition`: the neurons and the router come from a partition that is measured on the source. `siblings` says
-    whether --experts-from may, must or may not be given; with siblings the method may have another name,
-    `with_siblings`. `undrawn` names the method that makes the same experts without anything drawn, "" for this one.
+    `select` takes an expert's neurons out of the FFN's matrix. `edit` changes the result, which it finds in
+    `matrix.node`; the shared expert is never edited. The routed sum times `scale` is the output of the FFN. `grouped`:
+    the pieces of a copy have equal router rows. `router` makes a layer's router rows, in place of random ones, and
+    `correction` its correction bias. `exact`: the model's function does not change. `granularity` is the default number
+    of pieces. `reads` names the options that only some methods use.
 
-    `idle` are the values of options at which it edits nothing; `drift` bounds what it edits otherwise: (share of the
-    neurons, RMS of the change in units of the matrix's)."""
+    `partition`: the neurons and the router come from a partition that is measured on the source. `siblings` states
+    whether --experts-from may, must or cannot be given ("no"). With siblings, the method `with_siblings` takes the
+    place of this one. `undrawn` names the method that makes the same experts without random numbers, "" for this one.
+
+    `idle` has the values of options at which the method edits nothing. `drift` bounds the edits at other values: (share
+    of the neurons that change, RMS of the change as a share of the matrix's RMS).
+    """
 
     edit: Callable[[Matrix, UpcycleOptions], Node] = keep
     exact: bool = False
@@ -116,11 +121,11 @@ class Method:
     siblings: Literal["may", "must", "no"] = "may"
     with_siblings: str = ""
     undrawn: str = ""
-    idle: Mapping[str, Any] = field(default_factory=dict)
+    idle: Mapping[str, float] = field(default_factory=dict)
     drift: Callable[[UpcycleOptions], tuple[float, float]] | None = None
 
 
-def _drawn(matrix: Matrix, kernel: str, purpose: str, **params: Any) -> Node:
+def _drawn(matrix: Matrix, kernel: str, purpose: str, **params: object) -> Node:
     if matrix.part.endswith("_bias"):
         return matrix.node
     keys = {
@@ -139,11 +144,11 @@ def _drop(matrix: Matrix, options: UpcycleOptions) -> Node:
     return _drawn(matrix, "redraw_neurons", "drop", fraction=options.drop_ratio)
 
 
-_MARGIN = 1.5  # over what is expected, for matrices that are small
+_MARGIN = 1.5  # the bound over the expected change, since small matrices scatter
 
 
 def _redrawn(options: UpcycleOptions) -> tuple[float, float]:
-    """New values of the old ones' mean and deviation are sqrt(2) away from them, at most over the whole matrix."""
+    """Values redrawn with the mean and the deviation of the old ones differ from them by sqrt(2) deviations in RMS."""
     return options.drop_ratio, _MARGIN * math.sqrt(2)
 
 
@@ -186,21 +191,21 @@ METHODS: dict[str, Method] = {
 
 
 def which(names: Iterable[str]) -> str:
-    """Methods as an error names them: --method a or b."""
+    """Methods in the words of an error: --method a or b."""
     return f"--method {' or '.join(names)}"
 
 
 def partitioning() -> list[str]:
-    """The methods that measure a partition of the source."""
+    """The names of the methods that need a partition measured on the source."""
     return [name for name, method in METHODS.items() if method.partition]
 
 
 def check_reads(options: UpcycleOptions) -> None:
-    """Raises UsageError for an option that the method would not look at."""
+    """Raises UsageError for an option that the method does not use."""
     for name in sorted({name for method in METHODS.values() for name in method.reads}):
         readers = [known for known, method in METHODS.items() if name in method.reads]
         if getattr(options, name) != getattr(UpcycleOptions(), name) and options.method not in readers:
             raise UsageError(
                 f"--method {options.method} does not use {flag_of(name)}",
-                hint=f"It goes with {which(readers)}; leave it out.",
+                hint=f"Leave {flag_of(name)} out; {which(readers)} uses it.",
             )

@@ -1,6 +1,6 @@
-"""From neuron statistics to a partition file: every FFN cut into shared and routed experts, a layer at a time.
+"""From neuron statistics to a partition file: every FFN is cut into a shared expert and routed experts.
 
-Reads one layer's FFN at a time; activations of the token sample are computed again by the stock module.
+One FFN is in memory at a time. The stock module computes the activations of the token sample again.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from moeconv.stream.skeleton import Skeleton
 from moeconv.tensors import decode_weight
 from moeconv.upcycle.ffn_split import Ffn, FfnSplit, split_ffn
 
-_ROWS = 4096  # tokens in a forward pass
+_ROWS = 4096  # tokens per forward pass
 
 
 @torch.no_grad()
@@ -47,10 +46,11 @@ def write_partition(
     seed: int,
     meter: Meter,
 ) -> None:
-    """FfnSplit the FFN of `layers` into `experts` routed experts of `width` neurons and a shared one of `shared`.
+    """Split the FFNs of `layers` into `experts` routed experts of `width` neurons and a shared one of `shared` neurons,
+    and write the partition to `path`.
 
-    `varied`: some routed experts may be always on, how many is each layer's own choice by output error. `best`: keep
-    only so many layers, those with the smallest relative output error.
+    `varied`: some of the routed experts may be always on, and each layer has the number of them with the smallest
+    output error. `best`: keep only that many layers, those with the smallest relative output error.
     """
     skeleton = Skeleton(model, dtype=torch.float32, device=device)
     pieces, held = experts + shared // width, shared // width
@@ -74,16 +74,17 @@ def write_partition(
 
 
 def _shares(held: int, top_k: int) -> list[int]:
-    """Numbers of pieces always on that are tried: all, or five from none to every active one."""
+    """The numbers of pieces that are always on to try: all from `held` to every active piece, or five of them."""
     if top_k <= 5:
         return list(range(held, held + top_k + 1))
     return sorted({held + round(top_k * share / 4) for share in range(5)})
 
 
 def _sample(skeleton: Skeleton, statistics: NeuronStatistics, layer: int, *, seed: int, device: torch.device) -> Ffn:
-    """A layer's FFN inputs from the statistics, and the activations that the stock FFN makes of them."""
+    """The FFN inputs of a layer from the statistics, and the activations that the stock FFN computes from them."""
     model = skeleton.model
-    down: Any = down_module(skeleton, model, layer)
+    down = down_module(skeleton, model, layer)
+    assert isinstance(down.weight, Tensor)
     module = skeleton.parent(down)
     name = skeleton.name_of(module)
     wanted = [n for n, role in model.roles.items() if role.layer == layer and role.group == "ffn"]
@@ -145,7 +146,8 @@ def _write(
 
 
 def _normalised(cut: FfnSplit, statistics: NeuronStatistics, layer: int) -> Tensor:
-    """The fitted rows without what they have in common, at a standard deviation of 1 of the logits: the same choice."""
+    """The fitted rows without their mean, scaled so that the logits have a standard deviation of 1. Neither changes
+    which experts are chosen."""
     rows = cut.router.cpu().float()
     if not len(rows):
         return rows.reshape(0, rows.shape[-1])

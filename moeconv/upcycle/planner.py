@@ -1,15 +1,15 @@
-"""plan_upcycle: a dense model and parameters in, a Plan out. Reads no tensor bytes and imports no torch."""
+"""The plan of an upcycle, from a model's headers and the options. Reads no tensor bytes and imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from moeconv.checkpoint.overlay import provenance
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
+from moeconv.contract import UpcycleBlock
 from moeconv.errors import InputError, UsageError
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
@@ -35,6 +35,7 @@ from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Item, Plan
+from moeconv.types import JsonObject
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly
@@ -52,20 +53,20 @@ from moeconv.upcycle.split import (
 )
 from moeconv.upcycle.widths import check_widths
 
-_TRIFLE = 0.03  # of the active parameters
+_NEGLIGIBLE = 0.03  # share of the active parameters that is not worth a warning
 
 
 def plan_upcycle(
     model: Model, *, siblings: Sequence[Model] = (), overlay: SafetensorsFile | None = None,
-    partition: Partition | None = None, **parameters: Any,
+    partition: Partition | None = None, **parameters: object,
 ) -> Plan:  # fmt: skip
-    """Plan the conversion of a dense model, or more experts for one that has some; parameters are the
-    fields of UpcycleOptions and PlanOptions.
+    """Plan the conversion of a dense model, or the duplication of the experts of one that has some. The parameters are
+    the fields of UpcycleOptions and PlanOptions.
 
-    `siblings` are the opened checkpoints of `experts_from` (opened here when only their paths are given); run such a
-    plan with `execute(origins=origins_of(siblings))`. `overlay` holds what was measured for `router`, under the origin
-    "overlay", and `partition` what was measured for split, under the origin "partition" (its `file`); without them the
-    plan has its final sizes, and cannot be run.
+    `siblings` are the opened checkpoints of `experts_from`, which are opened here when only their paths are given. Run
+    such a plan with `execute(origins=origins_of(siblings))`. `overlay` has the measured rows of `router`, and is then
+    the origin "overlay" of the plan; `partition` was measured for split, and its `file` is the origin "partition".
+    Without them the plan has its final sizes, but it cannot be run.
 
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
@@ -78,14 +79,14 @@ def upcycle_plan(
     model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Model] = (),
     overlay: SafetensorsFile | None = None, partition: Partition | None = None,
 ) -> Plan:  # fmt: skip
-    """`plan_upcycle` of options."""
+    """`plan_upcycle` with the parameters as option groups."""
     check_reads(options)
     if model.family.kind == "moe" and options.to in (None, model.family.model_type):
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:
         siblings = [open_model(path) for path in options.experts_from]
-    options, told = _with_siblings(model, options, siblings)
+    options, about_siblings = _with_siblings(model, options, siblings)
     splits = METHODS[options.method].partition
     if splits:
         options = split_options(model, options)
@@ -98,18 +99,18 @@ def upcycle_plan(
     shape = _shape(model, options, partition) if splits else None
     layers = split_layers(model, options, partition) if splits else _layers(model, options)
     if not layers:
-        raise UsageError("--layers names no layer")
+        raise UsageError("--layers selects no layer", hint="Give at least one layer, or leave --layers out for all.")
     dtype = parse_dtype(common.dtype)
     if splits:
         _check_router_rows(options, target, dtype or model.dtype)
     draft = _draft(model, pair, options, cut, layers, dtype)
-    draft.warnings += told + _size_warnings(model, options, target, cut, dtype or model.dtype)
+    draft.warnings += about_siblings + _size_warnings(model, options, target, cut, dtype or model.dtype)
     assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed, tuple(siblings))
     items = assembly.items()
     if assembly.rounded:
         draft.warnings.append(
-            f"{', '.join(sorted(set(assembly.rounded)))}: what is folded into these weights is rounded to their dtype; "
-            "--dtype float32 keeps it exact"
+            f"{', '.join(sorted(set(assembly.rounded)))}: a constant of the source is folded into these weights, which are "
+            "then rounded to their dtype; --dtype float32 keeps them exact"
         )
     draft.warnings += other_values_elsewhere(target, draft.config)
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")
@@ -126,7 +127,10 @@ def upcycle_plan(
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
-        block=_block(pair, options, cut, layers, exact=exact) | (split_block(partition, shape) if shape else {}),
+        block={
+            **_block(pair, options, cut, layers, exact=exact),
+            **(split_block(partition, shape) if shape else {}),
+        },
         warnings=(*model.warnings, *draft.warnings),
         dropped=(*model.dropped, *assembly.dropped),
         promise=assembly.promise(),
@@ -134,7 +138,7 @@ def upcycle_plan(
 
 
 def _shape(model: Model, options: UpcycleOptions, partition: Partition | None) -> SplitShape:
-    """The shape of a split; a partition that was measured for another is refused."""
+    """The shape of a split. Raises InputError for a partition that was measured for another shape."""
     shape = split_shape(model, options)
     if partition:
         check_partition(model, options, partition, shape)
@@ -145,8 +149,8 @@ def _check_router_rows(options: UpcycleOptions, target: Family, dtype: str) -> N
     """Raises InputError where the rows of a router that splits an FFN would be zero in the dtype of the output."""
     if dtype == "F16" and "router.weight" not in target.tensors.float32:
         raise InputError(
-            f"--method {options.method} writes router rows of {target.model_type} that float16 cannot hold "
-            "(about 1e-6)",
+            f"--method {options.method} writes router rows of about 1e-6, which float16, the dtype of the router of "
+            f"{target.model_type}, rounds to zero",
             hint="Pass --dtype bfloat16 or float32.",
         )
 
@@ -154,11 +158,12 @@ def _check_router_rows(options: UpcycleOptions, target: Family, dtype: str) -> N
 def _draft(
     model: Model, pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], dtype: str | None
 ) -> Draft:
-    """The target's config and tensors, with the sizes of the experts and the dtype in the config."""
+    """The config and the tensors of the target, with the sizes of the experts and the dtype filled in."""
     draft = draft_target(model, pair)
     draft.config |= _sizes(model, draft, options, cut, layers)
     if cut.idle and draft.target.experts.routed_norm:
-        # with another weight the norm would scale up whatever experts of zero first learn to the size of the others
+        # the experts start at zero, and a norm with another weight would scale up the first small values that they
+        # learn
         draft.tensors[draft.target.experts.routed_norm] = fill(0.0)
     if dtype:
         draft.config.pop("torch_dtype", None)
@@ -171,12 +176,12 @@ def _size_warnings(model: Model, options: UpcycleOptions, target: Family, cut: C
 
 
 def origins_of(siblings: Sequence[Model]) -> dict[str, Checkpoint]:
-    """The byte sources of a plan over siblings, as `execute` wants them."""
+    """The byte sources of a plan with siblings, for the argument `origins` of `execute`."""
     return {sibling_origin(i): sibling.checkpoint for i, sibling in enumerate(siblings)}
 
 
 def router_rows(plan: Plan) -> tuple[dict[int, str], int]:
-    """(layer -> name, rows) of the router tensors that a plan takes from its overlay."""
+    """(layer -> name, number of rows) of the router tensors that a plan reads from its overlay."""
     wanted: dict[int, str] = {}
     rows = 0
     for item in plan.items():
@@ -191,30 +196,31 @@ def router_rows(plan: Plan) -> tuple[dict[int, str], int]:
 def _with_siblings(
     model: Model, options: UpcycleOptions, siblings: Sequence[Model]
 ) -> tuple[UpcycleOptions, list[str]]:
-    """The options with the method that siblings mean, and warnings about them."""
+    """The options with the method for siblings, and warnings about the siblings."""
     method = METHODS[options.method]
     if method.siblings == "must" and not siblings:
         raise UsageError(
-            f"--method {options.method} needs the siblings",
-            hint="Name each one: --experts-from DIR1 --experts-from DIR2.",
+            f"--method {options.method} needs --experts-from",
+            hint="Name each sibling: --experts-from DIR1 --experts-from DIR2.",
         )
     if not siblings:
         return options, []
     if method.siblings == "no" or options.shared_experts == "full":
         word = "--shared-experts full" if options.shared_experts == "full" else f"--method {options.method}"
-        raise UsageError(f"--experts-from does not go with {word}", hint="Leave one of the two out.")
+        raise UsageError(f"--experts-from cannot be combined with {word}", hint="Leave one of the two out.")
     warnings = check_siblings(model, siblings)
     return replace(options, method=method.with_siblings or options.method), warnings
 
 
 def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
-    """The cut with the numbers of experts: the defaults, or one per sibling, in whole copies, where nothing is said."""
+    """The cut with the number of experts and the top-k. By default there is one copy per sibling, or as many whole
+    copies as give the usual number of experts."""
     experts, top_k = options.experts, options.top_k
     if experts is None:
         experts = cut.pieces * (siblings or -(-EXPERTS // cut.pieces))
     if siblings and experts % (siblings * cut.pieces):
         raise UsageError(
-            f"--experts {experts}: {siblings} siblings make {siblings * cut.pieces} experts, or a multiple of that",
+            f"--experts {experts} must be a multiple of the {siblings * cut.pieces} experts of {siblings} siblings",
             hint="Leave --experts out.",
         )
     if top_k is None:
@@ -222,16 +228,20 @@ def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
     return replace(cut, experts=experts, top_k=top_k)
 
 
-def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Model]) -> dict[str, Any]:
-    """What the plan's id depends on: siblings by their fingerprints, not by their paths."""
+def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Model]) -> dict[str, object]:
+    """The parameters that the plan's id depends on; siblings have their identities there, not their paths."""
     return parameters_of(options, common) | {"experts_from": [sibling.identity for sibling in siblings]}
 
 
-def _made_with(model: Model, overlay: SafetensorsFile | None) -> dict[str, Any] | None:
+def _made_with(model: Model, overlay: SafetensorsFile | None) -> JsonObject | None:
+    """The provenance of a router's rows. Raises InputError for rows that were measured on another model."""
     if overlay is None:
         return None
     return provenance(
-        overlay, identity=model.identity, checkpoint=model.checkpoint, hint="Measure it again on this one."
+        overlay,
+        identity=model.identity,
+        checkpoint=model.checkpoint,
+        hint="Measure the router again on this checkpoint.",
     )
 
 
@@ -243,8 +253,9 @@ def _granularity(options: UpcycleOptions) -> int:
     return METHODS[options.method].granularity if options.granularity is None else options.granularity
 
 
-def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], *, exact: bool) -> dict[str, Any]:
-    """The step's part of the JSON. `exact` promises float32 logits equal to rounding, and the run checks it."""
+def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], *, exact: bool) -> UpcycleBlock:
+    """The step's block of the JSON. `exact` promises float32 logits that are equal up to rounding; the run checks
+    it."""
     return {
         "method": options.method,
         "from": pair.source,
@@ -260,38 +271,40 @@ def _block(pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...
 
 
 def _ties(options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
-    """Virtual groups fall apart where another copy's logit is equal after rounding: 0.3 to 0.8 % of tokens."""
+    """The warning about ties: where the logits of two copies are equal after rounding, top-k can choose pieces of
+    both."""
     rule = target.experts.routing
     if cut.pieces == 1 or not METHODS[options.method].grouped or cut.experts == cut.top_k or rule is None:
         return []
     if rule.float32 or rule.groups or dtype not in ("BF16", "F16"):
         return []
     return [
-        f"{target.model_type} rounds its router's logits to {TORCH_NAMES[dtype]}: where two copies' logits become "
-        "equal, a token may get pieces of both (0.3 to 0.8 % of tokens in bfloat16); "
-        "with glm4_moe, dots1 and deepseek_v3 that cannot happen"
+        f"{target.model_type} rounds the logits of its router to {TORCH_NAMES[dtype]}: where the logits of two copies "
+        "become equal, a token can get pieces of both (0.3 to 0.8 % of tokens in bfloat16). "
+        "This cannot happen with glm4_moe, dots1 and deepseek_v3"
     ]
 
 
 def _idle_shared(items: Sequence[Item], target: Family, cut: Cut, active: int) -> list[str]:
-    """A shared expert of zeros that the family cannot be without, where it is more than a trifle."""
+    """The warning about a shared expert of zeros, which some families need, where it takes a share worth mentioning."""
     zeros = sum(spec.params for item in items for spec in item.outputs if spec.role.startswith("shared."))
-    if cut.shared or zeros < _TRIFLE * active:
+    if cut.shared or zeros < _NEGLIGIBLE * active:
         return []
     return [
-        f"{target.model_type} cannot be without a shared expert as wide as a routed one: {zeros:,} parameters of zero, "
-        f"{zeros / active:.0%} of those that every token computes; --method granular --granularity 8 makes it an "
-        "eighth as wide, and with --shared-experts 1 it holds a piece of the FFN instead"
+        f"{target.model_type} needs a shared expert as wide as a routed one, which is zero here: {zeros:,} parameters, "
+        f"{zeros / active:.0%} of those that compute each token. --method granular --granularity 8 makes it an eighth "
+        "as wide, and with --shared-experts 1 it holds a piece of the FFN"
     ]
 
 
 def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
+    """Raises UsageError or InputError where the pieces of a copy would not add up to it."""
     if cut.pieces == 1:
         return
     if target.experts.routing and not target.experts.routing.equal:
         raise InputError(
-            f"{target.model_type} gives experts with equal logits unequal weights, so the pieces of a copy do not add "
-            "up",
+            f"{target.model_type} gives experts with equal logits unequal weights, so that the pieces of a copy do not "
+            "add up to it",
             hint="See `moeconv families` for other targets (--to), or leave --granularity out.",
         )
     for flag, value in (("--experts", cut.experts), ("--top-k", cut.top_k)):
@@ -302,12 +315,16 @@ def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
                 hint=f"Try {flag} {more}.",
             )
     if cut.experts % cut.pieces:
-        raise UsageError(f"--experts {cut.experts} must be a multiple of the {cut.pieces} pieces of a copy")
+        raise UsageError(
+            f"--experts {cut.experts} must be a multiple of the {cut.pieces} pieces of a copy",
+            hint=f"Try --experts {-(-cut.experts // cut.pieces) * cut.pieces}.",
+        )
 
 
 def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
+    """Raises UsageError for numbers out of their range, and for a cut that the target cannot compute."""
     if not 1 <= cut.experts <= 4096:
-        raise UsageError(f"--experts {cut.experts} is outside 1 to 4096")
+        raise UsageError(f"--experts {cut.experts} must be from 1 to 4096")
     if not 1 <= cut.top_k <= cut.experts:
         raise UsageError(
             f"--top-k {cut.top_k} must be from 1 to the number of experts ({cut.experts})",
@@ -325,10 +342,11 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be a finite number from 0 up")
 
 
-def _sizes(model: Model, draft: Draft, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Config keys that say how many experts there are, how wide, and in which layers."""
+def _sizes(model: Model, draft: Draft, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> JsonObject:
+    """The config keys for the number of experts, their width, and the layers that have them. Raises InputError where
+    the target cannot have experts in these layers alone."""
     target = draft.target
-    sizes: dict[str, Any] = dict.fromkeys(target.experts.count, cut.experts)
+    sizes: JsonObject = dict.fromkeys(target.experts.count, cut.experts)
     sizes |= dict.fromkeys(target.experts.top_k, cut.top_k)
     if target.experts.dense_width in target.config.defaults:
         sizes[target.experts.dense_width] = model.ffn_width

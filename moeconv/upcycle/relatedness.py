@@ -1,10 +1,9 @@
-"""Do checkpoints of equal shape descend from one base? Looked at before their FFNs become experts of one model."""
+"""Do checkpoints of equal shape descend from one base? Checked before their FFNs become the experts of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,16 +12,16 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.kernels.arrays import to_float32
 
-_SAMPLE = 1 << 16  # bytes of one FFN matrix
-_SAME_WORDS = 0.9  # of the smaller vocabulary
-_NAMED = 3  # tokens
-_RELATED = 0.3  # cosine of fine-tunes of one base is near 1, of strangers near 0
+_SAMPLE = 1 << 16  # bytes of one FFN matrix that are compared
+_SAME_WORDS = 0.9  # the share of the smaller vocabulary that both must have
+_NAMED = 3  # tokens that a warning lists
+_RELATED = 0.3  # the cosine of fine-tunes of one base is near 1, that of unrelated models near 0
 
 
 def check_related(model: Model, siblings: Sequence[Model]) -> list[str]:
-    """Warnings about siblings whose weights have nothing to do with SOURCE's.
+    """Warnings about siblings whose weights are not related to the source's, or whose vocabulary differs a little.
 
-    Raises InputError where a sibling's tokenizer.json gives other ids to the same words.
+    Raises InputError where a sibling's tokenizer.json gives other ids to the same tokens.
     """
     ours, warnings = _vocabulary(model), []
     for sibling in siblings:
@@ -38,15 +37,15 @@ def check_related(model: Model, siblings: Sequence[Model]) -> list[str]:
     return warnings
 
 
-def _compare_vocabularies(where: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """What to say of tokens that were added, removed or renamed. Raises InputError for another vocabulary."""
+def _compare_vocabularies(where: str, ours: dict[str, object], theirs: dict[str, object]) -> str:
+    """The warning about tokens that were added, removed or renamed. Raises InputError for another vocabulary."""
     shared = ours.keys() & theirs.keys()
     odd = next((word for word in sorted(shared) if ours[word] != theirs[word]), None)
     if odd is not None or len(shared) < _SAME_WORDS * min(len(ours), len(theirs)):
-        what = f"token {escape(odd)!r} is {theirs[odd]}, in SOURCE {ours[odd]}" if odd else "it has other tokens"
+        what = f"token {escape(odd)!r} has id {theirs[odd]}, in SOURCE {ours[odd]}" if odd else "too few tokens agree"
         raise InputError(
             f"{where} has another vocabulary than SOURCE: {what}",
-            hint="Experts read SOURCE's embeddings; take siblings that were trained with its tokenizer.",
+            hint="The experts read SOURCE's embeddings. Choose siblings that were trained with its tokenizer.",
         )
     parts = [
         f"{what} {len(words)} ({', '.join(map(escape, words[:_NAMED]))}{', ...' * (len(words) > _NAMED)})"
@@ -54,12 +53,13 @@ def _compare_vocabularies(where: str, ours: dict[str, Any], theirs: dict[str, An
         if words
     ]
     return (
-        f"{where} {' and '.join(parts)} tokens that SOURCE has otherwise: texts are read with SOURCE's tokenizer and "
-        "embeddings, since only FFNs are taken"
+        f"{where} {' and '.join(parts)} tokens compared with SOURCE: the result has SOURCE's tokenizer and embeddings, "
+        "and only the FFNs of its siblings"
     )
 
 
-def _vocabulary(model: Model) -> dict[str, Any] | None:
+def _vocabulary(model: Model) -> dict[str, object] | None:
+    """The ids of a model's tokens; None where its tokenizer.json does not have them."""
     path = Path(model.checkpoint.path) / "tokenizer.json"
     if not path.is_file():
         return None
@@ -72,6 +72,7 @@ def _vocabulary(model: Model) -> dict[str, Any] | None:
 
 
 def _cosine(one: Model, other: Model) -> float:
+    """The cosine between the first values of the first FFN matrices."""
     name = next(n for n, role in one.roles.items() if role.group == "ffn")
     its = {(r.key, r.layer): n for n, r in other.roles.items()}
     a, b = (_start(m, n) for m, n in ((one, name), (other, its[one.roles[name].key, one.roles[name].layer])))
@@ -82,6 +83,7 @@ def _cosine(one: Model, other: Model) -> float:
 
 
 def _start(model: Model, name: str) -> np.ndarray:
+    """The first values of a tensor, float32."""
     ref = model.checkpoint.tensors[name]
     width = ref.nbytes // max(1, int(np.prod(ref.shape)))
     size = min(ref.nbytes, _SAMPLE) // width * width

@@ -1,7 +1,7 @@
 """Several fine-tuned siblings of one base, whose FFNs become the experts (Branch-Train-MiX, arXiv 2403.07816).
 
-Everything outside the FFNs comes from SOURCE; a sibling must therefore be the same architecture, in every number that a
-layer computes with, in whatever words its config says them.
+Everything outside the FFNs comes from the source. A sibling must therefore have the same architecture, with the same
+value of every number that a layer computes with, under whichever keys its config has them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.meaning import OUTSIDE_THE_LAYERS, meaning
 from moeconv.families.model import Model
 
-_HINT = "Siblings are fine-tunes of one base: their layers compute with the same numbers."
+_HINT = "Siblings must be fine-tunes of one base, whose layers compute with the same numbers."
 
 
 def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
-    """Warnings about siblings that can be experts of `model`; raises InputError for one that cannot, saying why."""
+    """Warnings about siblings whose FFNs can be experts of `model`. Raises UsageError for a single sibling, InputError
+    for a sibling that does not fit."""
     if len(siblings) < 2:
         raise UsageError(
-            "--experts-from names one checkpoint: experts from siblings take at least two",
-            hint="Repeat --experts-from; to make SOURCE's own FFN an expert, name SOURCE too.",
+            "--experts-from names only one checkpoint, and experts from siblings need at least two",
+            hint="Repeat --experts-from. To make SOURCE's own FFN an expert, name SOURCE too.",
         )
     warnings: list[str] = []
     for sibling in siblings:
@@ -30,18 +31,18 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
         warnings += sibling.warnings
     names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
     if len(set(names)) < len(names):
-        warnings.append("--experts-from names a checkpoint more than once: those experts are identical")
+        warnings.append("--experts-from names a checkpoint more than once, so that some experts are identical")
     if theirs := {sibling.dtype for sibling in siblings} - {model.dtype}:
-        warnings.append(f"siblings in {', '.join(sorted(theirs))} are written in the dtype of SOURCE ({model.dtype})")
+        warnings.append(f"siblings in {', '.join(sorted(theirs))} are converted to the dtype of SOURCE ({model.dtype})")
     return warnings
 
 
 def _check_config(model: Model, sibling: Model) -> list[str]:
-    """Warnings about settings outside the layers; raises InputError for one that their computation depends on."""
+    """Warnings about different settings outside the layers. Raises InputError for a different setting inside."""
     where = escape(sibling.checkpoint.path)
     if _parts(model) != _parts(sibling):
         raise InputError(
-            f"{where} is {sibling.family.model_type}, SOURCE is {model.family.model_type}: their FFNs do not fit",
+            f"{where} is {sibling.family.model_type} and SOURCE is {model.family.model_type}, whose layers differ",
             hint=_HINT,
         )
     if sibling.quantization:
@@ -58,27 +59,38 @@ def _check_config(model: Model, sibling: Model) -> list[str]:
         and key in model.family.config.defaults
         and key in sibling.family.config.defaults
     ]
-    return [f"{where} has {', '.join(other)}: SOURCE's is written, since only FFNs are taken"] if other else []
+    return (
+        [f"{where} has {', '.join(other)}: the result has SOURCE's value, since siblings give only their FFNs"]
+        if other
+        else []
+    )
 
 
 def _parts(model: Model) -> frozenset[str]:
-    """The kinds of tensors in the layers: what shows that two families are one architecture."""
+    """The kinds of tensors in the layers. They are equal where two families have the same architecture."""
     return frozenset(role.key for role in model.roles.values() if role.layer is not None)
 
 
 def _check_tensors(model: Model, sibling: Model) -> None:
+    """Raises InputError where the FFNs do not have the same tensors, of the same shapes and of float dtypes."""
     ours = {(r.key, r.layer): n for n, r in model.roles.items() if r.group == "ffn"}
     theirs = {(r.key, r.layer): n for n, r in sibling.roles.items() if r.group == "ffn"}
     where = escape(sibling.checkpoint.path)
     if odd := sorted((set(ours) ^ set(theirs)), key=str):
         key, layer = odd[0]
         lacks = where if odd[0] in ours else "SOURCE"
-        raise InputError(f"{lacks} lacks {key} of layer {layer}, which the other has", hint=_HINT)
+        raise InputError(
+            f"{lacks} has no {key} in layer {layer}, and {'SOURCE' if odd[0] in ours else where} has it", hint=_HINT
+        )
     for which, name in ours.items():
         ref, its = model.checkpoint.tensors[name], sibling.checkpoint.tensors[theirs[which]]
         if its.shape != ref.shape:
             raise InputError(
-                f"{where}: tensor {escape(its.name)!r} is {list(its.shape)}, in SOURCE {list(ref.shape)}", hint=_HINT
+                f"{where}: tensor {escape(its.name)!r} has shape {list(its.shape)}, in SOURCE {list(ref.shape)}",
+                hint=_HINT,
             )
         if its.dtype not in FLOAT_DTYPES:
-            raise InputError(f"{where}: tensor {escape(its.name)!r} is {its.dtype}", hint="Give unquantized weights.")
+            raise InputError(
+                f"{where}: tensor {escape(its.name)!r} is {its.dtype}, which is not a float dtype",
+                hint="Give the unquantized checkpoint.",
+            )

@@ -1,10 +1,8 @@
-"""`split`: what the options mean for one FFN cut into shared and routed experts, before and after it is measured."""
+"""`--method split`: what the options mean for an FFN that is cut into shared and routed experts by measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
@@ -12,17 +10,17 @@ from moeconv.families.pairs import find_pair
 from moeconv.families.registry import tables
 from moeconv.options import UpcycleOptions, parse_index, parse_layers
 from moeconv.plan.partition import ROUTER_SCALE, Partition
+from moeconv.types import JsonObject
 from moeconv.upcycle.cut import counts, cut_ffn
 
-MEASURE = (
-    "Run it without --dry-run and with --data FILE, or --stats from `moeconv calibrate {source} STATS --data FILE`."
-)
+MEASURE = "Run without --dry-run, with --data FILE or with --stats from `moeconv calibrate {source} STATS --data FILE`."
 
 
 @dataclass(frozen=True, slots=True)
 class SplitShape:
-    """Sizes that do not depend on data. `varied`: the target's router has a correction bias, so that each layer may
-    have its own number of experts that are always on. `best`: so many layers are kept (None: all of `layers`)."""
+    """The sizes that do not depend on data. `varied`: the target's router has a correction bias, so that each layer can
+    have its own number of experts that are always on. `best`: the number of layers that are converted, those with the
+    smallest error; None for all of `layers`."""
 
     experts: int
     top_k: int
@@ -34,13 +32,18 @@ class SplitShape:
 
 
 def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
-    """The options with the shared expert and the pieces spelled out: E routed experts and S of the shared one are
-    E + S pieces of one FFN. Left out, S is 1 where the family has a target with a shared expert and E + 1 divides.
+    """The options with the numbers of shared experts and of pieces filled in: E routed experts and a shared expert as
+    wide as S of them are E + S pieces of one FFN. By default, S is 1 where a target with a shared expert exists and
+    E + 1 divides the FFN, and otherwise 0.
 
-    Raises UsageError for what has no meaning with split.
+    Raises UsageError for an option that split does not use.
     """
     if options.granularity is not None:
-        raise UsageError("--granularity: split cuts the FFN into --experts and --shared-experts equal pieces")
+        raise UsageError(
+            "--method split does not use --granularity: it cuts the FFN into as many equal pieces as --experts and "
+            "--shared-experts are together",
+            hint="Leave --granularity out.",
+        )
     shared = options.shared_experts
     if shared is None:
         pair = find_pair(model.family, options.to, shared=True)
@@ -49,8 +52,8 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
     held = 0 if shared in ("none", "0") else parse_index(shared)
     if held is None:
         raise UsageError(
-            f"--shared-experts {escape(shared)}: with split it is a number of experts that are always on",
-            hint="Example: --experts 7 --shared-experts 1 --top-k 3: half of the FFN is active.",
+            f"--shared-experts {escape(shared)}: --method split needs a number of experts that are always on",
+            hint="Example: with --experts 7 --shared-experts 1 --top-k 3, half of the FFN is active.",
         )
     experts, top_k = counts(options)
     return replace(
@@ -59,14 +62,16 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
 
 
 def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
-    """What has to be measured for these options, as `split_options` gave them."""
+    """The sizes for these options, which `split_options` has filled in. Raises InputError where data would choose
+    layers that the target cannot leave dense."""
     target = tables().moe[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
     cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
     best = auto_layers(options.layers, layers=model.num_layers)
     if best is not None and target.experts.placement.can != "any layer" and best < model.num_layers:
         raise InputError(
-            f"--layers {escape(options.layers)}: {target.model_type} cannot leave any layer dense that data picks",
-            hint="Choose a target that can (--to qwen2_moe for llama), or name the layers.",
+            f"--layers {escape(options.layers)}: data chooses the layers, and {target.model_type} cannot leave each of "
+            "them dense",
+            hint="Choose a target that can (--to qwen2_moe for llama), or give the numbers of the layers.",
         )
     text = "all" if best is not None else options.layers
     layers = model.with_ffn(parse_layers(text, layers=model.num_layers), every=text == "all")
@@ -75,23 +80,23 @@ def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
 
 
 def auto_layers(text: str, *, layers: int) -> int | None:
-    """N of `auto:N`, None for other words. Raises UsageError for a number outside the model."""
+    """N of `auto:N`; None for any other word. Raises UsageError for a number that is not from 1 to `layers`."""
     word, colon, number = text.strip().partition(":")
     if word != "auto" or not colon:
         return None
     count = parse_index(number)
     if count is None or not 1 <= count <= layers:
-        raise UsageError(f"--layers {escape(text)}: not a number from 1 to the model's {layers} layers")
+        raise UsageError(f"--layers {escape(text)}: auto needs a number from 1 to the model's {layers} layers")
     return count
 
 
 def split_layers(model: Model, options: UpcycleOptions, partition: Partition | None) -> tuple[int, ...]:
-    """The layers that are converted. Raises UsageError where only data can tell and there are none yet."""
+    """The layers that are converted. Raises UsageError where a measurement chooses them and was not made yet."""
     if auto_layers(options.layers, layers=model.num_layers) is None:
         return model.with_ffn(parse_layers(options.layers, layers=model.num_layers), every=options.layers == "all")
     if partition is None:
         raise UsageError(
-            f"--layers {escape(options.layers)}: which layers these are is measured, so the sizes are not known yet",
+            f"--layers {escape(options.layers)}: data chooses the layers, so that the sizes are not known yet",
             hint=MEASURE.format(source="SOURCE"),
         )
     return partition.layers
@@ -103,12 +108,13 @@ def check_partition(model: Model, options: UpcycleOptions, partition: Partition,
     partition.check(identity=model.identity, experts=experts, top_k=top_k, width=shape.width, shared=shape.shared)
     missing = set(split_layers(model, options, partition)) - set(partition.layers)
     if missing:
-        raise InputError(f"the partition has nothing for layer {min(missing)}", hint="Measure again.")
+        raise InputError(f"the partition does not hold layer {min(missing)}", hint="Measure again.")
 
 
-def split_parameters(partition: Partition | None) -> dict[str, Any]:
-    """What the plan's id and the manifest say of the measurement, and the scale that tune unfolds."""
-    made: Mapping[str, Any] = partition.metadata if partition else {}
+def split_parameters(partition: Partition | None) -> dict[str, object]:
+    """The parameters by which the plan's id and the manifest depend on the measurement, and the factor of the router
+    rows, which `moeconv tune` divides out again."""
+    made: JsonObject = partition.metadata if partition else {}
     known = ("clustering", "tokens", "sample_tokens", "seq_len", "sources", "stats_of_twin")
     return {
         "stats": None,
@@ -118,10 +124,10 @@ def split_parameters(partition: Partition | None) -> dict[str, Any]:
     }
 
 
-def split_block(partition: Partition | None, shape: SplitShape) -> dict[str, Any]:
-    """The method's own part of the JSON: how much is active, and what was measured in each layer."""
+def split_block(partition: Partition | None, shape: SplitShape) -> dict[str, object]:
+    """The part of the JSON for this method: the share of neurons that are active, and what was measured per layer."""
     active = shape.shared + shape.top_k * shape.width
-    block: dict[str, Any] = {"active_share": round(active / (shape.shared + shape.experts * shape.width), 6)}
+    block: dict[str, object] = {"active_share": round(active / (shape.shared + shape.experts * shape.width), 6)}
     if partition is not None:
         block["layers"] = [dict(row) for row in partition.metadata["layers"]]
         if "stats_of_twin" in partition.metadata:

@@ -1,13 +1,14 @@
-"""The step upcycle: siblings opened, a router measured where one is asked for, the plan run, the result proven."""
+"""The step upcycle: open the siblings, measure a router or a partition where one is asked for, run the plan, and check
+the result against the source."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
+from moeconv.contract import RouterFigures
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import parameters_of
@@ -18,6 +19,7 @@ from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.plan import Plan
 from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
+from moeconv.types import JsonObject
 from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
 from moeconv.upcycle.methods import METHODS, partitioning, which
 from moeconv.upcycle.relatedness import check_related
@@ -25,8 +27,8 @@ from moeconv.upcycle.relatedness import check_related
 _ROUTER = "router.safetensors"
 
 
-def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
-    """Dense checkpoint -> Mixture-of-Experts, with the staged model checked against the source."""
+def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
+    """Convert a dense checkpoint to a Mixture-of-Experts, and check the staged model against the source."""
     from moeconv.upcycle.planner import origins_of, upcycle_plan
 
     options, out, write = request.upcycle, request.out, request.write
@@ -34,14 +36,16 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
     siblings = [open_resolved(path) for path in options.experts_from]
     splits = METHODS[options.method].partition
     if splits and options.router != "random":
-        raise UsageError(f"--router: {options.method} fits its own router", hint="Leave --router out.")
+        raise UsageError(
+            f"--method {options.method} does not use --router: it fits a router of its own", hint="Leave --router out."
+        )
     if request.data.data and not splits and options.router == "random":
         raise UsageError(
             "this upcycle does not use --data",
-            hint=f"It goes with {which(partitioning())} and with --router hidden or centroid; leave it out.",
+            hint=f"Leave --data out; {which(partitioning())} and --router hidden or centroid use it.",
         )
     origins: dict[str, ByteSource] = dict(origins_of(siblings))
-    figures: dict[str, Any] = {}
+    figures: JsonObject = {}  # what was measured before the plan was made
     split_by: Path | None = None
     measures = (splits or options.router != "random") and not write.dry_run
     with ExitStack() as stack:
@@ -76,7 +80,7 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> dict[str, Any]:
 
 def _measured_router(
     model: Model, plan: Plan, measured: Measured, request: UpcycleRequest, *, meter: Meter
-) -> tuple[SafetensorsFile, dict[str, Any]]:
+) -> tuple[SafetensorsFile, RouterFigures]:
     """The router rows that the plan asks for, measured on the source into an overlay, and their figures."""
     from moeconv.upcycle.planner import router_rows
     from moeconv.upcycle.router import measure_router
@@ -84,7 +88,7 @@ def _measured_router(
     names, rows = router_rows(plan)
     asked = parameters_of(request.data, request.measure)
 
-    def measure(folder: Path) -> dict[str, Any]:
+    def measure(folder: Path) -> RouterFigures:
         path = folder / _ROUTER
         return measure_router(
             model, path, kind=request.upcycle.router, names=names, experts=rows, seed=request.plan.seed, meter=meter,

@@ -1,4 +1,4 @@
-"""Cuts whose experts transformers' default kernels cannot compute: refused, with the nearest that they can."""
+"""Expert widths that transformers' default kernels cannot compute: refused, with the nearest cuts that they can."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from moeconv.options import UpcycleOptions
 from moeconv.upcycle.cut import Cut, counts, cut_ffn
 from moeconv.upcycle.methods import METHODS
 
-_SHOWN = 2  # good cuts on either side
-_TRIED = 4096
+_SHOWN = 2  # suggested cuts on either side
+_TRIED = 4096  # pieces at most
 _EAGER = 'it runs with experts_implementation="eager"'
 
 
 def check_widths(model: Model, options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
-    """Warnings where the source's own sizes do not fit the kernels; UsageError for a cut that makes others of good
-    ones. `options` are those that the cut was made by."""
+    """A warning where already the source's sizes do not fit the kernels. Raises UsageError where the source's sizes do
+    fit and those of the `cut` do not; `options` are the options that it was made with."""
     why = why_not(target, width=cut.width, hidden=model.hidden_size, dtype=dtype)
     if why is None:
         return []
     unit = multiple_of(target, dtype)
     if model.hidden_size % unit or model.ffn_width % unit:
-        return [f"{why}; the source's sizes are no better: {_EAGER}"]
+        return [f"{why}; the source's own sizes do not fit them either: {_EAGER}"]
     near = list(_near(model.ffn_width, options, cut, unit))
-    hint = f"Nearest that run: {', '.join(near)}." if near else "Leave out what cuts the FFN."
+    hint = f"The nearest that run: {', '.join(near)}." if near else "Leave out the option that cuts the FFN."
     raise UsageError(why, hint=hint)
 
 
 def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[str]:
-    """The nearest cuts below and above whose width `unit` divides, by the flag that makes them."""
+    """The nearest cuts, below and above, whose width `unit` divides: each as the flag that makes it."""
     method = METHODS[options.method]
     shared, pieces = options.shared_experts, options.granularity or method.granularity
     if shared is not None and not shared.isdecimal():
@@ -42,7 +42,7 @@ def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[st
                         for h, _ in zip(found, range(_SHOWN)))  # fmt: skip
         return
     held = int(shared or 0)
-    least = counts(options)[1] if method.partition else 1  # experts that a token is given
+    least = counts(options)[1] if method.partition else 1  # experts per token
     good = [g for g in range(held + least, min(ffn, _TRIED) + 1) if ffn % (g * unit) == 0]
     for granularity in sorted(good, key=lambda g: abs(g - pieces))[: 2 * _SHOWN]:
         width = cut_ffn(ffn, granularity=granularity, shared=shared).width
@@ -53,5 +53,5 @@ def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[st
 
 
 def _share(held: int, ffn: int) -> str:
-    """The shortest share that is so many neurons."""
+    """The share of `ffn` with the fewest digits that gives `held` neurons."""
     return next(text for digits in range(1, 12) if round(float(text := f"{held / ffn:.{digits}f}") * ffn) == held)

@@ -1,1 +1,1 @@
-"""Is the written model its source's function? Both are streamed and compared in a process of their own."""
+"""Does the written model compute what its source computes? Both are streamed and compared in a separate process."""

@@ -1,11 +1,11 @@
-"""Is a converted model the same function as its source? Run as a process of its own, before the result is committed.
+"""Does a converted model compute what its source computes? Run as a separate process, before the result is committed.
 
     python -m moeconv.upcycle.check.compare SOURCE_DIR STAGED_DIR [--tokens 128] [--seed 0] [--threads 1] [--dtype D]
         [--against]
 
 Prints one JSON object: {max_abs_logit_diff, spread, relative, tokens, strict_load, problems, dtype, top_k, all_on,
 default_run}, with --against also {counterpart}; on any failure {"error": "..."} with exit code 3, and {"of": "source"}
-where it is the source that does not run.
+where the source itself does not run.
 """
 
 from __future__ import annotations
@@ -16,21 +16,35 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from moeconv.checkpoint.paths import follow_links
+from moeconv.contract import Counterpart, Difference
 from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import Model, open_model
-from moeconv.upcycle.counterpart import Counterpart, Forced
+from moeconv.types import JsonObject
+from moeconv.upcycle.counterpart import ExactCounterpart, Forced
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from moeconv.stream.layers import LayerStream
 
 
 class SourceError(InputError):
-    """The source itself does not run, so nothing can be said of what was made of it."""
+    """The source itself does not run, so that nothing can be compared with it."""
+
+
+class Logits(Protocol):
+    """Logits [2, S, vocabulary] of a model on the tokens of the comparison."""
+
+    def __call__(self, model: Model, *, all_on: bool = False, forced: Forced | None = None) -> Tensor: ...
 
 
 def equivalence(
@@ -41,21 +55,24 @@ def equivalence(
     seed: int = 0,
     threads: int | None = None,
     dtype: str = "float64",
-    against: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    against: JsonObject | None = None,
+) -> JsonObject:
     """Compare logits on random tokens (two sequences, from a Philox generator), both models streamed in `dtype`.
 
-    Twice: at the top-k that config.json says, and with all experts on (`all_on`: {max_abs_logit_diff, relative,
-    spread}, None where the family fixes top-k, or all are on already). Of a model that is not exact by design `against`
-    says its exact counterpart (see upcycle/check/step.py): `counterpart` is then {max_abs_logit_diff, relative, spread,
-    difference}, of the counterpart's logits and of the written tensors, `difference` None where they are its own.
-    `default_run` is None where the staged model runs with transformers' own defaults, else what stops it.
+    They are compared twice: at the top-k of config.json, and with all experts on (`all_on`: {max_abs_logit_diff,
+    relative, spread}; None where the family fixes top-k, and where all experts are on already). For a model that is not
+    exact by design, `against` describes its exact counterpart (see upcycle/check/step.py). `counterpart` is then
+    {max_abs_logit_diff, relative, spread, difference}: the counterpart's logits against the source's, and the first
+    tensor of the written model that is not the counterpart's, or None. `default_run` is None where the staged model
+    runs with transformers' own defaults, and otherwise the reason why it does not.
 
-    What is left between exact twins then comes from the parts that transformers keeps in float32 (norms, softmax).
-    `spread` is the standard deviation of the source's logits and `relative` the largest difference over it. Where
-    transformers does not load the staged model strictly, nothing is compared: `strict_load` is False, `problems` say
-    why. Raises SourceError when the source does not run, InputError when the staged model does not, gives NaN, or the
-    vocabularies differ.
+    `spread` is the standard deviation of the source's logits, and `relative` the largest difference as a share of it.
+    What remains between models that are equal comes from the parts that transformers keeps in float32 (norms, softmax).
+    Where transformers does not load the staged model strictly, nothing is compared: `strict_load` is False, and
+    `problems` has the reasons.
+
+    Raises SourceError when the source does not run; InputError when the staged model does not run or gives NaN, and
+    when the vocabularies differ.
     """
     import torch
 
@@ -86,10 +103,10 @@ def equivalence(
     logits = partial(_logits, ids=ids, dtype=getattr(torch, dtype))
     with _of_source():
         expected = logits(source)
-    result: dict[str, Any] = _difference(expected, logits(staged))
+    result: JsonObject = {**_difference(expected, logits(staged))}
     everything = None
     if _can_switch(staged):
-        # a source that is a Mixture-of-Experts too is compared with all of its own on
+        # where the source is a Mixture-of-Experts too, all of its experts are on as well
         dense = logits(source, all_on=True) if _can_switch(source) else expected
         everything = _difference(dense, logits(staged, all_on=True))
     if against is not None:
@@ -103,9 +120,12 @@ def equivalence(
     return {**result, **about, "all_on": everything, "default_run": problem}
 
 
+_HookResult = tuple[tuple["Tensor", ...], dict[str, "Tensor"]]
+
+
 @contextlib.contextmanager
 def _of_source() -> Iterator[None]:
-    """Errors inside are the source's own."""
+    """Turns any error inside into a SourceError."""
     try:
         yield
     except Exception as error:  # of transformers or torch, whatever the source makes them raise
@@ -113,8 +133,11 @@ def _of_source() -> Iterator[None]:
         raise SourceError(text) from error
 
 
-def _logits(model: Model, *, ids: np.ndarray, dtype: Any, all_on: bool = False, forced: Forced | None = None) -> Any:
-    """Logits [2, S, vocabulary]; `forced` gives every layer the pieces of one copy in place of what it chooses."""
+def _logits(
+    model: Model, *, ids: np.ndarray, dtype: torch.dtype, all_on: bool = False, forced: Forced | None = None
+) -> Tensor:
+    """Logits [2, S, vocabulary] for `ids` int64 [2, S]. With `forced`, every layer computes the pieces of one copy
+    instead of the experts that its router chooses."""
     import torch
 
     from moeconv.stream.layers import LayerStream
@@ -133,14 +156,15 @@ def _logits(model: Model, *, ids: np.ndarray, dtype: Any, all_on: bool = False, 
     return result
 
 
-def _forcing(forced: Forced, layer: int) -> Callable[..., Any]:
-    """A hook that gives a stock experts module the pieces of one copy, each at its exact share of the weights' sum."""
+def _forcing(forced: Forced, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], _HookResult]:
+    """A hook that makes a stock experts module compute the pieces of one copy, each with its exact share of the sum of
+    the weights. Layers take turns among the copies, so that each copy is compared somewhere."""
     import torch
 
     first = layer % forced.copies * forced.pieces
 
-    def force(_module: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        given: list[Any] = [*args, *kwargs.values()]
+    def force(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> _HookResult:
+        given = [*args, *kwargs.values()]
         hidden, index, weights = given[:3]
         pieces = torch.arange(first, first + forced.pieces, dtype=index.dtype).expand(len(index), -1)
         each = (weights.sum(-1, keepdim=True) / forced.scale).expand(-1, forced.pieces)
@@ -149,28 +173,28 @@ def _forcing(forced: Forced, layer: int) -> Callable[..., Any]:
     return force
 
 
-def _against(
-    source: Model, staged: Model, against: Mapping[str, Any], expected: Any, logits: Callable[..., Any]
-) -> dict[str, Any]:
+def _against(source: Model, staged: Model, against: JsonObject, expected: Tensor, logits: Logits) -> Counterpart:
+    """The exact counterpart, made in memory, against the source's logits and the staged model's tensors."""
     from moeconv.upcycle.check.counterpart import first_difference, make_counterpart
 
-    said = Counterpart.from_json(against["counterpart"])
+    exact = ExactCounterpart.from_json(against["counterpart"])
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         made = make_counterpart(
-            source, staged, said, Path(folder), siblings=against["siblings"], partition=against["partition"]
+            source, staged, exact, Path(folder), siblings=against["siblings"], partition=against["partition"]
         )
-        figures = _difference(expected, logits(made.run, forced=said.forced))
-        return {**figures, "difference": first_difference(made, staged, said)}
+        figures = _difference(expected, logits(made.run, forced=exact.forced))
+        return {**figures, "difference": first_difference(made, staged, exact)}
 
 
 def _can_switch(model: Model) -> bool:
-    """Whether more experts can be on than top-k says."""
+    """Whether more experts than top-k can be on."""
     rule = model.family.experts.routing
     return rule is not None and rule.top_k is None and model.top_k < model.num_experts
 
 
-def _switch_all_on(stream: Any) -> int:
-    """Every router's top-k set to all experts (and to all groups, where it has them). Returns how many those are."""
+def _switch_all_on(stream: LayerStream) -> int:
+    """Sets the top-k of every router to all experts, and to all groups where it has groups. Returns the number of
+    experts."""
     from moeconv.stream.masking import top_k_places
 
     modules = list(stream.skeleton.module.modules())
@@ -182,10 +206,10 @@ def _switch_all_on(stream: Any) -> int:
     return stream.model.num_experts
 
 
-def _difference(expected: Any, found: Any) -> dict[str, float]:
-    """How far logits are from what is expected, absolutely and in units of the spread."""
+def _difference(expected: Tensor, found: Tensor) -> Difference:
+    """The largest difference of the logits from the expected ones, absolute and as a share of their spread."""
     if expected.shape != found.shape:
-        raise InputError(f"the source predicts {expected.shape[-1]} tokens, the result {found.shape[-1]}")
+        raise InputError(f"the source has logits of {expected.shape[-1]} tokens and the result of {found.shape[-1]}")
     difference, spread = float((found - expected).abs().max()), float(expected.double().std())
     smallest = float(np.finfo(np.float32).tiny)
     return {"max_abs_logit_diff": difference, "spread": spread, "relative": difference / max(spread, smallest)}
@@ -200,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
-    parser.add_argument("--against", action="store_true", help="standard input says the exact counterpart, as JSON")
+    parser.add_argument("--against", action="store_true", help="read the exact counterpart, as JSON, from stdin")
     parser.add_argument("--follow-links", action="store_true")
     given = vars(parser.parse_args(arguments))
     try:
@@ -208,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
         with follow_links(given.pop("follow_links")), contextlib.redirect_stdout(sys.stderr):
             result = equivalence(**given)
     except Exception as error:
-        # The parent reads JSON whatever happens here: it has a staged model to commit or discard.
+        # The parent process reads JSON whatever happens here: it has a staged model to commit or to discard.
         known = isinstance(error, MoeconvError)
         text = error.message if isinstance(error, MoeconvError) else f"{type(error).__name__}: {error}"
         print(json.dumps({"error": text[:1000]} | ({"of": "source"} if isinstance(error, SourceError) else {})))

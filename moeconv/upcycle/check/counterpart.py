@@ -1,7 +1,7 @@
-"""Is an inexact upcycle its exact counterpart, up to rounding and to what its method may change?
+"""Does an inexact upcycle equal its exact counterpart, up to rounding and to what its method may change?
 
-The counterpart (upcycle/counterpart.py) is made in memory, a tensor at a time, under the config.json that was written:
-what it computes shows damage to config, what its tensors are shows damage to tensors.
+The counterpart (upcycle/counterpart.py) is made in memory, one tensor at a time, with the config.json that was written.
+A damaged config shows in its logits, and a damaged tensor in the comparison of the tensors.
 """
 
 from __future__ import annotations
@@ -22,58 +22,58 @@ from moeconv.plan.kernels.arrays import to_float32
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.partition import load_partition
 from moeconv.plan.planned import planned_model
-from moeconv.upcycle.counterpart import Counterpart, Drift
+from moeconv.upcycle.counterpart import Drift, ExactCounterpart
 from moeconv.upcycle.planner import origins_of, plan_upcycle
 
-# relative and absolute distance of a value to the float32 one that it was rounded from: twice half an ulp
+# relative and absolute distance of a value from the float32 value that it was rounded from: twice half an ulp
 _ROUNDING = {"BF16": (2.0**-8, 1e-38), "F16": (2.0**-10, 1e-7), "F32": (1e-6, 1e-37), "F64": (1e-6, 1e-37)}
-_F16_LARGEST = 5.9e4  # beyond, planners clip
+_F16_LARGEST = 5.9e4  # planners clip larger values
 _BLOCK = 1 << 22  # values that are compared at a time
 
 
 @dataclass(frozen=True)
-class Made:
-    """The counterpart that is run, and the one whose tensors the written model must have: the same, but with siblings'
-    FFNs where experts are made of those."""
+class CounterpartModels:
+    """`run` is the model whose logits are compared with the source's. `written` is the model whose tensors the written
+    model must have. They differ where the experts are made of siblings: `run` has the FFNs of the source instead."""
 
     run: Model
     written: Model
 
 
 def make_counterpart(
-    source: Model, staged: Model, said: Counterpart, folder: Path, *, siblings: Sequence[str] = (),
+    source: Model, staged: Model, exact: ExactCounterpart, folder: Path, *, siblings: Sequence[str] = (),
     partition: str | None = None,
-) -> Made:  # fmt: skip
-    """The counterpart's models; `folder` gets the config.json that transformers builds the class from."""
+) -> CounterpartModels:  # fmt: skip
+    """The counterpart's models. The config.json that transformers builds the classes from is written to `folder`."""
     measured = load_partition(partition) if partition else None
     origins: dict[str, ByteSource] = {"source": source.checkpoint}
     if measured is not None:
         origins[PARTITION] = measured.file
-    plan = plan_upcycle(source, partition=measured, **said.parameters)
+    plan = plan_upcycle(source, partition=measured, **exact.parameters)
     config = dict(staged.checkpoint.config)
-    for key in {*plan.config, *said.config}:
-        if plan.config.get(key) != said.config.get(key):
+    for key in {*plan.config, *exact.config}:
+        if plan.config.get(key) != exact.config.get(key):
             config.pop(key, None)
             config |= {key: plan.config[key]} if key in plan.config else {}
     plan = replace(plan, config=config)
     (folder / "config.json").write_text(json.dumps(config))
     run = planned_model(plan, companions=folder, origins=origins)
-    if not said.siblings:
-        return Made(run, run)
+    if not exact.siblings:
+        return CounterpartModels(run, run)
     opened = [open_model(path) for path in siblings]
-    other = plan_upcycle(source, siblings=opened, **said.parameters)
-    return Made(run, planned_model(other, companions=folder, origins=origins | origins_of(opened)))
+    other = plan_upcycle(source, siblings=opened, **exact.parameters)
+    return CounterpartModels(run, planned_model(other, companions=folder, origins=origins | origins_of(opened)))
 
 
-def first_difference(made: Made, staged: Model, said: Counterpart) -> str | None:
-    """The first tensor of the written model that is not the counterpart's, with what differs; None when all are."""
+def first_difference(made: CounterpartModels, staged: Model, exact: ExactCounterpart) -> str | None:
+    """The first tensor of the written model that differs from the counterpart's, and how; None where none does."""
     for name, role in made.written.roles.items():
         theirs = staged.checkpoint.tensors.get(name)
         if theirs is None:
             return f"{name} is missing"
-        if role.group == "router" and said.measured:
+        if role.group == "router" and exact.measured:
             continue
-        drift = said.drift if role.group == "expert" and not role.key.endswith("_bias") else None
+        drift = exact.drift if role.group == "expert" and not role.key.endswith("_bias") else None
         if text := _difference(made.written, staged, name, drift):
             return f"{name} {text}"
     return None
@@ -85,7 +85,7 @@ def _difference(ours: Model, theirs: Model, name: str, drift: Drift | None) -> s
         return f"has shape {list(found.shape)}, not {list(expected.shape)}"
     a, b = ours.checkpoint.read(name), theirs.checkpoint.read(name)
     if expected.dtype not in FLOAT_DTYPES or found.dtype not in FLOAT_DTYPES:
-        return None if a == b else "has other bytes than the source's"
+        return None if a == b else "differs from the source's in its bytes"
     relative, absolute = _ROUNDING[found.dtype]
     unlike = 0
     square = change = 0.0
@@ -102,9 +102,9 @@ def _difference(ours: Model, theirs: Model, name: str, drift: Drift | None) -> s
     share, rms = unlike / max(1, count), (change / square) ** 0.5 if square else float(change > 0)
     changed, limit = (drift.changed, drift.rms) if drift else (0.0, 0.0)
     if share > changed:
-        return f"differs in {share:.1%} of its values from what the source gives ({changed:.1%} may)"
+        return f"differs from what the source gives in {share:.1%} of its values ({changed:.1%} are allowed)"
     if drift and not rms <= limit + relative:
-        return f"differs by {rms:.2f} of its RMS from what the source gives (up to {limit:.2f} may)"
+        return f"differs from what the source gives by {rms:.2f} of its RMS (up to {limit:.2f} is allowed)"
     return None
 
 

@@ -1,6 +1,7 @@
-"""Is the staged model its source's function? Asked of a child process, so that a conversion never imports transformers.
+"""Does the staged model compute what its source computes? A child process answers, so that a conversion imports no
+transformers.
 
-Both models are streamed a decoder layer at a time, so what must fit into memory is a layer and the embeddings.
+Both models are streamed one decoder layer at a time, so that a layer and the embeddings must fit into memory.
 """
 
 from __future__ import annotations
@@ -9,31 +10,32 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from moeconv.errors import CheckError, InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.pairs import promise
 from moeconv.plan.memory import free_memory
 from moeconv.plan.plan import Plan
+from moeconv.types import JsonObject
 from moeconv.upcycle.counterpart import counterpart
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits
 NOT_CHECKED = {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
 _TOKENS = 128
-_LAYERS_HELD = 2.5  # a layer in the compared dtype, the next one's bytes, and the converter's stacking
+_LAYERS_HELD = 2.5  # a layer in the compared dtype, the bytes of the next one, and the stacking of its experts
 
 
 def equivalence(
     model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Model] = (), partition: Path | None = None
-) -> dict[str, Any]:
-    """{equivalence: figures at the chosen top-k, and with all experts on}, or why it was not checked as a warning.
+) -> JsonObject:
+    """{equivalence, warnings}: `equivalence` is the contract's block of that name. Where memory does not suffice for
+    the check, a warning says so.
 
-    What is not exact by design is held against its exact counterpart; `siblings` and `partition` are what the plan was
-    made with. Raises InputError where the source does not run in transformers, CheckError where the staged model does
-    not, or is not what was promised.
+    A model that is not exact by design is compared with its exact counterpart; `siblings` and `partition` are those
+    that the plan was made with. Raises InputError where the source does not run in transformers; CheckError where the
+    staged model does not run, or does not compute what the plan promises.
     """
     free = free_memory()
     dtype = next((name for name, width in (("float64", 8), ("float32", 4)) if _needed(plan, width) < free * 0.8), None)
@@ -44,7 +46,7 @@ def equivalence(
     if found.get("of") == "source":
         raise InputError(
             f"the source itself does not run in transformers: {escape(found['error'])}",
-            hint="Nothing was written. Mend the source, or write it all the same with --no-check.",
+            hint="Nothing was written. Repair the source, or pass --no-check to write the result without this check.",
         )
     if "error" in found or not found.get("strict_load"):
         why = found.get("error") or "; ".join(found["problems"][:3])
@@ -59,50 +61,51 @@ def equivalence(
 
 def _measured(
     model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Model], partition: Path | None
-) -> dict[str, Any]:
-    """What the child process found."""
+) -> JsonObject:
+    """The JSON object that the child process prints."""
     command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), str(staged)]
     command += ["--dtype", dtype, "--tokens", str(_TOKENS)]
     if any(m.checkpoint.follows_links for m in (model, *siblings)):
         command.append("--follow-links")
-    said = ""
+    request = ""
     if (exact := counterpart(plan)) is not None:
         command.append("--against")
         paths = [str(sibling.checkpoint.path) for sibling in siblings]
-        said = json.dumps(
+        request = json.dumps(
             {"counterpart": exact.to_json(), "siblings": paths, "partition": str(partition) if partition else None}
         )
-    child = subprocess.run(command, capture_output=True, text=True, input=said, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, input=request, check=False)
     try:
         return json.loads(child.stdout)
     except ValueError:
         return {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
 
 
-def _check_exact(plan: Plan, found: Mapping[str, Any]) -> None:
-    """Raises CheckError above the bound: of the model itself where it is exact, else of its exact counterpart."""
+def _check_exact(plan: Plan, found: JsonObject) -> None:
+    """Raises CheckError where the logits differ by more than the bound: those of the model itself where it is exact,
+    and those of its exact counterpart where it is not."""
     allowed, unless = promise(plan.block["from"], plan.block["to"])
     limit = max(EXACT_RELATIVE, allowed)
     compared = {"the written model": found, "the written model with all experts on": found.get("all_on")}
     if (exact := found.get("counterpart")) is not None:
-        compared = {"the written model, its experts as they were in the source,": exact}
+        compared = {"the written model, with its experts as in the source,": exact}
     for which, figures in compared.items():
         if figures and not figures["relative"] <= limit:
             raise CheckError(
                 f"{which} differs from its source by {figures['relative']:.2e} of the logits' spread",
-                hint=f"Nothing was written. The pair is exact unless {unless}; --no-check writes it all the same."
+                hint=f"Nothing was written. The pair is exact unless {unless}: --no-check writes the result anyway."
                 if unless
-                else f"Nothing was written. At most {limit:.0e} is rounding; please report it.",
+                else f"Nothing was written. Rounding explains at most {limit:.0e}: please report it.",
             )
     if exact is not None and exact["difference"]:
         raise CheckError(
-            f"the written model is not what it was planned to be: tensor {escape(exact['difference'])}",
+            f"the written model is not as planned: tensor {escape(exact['difference'])}",
             hint="Nothing was written. Please report it.",
         )
 
 
 def _check_default_run(plan: Plan, problem: str | None) -> list[str]:
-    """Warnings about what the plan has warned of; CheckError for any other reason why the model does not run."""
+    """Raises CheckError where the model does not run with the defaults, unless the plan has warned of that reason."""
     if problem is None:
         return []
     text = f"the written model does not run with transformers' defaults: {escape(problem)}"
@@ -112,7 +115,8 @@ def _check_default_run(plan: Plan, problem: str | None) -> list[str]:
 
 
 def _needed(plan: Plan, width: int) -> int:
-    """Bytes that the child takes at its peak: the largest layer, the embeddings, the logits of both models."""
+    """The bytes that the child process takes at its peak: the largest layer, the embeddings, and both models'
+    logits."""
     layers: dict[str, int] = {}
     outside = 0
     for item in plan.items():

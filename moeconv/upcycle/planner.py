@@ -109,8 +109,8 @@ def upcycle_plan(
     items = assembly.items()
     if assembly.rounded:
         draft.warnings.append(
-            f"{', '.join(sorted(set(assembly.rounded)))}: a constant of the source is folded into these weights, which are "
-            "then rounded to their dtype; --dtype float32 keeps them exact"
+            f"{', '.join(sorted(set(assembly.rounded)))}: a constant of the source is folded into these weights, which "
+            "are then rounded to their dtype; --dtype float32 keeps them exact"
         )
     draft.warnings += other_values_elsewhere(target, draft.config)
     lossless = not assembly.rounded and dtype in (None, model.dtype, "F32")

@@ -111,10 +111,10 @@ def test_what_is_no_sibling_is_refused_by_its_difference(tmp_path, cli, change, 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--method", "experts-from"), "needs the siblings"),
+        (("--method", "experts-from"), "needs --experts-from"),
         (("--experts-from", "BASE"), "at least two"),
-        (("--experts-from", "BASE", "--experts-from", "BASE", "--experts", 3), "2 siblings make 2 experts"),
-        (("--experts-from", "BASE", "--experts-from", "BASE", "--method", "shuffle"), "does not go with"),
+        (("--experts-from", "BASE", "--experts-from", "BASE", "--experts", 3), "the 2 experts of 2 siblings"),
+        (("--experts-from", "BASE", "--experts-from", "BASE", "--method", "shuffle"), "cannot be combined with"),
         (("--router", "hidden"), "needs --data"),
     ],
 )
@@ -180,7 +180,7 @@ def test_another_vocabulary_is_refused_by_a_word(tmp_path, cli):
         (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}, "added_tokens": []}))
     flags = ("--experts-from", paths[0], "--experts-from", paths[1])
     done = cli("upcycle", base, tmp_path / "moe", *flags, "--json")
-    assert done.code == 3 and "token a is 1, in SOURCE 0" in done.json["error"]["message"].replace("'", "")
+    assert done.code == 3 and "token a has id 1, in SOURCE 0" in done.json["error"]["message"].replace("'", "")
 
 
 # -- routers from data -------------------------------------------------------------------------------------------------

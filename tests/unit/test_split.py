@@ -173,14 +173,14 @@ def test_a_dry_run_states_the_sizes_that_the_run_has(tmp_path, cli, dense):
 @pytest.mark.parametrize(
     ("code", "words", "flags"),
     [
-        (2, "decides on data", ()),
+        (2, "needs --stats or --data", ()),
         (2, "which layers", ("--layers", "auto:1", "--to", "qwen2_moe", "--dry-run")),
-        (2, "not a number from 1", ("--layers", "auto:9", "--to", "qwen2_moe", "--dry-run")),
-        (3, "cannot leave any layer dense", ("--layers", "auto:1", "--data", "x")),
+        (2, "auto needs a number from 1", ("--layers", "auto:9", "--to", "qwen2_moe", "--dry-run")),
+        (3, "cannot leave each of them dense", ("--layers", "auto:1", "--data", "x")),
         (2, "equal pieces", ("--granularity", "2", "--dry-run")),
         (2, "number of experts that are always on", ("--shared-experts", "0.25", "--dry-run")),
         (3, "does not exist", ("--stats", "nowhere")),
-        (3, "float16 cannot hold", ("--dtype", "float16", "--dry-run")),
+        (3, "rounds to zero", ("--dtype", "float16", "--dry-run")),
     ],
 )
 def test_refusals(tmp_path, cli, dense, code, words, flags):

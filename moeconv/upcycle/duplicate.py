@@ -35,7 +35,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     times, rest = divmod(experts, model.num_experts)
     if rest or times < 2:
         raise UsageError(
-            f"--experts {experts} is not a multiple, by 2 or more, of the source's {model.num_experts} experts",
+            f"--experts {experts} must be 2, 3 or more times the source's {model.num_experts} experts",
             hint=f"Try --experts {model.num_experts * max(2, times)}.",
         )
     top_k = times * model.top_k if options.top_k is None else options.top_k

@@ -465,7 +465,7 @@ def test_commands_nobody_knows(refused, cli, tmp_path):
     refused(2, "unexpected extra argument", "inspect", source, source)
     refused(2, "exactly one of --keep", "prune", make_moe(tmp_path / "moe"), tmp_path / "out")
     refused(2, "needs statistics", "prune", tmp_path / "moe", tmp_path / "out", "--keep", 2, "--criterion", "reap")
-    refused(2, "is not a multiple", "upcycle", tmp_path / "moe", tmp_path / "out", "--experts", 5)
+    refused(2, "2, 3 or more times", "upcycle", tmp_path / "moe", tmp_path / "out", "--experts", 5)
     refused(3, "no experts to prune", "prune", source, tmp_path / "out", "--keep", 2)
     refused(3, "no experts to quantize", "quantize", source, tmp_path / "out")
     assert json.loads(cli("upcyle", "--json").out)["error"]["code"] == 2

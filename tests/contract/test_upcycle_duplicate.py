@@ -76,8 +76,8 @@ def test_the_command_proves_it_and_says_where_another_top_k_changes_the_model(tm
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--experts", 12), "multiplied as a whole"),
-        (("--experts", 8), "multiplied as a whole"),
+        (("--experts", 12), "2, 3 or more times the source"),
+        (("--experts", 8), "2, 3 or more times the source"),
         (("--method", "drop"), "the experts of this one can only be copied"),
         (("--granularity", 2), "the experts of this one can only be copied"),
     ],
@@ -93,7 +93,7 @@ def test_groups_and_sparsemixer_are_refused(tmp_path, cli):
     flags = ("--method", "granular", "--to", "glm4_moe", "--no-check", "-q")
     assert cli("upcycle", dense, tmp_path / "grouped", *flags).code == 0
     done = cli("upcycle", tmp_path / "grouped", tmp_path / "more", "--json")
-    assert done.code == 3 and "two best of a group" in done.json["error"]["message"]
+    assert done.code == 3 and "by their two best experts" in done.json["error"]["message"]
     dense = save_stock(tmp_path / "stablelm", *DENSE_CASES["stablelm"], dtype=torch.float32)
     assert cli("upcycle", dense, tmp_path / "phimoe", "--no-check", "-q").code == 0
     done = cli("upcycle", tmp_path / "phimoe", tmp_path / "more", "--json")

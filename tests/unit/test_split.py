@@ -174,7 +174,7 @@ def test_a_dry_run_states_the_sizes_that_the_run_has(tmp_path, cli, dense):
     ("code", "words", "flags"),
     [
         (2, "needs --stats or --data", ()),
-        (2, "which layers", ("--layers", "auto:1", "--to", "qwen2_moe", "--dry-run")),
+        (2, "data chooses the layers", ("--layers", "auto:1", "--to", "qwen2_moe", "--dry-run")),
         (2, "auto needs a number from 1", ("--layers", "auto:9", "--to", "qwen2_moe", "--dry-run")),
         (3, "cannot leave each of them dense", ("--layers", "auto:1", "--data", "x")),
         (2, "equal pieces", ("--granularity", "2", "--dry-run")),

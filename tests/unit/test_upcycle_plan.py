@@ -253,7 +253,7 @@ def test_every_dense_family_has_exactly_one_default():
 def test_a_target_nobody_knows_and_a_number_that_experts_cannot_be_multiplied_to(tmp_path):
     with pytest.raises(InputError, match=r"--to \\x1bfoo: no such"):
         plan_upcycle(open_model(make_dense(tmp_path / "m")), to="\x1bfoo")
-    with pytest.raises(UsageError, match="is not a multiple, by 2 or more"):
+    with pytest.raises(UsageError, match="2, 3 or more times the source"):
         plan_upcycle(open_model(make_moe(tmp_path / "moe")), experts=6)
 
 

@@ -292,8 +292,8 @@ def _idle_shared(items: Sequence[Item], target: Family, cut: Cut, active: int) -
         return []
     return [
         f"{target.model_type} needs a shared expert as wide as a routed one, which is empty here: {zeros:,} parameters "
-        f"of zero, {zeros / active:.0%} of those that compute each token. --method granular --granularity 8 makes it an eighth "
-        "as wide, and with --shared-experts 1 it holds a piece of the FFN"
+        f"of zero, {zeros / active:.0%} of those that compute each token. --method granular --granularity 8 makes "
+        "it an eighth as wide, and with --shared-experts 1 it holds a piece of the FFN"
     ]
 
 

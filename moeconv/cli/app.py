@@ -27,6 +27,7 @@ from moeconv.options import choices_of, flag_of, help_of, reads_of
 from moeconv.plan.memory import calm_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.requests import request
+from moeconv.versions import untested_transformers
 from moeconv.world import World, current, first, join, launched, settle
 
 _SINK = Sink()
@@ -120,6 +121,8 @@ def _call(verb: Verb, values: dict[str, object]) -> int:
             meter.close()
     if (lost := settle(None)) is not None:
         raise lost
+    if "transformers" in sys.modules and isinstance(warnings := result.get("warnings"), list):
+        result = {**result, "warnings": [*warnings, *untested_transformers()]}
     failure = verb.failed(result)
     _SINK.result(result, table=verb.table)
     if failure is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,9 +25,9 @@ from moeconv.hf.adapters import teach_peft
 from moeconv.hf.conversion import FusePacked, check_stacked, disk_tensors, stacked_renamings, with_companions
 from moeconv.hf.layout import METHOD, find_layouts, stored_tensors
 from moeconv.hf.modules import PackedExperts, PackedLinear, install, unpack
+from moeconv.versions import OLDEST_PACKED, release, untested_transformers
 
 _SCOPES = ("experts", "experts+shared", "all-linear")
-_OLDEST = (5, 23)  # of transformers: older converters take neither the model nor many-to-many operations of others
 
 
 class PackedExpertsConfig(QuantizationConfigMixin):
@@ -137,10 +138,9 @@ def _dispatching(previous: type[QuantizationConfigMixin]) -> type[QuantizationCo
 
 def _check_version() -> None:
     """Raises ImportError for a transformers whose conversion of weights cannot build packed experts."""
-    major, minor = (int(number) for number in transformers.__version__.split(".")[:2])
-    if (major, minor) < _OLDEST:
+    if release(transformers.__version__) < OLDEST_PACKED:
         raise ImportError(
-            f"packed experts need transformers {'.'.join(map(str, _OLDEST))} or newer, and this is "
+            f"packed experts need transformers {'.'.join(map(str, OLDEST_PACKED))} or newer, and this is "
             f"{transformers.__version__}: pip install -U transformers, on Python 3.11 or newer"
         )
 
@@ -152,6 +152,8 @@ def register() -> None:
     if METHOD in AUTO_QUANTIZER_MAPPING:
         return
     _check_version()
+    for text in untested_transformers():
+        warnings.warn(text, stacklevel=2)
     register_quantization_config(METHOD)(PackedExpertsConfig)
     register_quantizer(METHOD)(PackedExpertsQuantizer)
     for key in ("bitsandbytes_4bit", "bitsandbytes_8bit"):

@@ -69,8 +69,11 @@ def test_what_lies_beside_the_language_model_passes_as_it_is(tmp_path, cli, case
     edited = {key: now["text_config"].get(key) for key in row.experts.count}
     assert edited == dict.fromkeys(row.experts.count, 6) and now["text_config"]["dtype"] == "bfloat16"
     assert now["vision_config"] == config["vision_config"] and now["architectures"] == [row.architecture]
+    # transformers 5.24 cannot run any Llama 4 (its forward asks its outputs for images): the output is no worse.
+    original = cli("verify", source, "--load", "--json")
+    assert original.code == 0 or (case == "llama4-vision" and "does not run" in original.json["problems"][0])
     checked = cli("verify", tmp_path / "out", "--load", "--json")
-    assert checked.code == 0 and checked.json["loads"]["transformers"], checked.out
+    assert (checked.code, checked.json["problems"]) == (original.code, original.json["problems"]), checked.out
     assert "AutoModelForImageTextToText" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from moeconv.plan.kernels.pack import pack_nf4
-from moeconv.quantize.gptq.groups import ROWS_PER_CALL
 from moeconv.quantize.gptq.levels import Coded, Grid
+from moeconv.quantize.gptq.need import CODED_BYTES, codes_bytes, experts_per_call
 from moeconv.quantize.gptq.solve import damped, gptq, loss
-from moeconv.stream.need import CODED_BYTES, codes_bytes
 
 INTEGERS = {
     "int4": (torch.arange(-8.0, 8.0), 7.5, torch.bfloat16),
@@ -76,7 +75,7 @@ def load(path: Path) -> ModuleType:
 def together(weight: Tensor, hessian: Tensor, grid: Grid, group: int) -> Coded:
     """The codes of all experts, in groups as the command forms them."""
     _, out, width = weight.shape
-    size = max(1, min(ROWS_PER_CALL // out, CODED_BYTES // codes_bytes(out, width)))
+    size = max(1, min(experts_per_call(out), CODED_BYTES // codes_bytes(out, width)))
     parts = [gptq(w, h, grid, group=group) for w, h in zip(weight.split(size), hessian.split(size), strict=True)]
     return Coded(torch.cat([p.levels for p in parts]), torch.cat([p.scales for p in parts]))
 

@@ -1,9 +1,10 @@
 """Memory of the commands that run a model, at real width: peak of the whole process against a layer and the estimate.
 
-    python benchmarks/memory.py WORK [--width 2048] [--experts 128] [--tokens 2048] [--only NAME ...] [--stored FORM]
-    python benchmarks/memory.py WORK --width 512        # about a minute
+    python benchmarks/memory.py WORK [--width 2048] [--inner 768] [--experts 128] [--layers 2] [--tokens 2048]
+                                     [--only NAME ...] [--stored FORM ...]
+    python benchmarks/memory.py WORK --width 512        # some minutes
 
-Two layers as wide as Qwen3-30B's (hidden 2048, experts of 3/8 of that) with random weights, in bfloat16, in FP8 with a
+Layers as wide as Qwen3-30B's (hidden 2048, experts of 3/8 of that) with random weights, in bfloat16, in FP8 with a
 scale for 128 x 128 weights, and in MXFP4 (compressed-tensors). Every command is a process of its own; `estimate` is
 what its dry run says. Peak memory is the kernel's figure for the process (ru_maxrss).
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, LAYERS, HEAD, TOP_K = 32000, 2, 128, 8
+VOCABULARY, HEAD, TOP_K = 32000, 128, 8
 FORMS = ("bf16", "fp8", "mxfp4")
 # what a command is given behind the model: OUT and TEXT are replaced
 COMMANDS: dict[str, list[str]] = {
@@ -30,12 +31,16 @@ COMMANDS: dict[str, list[str]] = {
     "tune experts": [
         "tune", "MODEL", "OUT", "--data", "TEXT", "--teacher", "MODEL", "--steps", "2", "--train", "router,experts",
     ],
-    "gptq": ["quantize", "MODEL", "OUT", "--method", "gptq", "--scheme", "int4", "--data", "TEXT"],
+    "gptq int4": ["quantize", "MODEL", "OUT", "--method", "gptq", "--scheme", "int4", "--data", "TEXT"],
+    "gptq int8": ["quantize", "MODEL", "OUT", "--method", "gptq", "--scheme", "int8", "--data", "TEXT"],
+    "gptq nf4": [
+        "quantize", "MODEL", "OUT", "--method", "gptq", "--format", "bitsandbytes", "--scheme", "nf4", "--data", "TEXT",
+    ],
     "refit": ["prune", "MODEL", "OUT", "--ratio", "0.5", "--criterion", "aimer", "--refit", "--data", "TEXT"],
 }  # fmt: skip
 
 
-def write_model(path: Path, form: str, *, width: int, experts: int) -> None:
+def write_model(path: Path, form: str, *, width: int, inner: int, experts: int, layers: int) -> None:
     """A Qwen3-MoE of random weights, one layer's tensors in memory at a time. Runs in a process of its own."""
     import numpy as np
     from quantize_speed import add_tokenizer
@@ -44,7 +49,7 @@ def write_model(path: Path, form: str, *, width: int, experts: int) -> None:
     from moeconv.checkpoint.writer import ShardWriter
     from moeconv.plan.kernels.arrays import from_float
 
-    inner, kv = width * 3 // 8, max(1, width // HEAD // 4) * HEAD
+    kv = max(1, width // HEAD // 4) * HEAD
     draw = np.random.Generator(np.random.SFC64(0))
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
 
@@ -62,7 +67,7 @@ def write_model(path: Path, form: str, *, width: int, experts: int) -> None:
             tensors.append((f"{name}.weight_scale", "U8", (rows, columns // 32)))
 
     plain("model.embed_tokens", VOCABULARY, width)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         at = f"model.layers.{layer}"
         for name, rows in (("q", width), ("k", kv), ("v", kv)):
             plain(f"{at}.self_attn.{name}_proj", rows, width)
@@ -98,7 +103,7 @@ def write_model(path: Path, form: str, *, width: int, experts: int) -> None:
     config: dict[str, Any] = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCABULARY,
         "hidden_size": width, "intermediate_size": 3 * width, "moe_intermediate_size": inner,
-        "num_hidden_layers": LAYERS, "num_attention_heads": width // HEAD, "num_key_value_heads": kv // HEAD,
+        "num_hidden_layers": layers, "num_attention_heads": width // HEAD, "num_key_value_heads": kv // HEAD,
         "head_dim": HEAD, "num_experts": experts, "num_experts_per_tok": TOP_K, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 4096, "dtype": "bfloat16",
@@ -152,19 +157,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--inner", type=int, help="of an expert; 3/8 of the width where it is not given")
     parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--only", nargs="*", choices=COMMANDS, default=list(COMMANDS))
     parser.add_argument("--stored", nargs="*", choices=FORMS, default=list(FORMS))
     parser.add_argument("--write", choices=FORMS, help=argparse.SUPPRESS)
     a = parser.parse_args()
-    folder = {form: a.work / f"{form}-{a.width}-{a.experts}" for form in FORMS}
+    inner = a.inner or a.width * 3 // 8
+    folder = {form: a.work / f"{form}-{a.width}-{inner}-{a.experts}-{a.layers}" for form in FORMS}
     if a.write:
-        return write_model(folder[a.write], a.write, width=a.width, experts=a.experts)
+        return write_model(folder[a.write], a.write, width=a.width, inner=inner, experts=a.experts, layers=a.layers)
     a.work.mkdir(parents=True, exist_ok=True)
     text, out = a.work / "text", a.work / "out"
     text.write_text("".join(f"{i} squared is {i * i}; " for i in range(a.tokens)))
-    title = f"{LAYERS} layers of {a.experts} experts, hidden {a.width}, {a.tokens} tokens"
+    title = f"{a.layers} layers of {a.experts} experts of {inner}, hidden {a.width}, {a.tokens} tokens"
     print(f"{title}\n{'':6} {'':13} {'layer':>8} {'peak':>8} {'ratio':>6} {'estimate':>8} {'off':>6} {'CPU s':>6}")
     for form in a.stored:
         if not folder[form].exists():

@@ -14,15 +14,16 @@ from moeconv.plan.execute import checked_jobs
 from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
-from moeconv.plan.plan import Plan
+from moeconv.plan.plan import Item, Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.gptq.need import gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.separate import plan_separate
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
-from moeconv.stream.need import GPTQ, need_of
+from moeconv.stream.need import need_of
 from moeconv.types import JsonObject
 from moeconv.units import human_bytes
 
@@ -83,6 +84,16 @@ def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float
     return layer_importance(statistics), twin
 
 
+def _of_run_layers(plan: Plan, model: Model) -> list[Item]:
+    """The packings of the experts of all layers that run. Those of multi-token-prediction layers, which do not, keep
+    their searched scales."""
+    return [
+        item
+        for item in plan.items()
+        if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
+    ]
+
+
 def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     """Pack every expert, then decode a sample of what was written and compare it with the source."""
     model = open_resolved(request.model)
@@ -101,22 +112,18 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
 
         return prove_packing(plan, model, staged, before=before)
 
-    if options.method != "gptq" or write.dry_run:
+    if options.method != "gptq":
+        return run_plan(plan, model, out, write, meter=meter, check=check)
+    chosen = _of_run_layers(before, model)
+    jobs = checked_jobs(write.jobs)
+    if write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
-        if options.method == "gptq":
-            asked = run_on_data(model, request.measure, {**GPTQ, "coders": checked_jobs(write.jobs)})
-            planned = planned_memory(need_of(model, asked), asked, request.measure)
-            result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
-        return result
+        asked = run_on_data(model, request.measure, {})
+        asks = gptq_workload(packing.view, chosen, tokens=asked.tokens, seq_len=asked.seq_len, jobs=jobs)
+        planned = planned_memory(need_of(model, replace(asked, **asks)), asked, request.measure)
+        return result | {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     check_out(out, model, write)
     from moeconv.quantize.gptq.run import choose_codes, remarks_on
-
-    chosen = [
-        item
-        for item in before.items()
-        if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
-    ]  # multi-token-prediction layers are not run: their experts keep the searched scales
-    jobs = checked_jobs(write.jobs)
 
     def measure(folder: Path) -> CodesFigures:
         path = folder / _CODES

@@ -26,7 +26,8 @@ class WorkloadFields(TypedDict, total=False):
     sample: int
     judged: bool
     copies: int
-    coders: int
+    results: int
+    work: tuple[int, int]
 
 
 GROUP_BYTES = 1 << 25  # of experts that are widened at a time; at least one expert
@@ -35,10 +36,6 @@ GROUP_ROWS = 512  # pairs of one group of widened experts computed at a time
 SAMPLE_ROWS = 256  # sampled tokens whose outputs of all experts are held at a time, if SAMPLE_BYTES allows
 SAMPLE_BYTES = 1 << 26  # of those outputs; at least an eighth of a byte per weight of the experts
 PRODUCT_ROWS = 32  # of those tokens, over which the cosines are summed in float32
-CODED_BYTES = 1 << 29  # of experts whose codes are chosen at the same time; at least one expert
-# flows: the activations of the model, and the inputs of its experts. copies of a layer's experts: the source's, the
-# rounded, the chosen, and those that are being put in place; and the groups whose codes are being chosen
-GPTQ: WorkloadFields = {"flows": 2, "copies": 6}
 # flows: the activations of the model and of the pruned variant, and in a refit the layer's inputs, the difference that
 # it restores, and a copy
 PRUNED: WorkloadFields = {"flows": 5}
@@ -56,8 +53,8 @@ class Workload:
 
     `flows` is how many activations [tokens, H] are held; `sample` how many tokens go through all experts, whose figures
     are kept to the end; `judged` whether the logits of a window are scored; `copies` how many widened copies of a
-    layer's experts exist at the same time (0: the experts stay as they are stored); `coders` how many groups of experts
-    have their codes chosen at the same time.
+    layer's experts exist at the same time (0: the experts stay as they are stored). For work on widened experts,
+    `results` is the bytes of what it has found, `work` those that it computes with: (as a rule, at the least).
     """
 
     tokens: int
@@ -68,7 +65,8 @@ class Workload:
     sample: int = 0
     judged: bool = False
     copies: int = 0
-    coders: int = 0
+    results: int = 0
+    work: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -246,8 +244,8 @@ def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, 
         placed = wide * run.copies
         if run.copies <= 2:  # no backward pass needs them: the stock code computes expert by expert
             work = values + min(batch * top_k, PAIR_ROWS, _SKEW * batch * top_k // experts) * each
-        together, least = _coded(run, experts, hidden, inner, top_k)
-        return placed + max(work, together), placed + max(work, least)
+        together, least = run.work
+        return placed + run.results + max(work, together), placed + run.results + max(work, least)
     if wide <= GROUP_BYTES or stored >= wide:
         return wide + work, wide + work
     group = max(1, GROUP_BYTES // (alone * run.width)) * alone * run.width
@@ -255,19 +253,3 @@ def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, 
     work = max(sample, values + min(pairs, batch * top_k) * each)
     decoded = _CONVERTED * group if stored < 2 * size.experts else 0
     return stored + group + decoded + work, (1 + _CONVERTED) * group + stored * group // wide + work
-
-
-def codes_bytes(out: int, width: int) -> int:
-    """Bytes that choosing the codes of one expert's matrix [out, width] takes: the Hessian in float64, its factors, and
-    in float32; the weights, levels, steps and the remaining error."""
-    return 40 * width * width + 24 * out * width
-
-
-def _coded(run: Workload, experts: int, hidden: int, inner: int, top_k: int) -> tuple[int, int]:
-    """(bytes of the groups of experts whose codes are chosen at the same time, bytes of one expert alone)."""
-    if not run.coders:
-        return 0, 0
-    tokens = min(run.tokens, _SKEW * run.tokens * top_k // experts)
-    alone = max(codes_bytes(2 * inner, hidden), codes_bytes(hidden, inner) + 8 * inner * tokens)
-    group = max(alone, min(CODED_BYTES, alone * experts))
-    return min(run.coders * group, alone * experts), alone

@@ -116,30 +116,13 @@ class StoredExperts:
 
     def converted(self, parts: Parts, count: int) -> dict[str, Tensor]:
         """The parameters of the stock module, made from the stored tensors of `count` experts. Empties `parts`."""
-        prefix = self.skeleton.name_of(self.stock) + "."
         tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
-        whole = own_parameters(self.stock)
-        for leaf, p in whole.items():  # some conversions read the shape of the parameter that they build
-            setattr(self.stock, leaf, nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False))
-        try:
-            made = self.skeleton.convert(tensors)
-        finally:
-            for leaf, p in whole.items():
-                setattr(self.stock, leaf, p)
-        return {name.removeprefix(prefix): value for name, value in made.items()}
+        return converted(self.skeleton, self.stock, tensors, count)
 
     def module(self, first: int, stop: int) -> nn.Module:
         """A stock module that holds only the experts `first` to `stop`, numbered from 0. It is valid until the next
         call, which reuses its memory."""
-        part = copy.copy(self.stock)
-        held = {leaf: nn.Parameter(value, False) for leaf, value in self.weights(first, stop).items()}
-        count = len(self.names)
-        counts = {
-            key: stop - first for key, n in vars(part).items() if type(n) is int and n == count and "expert" in key
-        }
-        vars(part).update(counts, _parameters=held)
-        vars(part).pop("forward", None)
-        return part
+        return module_of(self.stock, self.weights(first, stop), of=len(self.names))
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The stock module's output, in the shape of `hidden` [..., H], for `top_k_index` and `top_k_weights` [T, k].
@@ -161,6 +144,30 @@ class StoredExperts:
         for (first, stop), (start, end) in zip(bounds.tolist(), torch.searchsorted(expert, bounds).tolist()):
             if end > start:
                 yield first, stop, slice(start, end)
+
+
+def converted(skeleton: Skeleton, stock: nn.Module, tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """{parameter of a stock experts module: [count, ...]}, made from the tensors of `count` experts, named as on disk.
+    Empties `tensors`. `stock` is without weights while this runs."""
+    prefix, whole = skeleton.name_of(stock) + ".", own_parameters(stock)
+    for leaf, p in whole.items():  # some conversions read the shape of the parameter that they build
+        setattr(stock, leaf, nn.Parameter(torch.empty(count, *p.shape[1:], device="meta"), False))
+    try:
+        made = skeleton.convert(tensors)
+    finally:
+        for leaf, p in whole.items():
+            setattr(stock, leaf, p)
+    return {name.removeprefix(prefix): value for name, value in made.items()}
+
+
+def module_of(stock: nn.Module, weights: Mapping[str, Tensor], *, of: int) -> nn.Module:
+    """A stock module with the parameters `weights` {leaf: [n, ...]} of n of its `of` experts, numbered from 0."""
+    part, count = copy.copy(stock), len(next(iter(weights.values())))
+    held = {leaf: nn.Parameter(value, False) for leaf, value in weights.items()}
+    counts = {key: count for key, n in vars(part).items() if type(n) is int and n == of and "expert" in key}
+    vars(part).update(counts, _parameters=held)
+    vars(part).pop("forward", None)
+    return part
 
 
 def class_forward(experts: nn.Module) -> Callable[..., Tensor]:

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.plan.memory import free_memory
+from moeconv.quantize.gptq.need import codes_bytes, gptq_workload
+from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import need
 from moeconv.stream.need import MemoryPlacement, Need, Workload, choose_placement, need_of
 
@@ -59,6 +62,26 @@ def test_a_layer_counts_as_it_is_stored(tmp_path: Path) -> None:
     assert placed.held - stored.held == pytest.approx(5 * experts - group, rel=0.02)
     assert stored.held - stored.read == experts - group // 2 - 2 * group, "what is read is decoded and joined anew"
     assert stored.activations == 64 * 256 * 4
+
+
+def test_codes_are_chosen_with_the_experts_in_memory_once(tmp_path: Path) -> None:
+    """Beside them the packed ones, and per job one group of experts that is coded."""
+    path = tiny.make_moe(tmp_path / "moe", "qwen3_moe", experts=8, top_k=2, hidden=256, intermediate=128, layers=1)
+    model, tokens = open_model(path), 640
+    needs = {}
+    for bits, jobs in ((4, 1), (8, 1), (8, 2)):
+        items = [i for i in plan_quantize(model, bits=bits, method="gptq").items() if i.changed == "expert"]
+        packed = sum(spec.nbytes for item in items for spec in item.outputs)
+        asks = gptq_workload(model, items, tokens=tokens, seq_len=16, jobs=jobs)
+        needs[bits, jobs] = need_of(model, replace(Workload(tokens, 16, 1), **asks)), packed
+    (four, of_four), (eight, of_eight), (both, _) = needs.values()
+    assert eight.held - four.held == of_eight - of_four > 0
+    together = 8 * codes_bytes(2 * 128, 256)  # all of them: below CODED_BYTES
+    held, pool = (tokens // 16) * 256 * 4, 8 * 256 * 256
+    work = eight.held - (4 * 8 * 3 * 128 * 256 + of_eight + held + pool)
+    assert together <= work < 1.25 * together, "or what the experts compute for the codes of their down projections"
+    assert both.held == eight.held, "one group: a second job has nothing to do"
+    assert eight.read < eight.held and eight.activations == 2 * tokens * 256 * 4
 
 
 @pytest.mark.slow

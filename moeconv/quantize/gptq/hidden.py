@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moeconv.stream.need import PAIR_ROWS
+from moeconv.quantize.gptq.need import pair_rows
 from moeconv.stream.products import OnProducts
 
 
@@ -23,11 +23,14 @@ def hidden_activations(
     order = expert.argsort(stable=True)  # the stock code computes one expert after the other
     down = experts.down_proj
     assert isinstance(down, Tensor)
-    with _multiplied_by(down) as found:
-        for pairs in order.split(PAIR_ROWS):
-            given = inputs[rows[pairs]].to(device)
+    width = down.shape[1 if getattr(experts, "is_transposed", False) else 2]
+    result = torch.empty(len(rows), width, dtype=down.dtype, device=device)
+    for pairs in order.split(pair_rows(inputs.shape[1], width)):
+        given = inputs[rows[pairs]].to(device)
+        with _multiplied_by(down) as found:
             experts.forward(given, expert[pairs, None].to(device), given.new_ones(len(given), 1))
-    return torch.cat(found)[order.argsort().to(device)]
+        result[pairs.to(device)] = torch.cat(found)
+    return result
 
 
 @contextmanager

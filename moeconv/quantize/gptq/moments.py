@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
 PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
 _ROWS = 256  # tokens of each expert in one product
 

@@ -26,10 +26,11 @@ from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.plan import Item
+from moeconv.quantize.gptq.experts import experts_of
 from moeconv.quantize.gptq.groups import role_of
 from moeconv.quantize.gptq.layer import LayerCodes
+from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
-from moeconv.stream.need import CODED_BYTES, GPTQ, WorkloadFields
 
 VERSION = 1
 
@@ -73,7 +74,7 @@ def choose_codes(
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
     start_meter(meter, model)
-    workload: WorkloadFields = {**GPTQ, "coders": jobs}
+    workload = gptq_workload(view, items, tokens=read.windows.size, seq_len=read.seq_len, jobs=jobs)
     stream = stream_within(
         model, read.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
         budget=budget, meter=meter, what="gptq", **workload,
@@ -100,7 +101,9 @@ def choose_codes(
 
         for layer in stream.layers():
             if layer.index in by_layer:
-                work = LayerCodes(model, view, stream, layer, by_layer[layer.index], damping, seed, limit, pool)
+                some = by_layer[layer.index]
+                experts = experts_of(model, view, stream, layer, some)
+                work = LayerCodes(model, view, stream, layer, experts, some, damping, seed, limit, pool)
                 with torch.no_grad():
                     rows.append(work.run(put))
                 meter.note(

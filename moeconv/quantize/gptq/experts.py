@@ -1,0 +1,122 @@
+"""A layer's experts while their codes are chosen: in memory once, their weights replaced by what is chosen for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from threading import Lock
+
+import torch
+from torch import Tensor, nn
+
+from moeconv.errors import InputError
+from moeconv.families.model import Model
+from moeconv.plan.plan import Item
+from moeconv.quantize.gptq.groups import weight_name
+from moeconv.quantize.gptq.need import OUTPUT_ROWS
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
+from moeconv.stream.skeleton import Skeleton, own_parameters
+from moeconv.stream.stored import converted, module_of
+from moeconv.tensors import decode_weight, packed_source
+
+_COUNTED = 256  # rows that are computed with in float64 at a time
+
+
+class LayerExperts:
+    """The experts of one layer, `module` with parameters [E, ...] in the dtype of the computation. Weights go by their
+    names in `view`; `weight_of` gives that of the source, [out, in] float32. Those named in `replaced` will be."""
+
+    def __init__(
+        self,
+        view: Model,
+        skeleton: Skeleton,
+        stock: nn.Module,
+        *,
+        layer: int,
+        replaced: Collection[str],
+        weight_of: Callable[[str], Tensor],
+    ) -> None:
+        if not hasattr(stock, "down_proj"):
+            raise InputError(
+                f"--method gptq needs the experts' down_proj, and {type(stock).__name__} of transformers has none",
+                hint="Use --method rtn or mse.",
+            )
+        self._skeleton, self._stock, self._weight_of, self._replaced = skeleton, stock, weight_of, {*replaced}
+        self._names: dict[int, dict[str, list[str]]] = {}  # of an expert: by the parameter that they are a part of
+        for name, role in view.roles.items():
+            if (role.layer, role.group) == (layer, "expert"):
+                of_one = self._names.setdefault(int(role.expert or 0), {})
+                of_one.setdefault(skeleton.place(name), []).append(name)
+        self._expert = {
+            name: e for e, of_one in self._names.items() for of_place in of_one.values() for name in of_place
+        }
+        # a module of its own: the stock one is without weights while some are converted
+        self.module = module_of(stock, own_parameters(stock), of=len(self._names))
+        self._waiting: dict[str, Tensor] = {}
+        self._lock = Lock()
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights: at once where all of a parameter are there for an expert, otherwise when they are."""
+        self._waiting |= weights
+        ready: dict[str, list[int]] = {}
+        for e in sorted({self._expert[name] for name in weights}):
+            for place, names in self._names[e].items():
+                due = self._replaced & {*names}
+                if due and due <= self._waiting.keys():
+                    ready.setdefault(place, []).append(e)
+        for place, experts in ready.items():
+            names = [name for e in experts for name in self._names[e][place]]
+            new = {n: self._waiting.pop(n) if n in self._waiting else self._weight_of(n) for n in names}
+            for leaf, value in self._converted(new, len(experts)).items():
+                own_parameters(self.module)[leaf][torch.tensor(experts)] = value.to(self._skeleton.dtype)
+
+    def source(self, experts: Sequence[int]) -> nn.Module:
+        """Some experts as the source has them, counted from 0 in ascending order."""
+        names = [name for e in experts for of_place in self._names[e].values() for name in of_place]
+        made = self._converted({name: self._weight_of(name) for name in names}, len(experts))
+        return module_of(self._stock, made, of=len(self._names))
+
+    def _converted(self, weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        with self._lock:
+            return converted(self._skeleton, self._stock, weights, count)
+
+    def outputs(self, given: Sequence[Tensor], rows: Tensor) -> Iterator[Tensor]:
+        """What the experts make together of `rows` int64 [n] of `given` (inputs [T, H], index and weights [T, k]), in
+        parts [m, H]."""
+        device = self._skeleton.device
+        for part in rows.split(OUTPUT_ROWS):
+            yield self.module(*(x[part].to(device) for x in given))
+
+
+def squared_errors(made: Tensor, wanted: Tensor) -> Tensor:
+    """The squared error of each row of [n, H], float64 [n]."""
+    parts = zip(made.split(_COUNTED), wanted.split(_COUNTED), strict=True)
+    return torch.cat([(one.double() - other.double()).square_().sum(1) for one, other in parts])
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """The squared norm of each row of [n, H], float64 [n]."""
+    return torch.cat([part.double().square_().sum(1) for part in rows.split(_COUNTED)])
+
+
+def experts_of(model: Model, view: Model, stream: LayerStream, layer: Layer, items: Sequence[Item]) -> LayerExperts:
+    """The experts of a layer. What `items` do not pack of them is as in the model."""
+    assert layer.experts is not None
+    packs = {weight_name(item): item for item in items}
+
+    def weight_of(name: str) -> Tensor:
+        found = source_weight(model, packs[name]) if name in packs else decode_weight(model, name)
+        return found.to(stream.device, torch.float32)
+
+    return LayerExperts(view, stream.skeleton, layer.experts, layer=layer.index, replaced=packs, weight_of=weight_of)
+
+
+def source_weight(model: Model, item: Item) -> Tensor:
+    """The weight [out, in] that an item packs, float32. Raises InputError for values that are not finite."""
+    weight = packed_source(model.checkpoint, item).float()
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(
+            f"tensor {item.inputs[0].tensor!r} holds NaN or infinite values",
+            hint="Repair or replace the source checkpoint.",
+        )
+    return weight

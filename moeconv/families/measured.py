@@ -29,6 +29,11 @@ _ROTATION = Finding(
     "several heads otherwise than its own PyTorch code does",
 )
 _PRUNED = Finding("same", "as pruned; an upcycled model was refused")
+_YARN = Finding(
+    "same",
+    "as pruned; it refuses an upcycled model, since it reads the factors of YaRN in every config.json, and it has the "
+    "constants of the activation of gpt-oss built in, so that it could not compute one",
+)
 _NO_CPU = "its CPU backend has no kernel for it; a GPU was not tried"
 MEASURED: Mapping[str, Mapping[str, Finding]] = {
     "vllm": {
@@ -40,7 +45,7 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
             ),
             _SAME,
         ),
-        "gpt_oss": _PRUNED,
+        "gpt_oss": _YARN,
         "deepseek_v3": _ROTATION,
         "glm4_moe_lite": _ROTATION,
         "lfm2_moe": Finding(
@@ -49,9 +54,11 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
         "ernie4_5_moe": Finding(
             "same", "where the router's correction bias is zero: its CPU backend leaves the bias out"
         ),
-        "cohere2_moe": Finding("differs"),
-        "phimoe": Finding("differs"),
-        "mimo_v2_flash": Finding("differs"),
+        "cohere2_moe": Finding("differs", "its sliding layers see one token more than sliding_window"),
+        "phimoe": Finding(
+            "differs", "it leaves out the bias of the head, and its router's jitter is 0.01 whatever config.json says"
+        ),
+        "mimo_v2_flash": Finding("differs", "its sliding layers see one token less than those of transformers"),
         **dict.fromkeys(("nemotron_h", "jamba"), Finding("refused", _NO_CPU)),
         **dict.fromkeys(
             ("deepseek_v2", "minimax_m2", "llama4_text", "laguna", "aria_text", "dbrx", "qwen3_5_moe_text"),
@@ -63,19 +70,26 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
             (
                 "mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "minimax_m2", "exaone_moe",
                 "granitemoe", "granitemoeshared", "granitemoe_swa", "lfm2_moe", "cohere2_moe", "jamba",
-                "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3", "glm4_moe_lite",
+                "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3", "glm4_moe_lite", "solar_open",
             ),
             _SAME,
         ),
         "gpt_oss": _PRUNED,
-        "mellum": Finding("same", "where every layer attends to all tokens; it differs with layers of both kinds"),
+        "mellum": Finding(
+            "same", "where rope_theta of sliding and full layers is equal: it turns both by that of the full layers"
+        ),
         "nemotron_h": Finding("same", "as upcycled; a pruned model that has dense layers too was refused"),
         "granitemoehybrid": Finding(
             "differs", "its converter leaves out the rotation of models with state-space layers"
         ),
-        "phimoe": Finding("differs"),
-        "laguna": Finding("differs"),
-        "solar_open": Finding("differs"),
+        "phimoe": Finding(
+            "differs", "its norms are RMS norms, where the family has LayerNorm, and its router renormalises a softmax"
+        ),
+        "laguna": Finding(
+            "same",
+            "where layer_types is one full layer before every three sliding ones, or sliding_window is 0: its "
+            "converter leaves layer_types out",
+        ),
         "flex_olmo": Finding("refused", "its converter does not know the class"),
         "aria_text": Finding("refused", "its converter does not know the class"),
         "mimo_v2_flash": Finding(

@@ -3,6 +3,10 @@
     MOECONV_VLLM_PYTHON=... MOECONV_LLAMA_CPP_PYTHON=... MOECONV_CONVERTER_PYTHON=... MOECONV_LLAMA_CPP_SOURCE=DIR \\
         python tests/runtimes/served.py [--made pruned] [--weights bf16] [--runtime vllm] [--json FILE] [FAMILY ...]
 
+`--made stock` is the control: a random model as transformers' save_pretrained wrote it, which moeconv never touched.
+`--resaved` is another one: what moeconv wrote, loaded and saved by transformers, so that names and config are its own.
+An engine that is as far apart there differs from transformers by itself.
+
 What it prints is what families/served.py and the formats say. `apart` is the root mean square of the differences of
 log-probabilities from transformers in float32, in units of their spread; `noise` is the same of transformers in
 bfloat16, whose rounding picks other experts now and then. In float32 a runtime that computes the same function is apart
@@ -56,16 +60,27 @@ def widen_router(path: Path) -> None:
 
 
 def make(family: str, made: str, work: Path) -> Path:
-    """A pruned or an upcycled checkpoint of a family."""
+    """A pruned or an upcycled checkpoint of a family, or one that only transformers has written."""
     source, out = work / "source", work / made
-    kind, config = (family, MOE[family]) if made == "pruned" else UPCYCLED[family]
+    kind, config = UPCYCLED[family] if made == "upcycled" else (family, MOE[family])
     runtimes.random_model(kind, source, config)
-    if made == "pruned":
+    if made != "upcycled":
         widen_router(source)
+    if made == "stock":
+        return source
+    if made == "pruned":
         values: dict[str, Any] = {"keep": 6, "criterion": "random"}
     else:
         values = {"to": family, "experts": 6, "top_k": 2, "method": "drop", "router_std": 0.3, "no_check": True}
     run_step("prune" if made == "pruned" else "upcycle", values, str(source), str(out), meter=SilentMeter())
+    return out
+
+
+def resave(source: Path, out: Path) -> Path:
+    """The same model as transformers writes it: its names of tensors, its config, and the tokenizer's files."""
+    runtimes.load(source).save_pretrained(out)
+    for file in source.glob("tokenizer*.json"):
+        shutil.copy(file, out / file.name)
     return out
 
 
@@ -203,11 +218,13 @@ def runs(source: Path, work: Path, weights: list[str], where: list[str], vllm: V
 
 
 def measure(
-    family: str, made: str, work: Path, weights: list[str], where: list[str], vllm: Vllm
+    family: str, made: str, work: Path, weights: list[str], where: list[str], vllm: Vllm, *, resaved: bool = False
 ) -> Iterator[dict[str, Any]]:
     row = {"family": family, "made": made}
     try:
         source = make(family, made, work)
+        if resaved:
+            source = resave(source, work / "resaved")
     except Exception as error:  # a row of the table, not the end of it
         yield row | {"weights": "-", "runtime": "-", "failed": f"not made: {type(error).__name__}: {error}"}
         return
@@ -218,7 +235,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(MOE))
-    parser.add_argument("--made", action="append", choices=("pruned", "upcycled"))
+    parser.add_argument("--made", action="append", choices=("pruned", "upcycled", "stock"))
+    parser.add_argument("--resaved", action="store_true")
     parser.add_argument("--weights", action="append", choices=tuple(WEIGHTS))
     parser.add_argument("--runtime", action="append", choices=("vllm", "llama.cpp"))
     parser.add_argument("--json", type=Path)
@@ -231,7 +249,7 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 weights, where = options.weights or list(WEIGHTS), options.runtime or ["vllm", "llama.cpp"]
-                for row in measure(family, made, Path(folder), weights, where, vllm):
+                for row in measure(family, made, Path(folder), weights, where, vllm, resaved=options.resaved):
                     rows.append(row)
                     figures = (
                         row.get("failed") or f"{row['apart']:.1e} | {row['noise']:.1e} | {100 * row['agree']:.1f} %"

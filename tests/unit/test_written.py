@@ -105,6 +105,18 @@ def test_no_alias_of_a_changed_number_is_stale(name):
             assert written_config(other, row, changes={key: new})[names[-1]] == 77
 
 
+def test_solar_open_says_that_the_whole_head_turns(tmp_path):
+    """llama.cpp's converter assumes half of it where config.json does not say it."""
+    model = open_model(make_dense(tmp_path / "m", "llama"))
+    upcycled = plan_upcycle(model, to="solar_open", experts=4).config
+    saved = written_config(_config(FAMILIES["solar_open"], **ROPE), FAMILIES["solar_open"])
+    for config in (upcycled, saved):
+        assert config["partial_rotary_factor"] == 1.0
+    half = {"rope_parameters": {**ROPE["rope_parameters"], "partial_rotary_factor": 0.5}}
+    kept = written_config(_config(FAMILIES["solar_open"], **half), FAMILIES["solar_open"])
+    assert kept["partial_rotary_factor"] == kept["rope_parameters"]["partial_rotary_factor"] == 0.5
+
+
 def test_gpt_oss_says_experts_per_token_anew():
     row = FAMILIES["gpt_oss"]
     text = written_config(_config(row) | {"experts_per_token": 2}, row, changes={"num_experts_per_tok": 1})

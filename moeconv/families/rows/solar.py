@@ -14,7 +14,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Tensors
+from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Tensors
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
@@ -37,6 +37,8 @@ SOLAR_OPEN = moe_row(
         BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
         float32=frozenset({"router.correction"}),
     ),
+    # stated although it is the whole head: llama.cpp's converter assumes half of it, as for GLM-4.5
+    attention=Attention(partial=1.0),
     experts=Experts(
         count=("n_routed_experts",),
         width="moe_intermediate_size",

@@ -24,7 +24,7 @@ from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
 from moeconv.options import choices_of, flag_of, help_of, reads_of
-from moeconv.plan.memory import calm_collector
+from moeconv.plan.memory import configure_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.requests import request
 from moeconv.versions import untested_transformers
@@ -199,7 +199,7 @@ def run(arguments: Sequence[str]) -> int:
     _SINK.mode, _SINK.stdout_failed = "json" if "--json" in arguments else "human", False
     _SINK.silent = not launched().leads
     open_streams()
-    calm_collector()
+    configure_collector()
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread, where the caller handles signals
             signal.signal(number, _on_signal)

@@ -1,6 +1,7 @@
 """How tensors are grouped into shards: in order up to a size, one shard per layer, or one per expert (--shard-by).
 
-Files keep the names that every loader knows; the index says where a tensor is, so loaders need no word of this.
+The files keep the names that every loader knows, and the index has the file of each tensor, so that loaders need no
+change.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Place = tuple[int | None, int | None]
 
 
 def arrange(items: Sequence[Item], common: PlanOptions, family: Family) -> tuple[Shard, ...]:
-    """Items into shards as --shard-size and --shard-by say; `family` is the one whose names the items' outputs have.
+    """Put items into shards by --shard-size and --shard-by. `family` is the family whose tensor names the outputs have.
 
     Raises UsageError for `expert` where the family keeps all experts of a layer in one tensor.
     """
@@ -31,20 +32,20 @@ def arrange(items: Sequence[Item], common: PlanOptions, family: Family) -> tuple
     if not numbers:
         raise UsageError(
             f"--shard-by {common.shard_by}: {family.model_type} keeps all experts of a layer in one tensor",
-            hint="Give --shard-by layer.",
+            hint="Use --shard-by layer.",
         )
-    # what belongs to no layer (no expert) first, then in the order of the numbers
+    # first the tensors of no layer or expert, then those of each in the order of their numbers
     ordered = sorted(items, key=lambda item: -1 if (n := groups[id(item)]) is None else n)
     return pack_shards(ordered, shard_size=size, group_of=lambda item: groups[id(item)])
 
 
 def _places(family: Family) -> Callable[[str], Place]:
-    """From a tensor's name to its layer and expert, None where it has none; also for the pieces of a packed weight,
-    whose names begin with the weight's."""
+    """The function from the name of a tensor to its layer and expert, each None where it has none. It also knows the
+    parts of a packed weight, whose names begin with that of the weight."""
     patterns = []
     for template in sorted(family.tensors.names.values(), key=len, reverse=True):
         pattern = re.escape(template).replace(re.escape("{L}"), r"(\d+)").replace(re.escape("{E}"), r"(\d+)")
-        # with {L} and {E} in either order, which number is which
+        # {L} and {E} may come in either order: which of the two each number is
         order = sorted((template.index(mark), i) for i, mark in enumerate(("{L}", "{E}")) if mark in template)
         patterns.append((re.compile(pattern), [i for _, i in order]))
 

@@ -1,4 +1,4 @@
-"""Small builders that every planner uses: carry a tensor over, cut rows out of it, cast it, count parameters."""
+"""Small functions that every planner uses: carry a tensor over, select rows of it, cast it, count parameters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Family
 from moeconv.plan.plan import Input, Item, TensorSpec
 
-# --dtype in the words of torch -> as safetensors names it
+# --dtype, which is named as in torch -> the dtype as safetensors names it
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 TORCH_NAMES = {v: k for k, v in DTYPES.items()}
 
 
 def parse_dtype(name: str | None) -> str | None:
-    """`--dtype` as safetensors names it; None keeps the source's. Raises UsageError."""
+    """`--dtype` as safetensors names it; None keeps that of the source. Raises UsageError for an unknown name."""
     if name is None or name in ("source", "auto"):
         return None
     if name not in DTYPES:
@@ -39,7 +39,7 @@ def rows(ref: TensorRef, first: int, count: int, *, origin: str = "source") -> I
 
 
 def pick_rows(ref: TensorRef, chosen: Sequence[int], *, origin: str = "source") -> tuple[Input, ...]:
-    """The chosen rows of a tensor in the given order, neighbours joined into one range."""
+    """The chosen rows of a tensor in the given order; adjacent rows are joined into one range."""
     ranges: list[Input] = []
     start = 0
     for i in range(1, len(chosen) + 1):
@@ -53,7 +53,7 @@ def carry(
     ref: TensorRef, *, role: str, name: str | None = None, dtype: str | None = None, params: int | None = None,
     changed: str = "", origin: str = "source",
 ) -> Item:  # fmt: skip
-    """The tensor as it is, perhaps under another name; cast when a floating dtype is asked for that it has not."""
+    """The tensor as it is, under `name` where that is given. It is cast where `dtype` is another float dtype."""
     casts = dtype is not None and ref.dtype in FLOAT_DTYPES and ref.dtype != dtype
     out_dtype = dtype if casts and dtype else ref.dtype
     count = math.prod(ref.shape) if params is None else params
@@ -63,15 +63,15 @@ def carry(
 
 
 def count_params(model: Model) -> tuple[int, int]:
-    """(total, active per token) parameters of a checkpoint, without its multi-token-prediction layers, which only
-    drafting runs. A tied embedding counts once."""
+    """(total, active per token) parameters of a checkpoint. Multi-token-prediction layers, which run only for
+    speculative decoding, are left out; a tied embedding counts once."""
     tensors = model.checkpoint.tensors
     counted = ((name, role.group, model.numel(tensors[name])) for name, role in model.roles.items())
     return _active(counted, model.family, model.num_layers, top_k=model.top_k, num_experts=model.num_experts)
 
 
 def count_prediction(model: Model) -> int:
-    """Parameters of the multi-token-prediction layers."""
+    """The parameters of the multi-token-prediction layers."""
     names = (name for name in model.roles if model.family.predicts(name, layers=model.num_layers))
     return sum(model.numel(model.checkpoint.tensors[name]) for name in names)
 
@@ -79,8 +79,8 @@ def count_prediction(model: Model) -> int:
 def count_planned(
     items: Iterable[Item], family: Family, *, layers: int, top_k: int, num_experts: int
 ) -> tuple[int, int]:  # fmt: skip
-    """(total, active per token) parameters of what a plan writes for a `family` with so many `layers`, counted as
-    `count_params` counts."""
+    """(total, active per token) parameters of the output of a plan for a `family` with that many `layers`, counted as
+    by `count_params`."""
     counted = ((spec.name, spec.role.partition(".")[0], spec.params) for item in items for spec in item.outputs)
     return _active(counted, family, layers, top_k=top_k, num_experts=num_experts)
 
@@ -99,8 +99,8 @@ def _active(
 
 
 def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef], Iterable[Item] | None]) -> list[Item]:
-    """Every source tensor in file order: what `replace` gives for it, or the tensor itself when it gives None. What
-    lies beside the language model keeps its dtype."""
+    """The items for every source tensor, in the order of the files: those that `replace` returns for it, or the tensor
+    itself where that is None. Tensors outside the language model keep their dtype."""
     items: list[Item] = []
     refs = model.checkpoint.tensors
     for name in refs:

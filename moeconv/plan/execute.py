@@ -1,12 +1,11 @@
-"""The only loop: applies a Plan, whatever verb made it. Stage, write shards, check the promises, commit.
+"""The only loop: it applies a plan of any verb. It stages the shards, checks them against the plan, and commits them.
 
-Same plan, same bytes: for any number of workers, any order, and any point at which a run was cut off and resumed.
+The same plan gives the same bytes, for any number of workers, in any order, and when a run is interrupted and resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 import shutil
@@ -17,15 +16,14 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moeconv import __version__
 from moeconv.checkpoint.companions import Companions, find_companions, is_licence
-from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.output import Finished, OutputDirectory
 from moeconv.checkpoint.overlay import Overlay
-from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.staging import StagingLock
 from moeconv.checkpoint.strictjson import canonical_json
@@ -34,20 +32,25 @@ from moeconv.checkpoint.writer import ShardWriter, output_errors, write_file
 from moeconv.errors import CheckError, InputError, Interrupted, LimitError, OutputError, UsageError, escape
 from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
 from moeconv.plan.limits import check_limits
-from moeconv.plan.memory import lean_malloc
+from moeconv.plan.manifest import json_bytes, manifest_of, small_files
+from moeconv.plan.memory import configure_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
+from moeconv.plan.promises import check_written
+from moeconv.types import JsonObject
 
-_READ = 1 << 22
-_FAN = 8  # files written at a time from one buffer: each has a write buffer of its own
+_TOGETHER = 8  # files that are written at a time from one buffer; each of them has a write buffer too
 
-Describe = Callable[[list[dict[str, Any]], Mapping[str, Any]], Mapping[str, bytes]]
+# What a check found: JSON values for the block of the result. Each verb has its own.
+Findings: TypeAlias = Mapping[str, Any]
+Check = Callable[[Path], Findings]
+Describe = Callable[[list[JsonObject], Findings], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a step did, in the words of the JSON contract. `extra` is what `check` found."""
+    """What a run wrote, under the names of the JSON contract. `extra` is what `check` returned."""
 
     output: str
     complete: bool
@@ -55,23 +58,25 @@ class Result:
     seconds: float
     peak_rss_bytes: int
     warnings: list[str]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Findings = field(default_factory=dict)
 
 
 def default_jobs() -> int:
-    """Workers when --jobs is not given: the processors this process may use, at most 4."""
+    """The number of workers without --jobs: one per processor that this process may use, at most 4."""
     return min(4, len(os.sched_getaffinity(0)))
 
 
 def checked_jobs(jobs: int | None) -> int:
-    """The workers of a run. Raises UsageError for none of them."""
+    """The number of workers for --jobs. Raises UsageError for a number below 1."""
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs {jobs} must be at least 1", hint="Leave it out for one per processor, at most 4.")
+        raise UsageError(
+            f"--jobs {jobs} must be at least 1", hint="Leave --jobs out for one worker per processor, at most 4."
+        )
     return default_jobs() if jobs is None else jobs
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held, in bytes."""
+    """The most memory that this process has held so far, in bytes."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
             for line in file:
@@ -79,7 +84,7 @@ def peak_rss_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    # counts what a large parent held when it forked us, so only where /proc is missing
+    # includes what a large parent process held when it forked this one, so it is used only where /proc is missing
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -92,7 +97,9 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         i, n = -1, 0
     if not 0 <= i < n:
-        raise UsageError(f"--part {escape(text)} is not i/n with 0 <= i < n", hint="For four runs: 0/4, 1/4, 2/4, 3/4.")
+        raise UsageError(
+            f"--part {escape(text)} is not i/n with 0 <= i < n", hint="Four runs have --part 0/4, 1/4, 2/4 and 3/4."
+        )
     return i, n
 
 
@@ -102,7 +109,7 @@ def execute(
     source: Checkpoint,
     out: str | os.PathLike[str],
     origins: Mapping[str, ByteSource] | None = None,
-    check: Callable[[Path], Mapping[str, Any]] | None = None,
+    check: Check | None = None,
     describe: Describe | None = None,
     jobs: int | None = None,
     part: tuple[int, int] | None = None,
@@ -113,19 +120,21 @@ def execute(
 ) -> Result:
     """Write the checkpoint that `plan` describes to the directory `out`.
 
-    `origins` are byte sources beside "source" that the plan's inputs name. `lock` is a hold on OUT's staging directory
-    that the caller has taken already. `check` sees the staged directory before it
-    is committed; what it returns lands in the result, and an error of its own keeps OUT from being written. `describe`
-    turns the manifest's steps and what `check` found into files for people, which the manifest does not name.
-    Raises InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
+    `origins` are the byte sources besides "source" that the inputs of the plan name. `lock` is the lock of OUT's
+    staging directory where the caller holds it already. `check` is called with the staged directory before it is
+    committed. The result has what it returns; when it raises an error, OUT is not written. `describe` makes files for
+    people, such as the model card, from the steps of the manifest and from what `check` returned; the manifest does not
+    list them.
+
+    Raises UsageError, InputError, OutputError, CheckError or Interrupted; OUT is then as it was before.
     """
     began = time.monotonic()
-    lean_malloc()
+    configure_malloc()
     out = Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
     jobs = checked_jobs(jobs)
-    companions = companions_of(plan, source)  # now, not when hours of work are done
+    companions = companions_of(plan, source)  # an error in them must not come after hours of work
     check_target(out, reads=_read_by(flow), overwrite=overwrite)
     check_limits(plan)
     key = _resume_key(plan, source, origins or {})
@@ -133,7 +142,7 @@ def execute(
         try:
             records = _write_shards(plan, flow, directory, jobs=jobs, part=part)
             files, extra, complete = _complete(plan, source, companions, flow, directory, records, check, describe)
-        except LimitError:  # of a file that is read, or that the check reads: what is written may be good
+        except LimitError:  # a file is larger than moeconv reads; what is written may be good, so it is kept
             raise
         except (InputError, CheckError):
             directory.discard()
@@ -145,21 +154,22 @@ def execute(
 def companions_of(plan: Plan, source: Checkpoint) -> Companions:
     """The files beside the source's shards that are copied to the output of `plan`. Raises InputError."""
     found = find_companions(source, plan.config, made=plan.texts)
-    if plan.gguf:  # config and tokenizer are inside
+    if plan.gguf:  # the file includes config and tokenizer
         return Companions({name: path for name, path in found.files.items() if is_licence(name)}, (), (), ())
     return found
 
 
 def _read_by(flow: Flow) -> list[tuple[str, Path]]:
-    """(what it is, its path) of everything on disk that the plan reads."""
+    """(description, path) of everything on disk that the plan reads."""
     kept = ((name, o.path) for name, o in flow.origins.items() if isinstance(o, Checkpoint | SafetensorsFile))
     return [(f"the {name}", path) for name, path in kept]
 
 
 def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource]) -> str:
-    """Names the exact work: the plan, the version, size and mtime of every file of a checkpoint that it reads, and the
-    content of artifacts, which another run of the same work may have made again."""
-    state: list[Any] = [__version__, plan.plan_id, source.resume_state()]
+    """A hash of the work: the version, the plan, size and mtime of every file of the checkpoints that it reads, and the
+    content of artifacts. A staging directory is resumed only where the hash is the same. Artifacts count by content,
+    because another run of the same work may have made them again."""
+    state: list[object] = [__version__, plan.plan_id, source.resume_state()]
     for name, origin in sorted(origins.items()):
         if isinstance(origin, Checkpoint):
             state.append([name, origin.resume_state()])
@@ -174,25 +184,25 @@ def _resume_key(plan: Plan, source: Checkpoint, origins: Mapping[str, ByteSource
 def _write_shards(
     plan: Plan, flow: Flow, directory: OutputDirectory, *, jobs: int, part: tuple[int, int] | None
 ) -> dict[str, Finished]:
-    """Write this run's share of the shards, reusing those that an earlier run of the same work finished."""
+    """Write this run's share of the shards. Shards that an earlier run of the same work has finished are kept."""
     share = [s for i, s in enumerate(plan.shards) if part is None or i % part[1] == part[0]]
     old = {s.name: directory.finished(s.name) for s in share}
     missing = sum(s.nbytes for s in share if old[s.name] is None)
     if missing > directory.free_bytes():
         raise OutputError(
-            f"{missing} bytes are needed, {directory.free_bytes()} are free",
-            hint="Free some space, or give OUT on another disk. What is finished is kept.",
+            f"{missing} bytes are needed on the disk of OUT, and {directory.free_bytes()} are free",
+            hint="Free some space, or choose OUT on another disk. Finished shards are kept.",
         )
     flow.meter.start(total_bytes=sum(i.nbytes for s in share for i in s.items), parts=len(share))
     records: dict[str, Finished] = {}
-    fans = list(_fans(share, old))
-    threads = max(1, min(jobs, len(fans)))
+    groups = list(_groups(share, old))
+    threads = max(1, min(jobs, len(groups)))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="moeconv-kernel")
     writers = ThreadPoolExecutor(threads, thread_name_prefix="moeconv-shard")
     try:
         try:
-            write = partial(_write_fan, pool=pool, window=-(-jobs // threads), hold=HOLD // threads)
-            futures = [writers.submit(write, fan, old, flow, directory) for fan in fans]
+            write = partial(_write_group, pool=pool, window=-(-jobs // threads), hold=HOLD // threads)
+            futures = [writers.submit(write, group, old, flow, directory) for group in groups]
             for future in as_completed(futures):
                 records |= future.result()
         except BaseException:
@@ -201,35 +211,37 @@ def _write_shards(
         finally:
             writers.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=True, cancel_futures=True)
-    except Interrupted as error:  # counted when no worker finishes another one
+    except Interrupted as error:  # all workers have stopped, so the number of finished shards is final
         done = sum(directory.finished(s.name) is not None for s in plan.shards)
-        error.hint = f"{done} of {len(plan.shards)} shards are kept: run the same command again to resume."
+        error.hint = f"{done} of {len(plan.shards)} shards are kept. Run the same command again to resume."
         raise
     return records
 
 
-def _fans(share: Sequence[Shard], old: Mapping[str, Finished | None]) -> Iterator[list[Shard]]:
-    """Shards that are written together because they are copies of the same bytes; most shards stand alone."""
-    fan: list[Shard] = []
+def _groups(share: Sequence[Shard], old: Mapping[str, Finished | None]) -> Iterator[list[Shard]]:
+    """Groups of shards that copy the same bytes and are written together, so that the bytes are read once. Most groups
+    have one shard. A finished shard is in a group of its own."""
+    group: list[Shard] = []
     for shard in share:
-        if fan and (len(fan) == _FAN or old[shard.name] or not shard.is_twin(fan[0])):
-            yield fan
-            fan = []
-        fan.append(shard)
+        if group and (len(group) == _TOGETHER or old[shard.name] or not shard.copies_the_same(group[0])):
+            yield group
+            group = []
+        group.append(shard)
         if old[shard.name]:
-            yield fan
-            fan = []
-    if fan:
-        yield fan
+            yield group
+            group = []
+    if group:
+        yield group
 
 
-def _write_fan(
-    fan: Sequence[Shard], old: Mapping[str, Finished | None], flow: Flow, directory: OutputDirectory, *,
+def _write_group(
+    group: Sequence[Shard], old: Mapping[str, Finished | None], flow: Flow, directory: OutputDirectory, *,
     pool: ThreadPoolExecutor, window: int, hold: int,
 ) -> dict[str, Finished]:  # fmt: skip
-    """Write the shards of a fan, or keep the one that an earlier run finished; those that another part has are left."""
+    """Write the shards of a group, or keep the one that an earlier run has finished. Shards that another part of the
+    run is writing are skipped."""
     with ExitStack() as stack:
-        mine = [shard for shard in fan if stack.enter_context(directory.shard_lock(shard.name))]
+        mine = [shard for shard in group if stack.enter_context(directory.shard_lock(shard.name))]
         if not mine:
             return {}
         before, lead = old[mine[0].name], mine[0]
@@ -264,28 +276,31 @@ def _sha256(staged: Path) -> str:
 
 def _complete(
     plan: Plan, source: Checkpoint, companions: Companions, flow: Flow, directory: OutputDirectory,
-    records: dict[str, Finished], check: Callable[[Path], Mapping[str, Any]] | None, describe: Describe | None,
-) -> tuple[dict[str, str], Mapping[str, Any], bool]:  # fmt: skip
-    """When every shard is there: write config, index, companions and manifest, check, commit."""
+    records: dict[str, Finished], check: Check | None, describe: Describe | None,
+) -> tuple[dict[str, str], Findings, bool]:  # fmt: skip
+    """When every shard is there: write config, index, companions and manifest, check everything, and commit.
+
+    Returns (hex sha256 of each file, what `check` found, whether OUT is complete).
+    """
     with directory.commit_lock() as open_for_commit:
-        if not open_for_commit:  # another part committed while this one waited
+        if not open_for_commit:  # another part has committed while this one waited
             return {}, {}, True
         for shard in plan.shards:
             record = records.get(shard.name) or directory.finished(shard.name)
             if record is None:
-                if part_came_late := directory.superseded():
+                if superseded := directory.superseded():
                     directory.discard()
-                return {name: r.sha256 for name, r in records.items()}, {}, part_came_late
+                return {name: r.sha256 for name, r in records.items()}, {}, superseded
             records[shard.name] = record
         files = {name: {"sha256": r.sha256, "bytes": r.bytes} for name, r in records.items()}
-        for name, data in _small_files(plan, companions):
+        for name, data in small_files(plan, companions):
             write_file(directory.staged / name, data)
             files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest = _manifest(plan, source, files)
-        write_file(directory.staged / MANIFEST_NAME, _json(manifest))
-        _remove_strangers(directory, {*files, MANIFEST_NAME})
-        _check_promises(plan, directory.staged)
-        extra: Mapping[str, Any] = {}
+        manifest = manifest_of(plan, source, files)
+        write_file(directory.staged / MANIFEST_NAME, json_bytes(manifest))
+        _remove_leftovers(directory, {*files, MANIFEST_NAME})
+        check_written(plan, directory.staged)
+        extra: Findings = {}
         if check is not None:
             flow.meter.note("checking the staged model against the source")
             extra = check(directory.staged)
@@ -295,47 +310,9 @@ def _complete(
         return {name: str(entry["sha256"]) for name, entry in sorted(files.items())}, extra, True
 
 
-def _json(value: Any, *, constants: bool = False) -> bytes:
-    """`constants`: Infinity and NaN are written as transformers writes and reads them."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=constants) + "\n").encode()
-
-
-def _small_files(plan: Plan, companions: Companions) -> Iterator[tuple[str, bytes]]:
-    if plan.gguf:
-        yield from companions.read()
-        return
-    yield "config.json", _json(plan.config, constants=True)
-    yield from ((name, text.encode()) for name, text in plan.texts.items())
-    if len(plan.shards) > 1:
-        weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
-        total = sum(item.nbytes for item in plan.items())
-        yield INDEX_NAME, _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-    yield from companions.read()
-
-
-def _manifest(plan: Plan, source: Checkpoint, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance without times or paths, so that the same plan gives the same manifest everywhere."""
-    steps, identity = [], plan.identity
-    for done in (*plan.earlier, plan):
-        steps.append(
-            {
-                "moeconv": __version__,
-                "command": done.command,
-                "parameters": dict(done.parameters),
-                "plan_id": done.plan_id,
-                "source": identity,
-                "changed": dict(sorted(done.changed.items())),
-                "total_parameters": done.params_total,
-                "active_parameters": done.params_active,
-            }
-        )
-        identity = done.plan_id  # the next one's source was never written
-    history = (source.manifest or {}).get("steps", [])
-    return {"manifest_version": 1, "steps": [*(history if isinstance(history, list) else []), *steps], "files": files}
-
-
-def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
-    """What a run that was cut off left: a companion that the source no longer has, or the old OUT after a swap."""
+def _remove_leftovers(directory: OutputDirectory, expected: set[str]) -> None:
+    """Remove what an interrupted run has left: a companion that the source no longer has, or the old OUT after a
+    swap."""
     folders = {os.path.dirname(name) for name in expected} - {""}
     for folder in ("", *folders):
         for entry in os.scandir(directory.staged / folder):
@@ -345,39 +322,3 @@ def _remove_strangers(directory: OutputDirectory, expected: set[str]) -> None:
                     shutil.rmtree(entry.path)
                 elif not entry.is_dir(follow_symlinks=False) and name not in expected:
                     os.unlink(entry.path)
-
-
-def _check_promises(plan: Plan, staged: Path) -> None:
-    """Read the written headers back and hold them against the plan, tensor by tensor and role by role."""
-    planned = {name: (dtype, shape) for shard in plan.shards for name, dtype, shape in _tensors(shard)}
-    try:
-        if plan.gguf:
-            found = [entry for shard in plan.shards for entry in written_tensors(staged / shard.name)]
-        else:
-            found = [(name, ref.dtype, ref.shape) for name, ref in Checkpoint(staged).tensors.items()]
-    except LimitError as error:  # nothing is wrong with it, so it is not thrown away
-        raise OutputError(
-            f"the result is whole, and more than moeconv reads: {error.message}",
-            hint=f"It stays in {escape(staged)}. A smaller --shard-size spreads it over more files.",
-        ) from None
-    except InputError as error:
-        raise CheckError(f"the written checkpoint does not open: {error.message}") from None
-    if set(planned) != {name for name, _, _ in found}:
-        raise CheckError(f"{len(found)} tensors were written, the plan says {len(planned)}")
-    for name, dtype, shape in found:
-        if (dtype, shape) != planned[name]:
-            raise CheckError(f"tensor {name!r} was written as {dtype} {list(shape)}, against the plan")
-    size = sum((staged / shard.name).stat().st_size for shard in plan.shards)
-    if size != plan.nbytes:
-        raise CheckError(f"{size} bytes were written, the plan says {plan.nbytes}")
-    promised = plan.promise
-    if promised and promised != plan.changed:
-        raise CheckError(f"the plan promised to change {promised} and changed {plan.changed}")
-
-
-def _tensors(shard: Shard) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) as the file's own header has them."""
-    if shard.gguf is not None:
-        yield from ((stack.name, stack.dtype, stack.shape) for stack in shard.gguf.stacks)
-    else:
-        yield from ((spec.name, spec.dtype, spec.shape) for spec in shard.layout())

@@ -1,7 +1,7 @@
-"""From source bytes to output bytes for the items of a shard: copies in chunks, kernels ahead in a pool.
+"""From source bytes to output bytes for the items of a shard: copies move in chunks, and a pool runs kernels ahead.
 
-At most `window` computed items are in flight, so memory is a few of the largest items whatever the shard's size.
-Bytes that go to several places are read once and written from the same buffer.
+At most `window` computed items are in flight, so that memory holds a few of the largest items for a shard of any size.
+Bytes that go to several places are read once, and written from the same buffer.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Input, Item, Shard, TensorSpec
 
 CHUNK = 1 << 22  # bytes that a copy moves at a time
-HOLD = 1 << 25  # bytes that all workers together may hold of tensors with several copies in one file
+HOLD = 1 << 25  # bytes that all workers together may hold for tensors with several copies in one file
 
-_DAMAGED = "The checkpoint is damaged. Without --strict, copying such a tensor is a warning (packing it never works)."
+_DAMAGED = (
+    "The checkpoint is damaged. Without --strict, such a tensor is copied with a warning; it can never be packed."
+)
 
 
 class ByteSource(Protocol):
-    """What items read from: a Checkpoint, or one safetensors file."""
+    """A source of bytes for items: a checkpoint, or one safetensors file."""
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None: ...
 
 
 @dataclass
 class Flow:
-    """What all shards of a run share. `stop` makes every worker leave at its next chunk."""
+    """The state that all shards of a run share. When `stop` is set, every worker stops at its next chunk."""
 
     origins: Mapping[str, ByteSource]
     meter: Meter
@@ -51,8 +53,8 @@ class Flow:
             raise Interrupted("stopped")
 
     def check_source(self, ref: Input, data: Buffer) -> bool:
-        """Whether the data has no NaN or infinity. A tensor with one is named once: by a warning, or by InputError with
-        --strict."""
+        """Whether the data has no NaN and no infinity. Each tensor that has one is reported once, by a warning. Raises
+        InputError instead with --strict."""
         if ref.dtype not in FLOAT_DTYPES or all_finite(data, ref.dtype):
             return True
         with self._lock:
@@ -77,7 +79,7 @@ def source_crc(flow: Flow, shard: Shard) -> int:
                     flow.check_stop()
                     buffer = bytearray(size)
                     flow.origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=start)
-                    flow.check_source(ref, buffer)  # a resumed run warns and refuses as one that was never cut off
+                    flow.check_source(ref, buffer)  # so that a resumed run warns and refuses like an uninterrupted one
                     crc = zlib.crc32(buffer, crc)
                 checksum.add(crc)
     return checksum.value
@@ -89,7 +91,7 @@ def _chunks(ref: Input) -> Iterator[tuple[int, int]]:
 
 
 class _Checksum:
-    """CRC-32 over the CRC-32s of a shard's source ranges in the order of work, each range once."""
+    """A CRC-32 over the CRC-32s of the source ranges of a shard, each range once, in the order of the work."""
 
     def __init__(self) -> None:
         self.value = 0
@@ -110,14 +112,15 @@ Place = tuple[ShardWriter, TensorSpec]
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Neighbouring items that write the same bytes. `places[r]` are the r-th tensors of these in every shard."""
+    """Adjacent items that write the same bytes. `places[r]` has the r-th of their tensors in every shard."""
 
     item: Item
     places: list[list[Place]]
 
 
 def _runs(shards: Sequence[Shard], writers: Sequence[ShardWriter]) -> Iterator[_Run]:
-    """The items of twin shards (one shard: of itself), copies of the same bytes together."""
+    """The items of one shard, or of several shards that copy the same bytes; adjacent copies of the same bytes are
+    joined."""
     run: _Run | None = None
     for items in zip(*(shard.work for shard in shards), strict=True):
         lead = items[0]
@@ -135,10 +138,10 @@ def _runs(shards: Sequence[Shard], writers: Sequence[ShardWriter]) -> Iterator[_
 def write_items(
     flow: Flow, shards: Sequence[Shard], writers: Sequence[ShardWriter], *, pool: Executor, window: int, hold: int
 ) -> int:
-    """Write every item of a shard, or of several that are twins: copies of the same bytes under other names.
+    """Write every item of a shard, or of several shards that copy the same bytes under different names.
 
-    `hold` is how many bytes of a tensor may be kept for its further copies in the same file. Returns the checksum of
-    the source bytes that were read.
+    `hold` is the number of bytes of a tensor that may be kept for further copies in the same file. Returns the checksum
+    of the source bytes that were read.
     """
     checksum = _Checksum()
     ahead: deque[tuple[_Run, Future[tuple[list[int], list[Buffer]]] | None]] = deque()
@@ -153,7 +156,7 @@ def write_items(
             elif run.item.kernel == "copy":
                 ahead.append((run, None))
                 if len(ahead) == 1:
-                    break  # nothing before it to wait for: move it now
+                    break  # nothing comes before this copy, so it is moved now
             else:
                 ahead.append((run, pool.submit(_compute, flow, run.item)))
                 computing += 1
@@ -175,15 +178,15 @@ def write_items(
 
 
 def _copy(flow: Flow, run: _Run, checksum: _Checksum, hold: int) -> None:
-    """Concatenate the inputs' bytes into each place, read once where memory and the order of a file allow it.
+    """Copy the concatenated bytes of the inputs to each place. They are read once where memory allows it.
 
-    A file is hashed in its order, so that copies side by side in one file need the whole tensor (at most `hold`
-    bytes) in hand; copies in several files, one place in each, are written chunk by chunk.
+    A file is hashed in its order. Adjacent copies in one file therefore need the whole tensor in memory (at most `hold`
+    bytes), while copies with one place in each of several files are written chunk by chunk.
     """
     total = sum(ref.nbytes for ref in run.item.inputs)
     for _, spec in (place for places in run.places for place in places):
         if total != spec.nbytes:
-            raise CheckError(f"tensor {spec.name!r}: {total} bytes would be copied, the plan says {spec.nbytes}")
+            raise CheckError(f"tensor {spec.name!r}: {total} bytes would be copied, and the plan has {spec.nbytes}")
     if len(run.places) > 1 and total <= hold:
         buffer = memoryview(bytearray(total))
         for _, _ in _read(flow, run.item, checksum, buffer):
@@ -206,9 +209,10 @@ def _put(flow: Flow, place: Place, view: memoryview, start: int) -> None:
 
 
 def _read(flow: Flow, item: Item, checksum: _Checksum, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The inputs' bytes, a chunk at a time, as (position in the output, bytes); checked and summed the first time.
+    """(position in the output, bytes) of the inputs, chunk by chunk. A range is checked and added to the checksum when
+    it is read for the first time.
 
-    A buffer that holds all of them is filled from front to back, a smaller one is used again for every chunk.
+    A buffer that holds all the bytes is filled from front to back; a smaller one is reused for every chunk.
     """
     position, total = 0, sum(ref.nbytes for ref in item.inputs)
     for ref in item.inputs:
@@ -227,7 +231,7 @@ def _read(flow: Flow, item: Item, checksum: _Checksum, buffer: memoryview) -> It
 
 
 def make(item: Item, origins: Mapping[str, ByteSource]) -> list[Buffer]:
-    """The bytes of an item's outputs, in memory and unchecked."""
+    """The bytes of an item's outputs, made in memory and not checked."""
     inputs = [bytearray(ref.nbytes) for ref in item.inputs]
     for ref, buffer in zip(item.inputs, inputs, strict=True):
         origins[ref.origin].read_into(ref.tensor, memoryview(buffer), start=ref.start)
@@ -237,7 +241,7 @@ def make(item: Item, origins: Mapping[str, ByteSource]) -> list[Buffer]:
 
 
 def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:
-    """Run a kernel on one item: the CRC-32 of each input, and the outputs as raw bytes."""
+    """Run the kernel of one item. Returns (CRC-32 of each input, raw bytes of each output)."""
     flow.check_stop()
     inputs: list[bytearray] = []
     clean = True
@@ -252,11 +256,11 @@ def _compute(flow: Flow, item: Item) -> tuple[list[int], list[Buffer]]:
         raise InputError(f"tensor {escape(item.inputs[0].tensor)!r}: {error.message}", hint=error.hint) from None
     for spec, data in zip(item.outputs, outputs, strict=True):
         if memoryview(data).nbytes != spec.nbytes:
-            raise CheckError(f"kernel {item.kernel} made {memoryview(data).nbytes} bytes of {spec.name!r}, "
-                             f"the plan says {spec.nbytes}")  # fmt: skip
+            raise CheckError(f"kernel {item.kernel} made {memoryview(data).nbytes} bytes for {spec.name!r}, "
+                             f"and the plan has {spec.nbytes}")  # fmt: skip
         if clean and spec.dtype in FLOAT_DTYPES and not all_finite(data, spec.dtype):
             raise CheckError(
-                f"{item.kernel} made NaN or infinite values in {escape(spec.name)!r} from finite ones",
-                hint="The values do not fit the output dtype; choose a wider --dtype.",
+                f"{item.kernel} made NaN or infinite values in {escape(spec.name)!r} from finite values",
+                hint="The values do not fit the dtype of the output. Choose a wider --dtype.",
             )
     return [zlib.crc32(data) for data in inputs], outputs

@@ -1,6 +1,7 @@
-"""Two plans as one: the second planned on what the first writes, run in one pass from the first's source.
+"""Two plans as one: the second was planned on the output of the first, and both run in one pass.
 
-Same tensors, config and companions as the two after one another; what lies between is never written.
+Tensors, config and companions are the same as of the two plans one after the other. The checkpoint between them is
+never written.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from moeconv.plan.plan import Input, Item, Plan
 
 
 def fuse(first: Plan, second: Plan) -> Plan | None:
-    """`second`, with its inputs traced back through `first` to that one's source; None where they cannot be.
+    """`second` with its inputs traced back through `first` to the source of `first`; None where that is impossible.
 
-    `second` must have been planned on `planned_model(first)`; what it takes from an overlay, it takes. A role that both
-    change is counted as the second does.
+    `second` must have been planned on `planned_model(first)`. Its inputs from an overlay stay as they are. Where both
+    change a role, the count of `second` holds.
     """
     if any(ref.origin != "source" for item in first.items() for ref in item.inputs):
-        return None  # an overlay of the first has names of its own
+        return None  # the two plans may give one name to two overlays
     made = {spec.name: item for item in first.items() for spec in item.outputs}
     shards = []
     for shard in second.shards:
@@ -39,7 +40,8 @@ def fuse(first: Plan, second: Plan) -> Plan | None:
 
 
 def _promise(first: Plan, second: Plan, made: Mapping[str, Item]) -> dict[str, int]:
-    """What both promise; of a first plan that promises nothing, what the second carries on as that one made it."""
+    """The promise of both plans. Where the first promises nothing, the tensors that it changes and the second only
+    carries over are counted here."""
     if first.promise or not second.promise:
         return {**first.promise, **second.promise}
     promise = dict(second.promise)
@@ -50,13 +52,13 @@ def _promise(first: Plan, second: Plan, made: Mapping[str, Item]) -> dict[str, i
 
 
 def _moved(item: Item, made: Mapping[str, Item]) -> str:
-    """The role under which the first plan counts what an item reads."""
+    """The role under which the first plan counts the tensors that an item reads; "" where they are unchanged."""
     changed = (made[ref.tensor].changed for ref in item.inputs if ref.origin == "source")
     return next(filter(None, changed), "")
 
 
 def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
-    """An item of the second plan that reads the first one's source."""
+    """An item of the second plan as one that reads the source of the first; None where that is impossible."""
     inputs: list[Input] = []
     for ref in item.inputs:
         if ref.origin != "source":
@@ -73,13 +75,13 @@ def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
 
 
 def _whole(item: Item, ref: Input, maker: Item) -> bool:
-    """Whether the item reads one tensor of the first plan and that whole."""
+    """Whether the item reads exactly one whole tensor of the first plan."""
     sizes = [spec.nbytes for spec in maker.outputs if spec.name == ref.tensor]
     return len(item.inputs) == 1 and ref.start == 0 and sizes == [ref.nbytes]
 
 
 def _joined(item: Item, maker: Item) -> Item | None:
-    """What the maker makes, under the item's name, or with the item's kernel after it."""
+    """The maker's work under the name of the item, followed by the item's kernel where that is not a copy."""
     if len(maker.outputs) != 1 or maker.outputs[0].nbytes != item.inputs[0].nbytes:
         return None
     if item.kernel == "copy":
@@ -88,7 +90,8 @@ def _joined(item: Item, maker: Item) -> Item | None:
 
 
 def _chain(item: Item, maker: Item, inputs: Sequence[Input], shape: Sequence[int], start: int) -> Item:
-    """The item's kernel on the bytes from `start` on of what the maker's makes of `inputs`, of shape `shape`."""
+    """The maker's kernel on `inputs`, whose output has the shape `shape`, and then the item's kernel on the bytes of it
+    from `start` on."""
     (between,), (ref,) = maker.outputs, item.inputs
     params = {
         "first": {"kernel": maker.kernel, "params": dict(maker.params)},
@@ -99,8 +102,8 @@ def _chain(item: Item, maker: Item, inputs: Sequence[Input], shape: Sequence[int
 
 
 def _cut(item: Item, maker: Item) -> Item:
-    """The item on a part of what the maker decodes: of a tensor of all experts, those alone are decoded that it lies
-    in."""
+    """The item on a part of the weight that the maker decodes. Of a tensor of all experts, only the experts in that
+    part are decoded."""
     (ref,), (whole,) = item.inputs, maker.outputs
     if not whole.shape or any(not part.shape for part in maker.inputs):
         return _chain(item, maker, maker.inputs, whole.shape, ref.start)
@@ -120,8 +123,7 @@ def _rows(ref: Input, first: int, count: int) -> Input:
 
 
 def _range(ref: Input, maker: Item) -> Input | None:
-    """The bytes of the source behind a range of what a copy makes, where they lie in one of the ranges that it
-    joins."""
+    """The source bytes behind a range of a copied tensor, where one of the ranges that the copy joins has them all."""
     start = ref.start
     for source in maker.inputs if maker.kernel == "copy" else ():
         if start >= 0 and start + ref.nbytes <= source.nbytes:

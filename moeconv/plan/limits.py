@@ -1,4 +1,4 @@
-"""Whether what a plan will write can be opened again: every header and the index, held against the readers' limits."""
+"""Can the output of a plan be opened again? Every header and the index are compared with the limits of the readers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from moeconv.checkpoint.strictjson import Limits, index_limits
 from moeconv.errors import OutputError
 from moeconv.plan.plan import Plan
 
-_LINE = 16  # bytes of an index entry beside its two names, at least as many as are written
+_LINE = 16  # bytes of an index entry besides its two names, or a few more
 
 
 def check_limits(plan: Plan) -> None:
-    """Before any work. Raises OutputError for a file that moeconv's reader or safetensors' own would refuse."""
+    """Raises OutputError, before any work, for a file that the reader of moeconv or of safetensors would refuse."""
     if plan.gguf:
         return
     for shard in plan.shards:
@@ -26,7 +26,7 @@ def check_limits(plan: Plan) -> None:
 def _check(what: str, length: int, values: int, limits: Limits) -> None:
     if length > limits.bytes or values > limits.values:
         raise OutputError(
-            f"{what} would take {length} bytes of JSON with about {values} values, more than can be opened again "
+            f"{what} would have {length} bytes of JSON with about {values} values, which is more than can be opened again "
             f"({limits.bytes} and {limits.values})",
-            hint="Pass a smaller --shard-size, so that the tensors spread over more files.",
+            hint="Pass a smaller --shard-size, so that the tensors are divided into more files.",
         )

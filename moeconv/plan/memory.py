@@ -1,6 +1,6 @@
-"""Memory: what a plan will take, and how glibc is kept from hoarding it.
+"""Memory: what a plan will take, what is free, and how the C library gives memory back.
 
-Worker threads share one heap, and large blocks go back to the system when freed.
+Worker threads share one heap, and large blocks go back to the system when they are freed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _PROCESS, _TORCH = 60_000_000, 200_000_000  # a process with its write buffers, 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
-def lean_malloc(mapped: int = 1 << 22) -> None:
-    """One arena, mmap for blocks from `mapped` bytes on, and at least 32 MiB kept free for the next ones: below that,
-    every block of scratch would be page faults, half of a quantize's processor time. Does nothing where the C library
-    is not glibc."""
+def configure_malloc(mapped: int = 1 << 22) -> None:
+    """Sets glibc to one arena, to mmap for blocks of at least `mapped` bytes, and to keep at least 32 MiB of freed
+    memory. With less, every temporary buffer would cause page faults, which take half of the processor time of a
+    quantize. Does nothing where the C library is not glibc."""
     import ctypes
 
     try:
@@ -35,14 +35,15 @@ def lean_malloc(mapped: int = 1 << 22) -> None:
 
 
 def memory_bytes(plan: Plan, *, jobs: int) -> int:
-    """About the most memory that applying a plan takes: the process, and a computed item a worker with its scratch."""
+    """About the most memory that applying a plan takes, in bytes: the process, and per worker one computed item with
+    its temporary buffers."""
     torch = any(needs_torch(item.kernel) for item in plan.items())
     return _PROCESS + torch * _TORCH + 2 * jobs * plan.largest_item
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take: what Linux says is available, or less where a control group (a container,
-    a batch system) or `ulimit -v` allows less. Unknown is as good as unlimited."""
+    """The bytes that this process may still take: what Linux reports as available, or less where a control group (of a
+    container or a batch system) or `ulimit -v` allows less. A limit that cannot be read counts as none."""
     return min([*_available(root), *_of_groups(root), *_of_limits(root)], default=1 << 62)
 
 
@@ -51,7 +52,8 @@ def _available(root: Path) -> Iterator[int]:
 
 
 def _of_groups(root: Path) -> Iterator[int]:
-    """What is left in this process's control groups and those above; file pages that they hold can be taken back."""
+    """The bytes left in this process's control groups and their parents. File pages in them count as free, since the
+    kernel can reclaim them."""
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -78,15 +80,15 @@ def _of_limits(root: Path) -> Iterator[int]:
 
 
 def _numbers(path: Path, *words: str) -> list[int]:
-    """The numbers behind these first words of a file's lines."""
+    """The numbers in the lines of a file that begin with one of these words."""
     with contextlib.suppress(OSError, ValueError):
         lines = [line.split() for line in path.read_text().splitlines()]
         return [int(line[1]) for line in lines if len(line) > 1 and line[0] in words]
     return []
 
 
-def calm_collector() -> None:
-    """Look for cycles every 100,000 objects instead of every 700, and not once more at the end: headers, plans and
-    torch's modules are many objects and no cycles."""
+def configure_collector() -> None:
+    """Makes the garbage collector look for cycles every 100,000 objects instead of every 700, and never at exit:
+    headers, plans and the modules of torch are many objects without cycles."""
     gc.set_threshold(100_000, 50, 1000)
     atexit.register(gc.freeze)

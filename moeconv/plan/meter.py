@@ -1,4 +1,4 @@
-"""How the loop tells of its progress. The command line draws it; a library caller may ignore it."""
+"""How a long step reports its progress. The command line draws it; callers of the library may ignore it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Meter(Protocol):
-    """What a long step calls, from any thread. Its `parts` are shards when it writes, layers when it measures."""
+    """The calls of a long step, from any thread. Its `parts` are shards when it writes, and layers when it measures."""
 
     def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None: ...
 
@@ -18,7 +18,7 @@ class Meter(Protocol):
 
 
 class SilentMeter:
-    """Says nothing."""
+    """Reports nothing."""
 
     def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
         pass

@@ -1,4 +1,4 @@
-"""Overlays in a plan: planned items whose tensors something measured has already made take its bytes instead."""
+"""Overlays in a plan: where an overlay has the tensors of a planned item, its bytes are copied instead."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Input, Item
 
-ORIGIN = "overlay"  # what a plan's inputs call the overlay: execute(..., origins={ORIGIN: overlay})
+ORIGIN = "overlay"  # the origin of the overlay's tensors in a plan: execute(..., origins={ORIGIN: overlay})
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
 
 def fingerprint(overlay: Overlay | SafetensorsFile) -> str:
-    """hex sha256 of the headers of an overlay's files and of fixed samples of their bytes, so that a plan's id follows
-    its content."""
+    """hex sha256 of the headers of an overlay's files and of fixed samples of their bytes, so that the id of a plan
+    depends on the content."""
     digest = hashlib.sha256()
     for file in overlay.files if isinstance(overlay, Overlay) else (overlay,):
         digest.update(file.header_bytes)
@@ -29,9 +29,9 @@ def fingerprint(overlay: Overlay | SafetensorsFile) -> str:
 
 
 def from_overlay(item: Item, overlay: Overlay) -> list[Item]:
-    """The item itself, or copies of the overlay's tensors where that holds the item's outputs.
+    """Copies of the overlay's tensors where it has the outputs of the item, and otherwise the item itself.
 
-    Raises InputError when it holds some of them, or in another dtype or shape.
+    Raises InputError where it has only some of the outputs, or has them with another dtype or shape.
     """
     if not any(spec.name in overlay.tensors for spec in item.outputs):
         return [item]
@@ -41,7 +41,7 @@ def from_overlay(item: Item, overlay: Overlay) -> list[Item]:
         if info is None or (info.dtype, info.shape) != (spec.dtype, spec.shape):
             raise InputError(
                 f"{overlay.label}: {escape(spec.name)!r} is not {spec.dtype} {list(spec.shape)}",
-                hint="It was made for other parameters; make it again.",
+                hint="The overlay was made for other parameters. Make it again.",
             )
         source = Input(info.name, info.dtype, info.shape, 0, info.nbytes, ORIGIN)
         copies.append(Item((spec,), "copy", (source,), {}, item.changed))

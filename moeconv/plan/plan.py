@@ -1,6 +1,6 @@
 """What will be written: TensorSpec, Item, Shard, Plan. Pure data, decided from headers alone.
 
-A Plan fixes every output byte but those that kernels compute, so its sizes are the sizes that will be written.
+A plan fixes every output byte except those that kernels compute, so that its sizes are the sizes of the output.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from moeconv.checkpoint.gguf import GgufHead
 from moeconv.checkpoint.header import DTYPE_BITS, PLAN_HEADER, PLAN_VALUES, entry_cost, file_cost, tensor_nbytes
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.errors import UsageError
+from moeconv.types import Config, JsonObject
+
+# The parameters of a kernel, by the names that the kernel documents: JSON values.
+Params: TypeAlias = Mapping[str, Any]
 
 PLAN_VERSION = 1
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -22,9 +26,11 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """An output tensor: name and layout on disk, the role it is counted under, parameters that it stands for.
+    """An output tensor: its name and layout on disk, the role that it is counted under, and the number of parameters
+    that it stands for.
 
-    One of a tensor's `of` slices along a first axis has its place `at` there; `shape` is then the slice's.
+    Where several items make a tensor, each makes one of its `of` slices along the first axis: slice `at`, and `shape`
+    is that of the slice. `of` is 0 for a whole tensor.
     """
 
     name: str
@@ -46,7 +52,7 @@ class Input:
 
     tensor: str
     dtype: str
-    shape: tuple[int, ...]  # of the range, when it is whole rows; what a kernel sees
+    shape: tuple[int, ...]  # of the range where it is whole rows: the shape that a kernel gets
     start: int
     nbytes: int
     origin: str = "source"
@@ -54,15 +60,15 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One unit of work: a kernel's inputs, parameters and outputs. `copy` concatenates its inputs' bytes.
+    """One unit of work: a kernel with its inputs, parameters and outputs. `copy` concatenates the bytes of its inputs.
 
-    `changed` is the role under which the promise counts this item's outputs, "" when bytes only move.
+    `changed` is the role under which the outputs count as changed, "" where bytes are only moved.
     """
 
     outputs: tuple[TensorSpec, ...]
     kernel: str = "copy"
     inputs: tuple[Input, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Params = field(default_factory=dict)
     changed: str = ""
 
     @property
@@ -71,7 +77,7 @@ class Item:
 
     @property
     def held(self) -> int:
-        """Bytes of what lies between two kernels of one item."""
+        """The bytes of the tensor between the two kernels of a chain; 0 for other items."""
         if "between" not in self.params:
             return 0
         _, dtype, shape, *_ = self.params["between"]
@@ -80,14 +86,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its items in the order of the plan. A safetensors file, or GGUF where it has that head."""
+    """One output file: its items in the order of the plan. A safetensors file, or a GGUF file where `gguf` is given."""
 
     name: str
     items: tuple[Item, ...]
     gguf: GgufHead | None = None
 
     def layout(self) -> list[TensorSpec]:
-        """Tensors in file order: widest element first, so that each tensor is aligned to its element."""
+        """The tensors in the order of the file: those with the widest elements first, so that each one is aligned."""
         specs = [spec for item in self.items for spec in item.outputs]
         if self.gguf is not None:
             return specs
@@ -98,46 +104,48 @@ class Shard:
 
     @cached_property
     def work(self) -> list[Item]:
-        """The items in the order of the file, as far as each is one tensor, so that it is hashed while it is written
-        instead of being read back. Items that make several go where the largest of these lies."""
+        """The items in the order of the file, so that the file can be hashed while it is written instead of being read
+        back. An item that makes several tensors stands at the position of the largest one."""
         if self.gguf is not None:
             return list(self.items)
         return sorted(self.items, key=lambda item: -DTYPE_BITS[max(item.outputs, key=lambda s: s.nbytes).dtype])
 
-    def is_twin(self, other: Shard) -> bool:
-        """Whether both are nothing but copies of the same bytes in the same order, under other names."""
+    def copies_the_same(self, other: Shard) -> bool:
+        """Whether both shards only copy the same bytes in the same order, under different names."""
         return len(self.items) == len(other.items) and all(
             a.kernel == b.kernel == "copy" and a.inputs == b.inputs for a, b in zip(self.items, other.items)
         )
 
     @cached_property
     def nbytes(self) -> int:
-        """Size of the file, header included."""
+        """The size of the file in bytes, with its header."""
         return self.gguf.serialise()[2] if self.gguf is not None else self.cost[2]
 
     @cached_property
     def cost(self) -> tuple[int, int, int]:
-        """Bytes of a safetensors file's header, values in it as a reader counts them, and bytes of the file."""
+        """(bytes of the safetensors header, values in it as a reader counts them, bytes of the file)."""
         return file_cost((s.name, s.dtype, s.shape) for s in self.layout())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a step will write. `block` is the step's own part of the JSON result."""
+    """Everything that a step will write. `block` is the step's own block of the JSON result."""
 
     command: str
-    parameters: Mapping[str, Any]
+    parameters: Config
     identity: str
-    config: Mapping[str, Any]
+    config: Config
     shards: tuple[Shard, ...]
     params_total: int
     params_active: int
-    block: Mapping[str, Any] = field(default_factory=dict)
+    block: Config = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()  # source tensors that have no part in the output
     texts: Mapping[str, str] = field(default_factory=dict)  # further small files: name -> text
-    promise: Mapping[str, int] = field(default_factory=dict)  # what `changed` must come to, counted from the geometry
-    earlier: tuple[Plan, ...] = ()  # plans that this one was fused with: steps of their own in the manifest
+    promise: Mapping[str, int] = field(
+        default_factory=dict
+    )  # the expected value of `changed`, counted from the geometry
+    earlier: tuple[Plan, ...] = ()  # plans that this one was fused with; the manifest lists each as a step
 
     def items(self) -> Iterable[Item]:
         for shard in self.shards:
@@ -145,7 +153,7 @@ class Plan:
 
     @cached_property
     def changed(self) -> dict[str, int]:
-        """How many tensors of each role are written with other bytes, or under another name, than the source's."""
+        """How many tensors of each role are written with other bytes than in the source, or under another name."""
         counts: dict[str, int] = {}
         for item in self.items():
             if item.changed:
@@ -154,32 +162,33 @@ class Plan:
 
     @cached_property
     def tensors(self) -> int:
-        """Tensors in the files; those that GGUF stacks into one count once."""
+        """The number of tensors in the files; tensors that GGUF stacks count as one."""
         return sum(len(s.gguf.stacks if s.gguf else s.layout()) for s in self.shards)
 
     @property
     def gguf(self) -> bool:
-        """Whether this writes a GGUF file, which holds config and tokenizer too, in place of a checkpoint."""
+        """Whether the output is a GGUF file, which includes config and tokenizer, in place of a checkpoint."""
         return any(shard.gguf is not None for shard in self.shards)
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all shards, headers included."""
+        """The bytes of all shards, with their headers."""
         return sum(shard.nbytes for shard in self.shards)
 
     @cached_property
     def largest_item(self) -> int:
-        """Bytes of the largest computed item, with what it reads and what lies between: one worker's at a time."""
+        """The bytes of the largest item that is computed: outputs, inputs, and the tensor between the kernels of a
+        chain. Each worker holds one such item at a time."""
         computed = [i.nbytes + i.held + sum(n.nbytes for n in i.inputs) for i in self.items() if i.kernel != "copy"]
         return max(computed, default=0)
 
     @cached_property
     def plan_id(self) -> str:
-        """sha256 of the plan: the same work has the same id on every machine."""
+        """hex sha256 of the plan: the same work has the same id on every machine."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
-    def to_json(self) -> dict[str, Any]:
-        """The plan as JSON, without paths and times."""
+    def to_json(self) -> JsonObject:
+        """The plan as a JSON object, without paths and times."""
         before = {"earlier": [plan.plan_id for plan in self.earlier]} if self.earlier else {}
         return before | {
             "plan_version": PLAN_VERSION,
@@ -192,12 +201,12 @@ class Plan:
         }
 
 
-def _shard_json(shard: Shard) -> dict[str, Any]:
+def _shard_json(shard: Shard) -> JsonObject:
     head = {} if shard.gguf is None else {"head": hashlib.sha256(shard.gguf.serialise()[0]).hexdigest()}
     return {"name": shard.name, "items": [_item_json(i) for i in shard.items]} | head
 
 
-def _item_json(item: Item) -> list[Any]:
+def _item_json(item: Item) -> list[object]:
     return [
         item.kernel,
         [[n.origin, n.tensor, n.start, n.nbytes, list(n.shape)] for n in item.inputs],
@@ -209,10 +218,12 @@ def _item_json(item: Item) -> list[Any]:
 def pack_shards(
     items: Sequence[Item], *, shard_size: int = DEFAULT_SHARD_SIZE, group_of: Callable[[Item], Hashable] | None = None
 ) -> tuple[Shard, ...]:
-    """Put items into files of at most `shard_size` bytes of tensors, in order; a larger item gets its own file, and so
-    do the items that make slices of the same tensors. No file gets more tensors than its header can name and be opened.
+    """Put items into files of at most `shard_size` bytes of tensors, in order. Items that make slices of the same
+    tensors stay together; what is larger than `shard_size` gets a file of its own. No file gets more tensors than a
+    header that can be opened has room for.
 
-    `group_of` keeps items of different groups in different files; groups come in the order of their first items.
+    `group_of` keeps items of different groups in different files. The groups are in the order of their first items.
+    Raises UsageError for a size below 1.
     """
     if shard_size < 1:
         raise UsageError("--shard-size must be at least 1 byte", hint="Try --shard-size 5GB.")
@@ -244,7 +255,7 @@ def _fill(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
 
 
 def _units(items: Sequence[Item]) -> list[list[Item]]:
-    """Items one by one, but those that make slices of the same tensors, which lie in one file, together."""
+    """Lists of items that must be in one file: one item each, or the items that make slices of the same tensors."""
     units: list[list[Item]] = []
     for item in items:
         if item.outputs[0].at:

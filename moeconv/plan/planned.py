@@ -1,26 +1,27 @@
-"""A Plan seen as the checkpoint that it will write, so that the next step can be planned before it exists."""
+"""A plan as the checkpoint that it will write, so that the next step can be planned before the files exist."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model, open_model
 from moeconv.plan.flow import ByteSource, make
 from moeconv.plan.plan import Item, Plan
+from moeconv.types import JsonObject
 
 
 @dataclass(frozen=True)
 class _PlannedCheckpoint:
-    """The part of Checkpoint's face that planners use. It has no bytes to read."""
+    """What planners use of Checkpoint. It has no bytes to read."""
 
-    path: Path  # of the companions, which will come along
+    path: Path  # of the companions, which will be copied to the output
     name: str
-    config: dict[str, Any]
+    config: JsonObject
     tensors: dict[str, TensorRef]
     shards: tuple[str, ...]
     plan_id: str
@@ -32,7 +33,7 @@ class _PlannedCheckpoint:
         return sum(ref.nbytes for ref in self.tensors.values())
 
     def beside(self) -> dict[str, bool]:
-        """Names of the companions."""
+        """The names of the entries beside the shards, and whether each is a file."""
         return {entry.name: entry.is_file() for entry in self.path.iterdir()} if self.path.is_dir() else {}
 
     def confined(self, name: str) -> Path:
@@ -40,7 +41,8 @@ class _PlannedCheckpoint:
         return self.path / name
 
     def same_bytes(self, _first: str, _second: str) -> bool:
-        """Asked of a tied head that is stored: the plan has untied what differs (families/head.py)."""
+        """Always true: it is asked about a stored head that is tied, and the plan has untied a head that differs
+        (families/head.py)."""
         return True
 
     def identity(self, _whole: object = ()) -> str:
@@ -49,7 +51,7 @@ class _PlannedCheckpoint:
 
 @dataclass(frozen=True)
 class _MadeCheckpoint(_PlannedCheckpoint):
-    """One whose bytes are made whenever they are read."""
+    """A planned checkpoint whose tensors are made in memory when they are read."""
 
     items: Mapping[str, Item] = field(default_factory=dict)
     origins: Mapping[str, ByteSource] = field(default_factory=dict)
@@ -60,17 +62,18 @@ class _MadeCheckpoint(_PlannedCheckpoint):
         return bytearray(view[start:] if length is None else view[start : start + length])
 
     def advise(self, names: object) -> None:
-        """Nothing lies on disk that could be read ahead."""
+        """Does nothing: no file could be read ahead."""
 
 
 def planned_model(
     plan: Plan, *, companions: Path | None = None, name: str = "model",
     origins: Mapping[str, ByteSource] | None = None,
 ) -> Model:  # fmt: skip
-    """The model that `plan` will write, for planning on; reading its bytes is an AttributeError, unless the `origins`
-    of the plan's inputs are given: its tensors are then made in memory, each time that one is read.
+    """The model that `plan` will write, as a source for another plan. Its bytes can be read only where the `origins` of
+    the plan's inputs are given: a tensor is then made in memory each time that it is read. Without them, reading raises
+    AttributeError.
 
-    `companions` is the directory whose tokenizer and other small files will come along, `name` the output's.
+    `companions` is the directory whose tokenizer and other small files will be copied, and `name` that of the output.
     """
     tensors = {
         spec.name: TensorRef(spec.name, spec.dtype, spec.shape, shard.name, 0, spec.nbytes)

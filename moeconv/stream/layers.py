@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
-from moeconv.plan.memory import lean_malloc
+from moeconv.plan.memory import configure_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Arguments, Calls, distinct_tensors, record_calls, replaced
@@ -259,7 +259,7 @@ def stream_within(
     device = torch.device(device)
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
     if device.type == "cpu":
-        lean_malloc(MAPPED)
+        configure_malloc(MAPPED)
         run = Workload(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
         found = noted_placement(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held

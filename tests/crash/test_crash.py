@@ -295,7 +295,7 @@ def test_signals_end_a_run_in_good_order(tmp_path, number, code, json_too):
     name = signal.Signals(number).name
     assert f"stopped by {name}" in message["message"] and message["code"] == code and "Traceback" not in err
     count, total = map(
-        int, re.search(r"(\d+) of (\d+) shards are kept: run the same command again", message["hint"]).groups()
+        int, re.search(r"(\d+) of (\d+) shards are kept. Run the same command again", message["hint"]).groups()
     )
     assert 3 <= count < total and not out.exists()
     kept = {p.name.removesuffix(".json") for p in staging(out).glob("*/done/*.json")}
@@ -494,7 +494,7 @@ def test_companions_that_went_away_do_not_stay_behind(cli, interrupted, tmp_path
     (source / "LICENSE").write_text("free")
     words = ("upcycle", source, out, "--no-check", "--experts", 2)
     with monkeypatch.context() as patch:
-        patch.setattr("moeconv.plan.execute._check_promises", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr("moeconv.plan.execute.check_written", lambda *_: (_ for _ in ()).throw(MemoryError))
         assert cli(*words).code == 1
     assert list(staging(out).glob("*/out/LICENSE"))
     (source / "LICENSE").unlink()

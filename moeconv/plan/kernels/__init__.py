@@ -1,20 +1,19 @@
-"""The pure functions that an Item may name, found by name and imported only when a plan uses them.
+"""The pure functions that items name. They are found by name, and imported when a plan uses them.
 
-A kernel takes the inputs' raw bytes and gives the outputs' raw bytes; it sees dtypes and shapes, never names.
-`copy` is not here: the loop moves those bytes from file to file without making tensors of them.
+A kernel takes the raw bytes of the inputs and returns the raw bytes of the outputs. It knows dtypes and shapes, never
+names. `copy` is not a kernel: the executor moves those bytes from file to file without making tensors of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
 
 from moeconv.errors import InputError, escape
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
 
 Buffer = bytearray | memoryview | bytes
-Kernel = Callable[[Sequence[tuple[Input, Buffer]], Sequence[TensorSpec], Mapping[str, Any]], Sequence[Buffer]]
+Kernel = Callable[[Sequence[tuple[Input, Buffer]], Sequence[TensorSpec], Params], Sequence[Buffer]]
 
 # kernel name -> module and function
 _WHERE = {
@@ -36,21 +35,21 @@ _TORCH = ("moeconv.plan.kernels.quantized",)
 
 
 def load_kernel(name: str) -> Kernel:
-    """The function behind a kernel's name: a row of the table, or "module:function". Raises KeyError for a name
-    that is neither, InputError for a module or function of a package outside that is not there."""
+    """The function for a kernel's name, which is a row of the table or "module:function". Raises KeyError for any other
+    name, InputError for a module or function of another package that cannot be loaded."""
     module, _, function = (name if ":" in name else _WHERE[name]).partition(":")
     try:
         kernel: Kernel = getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"the kernel {escape(name)} cannot be loaded: {escape(error)}",
-            hint="A package that adds a format names it: update or remove that package.",
+            hint="Update or remove the package that adds the format with this kernel.",
         ) from error
     return kernel
 
 
 def needs_torch(name: str) -> bool:
-    """Whether a kernel brings torch into the process, which alone takes some 200 MB: any of a package outside may."""
+    """Whether a kernel imports torch, which takes some 200 MB of memory. True for every kernel of another package."""
     return ":" in name or (name in _WHERE and _WHERE[name].partition(":")[0] in _TORCH)
 
 

@@ -1,11 +1,11 @@
-"""Raw bytes <-> numpy arrays for the four floating dtypes; bfloat16 by its bits, since numpy has none."""
+"""Raw bytes <-> numpy arrays for the four float dtypes. numpy has no bfloat16, so its bits are converted here."""
 
 from __future__ import annotations
 
 import numpy as np
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
-# mask of the exponent bits: all of them set means infinite or NaN
+# the mask of the exponent bits, which are all set in infinities and NaN
 _EXPONENT = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),

@@ -1,27 +1,24 @@
-"""Two kernels as one, for plans that were fused: what the first makes never leaves memory."""
+"""Two kernels as one, for fused plans: the output of the first kernel stays in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from moeconv.plan.kernels import Buffer, load_kernel
-from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.plan.plan import Input, Item, Params, TensorSpec
 
 
-def chain(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> Sequence[Buffer]:
-    """The kernel `then` on what `first` makes. params: first and then (kernel, params), between."""
+def chain(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> Sequence[Buffer]:
+    """The kernel `then` on the output of `first`. params: first and then (each with kernel and params), between."""
     then = params["then"]
     if then["kernel"] == "copy":
         return [between(inputs, params)[1]]
     return load_kernel(then["kernel"])([between(inputs, params)], outputs, then["params"])
 
 
-def between(inputs: Sequence[tuple[Input, Buffer]], params: Mapping[str, Any]) -> tuple[Input, Buffer]:
-    """What the second kernel is given. params["between"]: name, dtype and shape of what the first one makes, and where
-    in it (bytes) the part of which shape begins that the second one reads."""
+def between(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> tuple[Input, Buffer]:
+    """The input of the second kernel. params["between"] is [name, dtype, shape, start, part]: the output of the first
+    kernel, and the part of it that the second one reads, by its first byte `start` and its shape `part`."""
     name, dtype, shape, start, part = params["between"]
     spec, first = TensorSpec(name, dtype, tuple(shape), "", 0), params["first"]
     if first["kernel"] == "copy":
@@ -34,7 +31,7 @@ def between(inputs: Sequence[tuple[Input, Buffer]], params: Mapping[str, Any]) -
 
 
 def last_stage(item: Item) -> Item:
-    """An item as its last kernel sees it: of a chain, the second kernel on what lies between."""
+    """An item with its last kernel alone: of a chain, the second kernel on the tensor between the two."""
     if item.kernel != "chain":
         return item
     name, dtype, _, _, shape = item.params["between"]

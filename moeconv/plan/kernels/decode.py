@@ -1,12 +1,11 @@
-"""A stored weight's parts as the floats that they mean: a decoder for each form, by the form's name.
+"""The float weight that the parts of a stored weight stand for: one decoder per form, by the name of the form.
 
-Imports torch: kernels and the measuring commands import this module, and those lazily.
+Imports torch; kernels and the measuring commands import this module lazily.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +16,38 @@ from moeconv.plan.kernels.pack.fourbit import unpack_nf4
 from moeconv.plan.kernels.pack.integer import unpack_int, unpack_levels
 from moeconv.plan.kernels.pack.rowwise import unpack_int8_rowwise
 from moeconv.plan.kernels.pack.stacked import unpack_stacked
+from moeconv.types import Config
 
-How = Mapping[str, Any]  # form (a row of DECODERS), bits, grid (rows, columns that share a scale; None for all), shape
+# How a weight is stored: form (a row of DECODERS), bits, grid (rows and columns that share a scale, None for all),
+# shape.
+How = Config
 Parts = Mapping[str, Tensor]
 
 
 def decode_parts(parts: Parts, *, name: str, how: How | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The float weight from its stored parts, keyed by what each part is; `dtype` None is what its form decodes to.
+    """The float weight from its stored parts, which are keyed by what each part is. `how` None stands for a plain
+    tensor, whose only part is "weight".
 
-    `how` None is a plain tensor, "weight" alone. compressed-tensors decodes to its scales' dtype, bitsandbytes 4-bit to
-    the dtype that was packed, row-wise INT8 and FP8 blocks to float32, four-bit floats to bfloat16: what stock runtimes
-    compute with. Raises InputError for parts that are missing, or do not decode to the shape that `how` states.
+    With `dtype` None, the result has the dtype that stock runtimes compute with: compressed-tensors decodes to the
+    dtype of its scales, bitsandbytes 4-bit to the dtype that was packed, row-wise INT8 and FP8 blocks to float32,
+    four-bit floats to bfloat16. Raises InputError for parts that are missing, or that do not decode to the shape in
+    `how`.
     """
     if how is None:
         return _plain(parts, name=name, dtype=dtype)
     try:
         tensor = DECODERS[how["form"]](parts, how, dtype)
     except KeyError as error:
-        raise InputError(f"{escape(name)}: its part {error} is missing", hint="The checkpoint is incomplete.") from None
+        raise InputError(f"{escape(name)} has no part {error}", hint="The checkpoint is incomplete.") from None
     except (ValueError, RuntimeError) as error:
         raise InputError(
-            f"{escape(name)} does not decode: {escape(error)}",
-            hint="The checkpoint is damaged, or its packing unknown.",
+            f"{escape(name)} cannot be decoded: {escape(error)}",
+            hint="The checkpoint is damaged, or packed in a way that moeconv does not know.",
         ) from None
-    # of what holds all experts any number of them may be given
+    # of a tensor of all experts, any number of experts may be given
     if list(tensor.shape[-2:]) != how["shape"][-2:] or tensor.ndim != len(how["shape"]):
         raise InputError(
-            f"{escape(name)} decodes to shape {list(tensor.shape)}, config.json says {list(how['shape'])}",
+            f"{escape(name)} decodes to shape {list(tensor.shape)}, and by config.json it is {list(how['shape'])}",
             hint="config.json and the shards do not belong together.",
         )
     return tensor if dtype is None else tensor.to(dtype)
@@ -63,11 +67,11 @@ _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _packed_int(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
-    said = parts["shape"].tolist()
-    if said != list(how["shape"]):
-        raise ValueError(f"its weight_shape is {said}, config.json says {list(how['shape'])}")
+    stated = parts["shape"].tolist()
+    if stated != list(how["shape"]):
+        raise ValueError(f"its weight_shape is {stated}, and by config.json it is {list(how['shape'])}")
     zero_points = parts.get("zero_point")
-    rows = said[0]
+    rows = stated[0]
     scales = parts["scale"].reshape(1, 1).expand(rows, 1) if parts["scale"].numel() == 1 else parts["scale"]
     if zero_points is not None and zero_points.dtype == torch.int8:
         zero_points = zero_points.reshape(1, 1).expand(rows, 1)
@@ -78,7 +82,7 @@ def _packed_int(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
 
 
 def _codes8(parts: Parts, how: How, _dtype: torch.dtype | None) -> Tensor:
-    """A byte a weight: (code - zero point) * scale in the scale's dtype, as compressed-tensors computes it."""
+    """One byte per weight: (code - zero point) * scale in the dtype of the scale, as compressed-tensors computes it."""
     scales = parts["scale"]
     codes = parts["weight"]
     values = floats.widened(codes, scales.dtype) if codes.is_floating_point() else codes.to(scales.dtype)

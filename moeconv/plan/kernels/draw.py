@@ -1,29 +1,29 @@
-"""Kernels that draw random numbers: router rows, noise on copies, Drop-Upcycling's redrawn neurons.
+"""Kernels that draw random numbers: router rows, noise on copies, and the redrawn neurons of Drop-Upcycling.
 
-Each draw has its own Philox generator, keyed by (seed, purpose, layer, expert, matrix), so bytes do not depend on
-the order of work, the number of workers or where a run resumed.
+Each draw has its own Philox generator, keyed by (seed, purpose, layer, expert, matrix). The bytes therefore do not
+depend on the order of the work, on the number of workers, or on whether a run was resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
 from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 
+Place = tuple[slice | np.ndarray, slice | np.ndarray]  # an index into a block of rows
 
-def draw_normal(
-    _inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> list[Buffer]:
-    """N(0, std) of the output's shape: a router's rows. params: key, std; repeat (1): each row so often in a row."""
+
+def draw_normal(_inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """N(0, std) in the shape of the output, for the rows of a router. params: key, std; repeat (1): adjacent copies of
+    each row."""
     (spec,) = outputs
     repeat = params.get("repeat", 1)
     shape = (spec.shape[0] // repeat, *spec.shape[1:])
@@ -31,9 +31,7 @@ def draw_normal(
     return [from_float(np.repeat(drawn, repeat, axis=0), spec.dtype)]
 
 
-def add_noise(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> list[Buffer]:
+def add_noise(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
     """A copy with N(0, scale * std(W)) added to the chosen neurons. params: key, scale, neurons_key, fraction, axis.
 
     Sparse Upcycling (Komatsuzaki et al. 2022, arXiv 2212.05055) adds noise to break the symmetry of copies.
@@ -52,12 +50,12 @@ def add_noise(
 
 
 def redraw_neurons(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
     """A copy whose chosen neurons are redrawn from N(mean, std) of the values that they replace.
 
-    Drop-Upcycling (arXiv 2502.19261), with one set of neurons for an expert's gate, up and down, which `neurons_key`
-    decides. params: key, neurons_key, fraction, axis (the neurons' axis: 0 in gate and up, 1 in down).
+    Drop-Upcycling (arXiv 2502.19261). `neurons_key` decides the neurons, which are the same in the gate, up and down of
+    an expert. params: key, neurons_key, fraction, axis (of the neurons: 0 in gate and up, 1 in down).
     """
     ((ref, data),) = inputs
     chosen = choose_neurons(params["neurons_key"], ref.shape[params["axis"]], params["fraction"])
@@ -72,7 +70,7 @@ def redraw_neurons(
 
 
 def _row_blocks(ref: Input, data: Buffer) -> Iterator[tuple[slice, np.ndarray]]:
-    """(byte range, float32 rows) of a matrix, a few rows at a time: temporaries stay small whatever its size."""
+    """(byte range, float32 rows) of a matrix, a few rows at a time, so that temporaries stay small for any size."""
     row = ref.nbytes // ref.shape[0]
     step = max(1, _BLOCK // max(1, ref.shape[1]))
     view = memoryview(data)
@@ -96,8 +94,8 @@ def _moments(ref: Input, data: Buffer, chosen: np.ndarray, axis: int) -> tuple[f
     return mean, max(0.0, square / count - mean * mean) ** 0.5 if count else 0.0
 
 
-def _chosen_part(values: np.ndarray, first: int, chosen: np.ndarray, axis: int) -> tuple[Any, np.ndarray]:
-    """The chosen neurons' values within a block of rows that starts at row `first`, and where they stand in it."""
+def _chosen_part(values: np.ndarray, first: int, chosen: np.ndarray, axis: int) -> tuple[Place, np.ndarray]:
+    """(index, values) of the chosen neurons within a block of rows that starts at row `first`."""
     if axis == 1:
         return (slice(None), chosen), values[:, chosen]
     inside = chosen[(chosen >= first) & (chosen < first + len(values))] - first
@@ -105,9 +103,9 @@ def _chosen_part(values: np.ndarray, first: int, chosen: np.ndarray, axis: int) 
 
 
 def _edit(
-    ref: Input, data: Buffer, dtype: str, params: Mapping[str, Any], change: Callable[[np.ndarray], np.ndarray]
+    ref: Input, data: Buffer, dtype: str, params: Params, change: Callable[[np.ndarray], np.ndarray]
 ) -> bytearray:
-    """A copy in which the chosen neurons' values went through `change`, block by block in row order."""
+    """A copy in which `change` was applied to the values of the chosen neurons, block by block in the order of rows."""
     chosen = choose_neurons(params["neurons_key"], ref.shape[params["axis"]], params["fraction"])
     result = bytearray(tensor_nbytes(dtype, ref.shape))
     row = done = 0
@@ -124,6 +122,6 @@ def _edit(
     return result
 
 
-def choose_neurons(key: Sequence[Any], width: int, fraction: float) -> np.ndarray:
+def choose_neurons(key: Sequence[object], width: int, fraction: float) -> np.ndarray:
     """Sorted indices of round(fraction * width) neurons out of `width`."""
     return np.sort(generator(key).permutation(width)[: round(fraction * width)])

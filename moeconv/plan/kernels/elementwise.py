@@ -1,27 +1,22 @@
-"""Kernels that treat every element alike: cast to another floating dtype, and fill with a constant."""
+"""Kernels that work element by element: cast to another float dtype, and fill with a constant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
 
 
-def cast(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], _params: Mapping[str, Any]
-) -> list[Buffer]:
-    """The inputs one after the other in another floating dtype, rounded to nearest even."""
+def cast(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], _params: Params) -> list[Buffer]:
+    """The inputs, concatenated, in another float dtype, rounded to nearest even."""
     parts = [to_float32(data, ref.dtype, ref.shape) for ref, data in inputs]
     return [from_float(parts[0] if len(parts) == 1 else np.concatenate(parts), outputs[0].dtype)]
 
 
-def fill(
-    _inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> list[Buffer]:
-    """A constant tensor of value params["value"]."""
+def fill(_inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """A tensor of the constant params["value"]."""
     return [from_float(np.full(spec.shape, params["value"], np.float32), spec.dtype) for spec in outputs]

@@ -1,22 +1,20 @@
-"""The kernel of GGUF tensors: a weight's rows in llama.cpp's order, in the output's float or block dtype."""
+"""The kernel of GGUF tensors: the rows of a weight in llama.cpp's order, in a float dtype or a block dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.arrays import from_float, to_float32
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
 
 
-def gguf_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> list[Buffer]:
-    """params: heads, above 0 where each head's rows go from halves to pairs (llama.cpp's rotary order for llama)."""
+def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """params: heads, the number of heads whose rows are reordered from halves to pairs (llama.cpp's rotary order for
+    llama); 0 for no change."""
     ((ref, data),), (spec,) = inputs, outputs
     if spec.dtype not in BLOCK_DTYPES:
         weight = to_float32(data, ref.dtype, ref.shape)
@@ -26,7 +24,7 @@ def gguf_kernel(
     from moeconv.plan.kernels.pack.ggml import encode
     from moeconv.plan.kernels.stored import to_tensor
 
-    torch.set_num_threads(1)  # the pool is the parallelism
+    torch.set_num_threads(1)  # items already run in parallel
     if params["heads"]:
         turned = interleave(to_float32(data, ref.dtype, ref.shape), params["heads"])
         return [encode(torch.from_numpy(np.ascontiguousarray(turned, np.float32)), spec.dtype)]
@@ -34,6 +32,7 @@ def gguf_kernel(
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows 0..d/2-1 and d/2..d-1 of each of `heads` heads, one of each in turn; [rows, ...] or a bias [rows]."""
+    """The rows 0..d/2-1 and d/2..d-1 of each of `heads` heads of d rows, alternating; of [rows, ...] or a bias
+    [rows]."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))

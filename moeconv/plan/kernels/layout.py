@@ -1,38 +1,36 @@
-"""The kernel that evaluates an expression: moves rows and columns bit by bit, computes in float32, rounds once.
+"""The kernel that evaluates an expression: it moves rows and columns exactly, computes in float32 and rounds once.
 
-An expression is [op, params, children] as JSON; ["input", {"index": i}, []] is an item's i-th input. Arithmetic runs
-over blocks of rows, so that its temporaries stay small whatever the tensor's size.
+An expression is [op, params, children] as JSON; ["input", {"index": i}, []] is the i-th input of the item. Arithmetic
+works on blocks of rows, so that temporaries stay small for tensors of any size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.errors import InputError
-from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels import Buffer, Kernel
 from moeconv.plan.kernels.arrays import from_float, raw_bytes, to_float32
 from moeconv.plan.kernels.draw import add_noise, redraw_neurons
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
 from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}
 _ARITHMETIC = ("scale", "scale_rows", "add", "centre")
-_EDITS: dict[str, Callable[..., Sequence[Buffer]]] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
+_EDITS: dict[str, Kernel] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
 
-Tree = Sequence[Any]
+Tree = Sequence[Any]  # [op, params, children]: JSON whose types differ by position
 Bits = tuple[np.ndarray, str]  # raw values as unsigned integers, and the dtype that they stand for
 
 
-def compute(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
-) -> list[Buffer]:
-    """The one output that params["tree"] describes, in the output's dtype."""
+def compute(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """The output that the expression params["tree"] describes, in the dtype of the output."""
     (spec,) = outputs
     evaluate = _Evaluation(inputs, spec.dtype)
     result = bytearray(tensor_nbytes(spec.dtype, spec.shape))
@@ -55,13 +53,13 @@ def compute(
 
 
 class _Evaluation:
-    """One item's inputs, and how each operation reads them."""
+    """The evaluation of an expression over the inputs of one item."""
 
     def __init__(self, inputs: Sequence[tuple[Input, Buffer]], dtype: str) -> None:
         self.inputs, self.dtype = inputs, dtype
 
     def encoded(self, tree: Tree) -> Iterator[memoryview]:
-        """The raw bytes of a node in the output's dtype, block after block."""
+        """The raw bytes of a node in the output's dtype, block by block."""
         if tree[0] not in _ARITHMETIC:
             array, dtype = self.whole(tree)
             if dtype == self.dtype:
@@ -71,7 +69,7 @@ class _Evaluation:
             yield from_float(block, self.dtype)
 
     def blocks(self, tree: Tree) -> Iterator[np.ndarray]:
-        """A node's rows in float32 (float64 stays), a few at a time."""
+        """The rows of a node in float32 (or float64 where the source has that), a few at a time."""
         op, params, of = tree
         if op not in _ARITHMETIC:
             array, dtype = self.whole(tree)
@@ -86,10 +84,8 @@ class _Evaluation:
             yield change(block, row)
             row += len(block)
 
-    def _arithmetic(
-        self, op: str, params: Mapping[str, Any], of: Sequence[Tree]
-    ) -> Callable[[np.ndarray, int], np.ndarray]:
-        """The function (rows, number of the first) -> rows of one operation."""
+    def _arithmetic(self, op: str, params: Params, of: Sequence[Tree]) -> Callable[[np.ndarray, int], np.ndarray]:
+        """One operation as a function: (rows, number of the first row) -> rows."""
         if op == "scale":
             return lambda x, _row: (x * np.float64(params["by"])).astype(x.dtype)
         if op == "add":
@@ -104,7 +100,7 @@ class _Evaluation:
             return scaled
         if params["axis"] == 1:
             return lambda x, _row: (x - x.mean(1, keepdims=True, dtype=np.float64)).astype(x.dtype)
-        total: Any = 0.0
+        total: np.ndarray | float = 0.0
         rows = 0
         for block in self.blocks(of[0]):
             total = total + block.sum(0, dtype=np.float64)
@@ -113,7 +109,7 @@ class _Evaluation:
         return lambda x, _row: (x - mean).astype(x.dtype)
 
     def whole(self, tree: Tree) -> Bits:
-        """A node's values at once; in the source's own bits when only moved, else in float32."""
+        """All values of a node: with the bits of the source where they are only moved, else in float32."""
         op, params, of = tree
         if op == "input":
             ref, data = self.inputs[params["index"]]
@@ -134,8 +130,8 @@ class _Evaluation:
         children = self._alike([self.whole(child) for child in of])
         return _MOVES[op]([array for array, _ in children], params), children[0][1]
 
-    def _edited(self, op: str, params: Mapping[str, Any], child: Tree) -> Bits:
-        """A matrix through one of the drawing kernels, which round to the output's dtype."""
+    def _edited(self, op: str, params: Params, child: Tree) -> Bits:
+        """A matrix after one of the kernels that draw random numbers, which round to the output's dtype."""
         array, dtype = self.whole(child)
         data = raw_bytes(array)
         ref = Input("", dtype, array.shape, 0, len(data))
@@ -144,7 +140,7 @@ class _Evaluation:
         return np.frombuffer(made, _BITS[self.dtype]).reshape(array.shape), self.dtype
 
     def _alike(self, parts: list[Bits]) -> list[Bits]:
-        """The parts in one dtype: their own where it is the same, else the output's."""
+        """The parts in one dtype: their own where all have the same, else that of the output."""
         if len({dtype for _, dtype in parts}) == 1:
             return parts
         result: list[Bits] = []
@@ -155,32 +151,32 @@ class _Evaluation:
 
 
 def rotary_order(head: int, start: int, size: int, order: str) -> np.ndarray:
-    """new[i] = old[result[i]] within one head of `head` rows, see `families.node.rotary`."""
+    """The permutation of `head` rows with new[i] = old[result[i]] within one head; see `families.node.rotary`."""
     rows = np.arange(head)
-    turning = rows[start : start + size]
+    rotated = rows[start : start + size]
     if order == "half":
-        rows[start : start + size] = np.concatenate([turning[0::2], turning[1::2]])
+        rows[start : start + size] = np.concatenate([rotated[0::2], rotated[1::2]])
     elif order == "interleaved":
-        rows[start : start + size] = np.stack(np.split(turning, 2), 1).reshape(-1)
-    else:  # spread: halves of the turning rows and of the still rows side by side
-        (a, b), (c, d) = np.split(turning, 2), np.split(np.delete(rows, np.arange(start, start + size)), 2)
+        rows[start : start + size] = np.stack(np.split(rotated, 2), 1).reshape(-1)
+    else:  # spread: the halves of the rotated rows next to the halves of the other rows
+        (a, b), (c, d) = np.split(rotated, 2), np.split(np.delete(rows, np.arange(start, start + size)), 2)
         rows = np.concatenate([a, c, b, d])
     return rows
 
 
-def _rotary(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+def _rotary(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
     (array,) = of
     inside = rotary_order(params["head"], params["start"], params["size"], params["order"])
     heads = array.reshape(-1, params["head"], *array.shape[1:])
     return heads[:, inside].reshape(array.shape)
 
 
-def _cut(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+def _cut(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
     where = slice(params["start"], params["stop"])
     return of[0][where] if params["axis"] == 0 else of[0][:, where]
 
 
-def _deal(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
+def _deal(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
     order = generator(params["key"]).permutation(of[0].shape[params["axis"]])
     return np.take(of[0], order[params["start"] : params["stop"]], axis=params["axis"])
 
@@ -188,13 +184,13 @@ def _deal(of: Sequence[np.ndarray], params: Mapping[str, Any]) -> np.ndarray:
 def _taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
     if indices.size and not 0 <= indices.min() <= indices.max() < array.shape[axis]:
         raise InputError(
-            f"neuron {indices.max()} is taken from an FFN of {array.shape[axis]}",
-            hint="The measured choice of neurons belongs to another model.",
+            f"the measured choice names neuron {indices.max()}, and the FFN has {array.shape[axis]} neurons",
+            hint="The measurement belongs to another model. Measure again on this one.",
         )
     return np.take(array, indices, axis=axis)
 
 
-_MOVES: dict[str, Callable[[Sequence[np.ndarray], Mapping[str, Any]], np.ndarray]] = {
+_MOVES: dict[str, Callable[[Sequence[np.ndarray], Params], np.ndarray]] = {
     "concat": lambda of, _params: np.concatenate(of),
     "interleave": lambda of, _params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
     "transpose": lambda of, _params: of[0].T,

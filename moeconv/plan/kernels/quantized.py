@@ -1,9 +1,8 @@
-"""Kernels that pack a weight: raw bytes to torch and back around the pure functions of pack.py."""
+"""Kernels that pack a weight: raw bytes to torch tensors and back, around the pure functions of kernels/pack/."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -12,9 +11,10 @@ from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
 from moeconv.plan.kernels.pack.stacked import pack_slice
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes, to_tensor
-from moeconv.plan.plan import Input, TensorSpec
+from moeconv.plan.plan import Input, Params, TensorSpec
+from moeconv.types import JsonObject
 
-# Items run side by side; torch's own threads would only fight them (3 to 20 times slower under load).
+# Items run in parallel, and the threads of torch would compete with them: that is 3 to 20 times slower under load.
 torch.set_num_threads(1)
 
 
@@ -23,14 +23,14 @@ def _weight(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 
-def _ordered(parts: Mapping[str, torch.Tensor], params: Mapping[str, Any]) -> list[Buffer]:
+def _ordered(parts: Mapping[str, torch.Tensor], params: Params) -> list[Buffer]:
     return [to_bytes(parts[name]) for name in params["parts"]]
 
 
 def decode_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
-    """A stored weight as plain numbers in the output's dtype. params: parts, what each input is; how, its form."""
+    """A stored weight as floats in the output's dtype. params: parts (what each input is), how (its form)."""
     (spec,) = outputs
     parts = {
         key: to_tensor(memoryview(data), ref.dtype, ref.shape) for key, (ref, data) in zip(params["parts"], inputs)
@@ -39,33 +39,34 @@ def decode_kernel(
 
 
 def pack_int_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
-    """compressed-tensors codes, scales and shape. params: parts, bits, group_size; fit: least error."""
+    """Codes, scales and shape of compressed-tensors. params: parts, bits, group_size; fit: search scales of least
+    error."""
     size, fit = params["group_size"], params.get("fit", False)
     return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=size, fit=fit), params)
 
 
 def pack_bnb4_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
-    """bitsandbytes 4-bit codes, absmax, map and state. params: parts, quant_type, block_size, nested."""
+    """4-bit codes, absmax, map and state of bitsandbytes. params: parts, quant_type, block_size, nested."""
     return _ordered(pack_nf4(_weight(inputs), **_four_bits(params)), params)
 
 
 def pack_bnb4_slice_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
-    """One expert's share of tensors that hold all experts' 4-bit codes. params: as of pack_bnb4."""
+    """One expert's slice of the tensors that hold the 4-bit codes of all experts. params: those of pack_bnb4."""
     return _ordered(pack_slice(_weight(inputs), **_four_bits(params)), params)
 
 
-def _four_bits(params: Mapping[str, Any]) -> dict[str, Any]:
+def _four_bits(params: Params) -> JsonObject:
     return {key: params[key] for key in ("block_size", "quant_type", "nested")}
 
 
 def pack_bnb8_kernel(
-    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Mapping[str, Any]
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
-    """LLM.int8 row-wise codes and scales. params: parts."""
+    """Row-wise codes and scales of LLM.int8. params: parts."""
     return _ordered(pack_int8_rowwise(_weight(inputs)), params)

@@ -1,4 +1,4 @@
-"""The JSON that bitsandbytes stores beside 4-bit codes, of a length that the shape alone decides. No torch."""
+"""The JSON that bitsandbytes stores beside 4-bit codes, with a length that depends on the shape alone. No torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def quant_state(
     block_size: int = BNB_BLOCK,
     nested_offset: float | None = None,
 ) -> str:
-    """What QuantState.as_dict(packed=True) stores, `dtype` in torch's words.
+    """The JSON that QuantState.as_dict(packed=True) stores; `dtype` is named as in torch.
 
-    `nested_offset` is that of double quantization: it depends on the weight, so it is padded with spaces (which JSON
-    allows) and the length stays what a plan can state.
+    `nested_offset` is that of double quantization. It depends on the weight, so it is padded with spaces, which JSON
+    allows: the plan knows the length before the weight is read.
     """
     fields = {"quant_type": quant_type, "blocksize": block_size, "dtype": dtype, "shape": list(shape)}
     if nested_offset is None:

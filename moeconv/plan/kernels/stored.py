@@ -1,6 +1,6 @@
-"""Bytes <-> torch tensors, and a stored weight's parts as the floats that they mean.
+"""Raw bytes <-> torch tensors, by the names that safetensors has for dtypes.
 
-Imports torch: kernels and the measuring commands import this module, and those lazily.
+Imports torch; kernels and the measuring commands import this module lazily.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError, escape
 
-# dtype as safetensors names it -> torch's. F4 and F6 have no torch twin.
+# dtype as safetensors names it -> as torch does; torch has no F4 and F6
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,

@@ -1,6 +1,6 @@
-"""Pack and unpack quantized weights, a file a layout: pure tensor functions, streamed in blocks that stay in cache.
+"""Pack and unpack quantized weights, one file per layout: pure tensor functions over blocks that stay in the cache.
 
-Every layout is bit-equal to its own library's.
+Every layout is equal, bit by bit, to that of its own library.
 """
 
 from moeconv.plan.kernels.pack.common import relative_rms

@@ -26,7 +26,7 @@ def check_limits(plan: Plan) -> None:
 def _check(what: str, length: int, values: int, limits: Limits) -> None:
     if length > limits.bytes or values > limits.values:
         raise OutputError(
-            f"{what} would have {length} bytes of JSON with about {values} values, which is more than can be opened again "
+            f"{what} would have {length} bytes of JSON with about {values} values, more than can be opened again "
             f"({limits.bytes} and {limits.values})",
             hint="Pass a smaller --shard-size, so that the tensors are divided into more files.",
         )

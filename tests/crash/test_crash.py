@@ -456,7 +456,8 @@ def test_another_version_of_moeconv_starts_anew(cli, interrupted, tmp_path, monk
     words = ("upcycle", source, out, "--no-check", "--experts", 2, "--shard-size", "12KB")
     interrupted(*words)
     times = set(shard_times(next(staging(out).glob("*/out"))).values())
-    monkeypatch.setattr("moeconv.plan.execute.__version__", "9.9.9")
+    for module in ("execute", "manifest"):
+        monkeypatch.setattr(f"moeconv.plan.{module}.__version__", "9.9.9")
     assert cli(*words).code == 0
     assert times and not times & set(shard_times(out).values())
     assert json.loads((out / "moeconv_manifest.json").read_text())["steps"][-1]["moeconv"] == "9.9.9"

@@ -123,7 +123,7 @@ def test_quantize_warns_of_what_it_copies_and_refuses_what_it_packs(tmp_path):
     assert result.warnings == [f"tensor {NORM!r} holds NaN or infinite values"]
     with pytest.raises(InputError, match="holds NaN or infinite values") as caught:
         execute(plan_quantize(model), source=model.checkpoint, out=tmp_path / "strict", strict=True)
-    assert "packing" in caught.value.hint
+    assert "packed" in caught.value.hint
     model = open_model(spoiled(tmp_path / "expert", EXPERT))
     with pytest.raises(InputError, match=f"tensor '{EXPERT}'"):
         execute(plan_quantize(model), source=model.checkpoint, out=tmp_path / "packed")

@@ -205,8 +205,8 @@ def test_a_result_is_not_thrown_away_for_a_limit(tmp_path, monkeypatch):
     model = open_model(tiny.make_moe(tmp_path / "source", hidden=64, intermediate=64))
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Checkpoint", _Limited)
-        with pytest.raises(OutputError, match="more than moeconv reads") as caught:
+        patch.setattr("moeconv.plan.promises.Checkpoint", _Limited)
+        with pytest.raises(OutputError, match="more than moeconv can open") as caught:
             loop.execute(plan_quantize(model), source=model.checkpoint, out=tmp_path / "out")
     staged = next(tmp_path.glob(".out.moeconv/*/out"))
     assert str(staged) in caught.value.hint

@@ -10,8 +10,8 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.foreign import GIVE, bits_of, recognise
-from moeconv.families.methods import encodings, quantization_method
-from moeconv.families.names import why_no_head
+from moeconv.families.methods import encodings, forms_of, quantization_method
+from moeconv.families.names import module_names, why_no_head
 from moeconv.families.packed import Stored, fit, weight_of
 from moeconv.families.packed import quantization as checkpoint_quantization
 from moeconv.families.records import Packed
@@ -29,15 +29,17 @@ _TOGETHER = "config.json and the shards do not belong together"
 def check_foreign(checkpoint: Checkpoint) -> None:
     """Raises Unsupported for weights that are quantized in a way or a form that is not read, or whose
     quantization_config stands where it is not read; InputError for settings that are none."""
+    quantization = checkpoint_quantization(checkpoint.config)
     nested = [
         key for key, part in checkpoint.config.items() if isinstance(part, dict) and "quantization_config" in part
     ]
-    if nested and "quantization_config" not in checkpoint.config:
+    if nested and quantization is None:
         raise Unsupported(
             f"quantization_config stands inside {escape(nested[0])} of config.json, where moeconv does not read it",
             hint="Move it to the top level, where transformers looks first.",
         )
-    found = recognise(checkpoint.config, checkpoint.tensors)
+    stated = checkpoint.config if quantization is None else {**checkpoint.config, "quantization_config": quantization}
+    found = recognise(stated, checkpoint.tensors)
     if found is not None:
         way, settings = found
         bits, group = bits_of(way, settings), settings.get("group_size")
@@ -47,7 +49,7 @@ def check_foreign(checkpoint: Checkpoint) -> None:
             + ", which moeconv does not read",
             hint=GIVE,
         )  # fmt: skip
-    if (quantization := checkpoint_quantization(checkpoint.config)) is not None:
+    if quantization is not None:
         encodings(quantization)  # before names are judged, which a form that is not read makes strange
 
 
@@ -171,7 +173,7 @@ def stored_weights(model: Model) -> dict[str, Stored]:
     quantization = model.quantization
     if quantization is None:
         return {}
-    method, forms, expected = quantization_method(quantization), encodings(quantization), Shapes(model)
+    method, forms, expected = quantization_method(quantization), forms_of(quantization), Shapes(model)
     found: dict[str, Stored] = {}
     for weight, refs in _grouped(model).items():
         role = model.roles[next(iter(refs.values())).name]
@@ -180,7 +182,14 @@ def stored_weights(model: Model) -> dict[str, Stored]:
             raise Unsupported(f"{escape(weight)!r} is quantized, and config.json does not say its shape", hint=GIVE)
         layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         stacked = layout is not None and not layout.flat
-        found[weight] = fit(weight, refs, shape, forms, stacked=stacked, method=method)
+        possible = forms(module_names(weight, model.family), role.key == "embedding.tokens")
+        if not possible:
+            raise InputError(
+                f"{escape(weight)!r} is stored as a quantized weight, and config.json makes it a plain one: no group's "
+                "targets match it, or ignore does",
+                hint="Correct quantization_config in config.json, or download it again: no runtime reads the weight.",
+            )
+        found[weight] = fit(weight, refs, shape, possible, stacked=stacked, method=method)
     return found
 
 

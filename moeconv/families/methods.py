@@ -5,11 +5,12 @@ METHODS has one row per quant_method. Where config.json leaves a setting out, th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.encodings import Encoding
 from moeconv.families.foreign import GIVE
+from moeconv.families.module_groups import groups_of
 from moeconv.types import Config
 
 _BLOCK = [128, 128]  # of transformers' FineGrainedFP8Config
@@ -26,6 +27,21 @@ def encodings(quantization: Config) -> tuple[Encoding, ...]:
             hint=GIVE,
         )
     return METHODS[method](quantization)
+
+
+def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Encoding, ...]]:
+    """A function from a module's names (as stored, as in memory) and whether it is an embedding to the forms that its
+    weight may have, the likeliest first; none for a weight that stays plain. Raises as `encodings` does."""
+    if quantization_method(quantization) != "compressed-tensors":
+        everywhere = encodings(quantization)
+        return lambda _modules, _embedding: everywhere
+    by_group, groups = _by_group(quantization), groups_of(quantization)
+
+    def forms(modules: Iterable[str], embedding: bool) -> tuple[Encoding, ...]:
+        keys = (groups.group_of(module, embedding=embedding) for module in modules)
+        return tuple(dict.fromkeys(by_group[key] for key in keys if key is not None))
+
+    return forms
 
 
 def quantization_method(quantization: Config) -> str:
@@ -72,6 +88,11 @@ def _bitsandbytes(quantization: Config) -> tuple[Encoding, ...]:
 
 
 def _compressed(quantization: Config) -> tuple[Encoding, ...]:
+    return tuple(dict.fromkeys(_by_group(quantization).values()))
+
+
+def _by_group(quantization: Config) -> dict[str, Encoding]:
+    """The form of each config group, by its key."""
     groups = quantization.get("config_groups") or {}
     if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
         raise InputError(
@@ -82,7 +103,7 @@ def _compressed(quantization: Config) -> tuple[Encoding, ...]:
     if isinstance(sparsity, dict) and sparsity.get("format") not in (None, "dense"):
         raise _unread(f"the weights are sparse ({escape(sparsity.get('format'))})")
     whole = quantization.get("format")
-    return tuple(dict.fromkeys(_group(group, group.get("format") or whole) for group in groups.values()))
+    return {key: _group(group, group.get("format") or whole) for key, group in groups.items()}
 
 
 def _group(group: Config, layout: object) -> Encoding:

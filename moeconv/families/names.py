@@ -28,6 +28,12 @@ _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_m
 _HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "reward_head.", "regression_head.")
 
 
+def module_names(weight: str, family: Family) -> tuple[str, ...]:
+    """The names of the module that holds a tensor: on disk, and those that transformers has for it in memory."""
+    module = weight.rpartition(".")[0]
+    return (module, *(module.replace(old, new) for old, new in family.tensors.in_memory.items() if old in module))
+
+
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint under the names that transformers' class gives its tensors: one prefix of the base model is added
     or taken away as from_pretrained does. Raises InputError for names that a training tool has wrapped."""

@@ -6,7 +6,7 @@ A packed weight is the tensor that transformers calls X.weight, stored as X + on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,9 +104,43 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
     return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight") else 0
 
 
-def quantization(config: Config) -> JsonObject | None:
+# where config.json says how weights are quantized, first come first read, as transformers reads it: of the whole model,
+# or in the config of the language model of a multimodal one
+PLACES: tuple[tuple[str, ...], ...] = ((), ("text_config",))
+_KEY = "quantization_config"
+
+
+def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The quantization_config of a config.json, or None."""
-    value = config.get("quantization_config")
+    return next((found for place in PLACES if (found := _stated(config, place)) is not None), None)
+
+
+def with_quantization(
+    config: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any] | None]
+) -> dict[str, Any]:
+    """A config.json with every quantization_config in it changed where it stands, or left out where `change` gives
+    None."""
+    made = dict(config)
+    for place in PLACES:
+        if (found := _stated(made, place)) is None:
+            continue
+        holder = made
+        for key in place:
+            holder[key] = dict(holder[key])
+            holder = holder[key]
+        new = change(found)
+        if new is None:
+            del holder[_KEY]
+        else:
+            holder[_KEY] = new
+    return made
+
+
+def _stated(config: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any] | None:
+    at: Any = config
+    for key in place:
+        at = at.get(key) if isinstance(at, Mapping) else None
+    value = at.get(_KEY) if isinstance(at, Mapping) else None
     return dict(value) if isinstance(value, dict) else None
 
 

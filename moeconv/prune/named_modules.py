@@ -7,12 +7,14 @@ numbers stays word for word; any other becomes the explicit names of what it sto
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.module_groups import Groups, groups_of, matching
+from moeconv.families.names import module_names
 from moeconv.families.packed import weight_of
 from moeconv.families.spec import with_expert
 
@@ -31,12 +33,14 @@ _HINT = "Prune the unquantized checkpoint, and quantize the result."
 
 @dataclass(frozen=True)
 class _Names:
-    """Modules of the experts: {name: its name after the prune, None where its expert goes}, and all others' names."""
+    """Modules of the experts: {name: its name after the prune, None where its expert goes}, and all others' names;
+    and, where config.json has them, the `groups` that modules belong to."""
 
     experts: Mapping[str, str | None]
     containers: frozenset[str]
     others: tuple[str, ...]
     joined: str
+    groups: Groups | None = None
 
     @property
     def left(self) -> frozenset[str]:
@@ -46,12 +50,32 @@ class _Names:
 def renumbered(model: Model, quantization: Mapping[str, Any], keep: Keep) -> dict[str, Any]:
     """The quantization_config of the model that keeps the experts `keep` {layer: ids, in their new order}.
 
-    Raises InputError for an entry that names experts of no tensor, and for names outside the known lists.
+    Raises InputError for an entry that names experts of no tensor, for names outside the known lists, and where groups
+    of experts cannot be told apart under the new numbers.
     """
     names = _names(model, keep)
     matches = _MATCHES.get(str(quantization.get("quant_method")), _matches_part)
-    return {key: _walked(value, f"quantization_config.{key}", key, names, matches)
+    if quantization.get("config_groups"):
+        names = replace(names, groups=groups_of(quantization))
+    made = {key: _walked(value, f"quantization_config.{key}", key, names, matches)
             for key, value in quantization.items()}  # fmt: skip
+    if names.groups is not None:
+        _check_groups(names, names.groups, groups_of(made))
+    return made
+
+
+def _check_groups(names: _Names, before: Groups, after: Groups) -> None:
+    """Raises InputError for an expert that would be of another group than it was."""
+    for old, new in names.experts.items():
+        if new is None or old in names.containers:
+            continue
+        was, now = before.group_of(old), after.group_of(new)
+        if was != now:
+            raise InputError(
+                f"config.json: quantization_config.config_groups tells experts apart by numbers ({escape(old)} is of "
+                f"{escape(was)}), in a way that cannot be kept under new ones",
+                hint=_HINT,
+            )
 
 
 def check_renumbering(model: Model, quantization: Mapping[str, Any]) -> None:
@@ -67,7 +91,7 @@ def _names(model: Model, keep: Keep) -> _Names:
     others: dict[str, None] = {}
     for tensor in model.checkpoint.tensors:
         role = model.roles.get(tensor)
-        for module in _spellings(weight_of(tensor).rpartition(".")[0], model):
+        for module in module_names(weight_of(tensor), model.family):
             if role is None or role.group != "expert" or role.expert is None or role.layer is None:
                 others[module] = None
                 continue
@@ -81,28 +105,23 @@ def _names(model: Model, keep: Keep) -> _Names:
     return _Names(experts, frozenset(containers), tuple(others), "\n".join(experts))
 
 
-def _spellings(module: str, model: Model) -> Iterator[str]:
-    """A module's name on disk, and those that transformers has for it."""
-    yield module
-    for old, new in model.family.tensors.in_memory.items():
-        if old in module:
-            yield module.replace(old, new)
-
-
 _Matcher = Callable[[str], Callable[[str], bool]]
 
 
-def _walked(value: Any, path: str, key: str, names: _Names, matches: _Matcher) -> Any:
-    """A value of the config with the lists in it renumbered; any other string that names an expert is refused."""
+def _walked(value: Any, path: str, key: str, names: _Names, matches: _Matcher, group: str = "") -> Any:
+    """A value of the config with the lists in it renumbered; any other string that names an expert is refused. `group`
+    is the key of the config group that the value is a part of."""
     if isinstance(value, Mapping):
         for inner in value:
             _refuse_numbers(str(inner), path, names)
-        made = {k: _walked(v, f"{path}.{k}", str(k), names, matches) for k, v in value.items()}
+        grouped = path == "quantization_config.config_groups"
+        made = {k: _walked(v, f"{path}.{k}", str(k), names, matches, str(k) if grouped else group)
+                for k, v in value.items()}  # fmt: skip
         return {k: v for k, v in made.items() if not _emptied(value[k], v)}
     if key in _LISTS and isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return list(dict.fromkeys(new for word in value for new in _entry(word, path, names, matches)))
+        return list(dict.fromkeys(new for word in value for new in _entry(word, path, names, matches, group)))
     if isinstance(value, list):
-        return [_walked(item, path, "", names, matches) for item in value]
+        return [_walked(item, path, "", names, matches, group) for item in value]
     if isinstance(value, str):
         _refuse_numbers(value, path, names)
     return value
@@ -118,7 +137,7 @@ def _refuse_numbers(word: str, path: str, names: _Names) -> None:
     """Raises InputError for a string outside the known lists that depends on experts' numbers under any reading."""
     if not _NUMBERED.search(word) and not word.startswith("re:"):
         return
-    for matches in (_matches_exact, _matches_part):
+    for matches in (matching, _matches_part):
         test = matches(word.removeprefix("+:").removeprefix("-:"))
         if _NUMBERED.search(word) or _images(test, names) != {n for n in names.left if test(n)}:
             raise InputError(
@@ -131,8 +150,12 @@ def _images(test: Callable[[str], bool], names: _Names) -> set[str]:
     return {new for old, new in names.experts.items() if new is not None and test(old)}
 
 
-def _entry(word: str, path: str, names: _Names, matches: _Matcher) -> list[str]:
+def _entry(word: str, path: str, names: _Names, matches: _Matcher, group: str) -> list[str]:
     """What takes the place of one entry of a list."""
+
+    def belongs(name: str) -> bool:  # a name in full beats a pattern, so that each is listed in its own group alone
+        return not group or names.groups is None or names.groups.group_of(name) == group
+
     if _LITERAL.fullmatch(word) and word not in names.joined:
         found: set[str] = set()  # most entries: other modules, or none
     else:
@@ -150,19 +173,12 @@ def _entry(word: str, path: str, names: _Names, matches: _Matcher) -> list[str]:
     if wanted == {new for new in names.left if test(new)}:
         return [word] if wanted or any(test(name) for name in names.others) else []
     modules = found - names.containers or found
-    kept = sorted({new for old in modules if (new := names.experts[old]) is not None}, key=_natural)
-    return [*(name for name in names.others if test(name)), *kept]
+    kept = sorted({new for old in modules if (new := names.experts[old]) is not None and belongs(old)}, key=_natural)
+    return [*(name for name in names.others if test(name) and belongs(name)), *kept]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _matches_exact(word: str) -> Callable[[str], bool]:
-    """compressed-tensors: a whole name, or `re:` and an expression for its beginning."""
-    if not word.startswith("re:"):
-        return lambda name: name == word
-    return _compiled(word.removeprefix("re:"), otherwise=lambda _name: False)
 
 
 def _matches_part(word: str) -> Callable[[str], bool]:
@@ -185,4 +201,4 @@ def _compiled(pattern: str, *, otherwise: Callable[[str], bool]) -> Callable[[st
     return lambda name: expression.match(name) is not None
 
 
-_MATCHES: Mapping[str, _Matcher] = {"compressed-tensors": _matches_exact}  # the other methods look for parts of names
+_MATCHES: Mapping[str, _Matcher] = {"compressed-tensors": matching}  # the other methods look for parts of names

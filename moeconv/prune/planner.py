@@ -14,7 +14,7 @@ from typing import Any
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
-from moeconv.families.packed import SHARED
+from moeconv.families.packed import SHARED, with_quantization
 from moeconv.families.served import check_served
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, PruneOptions, check_names, from_keywords, parameters_of
@@ -135,9 +135,7 @@ def _promise(model: Model, keep: Keep) -> dict[str, int]:
 
 
 def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
-    config = with_head(model)
-    if model.quantization:
-        config["quantization_config"] = renumbered(model, model.quantization, with_mtp(model, keep))
+    config = with_quantization(with_head(model), lambda stated: renumbered(model, stated, with_mtp(model, keep)))
     left = len(next(iter(keep.values())))
     said = dict.fromkeys(model.family.experts.count, left)
     if top_k is not None:

@@ -31,7 +31,7 @@ def plan_decode(model: Model) -> Plan:
         elif weight not in done:
             done.add(weight)
             items.append(_decoded(model, weight, role.key, dtype))
-    config, _ = without_code({k: v for k, v in with_head(model).items() if k != "quantization_config"})
+    config, _ = without_code(packed.with_quantization(with_head(model), lambda _: None))
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )

@@ -71,11 +71,12 @@ class Packing:
             with_head(self.model), self.model.family, dtype=TORCH_NAMES[self.dtype] if self.dtype else None
         )
         plain = TORCH_NAMES[self.dtype or self.model.dtype]
-        used = dict.fromkeys([*self.by_layer.values()] or [self.scheme])
+        by_layer = {**self.by_layer, **dict.fromkeys(self.model.mtp_layers, self.scheme)} if self.by_layer else {}
+        used = dict.fromkeys([*by_layer.values()] or [self.scheme])
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
         if len(used) > 1:
             assert merge is not None  # only where the format mixes
-            config["quantization_config"] = merge(configs, self.by_layer)
+            config["quantization_config"] = merge(configs, by_layer)
         else:
             config["quantization_config"] = configs[next(iter(used))]
         return config

@@ -12,6 +12,7 @@ from moeconv.contract import QuantizeBlock
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
+from moeconv.families.names import module_names
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
@@ -273,10 +274,7 @@ def _ignored(model: Model, quantized: set[str]) -> list[str]:
         role = model.roles.get(name)
         matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2
         if matrix and name not in quantized and name != model.family.name("embedding.tokens"):
-            module = name.removesuffix(".weight")
-            names.append(module)
-            # transformers looks a module up under its own name for it
-            names += [module.replace(old, new) for old, new in model.family.tensors.in_memory.items() if old in module]
+            names += module_names(name, model.family)  # transformers looks a module up under its own name for it
     if "lm_head" not in names:
         names.append("lm_head")
     return names

@@ -232,9 +232,9 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
     path = model.checkpoint.path
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights are decoded before they are loaded
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # the weights are decoded before they are loaded
             part.output_router_logits = part.output_hidden_states = part.output_attentions = False
         auto, images = auto_class(model.family), model.family.multimodal.beside
         classes: Stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if images else MODEL_FOR_CAUSAL_LM_MAPPING

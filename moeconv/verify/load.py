@@ -11,6 +11,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape, first_line
 from moeconv.families.find import find_family
 from moeconv.families.model import Model
+from moeconv.families.packed import quantization
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
@@ -28,9 +29,9 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
     packed is loaded with `moeconv.hf` registered. Raises InputError only when the directory is no checkpoint.
     """
     checkpoint = Checkpoint(path)
-    quantization = checkpoint.config.get("quantization_config")
+    stated = quantization(checkpoint.config)
     try:
-        if isinstance(quantization, dict) and "moeconv" in quantization:
+        if stated is not None and "moeconv" in stated:
             import moeconv.hf  # noqa: F401  (registers the quantizer)
         with transformers_silenced():
             module, info = auto_class(find_family(checkpoint.config)).from_pretrained(

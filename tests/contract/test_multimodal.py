@@ -187,6 +187,35 @@ def test_stacked_experts_are_packed_as_separate_ones(tmp_path, cli, flags):
     assert all(torch.equal(packed[0][name], packed[1][name]) for name in packed[0])
 
 
+def test_a_quantization_config_inside_text_config_is_read_and_written_there(tmp_path, cli):
+    """transformers looks at the top level first, then into the language model's config."""
+    source = save_stock(tmp_path / "plain", *WRAPPED_CASES["glm4v_moe"], dtype=torch.bfloat16)
+    add_tokenizer(source)
+    (tmp_path / "a.txt").write_text(text(300))
+    top = tmp_path / "top"
+    assert cli("quantize", source, top, "--bits", 4).code == 0
+    config = json.loads((top / "config.json").read_text())
+    config["text_config"]["quantization_config"] = config.pop("quantization_config")
+    inside = Path(shutil.copytree(top, tmp_path / "inside"))
+    (inside / "config.json").write_text(json.dumps(config))
+    said, found = (cli("inspect", path, "--json").json for path in (top, inside))
+    assert found["quantization"] == said["quantization"] and found["quantization"]["bits"] == 4
+    flags = ("--data", tmp_path / "a.txt", "--seq-len", 16, "--json")
+    measured = [cli("evaluate", path, *flags) for path in (top, inside)]
+    assert [m.code for m in measured] == [0, 0], measured[0].out
+    assert measured[0].json["loss"] == measured[1].json["loss"]
+    done = [cli("prune", path, f"{path}-out", "--keep", 6, "--criterion", "random", "--json") for path in (top, inside)]
+    assert [d.code for d in done] == [0, 0], done[1].out
+    outer, inner = (json.loads((tmp_path / f"{name}-out/config.json").read_text()) for name in ("top", "inside"))
+    assert "quantization_config" not in inner and "quantization_config" not in outer["text_config"]
+    assert inner["text_config"].pop("quantization_config") == outer.pop("quantization_config") and inner == outer
+    assert cli("verify", tmp_path / "inside-out", "--load", "--json").json["ok"]
+    redone = cli("quantize", inside, tmp_path / "again", "--bits", 8, "--requantize", "--json")
+    assert redone.code == 0, redone.out
+    again = json.loads((tmp_path / "again/config.json").read_text())
+    assert "quantization_config" in again and "quantization_config" not in again["text_config"]
+
+
 def test_a_language_model_alone_may_have_stacked_experts_too(tmp_path, cli):
     source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_5_moe"], dtype=torch.float32)
     expected, tensors = logits(load(source)), _tensors(source)

@@ -115,11 +115,13 @@ def test_a_kind_of_compressed_tensors_that_is_not_read_is_named(tmp_path: Path) 
             open_model(path)
 
 
-def test_a_quantization_that_stands_inside_the_text_config_is_said(tmp_path: Path) -> None:
-    path = tiny.make_moe(tmp_path / "model")
-    tiny.edit_json(path / "config.json", text_config={"quantization_config": GPTQ})
-    with pytest.raises(Unsupported, match="inside text_config"):
-        open_model(path)
+def test_a_quantization_that_stands_inside_another_config_is_said(tmp_path: Path) -> None:
+    """Inside text_config transformers reads it; elsewhere nobody does."""
+    for key, word in (("text_config", "quantized by GPTQ"), ("llm_config", "inside llm_config")):
+        other = tiny.make_moe(tmp_path / key)
+        tiny.edit_json(other / "config.json", **{key: {"quantization_config": GPTQ}})
+        with pytest.raises(Unsupported, match=word):
+            open_model(other)
 
 
 def test_an_index_and_a_single_file_are_refused_together(tmp_path: Path, cli) -> None:

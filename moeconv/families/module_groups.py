@@ -1,0 +1,79 @@
+"""Which config group of compressed-tensors a module belongs to, by the groups' `targets` and by `ignore`.
+
+The rules are those of its apply_quantization_config, match_targets and is_match (utils/match.py, version 0.20): a name
+in full comes before `re:` patterns, these before names of classes; among patterns the first one in alphabetical order
+counts; where several groups have the same target, the last of them; and `ignore` beats all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from moeconv.errors import InputError, Unsupported, escape
+
+PATTERN = "re:"
+_LINEAR = ("Linear", "Module")  # of the class of a matrix, and of the classes that it inherits from
+_EMBEDDING = ("Embedding", "Module")
+_CORRECT = "Correct config.json, or download it again."
+
+
+@lru_cache(maxsize=4096)
+def matching(entry: str) -> Callable[[str], bool]:
+    """Whether a module's name is the one of an entry of `targets` or `ignore`: in full, or by the expression behind
+    `re:` for its beginning. An expression that Python cannot read matches nothing."""
+    if not entry.startswith(PATTERN):
+        return lambda name: name == entry
+    try:
+        expression = re.compile(entry.removeprefix(PATTERN))
+    except re.error:
+        return lambda _name: False
+    return lambda name: expression.match(name) is not None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`targets` {target: key of its group}, in the order in which they are asked, and `ignore`."""
+
+    targets: Mapping[str, str]
+    ignore: tuple[str, ...]
+
+    def group_of(self, module: str, *, embedding: bool = False) -> str | None:
+        """The key of the group that a module belongs to; None for one that stays plain."""
+        classes = _EMBEDDING if embedding else _LINEAR
+        if any(entry in classes or matching(entry)(module) for entry in self.ignore):
+            return None
+        named = (target for target in self.targets if matching(target)(module))
+        of_class = (target for target in self.targets if target in classes)
+        found = next(named, None) or next(of_class, None)
+        return None if found is None else self.targets[found]
+
+
+def groups_of(quantization: Mapping[str, Any]) -> Groups:
+    """The groups of a quantization_config of compressed-tensors. Raises InputError for lists that are none, Unsupported
+    for an expression that Python cannot read."""
+    targets: dict[str, str] = {}
+    for key, group in (quantization.get("config_groups") or {}).items():
+        targets |= dict.fromkeys(_words(group.get("targets"), f"config_groups.{key}.targets"), key)
+    ignore = _words(quantization.get("ignore"), "ignore")
+    return Groups({t: targets[t] for t in sorted(targets, key=lambda t: (PATTERN in t, t))}, tuple(ignore))
+
+
+def _words(value: Any, key: str) -> Iterable[str]:
+    words = [] if value is None else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise InputError(
+            f"config.json: quantization_config.{key} must be a list of names, found {escape(value)[:80]}", hint=_CORRECT
+        )
+    for word in words:
+        try:
+            re.compile(word.removeprefix(PATTERN) if word.startswith(PATTERN) else "")
+        except re.error as error:
+            raise Unsupported(
+                f"config.json: quantization_config.{key} has an expression that cannot be read: {escape(word)[:80]}",
+                hint=_CORRECT,
+            ) from error
+    return words

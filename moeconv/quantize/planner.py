@@ -269,7 +269,7 @@ def _check_weights(model: Model, weights: list[TensorRef]) -> None:
 
 def _ignored(model: Model, quantized: set[str]) -> list[str]:
     """Modules whose weight is a matrix that stays as it is: what loaders must not look for packed."""
-    names = []
+    names: list[str] = []
     for name, ref in model.checkpoint.tensors.items():
         role = model.roles.get(name)
         matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2

@@ -1,4 +1,4 @@
-"""What no recipe may do: let an output touch what a step reads, or another output, or replace what is not ours."""
+"""Checks before a recipe runs: no output may touch what a step reads or another output, or replace foreign files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ _SOURCE = "the source"
 
 
 def read_by(step: Step) -> list[tuple[str, str]]:
-    """(the word that names it, the path) of everything that a step reads, its source first."""
+    """(name, path) of everything that a step reads, its source first. The name is used in error messages."""
     return [(_SOURCE, step.source), *reads_of(step.parameters, *GROUPS[step.command])]
 
 
 def guard_recipe(recipe: Recipe) -> None:
     """Refuse a recipe before any of its steps runs. Raises OutputError."""
     outputs = [step.to for step in recipe.steps if step.to is not None]
-    given, written = [("the recipe", recipe.path)], set[str]()
-    for step in recipe.steps:  # what an earlier one wrote is to be read, and nested in nothing
-        given += [(word, path) for word, path in read_by(step) if not _made(word, path, written)]
-        written |= {os.path.abspath(step.to)} if step.to is not None else set()
-    measured = [] if recipe.evaluate is None else reads_of(recipe.evaluate, *GROUPS["evaluate"])
-    given += [(word, path) for word, path in measured if not _made(word, path, written)]
+    given = _inputs(recipe)
     for at, out in enumerate(outputs):
         guard(out, [*given, *(("the output", other) for other in outputs[:at] + outputs[at + 1 :])])
     if recipe.report is not None:
@@ -40,9 +35,20 @@ def guard_recipe(recipe: Recipe) -> None:
             check_swap(Path(step.to))
 
 
-def _made(word: str, path: str, written: set[str]) -> bool:
-    """Whether what is read under this word is what an earlier step writes. A teacher or a reference that stands there
-    already, and is not an output of moeconv, is meant as it is."""
+def _inputs(recipe: Recipe) -> list[tuple[str, str]]:
+    """(name, path) of everything that the recipe reads and that none of its earlier steps writes."""
+    inputs, written = [("the recipe", recipe.path)], set[str]()
+    for step in recipe.steps:
+        inputs += [(name, path) for name, path in read_by(step) if not _is_output(name, path, written)]
+        if step.to is not None:
+            written.add(os.path.abspath(step.to))
+    measured = [] if recipe.evaluate is None else reads_of(recipe.evaluate, *GROUPS["evaluate"])
+    return inputs + [(name, path) for name, path in measured if not _is_output(name, path, written)]
+
+
+def _is_output(name: str, path: str, written: set[str]) -> bool:
+    """Whether the path that is read under this name is one that an earlier step writes. A teacher or a reference that
+    exists already, and that moeconv did not write, is an input even if a step names its path as output."""
     if os.path.abspath(path) not in written:
         return False
-    return word == _SOURCE or not os.path.isdir(path) or os.path.isfile(os.path.join(path, MANIFEST_NAME))
+    return name == _SOURCE or not os.path.isdir(path) or os.path.isfile(os.path.join(path, MANIFEST_NAME))

@@ -1,24 +1,94 @@
-"""The plan of one step of a recipe, without measuring anything."""
+"""The dry run of a recipe: every step is planned on the plan of the step before it, from headers alone."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
+from moeconv.contract import Counts, Ran, StepRow
 from moeconv.families.model import Model
+from moeconv.plan.execute import companions_of, default_jobs
+from moeconv.plan.memory import memory_bytes
 from moeconv.plan.plan import Plan
+from moeconv.plan.planned import planned_model
 from moeconv.prune.choice import resolve_criterion
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.decision import decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.planner import prune_plan
 from moeconv.quantize.step import plan_packing
-from moeconv.recipe.read import Asked
+from moeconv.recipe.fused import fuses
+from moeconv.recipe.guard import guard_recipe
+from moeconv.recipe.read import Asked, Recipe, Step
+from moeconv.recipe.rows import WRITERS, row_of_model, row_of_sizes, summary
 from moeconv.requests import PruneRequest, QuantizeRequest, UpcycleRequest
+from moeconv.runner.run import open_resolved
 from moeconv.upcycle.planner import upcycle_plan
 
 
+def plan_all(recipe: Recipe) -> Ran:
+    """The sizes of every step to the byte, without running any. Raises what a run would raise before it writes."""
+    guard_recipe(recipe)
+    models: dict[str, Model] = {}  # path -> the model that a step will write there
+    first = open_resolved(recipe.steps[0].source)
+    rows: list[StepRow] = [row_of_model("source", first, seconds=0.0)]
+    warnings: list[str] = []
+    unwritten = 0  # bytes of pruned models that are quantized in the same pass
+    for at, step in enumerate(recipe.steps):
+        source = models.get(step.source) or open_resolved(step.source)
+        if step.command not in WRITERS:
+            rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
+            continue
+        plan = plan_of(source, step.asked)
+        row = _planned_row(step, plan, source, models)
+        if fuses(recipe, at):
+            unwritten += row.get("bytes") or 0
+        rows.append(row)
+        warnings += [f"{step.name}: {text}" for text in _warnings(plan, source, on_disk=step.source not in models)]
+    result = summary(recipe, rows, warnings, dry_run=True)
+    result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:]) - unwritten
+    result["disk_free_bytes"] = shutil.disk_usage(_existing(Path(os.path.abspath(result["output"])))).free
+    return result
+
+
+def _planned_row(step: Step, plan: Plan | None, source: Model, models: dict[str, Model]) -> StepRow:
+    """The row of a step that will write a checkpoint, whose model is added to `models`. Without a plan (tune) all sizes
+    stay those of the source."""
+    assert step.to is not None
+    if plan is not None and plan.gguf:
+        counts: Counts = {"total": plan.params_total, "active": plan.params_active}
+        row = row_of_sizes(step.name, counts, plan.nbytes, seconds=0.0)
+    else:
+        companions, name = source.checkpoint.path, Path(step.to).name
+        models[step.to] = source if plan is None else planned_model(plan, companions=companions, name=name)
+        row = row_of_model(step.name, models[step.to], seconds=0.0)
+    row["output"] = step.to
+    row["plan_id"] = None if plan is None else plan.plan_id
+    row["largest_item_bytes"] = None if plan is None else plan.largest_item
+    jobs = step.parameters.get("jobs") or default_jobs()
+    row["memory_bytes"] = None if plan is None else memory_bytes(plan, jobs=jobs)
+    return row
+
+
+def _warnings(plan: Plan | None, source: Model, *, on_disk: bool) -> list[str]:
+    """The warnings of a plan, and of the files beside the shards of a source that is `on_disk` already."""
+    if plan is None:
+        return []
+    return [*plan.warnings, *(companions_of(plan, source.checkpoint).warnings if on_disk else ())]
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the closest directory above it that exists."""
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
 def plan_of(model: Model, asked: Asked) -> Plan | None:
-    """The plan of a request on a model that may be planned itself; None for tune, which keeps every size."""
+    """The plan of a request on a model, which may itself only be planned. None for tune, which keeps every size.
+
+    Nothing is measured: a prune removes as many experts as it will, but not necessarily the same ones.
+    """
     if isinstance(asked, UpcycleRequest):
         return upcycle_plan(model, asked.upcycle, asked.plan)
     if isinstance(asked, PruneRequest):

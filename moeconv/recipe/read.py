@@ -1,8 +1,8 @@
-"""YAML -> typed steps, strictly: an unknown key or a value of the wrong kind is an error with its line.
+"""Recipes: YAML -> typed steps. An unknown key or a value of the wrong kind is an error that names its line.
 
     name: dense-to-int4
     vars: {model: demo, work: build}
-    evaluate: {data: [heldout.txt], reference: "${model}"}    # optional: measured after every step that writes
+    evaluate: {data: [heldout.txt], reference: "${model}"}    # optional: run after every step that writes
     report: ${work}/report.html                               # optional: a page about the last model and all steps
     steps:
       - step: upcycle
@@ -10,8 +10,8 @@
         to: ${work}/moe
         with: {experts: 8, top_k: 2, method: drop}
 
-`with` takes the words of the command's flags; `grid: {top_k: [1, 2], method: [copy, drop]}` beside it makes a step of
-every combination, whose output is named `to` and the values. ${NAME} is a variable of the recipe, of --set, or of the
+The keys in `with` are the command's flags. `grid: {top_k: [1, 2], method: [copy, drop]}` beside it makes one step per
+combination, whose output is named after `to` and the values. ${NAME} is a variable of the recipe, of --set, or of the
 environment; ${demo} is the folder of the data that ships with moeconv. Relative paths are relative to the recipe.
 """
 
@@ -23,7 +23,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -42,11 +41,12 @@ from moeconv.requests import (
     paths_of,
     request,
 )
+from moeconv.types import Config, JsonObject
 
 Asked = UpcycleRequest | TuneRequest | PruneRequest | QuantizeRequest | CalibrateRequest | EvaluateRequest
 DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
-# step -> what it asks for
+# step -> the class of its request
 REQUESTS: dict[str, type[Asked]] = {
     "upcycle": UpcycleRequest,
     "tune": TuneRequest,
@@ -55,7 +55,7 @@ REQUESTS: dict[str, type[Asked]] = {
     "calibrate": CalibrateRequest,
     "evaluate": EvaluateRequest,
 }
-# of the command line alone
+# option groups that only the command line has
 _OUTSIDE = (o.ArtifactOptions, o.SeedOptions, o.SampleOptions, o.MergeOptions, o.DryOptions)
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
@@ -63,40 +63,44 @@ GROUPS: dict[str, tuple[type, ...]] = {
 }
 
 
+_KeyPath = tuple[str | int, ...]  # keys and indices from the top of the file down to a value
+_Lines = dict[_KeyPath, int]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StepSpec(_Strict):
-    """One step as it stands in the file."""
+    """One step as it is written in the file."""
 
     step: str
     source: str = Field(alias="from")
     to: str | None = None
     name: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict, alias="with")
+    parameters: JsonObject = Field(default_factory=dict, alias="with")
     grid: dict[str, list[str | int | float | bool]] = Field(default_factory=dict)
 
 
 class RecipeSpec(_Strict):
-    """A recipe as it stands in the file."""
+    """A recipe as it is written in the file."""
 
     name: str = "recipe"
     vars: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    evaluate: dict[str, Any] | None = None
+    evaluate: JsonObject | None = None
     report: str | None = None
     steps: list[StepSpec] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, variables filled in, paths absolute, parameters of the right kinds."""
+    """One step with its variables filled in, absolute paths, and parameters of the right types."""
 
     command: str
     name: str
     source: str
     to: str | None
-    parameters: Mapping[str, Any]
+    parameters: Config
 
     @property
     def asked(self) -> Asked:
@@ -104,23 +108,23 @@ class Step:
         return asked(self.command, self.parameters, self.source, self.to)
 
 
-def asked(command: str, parameters: Mapping[str, Any], *paths: str | None) -> Asked:
-    """The request of a step with these parameters, of the paths that it reads and writes."""
+def asked(command: str, parameters: Config, *paths: str | None) -> Asked:
+    """The request of a step. `paths` are the one that it reads and the one that it writes."""
     kind = REQUESTS[command]
     return request(kind, dict(parameters) | dict(zip(paths_of(kind), paths)))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `moeconv run` runs; `path` is the file that it stands in.
+    """What `moeconv run` runs. `path` is the file of the recipe.
 
-    `evaluate` are parameters of an evaluation after every step that writes a model, `report` the HTML file to write at
-    the end.
+    `evaluate` has the parameters of an evaluation after every step that writes a model. `report` is the HTML file to
+    write at the end.
     """
 
     name: str
     steps: tuple[Step, ...]
-    evaluate: Mapping[str, Any] | None
+    evaluate: Config | None
     report: str | None
     path: str
 
@@ -137,9 +141,9 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
-        lines: dict[tuple[Any, ...], int] = {}
-        _note_lines(node, (), lines)  # an alias inside its own anchor never ends
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that the calendar lacks
+        lines: _Lines = {}
+        _note_lines(node, (), lines)  # RecursionError: an alias inside its own anchor
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
@@ -158,8 +162,8 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
     )
 
 
-def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
-    """Remember at which line each key and item stands."""
+def _note_lines(node: yaml.Node | None, path: _KeyPath, lines: _Lines) -> None:
+    """Record the line of each key and item."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             at = (*path, key.value)
@@ -176,7 +180,7 @@ def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], i
 
 @dataclass(frozen=True)
 class _Variables:
-    """Values by name. In a path, a value given with --set is relative to where the command runs, not to the recipe."""
+    """Values by name. In a path, a value of --set is relative to the working directory, and not to the recipe."""
 
     values: Mapping[str, str]
     given: frozenset[str]
@@ -196,10 +200,10 @@ def _variables(checker: _Checker, spec: RecipeSpec, settings: Sequence[str]) -> 
         if not equals or key not in spec.vars:
             known = spec.vars or ["(the recipe has no vars)"]
             raise UsageError(
-                f"--set {escape(setting)}: not KEY=VALUE of a variable of the recipe", hint=did_you_mean(key, known)
+                f"--set {escape(setting)}: not KEY=VALUE with a variable of the recipe", hint=did_you_mean(key, known)
             )
         given[key] = value
-    for key, default in spec.vars.items():  # a variable may use those above it
+    for key, default in spec.vars.items():  # a variable may use the variables above it
         text = checker.fill(str(default), ("vars", key), _Variables(values, frozenset()), in_path=False)
         values[key] = given.get(key, text)
     return _Variables(values, frozenset(given))
@@ -207,16 +211,16 @@ def _variables(checker: _Checker, spec: RecipeSpec, settings: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class _Checker:
-    """Turns what YAML gave into typed steps; every complaint names the file and the line."""
+    """Turns the values of a YAML file into typed steps; every error names the file and the line."""
 
     file: Path
-    lines: Mapping[tuple[Any, ...], int]
+    lines: Mapping[_KeyPath, int]
 
-    def fail(self, path: tuple[Any, ...], message: str, hint: str = "") -> UsageError:
+    def fail(self, path: _KeyPath, message: str, hint: str = "") -> UsageError:
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
         return UsageError(f"{escape(self.file.name)}:{line}: {message}", hint=hint)
 
-    def parse(self, value: Any) -> RecipeSpec:
+    def parse(self, value: object) -> RecipeSpec:
         if not isinstance(value, dict):
             raise UsageError(f"{escape(self.file.name)} is not a recipe", hint="It needs a list of `steps`.")
         try:
@@ -235,32 +239,32 @@ class _Checker:
             raise self.fail(path, f"{escape(where)}: {escape(first['msg'])}") from None
 
     def order(self, steps: Sequence[tuple[int, Step]]) -> None:
-        """Complain of two steps that write the same, and of one that reads what is written only later."""
+        """Raises UsageError for two steps that write one path, and for a step that reads what a later one writes."""
         writers: set[str] = set()
         for at, (index, step) in enumerate(steps):
             if step.to is not None and os.path.normpath(step.to) in writers:
                 raise self.fail(
                     ("steps", index, "to"), f"two steps write {escape(os.path.basename(step.to))}",
-                    "Give each a path of its own.",
+                    "Give each step a path of its own.",
                 )  # fmt: skip
             later = {os.path.normpath(s.to) for _, s in steps[at:] if s.to is not None}
             if os.path.normpath(step.source) in later:
                 raise self.fail(
                     ("steps", index, "from"),
                     f"{escape(os.path.basename(step.source))} is written by this step or a later one",
-                    "A step reads what was there before it, or what an earlier step wrote.",
+                    "A step can read what existed before the run, or what an earlier step wrote.",
                 )
             if step.to is not None:
                 writers.add(os.path.normpath(step.to))
 
     def steps(self, index: int, spec: StepSpec, variables: _Variables) -> list[Step]:
-        """The step, or one for every combination of its grid's values, which `to` and the name then end with."""
+        """The step, or one per combination of the values in its grid; `to` and the name then end with these values."""
         if not spec.grid:
             return [self.step(index, spec, variables)]
         path = ("steps", index, "grid")
         for key, values in spec.grid.items():
             if key in spec.parameters:
-                raise self.fail((*path, key), f"{escape(key)} stands in `with` and in `grid`", "Leave one out.")
+                raise self.fail((*path, key), f"{escape(key)} is both in `with` and in `grid`", "Remove one.")
             if not values or len(set(map(str, values))) < len(values):
                 raise self.fail((*path, key), f"grid: {escape(key)} needs a list of different values")
             if not all(re.fullmatch(r"[\w.:+-]+", str(value)) for value in values):
@@ -291,18 +295,17 @@ class _Checker:
         name = spec.name or _label(spec.step, parameters)
         return Step(spec.step, name, source, to, parameters)
 
-    def typed(
-        self, command: str, values: Mapping[str, Any], path: tuple[Any, ...], variables: _Variables
-    ) -> dict[str, Any]:
-        """`with` values by the fields of the command's option groups: known, of the right kind, paths resolved."""
+    def typed(self, command: str, values: Config, path: _KeyPath, variables: _Variables) -> JsonObject:
+        """The values of `with`, checked against the fields of the command's option groups, with absolute paths. Raises
+        UsageError for an unknown key or a value of the wrong type."""
         groups = GROUPS[command]
         fields = {name: group for group in groups for name in group.__dataclass_fields__}  # type: ignore[attr-defined]
-        typed: dict[str, Any] = {}
+        typed: JsonObject = {}
         for key, value in values.items():
             at = (*path, key)
             if key not in fields:
                 raise self.fail(at, f"{command} has no parameter {escape(key)!r}", did_you_mean(key, fields))
-            filled: Any = value
+            filled: object = value
             field = fields[key].__dataclass_fields__[key]  # type: ignore[attr-defined]
             in_path = bool(field.metadata["reads"])
             if in_path and isinstance(field.default, tuple):
@@ -311,7 +314,7 @@ class _Checker:
             elif isinstance(value, str):
                 filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
             try:
-                checked: Any = TypeAdapter(fields[key]).validate_python({key: filled})
+                checked: object = TypeAdapter(fields[key]).validate_python({key: filled})
                 o.from_keywords(fields[key], {key: getattr(checked, key)})
             except ValidationError as error:
                 raise self.fail(at, f"{escape(key)}: {escape(error.errors()[0]['msg'])}") from None
@@ -320,15 +323,16 @@ class _Checker:
             typed[key] = getattr(checked, key)
         return typed
 
-    def scalar(self, text: str, path: tuple[Any, ...], variables: _Variables) -> Any:
-        """A value with its variables filled in; what stood as one ${variable} is read as YAML reads it."""
+    def scalar(self, text: str, path: _KeyPath, variables: _Variables) -> object:
+        """A value with its variables filled in. A value that is a single ${variable} is parsed as YAML, so that 4 is a
+        number."""
         filled = self.fill(text, path, variables, in_path=False)
         try:
             return yaml.safe_load(filled) if _VARIABLE.fullmatch(text) else filled
         except (yaml.YAMLError, ValueError):
             raise self.fail(path, f"{escape(text)} is {escape(filled)!r}, which is not YAML", "Quote it.") from None
 
-    def fill(self, text: str, path: tuple[Any, ...], variables: _Variables, *, in_path: bool) -> str:
+    def fill(self, text: str, path: _KeyPath, variables: _Variables, *, in_path: bool) -> str:
         def value(match: re.Match[str]) -> str:
             found = variables.get(match[1], in_path=in_path)
             if found is None:
@@ -338,14 +342,14 @@ class _Checker:
 
         return _VARIABLE.sub(value, text)
 
-    def path(self, text: str, path: tuple[Any, ...], variables: _Variables) -> str:
-        """A path relative to the recipe's folder; hub names and absolute paths stay."""
+    def path(self, text: str, path: _KeyPath, variables: _Variables) -> str:
+        """A path, made relative to the recipe's folder; absolute paths and names on the hub stay as they are."""
         filled = self.fill(text, path, variables, in_path=True)
         if not filled.strip():
             raise self.fail(path, f"{escape(path[-1])} is empty", "Name a path.")
         return filled if filled.startswith("hf://") or filled == "-" else str(self.file.parent / filled)
 
 
-def _label(command: str, parameters: Mapping[str, Any]) -> str:
+def _label(command: str, parameters: Config) -> str:
     words = [str(parameters[k]) for k in ("method", "objective", "criterion", "scheme") if parameters.get(k)]
     return " ".join([command, *words])

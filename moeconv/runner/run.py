@@ -1,4 +1,4 @@
-"""What every step that writes shares: opening MODEL, running a plan, and the common JSON fields."""
+"""What all steps share that write a checkpoint: opening MODEL, running a plan, and the common JSON fields."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from moeconv import __version__
 from moeconv.checkpoint.card import CARD_NAME
@@ -27,11 +26,12 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
 from moeconv.report.card import model_card
 from moeconv.stream.need import Need, Workload, WorkloadFields
+from moeconv.types import Config, JsonObject
 from moeconv.units import human_bytes
 
 
 def open_resolved(model: str) -> Model:
-    """`open_model` on a resolved MODEL."""
+    """`open_model` on MODEL, which may be a name on the hub (hf://OWNER/NAME)."""
     return open_model(resolve(model))
 
 
@@ -43,14 +43,17 @@ def run_plan(
     *,
     meter: Meter,
     origins: Mapping[str, ByteSource] | None = None,
-    check: Callable[[Path], Mapping[str, Any]] | None = None,
-    figures: Mapping[str, Any] | None = None,
+    check: Callable[[Path], Config] | None = None,
+    figures: Config | None = None,
     measured: Measured | None = None,
-) -> dict[str, Any]:
-    """Execute a plan as `write` says (or stop after it with dry_run): the step's JSON.
+) -> JsonObject:
+    """Execute a plan with the options `write`, or with dry_run only describe it. Returns the JSON of the step.
 
-    `figures` were measured before the plan was made, and stand in the model card. `measured` has the hold on
-    OUT's staging directory.
+    `origins` are the sources of bytes beside `model`, by the names that the plan uses. `check` is called with the
+    staged directory before it becomes OUT, and returns what it measured. `figures` were measured before the plan was
+    made; the model card shows both. `measured` holds the lock of OUT's staging directory, if it was taken already.
+
+    Raises OutputError where OUT cannot be written, CheckError where `check` fails, InputError for a damaged source.
     """
     result = planned_json(plan, out, dry_run=write.dry_run)
     part = parse_part(write.part)
@@ -60,7 +63,7 @@ def run_plan(
         result["warnings"] += companions_of(plan, model.checkpoint).warnings
         return result
 
-    def describe(steps: list[dict[str, Any]], found: Mapping[str, Any]) -> dict[str, bytes]:
+    def describe(steps: list[JsonObject], found: Config) -> dict[str, bytes]:
         return {CARD_NAME: model_card(plan, model.checkpoint, steps, {**(figures or {}), **found})}
 
     done = execute(
@@ -86,14 +89,14 @@ def run_plan(
 
 
 def check_out(out: str, model: Model, write: WriteOptions) -> None:
-    """Refuse, before any work, an OUT directory that cannot be written as `write` says."""
+    """Check, before any work, that OUT can be written with the options `write`. Raises OutputError."""
     reads = [("the source", model.checkpoint.path)]
     check_target(Path(os.path.abspath(out)), reads=reads, overwrite=write.overwrite)
 
 
-def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> dict[str, Any]:
-    """For a dry run: what running the model on data will take, and a warning where it is not free.
-    {memory: {peak_bytes, least_bytes, free_bytes, tokens}, warnings}."""
+def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> JsonObject:
+    """For a dry run: the memory that running the model on data will take, and a warning if that is more than is free.
+    Returns the keys `memory` (peak_bytes, least_bytes, free_bytes, tokens) and `warnings`."""
     free = free_memory()
     memory = {"peak_bytes": need.peak(held=True, in_file=False), "least_bytes": need.least, "free_bytes": free}
     limit = free if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
@@ -102,13 +105,13 @@ def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> dict[s
 
 
 def run_on_data(model: Model, measure: MeasureOptions, asks: WorkloadFields) -> Workload:
-    """What a step that measures runs, where the data fills the tokens that are asked for; `asks` are its fields."""
+    """What a step that measures will run if the data has as many tokens as it takes; `asks` has further fields."""
     length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     return Workload(measure.tokens or TOKENS, length, measure.batch_size, **asks)
 
 
-def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
-    """The fields that a plan alone decides."""
+def planned_json(plan: Plan, out: str, *, dry_run: bool) -> JsonObject:
+    """The fields of the JSON that the plan alone decides."""
     return {
         "command": plan.command,
         "output": out,
@@ -128,9 +131,10 @@ def planned_json(plan: Plan, out: str, *, dry_run: bool) -> dict[str, Any]:
 
 
 def measuring(command: str, model: Model, out: str, write: WriteOptions, *options: object, meter: Meter) -> Measured:
-    """Where the command keeps what it measures before it can plan, for its other parts and for another run of it.
+    """The place where a command keeps what it measures before it can plan, for its other parts and for later runs.
 
-    `options` are the groups that decide what is measured; files that they name count by their content.
+    `options` are the option groups that decide what is measured. Of the files that they name, the content counts and
+    not the path.
     """
     from moeconv.data.digest import content_of
 
@@ -138,7 +142,7 @@ def measuring(command: str, model: Model, out: str, write: WriteOptions, *option
     checked_jobs(write.jobs)
 
     def key() -> str:
-        asked = dict[str, Any](parameters_of(*options))
+        asked = JsonObject(parameters_of(*options))
         asked |= {"data": [content_of(value) for value in asked.get("data", ())]}
         if asked.get("stats"):
             asked["stats"] = content_of(asked["stats"], flag="--stats")
@@ -153,7 +157,7 @@ def measuring(command: str, model: Model, out: str, write: WriteOptions, *option
 
 @contextmanager
 def scratch() -> Iterator[str]:
-    """A temporary directory for what is measured on the way; TMPDIR says where."""
+    """A temporary directory for intermediate measurements, under TMPDIR. Raises OutputError if it cannot be made."""
     with output_errors(tempfile.gettempdir()):
         folder = tempfile.TemporaryDirectory(prefix="moeconv-", ignore_cleanup_errors=True)
     with folder as path:

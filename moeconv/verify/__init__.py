@@ -1,4 +1,4 @@
-"""Is a checkpoint whole, of its family, and does it run?"""
+"""`moeconv verify`: checks that a checkpoint is complete, that it fits its family, and on request that it runs."""
 
 from moeconv.callable_package import make_callable
 

@@ -1,11 +1,12 @@
-"""Does a checkpoint run as its users run it: in the dtype it is written in, with transformers' default kernels?
+"""Runs a checkpoint as its users do: in the dtype of its weights, with the default kernels of transformers.
 
-Comparisons run in float64 with plain loops over the experts, which take shapes that the default kernels refuse.
+The comparison with the source runs in float64 with a plain loop over the experts. That loop accepts shapes which the
+default kernels refuse, so it does not show whether the model runs for its users.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,12 +18,15 @@ from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.silence import transformers_silenced
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOKENS = 16
 
 
 def streamed_problem(model: Model) -> str | None:
-    """What stops the model, a layer at a time in its own dtype with the default implementation; None when nothing
-    does, and all logits are finite."""
+    """What keeps the model from running, in one sentence; None if it runs and all logits are finite. The model runs one
+    layer at a time, in its own dtype and with the default implementation."""
     ids = torch.tensor([_ids(model)])
     try:
         stream = LayerStream(model, ids, dtype=TORCH_DTYPES[model.dtype], experts=model.family.experts.implementation)
@@ -32,12 +36,12 @@ def streamed_problem(model: Model) -> str | None:
                     return f"layer {layer.index} gives NaN or infinite values in {model.dtype}"
         finite = all(bool(torch.isfinite(part).all()) for _, part in stream.logits())
         return None if finite else f"the logits are NaN or infinite in {model.dtype}"
-    except Exception as error:  # whatever a kernel raises is the answer to the question
-        return _said(model, error)
+    except Exception as error:  # whatever a kernel raises is the finding
+        return _problem(model, error)
 
 
-def loaded_problem(checkpoint: Checkpoint, module: Any) -> str | None:
-    """The same of the whole model, as from_pretrained gave it."""
+def loaded_problem(checkpoint: Checkpoint, module: PreTrainedModel) -> str | None:
+    """What keeps the model that from_pretrained returned from running; None if it runs and all logits are finite."""
     try:
         model = open_model(checkpoint)
     except InputError as error:
@@ -47,18 +51,18 @@ def loaded_problem(checkpoint: Checkpoint, module: Any) -> str | None:
             logits = module.eval()(torch.tensor([_ids(model)]), use_cache=False).logits
         return None if bool(torch.isfinite(logits).all()) else "the logits are NaN or infinite"
     except Exception as error:
-        return _said(model, error)
+        return _problem(model, error)
 
 
 def _ids(model: Model) -> list[int]:
-    """Token ids that stand for text: the first of the vocabulary that config.json gives no other meaning."""
+    """Token ids that stand for text: the first ones of the vocabulary to which config.json gives no special meaning."""
     parts = (model.checkpoint.config, model.config)
     taken = [value for part in parts for key, value in part.items() if "token" in key]
     return [i for i in range(int(model.value("vocab_size"))) if i not in taken][:TOKENS]
 
 
-def _said(model: Model, error: Exception) -> str:
-    """The error's first line; in place of a kernel's complaint about strides the sizes that make it."""
+def _problem(model: Model, error: Exception) -> str:
+    """The first line of the error. Kernels complain about strides; the sizes that cause this are named instead."""
     text = error.message if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
     if model.num_experts and "strid" in text:
         width = model.value(model.family.experts.width)

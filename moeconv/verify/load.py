@@ -1,11 +1,11 @@
-"""Does transformers load a checkpoint strictly: no parameter left random, no tensor unused, no shape wrong?"""
+"""Checks that transformers loads a checkpoint strictly: no parameter left random, no unused tensor, no wrong shape."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape, first_line
@@ -18,15 +18,24 @@ from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
 from moeconv.tensors import decode_weight, plain_names
 from moeconv.verify.default_run import loaded_problem
 
-_SHOWN = 5  # names of each kind of problem
+_SHOWN = 5  # names per kind of problem
 
 
-def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load the model with its Auto class, weights and all, run it on a few tokens with transformers' defaults, and
-    report what transformers says of it.
+class StrictLoad(TypedDict):
+    """How loading went: `problems` are sentences, the other lists names of tensors."""
 
-    {ok, problems [sentences], missing [names], unexpected [names], mismatched [names]}. A checkpoint that moeconv
-    packed is loaded with `moeconv.hf` registered. Raises InputError only when the directory is no checkpoint.
+    ok: bool
+    problems: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+
+def load_strict(path: str | os.PathLike[str]) -> StrictLoad:
+    """Load the whole model with its Auto class, and run it on a few tokens with the defaults of transformers.
+
+    A checkpoint that moeconv packed is loaded with `moeconv.hf` registered. Raises InputError only if the directory is
+    not a checkpoint; whatever transformers raises is a problem in the result.
     """
     checkpoint = Checkpoint(path)
     stated = quantization(checkpoint.config)
@@ -42,35 +51,39 @@ def load_strict(path: str | os.PathLike[str]) -> dict[str, Any]:
                 trust_remote_code=False,
             )
     except Exception as error:
-        # Whatever loading raises is the answer to the question.
         text = first_line(error)
         return {"ok": False, "problems": [text], "missing": [], "unexpected": [], "mismatched": []}
-    names = {
-        "missing": sorted(map(str, info["missing_keys"])),
-        "unexpected": sorted(map(str, info["unexpected_keys"])),
-        "mismatched": sorted(str(entry[0]) for entry in info["mismatched_keys"]),
-    }
-    problems = [f"{kind}: {_some(found)}" for kind, found in names.items() if found]
+    missing = sorted(map(str, info["missing_keys"]))
+    unexpected = sorted(map(str, info["unexpected_keys"]))
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    problems = _listed(missing, unexpected, mismatched)
     problems += [escape(message) for message in info["error_msgs"][:_SHOWN]]
     if not problems and (problem := loaded_problem(checkpoint, module)):
-        problems = [f"loads, and does not run: {problem}"]
-    return {"ok": not problems, "problems": problems, **names}
+        problems = [f"loads, but does not run: {problem}"]
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "missing": missing,
+        "unexpected": unexpected,
+        "mismatched": mismatched,
+    }
 
 
 def strict_problems(model: Model) -> list[str]:
-    """What keeps transformers from loading the model strictly, found on the meta device from names and shapes alone."""
+    """What keeps transformers from loading the model strictly, found from names and shapes on the meta device."""
     skeleton = Skeleton(model, dtype=TORCH_DTYPES[model.dtype], device="meta")
     loaded = skeleton.load({name: _shaped(model, name) for name, _ in plain_names(model, beside=True)})
-    problems = {
-        "missing": _untied(skeleton, loaded),
-        "unexpected": list(loaded.unexpected),
-        "mismatched": list(loaded.mismatched),
-    }
-    return [f"{kind}: {_some(found)}" for kind, found in problems.items() if found]
+    return _listed(_untied(skeleton, loaded), list(loaded.unexpected), list(loaded.mismatched))
+
+
+def _listed(missing: list[str], unexpected: list[str], mismatched: list[str]) -> list[str]:
+    """One sentence per kind of problem, with the first names."""
+    kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
+    return [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
 
 
 def _shaped(model: Model, name: str) -> torch.Tensor:
-    """A tensor of the disk without its bytes; a packed one is decoded for its shape."""
+    """A tensor on disk as a tensor on the meta device; a packed one is decoded to learn its shape."""
     ref = model.checkpoint.tensors.get(name)
     if ref is None or model.roles[name].part:
         return decode_weight(model, name).to("meta")
@@ -78,7 +91,7 @@ def _shaped(model: Model, name: str) -> torch.Tensor:
 
 
 def _untied(skeleton: Skeleton, loaded: Loaded) -> list[str]:
-    """Missing parameters that tying does not fill."""
+    """Missing parameters that tied weights do not fill."""
     missing = set(loaded.missing)
     for target, source in skeleton.module.all_tied_weights_keys.items():
         if (target in missing) != (source in missing):

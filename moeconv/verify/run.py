@@ -1,14 +1,14 @@
-"""Is a checkpoint whole: hashes against the manifest, headers against index and family, bytes against the source."""
+"""Checks a checkpoint: hashes against the manifest, headers against index and family, bytes against the source."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.companions import is_companion_name
 from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
+from moeconv.contract import Verified
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import stated_shape
@@ -17,9 +17,12 @@ from moeconv.inspect.unknown import unsupported_warning
 _CHUNK = 1 << 22
 
 
-def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[str, Any]:
-    """The JSON object of `moeconv verify`. `source` also compares every tensor that the last step left unchanged;
-    `load` lets transformers load the model strictly. Raises InputError when the checkpoint cannot be opened at all."""
+def verify(path: str, *, source: str | None = None, load: bool = False) -> Verified:
+    """The JSON object of `moeconv verify`.
+
+    With `source`, every tensor that the last step left unchanged is compared with that checkpoint. With `load`,
+    transformers loads the model strictly and runs it. Raises InputError if the checkpoint cannot be opened at all.
+    """
     problems: list[str] = []
     checkpoint = Checkpoint(path)
     model: Model | None = None
@@ -32,7 +35,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
         problems.append(error.message)
     problems += _check_hashes(checkpoint)
     if model is not None:
-        problems += _check_states(model)
+        problems += _check_stated_shapes(model)
     if source is not None and model is not None:
         problems += _compare(model, open_model(source))
     loads: bool | None = None
@@ -40,7 +43,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
         from moeconv.verify.load import load_strict
 
         found = load_strict(path)
-        damaged = model is None and not unknown  # loaders pass over parts that they do not miss
+        damaged = model is None and not unknown  # loaders ignore damaged parts that they do not need
         loads = bool(found["ok"]) and not damaged
         problems += [f"transformers: {escape(p)}" for p in found["problems"]]
     return {
@@ -57,22 +60,24 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> dict[
     }
 
 
-def _check_states(model: Model) -> list[str]:
-    """What packed weights say of their own shapes, which no header shows, against config.json."""
+def _check_stated_shapes(model: Model) -> list[str]:
+    """Compares the shapes that packed weights store as data, which no header shows, with config.json."""
     problems = []
     for name, stored in model.stored.items():
         try:
-            said, wanted = stated_shape(model.checkpoint, stored), list(stored.shape)
+            stated, wanted = stated_shape(model.checkpoint, stored), list(stored.shape)
         except InputError as error:
             problems.append(error.message)
             continue
-        if said is not None and said not in (wanted, wanted[1:] if len(wanted) == 3 else wanted):
-            problems.append(f"{escape(name)!r} says that its shape is {escape(said)[:80]}, config.json says {wanted}")
+        if stated is not None and stated not in (wanted, wanted[1:] if len(wanted) == 3 else wanted):
+            problems.append(
+                f"{escape(name)!r} states the shape {escape(stated)[:80]}, but config.json requires {wanted}"
+            )
     return problems
 
 
 def _check_hashes(checkpoint: Checkpoint) -> list[str]:
-    """Every file of the manifest hashed again; files that the manifest does not name."""
+    """Hashes every file of the manifest again, and looks for shards that the manifest does not name."""
     manifest = checkpoint.manifest
     if manifest is None:
         return []
@@ -83,7 +88,7 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
     for name, entry in sorted(files.items()):
         plain = name not in ("", ".", "..") and ("/" not in name or is_companion_name(name))
         if not isinstance(entry, dict) or not plain:
-            problems.append(f"{MANIFEST_NAME}: bad entry {escape(name)!r}")
+            problems.append(f"{MANIFEST_NAME}: the entry {escape(name)!r} is not valid")
             continue
         path = checkpoint.path / name
         if not os.path.isfile(path):
@@ -104,12 +109,12 @@ def _hash(path: Path) -> str:
 
 
 def _compare(model: Model, source: Model) -> list[str]:
-    """Tensors of roles that the last step did not change must hold the source's bytes."""
+    """Compares the tensors of all roles that the last step did not change with those of the source, byte by byte."""
     steps = (model.checkpoint.manifest or {}).get("steps")
     if not isinstance(steps, list) or not steps or not isinstance(steps[-1], dict):
-        return ["--source needs a checkpoint that moeconv wrote: it has no manifest"]
+        return ["--source needs a checkpoint that moeconv wrote, but this one has no manifest"]
     if steps[-1].get("source") != source.identity:
-        return ["the source given is not the one that this checkpoint was made from"]
+        return ["the checkpoint given as --source is not the one from which this checkpoint was made"]
     listed = steps[-1].get("changed")
     changed = set(listed) if isinstance(listed, dict) else set()
     problems = []

@@ -596,7 +596,7 @@ def test_names_are_neither_markup_nor_terminal_codes(cli, tmp_path):
         (lambda p: _flip(p / "config.json", -3, 0x0), "ok"),
         (config(eos_token_id=7), "config.json has changed"),
         (gone("LICENSE"), "LICENSE is missing"),
-        (lambda p: edit_json(p / MANIFEST_NAME, files={"../source/config.json": {}}), "bad entry"),
+        (lambda p: edit_json(p / MANIFEST_NAME, files={"../source/config.json": {}}), "is not valid"),
         (lambda p: edit_json(p / MANIFEST_NAME, files={"x" * 300: {}}), "is missing"),
         (lambda p: edit_json(p / MANIFEST_NAME, files=5), "lists no files"),
         (lambda p: edit_json(p / MANIFEST_NAME, files={}), "is not in the manifest"),

@@ -294,7 +294,7 @@ def test_verify_reads_what_no_header_shows(stored, tmp_path: Path, cli, form: st
         text = json.dumps(fields).ljust(len(said)).encode()
         tensors[found.parts[part]] = torch.tensor(list(text), dtype=torch.uint8)
     save_file(tensors, file, metadata={"format": "pt"})
-    assert f"'{weight}' says that its shape is" in cli("verify", path, "--json").json["problems"][0]
+    assert f"'{weight}' states the shape" in cli("verify", path, "--json").json["problems"][0]
     with pytest.raises(InputError, match=r"cannot be decoded|decodes to shape"):
         decode_weight(open_model(path), weight)
     assert set(SHARED) >= {"state"}

@@ -96,11 +96,11 @@ def test_a_recipe_does_both_in_one_pass(cli, tmp_path):
     ],
 )
 def test_not_where_something_else_needs_what_lies_between(tmp_path, change):
+    from moeconv.recipe.fused import fuses
     from moeconv.recipe.read import load_recipe
-    from moeconv.recipe.run import _fuses
 
     tiny.make_moe(tmp_path / "m", experts=6, hidden=64, intermediate=128)
-    assert _fuses(load_recipe(str(recipe(tmp_path, "w"))), 0)
-    assert not _fuses(load_recipe(str(recipe(tmp_path, "w", **change))), 0)
+    assert fuses(load_recipe(str(recipe(tmp_path, "w"))), 0)
+    assert not fuses(load_recipe(str(recipe(tmp_path, "w", **change))), 0)
     (tmp_path / "w" / "pruned").mkdir(parents=True)
-    assert not _fuses(load_recipe(str(recipe(tmp_path, "w"))), 0)
+    assert not fuses(load_recipe(str(recipe(tmp_path, "w"))), 0)

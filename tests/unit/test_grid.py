@@ -28,7 +28,7 @@ def test_every_combination_is_a_step_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("grid", "words"),
     [
-        ("{experts: [4, 8]}", "stands in `with` and in `grid`"),
+        ("{experts: [4, 8]}", "both in `with` and in `grid`"),
         ("{top_k: []}", "list of different values"),
         ("{top_k: [1, 1]}", "list of different values"),
         ("{to: [a/b]}", "file name"),

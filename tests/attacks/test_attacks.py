@@ -601,7 +601,7 @@ def test_names_are_neither_markup_nor_terminal_codes(cli, tmp_path):
         (lambda p: edit_json(p / MANIFEST_NAME, files=5), "lists no files"),
         (lambda p: edit_json(p / MANIFEST_NAME, files={}), "is not in the manifest"),
         (lambda p: edit_json(p / MANIFEST_NAME, steps=[5]), "no manifest"),
-        (lambda p: edit_json(p / MANIFEST_NAME, steps=[{"source": "0"}]), "not the one that"),
+        (lambda p: edit_json(p / MANIFEST_NAME, steps=[{"source": "0"}]), "not the one from which"),
     ],
 )  # fmt: skip
 def test_verify_names_what_is_wrong(cli, tmp_path, out, ruin, says):

@@ -176,6 +176,8 @@ def test_moments_of_experts_with_few_many_and_no_tokens():
     ranges = zip(a.split(counts), b.split(counts), share.split(counts), strict=True)
     wanted = torch.stack([(x.double() * w.double()[:, None]).T @ y.double() for x, y, w in ranges])
     assert found.dtype == torch.float64 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    unseen = moments(lambda at: (a[:0][at], b[:0][at]), share[:0], [0, 0])
+    assert unseen.dtype == torch.float64 and torch.equal(unseen, torch.zeros(2, 5, 3, dtype=torch.float64))
 
 
 def test_what_an_expert_is_shown_follows_the_router_and_the_pool():

@@ -46,10 +46,13 @@ def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, co
     weighted by `weights` float32 [sum of counts]."""
     sizes = torch.tensor(counts)
     starts = sizes.cumsum(0) - sizes
+    if not any(counts):  # none of these experts was chosen
+        left, right = take(torch.empty(0, dtype=torch.int64))
+        return torch.zeros(len(counts), left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
     total: Tensor | None = None
-    for first in range(0, max(1, *counts) if counts else 1, _ROWS):
+    for first in range(0, max(counts), _ROWS):
         some = (sizes > first).nonzero().flatten() if first else torch.arange(len(sizes))
-        width = min(_ROWS, max(1, int(sizes.max()) - first))
+        width = min(_ROWS, max(counts) - first)
         at = first + torch.arange(width)
         there = at < sizes[some, None]  # [e, width]
         places = torch.where(there, starts[some, None] + at, 0).to(weights.device)

@@ -3,7 +3,8 @@
     python benchmarks/quantize_speed.py WORK [--gigabytes 1.7] [--peer PYTHON] [--only NAME ...]
 
 PYTHON is an interpreter that has llm-compressor. CPU seconds are the figure to read on a machine that others use too.
-The bitsandbytes row reads the same experts and calls `quantize_4bit` on each, in one thread; it writes nothing.
+The bitsandbytes rows read the same experts and call `quantize_4bit` or `int8_vectorwise_quant` (LLM.int8) on each, in
+one thread; they write nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
             if ".experts." in name:
                 quantize_4bit(file.get_tensor(name), blocksize=64, quant_type="nf4")
 """
+BITSANDBYTES_INT8 = """
+import sys
+from pathlib import Path
+import torch
+from bitsandbytes.functional import int8_vectorwise_quant
+from safetensors import safe_open
+torch.set_num_threads(1)
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            if ".experts." in name:
+                int8_vectorwise_quant(file.get_tensor(name).half())
+"""
 ROWS = {
     "int4 rtn": [],
     "int4 mse": ["--method", "mse"],
@@ -49,7 +63,7 @@ ROWS = {
     "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
     "q8_0": ["--format", "gguf", "--scheme", "q8_0"],
     "q4_0": ["--format", "gguf", "--scheme", "q4_0"],
-    "q4_k": ["--format", "gguf", "--scheme", "q4_k"],
+    **{scheme: ["--format", "gguf", "--scheme", scheme] for scheme in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
 }
 
 
@@ -109,11 +123,16 @@ def main() -> None:
     if given.peer:
         row("llm-compressor model_free_ptq", [given.peer, "-c", LLM_COMPRESSOR, str(source), str(out)], PYTHONPATH="")
     row("bitsandbytes quantize_4bit", [sys.executable, "-c", BITSANDBYTES, str(source)])
+    row("bitsandbytes int8_vectorwise_quant", [sys.executable, "-c", BITSANDBYTES_INT8, str(source)])
     if found:
-        print(f"\n{'':32}{'CPU s per GB':>12}{'CPU s':>8}{'wall s':>8}{'MB':>7}   of {size:.2f} GB")
+        print(f"\n{'':36}{'CPU s per GB':>12}{'CPU s':>8}{'wall s':>8}{'MB':>7}   of {size:.2f} GB")
     for name, took in found.items():
-        print(f"{name:32}{took['cpu'] / size:>12.1f}{took['cpu']:>8.1f}{took['wall']:>8.1f}{took['mb']:>7}")
-    pairs = (("int4 rtn", "llm-compressor model_free_ptq"), ("nf4", "bitsandbytes quantize_4bit"))
+        print(f"{name:36}{took['cpu'] / size:>12.1f}{took['cpu']:>8.1f}{took['wall']:>8.1f}{took['mb']:>7}")
+    pairs = (
+        ("int4 rtn", "llm-compressor model_free_ptq"),
+        ("nf4", "bitsandbytes quantize_4bit"),
+        ("int8 (bitsandbytes)", "bitsandbytes int8_vectorwise_quant"),
+    )
     for ours, theirs in pairs:
         if ours in found and theirs in found:
             print(f"{ours}: {theirs} takes {found[theirs]['cpu'] / found[ours]['cpu']:.1f} times the CPU seconds")

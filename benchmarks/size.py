@@ -105,10 +105,15 @@ def main() -> None:
              for folder, found in rounds.items()}  # fmt: skip
     for folder, (wall, cpu) in rates.items():
         print(f"prune, {folder.name:<8} {wall:>6.0f} MB per second, {cpu:>6.0f} MB per processor second", flush=True)
-    ratios = [ours / theirs for ours, theirs in zip(rates[mixed], rates[uniform])]
-    print(
-        f"mixed over uniform, medians of {given.repeats} in turn: {ratios[0]:.2f} by wall time, {ratios[1]:.2f} by CPU"
-    )
+    ratios = {
+        key: sorted(ours[key] / theirs[key] for ours, theirs in zip(rounds[mixed], rounds[uniform]))
+        for key in ("seconds", "cpu")
+    }
+    said = [
+        f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f}) by {what}"
+        for what, found in zip(("wall time", "CPU time"), ratios.values())
+    ]
+    print(f"mixed over uniform, {given.repeats} pairs in turn, median and range: {', '.join(said)}")
     for folder in (dense, moe, out, uniform, mixed):
         shutil.rmtree(folder)
 

@@ -51,7 +51,10 @@ class Judge:
         from moeconv.prune.repair.pruned import Variant
         from moeconv.prune.scores import score_variants, total
 
-        stream = stream_of(self.model, self.windows, self.measure, meter=self.meter)
+        refitted = max((len(kept) for keep in keeps for kept in keep.values()), default=0) if self.options.refit else 0
+        stream = stream_of(
+            self.model, self.windows, self.measure, meter=self.meter, refitted=refitted, variants=len(keeps)
+        )
         refit = refit_of(self.options) if self.options.refit else None
         variants = [
             Variant(

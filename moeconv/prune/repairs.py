@@ -51,7 +51,8 @@ def repaired(
     options, decision = request.prune, before.decision
     read = read_windows(model, request)
     meter.note("refitting the experts" if options.refit else "choosing experts layer by layer")
-    stream = stream_of(model, read.windows, request.measure, meter=meter)
+    refitted = decision.left if options.refit else 0
+    stream = stream_of(model, read.windows, request.measure, meter=meter, refitted=refitted)
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
         choose=_chooser(model, evidence, request, decision.left, read) if options.sequential else None,

@@ -18,10 +18,11 @@ from moeconv.prune.curve import curve
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.evidence import covers, evidence_of, gathered, settled
 from moeconv.prune.gates import cost, smallest
+from moeconv.prune.need import pruned_workload
 from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_on, repaired
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
-from moeconv.stream.need import PRUNED, need_of
+from moeconv.stream.need import need_of
 
 Run = Callable[..., dict[str, Any]]  # as run_plan
 
@@ -79,7 +80,8 @@ def _dry_run(
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
-        asked = run_on_data(model, request.measure, PRUNED)
+        refitted = decision.left if request.prune.refit else 0
+        asked = run_on_data(model, request.measure, pruned_workload(model, refitted=refitted))
         planned = planned_memory(need_of(model, asked), asked, request.measure)
         result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     return result

@@ -9,8 +9,8 @@ import numpy as np
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, PruneOptions, parse_size
 from moeconv.plan.meter import Meter
+from moeconv.prune.need import pruned_workload
 from moeconv.requests import PruneRequest
-from moeconv.stream.need import PRUNED
 
 if TYPE_CHECKING:
     from moeconv.data.windows import TokenData
@@ -30,15 +30,19 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
     )  # fmt: skip
 
 
-def stream_of(model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter) -> LayerStream:
-    """The stream of the model that the pruned variants run beside, within the memory that was granted."""
+def stream_of(
+    model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, variants: int = 1
+) -> LayerStream:
+    """The stream of the model that the pruned `variants` run beside, within the memory that was granted; at most so
+    many experts of a layer are `refitted`."""
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model)
+    workload = pruned_workload(model, refitted=refitted, variants=variants)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     return stream_within(
         model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,
-        what="running the pruned model beside the model", **PRUNED,
+        what="running the pruned model beside the model", **workload,
     )  # fmt: skip
 
 

@@ -36,9 +36,6 @@ GROUP_ROWS = 512  # pairs of one group of widened experts computed at a time
 SAMPLE_ROWS = 256  # sampled tokens whose outputs of all experts are held at a time, if SAMPLE_BYTES allows
 SAMPLE_BYTES = 1 << 26  # of those outputs; at least an eighth of a byte per weight of the experts
 PRODUCT_ROWS = 32  # of those tokens, over which the cosines are summed in float32
-# flows: the activations of the model and of the pruned variant, and in a refit the layer's inputs, the difference that
-# it restores, and a copy
-PRUNED: WorkloadFields = {"flows": 5}
 _PROCESS = 430_000_000  # bytes of Python, torch and the classes of transformers
 _CONVERTED = 2  # copies of a group while it is decoded, stacked and fused, beside the widened one
 _COPIES = 8  # of a batch's hidden states: around the attention, and before and after the experts
@@ -53,8 +50,8 @@ class Workload:
 
     `flows` is how many activations [tokens, H] are held; `sample` how many tokens go through all experts, whose figures
     are kept to the end; `judged` whether the logits of a window are scored; `copies` how many widened copies of a
-    layer's experts exist at the same time (0: the experts stay as they are stored). For work on widened experts,
-    `results` is the bytes of what it has found, `work` those that it computes with: (as a rule, at the least).
+    layer's experts exist at the same time (0: the experts stay as they are stored). `results` is the bytes of what is
+    found for a layer; `work`, for widened experts, those of what it is computed with: (as a rule, at the least).
     """
 
     tokens: int
@@ -74,7 +71,7 @@ class Need:
     """Memory in bytes. `ends`: the larger of the model's two ends, the embeddings and the output head; `layer`: the
     largest layer without its experts, in the dtype of the computation; `held`: its experts and what is computed in the
     layer, with the experts in memory; `read`: the same, with the experts read from the disk when they are needed;
-    `activations`, which can also be in a file; `kept`: results that are kept to the end."""
+    `activations`, which can also be in a file; `kept`: results, of a layer or to the end."""
 
     ends: int
     layer: int
@@ -132,7 +129,7 @@ def need_of(model: Model, run: Workload) -> Need:
     vocabulary = max((numel for numel, _ in ends.embeddings), default=0)
     stored = max((nbytes for _, nbytes in ends.embeddings), default=0)
     logits = 3 * run.seq_len * (vocabulary // hidden) * width if run.judged else 0
-    kept = run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers)
+    kept = run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers) + run.results
     held = [_experts(size, run, experts, batch, model.top_k, hidden) for size in inside]
     return Need(
         ends=vocabulary * width + max(stored, logits),
@@ -245,7 +242,7 @@ def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, 
         if run.copies <= 2:  # no backward pass needs them: the stock code computes expert by expert
             work = values + min(batch * top_k, PAIR_ROWS, _SKEW * batch * top_k // experts) * each
         together, least = run.work
-        return placed + run.results + max(work, together), placed + run.results + max(work, least)
+        return placed + max(work, together), placed + max(work, least)
     if wide <= GROUP_BYTES or stored >= wide:
         return wide + work, wide + work
     group = max(1, GROUP_BYTES // (alone * run.width)) * alone * run.width

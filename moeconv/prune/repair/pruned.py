@@ -162,10 +162,13 @@ def _refitted(
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
     whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
     held = torch.cat(held_rows)
+    shaping, judging = whole.where(~held), whole.where(held)
+    lacking, judged_by = missing[~held], missing[held]
+    del routes, wanted, whole, missing  # copies of all activations, before the float64 ones are made
     before = {e: down_projection(layer.experts, e) for e in kept}
-    made = refit_layer(layer.experts, whole.where(~held), missing[~held], before, variant.refit)
-    old, new = judged(layer.experts, whole.where(held), missing[held], before, made)
-    shown, needed = float((whole.where(~held).weights != 0).sum()) / len(kept), tokens_needed(before)
+    made = refit_layer(layer.experts, shaping, lacking, before, variant.refit)
+    old, new = judged(layer.experts, judging, judged_by, before, made)
+    shown, needed = float((shaping.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = shown >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = ((float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new))
     variant.fitted.append(RefitOutcome(layer.index, was, now, shown, needed, kept=better))

@@ -66,7 +66,7 @@ def refit_layer(
             step = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))  # [I, H]
             change[e] += step.T
             missing[rows] -= inner @ step
-    return {e: (w.double() + change[e]).to(w.dtype) for e, w in before.items()}
+    return {e: (w.double() + change.pop(e)).to(w.dtype) for e, w in before.items()}
 
 
 @dataclass(frozen=True)

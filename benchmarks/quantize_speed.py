@@ -63,7 +63,7 @@ ROWS = {
     "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
     "q8_0": ["--format", "gguf", "--scheme", "q8_0"],
     "q4_0": ["--format", "gguf", "--scheme", "q4_0"],
-    **{scheme: ["--format", "gguf", "--scheme", scheme] for scheme in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")},
+    "q4_k": ["--format", "gguf", "--scheme", "q4_k"],
 }
 
 

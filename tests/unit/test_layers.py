@@ -116,6 +116,7 @@ MEASURING: dict[str, set[str]] = {
     "prune.gates": MEASURE | {"requests"},
     "prune.repairs": STEP | {"tune"},
     "prune.windows": MEASURE | {"requests"},
+    "prune.need": DECIDE | {"stream"},
     "prune.scores": MEASURE | {"evaluate"},
     "prune.repair": MEASURE,
     "quantize.step": STEP,

@@ -1,7 +1,7 @@
 """moeconv: dense checkpoints to Mixture-of-Experts, pruned and quantized, exactly and in constant memory.
 
-`moeconv.api` is the library face; its functions are names of this package too. `import moeconv` loads neither torch nor
-transformers.
+`moeconv.api` is the Python interface; its functions are also names of this package. `import moeconv` loads neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Names of functions that are sub-packages as well: the package can be called, so that which of the two was imported
-# first makes no difference (see callable_package.py).
+# These names belong to functions and to sub-packages. The packages can be called, so it makes no difference which of
+# the two was imported first (see callable_package.py).
 _PACKAGES = ("calibrate", "evaluate", "tune")
 _FUNCTIONS = (
     "execute",

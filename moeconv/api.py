@@ -1,13 +1,13 @@
-"""The library face: every function that a program calls, loaded when it is first asked for.
+"""The Python interface: the functions that a program calls, each loaded on first use.
 
-`import moeconv.api` loads neither torch nor transformers. The names are those of the commands; parameters are the words
-of the flags.
+`import moeconv.api` loads neither torch nor transformers. The functions are named after the commands, and their
+parameters after the flags.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moeconv.calibrate.run import calibrate as calibrate
@@ -41,7 +41,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,6 @@
 """The one exception tree of moeconv: every error carries a message, a hint and an exit code.
 
-What went wrong and where stands in the message; what to do next stands in the hint.
+The message states what went wrong and where; the hint states what to do next.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class InputError(MoeconvError):
 
 
 class Unsupported(InputError):
-    """A checkpoint of an architecture that no step takes; it may be whole (exit 3)."""
+    """A checkpoint of an architecture or quantization that no step accepts, though it may be undamaged (exit 3)."""
 
 
 class LimitError(InputError):
-    """A file that is more than moeconv reads (exit 3). What it has written itself is kept, not thrown away."""
+    """A file that exceeds the limits of what moeconv reads (exit 3). Files that moeconv itself wrote are kept."""
 
 
 class OutputError(MoeconvError):
@@ -55,7 +55,8 @@ class CheckError(MoeconvError):
 class Interrupted(BaseException):
     """SIGINT or SIGTERM stopped the work; finished shards are kept (exit 130 or 143).
 
-    It can arise in any line, also of a library, so it is no Exception that one on the way would take for its own.
+    A signal can arrive at any line, also inside a library. It is not an Exception, so no handler of a library catches
+    it.
     """
 
     def __init__(self, message: str, *, hint: str = "", signal_number: int = 2) -> None:
@@ -65,24 +66,24 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
-_LONGEST = 600  # characters of a name that a message repeats
+_LONGEST = 600  # characters of a name in a message
 
 
 def escape(text: object) -> str:
-    """A name that came from a file, made safe to print: control and non-printing characters become escapes, and a
-    name that is longer than any message should be loses its middle."""
+    """A name from a file, made safe to print: non-printing characters become escapes, and a very long name loses its
+    middle."""
     safe = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in str(text))
     return safe if len(safe) <= _LONGEST else f"{safe[:400]} ... {safe[-100:]}"
 
 
 def first_line(error: BaseException) -> str:
-    """What another package's error says, made safe to print and short: the first line of its message, else its kind."""
+    """The first line of another package's error message, or the name of its class; short and safe to print."""
     lines = str(error).strip().splitlines()
     return escape((lines[0] if lines else type(error).__name__)[:300])
 
 
 def closest(word: object, known: Iterable[object]) -> str | None:
-    """The known word that is most like this one, whatever the case of its letters; None where none is alike."""
+    """The known word that is most similar to `word`, ignoring case; None if none is similar."""
     by_letters = {str(k).lower(): str(k) for k in known}
     close = difflib.get_close_matches(str(word).lower(), by_letters, n=1)
     return by_letters[close[0]] if close else None

@@ -1,4 +1,4 @@
-"""One-to-one assignment, which merging, similarity and balanced groups of neurons share."""
+"""One-to-one assignment, used by merging, similarity and balanced groups of neurons."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 
 
 def assignment(worth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, ascending, and columns of the assignment with the largest sum of `worth` [n, m], int64 [min(n, m)] each.
+    """The assignment with the largest sum of `worth` [n, m]: (ascending rows, columns), int64 [min(n, m)] each.
 
-    The Hungarian method, by scipy (Crouse 2016); among equal sums it takes the same one each time."""
+    Computed by scipy (Crouse 2016, a variant of the Hungarian method). Among equal sums the choice is deterministic.
+    """
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(worth, maximize=True)

@@ -1,5 +1,5 @@
-"""Records by name: those of this package, and those that packages outside add by entry points, which are loaded when a
-command first asks for their kind."""
+"""Registries: records of this package by name, and those that other packages add by entry points. The latter are loaded
+when a command first needs records of their kind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 def added(group: str, kind: type[T], *, accept: Callable[[T], object] = lambda _thing: None) -> tuple[T, ...]:
     """The objects that installed packages register under the entry point `group`, each an instance of `kind`, sorted by
     package and name so that the order does not depend on the installation. `accept` is called with each, and raises
-    ValueError for one that is not wanted.
+    ValueError to refuse it.
 
-    Raises InputError, which names the package, for one that cannot be imported, is of another kind or is not accepted.
+    Raises InputError, which names the package, for an object that cannot be imported, has another type or is refused.
     """
     return tuple(_load(point, kind, accept) for point in _registered(group))
 
@@ -35,7 +35,7 @@ def _registered(group: str) -> tuple[EntryPoint, ...]:
 def _load(point: EntryPoint, kind: type[T], accept: Callable[[T], object]) -> T:
     try:
         value = point.load()
-    except (Exception, SystemExit) as error:  # whatever a package of others raises while it is imported
+    except (Exception, SystemExit) as error:  # a foreign package may raise anything while it is imported
         raise _broken(point, f"cannot be loaded: {type(error).__name__}: {escape(error)}") from error
     if not isinstance(value, kind):
         raise _broken(point, f"is of type {type(value).__name__}, where a {kind.__name__} is expected")
@@ -72,8 +72,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class Registry(Mapping[str, R], Generic[R]):
     """Records of one kind by name, in the order in which they were added; those of the entry point `group` come last.
 
-    Packages are asked when the registry is first read, not when it is made: they import the modules that they extend.
-    Reading raises InputError for a package that is broken, or that adds a name which is taken.
+    Packages are loaded when the registry is first read, and not when it is made, because they import the modules that
+    they extend. Reading raises InputError for a package that is broken, or that adds a name which is taken.
     """
 
     def __init__(self, kind: type[R], group: str, own: Iterable[R] = ()) -> None:
@@ -84,7 +84,7 @@ class Registry(Mapping[str, R], Generic[R]):
             self.add(record)
 
     def add(self, record: R) -> R:
-        """Add a record and return it. Raises ValueError for a name that is none, or that another record has."""
+        """Add a record and return it. Raises ValueError for an invalid name, or for one that another record has."""
         if not isinstance(record.name, str) or not _NAME.fullmatch(record.name):
             raise ValueError(f"{record.name!r} is not a name")
         if self._records.setdefault(record.name, record) is not record:

@@ -1,4 +1,4 @@
-"""One frozen request per verb: everything that a command line, a recipe's step or a program asks of it.
+"""One frozen request per command: everything that a command line, a step of a recipe or a program asks for.
 
 The order of the fields is the order of the flags in the help texts.
 """
@@ -172,14 +172,14 @@ def groups_of(kind: type) -> tuple[type, ...]:
 
 
 def request(kind: type[R], values: Mapping[str, object]) -> R:
-    """The request from values by their names; what a group does not find takes its default. Raises UsageError for a
-    value outside its choices."""
+    """The request of class `kind` from values by name; options that are missing take their defaults. Raises UsageError
+    for a value that is not among the choices of its option."""
     given = {name: values[name] if group is None else o.from_keywords(group, values) for name, group in _fields(kind)}
     return kind(**given)
 
 
 def paths_of(kind: type) -> tuple[str, ...]:
-    """The fields of a request that are no option group: its source, then what it writes."""
+    """The fields of a request that are paths and not option groups: the source, then the output."""
     return tuple(name for name, group in _fields(kind) if group is None)
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, counts, seconds."""
+"""Bytes, counts and seconds as text for people."""
 
 from __future__ import annotations
 

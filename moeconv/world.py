@@ -1,6 +1,6 @@
-"""The processes that share one command: `torchrun -m moeconv calibrate|tune ...` starts it once for each device.
+"""The processes that share one command: `torchrun -m moeconv calibrate|tune ...` starts one process per device.
 
-Without a launcher there is one process, and everything here is the identity. Importing this loads no torch.
+Without a launcher there is one process, and the functions here do nothing. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from moeconv.errors import Interrupted, MoeconvError
+from moeconv.types import JsonObject
 
 T = TypeVar("T")
 
-_PATIENCE = 20.0  # seconds that the first process waits for the others to hear how it ended
+_PATIENCE = 20.0  # seconds that the first process waits until the others have read how the command ended
 _STEP = 0.05
 _ERROR, _ENDED, _LEFT = "moeconv/error", "moeconv/ended", "moeconv/left"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's number and how many there are. The first one reads the data, writes and speaks."""
+    """The number of this process, and of all processes. The first one reads the data, writes and prints."""
 
     rank: int = 0
     size: int = 1
@@ -37,7 +38,7 @@ class World:
 
 
 def launched() -> World:
-    """What the launcher says in the environment, before anybody has joined."""
+    """The processes that the launcher started, according to the environment. They need not have joined yet."""
     words = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
     if not (all(word.isdecimal() for word in words) and os.environ.get("MASTER_ADDR")):
         return World()
@@ -46,19 +47,19 @@ def launched() -> World:
 
 
 def current() -> World:
-    """The processes that joined: torch's process group, where there is one."""
-    distributed: Any = sys.modules.get("torch.distributed")
+    """The processes that have joined: those of torch's process group, if there is one."""
+    distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return World()
     return World(distributed.get_rank(), distributed.get_world_size())
 
 
-_store: Any = None  # where the processes of this command leave word
+_store: Any = None  # key-value store that the processes share, for errors and for the end
 
 
 def join() -> None:
-    """Meet the other processes: gloo for tensors on the CPU, NCCL on CUDA, where each takes the device of its local
-    rank."""
+    """Join the other processes of the launcher. gloo exchanges tensors on the CPU, and NCCL those on CUDA, where each
+    process uses the device of its local rank."""
     global _store
     import torch
     from torch import distributed
@@ -67,7 +68,7 @@ def join() -> None:
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    wait = timedelta(days=1)  # a process may read data or write a model for hours; one that dies is noticed at once
+    wait = timedelta(days=1)  # a process may read data or write a model for hours; the death of one is noticed at once
     store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     store.set_timeout(wait)
     distributed.init_process_group(
@@ -76,53 +77,54 @@ def join() -> None:
     _store = store
 
 
-def settle(error: MoeconvError | Interrupted | None) -> MoeconvError | Interrupted | None:
-    """What the command ends with in every process: the first error of any of them, None when all are done.
+def end_together(error: MoeconvError | Interrupted | None) -> MoeconvError | Interrupted | None:
+    """The error with which the command ends in every process: the first one of any process, or None.
 
-    An error is left in the store and the connections are closed, so that whoever waits for this process in a collective
-    fails too and finds it there.
+    An error is written to the shared store, and the connections are closed. A process that waits for this one in a
+    collective operation then fails too, and reads the error from the store.
     """
     global _store
     store, _store = _store, None
     if store is None:
         return error
-    world, heard = current(), None
-    with contextlib.suppress(Exception):  # the store is gone with the launcher: then one's own error must do
+    world, found = current(), None
+    with contextlib.suppress(Exception):  # if the launcher is gone, so is the store; the own error is returned then
         if error is not None:
-            said = {"code": error.exit_code, "message": error.message, "hint": error.hint}
-            store.compare_set(_ERROR, "", json.dumps(said))
-            _hang_up()
+            fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+            store.compare_set(_ERROR, "", json.dumps(fields))
+            _close_connections()
         store.add(_ENDED, 1)
         while not store.check([_ERROR]) and store.add(_ENDED, 0) < world.size:
             time.sleep(_STEP)
-        heard = json.loads(store.get(_ERROR)) if store.check([_ERROR]) else None
-        if heard is None:
-            _hang_up(whole=True)
+        found = json.loads(store.get(_ERROR)) if store.check([_ERROR]) else None
+        if found is None:
+            _close_connections(all_ended=True)
         left = store.add(_LEFT, 1)
         until = time.monotonic() + _PATIENCE
-        while world.leads and left < world.size and time.monotonic() < until:  # the store may live in this process
+        while world.leads and left < world.size and time.monotonic() < until:  # the store may be part of this process
             time.sleep(_STEP)
             left = store.add(_LEFT, 0)
-    return error if heard is None else _heard(heard, error)
+    return error if found is None else _error_from(found, error)
 
 
-def _hang_up(*, whole: bool = False) -> None:
+def _close_connections(*, all_ended: bool = False) -> None:
     from torch import distributed
 
-    if whole or "nccl" not in distributed.get_backend_config():
-        distributed.destroy_process_group()  # NCCL's would wait for the others, which the launcher ends
+    if all_ended or "nccl" not in distributed.get_backend_config():
+        distributed.destroy_process_group()  # with NCCL this would wait for the others; the launcher ends them
 
 
-def _heard(said: dict[str, Any], mine: MoeconvError | Interrupted | None) -> MoeconvError | Interrupted:
-    if mine is not None and mine.message == said["message"]:
+def _error_from(fields: JsonObject, mine: MoeconvError | Interrupted | None) -> MoeconvError | Interrupted:
+    """The error that a process wrote to the store; `mine` if this process wrote it."""
+    if mine is not None and mine.message == fields["message"]:
         return mine
-    error = MoeconvError(said["message"], hint=said["hint"])
-    error.exit_code = said["code"]
+    error = MoeconvError(fields["message"], hint=fields["hint"])
+    error.exit_code = fields["code"]
     return error
 
 
-def summed(tensor: Any) -> Any:
-    """Replace a tensor by its sum over the processes, and return it."""
+def summed(tensor: T) -> T:
+    """Replace a torch tensor by its sum over the processes, in place, and return it."""
     if current().size > 1:
         from torch import distributed
 
@@ -131,7 +133,7 @@ def summed(tensor: Any) -> Any:
 
 
 def first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them. `make` is called there alone."""
+    """The result of `make` in the first process, in all processes. `make` is called only there."""
     world = current()
     if world.size == 1:
         return make()

@@ -28,7 +28,7 @@ from moeconv.plan.memory import configure_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.requests import request
 from moeconv.versions import untested_transformers
-from moeconv.world import World, current, first, join, launched, settle
+from moeconv.world import World, current, end_together, first, join, launched
 
 _SINK = Sink()
 _LOST_PEER = ("gloo", "NCCL", "Connection", "TCPStore")  # words in the error of a collective whose peer has died
@@ -119,7 +119,7 @@ def _call(verb: Verb, values: dict[str, object]) -> int:
     finally:
         if not isinstance(meter, SilentMeter):
             meter.close()
-    if (lost := settle(None)) is not None:
+    if (lost := end_together(None)) is not None:
         raise lost
     if "transformers" in sys.modules and isinstance(warnings := result.get("warnings"), list):
         result = {**result, "warnings": [*warnings, *untested_transformers()]}
@@ -219,7 +219,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _failed(error: Exception | Interrupted) -> int:
-    known = settle(_as_moeconv_error(error))
+    known = end_together(_as_moeconv_error(error))
     assert known is not None  # the first error of any process
     if debug() and not isinstance(known, UsageError):
         traceback.print_exception(error)

@@ -1,7 +1,7 @@
-"""Every parameter of every step, declared once: flag names, recipe keys and API parameter names are these words.
+"""Every parameter of every step, declared once: the names of fields are those of flags, recipe keys and parameters.
 
-A group is a frozen dataclass; a field's metadata holds its help text and its choices: words, or the place of the
-registry that has them (`choices_of` reads both).
+A group of options is a frozen dataclass. The metadata of a field has its help text and its choices, either as words or
+as the name of the registry that has them (`choices_of` reads both).
 """
 
 from __future__ import annotations

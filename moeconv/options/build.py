@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.options.declare import choices_of, flag_of
+from moeconv.types import JsonObject
 
 T = TypeVar("T")
 
 
-def from_keywords(group: type[T], values: Mapping[str, Any]) -> T:
-    """The group's dataclass from the values that it names. Raises UsageError for a value outside its choices."""
+def from_keywords(group: type[T], values: Mapping[str, object]) -> T:
+    """The option group from the values that have the names of its fields. Raises UsageError for a value that is not
+    among the choices of its option."""
     names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
     made = group(**{k: v for k, v in values.items() if k in names})
     for f in dataclasses.fields(group):  # type: ignore[arg-type]
@@ -25,14 +27,20 @@ def from_keywords(group: type[T], values: Mapping[str, Any]) -> T:
     return made
 
 
-def check_names(values: Mapping[str, Any], *groups: type) -> None:
-    """Raises UsageError for a parameter that no group knows."""
+def check_names(values: Mapping[str, object], *groups: type) -> None:
+    """Raises UsageError for a name that no field of the groups has."""
     known = [f.name for g in groups for f in dataclasses.fields(g)]
     for name in values:
         if name not in known:
             raise UsageError(f"unknown parameter {escape(name)!r}", hint=did_you_mean(name, known))
 
 
-def parameters_of(*groups: Any) -> dict[str, Any]:
-    """The values of option groups by name: what a plan's id depends on, and keywords of the library's functions."""
-    return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
+def parameters_of(*groups: object) -> JsonObject:
+    """The values of option groups by name. The id of a plan depends on them, and the functions of the library take them
+    as keywords. Raises TypeError for an object that is not a dataclass."""
+    found: JsonObject = {}
+    for group in groups:
+        if not dataclasses.is_dataclass(group) or isinstance(group, type):
+            raise TypeError(f"{type(group).__name__} is not a group of options")
+        found |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    return found

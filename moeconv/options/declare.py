@@ -1,10 +1,10 @@
-"""How an option is declared, and what its declaration tells: flag, choices, help text, and what it reads."""
+"""How an option is declared, and how its flag, choices, help text and paths are read from the declaration."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from importlib import import_module
 from typing import Any, Literal
@@ -13,35 +13,35 @@ Reads = Literal["", "model", "file", "data"]
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] | str = (), words: str = "", reads: Reads = ""
+    default: object, help: str, *, choices: tuple[str, ...] | str = (), words: str = "", reads: Reads = ""
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text.
 
-    `choices` are the words that it takes, or "module:name" of a registry or a function that gives them: imported when
-    they are asked for, so that the words of a registry stand in one place and `--help` stays quick. In the same way
-    `words` is the place of a function that gives what stands in braces in `help`.
-    `reads` says what the command reads at the path that is the value, so that no output can replace it: a model's
-    directory, a file, or data (a file or a directory, FILE=WEIGHT).
+    `choices` are the words that the option accepts, or "module:name" of a registry or function that has them. The
+    module is imported only on use, so that the words are defined in one place and `--help` stays fast. In the same
+    way, `words` names a function that returns the values of the placeholders in `help`.
+    If the value of the option is a path, `reads` states what the command reads there, so that no output can replace it:
+    the directory of a model, a file, or data (a file or directory, FILE=WEIGHT).
     """
     return field(default=default, metadata={"help": help, "choices": choices, "words": words, "reads": reads})
 
 
-def choices_of(parameter: dataclasses.Field[Any]) -> tuple[str, ...]:
-    """The words that a parameter takes, () where any will do. Raises InputError where a package that adds one is
-    broken."""
+def choices_of(parameter: dataclasses.Field[object]) -> tuple[str, ...]:
+    """The words that a parameter accepts; () if it accepts any value. Raises InputError if a package that adds choices
+    is broken."""
     choices = parameter.metadata["choices"]
     return tuple(_found(choices) if isinstance(choices, str) else choices)
 
 
-def help_of(parameter: dataclasses.Field[Any]) -> str:
-    """The help text of a parameter, with the words of the registries in it."""
+def help_of(parameter: dataclasses.Field[object]) -> str:
+    """The help text of a parameter, with its placeholders filled in."""
     help: str = parameter.metadata["help"]
     words: str = parameter.metadata["words"]
     return help.format_map(_found(words)) if words else help
 
 
 def _found(place: str) -> Any:
-    """What lies at "module:name"; of a function, what it gives."""
+    """The object at "module:name"; for a function, its result."""
     module, _, name = place.partition(":")
     found = getattr(import_module(module), name)
     return found() if callable(found) else found
@@ -53,19 +53,20 @@ def flag_of(name: str) -> str:
 
 
 def reads_of(
-    values: Mapping[str, Any], *groups: type, kinds: tuple[Reads, ...] = ("model", "file", "data")
+    values: Mapping[str, object], *groups: type, kinds: tuple[Reads, ...] = ("model", "file", "data")
 ) -> list[tuple[str, str]]:
-    """(flag, path) of everything that the options of these groups name in `values`, hub names (hf://) among them; not
-    standard input.
+    """(flag, path) of everything that the options of these groups read, by their `values`. Names on the hub (hf://) are
+    included, standard input is not.
 
-    Data may be FILE=WEIGHT, and a file may have a `=` in its name: both are given.
+    Data may be FILE=WEIGHT, but a file may also have a `=` in its name: both readings are returned.
     """
     found: list[tuple[str, str]] = []
     for f in (f for group in groups for f in dataclasses.fields(group)):
         kind, value = f.metadata["reads"], values.get(f.name)
         if kind not in kinds or not value:
             continue
-        for path in map(str, (value,) if isinstance(value, str | os.PathLike) else value):
+        listed = value if isinstance(value, Iterable) and not isinstance(value, str | os.PathLike) else (value,)
+        for path in map(str, listed):
             found.append((flag_of(f.name), path))
             if kind == "data" and "=" in path:
                 found.append((flag_of(f.name), path.rpartition("=")[0]))

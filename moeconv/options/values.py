@@ -13,7 +13,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str | int, *, flag: str) -> int:
-    """`5GB`, `500MB`, `2GiB`, `1000` -> bytes. Raises UsageError naming the flag."""
+    """`5GB`, `500MB`, `2GiB`, `1000` -> bytes. Raises UsageError that names the flag."""
     match = _SIZE.match(str(text))
     if not match:
         raise UsageError(f"{flag} {escape(text)}: not a size", hint="Examples: 5GB, 500MB, 2GiB.")
@@ -25,12 +25,12 @@ def parse_size(text: str | int, *, flag: str) -> int:
 
 
 def parse_index(text: str) -> int | None:
-    """A whole number from 0 up in plain digits, else None."""
+    """The number that a text of ASCII digits states (at most nine), else None."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int, ...]:
-    """`all` or `0,2,8-15` -> sorted layer indices. Raises UsageError for one outside the model."""
+    """`all` or `0,2,8-15` -> layer indices in ascending order. Raises UsageError for an index outside the model."""
     if text.strip() == "all":
         return tuple(range(layers))
     chosen: set[int] = set()
@@ -41,7 +41,7 @@ def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int
             b = int(last) if last else (layers - 1 if dash else a)
         except ValueError:
             raise UsageError(
-                f"{flag} {escape(text)}: {escape(word)!r} is no number or range", hint="Example: 0,2,8-15."
+                f"{flag} {escape(text)}: {escape(word)!r} is neither a number nor a range", hint="Example: 0,2,8-15."
             ) from None
         if not 0 <= a <= b < layers:
             raise UsageError(f"{flag} {escape(text)}: {escape(word)} is outside layers 0 to {layers - 1}")

@@ -34,7 +34,7 @@ try:
     tune(model, "refused", **(parameters | {"batch_size": 1}))
 except UsageError as error:
     assert "less than the 2 processes" in error.message
-    assert world.settle(error).exit_code == 2
+    assert world.end_together(error).exit_code == 2
 """
 COMMON: dict[str, Any] = {"seq_len": 16, "batch_size": 5, "steps": 6, "learning_rate": 3e-3}
 RUNS: dict[str, dict[str, Any]] = {

@@ -42,11 +42,11 @@ def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
 
 
 def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[Item]:
-    """A tensor [E, rows, columns] of all experts, one item per expert.
+    """A tensor [E, rows, columns] of all experts, with one item per expert.
 
-    Blocks (INT8: rows) run along a matrix as it lies on disk, so that decoding is one reshape. The parts' first axis is
-    the expert, but for what all share; their names begin with the whole name of the tensor, so that what renames it in
-    a runtime renames them too."""
+    Blocks (or rows, for INT8) follow the order of a matrix on disk, so that decoding is one reshape. The first axis of
+    the parts is the expert, except of the parts that all experts share. The names of the parts begin with the full name
+    of the tensor, so that a runtime that renames it renames the parts too."""
     numel, shape = math.prod(ref.shape[1:]), ref.shape[1:]
     group = role.partition(".")[0]
     if scheme.bits == 8:
@@ -76,7 +76,7 @@ def _slices(
     ref: TensorRef, kernel: str, each: Sequence[Part], shared: Sequence[Part], role: str, group: str, experts: int,
     params: Mapping[str, object],
 ) -> list[Item]:  # fmt: skip
-    """An item an expert; the first one's makes what all share as well."""
+    """One item per expert. The item of the first expert also makes the parts that all experts share."""
     numel = math.prod(ref.shape[1:])
     items = []
     for expert in range(experts):
@@ -110,22 +110,23 @@ def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -
 
 
 def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme]) -> JsonObject:
-    """The config of the narrowest scheme, with the name of each layer's for our loader."""
+    """The config of the scheme with the fewest bits, with the scheme of every layer for the loader of moeconv."""
     config = parts[min(dict.fromkeys(schemes.values()), key=lambda s: s.bits)]
     by_layer = {str(layer): s.name for layer, s in schemes.items()}
     return config | {"moeconv": config["moeconv"] | {"scheme": MIXED, "scheme_by_layer": by_layer}}
 
 
 def _check_blocks(item: Item, method: str) -> None:
-    """--method gptq gives a scale to a block of a row."""
+    """Raises UsageError where --method gptq cannot choose the scales: it needs blocks that do not cross rows."""
     if method == "gptq" and item.params["nested"]:
         raise UsageError(
-            "--method gptq chooses the scales itself, which --double-quant would round again", hint="Leave one out."
+            "--method gptq chooses the scales, and --double-quant would round them again",
+            hint="Leave one of the two out.",
         )
     width, block = item.inputs[0].shape[1], item.params["block_size"]
     if method == "gptq" and width % block:
         raise UsageError(
-            f"--method gptq needs rows of whole blocks: width {width}, blocks of {block}",
+            f"--method gptq needs rows of whole blocks, and blocks of {block} do not divide the width {width}",
             hint="Use --method rtn, or --format compressed-tensors.",
         )
 

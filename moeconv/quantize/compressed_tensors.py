@@ -1,4 +1,4 @@
-"""compressed-tensors, pack-quantized, symmetric: what transformers, vLLM and SGLang all load."""
+"""compressed-tensors, pack-quantized, symmetric: the layout that transformers, vLLM and SGLang all load."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: s
         "group_size": scheme.group, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
         "observer_kwargs": {},
     }  # fmt: skip
-    # targets [Linear] with ignore, not regular expressions: SGLang builds names with gate, up and down hard-coded
+    # targets are [Linear] with `ignore` and no regular expressions, since SGLang hard-codes the names gate, up and down
     group = {
         "targets": ["Linear"], "format": "pack-quantized", "weights": weights, "input_activations": None,
         "output_activations": None,
@@ -47,13 +47,13 @@ def _packed_config(scheme: Scheme, ignore: Sequence[str], _dtype: str, _scope: s
 def _check_words(ref: TensorRef, scheme: Scheme) -> None:
     if ref.shape[1] * scheme.bits % 32:
         raise InputError(
-            f"tensor {escape(ref.name)!r}: {ref.shape[1]} columns of {scheme.bits} bits do not fill 32-bit words",
+            f"tensor {escape(ref.name)!r}: its {ref.shape[1]} columns of {scheme.bits} bits do not fill 32-bit words",
             hint="Use --format bitsandbytes.",
         )
 
 
 def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme]) -> JsonObject:
-    """A config group for each scheme, with the experts of its layers as targets."""
+    """One config group per scheme, with the experts of its layers as targets."""
     used = list(dict.fromkeys(schemes.values()))
     groups = {}
     for i, scheme in enumerate(used):

@@ -1,4 +1,4 @@
-"""plan_decode: a quantized checkpoint in, the Plan of the same model in plain numbers out. No torch, no bytes."""
+"""The plan that decodes a quantized checkpoint to floats. Imports no torch and reads no tensor bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from moeconv.plan.plan import Item, Plan, TensorSpec
 
 
 def plan_decode(model: Model) -> Plan:
-    """Every stored weight decoded to bfloat16 (or the model's own 16-bit dtype), config.json without its quantization.
+    """Plan to decode every stored weight to bfloat16, or to the model's own 16-bit dtype, and to remove the
+    quantization from config.json.
 
-    The shapes are those that config.json says, which opening the model has held the parts to.
+    The shapes follow from config.json; opening the model has compared the stored parts with them.
     """
     dtype = model.dtype if model.dtype in ("BF16", "F16") else "BF16"
     items: list[Item] = []
@@ -56,7 +57,7 @@ def _decoded(model: Model, name: str, key: str, dtype: str) -> Item:
     params = {
         "parts": list(stored.parts),
         "how": stored.how,
-        # of a tensor of all experts: the parts that have no entry for each of them
+        # the parts of a tensor of all experts that have no entry per expert
         "shared": [part in packed.SHARED for part in stored.parts],
     }
     return Item((spec,), "decode", inputs, params, key.partition(".")[0])

@@ -1,6 +1,6 @@
-"""The quantization formats, one file per format, in one table; and what --scheme, --bits and --group-size come to.
+"""The table of quantization formats, with one file per format; and the choice by --scheme, --bits and --group-size.
 
-Formats are data over the pack kernels; sizes are pure arithmetic, so a dry run states them to the byte. A new
+Formats are data over the kernels that pack. Sizes are pure arithmetic, so that a dry run states them to the byte. A new
 format is one more line in FORMATS.
 """
 
@@ -25,17 +25,17 @@ FORMATS = Registry(
         GGUF,
     ),
 )
-_USUAL = 4  # bits of the scheme that is taken where nothing is asked for
+_USUAL = 4  # bits of the default scheme
 
 
 def scheme_words() -> tuple[str, ...]:
-    """What --scheme takes: every format's schemes, the narrower first, and the word for bits by layer."""
+    """The values of --scheme: every format's schemes, those with fewer bits first, and the word for bits by layer."""
     names = [info.name for f in FORMATS.values() for info in sorted(f.schemes, key=lambda info: info.bits)]
     return (*dict.fromkeys(names), MIXED)
 
 
 def help_words() -> dict[str, str]:
-    """What help texts name of the formats."""
+    """The parts of help texts that depend on the formats."""
     nesting = {f.name: [info.name for info in f.schemes if info.nests] for f in FORMATS.values()}
     return {
         "bits": _either(_widths()),
@@ -46,20 +46,21 @@ def help_words() -> dict[str, str]:
 
 
 def kernel_of(name: str) -> Kernel | None:
-    """The record of a kernel that packs; None for any other."""
+    """The record of a kernel that packs; None for any other kernel."""
     return next((kernel for f in FORMATS.values() for kernel in f.kernels if kernel.name == name), None)
 
 
 def choose_scheme(format: Format, *, scheme: str | None, bits: int | None) -> SchemeInfo:
-    """The scheme of --scheme or --bits: of neither the format's first of 4 bits, or else its first. Raises UsageError
-    when they contradict or the format lacks it."""
+    """The scheme for --scheme or --bits. Without both it is the format's first scheme of 4 bits, or its first scheme
+    where it has none of 4 bits. Raises UsageError where the two contradict each other, or the format does not have
+    it."""
     if bits is not None and bits not in _widths():
-        raise UsageError(f"--bits {bits}: only {' and '.join(map(str, _widths()))} are known")
+        raise UsageError(f"--bits {bits} is not a width of any scheme", hint=f"Use {' or '.join(map(str, _widths()))}.")
     if scheme is None:
         return _of_bits(format, bits)
     known = [info for f in (format, *FORMATS.values()) for info in f.schemes if info.name == scheme]
     if bits is not None and (not known or known[0].bits != bits):
-        raise UsageError(f"--bits {bits} contradicts --scheme {escape(scheme)}", hint="Give one of them.")
+        raise UsageError(f"--bits {bits} contradicts --scheme {escape(scheme)}", hint="Give only one of the two.")
     if scheme not in format.names:
         fits = [f.name for f in FORMATS.values() if scheme in f.names]
         raise UsageError(
@@ -76,25 +77,27 @@ def _of_bits(format: Format, bits: int | None) -> SchemeInfo:
     others = [f.name for f in FORMATS.values() if any(info.bits == bits for info in f.schemes)]
     has = ", ".join(f"{info.name} ({info.bits} bits)" for info in format.schemes)
     raise UsageError(
-        f"--format {format.name} has no scheme of {bits} bits", hint=f"It has {has}; or use --format {_either(others)}."
+        f"--format {format.name} has no scheme of {bits} bits", hint=f"It has {has}. Or use --format {_either(others)}."
     )
 
 
 def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[int]) -> int | None:
-    """--group-size for weights of these input widths: auto takes the largest size that divides them all.
+    """The weights per scale for --group-size and these input widths; None for one scale per row. `auto` stands for the
+    largest size that divides all widths.
 
-    Raises UsageError for a word that is no size, InputError where a width is not divisible.
+    Raises UsageError for a size that the scheme does not have, InputError for one that does not divide a width.
     """
     if not info.groups:
         if text != "auto":
-            raise UsageError(f"--group-size has no meaning for --format {format.name}", hint="Leave it out.")
+            raise UsageError(f"--format {format.name} does not use --group-size", hint="Leave --group-size out.")
         return None
     sizes = _sizes((info,))
     if text == "channel":
         if None not in info.groups:
             others = [other.name for other in format.schemes if None in other.groups]
             raise UsageError(
-                f"--group-size channel is {'for ' + _either(others) if others else 'not for ' + info.name}",
+                f"--scheme {info.name} does not have --group-size channel"
+                + (f", but {_either(others)} does" if others else ""),
                 hint=f"Use --group-size auto with {info.name}.",
             )
         return None
@@ -103,32 +106,32 @@ def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[i
             if all(width % size == 0 for width in widths):
                 return size
         raise InputError(
-            f"no group size of {', '.join(map(str, sizes))} divides the widths {sorted(set(widths))}",
+            f"none of the group sizes {', '.join(map(str, sizes))} divides all of the widths {sorted(set(widths))}",
             hint=_without_groups(format),
         )
     given = parse_index(text)
     if given is None or given not in sizes:
-        raise UsageError(f"--group-size {escape(text)}: not auto, channel, {', '.join(map(str, sizes))}")
+        raise UsageError(f"--group-size {escape(text)} is not auto, channel, {', '.join(map(str, sizes))}")
     bad = sorted({width for width in widths if width % given})
     if bad:
-        raise InputError(f"--group-size {given} does not divide width {bad[0]}", hint="Try --group-size auto.")
+        raise InputError(f"--group-size {given} does not divide the width {bad[0]}", hint="Try --group-size auto.")
     return given
 
 
 def fitting_groups(info: SchemeInfo, widths: Sequence[int]) -> list[int | None]:
-    """The group sizes that divide every width, the largest first; [None] where the layout fixes them."""
+    """The group sizes that divide every width, the largest first; [None] where the layout has no choice of sizes."""
     return [size for size in _sizes((info,)) if all(width % size == 0 for width in widths)] if info.groups else [None]
 
 
 def _without_groups(format: Format) -> str:
-    """The hint for weights whose width no group size divides."""
+    """The hint for weights with a width that no group size divides."""
     by_row = [f"--scheme {info.name} --group-size channel" for info in format.schemes if None in info.groups]
     fixed = [f"--format {f.name}" for f in in_place() if not any(info.groups for info in f.schemes)]
     return f"Use {', or '.join([*by_row, *fixed[:1]])}."
 
 
 def in_place() -> Iterator[Format]:
-    """The formats that pack weights where they are, in safetensors files."""
+    """The formats that keep the checkpoint's layout, in safetensors files."""
     return (f for f in FORMATS.values() if f.shard is None)
 
 
@@ -137,7 +140,7 @@ def _widths() -> list[int]:
 
 
 def _sizes(infos: Iterable[SchemeInfo]) -> list[int]:
-    """The group sizes in numbers, the largest first."""
+    """All group sizes in weights, the largest first."""
     return sorted({size for info in infos for size in info.groups if size is not None}, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""--format gguf: one file for llama.cpp, with config and tokenizer inside, streamed expert by expert."""
+"""--format gguf: one file for llama.cpp, which includes config and tokenizer. It is written expert by expert."""
 
 from __future__ import annotations
 
@@ -24,38 +24,39 @@ _FALLBACK = "Q8_0"
 def gguf_shard(
     model: Model, weights: Iterable[TensorRef], scheme: Scheme, dtype: str | None
 ) -> tuple[Shard, list[str]]:
-    """The whole file, and warnings about what is stored otherwise than asked. `dtype` is that of what is not packed.
+    """(the file, warnings about tensors that are stored in another dtype than `scheme`). `dtype` is that of the tensors
+    that are not packed.
 
-    Raises InputError for a family, configuration, tokenizer or width that cannot be written."""
+    Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
     row, block = find_row(model), GGUF.scheme(scheme.name).codes
     packed = {ref.name for ref in weights}
     stacks: dict[str, list[TensorSpec]] = {}
     items: list[Item] = []
-    fallen: list[str] = []
+    widened: list[str] = []
     kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
     order = {name: i for i, name in enumerate(kept)}
-    # experts of a projection side by side, since they are one tensor
+    # the experts of a projection are adjacent, since they are one tensor
     names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
     for name in names:
         ref, role = model.checkpoint.tensors[name], model.roles[name]
         target = tensor_name(row, role)
         kind = _dtype(ref, role, block if name in packed else None, dtype)
         if name in packed and kind != block and target not in stacks:
-            fallen.append(f"{target} ({ref.shape[1]} columns)")
+            widened.append(f"{target} ({ref.shape[1]} columns)")
         part = target if role.expert is None else f"{target}#{role.expert}"
         spec = TensorSpec(part, kind, ref.shape, role.key, math.prod(ref.shape))
         stacks.setdefault(target, []).append(spec)
         items.append(_item(model, row, ref, role, spec, packed=name in packed))
     data, count, warnings = metadata(model, row, scheme=scheme.name)
     head = GgufHead(data, count, tuple(_stack(name, specs) for name, specs in stacks.items()))
-    if fallen:
-        more = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
-        warnings.append(f"stored as {_FALLBACK}, since 256 does not divide their width: {fallen[0]}{more}")
+    if widened:
+        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
+        warnings.append(f"stored as {_FALLBACK}, because 256 does not divide their width: {widened[0]}{more}")
     return Shard(FILE_NAME, tuple(items), head), warnings
 
 
 def _place(model: Model, name: str, order: dict[str, int]) -> int:
-    """Where a tensor stands in the file: where the first of its stack stands in the source."""
+    """The position of a tensor in the file: that of the first tensor of its stack in the source."""
     role = model.roles[name]
     first = name if role.expert is None else model.family.name(role.key, layer=role.layer, expert=0)
     return order[first]
@@ -68,7 +69,7 @@ def _dtype(ref: TensorRef, role: Role, block: str | None, dtype: str | None) -> 
         if ref.shape[-1] % BLOCK_DTYPES[_FALLBACK][0] == 0:
             return _FALLBACK
         raise InputError(
-            f"tensor {escape(ref.name)!r}: GGUF's blocks of 32 do not divide its {ref.shape[-1]} columns",
+            f"tensor {escape(ref.name)!r} has {ref.shape[-1]} columns, which the blocks of 32 of GGUF do not divide",
             hint="Use --format bitsandbytes.",
         )
     wide = len(ref.shape) == 1 or role.key.startswith(FLOAT32)
@@ -89,7 +90,9 @@ def _item(model: Model, row: LlamaCpp, ref: TensorRef, role: Role, spec: TensorS
 def _stack(name: str, specs: list[TensorSpec]) -> Stack:
     shape = specs[0].shape if "#" not in specs[0].name else (len(specs), *specs[0].shape)
     if any((s.dtype, s.shape) != (specs[0].dtype, specs[0].shape) for s in specs):
-        raise InputError(f"the tensors of {name} differ in shape", hint="All experts of a layer must be alike.")
+        raise InputError(
+            f"the tensors of {name} differ in shape or dtype", hint="All experts of a layer must have the same."
+        )
     return Stack(name, specs[0].dtype, shape, tuple(s.name for s in specs))
 
 

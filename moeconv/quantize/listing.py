@@ -1,4 +1,4 @@
-"""The JSON of `moeconv formats`: the quantization formats and which runtime loads them."""
+"""The JSON of `moeconv formats`: the quantization formats, and the runtimes that load them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeconv.quantize.targets import every_runtime
 
 
 def formats() -> Formats:
-    """The quantization formats and which runtime loads them."""
+    """The quantization formats, and the runtimes that load them."""
     rows: list[FormatRow] = []
     for f in FORMATS.values():
         kinds: list[tuple[str, int | None, Mapping[str, str]]] = [

@@ -1,6 +1,8 @@
-"""What llama.cpp calls our families and their tensors, as data: one row per family, one table of tensor names for all.
+"""The names that llama.cpp has for families and tensors, as data: one row per family, one table of tensor names for
+all.
 
-A row is there only when llama.cpp computes what transformers does; `needs` are the config values for which that holds.
+A family has a row only where llama.cpp computes what transformers computes; `needs` has the config values for which
+that is so.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ NAMES: dict[str, str] = {
     "shared.router": "blk.{L}.ffn_gate_inp_shexp",
     **{f"ffn.{p}": f"blk.{{L}}.ffn_{p}" for p in ("gate", "up", "down")},
 }
-# what llama.cpp keeps in float32, and what it wants there
+# the tensors that llama.cpp needs in float32
 FLOAT32 = ("norm.", "router.", "shared.router")
 _QKV_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias")
 
@@ -37,9 +39,10 @@ _QKV_BIAS = ("attention.q_bias", "attention.k_bias", "attention.v_bias")
 class LlamaCpp:
     """One family of llama.cpp.
 
-    `interleaved`: its rotary embedding turns neighbours where transformers turns halves. `needs` maps a config key to
-    the values that llama.cpp assumes. `biases` are keys of biases that it reads; `numbers` metadata keys (without the
-    architecture) to config keys; `fixed` metadata of every model; `rename` other names for some keys.
+    `interleaved`: its rotary embedding rotates adjacent pairs where transformers rotates halves. `needs` maps a config
+    key to the values that llama.cpp assumes. `biases` has the keys of the biases that it reads. `numbers` maps metadata
+    keys (without the architecture) to config keys, `fixed` is metadata that every model has, and `rename` has other
+    names for some keys.
     """
 
     arch: str
@@ -108,15 +111,15 @@ LLAMA_CPP: dict[str, LlamaCpp] = {
 
 
 def find_row(model: Model) -> LlamaCpp:
-    """The row of a model's family, after every config value was found to be what llama.cpp computes.
+    """The row of a model's family.
 
-    Raises InputError for a family or a configuration that llama.cpp has not."""
+    Raises InputError for a family without a row, and for a config with which llama.cpp would compute something else."""
     family = model.family
     row = LLAMA_CPP.get(family.model_type)
     if row is None:
         raise InputError(
-            f"--format gguf is not written for {family.model_type}",
-            hint=f"It is for: {', '.join(sorted(LLAMA_CPP))}. Other formats: `moeconv formats`.",
+            f"--format gguf does not support {family.model_type}",
+            hint=f"It supports {', '.join(sorted(LLAMA_CPP))}. `moeconv formats` lists other formats.",
         )
 
     def refuse(what: str) -> InputError:
@@ -138,12 +141,12 @@ def find_row(model: Model) -> LlamaCpp:
             raise refuse(f"{role.key} ({escape(family.name(role.key, layer=role.layer, expert=role.expert))})")
     first = model.num_layers - len(model.moe_layers)
     if model.moe_layers != tuple(range(first, model.num_layers)) or (first and not row.dense_layers):
-        raise refuse(f"dense layers among those with experts ({len(model.moe_layers)} of {model.num_layers})")
+        raise refuse(f"dense layers between layers with experts ({len(model.moe_layers)} of {model.num_layers})")
     return row
 
 
 def tensor_name(row: LlamaCpp, role: Role) -> str:
-    """The tensor's name in the file; all experts of a layer share one."""
+    """The name of a tensor in the file; all experts of a layer share one tensor."""
     template = _template(row, role.key)
     assert template is not None
     return template.replace("{L}", str(role.layer))

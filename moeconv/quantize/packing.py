@@ -1,4 +1,4 @@
-"""A scheme for every layer, and what it makes of a model: items packed in place, config.json, the least error in a
+"""The packing of a model with a scheme per layer: its items, its config.json, and the schemes of least error within a
 budget of bytes."""
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from moeconv.types import JsonObject
 
 @dataclass(frozen=True)
 class Packing:
-    """What a model's weights become. `by_layer` is a scheme for each MoE layer, `scheme` that of all other weights."""
+    """How the weights of a model are packed. `by_layer` has the scheme of each MoE layer, `scheme` is that of all other
+    weights. `dtype` is that of the tensors that are not packed."""
 
     model: Model
     format: Format
@@ -41,7 +42,7 @@ class Packing:
         return self.scheme if layer is None else self.by_layer.get(layer, self.scheme)
 
     def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
-        """One weight, packed; of a tensor that holds all experts of a layer, one item per expert."""
+        """The items that pack one weight; one item per expert for a tensor of all experts of a layer."""
         role = self.model.roles[ref.name]
         if role.group == "expert" and role.expert is None:
             assert self.format.stack is not None
@@ -52,7 +53,7 @@ class Packing:
         return [apply_method(item, self.method, self.format) for item in made]
 
     def items(self) -> list[Item]:
-        """Every tensor of the source, the chosen ones packed under their own names."""
+        """The items of the output: every tensor of the source, with `weights` packed in their place."""
         chosen = {r.name for r in self.weights}
 
         def packed(ref: TensorRef) -> list[Item] | None:
@@ -64,7 +65,7 @@ class Packing:
         return carry_all(self.model, dtype=self.dtype, replace=packed)
 
     def config(self, ignored: Sequence[str], *, scope: str) -> JsonObject:
-        """config.json with the format's quantization_config in it."""
+        """config.json with the quantization_config of the format. `ignored` are the modules that are not packed."""
         make, merge = self.format.config, self.format.merge
         assert make is not None
         config = written_config(
@@ -75,15 +76,15 @@ class Packing:
         used = dict.fromkeys([*by_layer.values()] or [self.scheme])
         configs = {scheme: make(scheme, ignored, plain, scope) for scheme in used}
         if len(used) > 1:
-            assert merge is not None  # only where the format mixes
+            assert merge is not None  # schemes differ only in formats that can merge them
             config["quantization_config"] = merge(configs, by_layer)
         else:
             config["quantization_config"] = configs[next(iter(used))]
         return config
 
     def parts(self) -> dict[str, int]:
-        """How many tensors the plan must write by role; the experts' are counted from the geometry, not from what was
-        found."""
+        """The number of tensors that the plan must write per role. Those of the experts are counted from the geometry,
+        and not from the tensors that were found."""
         counts: dict[str, int] = {}
         others = (ref for ref in self.weights if self.model.roles[ref.name].group != "expert")
         for ref in others:
@@ -109,8 +110,9 @@ def mix(
     options: QuantizeOptions,
     common: PlanOptions,
 ) -> Packing:
-    """The packing with each layer's scheme out of `schemes`, of least error times importance in the budget, which with
-    --max-bytes counts the files to the byte. Raises UsageError when the smallest does not fit."""
+    """The packing with the schemes, out of `schemes`, that have the least sum over the layers of error times importance
+    within the budget. --max-bytes is a budget for the files, to the byte. Raises UsageError where the smallest schemes
+    do not fit."""
     model = packing.model
     of_layer: dict[int, list[TensorRef]] = {layer: [] for layer in model.moe_layers}
     for ref in packing.weights:
@@ -131,7 +133,7 @@ def mix(
         return replace(packing, by_layer={layer: schemes[i] for layer, i in zip(of_layer, picked, strict=True)})
 
     def size(of: Packing) -> int:
-        plain = replace(of, overlay=None)  # its codes are of the schemes picked in the end, and as large
+        plain = replace(of, overlay=None)  # an overlay has codes of the final schemes, and changes no size
         return sum(shard.nbytes for shard in arrange(plain.items(), common, model.family))
 
     smallest = [min(range(len(row)), key=lambda i: row[i][0]) for row in layers]
@@ -148,4 +150,4 @@ def mix(
         over = size(found) - parse_size(options.max_bytes, flag="--max-bytes")
         if over <= 0:
             return found
-        budget -= over  # longer headers
+        budget -= over  # the headers became longer

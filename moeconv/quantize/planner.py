@@ -1,4 +1,4 @@
-"""plan_quantize: an MoE and a scheme in, a Plan with every packed tensor's exact size out. No torch, no bytes."""
+"""The plan of a quantize, with the exact size of every packed tensor. Imports no torch and reads no tensor bytes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ def plan_quantize(
     stats_of_twin: str | None = None,
     **parameters: object,
 ) -> Plan:
-    """Plan the packing of every expert; parameters are the fields of QuantizeOptions and PlanOptions.
+    """Plan the packing of every expert. The parameters are the fields of QuantizeOptions and PlanOptions.
 
-    `overlay` holds codes that data chose (--method gptq), named as on disk; run the plan then with
+    `overlay` has codes that data chose (--method gptq), under their names on disk. Run such a plan with
     `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
-    (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed;
-    `stats_of_twin` is the fingerprint of the checkpoint that it was measured on, where that is not this one.
-    Raises UsageError for contradictory parameters, InputError for a model that the format cannot hold.
+    (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed. `stats_of_twin` is the identity
+    of the checkpoint that the importance was measured on, where that is not this one.
+
+    Raises UsageError for parameters that contradict each other, InputError for a model that the format cannot store.
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
     options, common = from_keywords(QuantizeOptions, parameters), from_keywords(PlanOptions, parameters)
@@ -54,7 +55,7 @@ def quantize_plan(
     model: Model, options: QuantizeOptions, common: PlanOptions, *, overlay: Overlay | None = None,
     importance: Mapping[int, float] | None = None, stats_of_twin: str | None = None,
 ) -> Plan:  # fmt: skip
-    """`plan_quantize` of options."""
+    """`plan_quantize` with the parameters as option groups."""
     format = FORMATS[options.format]
     check_mixed(options, format, importance)
     mixed = options.scheme == MIXED
@@ -65,10 +66,10 @@ def quantize_plan(
     )
     _check_source(model)
     _check_layout(model, format, options.method)
-    ahead = _left_out(model, format)
-    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(ahead)]
+    left_out = _left_out(model, format)
+    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(left_out)]
     if not model.moe_layers:
-        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to quantize.")
+        raise InputError("config.json has no Mixture-of-Experts layer", hint="There are no experts to quantize.")
     _check_weights(model, weights)
     _check_nesting(options, format, info)
     widths = [ref.shape[1] for ref in weights]
@@ -80,7 +81,7 @@ def quantize_plan(
     packing = Packing(
         model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
     )
-    if mixed and not ahead:
+    if mixed and not left_out:
         _check_no_drafting(model)
     if mixed:
         groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
@@ -89,10 +90,10 @@ def quantize_plan(
         shard, notes = format.shard(model, weights, scheme, dtype)
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
-        if ahead:
+        if left_out:
             warnings.append(
-                f"left out: the multi-token-prediction layers {list(model.prediction_layers)} ({len(ahead)} tensors), "
-                "which llama.cpp does not run"
+                f"the multi-token-prediction layers {list(model.prediction_layers)} ({len(left_out)} tensors) are "
+                "left out, since llama.cpp does not run them"
             )
         promise = _promise(model, weights, 1, layers=len(model.moe_layers))
     else:
@@ -115,14 +116,14 @@ def quantize_plan(
         params_active=active,
         block=_block(packing, options, stats_of_twin),
         warnings=(*model.warnings, *head_warnings(model), *warnings),
-        dropped=(*model.dropped, *ahead),
+        dropped=(*model.dropped, *left_out),
         texts=texts,
         promise=promise,
     )
 
 
 def _left_out(model: Model, format: Format) -> tuple[str, ...]:
-    """Tensors that a file of the model alone leaves out: llama.cpp predicts one token at a time."""
+    """The tensors that a GGUF file leaves out: those of multi-token prediction, since llama.cpp predicts one token."""
     if format.shard is None:
         return ()
     return tuple(name for name, role in model.roles.items() if role.layer in model.prediction_layers)
@@ -158,12 +159,12 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
 
 
 def _check_source(model: Model) -> None:
-    """Raises InputError for a source that is quantized already, or has no experts."""
+    """Raises InputError for a source that is quantized already, and for one without experts."""
     if model.quantization:
         stored = model.quantization.get("quant_method")
         raise InputError(
             f"the source is quantized already ({escape(stored)})",
-            hint="Quantize the checkpoint that it was made from, or pass --requantize to decode it first.",
+            hint="Quantize the checkpoint that it was made from, or pass --requantize to decode the source first.",
         )
     if model.family.kind != "moe":
         raise InputError(
@@ -172,14 +173,15 @@ def _check_source(model: Model) -> None:
 
 
 def _check_nesting(options: QuantizeOptions, format: Format, info: SchemeInfo) -> None:
-    """Raises UsageError for --double-quant in a scheme whose scales are not quantized."""
+    """Raises UsageError for --double-quant with a scheme whose scales cannot be quantized."""
     if options.double_quant and not info.nests:
         fits = ", ".join(f"{f.name} {other.name}" for f in FORMATS.values() for other in f.schemes if other.nests)
-        raise UsageError(f"--double-quant has no meaning for {format.name} {info.name}", hint=f"It goes with {fits}.")
+        raise UsageError(f"{format.name} {info.name} does not support --double-quant", hint=f"Use it with {fits}.")
 
 
 def _check_no_drafting(model: Model) -> None:
-    """Raises InputError for bits by layer in a model with multi-token-prediction layers, which have none."""
+    """Raises InputError for bits by layer in a model with multi-token-prediction layers, for which the loaders have no
+    such setting."""
     if model.mtp_layers:
         raise InputError(
             "bits that differ by layer cannot be written for the multi-token-prediction layers "
@@ -189,15 +191,17 @@ def _check_no_drafting(model: Model) -> None:
 
 
 def _code_of_loader(model: Model, format: Format, config: JsonObject) -> dict[str, str]:
-    """Files of code that load the result without moeconv, by name; `config` gets the key that names their classes."""
+    """The files of code, by name, that load the result without moeconv. The key that names their classes is added to
+    `config`."""
     if not format.remote_code:
         raise UsageError(
-            f"--self-contained has no meaning for --format {format.name}", hint="Stock runtimes load it as it is."
+            f"--format {format.name} does not need --self-contained",
+            hint="Leave it out: stock runtimes load the result.",
         )
     if model.family.multimodal.beside:
         raise InputError(
-            f"--self-contained is not written for multimodal models, as {model.family.model_type}",
-            hint="Leave it out: `import moeconv.hf` loads the result.",
+            f"--self-contained does not support multimodal models such as {model.family.model_type}",
+            hint="Leave it out. After `import moeconv.hf`, transformers loads the result.",
         )
     texts = remote_code(model.family.architecture, loader=format.remote_code)
     config["auto_map"] = config.get("auto_map", {}) | auto_map(model.family.architecture)
@@ -205,76 +209,82 @@ def _code_of_loader(model: Model, format: Format, config: JsonObject) -> dict[st
 
 
 def _hash_of(importance: Mapping[int, float]) -> str:
-    """What stands in the manifest for a statistics file, whose path says nothing elsewhere."""
+    """The hash in the manifest that stands for the statistics, whose path has no meaning on another machine."""
     return hashlib.sha256(json.dumps({str(at): x for at, x in importance.items()}, sort_keys=True).encode()).hexdigest()
 
 
 def _made_with(model: Model, overlay: Overlay) -> dict[str, object]:
+    """The content and the provenance of an overlay. Raises InputError for one that was made for another checkpoint."""
     made_with = provenance(
-        overlay, identity=model.identity, checkpoint=model.checkpoint, hint="Choose the codes again, on this model."
+        overlay,
+        identity=model.identity,
+        checkpoint=model.checkpoint,
+        hint="Choose the codes again for this checkpoint.",
     )
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
 def _promise(model: Model, weights: list[TensorRef], parts: int, *, layers: int) -> dict[str, int]:
-    """Tensors that are written by role; the experts' are counted from the geometry of `layers`, not from what was
-    found."""
+    """The number of tensors that are written per role. Those of the experts are counted from the geometry of `layers`,
+    and not from the tensors that were found."""
     groups = [model.roles[ref.name].group for ref in weights]
     counts = {group: groups.count(group) * parts for group in sorted(set(groups))}
     return counts | {"expert": layers * model.num_experts * _matrices(model) * parts}
 
 
 def _matrices(model: Model) -> int:
-    """Expert matrices that the family keeps for each expert: gate, up and down."""
+    """The number of matrices that an expert has in the family's own tensors, such as gate, up and down."""
     return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.names.items())
 
 
 def _check_layout(model: Model, format: Format, method: str) -> None:
-    """All experts of a layer in one tensor, in a format that is not for it or as no loader can keep them packed."""
+    """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
+    pack."""
     if not model.packed_experts:
         return
-    # transformers loads codes by expert, see separate.py
+    # transformers loads codes per expert, see separate.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method == "gptq" or apart:
         stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)
         what = "--method gptq" if method == "gptq" else f"--format {format.name}"
         raise InputError(
-            f"{model.family.model_type} keeps all experts of a layer in one tensor; {what} needs one tensor an expert, "
-            "as the runtimes do that read packed weights",
-            hint=f"`--format {stacks}` with --method rtn packs it for `import moeconv.hf`.",
+            f"{model.family.model_type} keeps all experts of a layer in one tensor, and {what} needs one tensor per "
+            "expert, as do the runtimes that read packed weights",
+            hint=f"Use --format {stacks} --method rtn: after `import moeconv.hf`, transformers loads the result.",
         )
     if model.family.tensors.layouts and model.family.tensors.packed != model.family.tensors.layouts[0].packed:
         raise InputError(
-            f"the experts of this {model.family.model_type} lie transposed to what its class in transformers holds, so "
-            "that their codes would not be those of the matrices that it computes with",
-            hint="Load it in transformers 5 and save it again, which turns them; then quantize that.",
+            f"the expert matrices of this {model.family.model_type} are stored transposed to those of its class in "
+            "transformers, so that their codes would not fit the matrices that the class computes with",
+            hint="Load the model in transformers 5 and save it, which transposes them; then quantize the saved one.",
         )
     if any(layout.flat for layout in model.family.tensors.packed.values()):
         raise InputError(
-            f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for them, which its "
-            "class in transformers cuts up itself: the loader of packed experts cannot stand in for that",
-            hint="`moeconv prune`, `calibrate` and `evaluate` take it as it is.",
+            f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for the experts. "
+            "Its class in transformers divides this tensor, which the loader of packed experts cannot do",
+            hint="`moeconv prune`, `calibrate` and `evaluate` support the model as it is.",
         )
 
 
 def _check_weights(model: Model, weights: list[TensorRef]) -> None:
+    """Raises InputError for a weight that is not a matrix of floats, or a stack of such matrices."""
     for ref in weights:
         matrix = len(ref.shape) == (3 if model.roles[ref.name].key in model.family.tensors.packed else 2)
         if ref.dtype not in ("BF16", "F16", "F32") or not matrix:
             raise InputError(
-                f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}: not a matrix of 16 or 32 bit floats",
+                f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}, not a matrix of 16 or 32 bit floats",
                 hint="Quantize a bf16, fp16 or fp32 checkpoint.",
             )
 
 
 def _ignored(model: Model, quantized: set[str]) -> list[str]:
-    """Modules whose weight is a matrix that stays as it is: what loaders must not look for packed."""
+    """The modules whose matrix is not packed, for the list of quantization_config that loaders skip."""
     names: list[str] = []
     for name, ref in model.checkpoint.tensors.items():
         role = model.roles.get(name)
         matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2
         if matrix and name not in quantized and name != model.family.name("embedding.tokens"):
-            names += module_names(name, model.family)  # transformers looks a module up under its own name for it
+            names += module_names(name, model.family)  # transformers has its own names for some modules
     if "lm_head" not in names:
         names.append("lm_head")
     return names

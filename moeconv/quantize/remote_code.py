@@ -1,6 +1,6 @@
-"""--self-contained: the loader's own files beside the weights, so that trust_remote_code=True needs no moeconv.
+"""--self-contained: the loader's files beside the weights, so that trust_remote_code=True works without moeconv.
 
-The files are those of this package, word for word but for their imports: what is written cannot drift from what runs.
+The files are those of this package with changed imports, so that the written loader is the one that runs here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _ROOT = Path(moeconv.__file__).parent
 
 
 def remote_code(architecture: str, *, loader: str) -> dict[str, str]:
-    """File name -> text: the module `loader`, whose `register` makes transformers load the weights, all that it imports
-    of this package, and a module with the model's class."""
+    """File name -> text of the module `loader`, whose `register` makes transformers load the weights, of everything
+    that it imports from this package, and of a module with the class of the model."""
     entry = (
         f'"""Loads the packed weights of this checkpoint; written by moeconv {moeconv.__version__} (Apache-2.0)."""\n\n'
         f"from transformers import {architecture} as _Stock\n\n"
@@ -48,12 +48,12 @@ def remote_code(architecture: str, *, loader: str) -> dict[str, str]:
 
 
 def auto_map(architecture: str) -> dict[str, str]:
-    """config.json's auto_map."""
+    """The auto_map of config.json."""
     return {"AutoModelForCausalLM": f"{ENTRY}.{architecture}"}
 
 
 def _imported(text: str) -> list[str]:
-    """Modules of this package that a file imports."""
+    """The modules of this package that a file imports."""
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
     return [node.module for node in nodes if node.module and node.module.startswith("moeconv.")]
 

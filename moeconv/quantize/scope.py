@@ -1,12 +1,12 @@
-"""Which weights --scope names: roles of matrices that multiply activations, never router, embedding, norm or head."""
+"""The weights of each --scope: matrices that multiply activations, but never router, embedding, norm or head."""
 
 from __future__ import annotations
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 
-# The groups of a scope. The shared expert's own router ("shared.router") stays, as every router does: bitsandbytes'
-# CPU kernel needs 32 rows, and a router's few rows decide more than they weigh.
+# The groups of a scope. No router is packed, also not that of the shared expert ("shared.router"): the CPU kernel of
+# bitsandbytes needs 32 rows, and the few rows of a router matter more than the memory that they take.
 GROUPS = {
     "experts": ("expert",),
     "experts+shared": ("expert", "shared"),

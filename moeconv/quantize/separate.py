@@ -1,6 +1,7 @@
-"""plan_separate: experts that lie stacked in one tensor a layer as tensors of their own, in a family that takes both.
+"""The plan that separates experts that are stacked in one tensor per layer, for families that have both layouts.
 
-Only byte ranges: fused with what is planned on it, nothing of it is written. No torch, no bytes.
+It consists of byte ranges alone and is fused with the plan that follows, so that its output is never written. Imports
+no torch and reads no tensor bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from moeconv.plan.plan import Item, Plan, TensorSpec
 
 
 def plan_separate(model: Model) -> Plan | None:
-    """The same model with a tensor for each matrix of each expert; None where the experts are apart already, or where
-    the family has no such layout."""
+    """Plan the same model with one tensor per matrix of an expert. None where the experts are separate already, and
+    where the family has no such layout."""
     form = next((form for form in model.family.forms() if not form.tensors.packed), None)
     if not model.packed_experts or form is None or model.quantization:
         return None
@@ -60,7 +61,7 @@ def _names(model: Model, form: Family) -> Iterator[tuple[str, Role]]:
 
 
 def _matrix(ref: TensorRef, name: str, key: str, expert: int, *, at: int, of: int) -> Item:
-    """Part `at` of the `of` that an expert has in stacked tensor `ref` [E, of * rows, columns]."""
+    """Part `at` of the `of` parts of an expert in the stacked tensor `ref` [E, of * rows, columns]."""
     _, height, width = ref.shape
     count = height // of
     flat = TensorRef(ref.name, ref.dtype, (ref.shape[0] * height, width), ref.shard, ref.start, ref.nbytes)

@@ -1,6 +1,6 @@
-"""What a quantization format is: number formats, a layout on disk, kernels, what config.json says, and who loads it.
+"""The record of a quantization format: number formats, layout on disk, kernels, config.json, and runtimes that load it.
 
-A format is one record in a file of its own, and one line in formats.py or an entry point moeconv.formats.
+A format is one record in a file of its own, with one line in formats.py or an entry point `moeconv.formats`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.types import JsonObject
 
-MIXED = "mixed"  # the word of --scheme for bits that differ by layer
+MIXED = "mixed"  # the value of --scheme for bits that differ by layer
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A number format as it was chosen. `group` is weights per scale, None for one scale per row."""
+    """The chosen number format. `group` is the number of weights per scale, None for one scale per row."""
 
     name: str
     bits: int
@@ -30,13 +30,14 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class SchemeInfo:
-    """A number format that a layout offers. `codes` is the dtype of the tensor that holds the codes; `loads` says for
-    each runtime whether it loads it: ok, dequantized, no or unknown. `limit` is a relative RMS error above which a
-    decoded weight cannot be what this scheme makes of a sane matrix.
+    """A number format of a layout. `codes` is the dtype of the tensor with the codes. `loads` states for each runtime
+    whether it loads the scheme: ok, dequantized, no or unknown. `limit` is the relative RMS error that no decoded
+    weight of a usual matrix exceeds; above it, the packing is taken to be wrong.
 
-    `groups` are the weights per scale that --group-size may ask for, the largest first, None for one scale per row; ()
-    where the layout fixes them. `errors` {group: squared error of Gaussian weights relative to their own square,
-    measured by round-to-nearest} is for schemes that --scheme mixed chooses from. `nests`: --double-quant goes with it.
+    `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
+    where the layout has no choice. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
+    to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
+    it.
     """
 
     name: str
@@ -51,12 +52,12 @@ class SchemeInfo:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel that packs, by the name that items have, and the values of --method that it has beside rtn.
+    """A kernel that packs, by its name in items, with the values of --method that it supports besides rtn.
 
-    `fits`: it takes the parameter `fit` and then searches scales of least error (mse). `grid` is "module:name" of a
-    `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (gptq): imported when it is needed, since it works
-    on tensors. `check(item, method)` raises UsageError for an item that a method does not go with; `without` says why
-    the layout lacks a method.
+    `fits`: the kernel has the parameter `fit`, with which it searches scales of least error (mse). `grid` is
+    "module:name" of a `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (gptq); it works on tensors, so
+    it is imported when it is needed. `check(item, method)` raises UsageError for an item that a method cannot be used
+    with. `without` has the reason why the layout does not support a method.
     """
 
     name: str
@@ -72,29 +73,30 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ignore, dtype, scope)` is
-    quantization_config. A format that is a file of its own has `shard(model, weights, scheme, dtype)` instead.
+    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ignore, dtype, scope)` returns the
+    quantization_config. A format that writes one file of another kind has `shard(model, weights, scheme, dtype)`
+    instead.
 
-    A kernel that no table of this package has is named "module:function" in the items that `make` plans.
+    The items name a kernel of another package as "module:function".
     """
 
     name: str
-    schemes: tuple[SchemeInfo, ...]  # the first of a width is what --bits means
-    notes: Mapping[str, str]  # runtime -> what one should know
-    kernels: tuple[Kernel, ...]  # that its items name
+    schemes: tuple[SchemeInfo, ...]  # --bits stands for the first scheme of that width
+    notes: Mapping[str, str]  # runtime -> what a user should know
+    kernels: tuple[Kernel, ...]  # the kernels that its items name
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed
-    # what --scheme mixed chooses from, the narrowest first: () where bits cannot differ by layer
+    # the schemes that --scheme mixed chooses from, those with fewer bits first; () where bits cannot differ by layer
     mixes: tuple[str, ...] = ()
     mixed: Mapping[str, str] = field(default_factory=dict)  # `loads` where bits differ by layer
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
     merge: Callable[[Mapping[Scheme, JsonObject], Mapping[int, Scheme]], JsonObject] | None = None
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target
-    imports: str = ""  # a line of Python that transformers needs before it loads it
-    remote_code: str = ""  # the module of its loader, where --self-contained can write that beside the weights
+    imports: str = ""  # a line of Python that must run before transformers can load the output
+    remote_code: str = ""  # the module of its loader, where --self-contained can write the loader beside the weights
 
     def __post_init__(self) -> None:
         """Raises ValueError for a record that no command could use."""
@@ -121,18 +123,19 @@ class Format:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What --method may be."""
+        """The values of --method."""
         return tuple(dict.fromkeys(("rtn", *(method for kernel in self.kernels for method in kernel.methods))))
 
     def limit(self, bits: float) -> float:
-        """The `limit` of the scheme whose width is nearest to `bits` per weight as they are stored."""
+        """The `limit` of the scheme whose width is nearest to `bits`, the stored bits per weight."""
         return min(self.schemes, key=lambda scheme: (abs(scheme.bits - bits), -scheme.limit)).limit
 
 
 def codes(
     ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: object
 ) -> Item:
-    """An item of one weight: `parts` are (suffix, name that the kernel gives it, dtype, shape); the first has codes."""
+    """The item that packs one weight. `parts` are (suffix of the name, name in the kernel's output, dtype, shape); the
+    first part has the codes."""
     numel, stem = math.prod(ref.shape), ref.name.removesuffix(".weight")
     specs = tuple(
         TensorSpec(stem + suffix, dtype, shape, role, numel if i == 0 else 0)

@@ -1,5 +1,5 @@
-"""The step quantize: the source decoded where it is quantized, codes chosen by data where asked, the plan run, a sample
-of what was written decoded and compared."""
+"""The step quantize: decode the source where it is quantized, choose codes by data where that is asked for, run the
+plan, and compare a decoded sample of the result with the source."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
 
 @dataclass(frozen=True)
 class _Packing:
-    """A plan of packing, read from the source, and the model whose weights it packs: the source, decoded where it is
-    quantized, with its experts taken apart."""
+    """A plan that packs weights and reads the source. `view` is the model whose weights it packs: the source, decoded
+    where it is quantized, and with separate experts."""
 
     plan: Plan
     view: Model
 
 
 def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None) -> _Packing:
-    """Plan a quantize; `overlay` has codes that data chose, for weights of the view."""
+    """Plan a quantize. `overlay` has codes that data chose for weights of the view."""
     from moeconv.quantize.decode import plan_decode
     from moeconv.quantize.planner import quantize_plan
 
@@ -57,23 +57,23 @@ def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | N
     )
     for made in reversed(before):
         fused = fuse(made, plan)
-        assert fused is not None  # it decodes, and reads ranges
-        # that experts were taken apart says nothing of the model: no step of its own
+        assert fused is not None  # both plans before it decode, or read ranges of bytes
+        # separating the experts does not change the model, so the manifest does not list it as a step
         plan = fused if made.command == "decode" else replace(fused, earlier=plan.earlier)
     return _Packing(replace(plan, warnings=(*plan.warnings, *_grown(plan, model))), view)
 
 
 def _grown(plan: Plan, source: Model) -> list[str]:
-    """The warning that packing made a checkpoint larger: one whose experts have fewer bits already."""
+    """The warning that packing makes a checkpoint larger, as where its experts have fewer bits already."""
     before, after = source.checkpoint.nbytes, plan.nbytes
     if after <= before:
         return []
     kind = f" ({source.quantization.get('quant_method')} already)" if source.quantization else ""
-    return [f"the result is larger than its source{kind}: {human_bytes(after)} against {human_bytes(before)}"]
+    return [f"the result is larger than its source{kind}: {human_bytes(after)} instead of {human_bytes(before)}"]
 
 
 def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float] | None, str | None]:
-    """What --stats says of the layers, and the fingerprint of the twin that they are of, if of one."""
+    """(importance of each layer by --stats, identity of the checkpoint that was measured where it is not this one)."""
     path = request.quantize.stats
     if path is None:
         return None, None
@@ -95,15 +95,17 @@ def _of_run_layers(plan: Plan, model: Model) -> list[Item]:
 
 
 def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
-    """Pack every expert, then decode a sample of what was written and compare it with the source."""
+    """Pack every expert; then decode a sample of the result and compare it with the source."""
     model = open_resolved(request.model)
     options, out, write = request.quantize, request.out, request.write
     check_method(FORMATS[options.format], options.method)
     if (options.method == "gptq") != bool(request.data.data):
         text = (
-            "--method gptq needs --data" if options.method == "gptq" else f"--method {options.method} reads no --data"
+            "--method gptq needs --data"
+            if options.method == "gptq"
+            else f"--method {options.method} does not use --data"
         )
-        raise UsageError(text, hint="gptq chooses codes by what the experts are given: moeconv quantize --data FILE.")
+        raise UsageError(text, hint="Only gptq chooses codes by data: --method gptq --data FILE.")
     packing = plan_packing(model, request)
     plan = before = packing.plan
 

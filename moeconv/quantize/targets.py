@@ -1,4 +1,4 @@
-"""Which runtimes load what: the gate behind --target, and the words for what a runtime was not proven to load."""
+"""Which runtimes load what: the check of --target, and the warnings for what a runtime was not proven to load."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _softmax_alone(family: Family) -> bool:
 
 
 def every_runtime(loads: Mapping[str, str]) -> dict[str, str]:
-    """Runtime -> word, unknown for those of which a format says nothing."""
+    """Runtime -> whether it loads the format; unknown where the format does not state it."""
     return {runtime: loads.get(runtime, "unknown") for runtime in TARGETS}
 
 
 def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
-    """Runtime -> whether it loads a model packed so. `mixed`: bits differ by layer. Of multimodal models, whose modules
-    every engine names in its own way, only transformers was tried; packed experts of one tensor have names of our own,
-    which no other runtime knows."""
+    """Runtime -> whether it loads a model of `family` in this scheme. `mixed`: bits differ by layer. Multimodal models
+    were tried with transformers alone, since every engine has its own names for their modules. Packed tensors of all
+    experts have names that only the loader of moeconv knows."""
     loads = every_runtime(format.mixed if mixed else format.scheme(scheme).loads)
     if loads["vllm"] == "ok" and not _softmax_alone(family):
         loads["vllm"] = "unknown"  # refused by its CPU backend, measured; on a GPU not run
@@ -44,15 +44,16 @@ def check_targets(
     format: Format, scheme: str, targets: Sequence[str], *, family: Family, mixed: bool = False,
     hidden: int | None = None,
 ) -> list[str]:  # fmt: skip
-    """Warnings about targets that were not proven. Raises UsageError for one that is unknown or cannot load this.
+    """Warnings about targets that were not proven to load the output. Raises UsageError for a target that is unknown or
+    cannot load it.
 
-    `mixed`: bits differ by layer. `hidden` is the model's width."""
+    `mixed`: bits differ by layer. `hidden` is the hidden size of the model."""
     loads = loads_of(format, scheme, family, mixed=mixed)
     what = f"{format.name} {'with bits that differ by layer' if mixed else scheme}"
     warnings = []
     for target in targets:
         if target not in TARGETS:
-            raise UsageError(f"--target {escape(target)}: unknown runtime", hint=did_you_mean(target, TARGETS))
+            raise UsageError(f"--target {escape(target)} is not a known runtime", hint=did_you_mean(target, TARGETS))
         if loads[target] == "no":
             raise UsageError(f"--target {target} cannot load {what}", hint="`moeconv formats` shows what it loads.")
         if loads[target] == "unknown":

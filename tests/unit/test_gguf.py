@@ -342,7 +342,7 @@ def test_prediction_layers_are_left_out_by_name(tmp_path):
 
 
 def test_other_refusals(tmp_path):
-    with pytest.raises(InputError, match="do not divide its 72 columns"):
+    with pytest.raises(InputError, match="has 72 columns, which the blocks of 32 of GGUF do not divide"):
         plan_quantize(open_model(make(tmp_path / "odd", hidden=72)), format="gguf")
     path = make(tmp_path / "m")
     with pytest.raises(UsageError, match="no scheme int4"):

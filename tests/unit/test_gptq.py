@@ -371,7 +371,7 @@ def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
     ("flags", "says"),
     [
         (("--method", "gptq"), "needs --data"),
-        (("--data", "text.txt"), "reads no --data"),
+        (("--data", "text.txt"), "does not use --data"),
         (("--method", "gptq", "--data", "text.txt", "--damping", 0), "--damping"),
         (("--method", "mse", "--format", "bitsandbytes"), "--method mse"),
         (("--method", "gptq", "--data", "x", "--format", "bitsandbytes", "--double-quant"), "--double-quant"),

@@ -24,22 +24,22 @@ from moeconv.quantize.gptq.levels import Coded, Grid
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """How data chooses the codes of a kernel, which names it (`quantize.spec.Kernel.grid`). Both functions are given an
-    item of that kernel alone: `grid` gives the levels that its codes stand for and the weights that share a scale,
-    `parts` its tensors by what the kernel calls them."""
+    """How data chooses the codes of a kernel, whose record names it (`quantize.spec.Kernel.grid`). Both functions take
+    an item of that kernel alone. `grid` returns the levels that its codes stand for, and the number of weights per
+    scale; `parts` returns its tensors under the kernel's names."""
 
     grid: Callable[[Item], tuple[Grid, int]]
     parts: Callable[[Item, Coded], dict[str, Tensor]]
 
 
 def grid_of(item: Item) -> tuple[Grid, int]:
-    """The levels that an item's codes stand for, and the weights that share a scale."""
+    """(levels that an item's codes stand for, weights per scale)."""
     item = last_stage(item)
     return _code_grid(item).grid(item)
 
 
 def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
-    """The item's output tensors, by name, that decode to `coded`, one matrix."""
+    """The item's output tensors by name, which decode to `coded`, one matrix."""
     item = last_stage(item)
     parts = _code_grid(item).parts(item, replace(coded, levels=coded.levels.cpu(), scales=coded.scales.cpu()))
     return {
@@ -69,12 +69,12 @@ def _unfitted(params: Mapping[str, Any]) -> dict[str, Any]:
 def _code_grid(item: Item) -> CodeGrid:
     kernel = kernel_of(item.kernel)
     if kernel is None or not kernel.grid:
-        raise UsageError(f"--method gptq is not for the kernel {item.kernel}", hint="Use --method rtn.")
+        raise UsageError(f"the kernel {item.kernel} does not support --method gptq", hint="Use --method rtn.")
     module, _, name = kernel.grid.partition(":")
     return getattr(import_module(module), name)
 
 
-# -- compressed-tensors' integers: a scale for every group of a row ----------------------------------------------------
+# -- integers of compressed-tensors: one scale per group of a row ------------------------------------------------------
 
 
 def _integer_grid(item: Item) -> tuple[Grid, int]:
@@ -97,7 +97,7 @@ def _integer_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
     }
 
 
-# -- LLM.int8: a scale for every row -----------------------------------------------------------------------------------
+# -- LLM.int8: one scale per row ---------------------------------------------------------------------------------------
 
 
 def _rowwise_grid(item: Item) -> tuple[Grid, int]:
@@ -108,7 +108,7 @@ def _rowwise_parts(_: Item, coded: Coded) -> dict[str, Tensor]:
     return {"": coded.levels.to(torch.int8), "SCB": coded.scales.flatten() * 127}
 
 
-# -- bitsandbytes' 4 bits: a scale for every block, values of a map ----------------------------------------------------
+# -- 4 bits of bitsandbytes: one scale per block, values from a map ----------------------------------------------------
 
 
 def _four_bit_grid(item: Item) -> tuple[Grid, int]:
@@ -131,7 +131,7 @@ def _four_bit_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=16)
 def _empty_4bit(shape: tuple[int, ...], dtype: str, block_size: int, quant_type: str) -> dict[str, Tensor]:
-    """The parts of a zero weight: a map and a state that the codes do not change."""
+    """The parts of a zero weight: its map and its state are the same for all codes."""
     return pack_nf4(torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), block_size=block_size, quant_type=quant_type)
 
 

@@ -1,4 +1,4 @@
-"""Grids of levels, and matrices that lie on one: what a code may stand for, whatever the format."""
+"""Grids of levels, and matrices whose values are on a grid, for any format: a level is a value of a code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The levels of a number format, ascending: a weight is level * scale. `top` is the level that the largest
-    magnitude of a group takes in round-to-nearest, `dtype` what scales are stored in."""
+    """The levels of a number format, float32 ascending: a weight is level * scale. `top` is the level of the largest
+    magnitude of a group under round-to-nearest. `dtype` is that of the stored scales."""
 
     levels: Tensor
     top: float
@@ -20,7 +20,7 @@ class Grid:
 
     @cached_property
     def key(self) -> tuple[object, ...]:
-        """Equal for grids that are the same."""
+        """A key that is equal for equal grids."""
         return tuple(self.levels.tolist()), self.top, self.dtype
 
     @cached_property
@@ -30,16 +30,16 @@ class Grid:
 
     @cached_property
     def integers(self) -> bool:
-        """The levels are all integers between the bounds."""
+        """Whether the levels are all the integers between the bounds."""
         return bool((self.levels.diff() == 1).all()) and self.bounds[0].is_integer()
 
     @cached_property
     def symmetric(self) -> bool:
-        """Every level has its negative: a scale of the other sign gives nothing new."""
+        """Whether every level has its negative, so that negative scales add nothing."""
         return bool(torch.equal(self.levels, -self.levels.flip(0)))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The nearest level of each entry of x, float32; x may be overwritten."""
+        """The nearest level to each entry of `x`, float32; `x` may be overwritten."""
         if self.integers:
             return x.round_().clamp_(*self.bounds)
         if x.device.type != "cpu" or self._lookup is None:
@@ -47,7 +47,7 @@ class Grid:
         return self._lookup.nearest(x)
 
     def stored(self, scales: Tensor) -> Tensor:
-        """Scales as the file holds them, in float32; never zero."""
+        """The scales as a file stores them, in float32; never zero."""
         tiny = torch.finfo(self.dtype).eps
         return scales.to(self.dtype).float().masked_fill(scales.abs() < 1e-30, tiny)
 
@@ -61,8 +61,8 @@ class Grid:
 
 
 class _Lookup:
-    """The nearest of uneven levels by a table of bins, each with one midpoint at most: on the CPU ten times faster than
-    a search. The bin of a value ascends with the value, so that the result is that of the search for every float."""
+    """Finds the nearest of uneven levels with a table of bins, each of which has at most one midpoint. On the CPU it is
+    ten times faster than a search. Bins ascend with the value, so that the result is the same for every float."""
 
     LARGEST = 1 << 14
 
@@ -76,7 +76,7 @@ class _Lookup:
 
     @classmethod
     def of(cls, levels: Tensor) -> _Lookup | None:
-        """The table of `levels`; None where two of them lie too close for one."""
+        """The table for `levels`; None where two of them are too close for a table of this size."""
         middle, reach, scale = (levels[1:] + levels[:-1]) / 2, float(levels.abs().max()), 64.0
         while reach * scale <= cls.LARGEST:
             if len(_bins(middle, scale, reach).unique()) == len(middle):
@@ -85,7 +85,7 @@ class _Lookup:
         return None
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The nearest level of each entry."""
+        """The nearest level to each entry."""
         flat = x.reshape(-1)
         at = _bins(flat, self.scale, self.reach)
         above = flat > self.middle.index_select(0, at)
@@ -98,18 +98,18 @@ def _bins(x: Tensor, scale: float, reach: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """levels [..., out, in] and scales [..., out, groups], float32; the weight is their product, group by group."""
+    """Levels [..., out, in] and scales [..., out, groups], float32. The weight is their product, group by group."""
 
     levels: Tensor
     scales: Tensor
 
     def decoded(self) -> Tensor:
-        """The weight that a reader gets, float32 [..., out, in]."""
+        """The weight that a reader decodes, float32 [..., out, in]."""
         return (self.levels.unflatten(-1, (self.scales.shape[-1], -1)) * self.scales[..., None]).flatten(-2)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, group: int) -> Coded:
-    """Every weight [..., out, in] to the nearest level of amax / top scales."""
+    """The nearest levels of `weight` [..., out, in] with scales of amax / top per `group` weights of a row."""
     parts = weight.float().unflatten(-1, (-1, group))
     scales = grid.stored(parts.abs().amax(-1) / grid.top)
     return Coded(grid.nearest(parts / scales[..., None]).flatten(-2), scales)

@@ -1,4 +1,4 @@
-"""Second moments of what experts are given: all experts of a group in one product for so many tokens of each."""
+"""Second moments of the inputs of experts, for all experts of a group in one product."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRIOR = 256  # what they weigh, in routed tokens: an expert with few of its own follows them
-_ROWS = 256  # tokens of each expert in one product
+PRIOR = 256  # the weight of the pool in routed tokens: it decides for an expert with few tokens of its own
+_ROWS = 256  # tokens per expert in one product
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """The tokens that shape one expert's codes: `rows` int64 [n] of its own with `weights` [n], and the pool, each of
-    whose tokens weighs `rest`. All weights sum to 1."""
+    """The tokens that shape the codes of one expert: its own at `rows` int64 [n] with `weights` float32 [n], and the
+    pool, whose tokens each have the weight `rest`. All weights sum to 1."""
 
     rows: Tensor
     weights: Tensor
@@ -23,8 +23,8 @@ class Shown:
 
 
 def shown(index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int], pooled: int) -> dict[int, Shown]:
-    """What each expert is shown of the tokens that are `free`, bool [T]; `index` and `weights` [T, k] are the router's
-    choice, `pooled` the size of the pool."""
+    """The tokens that shape the codes of each expert, out of those that are `free`, bool [T] (not held out). `index`
+    int64 and `weights` [T, k] are the router's choice, `pooled` is the size of the pool."""
     slots = free[:, None].expand_as(index).flatten().nonzero().flatten()
     chosen = index.flatten()[slots]
     order = chosen.argsort(stable=True)
@@ -41,9 +41,9 @@ def _shown(rows: Tensor, scores: Tensor, pooled: int) -> Shown:
 
 
 def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, counts: Sequence[int]) -> Tensor:
-    """Weighted sums of a b^T over the tokens of each expert, float64 [E, A, B]. `take(at)` gives [n, A] and [n, B] at
-    positions `at` int64 [n]; the tokens of expert e are the `counts[e]` ones behind those of the experts before it,
-    weighted by `weights` float32 [sum of counts]."""
+    """The weighted sums of a b^T over the tokens of each expert, float64 [E, A, B]. `take(at)` returns a [n, A] and b
+    [n, B] at the positions `at` int64 [n]. Expert e has the `counts[e]` positions that follow those of the experts
+    before it; `weights` is float32 [sum of counts]."""
     sizes = torch.tensor(counts)
     starts = sizes.cumsum(0) - sizes
     if not any(counts):  # none of these experts was chosen

@@ -1,4 +1,4 @@
-"""Scales of least weighted error, over a grid of clip ratios: for all groups of a batch of matrices at once."""
+"""The search for scales of least weighted error over clip ratios, for all groups of a batch of matrices at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from moeconv.quantize.gptq.levels import Grid
 
-_RATIOS = tuple(0.4 + 0.025 * i for i in range(27))  # of the largest magnitude: clip below 1, spare a level above
-_BLOCK = {"cpu": 1 << 16}  # values at a time: what stays in the cache
+_RATIOS = tuple(
+    0.4 + 0.025 * i for i in range(27)
+)  # ratios to the scale of the largest magnitude: below 1 it is clipped, above 1 the outer levels stay unused
+_BLOCK = {"cpu": 1 << 16}  # values that are worked on at a time, which stay in the cache
 _LARGE_BLOCK = 1 << 26
 
 
@@ -36,10 +38,11 @@ def _blocks(parts: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
-    """Scales [n, rows] for parts [n, rows, group] whose errors are multiplied by roots [n, 1, group]."""
+    """Scales [n, rows] of least error for `parts` [n, rows, group]; `roots` [n, 1, group] are the factors of the
+    errors."""
     peak = parts.abs().amax(-1) / grid.top
     usual = grid.stored(peak), torch.full_like(peak, torch.inf)
-    best = {1.0: usual, -1.0: usual}  # by the sign of the scale: the scale without it, and the error
+    best = {1.0: usual, -1.0: usual}  # by the sign of the scale: (magnitude of the scale, error)
     quotient, room, rest = (torch.empty_like(parts) for _ in range(3))
     rooted = parts * roots
     for ratio in _RATIOS:
@@ -50,19 +53,19 @@ def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
             torch.addcmul(rooted, levels, scales[..., None], value=-1, out=rest)
             error, energy = _squares(rest), _squares(levels)
             slope = levels.mul_(rest).sum(-1)
-            # the fit of the scale to these levels, and what is left of the error with it
+            # the scale that fits these levels best, and the error with it
             fits = (energy > 0) & (slope + scales * energy > 0)
             fitted = grid.stored(torch.where(fits, scales + slope / energy, scales))
             step = fitted - scales
             one = _lesser((scales, error), (fitted, error + step * (step * energy - 2 * slope)))
             best[sign] = _lesser(best[sign], one)
     (scales, error), (mirrored, other) = best[1.0], best[-1.0]
-    # both signs often give the same levels: the errors then differ by rounding alone
+    # both signs often give the same levels, and then the errors differ by rounding alone
     return torch.where(other < error * (1 - 1e-6), -mirrored, scales)
 
 
 def _lesser(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of two (scales, errors) that with less error, the first in a tie."""
+    """The (scales, errors) with less error of two, element by element; those of `one` in a tie."""
     better = other[1] < one[1]
     return torch.where(better, other[0], one[0]), torch.where(better, other[1], one[1])
 
@@ -72,7 +75,8 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """(1, nearest levels), and where they may differ (-1, those of the negative values, negated). Overwrites both."""
+    """(1, the nearest levels), and where a negative scale can give others, (-1, the nearest levels under that scale,
+    negated). `quotient` and `room` are overwritten."""
     low, high = grid.bounds
     if grid.integers:
         quotient.round_()

@@ -1,12 +1,13 @@
-"""GPTQ on a batch of matrices: codes and scales of least output error under a Hessian each, for any grid of levels.
+"""GPTQ for a batch of matrices: codes and scales of small output error, for one Hessian per matrix and any grid of
+levels.
 
-Column after column with error feedback (GPTQ, arXiv 2210.17323), then coordinate descent over scales and codes from
-there, which only ever lowers the error (QuantEase, arXiv 2309.01885). Pure tensor functions: every step is taken for
-all matrices at once, so that the number of operations does not depend on how many there are.
+Codes are chosen column by column with error feedback (GPTQ, arXiv 2210.17323). Coordinate descent over scales and codes
+follows, which never raises the error (QuantEase, arXiv 2309.01885). These are pure tensor functions: every step is done
+for all matrices at once, so that the number of operations does not depend on the number of matrices.
 
-The feedback is computed from a factor H = R R^T, R upper triangular, instead of the Cholesky factor of H^-1: the error
-of a choice is the sum over columns k of (sum over j <= k of d_j R[j, k])^2, d = W - Q, and each q_k in turn makes its
-own term least. That is the same rule, a third of the work and the better conditioned.
+The feedback is computed from a factor H = R R^T with R upper triangular, instead of from the Cholesky factor of H^-1.
+With d = W - Q, the error is the sum over columns k of (sum over j <= k of d_j R[j, k])^2, and each q_k in turn
+minimises its own term. The rule is the same, with a third of the work, and it is better conditioned.
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from moeconv.errors import InputError
 from moeconv.quantize.gptq.levels import Coded, Grid
 from moeconv.quantize.gptq.scales import search_scales
 
-_LEAF = 16  # columns that are solved one by one; between more of them go matrix products
-_FACTOR_BYTES = {"cpu": 1 << 26}  # of float64 Hessians that are factored at once
+_LEAF = 16  # columns that are solved one by one; matrix products connect larger blocks
+_FACTOR_BYTES = {"cpu": 1 << 26}  # bytes of float64 Hessians that are factored at once
 _LARGE_FACTOR_BYTES = 1 << 30
-_TRIES = 12
+_TRIES = 12  # each adds ten times as much to the diagonal as the one before
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Float64 Hessians [E, in, in], each over the mean of its diagonal and with `damping` added to the diagonal; the
-    identity for a zero one.
+    """Float64 Hessians [E, in, in], each divided by the mean of its diagonal and with `damping` added to the diagonal.
+    A zero Hessian becomes the identity.
 
     Raises InputError for NaN or infinite entries."""
     hessian = hessian.double()
     if not bool(torch.isfinite(hessian).all()):
         raise InputError(
-            "the inputs of an expert hold NaN or infinite values", hint="The checkpoint is damaged, or it overflows."
+            "the inputs of an expert contain NaN or infinite values",
+            hint="The checkpoint is damaged, or its activations overflow.",
         )
     mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1)
     zero = mean <= 0
@@ -45,12 +47,12 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, group: int, sweeps: int = 3, ordered: bool = True) -> Coded:
-    """Codes of `weight` [E, out, in] that keep weight @ x, for inputs with second moments `hessian` [E, in, in]
-    (damped).
+    """Codes and scales for `weight` [E, out, in] that keep weight @ x, for inputs x whose damped second moments are
+    `hessian` [E, in, in]. Each scale belongs to `group` adjacent weights of a row.
 
-    `ordered` takes the columns with the largest diagonal first (actorder); scales belong to groups of neighbouring
-    columns all the same and are fixed before the first column, so that any reader of the format loads the result.
-    `sweeps` rounds of coordinate descent follow, over the scales and then over the codes.
+    With `ordered`, the columns with the largest diagonal are chosen first (actorder). Groups still consist of adjacent
+    columns, with scales that are fixed before the first column, so that any reader of the format loads the result.
+    `sweeps` is the number of rounds of coordinate descent that follow, over the scales and then over the codes.
     """
     weight = weight.float()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -70,21 +72,22 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, group: int, sweeps: int
 
 
 def loss(weight: Tensor, hessian: Tensor, coded: Coded) -> Tensor:
-    """tr((W - Q) H (W - Q)^T) of each matrix, float64 [E]."""
+    """The output error tr((W - Q) H (W - Q)^T) of each matrix, float64 [E]."""
     left = weight.double() - coded.decoded().double()
     return ((left @ hessian.double()) * left).sum((-2, -1))
 
 
 def retarget(weight: Tensor, gap: Tensor, hessian: Tensor) -> Tensor:
-    """W + W gap H^-1: what reproduces W h from inputs h' = h - d. `gap` [E, in, in] sums d h'^T in units of `hessian`,
-    the damped sum of h' h'^T (GPTAQ, arXiv 2504.02692, in closed form)."""
+    """W + W gap H^-1, float32 [E, out, in]: the weight that reproduces W h from the inputs h' = h - d. `gap` [E, in,
+    in] is the sum of d h'^T in the units of `hessian`, the damped sum of h' h'^T (GPTAQ, arXiv 2504.02692, in closed
+    form)."""
     solved = torch.cholesky_solve(gap.double().mT, cholesky(hessian.double())).mT  # gap H^-1, H symmetric
     return (weight.double() + weight.double() @ solved).float()
 
 
 def cholesky(hessian: Tensor) -> Tensor:
-    """Lower factors of float64 [E, n, n] with a mean diagonal of about 1. One that is not positive definite, because
-    of rounding under a damping that is too small, gets as much more as it needs; the others stay as they are."""
+    """The lower factors of float64 [E, n, n] with a mean diagonal of about 1. A matrix that is not positive definite,
+    which rounding causes where the damping is too small, gets more on its diagonal until it is."""
     factor, failed = torch.linalg.cholesky_ex(hessian)
     more = 1e-9
     for _ in range(_TRIES):
@@ -99,15 +102,16 @@ def cholesky(hessian: Tensor) -> Tensor:
 
 
 class _Work:
-    """The passes over the columns of one batch. All matrices lie transposed, [in, E, out]: a column of every matrix is
-    one stretch of memory. `order` int64 [E, in] is that in which columns are taken."""
+    """The passes over the columns of one batch. All matrices are stored transposed, [in, E, out], so that one column of
+    every matrix is contiguous in memory. `order` int64 [E, in] is the order in which columns are chosen."""
 
     def __init__(self, hessian: Tensor, grid: Grid, group: int, order: Tensor) -> None:
         self.hessian, self.grid, self.group, self.order = hessian, grid, group, order
         self.place = order.argsort(1)
 
     def feedback(self, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """One GPTQ pass with fixed `scales` [groups, E, out]: the levels, and the weights less what they stand for."""
+        """One GPTQ pass with fixed `scales` [groups, E, out]. Returns the levels and the remaining errors, both [in, E,
+        out]."""
         share = self._shares()  # [E, in, in]
         weight = self._taken(weight, self.order)
         target, levels = weight.clone(), torch.empty_like(weight)
@@ -127,7 +131,8 @@ class _Work:
         return self._taken(levels, self.place), self._taken(target, self.place)
 
     def refit_scales(self, hessian: Tensor, levels: Tensor, scales: Tensor, slope: Tensor, room: Tensor) -> None:
-        """Each group's scale to its minimum, the others fixed, group after group. Changes `scales` and `slope`."""
+        """Set each scale to its optimum with all others fixed, group by group. Changes `scales` and `slope`; `room` is
+        temporary memory."""
         group = self.group
 
         def groups(first: int, last: int) -> None:
@@ -151,8 +156,8 @@ class _Work:
     def refit_levels(
         self, hessian: Tensor, levels: Tensor, scales: Tensor, slope: Tensor, room: Tensor, *, last: bool
     ) -> Tensor:
-        """Each column's levels to their minimum, the others fixed, column after column: the new ones. Changes `slope`,
-        but in the `last` pass not to an end."""
+        """Set the levels of each column to their optimum with all others fixed, column by column, and return the new
+        levels. Updates `slope`, except in the `last` pass, after which nothing reads it."""
         hessian = _permuted(hessian, self.order)
         levels, moved = self._taken(levels, self.order), self._taken(slope, self.order)
 
@@ -175,8 +180,8 @@ class _Work:
         return self._taken(levels, self.place)
 
     def _shares(self) -> Tensor:
-        """R[j, k] / R[k, k], j < k, of H = R R^T in the order of the columns: what of the error of column j is made up
-        for by column k. float32 [E, in, in]."""
+        """R[j, k] / R[k, k] for j < k, of H = R R^T in the order of the columns: the share of the error of column j
+        that column k compensates. float32 [E, in, in]."""
         experts, width = self.order.shape
         result = torch.empty(experts, width, width, device=self.order.device)
         limit = _FACTOR_BYTES.get(self.order.device.type, _LARGE_FACTOR_BYTES)
@@ -189,7 +194,7 @@ class _Work:
         return result
 
     def _taken(self, rows: Tensor, order: Tensor) -> Tensor:
-        """rows [n, E, out], those of every matrix in an order [E, m]: [m, E, out]."""
+        """`rows` [n, E, out] in an order [E, m] per matrix: [m, E, out]."""
         experts = torch.arange(rows.shape[1], device=rows.device)
         return (
             rows.flatten(0, 1)
@@ -198,7 +203,7 @@ class _Work:
         )
 
     def _scales_of(self, scales: Tensor, first: int, last: int) -> Tensor:
-        """The scales of some columns in order, [last - first, E, out]."""
+        """The scales of the columns at positions `first` to `last` of the order, [last - first, E, out]."""
         return self._taken(scales, self.order[:, first:last] // self.group)
 
 
@@ -211,8 +216,9 @@ def _blocked(
     leaf: int = _LEAF,
     back: Callable[[slice, slice], None] | None = None,
 ) -> None:
-    """Solve columns `first` to `last` a leaf at a time, in order. What a half has changed is pushed into the other in
-    one product: into the later one before that is solved, into the earlier one behind it (`back`)."""
+    """Solve the columns `first` to `last` in order, one leaf at a time. The changes of one half are applied to the
+    other in one product: to the later half before it is solved (`push`), and to the earlier half afterwards
+    (`back`)."""
     if last - first <= leaf:
         return solve(first, last)
     middle = first + -(-(last - first) // (2 * leaf)) * leaf
@@ -230,12 +236,12 @@ def _add(into: Tensor, factor: Tensor, steps: Tensor, sign: float) -> None:
 
 
 def _column(factor: Tensor, at: int, first: int, last: int) -> Tensor:
-    """factor[:, at, first:last] of [E, in, in] as it multiplies columns: [last - first, E, 1]."""
+    """factor[:, at, first:last] of [E, in, in] in the shape that multiplies columns: [last - first, E, 1]."""
     return factor[:, at, first:last].T[..., None]
 
 
 def _permuted(matrix: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of symmetric [E, n, n], each in its order [E, n]."""
+    """A symmetric matrix [E, n, n] with rows and columns in the order [E, n]."""
     experts, width = order.shape
     rows = (order + width * torch.arange(experts, device=order.device)[:, None]).flatten()
     half = matrix.reshape(-1, width).index_select(0, rows).view(matrix.shape)

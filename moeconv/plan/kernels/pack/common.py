@@ -1,4 +1,4 @@
-"""What every packing shares: block sizes that stay in cache, checks of a weight, the error of a packed one."""
+"""Shared by all packings: block sizes that stay in the cache, checks of a weight, and the error of a packed weight."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from moeconv.errors import InputError, UsageError
 
-# Elements a pass works on: float32 buffers of 1 MB, which stay in cache and beside which the fixed cost of some thirty
-# torch calls (50 us a block) is small. Measured at 4096 x 4096: 1 << 16 is 1.7 times slower, 1 << 20 slower for NF4.
+# Elements per pass: float32 buffers of 1 MB stay in the cache, and the fixed cost of about thirty torch calls (50 us
+# per
+# block) is small beside the work. Measured at 4096 x 4096: 1 << 16 is 1.7 times slower, and 1 << 20 is slower for NF4.
 BLOCK = 1 << 18
 
-# Adding 1.5 * 2^23 to a float32 of small magnitude rounds it to an integer, half to even like torch.round, and leaves
-# that integer in the low mantissa bits: rounding and conversion in one pass over memory.
+# Adding 1.5 * 2^23 to a float32 of small magnitude rounds it to an integer, half to even like torch.round, and puts
+# that
+# integer into the low mantissa bits. This rounds and converts in one pass over memory.
 ROUND = 12582912.0
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,7 +42,7 @@ def relative_rms(original: Tensor, decoded: Tensor) -> float:
 
 
 def check_float(weight: Tensor) -> None:
-    """Raises UsageError for a weight that is not of a float dtype that is quantized."""
+    """Raises UsageError for a weight whose dtype cannot be quantized."""
     if weight.dtype not in FLOATS:
         raise UsageError(
             f"a weight of dtype {weight.dtype} cannot be quantized", hint="Pass bfloat16, float16 or float32 weights."
@@ -58,15 +60,16 @@ def check_matrix(weight: Tensor) -> None:
 
 
 def check_finite(scales: Tensor) -> None:
-    """NaN and infinity in a weight reach its scale, so the small tensor is enough to look at."""
+    """Raises InputError for scales that are not finite. NaN and infinity in a weight reach its scale, so that checking
+    the small tensor is enough."""
     if not torch.isfinite(scales).all():
         raise InputError(
-            "a weight holds NaN or infinity and cannot be quantized", hint="Repair or replace the source checkpoint."
+            "a weight contains NaN or infinity and cannot be quantized", hint="Repair or replace the source checkpoint."
         )
 
 
 class RowBuffers:
-    """The scratch memory of one call, allocated once: a block of rows in float32, its magnitudes, bytes, byte pairs."""
+    """The temporary buffers of one call: a block of rows in float32, its magnitudes, bytes, and pairs of bytes."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.blocks = list(row_blocks(rows, columns))
@@ -82,7 +85,7 @@ class RowBuffers:
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(first row, row after the last) of blocks of about BLOCK elements."""
+    """(first row, row after the last one) of blocks of about BLOCK elements."""
     step = max(1, BLOCK // max(1, columns))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -91,13 +94,13 @@ WORDS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16:
 
 
 def pairs_of(values: Tensor) -> Tensor:
-    """Words of two values each, for codes that are joined in twos, the lower one first: [n] -> [n * n]."""
+    """Words that hold two values each, for pairs of codes with the low code first: [n] -> [n * n]."""
     n = len(values)
     return torch.stack([values.repeat(n), values.repeat_interleave(n)], -1).view(WORDS[values.dtype]).flatten()
 
 
 def look_up(codes: Tensor, words: Tensor, out: Tensor) -> None:
-    """words[codes] into the memory of `out`, in blocks that stay in cache."""
+    """Write words[codes] to the memory of `out`, in blocks that stay in the cache."""
     into = out.view(-1).view(words.dtype)
     for start in range(0, codes.numel(), BLOCK):
         part = codes[start : start + BLOCK].int()

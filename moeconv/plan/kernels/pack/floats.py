@@ -1,6 +1,7 @@
-"""Weights that others stored in 8-bit and 4-bit floats: how their codes and scales become numbers again.
+"""Decoding of weights that other tools have stored in 8-bit and 4-bit floats.
 
-Bit by bit what transformers computes: FP8 with a scale a block, row or tensor, MXFP4 (OCP Microscaling, 2023).
+The results are equal, bit by bit, to those of transformers: FP8 with one scale per block, row or tensor, and MXFP4 (OCP
+Microscaling, 2023).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ Grid = Sequence[int | None]  # rows and columns of weights that share a scale, N
 
 
 def times(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
-    """`values` [..., rows, columns] times the scale of each block of `grid`, in place. Blocks are cut off at the edges
-    (DeepSeek-V3, arXiv 2412.19437, section 3.3); scales are [..., row blocks, column blocks], or one number.
+    """`values` [..., rows, columns] multiplied, in place, by the scale of each block of `grid`. The blocks at the edges
+    are smaller where the sizes do not divide (DeepSeek-V3, arXiv 2412.19437, section 3.3). `scales` are [..., row
+    blocks, column blocks], or one number.
 
-    Raises ValueError for as many scales as there are no blocks."""
+    Raises ValueError where the shape of the scales does not fit the blocks."""
     if scales.numel() == 1:
         return values.mul_(scales.reshape(()))
     rows, columns = values.shape[-2:]
@@ -37,13 +39,13 @@ def times(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
 
 
 def spread(scales: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:
-    """What belongs to each block of a weight of this shape, for each of its numbers: `scales` as in `times`."""
+    """The scale of every element of a weight of this shape; `scales` and `grid` are as in `times`."""
     return times(torch.ones(tuple(shape), dtype=scales.dtype), scales, grid)
 
 
 def widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 `codes` as `dtype`, bit by bit what `Tensor.to` gives, on the CPU in a fourth of its time: two codes at a
-    time are looked up as one word."""
+    """FP8 `codes` as `dtype`, equal to the result of `Tensor.to`. On the CPU it takes a quarter of that time, because
+    two codes are looked up as one word."""
     if codes.device.type != "cpu" or codes.numel() % 2 or dtype not in WORDS or not codes.is_contiguous():
         return codes.to(dtype)
     out = torch.empty(codes.shape, dtype=dtype)
@@ -88,7 +90,9 @@ def unpack_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
         raise ValueError(f"exponents {list(exponents.shape)} for blocks {list(blocks.shape)}")
     experts, rows, groups, width = blocks.shape
     out = torch.empty(experts, groups * width * 2, rows, dtype=torch.bfloat16)
-    for into, codes, exponent in zip(out, blocks, exponents):  # an expert at a time bounds what is turned around
+    for into, codes, exponent in zip(
+        out, blocks, exponents
+    ):  # one expert at a time bounds the temporary memory of the transposition
         into.copy_(_mxfp4(codes, exponent).T)
     return out
 

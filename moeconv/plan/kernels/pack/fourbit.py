@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit layout: NF4 and FP4 codes in blocks, bit-equal to its `quantize_4bit` on the CPU."""
+"""The 4-bit layout of bitsandbytes: NF4 and FP4 codes in blocks, equal bit by bit to `quantize_4bit` on the CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.plan.kernels.pack.common import BLOCK, check_finite, check_float
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 
-_BNB_TINY = 1e-38  # bitsandbytes' floor for absmax
+_BNB_TINY = 1e-38  # the smallest absmax in bitsandbytes
 _BNB_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # QLoRA, arXiv 2305.14314, appendix E; and bitsandbytes' FP4 (sign, two exponent bits, one mantissa bit) in code order.
@@ -63,7 +63,7 @@ def pack_nf4(
         _encode_4bit(values, peak, y, at, codes, table)
         _join_high_first(codes, pairs, packed[start // 2 : stop // 2, 0])
     if count > whole:
-        # bitsandbytes divides the last, short block where it multiplies the others, and floors its absmax.
+        # bitsandbytes divides the last, shorter block where it multiplies the others, and gives its absmax a minimum.
         values = flat[whole:].float()
         peak = values.abs().max().clamp(min=_BNB_TINY)
         absmax[-1] = peak
@@ -252,7 +252,9 @@ def _encode_4bit(x: Tensor, peak: Tensor, y: Tensor, at: Tensor, codes: Tensor, 
     torch.mul(x, (inverse * table.SCALE)[:, None], out=y.view(x.shape))
     at.copy_(y.add_(table.SCALE))
     torch.index_select(table.lookup, 0, at, out=codes)
-    mask = at.numpy().view(np.bool_)[: codes.numel()]  # `at` has served; numpy finds flags ten times faster than torch
+    mask = at.numpy().view(np.bool_)[
+        : codes.numel()
+    ]  # `at` is no longer needed; numpy finds flags ten times faster than torch
     unsure = np.flatnonzero(np.greater_equal(codes.numpy(), table.FLAG, out=mask))
     if unsure.size:
         place = torch.from_numpy(unsure)
@@ -261,7 +263,7 @@ def _encode_4bit(x: Tensor, peak: Tensor, y: Tensor, at: Tensor, codes: Tensor, 
 
 
 def _codes_by_search(values: Tensor, table: _Table4Bit) -> Tensor:
-    """The exact rule: the number of midpoints strictly below a value, in order of the code's values."""
+    """The exact rule: the code is the number of midpoints strictly below a value, in the order of the values."""
     return table.order[torch.bucketize(values, table.midpoints)]
 
 

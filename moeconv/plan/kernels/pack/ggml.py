@@ -1,6 +1,6 @@
-"""ggml's block formats: Q8_0 and Q4_0 to the bytes that the `gguf` package makes, Q4_K by a search of our own.
+"""The block formats of ggml: Q8_0 and Q4_0 with the same bytes as the `gguf` package, Q4_K with a search of its own.
 
-Decoding is the package's.
+The `gguf` package decodes them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from moeconv.plan.kernels.pack.common import BLOCK, check_finite, check_matrix
 from moeconv.plan.kernels.pack.q4_k import encode_q4_k
 
 _BLOCK = 2 * BLOCK  # Q4_K calls torch twice as often as the other packings
-# trunc(x + copysign(_HALF, x)) rounds to the nearest integer, halves away from zero: 0.5 itself would carry
-# 0.49999997 over
+# trunc(x + copysign(_HALF, x)) rounds to the nearest integer, halves away from zero; with 0.5, 0.49999997 would be
+# rounded up
 _HALF = 0.49999997
 
 
@@ -29,7 +29,7 @@ def encode(weight: Tensor, dtype: str) -> memoryview:
     out = torch.empty(weight.numel() // size, nbytes, dtype=torch.uint8)
     flat = weight.reshape(-1)
     step = _BLOCK // size * size
-    work = torch.empty(4, min(step, len(flat)))  # allocated once: fresh pages cost as much as a pass over them
+    work = torch.empty(4, min(step, len(flat)))  # allocated once, since new pages cost as much as a pass over them
     for first in range(0, len(flat), step):
         part = flat[first : first + step]
         blocks = work[0, : len(part)].copy_(part).view(-1, size)
@@ -67,7 +67,7 @@ def _q4_0(x: Tensor, out: Tensor, _work: Tensor) -> None:
     high, low = x.amax(1), x.amin(1)
     check_finite(high - low)
     peak = torch.where(high > -low, high, low)
-    tied = (high == -low).nonzero().flatten()  # of two such values the first one counts
+    tied = (high == -low).nonzero().flatten()  # where both signs have the largest magnitude, the first value counts
     if len(tied):
         rows = x[tied]
         peak[tied] = rows.gather(1, (rows.abs() == high[tied, None]).int().argmax(1, keepdim=True))[:, 0]

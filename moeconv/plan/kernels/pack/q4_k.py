@@ -1,4 +1,4 @@
-"""Q4_K, ggml's block_q4_K: super-blocks of 256 weights = 8 blocks of 32, 4.5 bits a weight.
+"""Q4_K, the block_q4_K of ggml: super-blocks of 256 weights, which are 8 blocks of 32, with 4.5 bits per weight.
 
 w = d * scale * q - dmin * min, with q in 0..15, scale and min of 6 bits per block, d and dmin float16 per super-block.
 Scale and minimum of a block are searched for the least squared error: a few scales of the whole range (as ggml's

@@ -1,4 +1,4 @@
-"""LLM.int8: one scale a row, bit-equal to bitsandbytes' `int8_vectorwise_quant` on the CPU."""
+"""LLM.int8: one scale per row, equal bit by bit to `int8_vectorwise_quant` of bitsandbytes on the CPU."""
 
 from __future__ import annotations
 

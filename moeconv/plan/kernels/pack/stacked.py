@@ -1,4 +1,4 @@
-"""4-bit and 8-bit codes of all experts of a layer in one tensor: each expert's are those of its matrix alone."""
+"""4-bit and 8-bit codes of all experts of a layer in one tensor; those of an expert depend on its own matrix alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moeconv.plan.kernels.states import quant_state
 
 
 def pack_slice(weight: Tensor, *, block_size: int, quant_type: str, nested: bool) -> dict[str, Tensor]:
-    """One expert's share: `pack_nf4`'s tensors of its `weight` [rows, columns], but "quant_state" is the same for every
-    expert, and "nested_offset" float32 [1] a tensor of its own."""
+    """The slice of one expert: the tensors that `pack_nf4` makes of its `weight` [rows, columns], except that
+    "quant_state" is the same for every expert, and "nested_offset" float32 [1] is a separate tensor."""
     parts = pack_nf4(weight, block_size=block_size, quant_type=quant_type, nested=nested)
     fields = read_quant_state(parts.pop(f"quant_state.bitsandbytes__{quant_type}"))
     if nested:
@@ -24,10 +24,10 @@ def pack_slice(weight: Tensor, *, block_size: int, quant_type: str, nested: bool
 
 
 def unpack_stacked(parts: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
-    """Decode "" (codes, the experts along the first axis) with what lies beside them: [E, rows, columns].
+    """The weight [E, rows, columns] from the codes "" (with the experts along the first axis) and the other parts.
 
-    `dtype` None is the dtype that was packed (of row-wise INT8 float32). Raises KeyError for a part that is missing,
-    RuntimeError for one that is misshapen."""
+    `dtype` None stands for the dtype that was packed, and for float32 with row-wise INT8. Raises KeyError for a missing
+    part, RuntimeError for a part with a wrong shape."""
     if "scb" in parts:
         return decode_int8_rowwise(parts[""], scb=parts["scb"], dtype=dtype or torch.float32)
     state = read_quant_state(parts["quant_state"])

@@ -291,7 +291,8 @@ def test_a_method_that_one_kernel_lacks_is_refused(model, monkeypatch, method):
         ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int3"}, "--scheme int3"),
         ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"format": "awq"}, "--format awq"),
         ({"group_size": "channel"}, "but int8 does"), ({"group_size": "7"}, "--group-size 7"),
-        ({"format": "bitsandbytes", "group_size": "64"}, "does not use --group-size"), ({"groupsize": "64"}, "unknown parameter"),
+        ({"format": "bitsandbytes", "group_size": "64"}, "does not use --group-size"),
+        ({"groupsize": "64"}, "unknown parameter"),
     ],
 )  # fmt: skip
 def test_contradictory_parameters(model, parameters, says):
@@ -306,7 +307,7 @@ def test_what_cannot_be_quantized(tmp_path):
         plan_quantize(open_model(make_moe(tmp_path / "none", "qwen3_moe", mlp_only_layers=[0, 1])))
     with pytest.raises(InputError, match="is F64"):
         plan_quantize(open_model(make_moe(tmp_path / "f64", dtype="F64")))
-    with pytest.raises(InputError, match="divides the widths"):
+    with pytest.raises(InputError, match="divides all of the widths"):
         plan_quantize(open_model(make_moe(tmp_path / "odd", hidden=36, intermediate=30)))
     with pytest.raises(InputError, match="do not fill 32-bit words"):
         plan_quantize(

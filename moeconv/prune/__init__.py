@@ -1,1 +1,1 @@
-"""Decide which experts go: a criterion and what it needs in, a Plan out."""
+"""Decides which experts are removed: takes a criterion and what it needs, and makes a Plan."""

@@ -322,7 +322,7 @@ def _evenness(expert: ExpertWeights) -> float:
 
 @criterion(
     "aimer", needs=weights(_evenness),
-    warning="aimer looks at weights only: unreliable on small or imbalanced models; calibrate if you can",
+    warning="aimer uses only the weights, which is unreliable on small or imbalanced models; calibrate if you can",
 )  # fmt: skip
 def aimer(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
     """Weights only: mean|W| / sqrt(mean W^2) over gate, up and down. High means spread evenly, which is taken for

@@ -1,4 +1,4 @@
-"""What a prune is decided on: statistics from a file or calibrated now, and what a criterion reads from the weights."""
+"""The evidence for a prune: statistics from a file or from a calibration, and measures of the weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,16 +21,19 @@ from moeconv.prune import choice
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Evidence
 from moeconv.requests import PruneRequest
 
+if TYPE_CHECKING:
+    from moeconv.calibrate.artifact import Statistics
+
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
-JUDGE_EVERY = 4  # of --data, the share of windows that judge what was decided on the others
+JUDGE_EVERY = 4  # the last of so many windows of --data judges what was decided on the others
 
 
 def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: int | None, meter: Meter) -> Evidence:
-    """Everything that the criterion needs to leave `left` experts (None: it decides how many), calibrated or read;
-    `measured` keeps it. The request names its criterion."""
+    """Everything that the criterion of the request needs to keep `left` experts (None: the evidence decides how many).
+    It is read from a file or calibrated; `measured` keeps it for an interrupted run."""
     options, data = request.prune, request.data.data
     path = options.stats
-    if left == model.num_experts:  # only top-k changes
+    if left == model.num_experts:  # only top-k changes, so that no expert is chosen
         return Evidence(rule=rule_of(model), num_experts=model.num_experts)
     if data and path is None and (CRITERIA[str(options.criterion)].needs.data or options.merge or covers(options)):
         from moeconv.calibrate.run import calibrate
@@ -50,7 +53,7 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
 
 
 def covers(options: PruneOptions) -> bool:
-    """Whether experts are protected by how much text they cover."""
+    """Whether --protect-coverage is given."""
     return options.protect_coverage is not None
 
 
@@ -58,8 +61,8 @@ def evidence_of(
     model: Model, path: str | None, request: PruneRequest, *, measured: Measured | None = None,
     meter: Meter | None = None,
 ) -> Evidence:  # fmt: skip
-    """Statistics from a file and, unless nothing is `measured` (a dry run), what the criterion reads from the
-    weights."""
+    """The statistics of the file `path`, and the criterion's measures of the weights. Without `measured` (in a dry run)
+    the weights are not read."""
     evidence = Evidence(
         statistics=statistics_of(model, path, twin=request.statistics.stats_of_twin) if path else None,
         rule=rule_of(model),
@@ -88,20 +91,20 @@ def evidence_of(
 def _by_layer(
     measured: Measured, name: str, make: Callable[[], Mapping[int, np.ndarray]]
 ) -> dict[int, np.ndarray]:  # fmt: skip
-    """What `make` reads from all weights, {layer: array}, read by one part for all."""
+    """{layer: array} that `make` computes from all weights. One part of a command computes it for all parts."""
 
     def write(folder: Path) -> None:
-        arrays: dict[str, Any] = {str(layer): array for layer, array in make().items()}
+        arrays = {str(layer): array for layer, array in make().items()}
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         replace_file(folder / _ARRAYS, buffer.getvalue())
 
     with np.load(measured.once(name, write)[0] / _ARRAYS, allow_pickle=False) as arrays:
         return {int(layer): arrays[layer] for layer in arrays.files}
 
 
-def statistics_of(model: Model, path: str, *, twin: bool = False) -> Any:
-    """Statistics that belong to the model, or with `twin` to its twin. Raises InputError for others."""
+def statistics_of(model: Model, path: str, *, twin: bool = False) -> Statistics:
+    """The statistics of the model or, with `twin`, of its twin. Raises InputError for any others."""
     from moeconv.calibrate.artifact import load_statistics
 
     statistics = load_statistics(path)
@@ -110,8 +113,8 @@ def statistics_of(model: Model, path: str, *, twin: bool = False) -> Any:
 
 
 def settled(model: Model, evidence: Evidence, request: PruneRequest, *, named: bool) -> tuple[PruneRequest, list[str]]:
-    """The request with the default criterion that the evidence allows, unless the user `named` one; a warning where it
-    is the second best."""
+    """(the request with the best criterion that the evidence allows unless the user `named` one, warnings). A warning
+    says that the best one could not be used."""
     if named or evidence.statistics is None:
         return request, []
     criterion = choice.default_criterion(model, evidence)
@@ -119,5 +122,6 @@ def settled(model: Model, evidence: Evidence, request: PruneRequest, *, named: b
     if criterion == choice.DEFAULT:
         return request, []
     return request, [
-        "the statistics hold no token sample (an older file, or a routing rule that is not known): by saliency"
+        "the statistics contain no token sample (the file is older, or the routing rule is not known): the criterion "
+        "is saliency"
     ]

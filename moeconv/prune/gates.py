@@ -1,13 +1,14 @@
-"""What a prune costs, measured without writing a model: the gate of --max-loss-increase and the figures beside it."""
+"""The loss that a prune costs, measured without writing a model: for --max-loss-increase, --curve and --top-k."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeconv.contract import Cost
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import PruneOptions
@@ -19,16 +20,20 @@ from moeconv.prune.evidence import JUDGE_EVERY
 from moeconv.prune.windows import read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 
-AT_ONCE = 4  # ratios measured in one pass while a gate is searched
+if TYPE_CHECKING:
+    from moeconv.evaluate.score import Score
+
+AT_ONCE = 4  # sets of experts that are measured in one pass over the model
 
 
 class Judge:
-    """Measures plans of several sizes in one pass over the model's layers."""
+    """Measures several sets of kept experts in one pass over the layers of the model."""
 
     def __init__(
         self, model: Model, evidence: Evidence, request: PruneRequest, *, meter: Meter, whole: bool = False
     ) -> None:
-        """`whole`: nothing is decided on the data, so that all of it judges."""
+        """Read the data, and divide it into a part that decides and a part that judges. With `whole`, nothing is
+        decided on the data, so that all of it judges."""
         from moeconv.data.windows import TokenData, split_windows
 
         self.model, self.evidence, self.options, self.meter = model, evidence, request.prune, meter
@@ -38,7 +43,9 @@ class Judge:
         if not self.options.stats and not whole:
             fit, read = split_windows(read, every=JUDGE_EVERY)
         elif self.options.refit and not whole:
-            fit, read = split_windows(read, every=2)  # the statistics come from elsewhere: half fits, half judges
+            fit, read = split_windows(
+                read, every=2
+            )  # the statistics come from a file, so that a half fits and a half judges
         self.windows, self.source, self.names = read.windows, read.source, [s.name for s in read.sources]
         self.fit: np.ndarray | None = None
         if self.options.refit and fit is not None:
@@ -46,8 +53,8 @@ class Judge:
             self.source = np.concatenate([fit.source, read.source])
             self.fit = np.arange(len(self.windows)) < len(fit.windows)
 
-    def scores(self, keeps: Sequence[Mapping[int, Sequence[int]]]) -> list[Any]:
-        """A Score for each keep set, over all sources."""
+    def scores(self, keeps: Sequence[Mapping[int, Sequence[int]]]) -> list[Score]:
+        """One Score per set of kept experts, over all data sources."""
         from moeconv.prune.repair.pruned import Variant
         from moeconv.prune.scores import score_variants, total
 
@@ -69,8 +76,12 @@ class Judge:
 
 def smallest(
     model: Model, evidence: Evidence, request: PruneRequest, *, gate: float, meter: Meter
-) -> tuple[dict[int, list[int]], dict[str, Any]]:
-    """The smallest keep sets that raise the loss by at most `gate`, with what was measured."""
+) -> tuple[dict[int, list[int]], dict[str, Cost]]:
+    """({layer: kept experts}, {"measured": figures}) of the smallest prune that raises the loss by at most `gate` nats
+    per token, found by bisection.
+
+    Raises UsageError if the removal of one expert per layer already costs more.
+    """
     options = request.prune
     orders = choice.orders_of(model, evidence, options, seed=request.plan.seed)
     assert orders is not None
@@ -78,9 +89,9 @@ def smallest(
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
     counts = [left for left in range(floor, model.num_experts) if feasible(model, left, options)]
     judge = Judge(model, evidence, request, meter=meter)
-    measured: dict[int, Any] = {}
+    measured: dict[int, Score] = {}
     sets: dict[int, dict[int, list[int]]] = {}
-    low, high = 0, len(counts)  # counts[high:] pass, counts[:low] do not
+    low, high = 0, len(counts)  # counts[high:] pass the gate, counts[:low] do not
     while low < high:
         inside = min(AT_ONCE, high - low)
         tries = sorted({low + (high - low) * i // inside for i in range(inside)})
@@ -97,36 +108,36 @@ def smallest(
     if low >= len(counts):
         least = increase(measured[len(counts) - 1]) if counts else math.nan
         raise UsageError(
-            f"--max-loss-increase {gate}: removing a single expert per layer already raises the loss by {least:.4f}",
-            hint="Allow more, or pass --refit.",
+            f"--max-loss-increase {gate}: the removal of one expert per layer already raises the loss by {least:.4f}",
+            hint="Allow a larger increase, or pass --refit.",
         )
     return sets[low], {"measured": figures_of(measured[low])}
 
 
 def cost(
     model: Model, evidence: Evidence, request: PruneRequest, decision: Decision, *, meter: Meter
-) -> dict[str, Any]:
-    """What the experts that go and --top-k do to the loss on --data."""
+) -> dict[str, Cost]:
+    """What the removal of the experts and --top-k cost on --data: {"measured": figures}."""
     keep = decision.keep if decision.left != model.num_experts else {}
     (score,) = Judge(model, evidence, request, meter=meter, whole=not keep).scores([keep])
     return {"measured": figures_of(score)}
 
 
-def figures_of(score: Any) -> dict[str, Any]:
-    """What a result says of a score: losses and KL in nats per token."""
+def figures_of(score: Score) -> Cost:
+    """The figures of a score in the result: losses and KL in nats per token."""
     return {
         "loss": score.mean("loss"), "reference_loss": score.mean("reference_loss"), "loss_increase": increase(score),
         "kl": score.mean("kl"), "tokens": score.tokens,
     }  # fmt: skip
 
 
-def increase(score: Any) -> float:
+def increase(score: Score) -> float:
     """The increase of the loss over the unpruned model, in nats per token."""
     return score.mean("loss") - score.mean("reference_loss")
 
 
 def feasible(model: Model, left: int, options: PruneOptions) -> bool:
-    """Whether the router can have so many experts."""
+    """Whether the router works with `left` experts."""
     protected = limits.parse_protect(options.protect, model)
     try:
         limits.check_feasible(model, left, protected, options.top_k or model.top_k)

@@ -1,4 +1,4 @@
-"""What of a prune can be refused before anything is measured: budgets, contradictions, router groups, top-k."""
+"""The checks of a prune before anything is measured: budgets, options that contradict, router groups, top-k."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
 
 def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
-    """Everything that can be refused before anything is measured. Returns the experts left per layer, None where the
-    data decides them (--threshold, --max-loss-increase). Raises UsageError and InputError."""
+    """Check everything that can be checked before anything is measured. Returns the number of experts left per layer,
+    or None where measurements decide it (--threshold, --max-loss-increase).
+
+    Raises UsageError for options that cannot be used, InputError for a model that cannot be pruned so."""
     if model.family.kind != "moe":
-        raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts.")
+        raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts model.")
     _check_quantized(model, options, common)
     if options.distill and model.family.multimodal.beside:
         raise InputError(
-            f"--distill trains the language model alone, and {model.family.model_type} is multimodal",
-            hint="Leave it out; --refit needs no training.",
+            f"--distill trains only the language model, and {model.family.model_type} is multimodal",
+            hint="Leave out --distill. --refit needs no training.",
         )
     if not model.moe_layers:
-        raise InputError("config.json makes no layer a Mixture-of-Experts", hint="There is nothing to prune.")
+        raise InputError(
+            "no layer of this model is a Mixture-of-Experts, as config.json says", hint="There is nothing to prune."
+        )
     check_served(model.family.model_type, options.target)
     protected = parse_protect(options.protect, model)
     left = budget(model, options, common)
     _check_numbers(options)
+    _check_together(options)
     _check_top_k(model, options, left)
     if left is not None and not (options.top_k is not None and left == model.num_experts):
         check_feasible(model, left, protected, options.top_k or model.top_k)
@@ -41,8 +46,8 @@ def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int
 
 
 def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
-    """Experts left in every layer, from exactly one of --keep, --ratio, --max-bytes, --threshold and
-    --max-loss-increase; None for the last two, all of them for --top-k alone. Raises UsageError."""
+    """The number of experts left in every layer, from exactly one of --keep, --ratio, --max-bytes, --threshold and
+    --max-loss-increase. It is None for the last two, and all experts for --top-k alone. Raises UsageError."""
     given = [f for f in BUDGETS if getattr(options, f) is not None]
     if options.top_k is not None and not given:
         return model.num_experts
@@ -63,7 +68,8 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
         removed = round(options.ratio * experts)
         if removed == 0:
             raise UsageError(
-                f"--ratio {options.ratio} of {experts} experts rounds to none", hint=f"The least is {1 / experts:.3f}."
+                f"--ratio {options.ratio} of {experts} experts rounds to 0 experts",
+                hint=f"The smallest ratio is {1 / experts:.3f}.",
             )
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
@@ -73,11 +79,15 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
         shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype)), common, model.family)
         if sum(s.nbytes for s in shards) <= limit:
             return left
-    raise UsageError(f"--max-bytes {escape(options.max_bytes)}: too small even with one expert per layer")
+    raise UsageError(
+        f"--max-bytes {escape(options.max_bytes)} is too small even for one expert per layer",
+        hint="Allow more bytes, or quantize the model too.",
+    )
 
 
 def _largest_first(model: Model) -> dict[int, list[int]]:
-    """{layer: its experts by their bytes}: a mixed checkpoint stores some in more bits, and any may be kept."""
+    """{layer: its experts, the largest first}. A checkpoint of mixed precision stores some experts in more bits, and
+    the budget must hold whichever of them are kept."""
     sizes = {layer: [0] * model.num_experts for layer in model.moe_layers}
     for name, role in model.roles.items():
         if role.expert is not None and role.layer in sizes:
@@ -86,76 +96,95 @@ def _largest_first(model: Model) -> dict[int, list[int]]:
 
 
 def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -> None:
-    """A quantized source is cut as it lies on disk: nothing of it can be cast, and its config must be renumbered."""
+    """A quantized source is sliced as it is stored: its tensors cannot be cast or changed, and the experts that its
+    config names must be renumbered."""
     if model.quantization is None:
         return
     if common.dtype:
         raise UsageError(
-            "--dtype cannot cast a quantized source", hint="Leave it out: codes and scales stay as stored."
+            "--dtype cannot cast a quantized source",
+            hint="Leave out --dtype: codes and scales stay as they are stored.",
         )
     for name in ("refit", "merge", "rescale", "distill"):
         if getattr(options, name):
             raise UsageError(
-                f"{flag_of(name)} changes weights, and this source's are quantized",
-                hint="Leave it out, or prune the unquantized checkpoint and quantize the result.",
+                f"{flag_of(name)} changes weights, and the weights of this source are quantized",
+                hint=f"Leave out {flag_of(name)}, or prune the unquantized checkpoint and quantize the result.",
             )
     check_renumbering(model, model.quantization)
 
 
 def _check_numbers(options: PruneOptions) -> None:
-    """Raises UsageError for options that make no sense together or by themselves."""
+    """Raises UsageError for a number outside its range."""
     for name in ("threshold", "protect_coverage"):
         value = getattr(options, name)
         if value is not None and not 0 < value <= 1:
             raise UsageError(f"{flag_of(name)} {value} must lie between 0 and 1", hint=f"Example: {flag_of(name)} 0.8.")
     gate = options.max_loss_increase
     if gate is not None and not (math.isfinite(gate) and gate >= 0):
-        raise UsageError(f"--max-loss-increase {gate}: a number of nats per token from 0 up")
+        raise UsageError(f"--max-loss-increase {gate}: expected a number of nats per token, at least 0")
     if not (math.isfinite(options.refit_strength) and options.refit_strength > 0):
-        raise UsageError(f"--refit-strength {options.refit_strength}: a number above 0", hint="Between 0.1 and 1.")
+        raise UsageError(
+            f"--refit-strength {options.refit_strength}: expected a number above 0",
+            hint="Values between 0.1 and 1 are usual.",
+        )
     if not 1 <= options.refit_sweeps <= 100:
-        raise UsageError(f"--refit-sweeps {options.refit_sweeps}: from 1 to 100")
+        raise UsageError(f"--refit-sweeps {options.refit_sweeps}: expected 1 to 100")
     if options.distill < 0:
-        raise UsageError(f"--distill {options.distill}: a number of steps from 0 up")
+        raise UsageError(f"--distill {options.distill}: expected a number of steps, at least 0")
+
+
+def _check_together(options: PruneOptions) -> None:
+    """Raises UsageError for options that do not go together."""
     for one, other in (("merge", "refit"), ("merge", "sequential")):
         if getattr(options, one) and getattr(options, other):
             raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
-    if options.refit_strength != PruneOptions().refit_strength and not options.refit:
-        raise UsageError("--refit-strength goes with --refit", hint="Add --refit and --data FILE.")
-    if options.refit_sweeps != PruneOptions().refit_sweeps and not options.refit:
-        raise UsageError("--refit-sweeps goes with --refit", hint="Add --refit and --data FILE.")
-    if options.sequential and (options.threshold is not None or gate is not None):
-        raise UsageError("--sequential needs a number of experts that is known first", hint="Pass --ratio or --keep.")
+    for name in ("refit_strength", "refit_sweeps"):
+        if getattr(options, name) != getattr(PruneOptions(), name) and not options.refit:
+            raise UsageError(f"{flag_of(name)} goes with --refit", hint="Add --refit and --data FILE.")
+    if options.sequential and (options.threshold is not None or options.max_loss_increase is not None):
+        raise UsageError(
+            "--sequential needs to know how many experts are kept before it starts", hint="Pass --ratio or --keep."
+        )
 
 
 def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
+    """Raises UsageError for a --top-k that the model cannot have, or that changes nothing."""
     if options.top_k is None:
         return
     limit = model.num_experts if left is None else left
     if not 1 <= options.top_k <= limit:
-        raise UsageError(f"--top-k {options.top_k}: from 1 to the {limit} experts of a layer")
+        raise UsageError(f"--top-k {options.top_k}: expected 1 to {limit}, the experts of a layer")
     for name in ("merge", "sequential", "protect_coverage"):
         if left == model.num_experts and getattr(options, name):
             raise UsageError(
-                f"{flag_of(name)} says which experts stay, and --top-k alone removes none",
-                hint="Leave it out, or pass --ratio or --keep too.",
+                f"{flag_of(name)} is about which experts are kept, and --top-k alone removes none",
+                hint=f"Leave out {flag_of(name)}, or also pass --ratio or --keep.",
             )
     if left == model.num_experts and options.top_k == model.top_k:
-        raise UsageError(f"--top-k {options.top_k} is what the model has already", hint="Nothing would change.")
+        raise UsageError(
+            f"--top-k {options.top_k} is the value that the model has",
+            hint="Pass another number: this one would change nothing.",
+        )
     routing = model.family.experts.routing
     if routing is not None and routing.top_k is not None and options.top_k != routing.top_k:
-        raise UsageError(f"{model.family.model_type} routes to exactly {routing.top_k} experts")
+        raise UsageError(
+            f"--top-k {options.top_k}: {model.family.model_type} routes to exactly {routing.top_k} experts"
+        )
 
 
 def parse_protect(text: str | None, model: Model) -> dict[int, frozenset[int]]:
-    """`0:3,5:1,*:0` -> {layer: protected experts}. Raises UsageError."""
+    """{layer: protected experts} of a value of --protect such as `0:3,5:1,*:0`. Raises UsageError for any other
+    form."""
     protected: dict[int, set[int]] = {layer: set() for layer in model.moe_layers}
     for word in text.split(",") if text else ():
         first, _, second = word.strip().partition(":")
         layer, expert = parse_index(first), parse_index(second)
         layers = model.moe_layers if first == "*" else (layer,) if layer in protected else ()
         if not layers or expert is None:
-            raise UsageError(f"--protect {escape(word)!r}: not LAYER:EXPERT of this model", hint="Example: 0:3,*:0.")
+            raise UsageError(
+                f"--protect {escape(word)!r}: this is not LAYER:EXPERT of this model", hint="Example: 0:3,*:0."
+            )
         if expert >= model.num_experts:
             raise UsageError(f"--protect {escape(word)!r}: the model has experts 0 to {model.num_experts - 1}")
         for at in layers:
@@ -164,11 +193,11 @@ def parse_protect(text: str | None, model: Model) -> dict[int, frozenset[int]]:
 
 
 def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[int]], top_k: int) -> None:
-    """Raises UsageError where `left` experts cannot be kept: fewer than a token needs, or than are protected."""
+    """Raises UsageError if a layer cannot keep `left` experts: the router needs more, or more are protected."""
     if not 1 <= left < model.num_experts:
         raise UsageError(
-            f"keeping {left} of {model.num_experts} experts removes nothing that could be removed",
-            hint=f"Keep from {top_k} to {model.num_experts - 1}.",
+            f"a prune cannot keep {left} of {model.num_experts} experts",
+            hint=f"Keep {top_k} to {model.num_experts - 1} experts.",
         )
     if left < top_k:
         raise UsageError(
@@ -178,19 +207,20 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
     groups, used = model.groups
     if left % groups:
         raise UsageError(
-            f"{left} experts do not form {groups} groups of equal size, which this router chooses among",
+            f"{left} experts do not form {groups} groups of equal size, and this router chooses among such groups",
             hint=f"Keep a multiple of {groups}.",
         )
     least = model.family.experts.routing.best_of_group if groups > 1 and model.family.experts.routing else 1
     if left // groups < least:
         raise UsageError(
-            f"{left} experts leave {left // groups} in each of {groups} groups, which are ranked by their best {least}",
+            f"{left} experts leave {left // groups} in each of {groups} groups, and this router ranks groups by "
+            f"their best {least}",
             hint=f"Keep at least {least * groups}.",
         )
     if used * (left // groups) < top_k:
         raise UsageError(
-            f"a token may use {used} of {groups} groups: {used * (left // groups)} of {left} experts, fewer than the "
-            f"{top_k} that it is routed to",
+            f"a token is routed to {top_k} experts in {used} of {groups} groups, and {left} experts leave only "
+            f"{used * (left // groups)} in so many groups",
             hint=f"Keep at least {groups * -(-top_k // used)}.",
         )
     size = model.num_experts // groups
@@ -199,4 +229,7 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
             here = sum(group * size <= expert < (group + 1) * size for expert in chosen)
             if here > left // groups:
                 where = f"layer {layer}" + (f", group {group}" if groups > 1 else "")
-                raise UsageError(f"--protect names {here} experts of {where}, only {left // groups} stay")
+                raise UsageError(
+                    f"--protect names {here} experts of {where}, and only {left // groups} are kept there",
+                    hint="Protect fewer experts, or keep more.",
+                )

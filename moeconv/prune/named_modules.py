@@ -1,7 +1,8 @@
-"""Experts that a quantization_config names by number (`ignore`, `modules_to_not_convert`, `targets`), renumbered.
+"""Renumbers the experts that a quantization_config names (in `ignore`, `modules_to_not_convert`, `targets`, ...).
 
-An entry is matched against the checkpoint's modules as its reader matches it. One that means the same under the new
-numbers stays word for word; any other becomes the explicit names of what it stood for.
+Each entry is matched against the modules of the checkpoint in the way of the library that reads the config. An entry
+that matches the same modules under the new numbers stays as it is; any other is replaced by the names of the modules
+that it matched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
@@ -17,10 +17,11 @@ from moeconv.families.module_groups import Groups, groups_of, matching
 from moeconv.families.names import module_names
 from moeconv.families.packed import weight_of
 from moeconv.families.spec import with_expert
+from moeconv.types import Config, JsonObject
 
 Keep = Mapping[int, Sequence[int]]
 
-# keys of the libraries' configs that hold lists of modules: compressed-tensors, transformers, ModelOpt, Quark, HQQ
+# the config keys with lists of modules: of compressed-tensors, transformers, ModelOpt, Quark and HQQ
 _LISTS = (
     "ignore", "targets", "modules_to_not_convert", "llm_int8_skip_modules", "ignored_layers", "exclude_modules",
     "exclude", "skip_modules",
@@ -33,8 +34,9 @@ _HINT = "Prune the unquantized checkpoint, and quantize the result."
 
 @dataclass(frozen=True)
 class _Names:
-    """Modules of the experts: {name: its name after the prune, None where its expert goes}, and all others' names;
-    and, where config.json has them, the `groups` that modules belong to."""
+    """The modules of a checkpoint. `experts` {name: the name after the prune, None if the expert is removed};
+    `containers` are those that hold a whole expert; `others` are all modules outside the experts; `joined` is the text
+    of all names in `experts`, for a quick search; `groups` are the config groups that modules belong to, if config.json has such."""
 
     experts: Mapping[str, str | None]
     containers: frozenset[str]
@@ -47,11 +49,11 @@ class _Names:
         return frozenset(new for new in self.experts.values() if new is not None)
 
 
-def renumbered(model: Model, quantization: Mapping[str, Any], keep: Keep) -> dict[str, Any]:
+def renumbered(model: Model, quantization: Config, keep: Keep) -> JsonObject:
     """The quantization_config of the model that keeps the experts `keep` {layer: ids, in their new order}.
 
-    Raises InputError for an entry that names experts of no tensor, for names outside the known lists, and where groups
-    of experts cannot be told apart under the new numbers.
+    Raises InputError for an entry with an expert that has no tensor, for names of experts outside the known lists, and
+    where groups of experts cannot be distinguished under the new numbers.
     """
     names = _names(model, keep)
     matches = _MATCHES.get(str(quantization.get("quant_method")), _matches_part)
@@ -78,8 +80,8 @@ def _check_groups(names: _Names, before: Groups, after: Groups) -> None:
             )
 
 
-def check_renumbering(model: Model, quantization: Mapping[str, Any]) -> None:
-    """Raises InputError where no prune could renumber the config: tried with every number moved."""
+def check_renumbering(model: Model, quantization: Config) -> None:
+    """Raises InputError if a prune could not renumber the config. This is tried with a new number for every expert."""
     moved = [*range(1, model.num_experts), 0]
     renumbered(model, quantization, dict.fromkeys((*model.moe_layers, *model.mtp_layers), moved))
 
@@ -108,9 +110,9 @@ def _names(model: Model, keep: Keep) -> _Names:
 _Matcher = Callable[[str], Callable[[str], bool]]
 
 
-def _walked(value: Any, path: str, key: str, names: _Names, matches: _Matcher, group: str = "") -> Any:
-    """A value of the config with the lists in it renumbered; any other string that names an expert is refused. `group`
-    is the key of the config group that the value is a part of."""
+def _walked(value: object, path: str, key: str, names: _Names, matches: _Matcher, group: str = "") -> object:
+    """A value of the config with its lists renumbered. `group` is the key of the config group that the value belongs to.
+    Raises InputError for any other string that names an expert."""
     if isinstance(value, Mapping):
         for inner in value:
             _refuse_numbers(str(inner), path, names)
@@ -127,46 +129,48 @@ def _walked(value: Any, path: str, key: str, names: _Names, matches: _Matcher, g
     return value
 
 
-def _emptied(old: Any, new: Any) -> bool:
-    """Whether a group's targets were experts that are all gone: it would then be a group of nothing."""
-    was = old.get("targets") if isinstance(old, Mapping) else None
-    return bool(was) and new.get("targets") == []
+def _emptied(old: object, new: object) -> bool:
+    """Whether all targets of a group were experts that are removed, so that the group must be removed too."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return False
+    return bool(old.get("targets")) and new.get("targets") == []
 
 
 def _refuse_numbers(word: str, path: str, names: _Names) -> None:
-    """Raises InputError for a string outside the known lists that depends on experts' numbers under any reading."""
+    """Raises InputError for a string outside the known lists that matches experts by their numbers in any library."""
     if not _NUMBERED.search(word) and not word.startswith("re:"):
         return
     for matches in (matching, _matches_part):
         test = matches(word.removeprefix("+:").removeprefix("-:"))
         if _NUMBERED.search(word) or _images(test, names) != {n for n in names.left if test(n)}:
             raise InputError(
-                f"config.json: {path} names single experts ({escape(word)[:80]}), which are renumbered", hint=_HINT
+                f"config.json: {path} names single experts ({escape(word)[:80]}) at a place that cannot be renumbered",
+                hint=_HINT,
             )
 
 
 def _images(test: Callable[[str], bool], names: _Names) -> set[str]:
-    """The new names of the experts' modules that stay and that an entry matches."""
+    """The new names of the modules of kept experts that an entry matches."""
     return {new for old, new in names.experts.items() if new is not None and test(old)}
 
 
 def _entry(word: str, path: str, names: _Names, matches: _Matcher, group: str) -> list[str]:
-    """What takes the place of one entry of a list."""
+    """The entries that replace one entry of a list."""
 
-    def belongs(name: str) -> bool:  # a name in full beats a pattern, so that each is listed in its own group alone
+    def belongs(name: str) -> bool:  # a full name precedes a pattern, so that each is listed only in its own group
         return not group or names.groups is None or names.groups.group_of(name) == group
 
     if _LITERAL.fullmatch(word) and word not in names.joined:
-        found: set[str] = set()  # most entries: other modules, or none
+        found: set[str] = set()  # most entries match no expert
     else:
         test = matches(word)
         found = {old for old in names.experts if test(old)}
     if not found:
         if _NUMBERED.search(word):
             raise InputError(
-                f"config.json: {path} names an expert that no tensor belongs to ({escape(word)[:80]}), and experts are "
+                f"config.json: {path} names an expert that has no tensor ({escape(word)[:80]}), so that it cannot be "
                 "renumbered",
-                hint=f"Remove the entry where it is stale. {_HINT}",
+                hint=f"Remove the entry if it is outdated. {_HINT}",
             )
         return [word]
     wanted = {new for old in found if (new := names.experts[old]) is not None}
@@ -182,8 +186,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _matches_part(word: str) -> Callable[[str], bool]:
-    """transformers: an expression for the first components of a name, a name's end, or (version 4) components in its
-    middle."""
+    """As transformers matches: an expression for the first components of a name, the end of a name, or (in version 4)
+    components in its middle."""
     word = word.removeprefix("re:")
 
     def literal(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""plan_prune: an MoE, a budget and a criterion's evidence in, a Plan out. No torch, no tensor bytes.
+"""plan_prune: makes a Plan from a model, a budget and the evidence of a criterion. Needs no torch and no tensor bytes.
 
-Without evidence the plan keeps the first experts as a placeholder: its sizes are exact, its `keep` is null.
+Without evidence, the plan keeps the first experts as a placeholder: its sizes are exact, and its `keep` is null.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_o
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
+from moeconv.types import JsonObject
 
 _RANKS = (2, 4, 8)  # devices that experts are commonly spread over
 
@@ -58,7 +59,7 @@ def prune_plan(
     model: Model, options: PruneOptions, common: PlanOptions, decision: Decision, *, evidence: Evidence,
     overlays: Mapping[str, Overlay] | None = None,
 ) -> Plan:  # fmt: skip
-    """`plan_prune` of a decision; `evidence` is what it was made on."""
+    """The plan of a decision. `evidence` is what the decision was made on."""
     keep, left, orders = decision.keep, decision.left, decision.orders
     prunes = left < model.num_experts
     scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
@@ -66,7 +67,7 @@ def prune_plan(
     items = replaced(items, overlays or {})
     top_k = options.top_k or model.top_k
     total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=left)
-    block: dict[str, Any] = {
+    block: JsonObject = {
         "criterion": decision.criterion if prunes else None,
         "experts_before": model.num_experts,
         "experts_after": left,
@@ -104,11 +105,11 @@ def prune_plan(
     )
 
 
-def _decided_by(evidence: Evidence, options: PruneOptions, block: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the manifest beside the options: the data behind the statistics and the keep sets, by their
-    hashes; a path would say nothing elsewhere."""
+def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) -> JsonObject:
+    """The entries of the manifest that say what the decision was made on: the statistics, their data and the kept
+    experts, by their hashes, because a path has no meaning on another machine."""
     keep, metadata = block["keep"], getattr(evidence.statistics, "metadata", None)
-    found: dict[str, Any] = {"criterion": block["criterion"]}
+    found: JsonObject = {"criterion": block["criterion"]}
     if keep is not None and block["criterion"] is not None:
         found["keep_sha256"] = hashlib.sha256(json.dumps(keep, sort_keys=True).encode()).hexdigest()
     if metadata is not None:
@@ -125,7 +126,7 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: Mapping[str, A
 
 
 def _promise(model: Model, keep: Keep) -> dict[str, int]:
-    """Tensors that change by role: those of the kept experts, and every one that has an entry for each expert."""
+    """{role: number of tensors that change}: those of the kept experts, and all that have an entry per expert."""
     counts = {"expert": 0, "router": 0}
     stays = {layer: frozenset(kept) for layer, kept in with_mtp(model, keep).items()}
     for role in model.roles.values():
@@ -134,13 +135,14 @@ def _promise(model: Model, keep: Keep) -> dict[str, int]:
     return counts
 
 
-def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = None) -> dict[str, Any]:
+def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = None) -> JsonObject:
+    """config.json of the pruned model."""
     config = with_quantization(with_head(model), lambda stated: renumbered(model, stated, with_mtp(model, keep)))
     left = len(next(iter(keep.values())))
-    said = dict.fromkeys(model.family.experts.count, left)
+    changes = dict.fromkeys(model.family.experts.count, left)
     if top_k is not None:
-        said |= dict.fromkeys(model.family.experts.top_k, top_k)
-    return written_config(config, model.family, changes=said, dtype=TORCH_NAMES[dtype] if dtype else None)
+        changes |= dict.fromkeys(model.family.experts.top_k, top_k)
+    return written_config(config, model.family, changes=changes, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
 def _warnings(
@@ -150,20 +152,21 @@ def _warnings(
     lost = [ranks for ranks in _RANKS if model.num_experts % ranks == 0 and left % ranks]
     if lost:
         warnings.append(
-            f"{left} experts do not divide over {' or '.join(map(str, lost))} devices, as {model.num_experts} do: "
-            "expert parallelism needs equal shares"
+            f"{left} experts cannot be divided equally among {' or '.join(map(str, lost))} devices, as "
+            f"{model.num_experts} can: expert parallelism needs equal shares"
         )
     if model.mtp_layers:
         warnings.append(
-            f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the numbers that layer "
-            f"{model.moe_layers[-1]} keeps: no data runs through them, so drafted tokens may be accepted less often"
+            f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the same numbers as "
+            f"layer {model.moe_layers[-1]}, because no data runs through them: drafted tokens may be accepted less "
+            f"often"
         )
     if criterion and CRITERIA[criterion].warning:
         warnings.append(CRITERIA[criterion].warning)
     plain = not model.renormalises and model.family.experts.routing and model.family.experts.routing.score == "softmax"
     if plain and criterion and not (options.refit or options.distill or scales):
         warnings.append(
-            "this router does not renormalise: the surviving experts' weights grow; --refit folds the scale back, and "
-            "so does --distill"
+            "this router does not renormalise, so the weights of the kept experts grow; --refit and --distill correct "
+            "their scale"
         )
     return warnings

@@ -1,4 +1,4 @@
-"""What mends a pruned model before it is written: experts refitted, merged or chosen anew, distilled routers."""
+"""Repairs of a pruned model before it is written: experts are refitted, merged or chosen again, routers distilled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.decision import Decision, with_keep
 from moeconv.prune.windows import read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
+from moeconv.types import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,18 +34,18 @@ REPAIRS = ("refit", "sequential", "merge", "distill")
 
 @dataclass(frozen=True)
 class Repaired:
-    """A decision after a repair, the tensors that it made by their origin, and its figures for the JSON."""
+    """A decision after a repair, the tensors that the repair made by their origin, and its figures for the JSON."""
 
     decision: Decision
     overlays: Mapping[str, Overlay]
-    figures: Mapping[str, Any]
+    figures: Config
 
 
 def repaired(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
-    """Pass the model once more, each layer on the pruned layers before it: chosen there (--sequential), and refitted
-    to the unpruned model's stream (--refit)."""
+    """Run the model once more, so that each layer gets the outputs of the pruned layers before it. The experts are
+    chosen on these (--sequential), and refitted to the residual stream of the unpruned model (--refit)."""
     from moeconv.prune.repair.pruned import Variant, pruned_pass
     from moeconv.prune.repair.run import repair
 
@@ -71,8 +72,8 @@ def repaired(
     return Repaired(with_keep(decision, keep), overlays, figures)
 
 
-def remarks_on(extra: Mapping[str, Any]) -> list[str]:
-    """Warnings of a refit: too little text, and layers that stay as they were cut."""
+def remarks_on(extra: Config) -> list[str]:
+    """The warnings of a refit: too little text, and layers that keep their old weights."""
     from moeconv.data import heldout
 
     layers = extra.get("refit", {}).get("layers", [])
@@ -80,7 +81,7 @@ def remarks_on(extra: Mapping[str, Any]) -> list[str]:
 
 
 class _Fields:
-    """Statistics of one layer in memory."""
+    """The statistics of one layer, in memory."""
 
     def __init__(self, fields: Mapping[str, np.ndarray]) -> None:
         self._fields = fields
@@ -88,7 +89,7 @@ class _Fields:
     def layer(self, layer: int, field: str) -> np.ndarray:
         if field not in self._fields:
             raise InputError(
-                f"layer {layer} has no {field}: its router follows a rule that is not known here",
+                f"layer {layer} has no {field}: the rule that its router follows is not known",
                 hint="Pass --criterion saliency.",
             )
         return self._fields[field]
@@ -97,7 +98,8 @@ class _Fields:
 def _chooser(
     model: Model, evidence: Evidence, request: PruneRequest, left: int, read: TokenData
 ) -> Callable[[Layer, Tensor], list[int]]:
-    """Statistics of a layer on what the pruned layers before it give, and the criterion on those."""
+    """A function that measures the statistics of a layer on the outputs of the pruned layers before it, and returns the
+    experts that the criterion keeps."""
     import torch
 
     from moeconv.calibrate.need import sample_size
@@ -126,7 +128,7 @@ def _chooser(
 
 
 class _OneLayer:
-    """A model that has one MoE layer only, for what is asked layer by layer."""
+    """A view of a model as if it had a single MoE layer, for functions that work on all layers of a model."""
 
     def __init__(self, model: Model, layer: int) -> None:
         self.moe_layers, self.num_experts, self.family = (layer,), model.num_experts, model.family
@@ -135,7 +137,7 @@ class _OneLayer:
 def merged(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
-    """Average the experts that go into the most similar ones that stay (--merge)."""
+    """Average each removed expert into the most similar kept one (--merge)."""
     from moeconv.prune.repair.merging import merge
 
     decision = before.decision
@@ -154,8 +156,8 @@ def merged(
 def distilled(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
-    """Router-KD (arXiv 2603.02217): the pruned model is written to a temporary directory, its routers are trained to
-    the unpruned model's logits, and come back as an overlay."""
+    """Distil the routers (Router-KD, arXiv 2603.02217): the pruned model is written to a temporary directory, and its
+    routers are trained on the logits of the unpruned model. They are returned as an overlay."""
     from moeconv.tune.run import tune
 
     plan = planner.prune_plan(

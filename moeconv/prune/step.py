@@ -1,11 +1,10 @@
-"""The prune step: what is measured for a decision, the decision, its plan, and the plan's execution."""
+"""The step `prune`: it measures what the decision needs, decides, plans, and executes the plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
@@ -23,23 +22,26 @@ from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import need_of
+from moeconv.types import Config, JsonObject
 
-Run = Callable[..., dict[str, Any]]  # as run_plan
+RunPlan = Callable[..., JsonObject]  # with the parameters of run_plan
 
 
-def prune(request: PruneRequest, *, meter: Meter, run: Run = run_plan) -> dict[str, Any]:
-    """Remove experts: by statistics, by data that is calibrated on first, or by the weights alone. `run` executes the
-    plan that was decided."""
+def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> JsonObject:
+    """Remove experts: by statistics, by data (on which the model is calibrated first), or by the weights alone. `run`
+    executes the plan."""
     model = open_resolved(request.model)
     named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
     criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
     request = replace(request, prune=replace(request.prune, criterion=criterion))
     _check_data(request)
     if request.prune.curve:
-        return curve(model, request, named=named, meter=meter)
+        return dict(curve(model, request, named=named, meter=meter))
     out, write = request.out, request.write
     if out is None:
-        raise UsageError("prune needs OUT, the directory to write", hint="Only --curve writes no model.")
+        raise UsageError(
+            "prune needs OUT, the directory to write", hint="Name a directory. Only --curve can run without OUT."
+        )
     left = limits.check_prune(model, request.prune, request.plan)  # before anything is measured
     check_out(out, model, write)
     if write.dry_run:
@@ -73,7 +75,8 @@ def prune(request: PruneRequest, *, meter: Meter, run: Run = run_plan) -> dict[s
 
 def _dry_run(
     model: Model, request: PruneRequest, out: str, *, left: int | None, named: bool, meter: Meter
-) -> dict[str, Any]:
+) -> JsonObject:
+    """The plan and the memory that the run will take. Experts that only measurements can decide stay undecided."""
     evidence = evidence_of(model, request.prune.stats, request)
     request, _ = settled(model, evidence, request, named=named)
     decision = decide(model, request.prune, evidence, left=left, seed=request.plan.seed)
@@ -88,24 +91,27 @@ def _dry_run(
 
 
 def _measures(options: PruneOptions) -> list[str]:
-    """The options that run the model on text, beside what the criterion needs."""
+    """The names of the options that run the model on text, other than for the criterion."""
     asked = [name for name in (*REPAIRS, "curve") if getattr(options, name)]
     return asked + (["max_loss_increase"] if options.max_loss_increase is not None else [])
 
 
 def _judged(request: PruneRequest) -> bool:
-    """Whether what a change of top-k costs is measured."""
+    """Whether the cost of a changed top-k is measured."""
     return request.prune.top_k is not None and bool(request.data.data)
 
 
 def _check_data(request: PruneRequest) -> None:
-    """Raises UsageError where --data and --stats do not go with the other options."""
+    """Raises UsageError if --data and --stats do not go with the other options."""
     options, data, measures = request.prune, request.data.data, _measures(request.prune)
     if measures and not data and not request.write.dry_run:
         flag = "--" + measures[0].replace("_", "-")
-        raise UsageError(f"{flag} runs the model on text", hint="Pass --data FILE, with --stats or without.")
+        raise UsageError(f"{flag} runs the model on text, and there is no --data", hint="Pass --data FILE.")
     if options.stats and data and not measures and not _judged(request):
-        raise UsageError("--stats and --data exclude each other", hint="Statistics hold what the data gave.")
+        raise UsageError(
+            "--stats and --data exclude each other",
+            hint="Leave out --data: the statistics already contain what was measured on data.",
+        )
     if options.merge and not (options.stats or data):
         raise UsageError("--merge needs statistics", hint="Pass --data FILE, or --stats STATS too.")
     if covers(options) and not (options.stats or data):
@@ -114,16 +120,17 @@ def _check_data(request: PruneRequest) -> None:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What running the model on text decided, as JSON keeps it for the other parts of a command."""
+    """The results of running the model on text. They are kept as JSON, so that the other parts of a command read
+    them."""
 
     keep: dict[int, list[int]] | None = None
     groups: dict[int, dict[int, list[int]]] | None = None
     overlays: Mapping[str, Overlay] = field(default_factory=dict)
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Config = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, found: Mapping[str, Any]) -> _Stored:
-        """From what `_measured` returned."""
+    def read(cls, folder: Path, found: JsonObject) -> _Stored:
+        """Read what `_measured` returned."""
         keep, groups = found["keep"], found["groups"]
         return cls(
             None if keep is None else {int(at): kept for at, kept in keep.items()},
@@ -135,17 +142,18 @@ class _Stored:
 
 def _measured(
     model: Model, evidence: Evidence, request: PruneRequest, decision: Decision | None, folder: Path, *, meter: Meter
-) -> dict[str, Any]:  # fmt: skip
-    """Everything that takes passes over the model: {keep, groups, overlays {origin: file in `folder`}, extra}; `keep`
-    is None where `decision` stands."""
-    options, figures = request.prune, dict[str, Any]()
+) -> JsonObject:  # fmt: skip
+    """Do everything that needs passes over the model. Returns {keep, groups, overlays {origin: file in `folder`},
+    extra}; `keep` is None where the experts of `decision` did not change."""
+    options, figures = request.prune, JsonObject()
     begun = decision
     if decision is None:
         assert options.max_loss_increase is not None
-        keep, figures = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
+        keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
+        figures |= cost_of_keep
         decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
     elif _judged(request):
-        figures = cost(model, evidence, request, decision, meter=meter)
+        figures |= cost(model, evidence, request, decision, meter=meter)
     made = Repaired(decision, {}, figures)
     if options.sequential or options.refit:
         made = repaired(model, evidence, request, made, folder, meter=meter)

@@ -1,6 +1,6 @@
-"""What only training does to the routing: noise and temperature on the logits, and a limit of tokens per expert.
+"""Changes to the routing during training only: noise and temperature on the logits, and a token limit per expert.
 
-Measures of held-out data, and the model that is written, know nothing of it.
+Neither the measurements on held-out data nor the model that is written have them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,17 +21,18 @@ from moeconv.stream.products import LINEAR, OnProducts
 
 @dataclass
 class Disturbance:
-    """`noise`: standard deviation added to the logits; `temperature`: what they are divided by; `capacity_factor`: an
-    expert takes at most ceil(factor * tokens * top_k / experts) of a forward pass.
+    """`noise`: the standard deviation of the noise that is added to the logits; `temperature`: the divisor of the
+    logits; `capacity_factor`: an expert takes at most ceil(factor * tokens * top_k / experts) tokens of a forward pass.
 
-    Noise is drawn for a whole batch by (seed, layer, step), so that it does not depend on how processes share it.
+    Noise is drawn for a whole batch from (seed, layer, step), so that it does not depend on how processes share a
+    batch.
     """
 
     noise: float = 0.0
     temperature: float = 1.0
     capacity_factor: float | None = None
     seed: int = 0
-    _step: int | None = None  # None: nothing is disturbed
+    _step: int | None = None  # None outside of training: nothing is changed
     _rows: np.ndarray | None = None
     _total: int = 0
 
@@ -42,7 +42,8 @@ class Disturbance:
 
     @contextmanager
     def training(self, step: int, *, rows: np.ndarray, total: int) -> Iterator[None]:
-        """Inside the block the routing is disturbed; its tokens are these rows of a batch of `total` tokens."""
+        """Inside the block, the routing is changed. The tokens of this process are `rows` of a batch of `total`
+        tokens."""
         self._step, self._rows, self._total = step, rows, total
         try:
             yield
@@ -50,7 +51,7 @@ class Disturbance:
             self._step = None
 
     def logits(self, layer: int, logits: Tensor) -> Tensor:
-        """Logits [..., E] as training sees them."""
+        """The logits [..., E] as training uses them."""
         if self._step is None:
             return logits
         logits = logits / self.temperature
@@ -62,8 +63,8 @@ class Disturbance:
         return logits
 
     def kept(self, chosen: Tensor, weights: Tensor, *, experts: int) -> Tensor | None:
-        """Which of the chosen experts [T, k] have room for the token, the heaviest weights first (batch prioritised
-        routing, arXiv 2106.05974); None when all have."""
+        """Which of the chosen experts [T, k] have room for the token, as bool [T, k]; None if all have. Pairs with
+        larger routing weights come first (batch prioritised routing, arXiv 2106.05974)."""
         if self._step is None or self.capacity_factor is None:
             return None
         room = math.ceil(self.capacity_factor * chosen.numel() / experts)
@@ -75,24 +76,28 @@ class Disturbance:
         return torch.empty_like(flat, dtype=torch.bool).scatter_(0, order, place < room).view_as(chosen)
 
 
-def disturbed(forward: Callable[..., Any], change: Callable[[Tensor], Tensor], *, experts: int) -> Callable[..., Any]:
-    """A router's forward whose logits go through `change` before anything is chosen by them."""
+def disturbed(
+    forward: Callable[..., object], change: Callable[[Tensor], Tensor], *, experts: int
+) -> Callable[..., object]:
+    """A router's forward whose logits go through `change` before the experts are chosen. It raises InputError for a
+    router whose logits are not the output of a linear layer."""
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        met = False
+    def wrapped(*args: object, **kwargs: object) -> object:
+        found = False
 
-        def seen(_given: Sequence[Any], logits: Tensor) -> Tensor:
-            nonlocal met
-            if met or logits.shape[-1] != experts:
+        def on_product(_arguments: Sequence[Tensor], logits: Tensor) -> Tensor:
+            nonlocal found
+            if found or logits.shape[-1] != experts:
                 return logits
-            met = True
+            found = True
             return change(logits)
 
-        with OnProducts(seen, functions=LINEAR):
+        with OnProducts(on_product, functions=LINEAR):
             out = forward(*args, **kwargs)
-        if not met:
+        if not found:
             raise InputError(
-                "this family's router does not compute its logits as a linear layer: they cannot be disturbed",
+                "the router of this family does not compute its logits by a linear layer, so that they cannot be "
+                "changed",
                 hint="Leave out --router-noise and --temperature.",
             )
         return out

@@ -1,4 +1,4 @@
-"""What `tune` was asked for, checked before anything heavy runs: models that fit together, routers that can learn."""
+"""The job of `tune`, checked before anything expensive runs: models that go together, and routers that can learn."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from moeconv.tune.symmetry import check_symmetry
 from moeconv.tune.words import BIAS, correction_names, parse_train, tensors_of
 
 # Peak learning rates times the hidden size: Adam's best rate for a matrix goes with 1 / width (Tensor Programs V, arXiv
-# 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: a layer's regression bears four times the rate of
-# a whole model, and a random router that trains alone ten times that of one that trains with its experts, or that has
-# learned already (a pruned model: 0.128 lowers the KL to the whole one, 1.28 does not).
+# 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: the best rate for a layer's regression is four
+# times that for a whole model. The best rate for a random router that trains alone is ten times that for a router that
+# trains with its experts, or that is already trained (of a pruned model: 0.128 lowers the KL, 1.28 does not).
 _LAYERWISE, _WHOLE = 1.0, 0.256
 _ROUTER_ALONE, _ROUTER_ALONG = 1.28, 0.128
 _MOST = 0.01
-_NORMS = 1e-3  # vectors: independent of the width
-_SAME = 0.02  # relative difference of a matrix that only its dtype or packing to 8 bits changed
+_NORMS = 1e-3  # for vectors, whose best rate does not depend on the width
+_SAME = 0.02  # the largest relative difference that another dtype or packing to 8 bits makes
 
 
 @dataclass(frozen=True)
 class Job:
-    """The student, its teacher, what is minimised and what trains. `objective` is "balance" with --balance-only."""
+    """The student, its teacher, the objective, what trains, and how. `objective` is "balance" with --balance-only."""
 
     student: Model
     teacher: Model | None
@@ -48,29 +48,36 @@ class Job:
 
     @property
     def opened(self) -> tuple[str, ...]:
-        """Words of everything that changes: what has a gradient, and the correction bias when the load moves it."""
+        """The words of --train for everything that changes: what has a gradient, and the correction bias if it is
+        updated."""
         return (*self.train, BIAS) if self.bias_update else self.train
 
 
 def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: int, batch_size: int) -> Job:
-    """Open and check. Raises UsageError for parameters, InputError for models that cannot be tuned so."""
+    """Open the models and check the options.
+
+    Raises UsageError for options that cannot be used, InputError for models that cannot be tuned with them.
+    """
     train = parse_train(options.train)
     _check_numbers(options, batch_size)
     if options.balance_only and train != ("router",):
-        raise UsageError("--balance-only trains routers alone", hint="Leave out --train.")
+        raise UsageError("--balance-only trains only the routers", hint="Leave out --train.")
     objective = "balance" if options.balance_only else options.objective
     if objective == "layerwise" and "norms" in train:
-        raise UsageError("--train norms: layerwise takes the FFN's inputs after the norm", hint="--objective distill.")
+        raise UsageError(
+            "--train norms: the objective layerwise starts after the norms, so they have no gradient",
+            hint="Use --objective distill.",
+        )
     student = open_model(model_path)
     _check_student(student)
     _check_bias(options, student)
     teacher = _open_teacher(options.teacher, student, objective)
     if not tensors_of(student, train):
         raise InputError(
-            f"{student.family.model_type} has nothing that --train {options.train} opens",
-            hint="router and experts are in every Mixture-of-Experts; shared is not.",
+            f"{student.family.model_type} has no tensor that --train {options.train} names",
+            hint="Every Mixture-of-Experts has `router` and `experts`; not all have `shared`.",
         )
-    through, warnings = False, list[str]()  # the balance loss reads the router's probabilities alone
+    through, warnings = False, list[str]()  # the balance loss depends only on the router's probabilities
     if objective != "balance":
         through, warnings = _straight_through(options.straight_through, student, train)
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
@@ -87,8 +94,8 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
 def _rates(
     asked: float | None, train: tuple[str, ...], *, objective: str, hidden: int, learned: bool
 ) -> dict[str, float]:  # fmt: skip
-    """Peak learning rate by word of --train: the one that was asked for, or defaults by width. `learned`: the router
-    has been trained before, as after an edit of a Mixture-of-Experts."""
+    """{word of --train: peak learning rate}: the given one, or defaults by the width. `learned`: the router is already
+    trained, as after an edit of a Mixture-of-Experts."""
     weights = _LAYERWISE if objective == "layerwise" else _WHOLE
     scales = {
         "router": _ROUTER_ALONG if "experts" in train or learned else _ROUTER_ALONE,
@@ -100,51 +107,53 @@ def _rates(
 
 
 def _check_numbers(options: TuneOptions, batch_size: int) -> None:
+    """Raises UsageError for a number outside its range."""
     if options.steps < 1:
-        raise UsageError(f"--steps {options.steps}: at least 1")
+        raise UsageError(f"--steps {options.steps}: expected at least 1")
     if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: at least 1")
+        raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     if options.learning_rate is not None and not (options.learning_rate > 0 and math.isfinite(options.learning_rate)):
-        raise UsageError(f"--learning-rate {options.learning_rate}: a number above 0")
+        raise UsageError(f"--learning-rate {options.learning_rate}: expected a number above 0")
     for name in ("look_every", "patience"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"{flag_of(name)} {value}: at least 1")
+            raise UsageError(f"{flag_of(name)} {value}: expected at least 1")
     for name in ("temperature", "capacity_factor"):
         value = getattr(options, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UsageError(f"{flag_of(name)} {value}: a number above 0")
+            raise UsageError(f"{flag_of(name)} {value}: expected a number above 0")
     if not 0 <= options.warmup <= 1:
-        raise UsageError(f"--warmup {options.warmup}: a share of the steps, from 0 to 1")
+        raise UsageError(f"--warmup {options.warmup}: expected a share of the steps, from 0 to 1")
     for name in ("balance", "z_loss", "bias_update", "router_noise"):
         value = getattr(options, name)
         if not (value >= 0 and math.isfinite(value)):
-            raise UsageError(f"{flag_of(name)} {value}: a number from 0 up")
+            raise UsageError(f"{flag_of(name)} {value}: expected a number, at least 0")
 
 
 def _straight_through(asked: bool | None, model: Model, train: tuple[str, ...]) -> tuple[bool, list[str]]:
-    """Whether the router's gradient goes through all experts, and a warning where it cannot as asked.
+    """(whether the router's gradient goes through all experts, warnings). A warning says that this is not possible.
 
-    Experts that train win back more without it, and each step costs two thirds (measured). Where the top-1 weight is
-    always 1, there is no other gradient.
+    By default it does if the experts do not train. Experts that train recover more without it, and a step then costs
+    two thirds (measured). Where the weight of the single chosen expert is always 1, the router has no other gradient.
     """
     assert model.family.experts.routing is not None
     if model.family.experts.routing.score not in ("softmax", "softmax_topk", "sigmoid"):
-        text = f"{model.family.model_type} routes by a rule that --straight-through does not know: it is off"
+        text = f"{model.family.model_type} routes by a rule that --straight-through does not support, so it is off"
         return False, [text] if asked else []
     return ("experts" not in train or _always_one(model)) if asked is None else asked, []
 
 
 def _always_one(model: Model) -> bool:
+    """Whether every token has one expert, with the weight 1."""
     return model.top_k == 1 and model.renormalises
 
 
 def _check_alone(model: Model) -> None:
     if model.family.multimodal.beside:
         raise InputError(
-            f"{model.family.model_type} is multimodal: training would move its language model away from what the "
-            "vision tower was trained beside, and no data here has images",
-            hint="`moeconv prune`, `calibrate`, `evaluate` and `quantize` take it as it is.",
+            f"{model.family.model_type} is multimodal, and --data has no images: training the language model on text "
+            "alone would separate it from its vision tower",
+            hint="`moeconv prune`, `calibrate`, `evaluate` and `quantize` work on it.",
         )
 
 
@@ -152,13 +161,13 @@ def _check_student(model: Model) -> None:
     if not model.moe_layers:
         raise InputError(
             f"{model.family.model_type} is dense: there is no router to tune",
-            hint="Make a Mixture-of-Experts of it first with `moeconv upcycle`.",
+            hint="First make it a Mixture-of-Experts with `moeconv upcycle`.",
         )
     _check_alone(model)
     model.check_separate_experts()
     if model.quantization:
         raise InputError(
-            f"{escape(model.checkpoint.path)} is quantized, and packed weights do not train",
+            f"{escape(model.checkpoint.path)} is quantized, and packed weights cannot be trained",
             hint="Tune the unquantized model, then quantize it.",
         )
 
@@ -166,8 +175,8 @@ def _check_student(model: Model) -> None:
 def _check_bias(options: TuneOptions, model: Model) -> None:
     if options.bias_update and len(correction_names(model)) < len(model.moe_layers):
         raise UsageError(
-            f"--bias-update: {model.family.model_type} has no correction bias in every router",
-            hint="Balance it with --balance; families with such a bias are DeepSeek-V3's relatives.",
+            f"--bias-update: not every router of this {model.family.model_type} model has a correction bias",
+            hint="Use --balance instead. DeepSeek-V3 and related families have such a bias.",
         )
 
 
@@ -176,31 +185,35 @@ def _open_teacher(path: str | None, student: Model, objective: str) -> Model | N
         if objective in ("distill", "layerwise"):
             raise UsageError(
                 f"--objective {objective} needs a teacher",
-                hint="Pass --teacher with the dense source or the model before the edit, or --objective lm.",
+                hint="Pass --teacher with the dense source or with the model before the edit, or use --objective lm.",
             )
         return None
     teacher = open_model(path)
     _check_alone(teacher)
-    sizes = {"vocab_size": "tokens in the vocabulary"}
+    sizes = {"vocab_size": "a vocabulary of"}
     if objective == "layerwise":
-        sizes |= {"num_hidden_layers": "layers", "hidden_size": "wide"}
+        sizes |= {"num_hidden_layers": "a number of layers of", "hidden_size": "a hidden size of"}
     for key, what in sizes.items():
         ours, theirs = student.value(key), teacher.value(key)
         if ours != theirs:
             raise InputError(
-                f"the teacher does not fit: {theirs} {what}, the model {ours}",
-                hint="The teacher is the dense source of this model, or the model before an edit.",
+                f"the teacher does not fit: it has {what} {theirs}, and the model one of {ours}",
+                hint="The teacher must be the dense source of this model, or the model before an edit.",
             )
     if objective == "layerwise":
         _check_same_stream(student, teacher)
     if not same_tokenizer(student.checkpoint.path, teacher.checkpoint.path):
-        raise InputError("the teacher has another tokenizer than the model", hint="Its tokens would mean other text.")
+        raise InputError(
+            "the teacher has another tokenizer than the model, so the same tokens mean other text",
+            hint="Pass a teacher with the same tokenizer.json.",
+        )
     return teacher
 
 
 def _check_same_stream(student: Model, teacher: Model) -> None:
-    """An FFN of the one must mean the same in the other: a conversion may have folded a factor into all that writes the
-    residual stream (Granite's multipliers), or centred it (OLMo). The attention's output tells, in a layer's place."""
+    """Raises InputError if an FFN of the teacher does not mean the same in the student. A conversion may have folded a
+    factor into every matrix that writes to the residual stream (the multipliers of Granite), or centred the stream
+    (OLMo). The output matrix of the attention in one layer then differs between the two models."""
     key, layer = "attention.o", student.moe_layers[0]
     if not (student.family.has(key) and teacher.family.has(key)):
         return
@@ -210,6 +223,7 @@ def _check_same_stream(student: Model, teacher: Model) -> None:
     ours, theirs = decode_weight(student, name).float(), decode_weight(teacher, other).float()
     if ours.shape != theirs.shape or float((ours - theirs).norm()) > _SAME * float(theirs.norm()):
         raise InputError(
-            f"the teacher's FFNs do not stand for this model's: {escape(name)} is not the teacher's {escape(other)}",
-            hint="The conversion changed what writes the residual stream. Use --objective distill.",
+            f"the teacher's FFN outputs are no targets for this model: {escape(name)} differs from the teacher's "
+            f"{escape(other)}, so the conversion changed the residual stream",
+            hint="Use --objective distill.",
         )

@@ -1,14 +1,13 @@
-"""Training a layer at a time: each Mixture-of-Experts layer learns the teacher's FFN on the teacher's own inputs to it.
+"""Training layer by layer: each MoE layer learns the outputs of the teacher's FFN on the inputs of that FFN.
 
-Minimises ||MoE(x) - FFN(x)||^2 / ||FFN(x)||^2. In memory at a time: a layer of one of the models, the bytes of the
-teacher's next one, and the activations in front of and behind one FFN, whatever the number of layers.
+Minimises ||MoE(x) - FFN(x)||^2 / ||FFN(x)||^2. In memory at the same time are one layer of one of the models, the bytes
+of the teacher's next layer, and the inputs and outputs of one FFN, whatever the number of layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from moeconv.world import current, summed
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """Held-out tokens: error relative to the teacher's output, and the layer's load."""
+    """Measured on held-out tokens: the squared error relative to the teacher's output, and the load of the layer."""
 
     error: float
     load: RoutingLoad
@@ -40,8 +39,9 @@ class LayerMeasure:
 
 @dataclass(frozen=True)
 class LayerTraining:
-    """One layer to be fitted. inputs and outputs: the teacher's FFN's in this process, [T, H]: its windows (`seq_len`
-    tokens; every so many-th of all processes') that train, then its held-out ones, the last `held` rows."""
+    """The training of one layer. `inputs` and `outputs` [T, H] are those of the teacher's FFN for the tokens of this
+    process: first the windows (of `seq_len` tokens) that train, then the held-out ones, which are the last `held` rows.
+    Of several processes, each has every n-th window. `take` returns what the router did since the last call."""
 
     filled: FilledBlock
     inputs: Tensor
@@ -56,22 +56,24 @@ class LayerTraining:
     disturbance: Disturbance
     rebalance: Rebalance | None = None
 
-    def _run(self, rows: Any) -> tuple[Tensor, Tensor, list[Routed]]:
-        """Squared error and squared norm of the target over some rows, and the routing."""
+    def _run(self, rows: Tensor | slice) -> tuple[Tensor, Tensor, list[Routed]]:
+        """(squared error, squared norm of the target, the routing) over some rows."""
         inputs, wanted = self.inputs[rows].to(self.device), self.outputs[rows].to(self.device)
         made = self.filled.module(inputs[None])
         made = (made[0] if isinstance(made, tuple) else made).reshape(inputs.shape)
         return (made - wanted).square().sum(), wanted.square().sum(), self.take()
 
     def _mine(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows of all training tokens: which of them are here, and where."""
+        """(positions in `rows` of the tokens that this process has, their rows in `inputs`), for rows of all training
+        tokens."""
         world = current()
         window: np.ndarray = rows // self.seq_len
         here = np.flatnonzero(window % world.size == world.rank)
         return here, window[here] // world.size * self.seq_len + rows[here] % self.seq_len
 
     def step(self, rows: np.ndarray, *, number: int) -> bool:
-        """Gradients of a batch of rows of all training tokens, the `number`-th. Returns whether the loss is finite."""
+        """Compute the gradients of the batch `number`, given as rows of all training tokens. Returns whether the loss
+        is finite."""
         here, local = self._mine(rows)
         with self.disturbance.training(number, rows=here, total=len(rows)):
             error, norm, routed = self._run(torch.from_numpy(local))
@@ -89,7 +91,7 @@ class LayerTraining:
 
     @torch.no_grad()
     def measure(self, *, batch: int) -> LayerMeasure:
-        """The held-out rows, `batch` at a time."""
+        """Measure on the held-out rows, `batch` rows at a time."""
         sums = torch.zeros(2, dtype=torch.float64)  # squared error, squared norm
         load = RoutingLoad(self.filled.block.layer, self.filled.block.num_experts, self.rule)
         for first in range(len(self.inputs) - self.held, len(self.inputs), batch):
@@ -111,9 +113,9 @@ def each_layer(
     meter: Meter,
     trains_experts: bool = False,
 ) -> Iterator[tuple[FilledBlock, Tensor, Tensor]]:
-    """For every MoE layer: the student's block, and the teacher's FFN inputs and outputs [T, H].
+    """Yield for every MoE layer: the student's block, and the inputs and outputs [T, H] of the teacher's FFN.
 
-    Activations beyond `max_memory` bytes lie in files that are mapped into memory.
+    Activations of more than `max_memory` bytes are in files that are mapped into memory.
     """
     need = layerwise_need(
         student, teacher, tokens=windows.size, seq_len=windows.shape[1], batch_size=batch_size, experts=trains_experts

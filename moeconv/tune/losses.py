@@ -1,6 +1,6 @@
-"""What training minimises, and how the load is counted: next-token loss, KL, balance, router z-loss.
+"""The losses of training (next-token, KL, balance, router z-loss), and the count of the routing load.
 
-Logits are made a few rows at a time, so that a large vocabulary never stands in memory for a whole batch.
+Logits are computed a few rows at a time, so that the logits of a whole batch are never in memory.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from moeconv.families.records import Routing
 from moeconv.tune.routing import Routed
 from moeconv.world import summed
 
-_LOGITS = 1 << 23  # logits that are made at a time
+_LOGITS = 1 << 23  # logits that are computed at a time
 
 Rows = Callable[[Tensor, slice], Tensor]  # final hidden states of some rows [R, H] -> the loss of each row [R]
 
 
 def next_token(head: Callable[[Tensor], Tensor], labels: Tensor) -> Rows:
-    """Cross-entropy in nats. labels: [T]."""
+    """Next-token cross-entropy in nats. labels: int64 [T]."""
     return lambda hidden, at: cross_entropy(head(hidden).float(), labels[at], reduction="none")
 
 
 def divergence(head: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Tensor], target: Tensor) -> Rows:
-    """KL(teacher || student) in nats. target: the teacher's final hidden states [T, H']."""
+    """KL(teacher || student) in nats per row. target: the teacher's final hidden states [T, H']."""
 
     def rows(hidden: Tensor, at: slice) -> Tensor:
         with torch.no_grad():
@@ -39,7 +39,7 @@ def divergence(head: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Ten
 
 
 def in_slices(count: int, vocabulary: int) -> list[slice]:
-    """Cuts of the rows in which their logits fit."""
+    """Slices of `count` rows, each so small that its logits fit in memory."""
     size = max(1, _LOGITS // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
@@ -53,8 +53,8 @@ def total(hidden: Tensor, rows: Rows, *, vocabulary: int) -> float:
 def mean_and_gradient(
     hidden: Tensor, rows: Rows, *, vocabulary: int, count: int | None = None
 ) -> tuple[float, Tensor]:  # fmt: skip
-    """Mean of the rows' losses, and its gradient with respect to `hidden` [T, H]. `count`: the rows of all processes,
-    where these are a share of them."""
+    """(mean of the rows' losses, its gradient with respect to `hidden` [T, H]). `count` is the number of rows of all
+    processes, if these rows are a part of them."""
     count = len(hidden) if count is None else count
     leaf = hidden.detach().requires_grad_()
     value = 0.0
@@ -78,7 +78,7 @@ def probabilities(logits: Tensor, rule: Routing) -> Tensor:
 
 
 def counts_of(routed: Sequence[Routed]) -> Tensor:
-    """How often each expert of each layer was chosen, by all processes: float64 [layers, E]."""
+    """How often each expert of each layer was chosen in all processes: float64 [layers, E]."""
     counts = [torch.bincount(r.chosen.reshape(-1), minlength=r.logits.shape[1]) for r in routed]
     return summed(torch.stack(counts).double())
 
@@ -87,8 +87,8 @@ def balance_loss(routed: Sequence[Routed], rule: Routing, counts: Tensor) -> Ten
     """E * sum_e f_e P_e of each layer, the mean over layers; 1 when balanced, E when one expert takes all.
 
     f: share of the chosen slots (`counts` [layers, E]), P: mean probability (Switch Transformer, arXiv 2101.03961).
-    Layers are not pooled: pooled, layers that each collapse on another expert look balanced. Of several processes each
-    gets the part of its own tokens.
+    Layers are not pooled, because layers that each collapse on another expert would together look balanced. Of several
+    processes, each gets the part of the loss of its own tokens.
     """
     losses = []
     for layer, count in zip(routed, counts):
@@ -105,7 +105,7 @@ def z_loss(routed: Sequence[Routed], *, tokens: int) -> Tensor:
 
 
 class RoutingLoad:
-    """One layer's routing counted over batches: how even it is, and its balance loss over all of them."""
+    """The routing of one layer, counted over batches: how even it is, and its balance loss over all batches."""
 
     def __init__(self, layer: int, experts: int, rule: Routing) -> None:
         self._counter = LoadCounter(layer, experts)
@@ -117,7 +117,7 @@ class RoutingLoad:
         self._probability += probabilities(routed.logits, self._rule).double().sum(0).cpu()
 
     def together(self) -> RoutingLoad:
-        """What all processes counted."""
+        """This load with the counts of all processes added."""
         counter = self._counter
         counter.counts = summed(torch.from_numpy(counter.counts)).numpy()
         both = summed(torch.tensor([counter.entropy_sum, counter.tokens], dtype=torch.float64))
@@ -126,12 +126,13 @@ class RoutingLoad:
         return self
 
     def unevenness(self) -> float:
-        """E * sum_e f_e^2 of the shares of the load: 1 when even. The balance loss with the load itself for P."""
+        """E * sum_e f_e^2 of the shares f of the load; 1 if the load is even. This is the balance loss with f in place
+        of P."""
         share = self._counter.counts / self._counter.counts.sum()
         return float(len(share) * (share * share).sum())
 
     def balance(self) -> float:
-        """The balance loss of everything that was counted."""
+        """The balance loss over all tokens that were counted."""
         share = torch.from_numpy(self._counter.counts / self._counter.counts.sum())
         return float(len(share) * (share * self._probability / self._counter.tokens).sum())
 

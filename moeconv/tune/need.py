@@ -1,4 +1,4 @@
-"""What training takes, from the headers, before a weight is read. Imports no torch."""
+"""The memory that training takes, computed from the headers before any weight is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from moeconv.stream.need import Need, Workload, need_of, together, whole_need
 from moeconv.tune.windows import HELD_OUT
 from moeconv.tune.words import BIAS, parse_train, tensors_of
 
-FLOWS = 3  # activations: the teacher's, and what goes into the FFN of a layer and comes out of it
-_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are put in place; with gradients and moments
+FLOWS = 3  # activations: the teacher's, and the inputs and outputs of the FFN of one layer
+_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are loaded; with gradients and moments
 
 
 def tokens_of(options: TuneOptions, measure: MeasureOptions, *, length: int) -> int:
-    """Tokens to read: --tokens, or as many as are drawn; layer by layer as many as calibration uses."""
+    """The number of tokens to read: --tokens, or as many as training draws; with layerwise, as many as calibration
+    uses."""
     drawn = round(options.steps * measure.batch_size / (1 - HELD_OUT)) + measure.batch_size
     layerwise = options.objective == "layerwise" and not options.balance_only
     return max(measure.tokens or (TOKENS if layerwise else max(drawn, 2) * length), length)
@@ -23,7 +24,8 @@ def tokens_of(options: TuneOptions, measure: MeasureOptions, *, length: int) -> 
 def layerwise_need(
     student: Model, teacher: Model, *, tokens: int, seq_len: int, batch_size: int, experts: bool
 ) -> Need:
-    """A layer of the teacher, or of the student, of which the `experts` train too."""
+    """The memory of one layer of the teacher or of the student, whichever is larger. `experts`: the experts train
+    too."""
     counts = (0, _TRAINED if experts else _FILLED)
     runs = [Workload(tokens, seq_len, batch_size, flows=FLOWS, copies=copies) for copies in counts]
     return together([need_of(model, run) for model, run in zip((teacher, student), runs)])
@@ -32,7 +34,7 @@ def layerwise_need(
 def need_of_tune(
     student: Model, teacher: Model | None, options: TuneOptions, measure: MeasureOptions
 ) -> tuple[Need, Workload]:
-    """What one process takes, and how many tokens it runs."""
+    """(the memory that one process takes, what it runs)."""
     models = [student, *([teacher] if teacher is not None else [])]
     length = min(sequence_length(model, measure.seq_len, default=SEQ_LEN) for model in models)
     train = parse_train(options.train)
@@ -47,7 +49,7 @@ def need_of_tune(
 
 
 def whole(student: Model, teacher: Model | None, opened: tuple[str, ...], *, batch: int) -> Need:
-    """Whole models, of which what `opened` names trains on `batch` tokens at a time."""
+    """The memory of whole models, of which the tensors that `opened` names train on `batch` tokens at a time."""
     names = tensors_of(student, opened)
     trained = sum(student.numel(student.checkpoint.tensors[name]) for name in names)
     return whole_need([student, *([teacher] if teacher is not None else [])], trained=trained, batch=batch)

@@ -1,20 +1,19 @@
-"""A whole stock model in float32, filled from its checkpoint and frozen, with its Mixture-of-Experts blocks at hand.
+"""A whole stock model in float32, loaded from its checkpoint and frozen, with access to its MoE blocks.
 
-Several processes share its decoder layers (FSDP2, a layer at a time as they are read); the rest each has whole.
+Several processes share its decoder layers (FSDP2, sharded one by one as they are read); each has the rest whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError
 from moeconv.families.model import Model
-from moeconv.stream.skeleton import Skeleton
+from moeconv.stream.skeleton import Skeleton, Stock
 from moeconv.tensors import decode_weight, plain_names
 from moeconv.tune.routing import Block
 from moeconv.tune.words import correction_names, tensors_of
@@ -25,9 +24,9 @@ from moeconv.world import current
 class Network:
     """A causal language model in two halves: tokens -> final hidden states -> logits."""
 
-    module: Any
+    module: Stock
     blocks: Sequence[Block]
-    named: dict[str, nn.Parameter]  # by name on disk; experts, which are fused, are in `blocks`
+    named: dict[str, nn.Parameter]  # by name on disk; the fused experts are in `blocks`
 
     @property
     def vocabulary(self) -> int:
@@ -38,22 +37,22 @@ class Network:
         return self.module.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [R, H] -> logits [R, V], by the stock forward: some classes scale or cap what the output
-        embeddings give. The decoder is left out of it: it answers with `hidden`."""
+        """Final hidden states [R, H] -> logits [R, V], by the stock forward, because some classes scale or cap the
+        logits. The decoder is replaced by a function that returns `hidden`."""
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         decoder = self.module.get_decoder()
-        answer = hidden[None].clone()  # FSDP2 warns of a view
-        decoder.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=answer)
+        output = hidden[None].clone()  # FSDP2 warns of a view
+        decoder.forward = lambda *_args, **_kwargs: MoeModelOutputWithPast(last_hidden_state=output)
         try:
             return self.module(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
-            del decoder.forward  # the class's own comes back
+            del decoder.forward  # restores the method of the class
 
 
 def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] = ()) -> Network:
-    """Every weight in float32 on `device`, decoded where it is packed. `train`: words of what will have a gradient,
-    which FSDP2 must know when it shards. Raises InputError unless it loads strictly."""
+    """Load every weight in float32 on `device`; packed weights are decoded. `train` are the words of --train for what
+    will have a gradient, which FSDP2 must know when it shards. Raises InputError unless the model loads strictly."""
     skeleton = Skeleton(model, dtype=torch.float32, device=device)
     opened = {skeleton.place(name) for name in tensors_of(model, train) if name in model.roles}
     by_layer: dict[int | None, list[str]] = {}
@@ -72,7 +71,7 @@ def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] =
     else:
         skeleton.module.requires_grad_(False)
     if empty := [name for name, p in skeleton.module.named_parameters() if p.is_meta]:
-        raise InputError(f"the checkpoint has nothing for {empty[0]}", hint="A shard is missing.")
+        raise InputError(f"the checkpoint has no tensor for {empty[0]}", hint="A shard is missing. Copy it again.")
     names = [n for n, _ in plain_names(model) if model.roles.get(n) and model.roles[n].group in ("norm", "shared")]
     return Network(
         skeleton.module,
@@ -82,7 +81,7 @@ def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] =
 
 
 def _shard_layer(skeleton: Skeleton, layer: int, *, opened: set[str]) -> None:
-    """Leave a share of each parameter of a layer in this process. Correction biases, which no gradient moves, stay."""
+    """Keep a share of each parameter of a layer in this process. Correction biases have no gradient and stay whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -97,7 +96,8 @@ def _shard_layer(skeleton: Skeleton, layer: int, *, opened: set[str]) -> None:
 
 
 def _shard_rest(skeleton: Skeleton) -> None:
-    """Make the decoder the root that orders its layers' transfers; what is outside of them stays whole."""
+    """Make the decoder the FSDP2 root, which schedules the transfers of its layers. Everything outside of the layers
+    stays whole in every process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -109,16 +109,17 @@ def _shard_rest(skeleton: Skeleton) -> None:
 
 
 def _named(skeleton: Skeleton, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters behind tensors that stand alone in memory as on disk, not joined with others."""
+    """{name on disk: parameter} for tensors that are a parameter of their own in memory, not a part of a fused one."""
     found = {name: skeleton.module.get_parameter(skeleton.place(name)) for name in names}
     shapes = skeleton.model.checkpoint.tensors
     return {name: p for name, p in found.items() if tuple(p.shape) == shapes[name].shape}
 
 
 def block_of(skeleton: Skeleton, layer: int) -> Block:
-    """The router and experts of a layer, found through the names of its tensors on disk."""
+    """The router and experts of a layer, found through the names of its tensors. Raises InputError if the class of
+    transformers does not have the fused experts that this module expects."""
     model = skeleton.model
-    experts: Any = skeleton.owner(model.expert_name("gate", layer=layer, expert=0))
+    experts: Stock = skeleton.owner(model.expert_name("gate", layer=layer, expert=0))
     plain = not (getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False))
     if not (plain and hasattr(experts, "gate_up_proj") and hasattr(experts, "down_proj")):
         raise InputError(
@@ -130,7 +131,8 @@ def block_of(skeleton: Skeleton, layer: int) -> Block:
 
 
 def router_scale(model: Model) -> float:
-    """What the rows of the routers were multiplied by when they were written, as the manifest says; 1 for most."""
+    """The factor by which the rows of the routers were multiplied when they were written, from the manifest; usually
+    1."""
     steps = (model.checkpoint.manifest or {}).get("steps")
     for step in reversed(steps if isinstance(steps, list) else []):
         parameters = step.get("parameters") if isinstance(step, dict) else None
@@ -141,7 +143,8 @@ def router_scale(model: Model) -> float:
 
 
 def _unfold(skeleton: Skeleton, layer: int) -> None:
-    """Let the router's inputs, not its rows, carry the scale: the same logits, and gradients of an ordinary size."""
+    """Multiply the inputs of the router by the scale instead of its rows: the logits are the same, and the gradients
+    have an ordinary size."""
     scale = router_scale(skeleton.model)
     if scale != 1:
         router = skeleton.owner(skeleton.model.router_name(layer))
@@ -160,15 +163,15 @@ def _correction(skeleton: Skeleton, layer: int) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class FilledBlock:
-    """A layer's FFN with its weights in place: `module` takes [B, S, H]; `named` are shared experts by name on disk."""
+    """The loaded FFN of a layer: `module` takes [B, S, H]; `named` are the shared experts by name on disk."""
 
     block: Block
-    module: Any
+    module: Stock
     named: dict[str, nn.Parameter]
 
 
 def fill_block(skeleton: Skeleton, layer: int) -> FilledBlock:
-    """Fill the FFN of one layer alone."""
+    """Load only the FFN of one layer."""
     model = skeleton.model
     block = block_of(skeleton, layer)
     name = skeleton.name_of(block.experts).rpartition(".")[0]
@@ -178,12 +181,12 @@ def fill_block(skeleton: Skeleton, layer: int) -> FilledBlock:
     module = skeleton.module.get_submodule(name)
     module.requires_grad_(False)
     _unfold(skeleton, layer)
-    block = block_of(skeleton, layer)  # its bias is filled now
+    block = block_of(skeleton, layer)  # now with the loaded bias
     return FilledBlock(block, module, _named(skeleton, [n for n in wanted if model.roles[n].group == "shared"]))
 
 
 def _decoded(model: Model, names: Iterable[str]) -> dict[str, Tensor]:
-    """Weights by name; a router's rows without the scale that they were written with."""
+    """Decoded weights by name. The rows of a router are divided by the scale that they were written with."""
     scale = router_scale(model)
     found = {name: decode_weight(model, name) for name in names}
     for name in found if scale != 1 else ():

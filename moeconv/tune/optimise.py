@@ -1,7 +1,7 @@
-"""The training loop that every objective shares: AdamW, a schedule, the best of a few looks at held-out data.
+"""The training loop of all objectives: AdamW with a schedule, and the best of a few evaluations on held-out data.
 
-What is measured is what will be written: values are rounded to the dtype on disk first. Of several processes each
-computes the gradient of its share of a batch; their sum moves all of them alike.
+Before an evaluation, the values are rounded to the dtype on disk, so that it measures what will be written. Of several
+processes, each computes the gradient of its share of a batch, and all apply the sum.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from moeconv.errors import MoeconvError
 from moeconv.options import LOOKS
+from moeconv.stream.skeleton import Stock
 from moeconv.tune.parameters import (
     Piece,
     exact,
@@ -38,8 +39,9 @@ _BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. `decay`: cosine, linear or constant; `warmup`: share of the steps; `patience`: looks
-    without improvement after which training stops."""
+    """The number of steps and the learning rates. `decay`: cosine, linear or constant; `warmup`: a share of the steps;
+    `look_every`: the steps between evaluations; `patience`: training stops after so many of them without
+    improvement."""
 
     steps: int
     rates: Mapping[str, float]  # peak, by word of --train
@@ -49,7 +51,7 @@ class Schedule:
     patience: int | None = None
 
     def rate_at(self, step: int) -> float:
-        """Share of the peak learning rate at a step from 0: linear warmup, then the decay."""
+        """The share of the peak learning rate at `step`, counted from 0: linear warmup, then the decay."""
         warm = max(1, round(self.steps * self.warmup)) if self.warmup else 0
         if step < warm:
             return (step + 1) / warm
@@ -58,7 +60,7 @@ class Schedule:
         return _FLOOR + (1 - _FLOOR) * left
 
     def looks(self) -> set[int]:
-        """Steps after which the held-out data is measured; the last is one of them."""
+        """The steps after which the held-out data is evaluated; the last step is one of them."""
         if self.look_every is None:
             return {round(self.steps * (i + 1) / LOOKS) for i in range(LOOKS)} - {0}
         return {*range(self.look_every, self.steps, self.look_every), self.steps}
@@ -66,9 +68,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outcome(Generic[M]):
-    """Measures of the held-out data before and after; `improved` says whether the best values are better than the
-    first ones. `diverged_at` is the step at which a loss or gradient was not finite, which ends training; `stopped_at`
-    the one after which patience was out."""
+    """The measurements on held-out data before and after. `improved`: the best values are better than the first ones.
+    `diverged_at`: the step at which a loss or gradient was not finite, which ends training. `stopped_at`: the step at
+    which training stopped because of `patience`."""
 
     before: M
     after: M
@@ -87,19 +89,21 @@ def optimise(
     note: Callable[[int, M | None], None],
     not_finite: Callable[[], MoeconvError],
 ) -> Outcome[M]:
-    """Train the pieces' parameters and leave the best values in them (the first ones when none was better).
+    """Train the parameters of the pieces, and leave the best values in them (the first ones if none was better).
 
-    `step(i)` leaves gradients and says whether they are finite: training ends where they are not. `score` is what the
-    held-out data is judged by, lower is better. `note` hears of every step, and of every measure. Raises
-    `not_finite()` where the first measure is NaN or infinite: there is nothing to train from.
+    `step(i)` computes the gradients and returns whether the loss is finite; training ends if it is not. `measure()`
+    evaluates the held-out data, and `score` turns the result into a number, lower is better. `note` is called after
+    every step and every evaluation. Raises `not_finite()` if the first score is NaN or infinite.
     """
     groups = parameters_by_word(pieces)
     parameters = [p for found in groups.values() for p in found]
-    leaves = {id(p): nn.Parameter(own(p), requires_grad=False) for p in parameters}  # a shard of some, by themselves
+    leaves = {
+        id(p): nn.Parameter(own(p), requires_grad=False) for p in parameters
+    }  # for a sharded parameter, its local shard
     before = measure()
     if not math.isfinite(score(before)):
         raise not_finite()
-    best_values, bare = snapshot(pieces), 0  # looks since the best
+    best_values, bare = snapshot(pieces), 0  # `bare`: evaluations since the best one
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(
         [
@@ -142,14 +146,15 @@ def optimise(
 
 
 def _gather_gradients(parameters: Sequence[Tensor], leaves: Mapping[int, nn.Parameter]) -> Tensor:
-    """Give each leaf its gradient, summed over the processes and clipped. Returns the norm before clipping."""
+    """Give each leaf its gradient, summed over the processes and clipped. Returns the norm before clipping, a
+    scalar."""
     size = current().size
-    parts: list[Tensor] = []  # of sharded parameters: the norm is that of all processes' together
+    parts: list[Tensor] = []  # shards: their norm needs the sum over all processes
     wholes: list[Tensor] = []
     for p in parameters:
         leaf, grad = leaves[id(p)], p.grad
         if sharded(p):
-            local: Any = grad
+            local: Stock = grad
             leaf.grad = None if grad is None else local.to_local() * size  # FSDP2 takes the mean over the processes
             parts += [] if leaf.grad is None else [leaf.grad]
         else:
@@ -164,7 +169,8 @@ def _gather_gradients(parameters: Sequence[Tensor], leaves: Mapping[int, nn.Para
 
 
 def _look(pieces: Sequence[Piece], measure: Callable[[], M]) -> tuple[M, list[Tensor]]:
-    """Measure the values as they would be written, and go on with the unrounded ones."""
+    """(the measurement of the values as they would be written, these values). Training continues with the unrounded
+    ones."""
     unrounded = exact(pieces)
     round_in_place(pieces)
     measured, rounded = measure(), snapshot(pieces)

@@ -1,6 +1,6 @@
-"""plan_overlay: a model and an overlay's header in, a Plan out. Reads no model bytes and imports no torch.
+"""plan_overlay: makes a Plan from a model and the header of an overlay. Reads no weights and imports no torch.
 
-What the overlay names takes the overlay's bytes; every other tensor is carried over as it is.
+The tensors of the overlay replace those of the model; every other tensor is carried over unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from moeconv.plan.build import TORCH_NAMES, carry, carry_all, count_planned, par
 from moeconv.plan.overlay import ORIGIN, fingerprint
 from moeconv.plan.plan import Item, Plan
 from moeconv.tune.words import BIAS, parse_train, tensors_of
+from moeconv.types import JsonObject
 
 
 def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters: Any) -> Plan:
-    """Plan the model with the overlay's tensors in the place of its own; parameters are the fields of PlanOptions.
+    """Plan the model with the tensors of the overlay in place of its own. `parameters` are the fields of PlanOptions.
 
     Run it with `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`.
     Raises InputError for an overlay of another model, or one with a name, shape or dtype that the model does not have.
@@ -34,7 +35,7 @@ def plan_overlay(model: Model, overlay: Overlay | SafetensorsFile, **parameters:
 
 
 def plan_unmade(model: Model, options: TuneOptions, common: PlanOptions) -> Plan:
-    """The plan of a training that has not been: what would be written, with the source's bytes."""
+    """The plan of a training that was not run (for a dry run): the same tensors, with the bytes of the source."""
     opened = set(tensors_of(model, (*parse_train(options.train), *([BIAS] if options.bias_update else []))))
     dtype = parse_dtype(common.dtype)
 
@@ -49,7 +50,7 @@ def plan_unmade(model: Model, options: TuneOptions, common: PlanOptions) -> Plan
 
 
 def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanOptions) -> Plan:
-    """`plan_overlay` of options."""
+    """`plan_overlay`, with its parameters as options."""
     made_with = provenance(
         overlay, identity=model.identity, checkpoint=model.checkpoint,
         hint="Apply it to the model that it was trained on, or run `moeconv tune` on this one.",
@@ -76,9 +77,7 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
     return replace_fields(plan, promise=_promise(model, overlay))
 
 
-def _plan(
-    model: Model, items: list[Item], common: PlanOptions, *, parameters: dict[str, Any], block: dict[str, Any]
-) -> Plan:
+def _plan(model: Model, items: list[Item], common: PlanOptions, *, parameters: JsonObject, block: JsonObject) -> Plan:
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
@@ -98,7 +97,7 @@ def _plan(
 
 def _check(model: Model, overlay: Overlay | SafetensorsFile) -> None:
     if not overlay.tensors:
-        raise InputError(f"{overlay.label} holds no tensor", hint="Run `moeconv tune` again.")
+        raise InputError(f"{overlay.label} contains no tensor", hint="Run `moeconv tune` again.")
     for name, info in overlay.tensors.items():
         ref = model.checkpoint.tensors.get(name)
         if ref is None or name not in model.roles:
@@ -118,8 +117,8 @@ def _ref(info: TensorInfo) -> TensorRef:
     return TensorRef(info.name, info.dtype, info.shape, "", info.start, info.nbytes)
 
 
-def _config(model: Model, dtype: str | None) -> dict[str, Any]:
-    """The source's config.json; only `--dtype` changes it, and what some reader lacks is added."""
+def _config(model: Model, dtype: str | None) -> JsonObject:
+    """The config.json of the source. Only --dtype changes it, and keys that some reader needs are added."""
     return written_config(with_head(model), model.family, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 

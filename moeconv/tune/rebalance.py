@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias on each expert's score, for the choice alone, that falls where the load is high.
+"""Load balancing without a loss: a bias on each expert's score, used only for the choice, which falls with high load.
 
 DeepSeek-V3 (arXiv 2412.19437) and Wang et al. (arXiv 2408.15664): b_e += u * sign(mean load - load_e) after each step.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moeconv.tune.routing import Block
 
-Rebalance = Callable[[Tensor], None]  # counts [layers, E] of a batch, in the order of the blocks
+Rebalance = Callable[[Tensor], None]  # takes the counts [layers, E] of a batch, in the order of the blocks
 
 
 def rebalancing(blocks: Iterable[Block], *, step: float) -> Rebalance:
-    """A function that moves the correction biases of the blocks by `step` (u) once."""
+    """A function that changes the correction biases of the blocks by `step` (u), once per call."""
     biases = [block.bias for block in blocks]
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""The Mixture-of-Experts blocks of a stock model while they train: what the router said, and its gradient.
+"""The MoE blocks of a stock model during training: the outputs of the router, and its gradient.
 
-transformers' blocks of every family call `experts(hidden, top_k_index, top_k_weights)`, experts being fused into two
-parameters; the module that holds the router's weight returns its logits, alone or first.
+In every family, the blocks of transformers call `experts(hidden, top_k_index, top_k_weights)`, and the experts are
+fused into two parameters. The module that holds the router's weight returns its logits, alone or as the first output.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from moeconv.families.records import Routing
+from moeconv.stream.skeleton import Stock
 from moeconv.tune.disturb import Disturbance, disturbed
 
 
@@ -24,14 +24,14 @@ from moeconv.tune.disturb import Disturbance, disturbed
 class Block:
     """One layer's router (`weight: [E, H]`) and fused experts (`gate_up_proj: [E, 2I, H]`, `down_proj: [E, H, I]`).
 
-    `bias` [E] or [1, E] is added to the scores for the choice alone; None in a layer without one. `scale`: the router's
-    rows lie in memory divided by it, and its inputs are multiplied by it, where rows were written so small that all
-    chosen experts weigh the same (`upcycle --method split`): they train as if they were not.
+    `bias` [E] or [1, E] is added to the scores only for the choice; None in a layer without one. `scale` is for routers
+    whose rows were written so small that all chosen experts have the same weight (`upcycle --method split`): in memory
+    the rows are divided by it and their inputs are multiplied by it, so that the gradients have an ordinary size.
     """
 
     layer: int
-    router: Any
-    experts: Any
+    router: Stock
+    experts: Stock
     bias: Tensor | None = None
     scale: float = 1.0
 
@@ -42,7 +42,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Routed:
-    """What a layer's router did with a batch: logits [T, E] with their gradient, chosen experts [T, k]."""
+    """The routing of a batch in one layer: logits [T, E] with their gradient, and the chosen experts int64 [T, k]."""
 
     layer: int
     logits: Tensor
@@ -52,8 +52,11 @@ class Routed:
 # -- the gradient --------------------------------------------------------------------------------------------------
 
 
-def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, rule: Routing, renormalise: bool):
-    """Expert weights [T, E]: the family's own where an expert was chosen, else zero; the gradient reaches all experts.
+def straight_through_weights(
+    logits: Tensor, chosen: Tensor, weights: Tensor, rule: Routing, renormalise: bool
+) -> Tensor:
+    """Expert weights [T, E]: those of the family for chosen experts, and zero for all others. The gradient reaches all
+    experts.
 
     The top-k choice u = score * chosen passes its gradient through as if it were the identity, then the family's rule
     follows: w = u, or w = u / sum(u), times what the family scales by. So dw_i/ds_j is that of the mixture over all
@@ -73,20 +76,21 @@ def straight_through_weights(logits: Tensor, chosen: Tensor, weights: Tensor, ru
 
 
 class _Unchosen(torch.autograd.Function):
-    """Zero in the forward pass; in the backward pass, what each expert that a token did not choose would have given.
+    """Zero in the forward pass. The backward pass computes the gradient of the weights of the experts that a token did
+    not choose, from what these experts would have returned.
 
-    Keeps only the layer's input: the hidden activations of all experts are computed again, one expert at a time.
+    Only the input of the layer is kept: the activations of the experts are computed again, one expert at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, hidden: Tensor, chosen: Tensor, experts: Any) -> Tensor:
+    def forward(ctx: Stock, weights: Tensor, hidden: Tensor, chosen: Tensor, experts: Stock) -> Tensor:
         """weights: [T, E], hidden: [T, H], chosen: [T, k] -> zeros [T, H]."""
         ctx.save_for_backward(weights, hidden, chosen)
         ctx.experts = experts
         return torch.zeros_like(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Stock, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         weights, hidden, chosen = ctx.saved_tensors
         missed = torch.ones(weights.shape, dtype=torch.bool, device=weights.device).scatter_(1, chosen, False)
@@ -94,27 +98,28 @@ class _Unchosen(torch.autograd.Function):
         for e in range(weights.shape[1]):
             rows = missed[:, e].nonzero().squeeze(1)
             inner = _activations(ctx.experts, e, hidden.index_select(0, rows))
-            # <grad, f_e(x)> = <down^T grad, inner>: no need for the expert's output
+            # <grad, f_e(x)> = <down^T grad, inner>, which does not need the expert's output
             back = grad.index_select(0, rows) @ ctx.experts.down_proj[e].detach()
             slope[rows, e] = (back * inner).sum(-1).to(slope.dtype)
         return slope, None, None, None
 
 
-def _activations(experts: Any, e: int, hidden: Tensor) -> Tensor:
+def _activations(experts: Stock, e: int, hidden: Tensor) -> Tensor:
     return _gated(experts, linear(hidden, experts.gate_up_proj[e].detach()))
 
 
-def _gated(experts: Any, wide: Tensor) -> Tensor:
-    """The stock class's activation of [n, 2I], whatever it is: [n, I]."""
+def _gated(experts: Stock, wide: Tensor) -> Tensor:
+    """The gated activation of the stock class: [n, 2I] -> [n, I]."""
     made: Tensor = experts._apply_gate(wide)  # noqa: SLF001 (the class has no public one)
     return made
 
 
-def experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The chosen experts only. hidden: [T, H], chosen and weights: [T, k] -> [T, H]. Differentiable in all of them.
+def experts_forward(experts: Stock, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The weighted outputs of the chosen experts. hidden: [T, H], chosen and weights: [T, k] -> [T, H]. Differentiable
+    with respect to the hidden states, the weights and the parameters.
 
-    Rows are sorted by expert once. unbind and index_select rather than indexing: their backward passes stack and add,
-    where those of indexing fill a tensor of the full size for each expert.
+    Rows are sorted by expert once. It uses unbind and index_select instead of indexing, because the backward pass of
+    indexing fills a tensor of the full size for each expert.
     """
     k = chosen.shape[1]
     flat = chosen.reshape(-1)
@@ -137,16 +142,16 @@ def watching(
     blocks: Sequence[Block], rule: Routing, *, renormalise: bool, straight_through: bool,
     disturbance: Disturbance | None = None,
 ) -> Iterator[Callable[[], list[Routed]]]:  # fmt: skip
-    """Replace the experts' forward passes; yields a function that takes what the routers did since the last call.
+    """Replace the forward passes of the experts. Yields a function that returns the routing since its last call.
 
-    With `straight_through` the routers' gradient goes through all experts, else through the chosen ones alone.
+    With `straight_through`, the gradient of the routers goes through all experts, otherwise only through the chosen.
     """
     disturbance = disturbance or Disturbance()
     logits: dict[int, Tensor] = {}
     seen: dict[int, Routed] = {}
     handles = []
     for block in blocks:
-        handles.append(block.router.register_forward_hook(_note(block, logits)))
+        handles.append(block.router.register_forward_hook(_logits_hook(block, logits)))
         block.experts.forward = _forward(block, logits, seen, rule, renormalise, straight_through, disturbance)
         if disturbance.on_logits:
             change = _unscaled(partial(disturbance.logits, block.layer), block.scale)
@@ -163,12 +168,14 @@ def watching(
         for handle in handles:
             handle.remove()
         for block in blocks:
-            vars(block.experts).pop("forward", None)  # the class's own comes back
-            vars(block.router).pop("forward", None)
+            block.experts.__dict__.pop("forward", None)  # the class's own comes back
+            block.router.__dict__.pop("forward", None)
 
 
-def _note(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
-    def hook(_module: Any, _inputs: Any, output: Any) -> None:
+def _logits_hook(block: Block, logits: dict[int, Tensor]) -> Callable[..., None]:
+    """A forward hook on the router that stores its logits."""
+
+    def hook(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
         value = output[0] if isinstance(output, tuple) else output
         logits[block.layer] = value.reshape(-1, value.shape[-1]) / block.scale
 

@@ -1,6 +1,6 @@
-"""`tune`: train the router (and what --train opens) of a Mixture-of-Experts, and write the result as an overlay.
+"""`tune`: trains the router (and what else --train names) of a Mixture-of-Experts, and writes an overlay.
 
-The model itself is never written here: `plan_overlay` and `execute` apply the overlay. Of several processes (torchrun)
+The model itself is not written here: `plan_overlay` and `execute` apply the overlay. Of several processes (torchrun),
 each takes its share of every batch, and the first one reads the data and writes.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -50,12 +50,14 @@ from moeconv.tune.routing import Block, Routed, watching
 from moeconv.tune.whole import ModelTraining
 from moeconv.tune.windows import batches, split
 from moeconv.tune.words import tensors_of
+from moeconv.types import JsonObject
 from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
 _HEARTBEAT = 30.0  # seconds between notes
 
 Put = Callable[[Sequence[Piece], bool], None]
+M = TypeVar("M")
 
 
 def tune(
@@ -66,19 +68,22 @@ def tune(
     overwrite: bool = False,
     meter: Meter | None = None,
     **parameters: Any,
-) -> dict[str, Any]:
-    """Train and write an overlay of what trained; parameters: fields of TuneOptions, DataOptions and MeasureOptions.
+) -> JsonObject:
+    """Train, and write an overlay of the trained tensors. `parameters` are the fields of TuneOptions, DataOptions and
+    MeasureOptions.
 
-    distill: KL(teacher || student) of the logits. lm: next-token loss. layerwise: the teacher's FFN outputs on its own
-    inputs, a layer at a time, with no logits: it returns error_before and error_after, the squared error relative to
-    the output's square, a mean over the layers, in the place of losses.
-    A tenth of the windows is held out and judges: what is written is the best of a few looks or, where none was better
-    (`improved` is false), the source's own bytes.
+    The objectives: distill minimises KL(teacher || student) of the logits; lm the next-token loss; layerwise, layer by
+    layer, the error to the outputs of the teacher's FFN on the inputs of that FFN. layerwise computes no logits and
+    returns error_before and error_after instead of losses: the squared error relative to the squared output, averaged
+    over the layers.
+
+    A tenth of the windows is held out. What is written are the best values of a few evaluations on these windows or, if
+    none was better (`improved` is false), the source's own bytes.
 
     Returns {objective, train, steps, learning_rate, loss_before, loss_after, kl_before, kl_after, improved, layers
     [{layer, load, entropy, max_over_mean, dead, before}], tokens {trained, held_out}, seconds, warnings}.
-    Raises InputError for models or data that do not go together, or routers that have no gradient, OutputError for an
-    overlay that exists or is read.
+    Raises InputError for models or data that do not go together and for routers without a gradient, OutputError for an
+    overlay that exists or that is an input.
     """
     began = time.monotonic()
     check_names(parameters, TuneOptions, DataOptions, MeasureOptions)
@@ -104,7 +109,8 @@ def tune(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A job on its data. `put` writes pieces to the overlay: their own values, or the source's bytes."""
+    """A job and its data. `put(pieces, improved)` writes pieces to the overlay: the trained values, or the source's
+    bytes."""
 
     job: Job
     data: TokenData
@@ -127,7 +133,8 @@ class TrainingRun:
 
 
 def _read(job: Job, paths: Sequence[str], options: TuneOptions, measure: MeasureOptions) -> TokenData:
-    """The windows: as many as are drawn or, layer by layer, as calibration uses, unless --tokens says otherwise."""
+    """Read the windows. Without --tokens, there are as many as training draws or, with layerwise, as calibration
+    uses."""
     models = [m for m in (job.student, job.teacher) if m is not None]
     length = min(sequence_length(m, measure.seq_len, default=SEQ_LEN) for m in models)
     tokens = tokens_of(options, measure, length=length)
@@ -137,7 +144,7 @@ def _read(job: Job, paths: Sequence[str], options: TuneOptions, measure: Measure
     )  # fmt: skip
 
 
-def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
+def _provenance(job: Job, data: TokenData) -> JsonObject:
     return {
         "version": OVERLAY_VERSION,
         "identity": job.student.identity,
@@ -163,7 +170,8 @@ def _provenance(job: Job, data: TokenData) -> dict[str, Any]:
 
 @contextmanager
 def _overlay(job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bool) -> Iterator[Put]:
-    """The overlay file: header first, then tensors as they come, in place when all are there."""
+    """Write the overlay file: first its header, then each tensor as it is ready. The file appears when it is
+    complete."""
     source = job.student.checkpoint
     header = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in tensors_of(job.student, job.opened)]
     leads = current().leads
@@ -185,7 +193,7 @@ def _overlay(job: Job, path: Path, *, metadata: Mapping[str, str], overwrite: bo
 # -- through the whole model -----------------------------------------------------------------------------------------
 
 
-def _whole(run: TrainingRun) -> dict[str, Any]:
+def _whole(run: TrainingRun) -> JsonObject:
     job = run.job
     _check_memory(run)
     run.meter.note("loading the model" + (" and its teacher" if job.teacher else ""))
@@ -196,7 +204,7 @@ def _whole(run: TrainingRun) -> dict[str, Any]:
     size = min(job.batch_size, len(training))
     if size < current().size:
         raise UsageError(
-            f"a batch of {size} sequences is less than the {current().size} processes",
+            f"a batch of {size} sequences cannot be shared by {current().size} processes",
             hint="Raise --batch-size, give more text, or start fewer processes.",
         )
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
@@ -213,7 +221,7 @@ def _whole(run: TrainingRun) -> dict[str, Any]:
             step=lambda i: task.step(training[next(order)], number=i),
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
-            note=_noting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
+            note=_reporting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
             not_finite=lambda: _first_bad(job),
         )
         run.put(pieces, outcome.improved)
@@ -225,25 +233,26 @@ def _whole(run: TrainingRun) -> dict[str, Any]:
 
 
 def _first_bad(job: Job) -> NotFiniteError:
-    """Which tensor of the student, or of the teacher where the student's are finite, makes the loss NaN."""
+    """The error for a loss that is NaN: it names a tensor of the student, or of the teacher if the student's are
+    finite."""
     mine = scanned(job.student, dtype=torch.float32)
     return scanned(job.teacher, dtype=torch.float32) if mine.overflows and job.teacher is not None else mine
 
 
 def _check_memory(run: TrainingRun) -> None:
-    """Refuse what the memory of this machine does not hold."""
+    """Raises InputError or UsageError for a training that does not fit into the memory of this machine."""
     if run.device.type != "cpu":
         return
     job = run.job
     batch = job.batch_size * run.data.seq_len // current().size
     need = whole(job.student, job.teacher, job.opened, batch=batch)
-    noted_placement(need, budget=run.max_memory, meter=run.meter, what="tune with the whole model in memory")
+    noted_placement(need, budget=run.max_memory, meter=run.meter, what="tuning with the whole model in memory")
 
 
 # -- a layer at a time -----------------------------------------------------------------------------------------------
 
 
-def _layerwise(run: TrainingRun) -> dict[str, Any]:
+def _layerwise(run: TrainingRun) -> JsonObject:
     job = run.job
     assert job.teacher is not None and job.student.family.experts.routing is not None
     training, held = split(run.data, batch_size=job.batch_size)
@@ -283,7 +292,7 @@ def _layerwise(run: TrainingRun) -> dict[str, Any]:
 
 
 def _fit(run: TrainingRun, fit: LayerTraining, *, training: int) -> Outcome[LayerMeasure]:
-    """LayerTraining one layer on `training` tokens of all processes, and write its tensors."""
+    """Train one layer on `training` tokens of all processes, and write its tensors."""
     job, layer = run.job, fit.filled.block.layer
     pieces = pieces_of(job.student, job.opened, blocks=[fit.filled.block], named=fit.filled.named, layer=layer)
     size = job.batch_size * run.data.seq_len
@@ -294,14 +303,14 @@ def _fit(run: TrainingRun, fit: LayerTraining, *, training: int) -> Outcome[Laye
         step=lambda i: fit.step(next(order), number=i),
         measure=lambda: fit.measure(batch=size),
         score=lambda measured: measured.error,
-        note=_noting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
+        note=_reporting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
         not_finite=lambda: not_finite(job.student, layer, dtype=torch.float32),
     )
     run.put(pieces, outcome.improved)
     return outcome
 
 
-# -- telling ---------------------------------------------------------------------------------------------------------
+# -- reporting ---------------------------------------------------------------------------------------------------------
 
 _JUDGED = {
     "distill": "held-out KL",
@@ -311,11 +320,11 @@ _JUDGED = {
 }
 
 
-def _noting(run: TrainingRun, prefix: str, describe: Callable[[Any], str]) -> Callable[[int, Any], None]:
-    """Notes for the meter: every measure, and in between a sign of life."""
+def _reporting(run: TrainingRun, prefix: str, describe: Callable[[M], str]) -> Callable[[int, M | None], None]:
+    """A function that reports every evaluation to the meter, and the step at least every `_HEARTBEAT` seconds."""
     last = time.monotonic()
 
-    def note(done: int, measured: Any) -> None:
+    def note(done: int, measured: M | None) -> None:
         nonlocal last
         if measured is None and time.monotonic() - last < _HEARTBEAT:
             return
@@ -326,21 +335,22 @@ def _noting(run: TrainingRun, prefix: str, describe: Callable[[Any], str]) -> Ca
     return note
 
 
-def _remarks(outcome: Outcome[Any], judged: str) -> list[str]:
+def _remarks(outcome: Outcome[M], judged: str) -> list[str]:
+    """The warnings about a training; `judged` names the figure."""
     remarks = []
     if outcome.diverged_at is not None:
-        remarks.append(f"{judged}: training stopped at step {outcome.diverged_at}, where the loss was not finite")
+        remarks.append(f"{judged}: training stopped at step {outcome.diverged_at}, because the loss was not finite")
     if outcome.stopped_at is not None:
-        remarks.append(f"{judged}: stopped early at step {outcome.stopped_at}, it no longer improved")
+        remarks.append(f"{judged}: training stopped early at step {outcome.stopped_at}, because it no longer improved")
     if not outcome.improved:
-        remarks.append(f"{judged} did not improve: the source's own tensors are kept (try a lower --learning-rate)")
+        remarks.append(f"{judged} did not improve, so the tensors of the source are kept (try a lower --learning-rate)")
     return remarks
 
 
 def _block(
-    run: TrainingRun, outcomes: Sequence[Outcome[Any]], loads: Sequence[tuple[RoutingLoad, RoutingLoad]], *,
+    run: TrainingRun, outcomes: Sequence[Outcome[M]], loads: Sequence[tuple[RoutingLoad, RoutingLoad]], *,
     trained: np.ndarray, held: np.ndarray,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """The part of the JSON that all objectives share."""
     layers = []
     for before, after in loads:

@@ -1,9 +1,8 @@
-"""The step tune: what is trained into an overlay, and the plan that applies it."""
+"""The step `tune`: it trains into an overlay, and applies the overlay with a plan."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from moeconv.checkpoint.hub import resolve
 from moeconv.checkpoint.overlay import Overlay
@@ -14,12 +13,13 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.requests import TuneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_json, planned_memory, run_plan
 from moeconv.tune.need import need_of_tune
+from moeconv.types import JsonObject
 from moeconv.world import current, first
 
 _OVERLAY = "overlay"
 
 
-def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
+def tune(request: TuneRequest, *, meter: Meter) -> JsonObject:
     """Train the router (and what --train names) into an overlay, then apply the overlay."""
     from moeconv.tune.planner import overlay_plan
 
@@ -27,7 +27,7 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
     model = open_resolved(request.model)
     check_out(out, model, write)
     if write.dry_run:
-        return _foreseen(model, request)
+        return _dry_run(model, request)
     from moeconv.tune.run import tune as train
 
     asked = parameters_of(request.tune, request.data, request.measure)
@@ -35,15 +35,15 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
         asked["teacher"] = resolve(request.tune.teacher)
     begun = False
 
-    def measure(folder: Path) -> dict[str, Any]:
+    def measure(folder: Path) -> JsonObject:
         return train(str(model.checkpoint.path), folder / _OVERLAY, seed=request.plan.seed, meter=meter, **asked)
 
-    def together(folder: Path) -> dict[str, Any]:
+    def together(folder: Path) -> JsonObject:
         nonlocal begun
         begun = first(lambda: True)
         return measure(folder)
 
-    if not current().leads:  # it has part in the work, when the first process finds that there is any
+    if not current().leads:  # this process takes part if the first process finds that there is work
         return {"command": "tune", "output": out, "tune": measure(Path(out)) if first(lambda: True) else {}}
     decides = (request.tune, request.plan, request.data, request.measure)
     with measuring("tune", model, out, write, *decides, meter=meter) as measured:
@@ -56,14 +56,14 @@ def tune(request: TuneRequest, *, meter: Meter) -> dict[str, Any]:
             plan, model, out, write, meter=meter, origins={ORIGIN: overlay}, figures=block, measured=measured
         )
     result["warnings"] += block.pop("warnings", [])
-    result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # training, then writing
+    result["seconds"] = round(result["seconds"] + block["seconds"], 3)  # of the training and of the writing
     result["tune"] |= block
     return result
 
 
-def _foreseen(model: Model, request: TuneRequest) -> dict[str, Any]:
-    """A dry run: the sizes of what will be written, which are the model's, and the memory that training takes. What it
-    writes is decided by training, so that its plan has no number yet."""
+def _dry_run(model: Model, request: TuneRequest) -> JsonObject:
+    """The sizes of the output, which are those of the model, and the memory that training will take. Training decides
+    the contents, so that the plan has no identifier yet."""
     from moeconv.tune.planner import plan_unmade
 
     options = request.tune

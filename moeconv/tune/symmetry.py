@@ -1,7 +1,7 @@
-"""Where a router can learn nothing: experts that are identical copies under weights that sum to one.
+"""Finds layers whose router cannot learn: the experts are identical copies, and the routing weights sum to one.
 
-The layer's output is then the same whatever the router says, so the gradient of any loss of it is zero
-(Sparse Upcycling, arXiv 2212.05055, starts there). Compares bytes on disk; neither torch nor a model is loaded.
+The output of such a layer does not depend on the router, so the gradient of any loss is zero (Sparse Upcycling, arXiv
+2212.05055, starts like this). Compares bytes on disk, and loads neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ REMEDIES = (
 
 
 def identical_layers(model: Model) -> tuple[int, ...]:
-    """MoE layers whose experts are all the same, byte for byte. A layer that differs costs one block per matrix."""
+    """The MoE layers whose experts are all identical, byte for byte. For other layers, about one block per matrix is
+    read."""
     return tuple(layer for layer in model.moe_layers if _all_alike(model, layer))
 
 
@@ -48,17 +49,17 @@ def same_tensor(a: Model, name_a: str, b: Model, name_b: str) -> bool:
 def check_symmetry(
     model: Model, *, objective: str, train: tuple[str, ...], straight_through: bool, teacher: Model | None = None
 ) -> list[str]:
-    """Warnings about layers whose router cannot learn. Raises InputError when that is so in all of them."""
+    """Warnings about layers whose router cannot learn. Raises InputError if no layer can learn."""
     if "router" not in train or not model.renormalises:
-        return []  # weights that do not sum to one: the router sets the size of the output at least
+        return []  # the weights do not sum to one, so that the router at least scales the output
     if model.top_k == 1 and not straight_through:
         raise InputError(
-            "top-k is 1 and its weight is always 1: the router's gradient is zero",
+            "top-k is 1 and the weight is always 1, so the gradient of the router is zero",
             hint="Leave out --no-straight-through, or pass --balance-only.",
         )
     stuck = identical_layers(model)
     if "experts" in train and not (teacher is not None and _is_teacher(model, teacher, stuck)):
-        return []  # every copy sees other tokens, so the first step tells them apart
+        return []  # every copy gets other tokens, so that the copies differ after the first step
     if stuck == model.moe_layers and set(train) <= {"router", "experts"}:
         why = "they already equal the teacher's FFN" if "experts" in train else "the router's gradient is zero"
         raise InputError(
@@ -70,11 +71,12 @@ def check_symmetry(
 
 
 def _is_teacher(model: Model, teacher: Model, layers: tuple[int, ...]) -> bool:
-    """Whether in each of these layers the experts are copies of the dense teacher's FFN: the loss is at its minimum."""
+    """Whether the experts of each of these layers are copies of the dense teacher's FFN, so that the loss is
+    minimal."""
     if teacher.moe_layers or teacher.num_layers != model.num_layers or not layers:
         return False
     if not all(teacher.family.has(f"ffn.{part}") for part in FFN_PARTS):
-        return False  # fused: never worse than before is then the guard
+        return False  # a fused FFN is not compared; the check on held-out data remains
     return all(
         same_tensor(model, model.expert_name(p, layer=at, expert=0), teacher, teacher.ffn_name(p, layer=at))
         for at in layers

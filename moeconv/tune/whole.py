@@ -21,7 +21,8 @@ from moeconv.world import current, summed
 
 @dataclass(frozen=True)
 class ModelMeasure:
-    """Held-out data: nats per token (kl without a teacher is None), balance loss, load per layer."""
+    """Measured on held-out data: the losses in nats per token (`kl` is None without a teacher), the balance loss, and
+    the load of each layer."""
 
     loss: float
     kl: float | None
@@ -31,9 +32,9 @@ class ModelMeasure:
 
 @dataclass(frozen=True)
 class ModelTraining:
-    """A student and what it is trained on. `take` gives what the routers did since the last call.
+    """The training of a student as a whole. `take` returns the routing since its last call.
 
-    Of several processes each takes every so many-th window of a batch; losses are parts of the whole batch's.
+    Of several processes, each takes every n-th window of a batch, and its losses are its part of those of the batch.
     """
 
     student: Network
@@ -51,7 +52,7 @@ class ModelTraining:
         return torch.from_numpy(np.ascontiguousarray(windows, np.int64)).to(self.device)
 
     def step(self, windows: np.ndarray, *, number: int) -> bool:
-        """Gradients of one batch [B, S], the `number`-th. Returns whether the loss is finite."""
+        """Compute the gradients of the batch `number`, int64 [B, S]. Returns whether the loss is finite."""
         world = current()
         tokens = self.tokens(windows[world.rank :: world.size])
         rows = np.arange(windows.size).reshape(windows.shape)[world.rank :: world.size].reshape(-1)
@@ -82,7 +83,7 @@ class ModelTraining:
         return finite and bool(live)
 
     def _rows(self, hidden: Tensor, tokens: Tensor) -> tuple[losses.Rows, Tensor]:
-        """The loss of each row, and the rows [T, H] of the final hidden states that it is taken on."""
+        """(the loss of each row, the final hidden states [T, H] that it is computed on)."""
         if self.objective == "distill":
             return self._divergence(tokens), hidden.flatten(0, 1)
         return losses.next_token(self.student.head, tokens[:, 1:].flatten()), hidden[:, :-1].flatten(0, 1)
@@ -94,14 +95,14 @@ class ModelTraining:
         return losses.divergence(self.student.head, self.teacher.head, target)
 
     def measure(self, windows: np.ndarray, *, batch_size: int) -> ModelMeasure:
-        """Loss, KL and load over all of the windows [N, S]."""
+        """Measure loss, KL and load over all windows, int64 [N, S]."""
         world = current()
         loads = {b.layer: RoutingLoad(b.layer, b.num_experts, self.rule) for b in self.student.blocks}
         sums = torch.zeros(2, dtype=torch.float64)  # next-token loss, KL
         count = windows.shape[0] * (windows.shape[1] - 1)
         for first in range(0, len(windows), batch_size):
             mine = windows[first : first + batch_size][world.rank :: world.size]
-            tokens = self.tokens(mine if len(mine) else windows[:1])  # all go along where layers are shared
+            tokens = self.tokens(mine if len(mine) else windows[:1])  # every process must run where layers are sharded
             with torch.no_grad():
                 hidden = self.student.hidden(tokens)
             routed = self.take()
@@ -116,12 +117,12 @@ class ModelTraining:
                 sums[1] += losses.total(hidden.flatten(0, 1), kl, vocabulary=self.student.vocabulary)
         loss, kl_sum = summed(sums).tolist()
         whole = [load.together() for load in loads.values()]
-        # a bias moves the load and not the probabilities, so that it is judged by the load alone
+        # a correction bias changes the load but not the probabilities, so that it is judged by the load alone
         balance = float(np.mean([load.unevenness() if self.rebalance else load.balance() for load in whole]))
         return ModelMeasure(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 
     def score(self, measured: ModelMeasure) -> float:
-        """What the held-out data is judged by."""
+        """The number that training minimises on held-out data."""
         if self.objective == "balance":
             return measured.balance
         return float(measured.kl) if self.objective == "distill" and measured.kl is not None else measured.loss

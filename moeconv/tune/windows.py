@@ -1,4 +1,4 @@
-"""Which windows train and which judge, and in what order they train."""
+"""Divides the windows into those that train and those that are held out, and orders the training windows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ HELD_OUT = 0.1
 
 
 def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training windows, held-out windows), both int64 [n, S]: the end of every source is held out.
+    """(training windows, held-out windows), both int64 [n, S]. The end of every source is held out.
 
-    Held out are a tenth and at least a batch, but never more than half. Raises InputError for a single window.
+    A tenth of the windows and at least one batch is held out, but never more than half. Raises InputError for data of
+    less than two windows.
     """
     total = len(data.windows)
     if total < 2:
         raise InputError(
-            f"the data fills {total} sequence of {data.seq_len} tokens; one must train and another judge",
+            f"the data fills {total} sequence of {data.seq_len} tokens, and training needs one to train on and one "
+            f"to judge by",
             hint="Give more text, or a smaller --seq-len.",
         )
     held = min(max(math.ceil(total * HELD_OUT), batch_size), total // 2)
     counts = np.bincount(data.source, minlength=len(data.sources))
-    # sources come one after another, in the order of their positions
+    # the windows of a source are consecutive, in the order of their positions
     last: np.ndarray = np.zeros(total, bool)
     for end, share in zip(np.cumsum(counts), share_out(counts.tolist(), counts.tolist(), held)):
         last[end - share : end] = True
@@ -35,7 +37,7 @@ def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(count: int, size: int, *, key: tuple[object, ...]) -> Iterator[np.ndarray]:
-    """Endless batches of indices below `count`, each pass over them in an order of its own that `key` decides."""
+    """Yield batches of indices below `count` without end. `key` determines the order of each pass over the indices."""
     size = min(size, count)
     queue: np.ndarray = np.empty(0, np.int64)
     epoch = 0

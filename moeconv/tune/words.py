@@ -1,4 +1,4 @@
-"""The words of --train, and the tensors of a checkpoint that each of them opens. Imports no torch."""
+"""The words of --train, and the tensors of a checkpoint that each of them makes trainable. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from moeconv.families.model import Model
 from moeconv.families.spec import Role
 
 WORDS = ("router", "experts", "shared", "norms")
-BIAS = "bias"  # the correction bias, which the balance of the load moves: no word of --train
+BIAS = "bias"  # the correction bias, which --bias-update changes; it is not a word of --train
 _CORRECTIONS = ("router.correction", "router.correction_row")
 
 
 def parse_train(text: str) -> tuple[str, ...]:
-    """`router,experts` -> words in the order of WORDS. Raises UsageError."""
+    """The words of a value such as `router,experts`, in the order of WORDS. Raises UsageError for an unknown word."""
     words = {w.strip() for w in text.split(",")}
     for word in words:
         if word not in WORDS:
@@ -21,7 +21,7 @@ def parse_train(text: str) -> tuple[str, ...]:
 
 
 def word_of(role: Role) -> str | None:
-    """The word that opens a tensor, None for one that never changes. A router's correction bias has no gradient."""
+    """The word that makes a tensor trainable; None for a tensor that never changes."""
     if role.key in _CORRECTIONS:
         return BIAS
     if role.group == "router" and role.key != "router.weight":
@@ -30,11 +30,11 @@ def word_of(role: Role) -> str | None:
 
 
 def correction_names(model: Model) -> dict[int, str]:
-    """Name on disk of every layer's correction bias; empty for a family or checkpoint without one."""
+    """{layer: name on disk of its correction bias}; empty for a family or checkpoint without such biases."""
     found = {role.layer: name for name, role in model.roles.items() if role.key in _CORRECTIONS}
     return {layer: name for layer, name in found.items() if layer is not None and name in model.checkpoint.tensors}
 
 
 def tensors_of(model: Model, train: tuple[str, ...]) -> list[str]:
-    """Names on disk of everything that trains, in the checkpoint's order."""
+    """The names on disk of all tensors that train, in the order of the checkpoint."""
     return [name for name in model.checkpoint.tensors if name in model.roles and word_of(model.roles[name]) in train]

@@ -112,7 +112,7 @@ def test_groups_by_expert_are_renumbered_and_an_empty_one_goes(model):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"ignore": ["model.language.layers.0.mlp.experts.7.up_proj"]}, "an expert that no tensor belongs to"),
+        ({"ignore": ["model.language.layers.0.mlp.experts.7.up_proj"]}, "an expert that has no tensor"),
         ({"extra_config": {UP: {"bits": 16}}}, r"extra_config names single experts"),
         ({"dynamic": {r"-:.*experts\.7\..*": {}}}, r"dynamic names single experts"),
         ({"rules": [{"name": UP}]}, r"rules\.name names single experts"),

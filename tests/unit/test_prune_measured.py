@@ -449,7 +449,7 @@ def test_refusals_before_any_calibration(tmp_path: Path, cli: Any, monkeypatch: 
     path = make(tmp_path / "model")
     monkeypatch.setattr("moeconv.calibrate.run.load_tokens", lambda *_a, **_k: pytest.fail("it began to measure"))
     cases: list[tuple[list[object], str]] = [
-        (["--keep", 1], "fewer than the 2"), (["--ratio", 0.01], "rounds to none"),
+        (["--keep", 1], "fewer than the 2"), (["--ratio", 0.01], "rounds to 0 experts"),
         (["--threshold", 1.5], "between 0 and 1"), (["--max-loss-increase", "nan"], "number of nats"),
         (["--keep", 4, "--refit-strength", 0], "above 0"), (["--keep", 4, "--merge", "--refit"], "exclude"),
         (["--keep", 4, "--protect-coverage", 2], "between 0 and 1"), (["--keep", 4, "--distill", -1], "from 0 up"),

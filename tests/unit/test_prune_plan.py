@@ -199,11 +199,13 @@ def test_max_bytes_keeps_as_many_as_fit_to_the_byte(tmp_path):
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({}, "exactly one of"), ({"keep": 2, "ratio": 0.5}, "not 2"), ({"keep": 0}, "removes nothing"),
-        ({"keep": 4}, "removes nothing"), ({"keep": 9}, "removes nothing"), ({"keep": -1}, "removes nothing"),
-        ({"keep": 1}, "fewer than the 2"), ({"ratio": 0.9}, "removes nothing"), ({"ratio": 0.7}, "fewer than the 2"),
+        ({}, "exactly one of"), ({"keep": 2, "ratio": 0.5}, "not 2"), ({"keep": 0}, "a prune cannot keep"),
+        ({"keep": 4}, "a prune cannot keep"), ({"keep": 9}, "a prune cannot keep"), ({"keep": -1}, "a prune cannot "
+                                                                                                   "keep"),
+        ({"keep": 1}, "fewer than the 2"), ({"ratio": 0.9}, "a prune cannot keep"),
+        ({"ratio": 0.7}, "fewer than the 2"),
         ({"ratio": 0.0}, "between 0 and 1"), ({"ratio": 1.0}, "between 0 and 1"),
-        ({"ratio": float("nan")}, "between 0 and 1"), ({"ratio": 0.01}, "rounds to none"),
+        ({"ratio": float("nan")}, "between 0 and 1"), ({"ratio": 0.01}, "rounds to 0 experts"),
         ({"max_bytes": "1KB"}, "too small"), ({"max_bytes": "x"}, "--max-bytes x"),
         ({"keep": 2, "criterion": "magic"}, "--criterion magic"), ({"keep": 2, "kepe": 2}, "unknown parameter"),
         ({"keep": 2, "protect": "0:0,0:1,0:2"}, "--protect names 3"),
@@ -272,7 +274,7 @@ def test_what_cannot_be_pruned(tmp_path):
     with pytest.raises(InputError, match="has no experts to prune"):
         plan_prune(open_model(make_dense(tmp_path / "dense")), keep=2)
     no_moe = make_moe(tmp_path / "none", "qwen3_moe", mlp_only_layers=[0, 1])
-    with pytest.raises(InputError, match="no layer a Mixture-of-Experts"):
+    with pytest.raises(InputError, match="no layer of this model is a Mixture-of-Experts"):
         plan_prune(open_model(no_moe), keep=2)
     packed = make_moe(tmp_path / "packed")
     groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}}
@@ -306,8 +308,8 @@ def test_targets_and_expert_parallelism(tmp_path):
         assert not any("says that" in w for w in plan_prune(mixtral, keep=4, target=(target,)).warnings)
     with pytest.raises(UsageError, match="unknown runtime"):
         plan_prune(mixtral, keep=4, target=("ollama",))
-    assert any("over 4 or 8 devices" in w for w in plan_prune(mixtral, keep=6).warnings)
-    assert any("over 8 devices" in w for w in plan_prune(mixtral, keep=4).warnings)
+    assert any("among 4 or 8 devices" in w for w in plan_prune(mixtral, keep=6).warnings)
+    assert any("among 8 devices" in w for w in plan_prune(mixtral, keep=4).warnings)
     assert check_served("flex_olmo", ("vllm",)) == ["vllm lists flex_olmo; it was not measured here"]
     with pytest.raises(UsageError, match="does not run flex_olmo"):
         check_served("flex_olmo", ("vllm", "llama.cpp"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +99,7 @@ def _units(rows: Tensor) -> Tensor:
     return torch.nn.functional.normalize(rows.float(), dim=-1, eps=1e-30)
 
 
-def _matrices(model: Model, layer: int, expert: int) -> dict[str, Any]:
+def _matrices(model: Model, layer: int, expert: int) -> dict[str, Tensor]:
     return {
         part: decode_weight(model, model.expert_name(part, layer=layer, expert=expert)).float() for part in FFN_PARTS
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
 from moeconv.prune.repair.pruned import Variant, pruned_pass
 from moeconv.stream.layers import LayerStream
+from moeconv.types import Config
 
 OVERLAY_VERSION = 1
 
@@ -32,7 +32,7 @@ def repair(
     *,
     left: int,
     parts: Sequence[str] = ("down",),
-    settings: Mapping[str, Any] | None = None,
+    settings: Config | None = None,
 ) -> None:
     """Run `variant` beside the model and write what its kept experts became to the overlay `path`.
 
@@ -76,7 +76,12 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
 
 
 def on_disk(
-    model: Model, layer: int, kept: Sequence[int], made: Mapping[int, Any], *, parts: Sequence[str]
+    model: Model,
+    layer: int,
+    kept: Sequence[int],
+    made: Mapping[int, Tensor | Mapping[str, Tensor]],
+    *,
+    parts: Sequence[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a layer's experts in the order of `overlay_names`; `made` {old expert: down [H, I], or
     {part: matrix} when several parts change}."""

@@ -1,22 +1,23 @@
-"""The statistics file: one safetensors with provenance, written in one step, read without torch.
+"""The statistics file: one safetensors file with its provenance, written in one step and read without torch.
 
-F64 tensors per MoE layer L; S data sources, E experts, H hidden size. `g` is the weight that the model really gives an
-expert, `f` the expert's output, `c` = 1 - cos(residual stream in front of the FFN, behind it). Sums run over routed
-tokens only.
+It has F64 tensors per MoE layer L, for S data sources, E experts and the hidden size H. `g` is the weight that the
+model really gives an expert, `f` the output of the expert, and `c` = 1 - cos(residual stream before the FFN, after it).
+All sums are over routed tokens only.
 
-    layer.L.count              [S, E]  tokens routed to the expert
+    layer.L.count              [S, E]  number of tokens routed to the expert
     layer.L.gate_sum, gate_sq_sum, norm_sum, norm_sq_sum, gate_norm_sum, gate_norm_sq_sum, easy_ep_sum
                                [S, E]  sums of g, g^2, ||f||, ||f||^2, g ||f||, (g ||f||)^2, g ||f|| c
     layer.L.out_mean           [E, H]  F32, mean of f; out_var [E] = mean of ||f - out_mean||^2
-    layer.L.coactivation       [E, E]  tokens routed to both; the diagonal is the count
-    layer.L.output_cosine      [E, E]  mean cosine of two experts' outputs on a token sample, every expert evaluated
-    layer.L.router_cosine      [E, E]  cosine of router rows; logit_correlation [E, E] Pearson, over all tokens
-    layer.L.logit_sum          [E]     sum of the router logits; logit_product [E, E] of their products: what the
-                                       correlation of two added files needs
-    layer.L.sample_logits      [T, E]  F32, router logits of the token sample; sample_outputs [T, E, P] F16, what every
-                                       expert gives for them, projected (sample.py), in units of sample_unit [1]
-    layer.L.sample_scale       [T]     norm of the residual stream in front of the FFN; sample_bias [E] what the router
-                                       adds for the choice, sample_factor [1] what it multiplies the weights by
+    layer.L.coactivation       [E, E]  number of tokens routed to both experts; the diagonal is the count
+    layer.L.output_cosine      [E, E]  mean cosine of the outputs of two experts on a token sample that runs
+                                       through every expert
+    layer.L.router_cosine      [E, E]  cosine of router rows; logit_correlation [E, E] Pearson over all tokens
+    layer.L.logit_sum          [E]     sum of the router logits; logit_product [E, E] sum of their products, from
+                                       which the correlation of two added files is computed
+    layer.L.sample_logits      [T, E]  F32, router logits of the token sample; sample_outputs [T, E, P] F16, the
+                                       projected outputs of every expert (sample.py), divided by sample_unit [1]
+    layer.L.sample_scale       [T]     norm of the residual stream before the FFN; sample_bias [E] the bias that the
+                                       router adds for the choice, sample_factor [1] the factor of the weights
     layer.L.entropy_sum        [S]     sum of the entropy of softmax(router logits), nats; tokens [S]
 """
 
@@ -26,7 +27,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.types import Config
 
 KIND = "statistics"
 VERSION = 1
@@ -55,7 +56,7 @@ _REQUIRED = ("version", "identity", "model_type", "layers", "num_experts", "top_
 class Statistics:
     """A statistics file; `metadata` is its provenance."""
 
-    metadata: Mapping[str, Any]
+    metadata: Config
     file: SafetensorsFile
 
     @property
@@ -67,19 +68,19 @@ class Statistics:
         return f"layer.{layer}.{field}" in self.file.tensors
 
     def layer(self, layer: int, field: str) -> np.ndarray:
-        """A field of one MoE layer, in the shape that the file has it. Raises InputError when it is not there."""
+        """A field of one MoE layer, in its shape in the file. Raises InputError if the file does not have it."""
         name = f"layer.{layer}.{field}"
         info = self.file.tensors.get(name)
         if info is None or info.dtype not in _NUMPY:
             raise InputError(
                 f"{self.file.label} has no {field} for layer {layer}",
-                hint="It was written for another model or by another version; calibrate again.",
+                hint="The file was written for another model or by another version: run `moeconv calibrate` again.",
             )
         return np.frombuffer(self.file.read(name), _NUMPY[info.dtype]).reshape(info.shape)
 
     def check_belongs(self, model: Model, *, twin: bool = False) -> str | None:
-        """None for statistics of exactly this model; with `twin` those of the same model in another dtype or
-        quantization pass too, and its fingerprint is given. Raises InputError for others."""
+        """Check that these are statistics of `model` or, with `twin`, of its twin: the same model in another dtype or
+        quantization. Returns None, or the fingerprint of the twin. Raises InputError for any other model."""
         theirs = self.metadata
         what = (
             f"{escape(theirs['model_type'])}, {len(theirs['layers'])} MoE layers of "
@@ -93,18 +94,18 @@ class Statistics:
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Statistics:
-    """Open a statistics file. Raises InputError when it is missing, damaged or something else."""
+    """Open a statistics file. Raises InputError if it is missing, damaged or another kind of file."""
     make = "moeconv calibrate MODEL STATS --data FILE"
     file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     return Statistics(metadata, file)
 
 
 def layer_importance(statistics: Statistics) -> dict[int, float]:
-    """How much noise in a layer's experts matters to what comes behind it, {layer: >= 0}.
+    """{layer: how much an error in the experts of the layer affects the layers after it, >= 0}.
 
-    The mean over routed tokens, weighted by g ||f||, of 1 - cos(residual stream in front of the FFN, behind it): about
-    half the square of the share that the FFN has in the direction of the stream, which is all that the next norm lets
-    through. A relative error of the experts' weights enters the stream as its square times this.
+    This is the mean over routed tokens, weighted by g ||f||, of 1 - cos(residual stream before the FFN, after it):
+    about half the square of the FFN's share in the direction of the stream, and the next norm passes only the
+    direction. The squared relative error of the experts' weights, times this number, is the error in the stream.
     """
     return {
         layer: float(
@@ -116,7 +117,7 @@ def layer_importance(statistics: Statistics) -> dict[int, float]:
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds the statistics of an MoE; `calibrate` writes those of a dense model's neurons too."""
+    """Whether a file has the statistics of an MoE. `calibrate` also writes files of the neurons of dense models."""
     return is_artifact(path, KIND)
 
 
@@ -124,12 +125,12 @@ def write_statistics(
     path: str | os.PathLike[str],
     fields: Mapping[int, Mapping[str, np.ndarray]],
     *,
-    metadata: Mapping[str, Any],
+    metadata: Config,
     overwrite: bool = False,
 ) -> None:
-    """Write {layer: {field: float64 array, out_mean float32}}; the file appears whole or not at all.
+    """Write {layer: {field: float64 array, out_mean float32}}. The file appears complete or not at all.
 
-    Raises OutputError when `path` exists and `overwrite` is not set, or cannot be written.
+    Raises OutputError if `path` exists and `overwrite` is not set, or if it cannot be written.
     """
     arrays = {f"layer.{layer}.{name}": a for layer, of_layer in fields.items() for name, a in of_layer.items()}
     kinds = {np.dtype(numpy): name for name, numpy in _NUMPY.items()}

@@ -1,6 +1,6 @@
-"""Adding statistics files of one model: what calibrating on all of their data at once would have given.
+"""Adds statistics files of one model. The result is what one calibration on all of their data would have given.
 
-Sums are added. The mean cosine of outputs, taken on a token sample, becomes the mean over both samples.
+Sums are added. The mean cosine of outputs on a token sample becomes the mean over all samples.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from moeconv.calibrate.sample import SAMPLE, joined
 from moeconv.calibrate.statistics import logit_correlation
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import open_model
+from moeconv.types import JsonObject
 
 _SAME = ("identity", "layers", "num_experts", "top_k", "seq_len", "dtype")
 _OF_SOURCES = (*PER_SOURCE, "entropy_sum", "tokens")
@@ -35,17 +35,18 @@ def merge_statistics(
     files: Sequence[str | os.PathLike[str]],
     *,
     overwrite: bool = False,
-) -> dict[str, Any]:
-    """Write the sum of two or more statistics files of the model to `stats_path`. Returns calibrate's summary.
+) -> JsonObject:
+    """Write the sum of two or more statistics files of a model to `stats_path`. Returns the summary of `calibrate`.
 
-    The sources of all are kept apart by their hash, and `merged` in the provenance lists what each file said. A source
-    that two files drew from with different seeds is a warning: the draws may overlap.
-    Raises UsageError for less than two files; InputError for files of another model or of other settings, and for two
-    that drew from one source with one seed, whose tokens would count twice.
+    Sources are distinguished by their hash, and `merged` in the provenance lists the provenance of each file. If two
+    files drew from the same source with different seeds, a warning says that the draws may overlap.
+
+    Raises UsageError for less than two files; InputError for files of another model or with other settings, and for two
+    files that drew from the same source with the same seed, because their tokens would count twice.
     """
     began = time.monotonic()
     if len(files) < 2:
-        raise UsageError("--merge needs at least two statistics files", hint="Repeat it: --merge A --merge B.")
+        raise UsageError("--merge needs at least two statistics files", hint="Repeat the option: --merge A --merge B.")
     model, path = open_model(model_path), Path(stats_path)
     reads = [("the model", model_path), *(("--merge", file) for file in files)]
     check_statistics_target(path, reads=reads, overwrite=overwrite)
@@ -58,16 +59,17 @@ def merge_statistics(
     fields = {layer: _layer(loaded, layer, places, len(sources)) for layer in loaded[0].layers}
     metadata = _provenance(loaded, sources)
     write_statistics(path, fields, metadata=metadata, overwrite=overwrite)
-    told = summary(path, fields, tokens=metadata["tokens"], sources=sources)
-    return told | {"seconds": time.monotonic() - began, "warnings": warnings}
+    result = summary(path, fields, tokens=metadata["tokens"], sources=sources)
+    return result | {"seconds": time.monotonic() - began, "warnings": warnings}
 
 
-def _parts(one: Statistics) -> list[dict[str, Any]]:
-    """What a file was measured on: itself, or the files that it was added from."""
+def _parts(one: Statistics) -> list[JsonObject]:
+    """The provenance of each measurement in a file: one, or one per file that it was added from."""
     return one.metadata.get("merged") or [{key: one.metadata.get(key) for key in _PART}]
 
 
 def _check(loaded: Sequence[Statistics]) -> list[str]:
+    """Warnings about sources that overlap. Raises InputError for files that cannot be added."""
     first = loaded[0]
     for other in loaded[1:]:
         for key in _SAME:
@@ -75,32 +77,35 @@ def _check(loaded: Sequence[Statistics]) -> list[str]:
             if ours != theirs:
                 raise InputError(
                     f"{first.file.label} and {other.file.label} differ in {key}: {escape(ours)} and {escape(theirs)}",
-                    hint="Only statistics of the same model and settings add up; calibrate one of them again.",
+                    hint="Only statistics of the same model with the same settings can be added: calibrate again "
+                    "for one of them.",
                 )
-    seen: dict[str, tuple[Any, str]] = {}
+    seen: dict[str, tuple[object, str]] = {}
     warnings = []
     for one in loaded:
-        fresh: dict[str, tuple[Any, str]] = {}
+        fresh: dict[str, tuple[object, str]] = {}
         for part in _parts(one):
             for source in part["sources"]:
                 before = seen.get(source["sha256"])
                 if before is not None and before[0] == part["seed"]:
                     raise InputError(
-                        f"{before[1]} and {one.file.label} both drew from {escape(source['name'])} with seed "
-                        f"{escape(part['seed'])}: its tokens would count twice",
+                        f"{before[1]} and {one.file.label} both drew from {escape(source['name'])} with the "
+                        f"seed {escape(part['seed'])}, so its tokens would count twice",
                         hint="Calibrate one of them on other data, or with another --seed.",
                     )
                 if before is not None:
                     name = escape(source["name"])
-                    warnings.append(f"{before[1]} and {one.file.label} both drew from {name}: tokens may be shared")
+                    warnings.append(
+                        f"{before[1]} and {one.file.label} both drew from {name}, so some tokens may count twice"
+                    )
                 fresh[source["sha256"]] = (part["seed"], one.file.label)
         seen |= fresh
     return warnings
 
 
-def _sources(loaded: Sequence[Statistics]) -> list[dict[str, Any]]:
-    """Every source once, by its hash, with the tokens of all files."""
-    found: dict[str, dict[str, Any]] = {}
+def _sources(loaded: Sequence[Statistics]) -> list[JsonObject]:
+    """Every source once, distinguished by its hash, with its tokens of all files."""
+    found: dict[str, JsonObject] = {}
     for one in loaded:
         for source in one.metadata["sources"]:
             known = found.setdefault(source["sha256"], source | {"tokens": 0})
@@ -108,11 +113,12 @@ def _sources(loaded: Sequence[Statistics]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _place(sources: Sequence[dict[str, Any]], source: dict[str, Any]) -> int:
+def _place(sources: Sequence[JsonObject], source: JsonObject) -> int:
     return next(i for i, s in enumerate(sources) if s["sha256"] == source["sha256"])
 
 
 def _layer(loaded: Sequence[Statistics], layer: int, places: Sequence[Sequence[int]], sources: int) -> Fields:
+    """The added fields of one layer. `places` are the rows of each file's sources among all `sources`."""
     fields: Fields = {}
     for name in _OF_SOURCES:
         parts = [one.layer(layer, name) for one in loaded]
@@ -139,7 +145,7 @@ def _layer(loaded: Sequence[Statistics], layer: int, places: Sequence[Sequence[i
     return fields | joined(samples)
 
 
-def _provenance(loaded: Sequence[Statistics], sources: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _provenance(loaded: Sequence[Statistics], sources: Sequence[JsonObject]) -> JsonObject:
     metadata = {k: v for k, v in loaded[0].metadata.items() if k not in ("kind", "version")}
     for key in ("tokens", "sample_tokens", "sampled_tokens"):
         metadata[key] = sum(one.metadata[key] for one in loaded)

@@ -1,4 +1,4 @@
-"""What measuring statistics takes, from the headers, before a weight is read. Imports no torch."""
+"""What a calibration runs, known from the headers before any weight is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from moeconv.families.model import Model
 from moeconv.options import LEAST_SAMPLE, SAMPLE_TOKENS, SEQ_LEN, TOKENS, MeasureOptions
 from moeconv.stream.need import Workload
 
-_COST = 4  # how often the work of routing may be spent on it
+_COST = 4  # the sample may cost this many times the work of the routed tokens
 
 
 def sample_size(tokens: int, *, top_k: int, num_experts: int) -> int:
-    """Tokens of the default sample: 2048, or as many as cost all experts four times what routing `tokens` does to
-    `top_k` of them, but 256 at least."""
+    """The number of tokens in the default sample: 2048, or fewer where running these through all experts would cost
+    more than four times what running `tokens` tokens through `top_k` experts costs; at least 256."""
     return min(SAMPLE_TOKENS, max(LEAST_SAMPLE, _COST * tokens * top_k // max(1, num_experts)))
 
 
 def run_of(model: Model, measure: MeasureOptions, *, sample_tokens: int | None) -> Workload:
-    """What is run, where the data fills the tokens that are asked for."""
+    """What is run if the data has as many tokens as are asked for."""
     length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     tokens = measure.tokens or TOKENS
     if not model.moe_layers:

@@ -1,9 +1,9 @@
-"""Statistics of a dense model's FFN neurons, summed while the stream passes through it: what `split` decides on.
+"""Statistics of the FFN neurons of a dense model, measured layer by layer; `upcycle --method split` uses them.
 
-A neuron's activation is what the down projection multiplies, h = act(x Wg) * (x Wu), whatever the family makes of it.
+The activation h of a neuron is its input to the down projection; in most families, h = act(x Wg) * (x Wu).
 
     layer.L.inputs   [n, H]  BF16, FFN inputs x of a token sample, the same tokens in every layer
-    layer.L.rate     [f]     F32, how often a neuron is among the tenth of a token's neurons with the largest |h|
+    layer.L.rate     [f]     F32, share of the tokens for which the neuron is among the tenth with the largest |h|
     layer.L.mean     [f]     F32, mean of h; energy [f] mean of h^2
 """
 
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +32,8 @@ from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
+from moeconv.stream.skeleton import Skeleton
+from moeconv.types import Config, JsonObject
 
 KIND = "neurons"
 VERSION = 1
@@ -40,14 +41,14 @@ TOP = 0.1  # share of a token's neurons that count as active
 _REQUIRED = ("version", "identity", "model_type", "layers", "width", "tokens", "sources")
 
 
-def down_module(stream_skeleton: Any, model: Model, layer: int) -> nn.Module:
-    """The module whose input are the neurons' activations."""
-    return stream_skeleton.owner(model.ffn_name("down", layer=layer))
+def down_module(skeleton: Skeleton, model: Model, layer: int) -> nn.Module:
+    """The down projection, whose inputs are the activations of the neurons."""
+    return skeleton.owner(model.ffn_name("down", layer=layer))
 
 
 @contextmanager
 def activations(down: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the block every forward pass appends its activations h [T, f]."""
+    """Inside the block, every forward pass appends its activations h [T, f] to the list."""
     seen: list[Tensor] = []
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, args[0].shape[-1])))
     try:
@@ -58,9 +59,9 @@ def activations(down: nn.Module) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def layer_neurons(layer: Layer, down: nn.Module, *, chosen: Tensor) -> dict[str, Tensor]:
-    """Advance `layer` over all windows and return its fields. `chosen` int64 [n], sorted: positions of the sample.
+    """Run `layer` over all windows and return its fields. `chosen` int64 [n] are the sorted positions of the sample.
 
-    Raises InputError for NaN or infinite values.
+    Raises InputError if the layer computes NaN or infinite values.
     """
     count = energy = total = None
     sample, tokens = [], 0
@@ -90,8 +91,9 @@ def layer_neurons(layer: Layer, down: nn.Module, *, chosen: Tensor) -> dict[str,
 
 def measure_neurons(
     stream: LayerStream, read: TokenData, path: Path, *, seed: int, sample_tokens: int, overwrite: bool
-) -> dict[str, Any]:
-    """Pass the whole model, writing every layer's fields as they come. Returns a summary of the layers."""
+) -> JsonObject:
+    """Run the whole model, and write the fields of every layer as they are measured. Returns a summary: {layers,
+    seconds}."""
     model = stream.model
     began = time.monotonic()
     n = min(sample_tokens, read.tokens)
@@ -130,7 +132,7 @@ def measure_neurons(
 
 
 def _concentration(fields: Mapping[str, Tensor]) -> dict[str, float]:
-    """How unevenly a layer's neurons work: the share of all activations, and of the energy, in the busiest half."""
+    """The share of the busiest half of the neurons in the activity (`rate`) and in the energy of a layer."""
     found = {}
     for name, key in (("rate", "rate_top_half"), ("energy", "energy_top_half")):
         values = fields[name].double().sort(descending=True).values
@@ -142,20 +144,22 @@ def _concentration(fields: Mapping[str, Tensor]) -> dict[str, float]:
 class NeuronStatistics:
     """A neuron statistics file; `metadata` is its provenance."""
 
-    metadata: Mapping[str, Any]
+    metadata: Config
     file: SafetensorsFile
 
     def field(self, layer: int, name: str) -> Tensor:
         """A field of one layer in float32."""
         info = self.file.tensors.get(f"layer.{layer}.{name}")
         if info is None:
-            raise InputError(f"{self.file.label} has no {name} for layer {layer}", hint="Calibrate again.")
+            raise InputError(
+                f"{self.file.label} has no {name} for layer {layer}", hint="Run `moeconv calibrate` again."
+            )
         return to_tensor(bytearray(self.file.read(info.name)), info.dtype, info.shape).float()
 
 
 def load_neurons(path: str | os.PathLike[str], model: Model, *, twin: bool = False) -> NeuronStatistics:
-    """Open the neuron statistics of exactly this model or, with `twin`, of the same one in another dtype or
-    quantization. Raises InputError when missing, damaged or another model's."""
+    """Open the neuron statistics of exactly this model or, with `twin`, of the same model in another dtype or
+    quantization. Raises InputError if the file is missing, damaged or of another model."""
     make = "moeconv calibrate SOURCE STATS --data FILE"
     file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     layers, width = len(metadata["layers"]), escape(metadata["width"])

@@ -1,4 +1,4 @@
-"""calibrate: data through a Mixture-of-Experts, a layer at a time, into a statistics file."""
+"""`calibrate`: runs data through a model layer by layer, and writes a statistics file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.types import Config, JsonObject
 from moeconv.world import World, current, first
 
 
@@ -50,21 +50,23 @@ def calibrate(
     save_every: float | None = EVERY,
     judge_every: int | None = None,
     meter: Meter | None = None,
-) -> dict[str, Any]:
-    """Write the statistics of every MoE layer to `stats_path` and return a summary; of a dense model, those of its
-    neurons, which `upcycle --method split` reads.
+) -> JsonObject:
+    """Write the statistics of every MoE layer to `stats_path`, or of a dense model those of its neurons, which
+    `upcycle --method split` reads. Returns a summary.
 
-    A run that was cut off goes on, when it is called again, at the last layer boundary that it kept beside
-    `stats_path`, at most every `save_every` seconds (None: never). Of several processes (torchrun) each runs its share
-    of the windows, and the first one writes.
+    A run that was interrupted resumes, when it is called again, at the last layer boundary that was saved beside
+    `stats_path`; this happens at most every `save_every` seconds (None: never). Of several processes (torchrun), each
+    runs its share of the windows, and the first one writes.
 
-    `data` are `--data` values; `tokens` (65536 when None) are sampled from them in sequences of `seq_len` (512, at most
-    the model's). Of each layer `sample_tokens` tokens (`need.sample_size`: 2048, fewer where that cost most of the
-    work) go through all experts, for their similarity; of a dense model the FFN inputs of as many (16384) are kept.
-    With `judge_every` the last of every so many windows is left to judge by (`data.split_windows`).
-    The summary: output, tokens, sample_tokens, memory, sources, seconds,
-    warnings, layers [{layer, load, entropy, max_over_mean, dead}].
-    Raises InputError for unusable data, OutputError when the file exists and `overwrite` is not set.
+    `data` are values of `--data`. `tokens` tokens (None: 65536) are sampled from them, in sequences of `seq_len` tokens
+    (None: 512, or the model's maximum where that is less). In each layer, `sample_tokens` tokens (None: see
+    `need.sample_size`) go through all experts, to measure their similarity; of a dense model, the FFN inputs of as many
+    tokens (None: 16384) are kept. With `judge_every` = n, every n-th window is left out, to judge by
+    (`windows.split_windows`).
+
+    The summary has output, tokens, sample_tokens, memory, sources, seconds, warnings and layers [{layer, load, entropy,
+    max_over_mean, dead}]. Raises InputError for data that cannot be used, OutputError if the file exists and
+    `overwrite` is not set.
     """
     began = time.monotonic()
     meter = meter or SilentMeter()
@@ -75,9 +77,9 @@ def calibrate(
     model = open_model(model_path)
     if model.family.experts.routing is not None and model.family.experts.routing.on_input:
         raise InputError(
-            f"the router of {model.family.model_type} weighs what goes into an expert: an expert's output for a token "
-            "does not exist apart from its weight, so none of the statistics is defined",
-            hint="`moeconv prune` without --data takes the weights; `moeconv evaluate` runs it.",
+            f"the router of {model.family.model_type} multiplies the inputs of the experts, so that the output of an "
+            "expert depends on its weight, and none of the statistics is defined",
+            hint="Prune by the weights, with `moeconv prune` without --data. `moeconv evaluate` works on this model.",
         )
     check_statistics_target(
         path, reads=[("the model", model_path), *reads_of({"data": data}, DataOptions)], overwrite=overwrite
@@ -109,25 +111,26 @@ def calibrate(
         about = _provenance(stream, read, seed=seed, sample_tokens=sample_tokens)
         write_statistics(path, fields, metadata=about, overwrite=overwrite)
     progress.remove()
-    told = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
-    told["sample_tokens"] = min(sample_tokens, read.tokens)
-    told["memory"] = stream.placement and stream.placement.to_json()
-    return told | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
+    result = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
+    result["sample_tokens"] = min(sample_tokens, read.tokens)
+    result["memory"] = stream.placement and stream.placement.to_json()
+    return result | {"seconds": time.monotonic() - began, "warnings": _without_sample(model, fields)}
 
 
 def _without_sample(model: Model, fields: Fields) -> list[str]:
-    """A warning where a router whose rule is known did not follow it: that is a fault of moeconv."""
+    """A warning if a router did not follow the rule that moeconv has for it, which is a fault of moeconv."""
     lost = [layer for layer, of_layer in fields.items() if "sample_unit" not in of_layer]
     if not lost or not has_numbers(model):
         return []
     return [
-        f"layer {lost[0]} ({len(lost)} such): the router of {model.family.model_type} chose other experts than its "
-        "rule, so no token sample is kept and prune goes by saliency; please report it"
+        f"layer {lost[0]} ({len(lost)} such): the router of {model.family.model_type} chose other experts than the "
+        f"rule "
+        "that moeconv has for it, so no token sample is kept, and prune uses the criterion saliency; please report this"
     ]
 
 
 def check_statistics_target(path: Path, *, reads: Inputs, overwrite: bool) -> None:
-    """Refuse, before any work, a path where a statistics file could not be put. Raises OutputError."""
+    """Raises OutputError, before any work, for a path to which a statistics file cannot be written."""
     check_file_target(
         path, what="statistics", reads=reads, overwrite=overwrite,
         replaces=lambda old: is_artifact(old, KIND, NEURONS),
@@ -135,9 +138,9 @@ def check_statistics_target(path: Path, *, reads: Inputs, overwrite: bool) -> No
 
 
 def summary(
-    path: Path, fields: Mapping[int, Mapping[str, np.ndarray]], *, tokens: int, sources: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The JSON of a statistics file: output, tokens, sources [{name, tokens}], layers."""
+    path: Path, fields: Mapping[int, Mapping[str, np.ndarray]], *, tokens: int, sources: Sequence[Config]
+) -> JsonObject:
+    """The summary of a statistics file: {output, tokens, sources [{name, tokens}], layers}."""
     return {
         "output": str(path),
         "tokens": tokens,
@@ -149,10 +152,12 @@ def summary(
 def _dense(
     model: Model, read: TokenData, path: Path, *, dtype: torch.dtype | None, device: torch.device, batch_size: int,
     max_memory: int | None, meter: Meter, seed: int, sample_tokens: int | None, overwrite: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Neuron statistics of a dense model."""
+) -> JsonObject:  # fmt: skip
+    """Measure the neurons of a dense model."""
     if current().size > 1:
-        raise UsageError("a dense model is measured by one process", hint="Start `moeconv calibrate` without torchrun.")
+        raise UsageError(
+            "a dense model can be measured by one process only", hint="Start `moeconv calibrate` without torchrun."
+        )
     stream = stream_within(
         model, read.windows, dtype=dtype, device=device, batch_size=batch_size, budget=max_memory, meter=meter,
         what="calibrate",
@@ -165,8 +170,9 @@ def _dense(
 
 
 def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]:
-    """(the windows of this process int64 [n], the batch size): whole batches in turn, so that a batch holds the same
-    windows whoever runs it. Raises InputError where there are fewer windows than processes."""
+    """(the windows of this process int64 [n], the batch size). The processes take whole batches in turn, so that a
+    batch has the same windows whichever process runs it. Raises InputError if there are fewer windows than
+    processes."""
     if count < world.size:
         raise InputError(
             f"the data fills {count} sequences, fewer than the {world.size} processes",
@@ -199,7 +205,7 @@ def _all_layers(
     return fields
 
 
-def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_tokens: int) -> dict[str, Any]:
+def _provenance(stream: LayerStream, read: TokenData, *, seed: int, sample_tokens: int) -> JsonObject:
     model = stream.model
     return {
         "identity": model.identity,

@@ -1,7 +1,7 @@
-"""The token sample of a layer: on a few thousand tokens the router's logits, and what every expert would give.
+"""The token sample of a layer: for a few thousand tokens, the router logits and the outputs of every expert.
 
-Outputs are kept as a random projection (Johnson-Lindenstrauss): distances between sums of them, averaged over the
-tokens, are those of the full outputs to about a percent, in a size that does not grow with the model's width.
+Outputs are kept as a random projection (Johnson-Lindenstrauss). Distances between sums of projected outputs, averaged
+over the tokens, are those of the full outputs to about a percent, and their size does not depend on the hidden size.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from moeconv.stream.memory import release_memory
 from moeconv.stream.need import PRODUCT_ROWS, sample_room
 from moeconv.world import summed
 
-SKETCH = 64  # dimensions of the projection; narrower outputs are kept whole
-_AGREE = 0.995  # share of tokens whose experts and weights the rule must explain
-_CLOSE = 1e-2  # of a token's largest weight, or what rounding makes where that is more
+SKETCH = 64  # dimensions of the projection; smaller outputs are kept as they are
+_AGREE = 0.995  # the rule must explain the experts and weights of this share of the tokens
+_CLOSE = 1e-2  # allowed error, relative to a token's largest weight; or the rounding error, if it is larger
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """Sampled tokens of one layer: `hidden` [T, H], `logits` [T, E], the stock router's `index` and `weights` [T, k],
-    and `scale` [T], the norm of the residual stream in front of the FFN. `rows` are their places among `total`."""
+    and `scale` [T], the norm of the residual stream before the FFN. `rows` int64 [T] are their positions among the
+    `total` sampled tokens of all processes."""
 
     hidden: Tensor
     logits: Tensor
@@ -40,15 +41,16 @@ class Tokens:
 
 
 def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
-    """What every expert gives for `hidden` [n, H]: the sum over tokens of the cosine of two experts' outputs, float64
-    [E, E], and the outputs times `matrix` [H, P], float32 [n, E, P]. A zero output has cosine 0 with everything."""
+    """Run `hidden` [n, H] through every expert. Returns (the cosines of the outputs of every two experts, summed over
+    the tokens, float64 [E, E]; the outputs times `matrix` [H, P], float32 [n, E, P]). A zero output has the cosine
+    0."""
     total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=hidden.device)
     projected = torch.empty(len(hidden), num_experts, matrix.shape[1], device=hidden.device)
     by = matrix.to(hidden.device, torch.float32)
     every = torch.arange(num_experts, device=hidden.device)
     weights = sum(p.numel() for p in experts.parameters())
     count, width = sample_room(num_experts, hidden.shape[1], weights)
-    step = PRODUCT_ROWS * width // 4  # a part is widened where it is held in float16
+    step = PRODUCT_ROWS * width // 4  # outputs in float16 are widened part by part
     room = torch.empty(
         num_experts * min(count, len(hidden)), hidden.shape[1], device=hidden.device,
         dtype=torch.float32 if width == 4 else torch.float16,
@@ -71,10 +73,11 @@ def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_ex
 def sample_fields(
     outputs: Tensor, tokens: Tokens, biases: Sequence[Tensor], rule: Rule | None, *, scale: Tensor | None = None
 ) -> dict[str, np.ndarray]:
-    """The fields `sample_*` of artifact.py, gathered from all processes; none where `rule` does not reproduce what the
-    stock router did on these tokens, so that nothing is decided by a rule that the model does not follow. `outputs`
-    [n, E, P] are the experts', projected. `scale` [E] multiplies the weights behind the rule; it counts as a part of
-    the experts' outputs."""
+    """The fields `sample_*` of artifact.py, gathered from all processes. They are empty if `rule` does not reproduce
+    the stock router on these tokens, so that nothing is decided by a rule that the model does not follow.
+
+    `outputs` [n, E, P] are the projected outputs of the experts. `scale` [E] are factors that the model applies to the
+    routing weights after the rule; here they count as a part of the experts' outputs."""
     num_experts = outputs.shape[1]
     outputs = _gathered(outputs, tokens, torch.float32)
     logits = _gathered(tokens.logits, tokens)
@@ -101,8 +104,8 @@ def sample_fields(
 
 
 def projection(width: int, *, layer: int) -> Tensor:
-    """The matrix [H, P] that outputs are multiplied by: the identity up to P = 64, else random with unit expectation
-    of the squared norm. The same in every run, so that samples add up."""
+    """The projection matrix [H, P]: the identity for H up to 64, otherwise random, such that the expected squared norm
+    of a projected unit vector is 1. It is the same in every run, so that samples of several runs can be joined."""
     if width <= SKETCH:
         return torch.eye(width, dtype=torch.float64)
     draw = generator(("sketch", layer)).standard_normal((width, SKETCH))
@@ -110,7 +113,7 @@ def projection(width: int, *, layer: int) -> Tensor:
 
 
 def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The sample fields of several samples of one layer together; none where one of them lacks them."""
+    """The joined sample fields of several samples of one layer; empty if one of them has none."""
     if not all("sample_unit" in part for part in parts):
         return {}
     unit = max(float(part["sample_unit"][0]) for part in parts)
@@ -125,7 +128,7 @@ SAMPLE = ("sample_logits", "sample_outputs", "sample_scale", "sample_unit", "sam
 
 
 def _gathered(values: Tensor, tokens: Tokens, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The rows of all processes."""
+    """The rows of all processes, on the CPU in `dtype`."""
     whole = torch.zeros(tokens.total, *values.shape[1:], dtype=dtype)
     whole[tokens.rows] = values.to("cpu", dtype)
     return summed(whole)
@@ -134,9 +137,9 @@ def _gathered(values: Tensor, tokens: Tokens, dtype: torch.dtype = torch.float64
 def _factor(
     rule: Rule, logits: np.ndarray, index: np.ndarray, stock: np.ndarray, bias: np.ndarray, rounding: float
 ) -> float | None:
-    """What the stock weights `stock` [T, k] of the experts `index` are of the rule's (the routed scaling factor), or
-    None when choice or weights are not the rule's. In 16 bits logits tie or nearly tie in many tokens, and the stock
-    code may then choose any of them."""
+    """The factor between the stock weights `stock` [T, k] of the experts `index` and those of the rule (the routed
+    scaling factor). None if the choice or the weights do not follow the rule. In 16 bits, logits of many tokens are
+    equal or nearly equal, and the stock code may then choose any of these experts."""
     mine = weights_of(rule, logits, index)
     if not mine.sum() > 0 or not np.isfinite(stock).all():
         return None

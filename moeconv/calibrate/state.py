@@ -1,7 +1,7 @@
-"""Where a calibration that is cut off goes on: the activations at a layer boundary and the fields of the layers before.
+"""The state from which an interrupted calibration resumes: the activations at a layer boundary, and the fields so far.
 
-Kept in a hidden directory beside the statistics file: one layer's activations, whatever the model's size. They are the
-stream's own bytes, so what follows is bit for bit what an uninterrupted run computes.
+It is kept in a hidden directory beside the statistics file, and its size is that of one layer's activations. These are
+the exact bytes of the stream, so that the result is the same, bit for bit, as that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +31,16 @@ from moeconv.world import all_agree, current, first, summed
 Fields = dict[int, dict[str, np.ndarray]]
 
 EVERY = 30.0  # seconds between two saves
-_SHARE = 20.0  # of the time; so saving costs at most a twentieth
+_SHARE = (
+    20.0  # a save is due after this many times its own duration, so that saving takes at most a twentieth of the time
+)
 _BLOCK = 1 << 24
 _KEY, _FIELDS = "key", re.compile(r"layer-(\d+)\.npz")
 
 
-def run_key(stream: LayerStream, read: TokenData, **settings: Any) -> str:
-    """Names the exact computation: files, tokens, arithmetic, settings and versions."""
-    said = {
+def run_key(stream: LayerStream, read: TokenData, **settings: int) -> str:
+    """A hash (hex sha256) of the exact computation: files, tokens, arithmetic, settings and versions."""
+    state = {
         "versions": [__version__, torch.__version__],
         "files": stream.model.checkpoint.resume_state(),
         "windows": hashlib.sha256(np.ascontiguousarray(read.windows).tobytes()).hexdigest(),
@@ -47,12 +48,12 @@ def run_key(stream: LayerStream, read: TokenData, **settings: Any) -> str:
         "arithmetic": [str(stream.dtype), stream.device.type, stream.batch_size, current().size],
         "settings": settings,
     }
-    return hashlib.sha256(canonical_json(said)).hexdigest()
+    return hashlib.sha256(canonical_json(state)).hexdigest()
 
 
 class Progress:
-    """What is kept of a calibration: at most every `every` seconds, 0: at every layer, None: nothing. Each process
-    keeps its own share of the windows."""
+    """Saves the state of a calibration, at most every `every` seconds (0: at every layer, None: never). Each process
+    saves its own share of the windows."""
 
     def __init__(self, stats: Path, *, key: str, every: float | None, meter: Meter) -> None:
         self.folder = stats.absolute().with_name(f".{stats.name}.moeconv-state")
@@ -60,8 +61,8 @@ class Progress:
         self._saved_at, self._cost, self._written = time.monotonic(), 0.0, set[int]()
 
     def resume(self, stream: LayerStream) -> Fields:
-        """Put the stream at the last boundary that was saved by all processes. Returns the fields of the layers before
-        it; none, and an unchanged stream, where there is nothing of exactly this computation."""
+        """Move the stream to the last boundary that all processes saved. Returns the fields of the layers before it. If
+        nothing was saved for exactly this computation, returns no fields and leaves the stream unchanged."""
         if self._every is None:
             return {}
         world = current()
@@ -77,11 +78,12 @@ class Progress:
         stream.skip_to(boundary)
         fields = self._fields(boundary) if world.leads else {}
         self._written = set(fields)
-        self._meter.note(f"resuming behind layer {boundary - 1}")
+        self._meter.note(f"resuming after layer {boundary - 1}")
         return fields
 
     def save(self, stream: LayerStream, passed: int, fields: Fields) -> None:
-        """Keep the boundary behind `passed` layers, when it is time. A disk that refuses ends the keeping alone."""
+        """Save the boundary after `passed` layers, if a save is due. If the disk refuses it, the run continues without
+        saving."""
         if self._every is None:
             return
         due = max(self._every, _SHARE * self._cost) if self._every else 0.0
@@ -95,14 +97,17 @@ class Progress:
             problem = str(error)
         if not all_agree(not problem):
             self._every = None
-            self._meter.note(f"no resume point can be kept: {problem or 'another process cannot'}")
+            self._meter.note(
+                f"the state cannot be saved, so an interrupted run would start again: "
+                f"{problem or 'another process failed'}"
+            )
             return
         self._forget(but=passed)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - began
 
     def remove(self) -> None:
-        """The work is done."""
+        """Delete the state when the work is done."""
         if current().leads:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -117,7 +122,8 @@ class Progress:
         return None
 
     def _common_boundary(self, stream: LayerStream) -> int:
-        """The furthest boundary whose activations every process has, whole, and the first one the fields to; or 0."""
+        """The last boundary for which every process has complete activations, and the first process all fields; or
+        0."""
         layers = stream.model.num_layers
         here = torch.zeros(layers + 1, dtype=torch.int64)
         for boundary in range(1, layers + 1):

@@ -1,7 +1,7 @@
-"""The statistics of one MoE layer, summed in float64 while the stream passes through it; artifact.py lists them.
+"""Measures the statistics of one MoE layer, summed in float64 while the layer runs; artifact.py lists them.
 
-Expert outputs are taken on routed tokens only, out of the pass itself: the stock experts module is called with weight 1
-for every (token, expert) pair, and the outputs are then weighted and summed as the module itself does it.
+Expert outputs are measured on routed tokens only, in the forward pass itself: the stock experts module is called with
+the weight 1 for every (token, expert) pair, and the outputs are then weighted and summed as the module itself does it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moeconv.world import summed
 
 _ROWS = 256  # tokens widened to float64 at a time
 
-OnPairs = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # expert [n], which ascends, token, slot, output [n, H]
+OnPairs = Callable[[Tensor, Tensor, Tensor, Tensor], None]  # expert [n] in ascending order, token, slot, output [n, H]
 
 
 @torch.no_grad()
@@ -35,11 +35,11 @@ def layer_statistics(
     layer: Layer, *, source: Tensor, num_sources: int, num_experts: int, seed: int, sample_tokens: int,
     mine: Tensor | None = None, rule: Rule | None = None, hidden: Tensor | None = None,
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Advance `layer` over the stream's windows and return its fields, summed over the processes.
+    """Run `layer` over the windows of the stream, and return its fields, summed over the processes.
 
-    `source` int64 [n] is the data source of every window of the data; the stream's are those at `mine` (all of them
-    when None). `rule` is the routing rule that a token sample is kept for. With `hidden` [n, S, H] the inputs come from
-    there, and neither they nor the stream advance. Raises InputError for NaN or infinite values.
+    `source` int64 [n] is the data source of every window of the data; the stream has the windows `mine` (None: all).
+    `rule` is the routing rule that the token sample is checked against. With `hidden` [n, S, H], the inputs are read
+    from there, and neither they nor the stream advance. Raises InputError if the layer computes NaN or infinite values.
     """
     assert layer.experts is not None and layer.router is not None
     mine = torch.arange(len(source)) if mine is None else mine
@@ -58,12 +58,12 @@ def layer_statistics(
             here = chosen[(chosen >= start) & (chosen < stop)] - start
             sample.append(_picked(batch, here.to(batch.ffn_input.device)))
             sums.add(batch)
-            del batch  # before the next one, and the sample, are computed
+            del batch  # freed before the next batch and the sample are computed
     fields = sums.fields()
     x, logits, index, weights, scale = (torch.cat(parts) for parts in zip(*sample))
     tokens = Tokens(x, logits, index, weights, scale, places, taken)
     del sample
-    release_memory()  # the batches' scratch, before that of the sample is taken
+    release_memory()  # the working memory of the batches, before that of the sample is allocated
     matrix = projection(x.shape[1], layer=layer.index)
     similar, outputs = on_all_experts(layer.experts, x, matrix, num_experts=num_experts)
     fields["output_cosine"] = np.clip(summed(similar).cpu().numpy() / max(1, taken), -1, 1)
@@ -78,7 +78,7 @@ def layer_statistics(
 
 
 def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
-    """The fields of Tokens for the tokens `at` of a batch."""
+    """The tensors of `Tokens`, for the tokens `at` of a batch."""
     assert batch.router_logits is not None and batch.top_k_index is not None and batch.top_k_weights is not None
     scale = torch.linalg.vector_norm(batch.residual[at].double(), dim=-1)
     return batch.ffn_input[at], batch.router_logits[at], batch.top_k_index[at], batch.top_k_weights[at], scale
@@ -86,10 +86,11 @@ def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
-    """Inside the block the experts module shows every expert's unweighted output; what it returns stays the same."""
+    """Inside the block, `on_pairs` gets the unweighted output of every expert. The experts module returns the same as
+    before."""
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]  # some families hand over windows
+        flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]  # some families pass [b, S, H]
         expert, order = top_k_index.reshape(-1).sort(stable=True)
         token, slot, weights = order // k, order % k, top_k_weights.reshape(-1)[order, None]
         total = torch.zeros_like(flat)
@@ -108,25 +109,25 @@ def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
-    """Cosine of rows [T, H] in float64, a block of them at a time: [T]."""
+    """The cosines [T] of the rows of two tensors [T, H], in float64, computed block by block."""
     pairs = zip(one.split(_ROWS), other.split(_ROWS))
     return torch.cat([torch.nn.functional.cosine_similarity(a.double(), b.double(), eps=1e-300) for a, b in pairs])
 
 
 def row_cosine(rows: Tensor) -> np.ndarray:
-    """Cosine of every two rows of [E, H], in float64: [E, E]."""
+    """The cosines [E, E] of every two rows of a tensor [E, H], in float64."""
     units = torch.nn.functional.normalize(rows.double(), dim=-1, eps=1e-300)
     return (units @ units.T).clamp(-1, 1).cpu().numpy()
 
 
 def _sample(total: int, count: int, *, seed: int, layer: int) -> Tensor:
-    """Sorted positions of `count` of `total` tokens (all, where there are fewer)."""
+    """The sorted positions of `count` random tokens of `total` (all, if there are fewer): int64 [n]."""
     draw = generator((seed, "sample", layer))
     return torch.from_numpy(np.sort(draw.choice(total, size=min(count, total), replace=False, shuffle=False)))
 
 
 def _within(tokens: Tensor, windows: Tensor, length: int) -> Tensor:
-    """Sorted places, among the tokens of these `windows`, of those of all `tokens` that lie in them."""
+    """The sorted positions, counted within these `windows`, of those `tokens` of the data that are in them."""
     at = torch.full((int(max(windows.max(), tokens.max() // length)) + 1,), -1)
     at[windows] = torch.arange(len(windows))
     places = at[tokens // length]
@@ -134,7 +135,7 @@ def _within(tokens: Tensor, windows: Tensor, length: int) -> Tensor:
 
 
 class _Sums:
-    """Running float64 sums of one layer."""
+    """The float64 sums of one layer, updated batch by batch."""
 
     def __init__(self, layer: Layer, source: Tensor, num_sources: int, num_experts: int) -> None:
         assert layer.router is not None
@@ -145,7 +146,7 @@ class _Sums:
         self.pairs, self.logits = self._zeros(num_experts, num_experts), self._zeros(num_experts)
         self.logit_products = self._zeros(num_experts, num_experts)
         self.out = self._zeros(num_experts, self.router_weight.shape[-1])
-        self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch under way: token, slot, ||f||
+        self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the current batch: token, slot, ||f||
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.router_weight.device)
@@ -197,8 +198,8 @@ class _Sums:
 
 
 def logit_correlation(total: Tensor, products: Tensor, tokens: Tensor) -> Tensor:
-    """Pearson correlation of router logits over tokens from their sums [E] and products' sums [E, E]; 0 for a constant
-    logit, 1 on the diagonal."""
+    """The Pearson correlation [E, E] of router logits over tokens, from the sums of the logits [E] and of their
+    products [E, E]. It is 0 for a constant logit, and 1 on the diagonal."""
     mean = total / tokens
     covariance = products / tokens - torch.outer(mean, mean)
     spread = covariance.diagonal().clamp(min=0).sqrt()

@@ -1,8 +1,6 @@
-"""The step calibrate: statistics of a model on data, or of several runs added."""
+"""The step `calibrate`: it measures the statistics of a model on data, or adds those of several runs."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from moeconv.calibrate.need import run_of
 from moeconv.checkpoint.hub import resolve
@@ -12,14 +10,15 @@ from moeconv.plan.meter import Meter
 from moeconv.requests import CalibrateRequest
 from moeconv.runner.run import open_resolved, planned_memory
 from moeconv.stream.need import need_of
+from moeconv.types import JsonObject
 
 
-def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
+def calibrate(request: CalibrateRequest, *, meter: Meter) -> JsonObject:
     """Run data through a model and write its statistics to a file, or add the files of several runs."""
     if request.merge.merge:
         return _merge(request)
     if request.dry.dry_run:
-        return _foreseen(request)
+        return _dry_run(request)
     from moeconv.calibrate.run import calibrate as measure
 
     return measure(
@@ -32,18 +31,22 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> dict[str, Any]:
     )
 
 
-def _foreseen(request: CalibrateRequest) -> dict[str, Any]:
+def _dry_run(request: CalibrateRequest) -> JsonObject:
+    """The memory that the command will take."""
     model = open_resolved(request.model)
     run = run_of(model, request.measure, sample_tokens=request.calibrate.sample_tokens)
     planned = {"command": "calibrate", "output": request.stats, "dry_run": True}
     return planned | planned_memory(need_of(model, run), run, request.measure)
 
 
-def _merge(request: CalibrateRequest) -> dict[str, Any]:
+def _merge(request: CalibrateRequest) -> JsonObject:
     from moeconv.calibrate.merge import merge_statistics
 
     if request.data.data:
-        raise UsageError("--merge and --data exclude each other", hint="Calibrate on the data first, then merge.")
+        raise UsageError(
+            "--merge and --data exclude each other",
+            hint="First calibrate on the data into a file of its own, then merge the files.",
+        )
     return merge_statistics(
         resolve(request.model), request.stats, request.merge.merge, overwrite=request.artifact.overwrite
     )

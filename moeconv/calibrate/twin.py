@@ -1,14 +1,14 @@
-"""Statistics of one checkpoint for another of the same model: in another dtype, quantized, or before it was.
+"""Decides whether statistics of one checkpoint can be used for another of the same model: its twin.
 
-What both must have in common is a fingerprint of the structure, which calibrate writes into its files; the rows of the
-routers, which hardly change, show whether the weights are those of one model too.
+A twin has another dtype, or is quantized or not quantized. Both must have the same fingerprint of the structure, which
+`calibrate` writes into its files. The rows of the routers, which another dtype hardly changes, show whether the weights
+are those of the same model too.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -18,13 +18,15 @@ from moeconv.errors import InputError
 from moeconv.families.meaning import meaning
 from moeconv.families.model import Model
 from moeconv.plan.kernels.arrays import to_float32
+from moeconv.types import Config
 
-_ROUNDING = 0.05  # of the cosine of two router rows, between a model and its twin
+_ROUNDING = 0.05  # the largest difference of the cosine of two router rows between twins
 
 
 def structure(model: Model) -> str | None:
-    """Fingerprint (hex sha256) of what a model and its twin have in common: the family, what its settings mean, counts
-    and widths, and which weights there are, whatever stores them. None where config.json says what no rule reads."""
+    """The fingerprint (hex sha256) of everything that a model and its twin have in common: the family, the meaning of
+    its settings, counts and widths, and its weights by role, however they are stored. None if config.json has a setting
+    that moeconv cannot interpret."""
     try:
         settings = meaning(model)
     except InputError:
@@ -42,8 +44,8 @@ def structure(model: Model) -> str | None:
     return hashlib.sha256(canonical_json(state)).hexdigest()
 
 
-def _plain(value: Any) -> Any:
-    """A setting as JSON, one spelling for equal values: 10000 and 10000.0, a tuple and a list."""
+def _plain(value: object) -> object:
+    """A setting as JSON, with one form for equal values (10000 and 10000.0, a tuple and a list)."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -53,38 +55,38 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool) else str(value)
 
 
-def measured_on(model: Model, metadata: Mapping[str, Any], *, label: str, what: str, twin: bool) -> str | None:
-    """None where statistics (of `metadata`, in the file `label`) are of exactly this model, else the fingerprint of
-    the twin that they are of. `what` tells people whose they are.
+def measured_on(model: Model, metadata: Config, *, label: str, what: str, twin: bool) -> str | None:
+    """None if the statistics in the file `label`, with this `metadata`, were measured on exactly this model; otherwise
+    the fingerprint of the twin that they were measured on. `what` describes the measured model in messages.
 
-    Raises InputError for those of another model and, unless `twin` is asked for, for those of a twin.
+    Raises InputError for statistics of another model and, unless `twin` is set, for those of a twin.
     """
     if metadata["identity"] == model.identity:
         return None
     made_of = metadata.get("structure")
     alike = made_of is not None and made_of == structure(model)
     if not twin:
-        hint = "Run `moeconv calibrate` on this model: any edit of a model changes its statistics."
+        hint = "Run `moeconv calibrate` on this model, because any edit of a model changes its statistics."
         if alike:
-            hint += " If they are of this very model in another dtype or quantization, pass --stats-of-twin."
+            hint += " If it is the same model in another dtype or quantization, pass --stats-of-twin."
         raise InputError(f"{label} holds statistics of another model ({what})", hint=hint)
     if made_of is None:
         raise InputError(
-            f"--stats-of-twin: {label} does not say of what structure its model is",
-            hint="It was written by an older version: run `moeconv calibrate` again, on the model or on its twin.",
+            f"--stats-of-twin: {label} does not record the structure of its model",
+            hint="An older version wrote it: run `moeconv calibrate` again, on the model or on its twin.",
         )
     if not alike:
         raise InputError(
-            f"--stats-of-twin: {label} holds statistics of no twin of this model ({what})",
+            f"--stats-of-twin: the statistics in {label} are not of a twin of this model ({what})",
             hint="A twin has the same family, settings, layers and experts, in another dtype or quantization.",
         )
     return str(metadata["identity"])
 
 
 def check_routers(model: Model, cosines: Mapping[int, np.ndarray], *, label: str) -> None:
-    """Raises InputError where the cosines {layer: [E, E]} of a twin's router rows are not those of this model's.
+    """Raises InputError if the cosines {layer: [E, E]} of the router rows of a twin are not those of this model.
 
-    A router that is quantized, or has no matrix, says nothing.
+    Routers that are quantized or have no matrix are not compared.
     """
     for layer, theirs in cosines.items():
         ref = model.checkpoint.tensors.get(model.router_name(layer))
@@ -95,7 +97,8 @@ def check_routers(model: Model, cosines: Mapping[int, np.ndarray], *, label: str
         apart = float(np.abs(rows @ rows.T - theirs).max())
         if not apart <= _ROUNDING:
             raise InputError(
-                f"--stats-of-twin: {label} holds statistics of other weights: the router of layer {layer} differs by "
-                f"{apart:.2f} in the cosine of two rows",
+                f"--stats-of-twin: the statistics in {label} are of other weights: the cosine of two router rows of "
+                f"layer "
+                f"{layer} differs by {apart:.2f}",
                 hint="A twin is the same model in another dtype or quantization, not another training of it.",
             )

@@ -1,4 +1,4 @@
-"""Measures of experts that need only their weights, no data: read once, an expert at a time, in numpy."""
+"""Measures of experts that need only their weights and no data, computed expert by expert with numpy."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _BLOCK = 1 << 20  # elements converted at a time
 def measure_experts(
     model: Model, measure: Callable[[StoredExpertWeights], float], *, jobs: int = 1
 ) -> dict[int, np.ndarray]:  # fmt: skip
-    """`measure` of every expert of every MoE layer, {layer: float64 [E]}. Quantized weights are decoded.
+    """{layer: float64 [E]} of `measure` for every expert of every MoE layer. Quantized weights are decoded.
 
-    Raises InputError for weights that are no numbers, and for those that hold NaN or infinity.
+    Raises InputError for weights of a dtype that is not a floating-point type, and for NaN and infinite weights.
     """
     for name, role in model.roles.items():
         if role.group == "expert" and not role.part and model.checkpoint.tensors[name].dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}, not floating weights",
+                f"tensor {escape(name)!r} is {model.checkpoint.tensors[name].dtype}, not a floating-point type",
                 hint="Prune the unquantized checkpoint.",
             )
     pairs = [(layer, expert) for layer in model.moe_layers for expert in range(model.num_experts)]
@@ -44,11 +44,12 @@ def measure_experts(
     }
 
 
-Parts = dict[str, Input]  # part of a stored weight -> where that lies
+Parts = dict[str, Input]  # part of a stored weight -> its bytes
 
 
 def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
-    """Where the matrices of each (layer, expert) lie: tensors of its own, or its share of those of all experts."""
+    """{(layer, expert): its matrices by the name of their weight}: tensors of its own, or its rows of packed
+    tensors."""
     found: dict[tuple[int, int], dict[str, Parts]] = {}
     for name, role in model.roles.items():
         if role.group != "expert" or role.layer is None or role.key.endswith("_bias"):
@@ -63,7 +64,7 @@ def _matrices(model: Model) -> dict[tuple[int, int], dict[str, Parts]]:
 
 @dataclass(frozen=True)
 class StoredExpertWeights:
-    """One expert's matrices, each {part: where it lies} by the name of its weight."""
+    """The matrices of one expert, {name of the weight: its parts}. They are read when they are asked for."""
 
     model: Model
     layer: int
@@ -71,18 +72,19 @@ class StoredExpertWeights:
     matrices: Mapping[str, Parts]
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the matrix, some of its values in order: float32, flat). A quantized matrix comes whole."""
+        """Yield (number of the matrix, a block of its values in order, float32 [n]). A quantized matrix is one
+        block."""
         for i, (name, parts) in enumerate(self.matrices.items()):
             for values in _values(self.model, name, parts):
                 if not np.isfinite(values).all():
                     raise InputError(
-                        f"expert {self.expert} of layer {self.layer} holds NaN or infinite values in {escape(name)}",
-                        hint="The checkpoint is damaged.",
+                        f"expert {self.expert} of layer {self.layer} has NaN or infinite values in {escape(name)}",
+                        hint="The checkpoint is damaged: download it again.",
                     )
                 yield i, values
 
     def sums(self) -> np.ndarray:
-        """float64 [matrices, 3]: of every matrix the sum of |W|, the sum of W^2, and the number of values."""
+        """float64 [matrices, 3]: for every matrix the sum of |W|, the sum of W^2, and the number of values."""
         sums = np.zeros((len(self.matrices), 3))
         for i, values in self.blocks():
             absolute, square = np.abs(values).sum(dtype=np.float64), np.square(values, dtype=np.float64).sum()
@@ -91,7 +93,7 @@ class StoredExpertWeights:
 
 
 def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
-    """A matrix's numbers in float32, flat, a block at a time; a quantized one is decoded whole."""
+    """Yield the values of a matrix in float32, block by block. A quantized matrix is decoded as one block."""
     stored = model.stored.get(name)
     if stored is None:
         (ref,) = parts.values()
@@ -115,9 +117,9 @@ def _values(model: Model, name: str, parts: Parts) -> Iterator[np.ndarray]:
 
 
 def weight_cosine(model: Model, *, aligned: bool, jobs: int = 1) -> dict[int, np.ndarray]:
-    """Cosine of every two experts' weights {layer: float64 [E, E]}: of the matrices as they lie, or (`aligned`) after
-    the neurons of one are matched to the other's by the assignment that makes it largest. A neuron is its gate row, up
-    row and down column, each matrix in units of its layer's root mean square."""
+    """{layer: float64 [E, E]} of the cosines of every two experts' weights: of the matrices as they are or, with
+    `aligned`, after the neurons of one expert are matched to those of the other by the assignment that maximises the
+    cosine. A neuron is its gate row, up row and down column, each in units of the root mean square of its matrix."""
     return {layer: _layer_cosine(model, layer, aligned=aligned, jobs=jobs) for layer in model.moe_layers}
 
 
@@ -142,7 +144,8 @@ def _layer_cosine(model: Model, layer: int, *, aligned: bool, jobs: int) -> np.n
 
 
 def _neurons(model: Model, layer: int, expert: int) -> np.ndarray:
-    """float32 [I, 3H]: gate row, up row and down column of each neuron, each matrix in units of its own mean size."""
+    """float32 [I, 3H]: gate row, up row and down column of each neuron, each in units of its matrix' root mean
+    square."""
     parts = []
     for part in FFN_PARTS:
         values = _matrix(model, model.expert_name(part, layer=layer, expert=expert))
@@ -152,7 +155,7 @@ def _neurons(model: Model, layer: int, expert: int) -> np.ndarray:
 
 
 def _matrix(model: Model, name: str) -> np.ndarray:
-    """A weight in float32, decoded where it is stored quantized."""
+    """A weight in float32; a quantized one is decoded."""
     if not model.quantization:
         ref = model.checkpoint.tensors[name]
         return to_float32(model.checkpoint.read(name), ref.dtype, ref.shape)

@@ -29,7 +29,7 @@ from moeconv.requests import PruneRequest
 from moeconv.runner.run import scratch
 
 if TYPE_CHECKING:
-    from moeconv.evaluate.score import Score
+    from moeconv.prune.scores import Score
 
 PLOTS = (".png", ".svg", ".pdf")
 _MAKER = "moeconv prune --curve"  # the metadata by which a plot is recognised

@@ -21,7 +21,7 @@ from moeconv.prune.windows import read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 
 if TYPE_CHECKING:
-    from moeconv.evaluate.score import Score
+    from moeconv.prune.scores import Score
 
 AT_ONCE = 4  # sets of experts that are measured in one pass over the model
 

@@ -190,14 +190,14 @@ def _open_teacher(path: str | None, student: Model, objective: str) -> Model | N
         return None
     teacher = open_model(path)
     _check_alone(teacher)
-    sizes = {"vocab_size": "a vocabulary of"}
+    sizes = {"vocab_size": "tokens in its vocabulary"}
     if objective == "layerwise":
-        sizes |= {"num_hidden_layers": "a number of layers of", "hidden_size": "a hidden size of"}
+        sizes |= {"num_hidden_layers": "layers", "hidden_size": "dimensions in its hidden states"}
     for key, what in sizes.items():
         ours, theirs = student.value(key), teacher.value(key)
         if ours != theirs:
             raise InputError(
-                f"the teacher does not fit: it has {what} {theirs}, and the model one of {ours}",
+                f"the teacher does not fit: it has {theirs} {what}, and the model has {ours}",
                 hint="The teacher must be the dense source of this model, or the model before an edit.",
             )
     if objective == "layerwise":

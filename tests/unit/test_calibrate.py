@@ -240,7 +240,7 @@ def test_two_files_add_up_to_one_of_all_data(tmp_path: Path, cli: Any) -> None:
         return cli("calibrate", path, tmp_path / "total", *named, "--overwrite", "--json")
 
     twice = add("sum", "seed")  # the sum holds common.txt with seed 0
-    assert twice.code == 0 and "tokens may be shared" in twice.json["warnings"][0]
+    assert twice.code == 0 and "some tokens may count twice" in twice.json["warnings"][0]
     assert load_statistics(tmp_path / "total").metadata["sources"][0]["tokens"] == 20 * SEQ_LEN
     assert len(load_statistics(tmp_path / "total").metadata["merged"]) == 3
     kept = (tmp_path / "total").read_bytes()
@@ -286,7 +286,7 @@ def test_killed_at_a_random_layer_and_run_again_the_file_is_the_same(tmp_path: P
     shutil.copytree(state, tmp_path / "copy")
     parameters: dict[str, Any] = {"data": paths, "seq_len": SEQ_LEN, "batch_size": 4, "meter": Notes()}
     again = calibrate(path, out, **parameters)
-    assert f"resuming behind layer {killed_at - 2}" in said and not state.exists()
+    assert f"resuming after layer {killed_at - 2}" in said and not state.exists()
     calibrate(path, tmp_path / "whole", **parameters)
     assert out.read_bytes() == (tmp_path / "whole").read_bytes(), killed_at
     assert [row["layer"] for row in again["layers"]] == [0, 2, 3, 4]

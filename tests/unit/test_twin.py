@@ -131,10 +131,10 @@ def test_a_stranger_is_no_twin(room, cli, tmp_path):
         "structure" not in SafetensorsFile(old).metadata["moeconv"] and KIND in SafetensorsFile(old).metadata["moeconv"]
     )
     for path, stats, says in (
-        (trained, room / "int4.stats", "statistics of other weights: the router of layer 0"),
-        (smaller, room / "int4.stats", "no twin of this model"),
-        (tmp_path / "pruned", room / "int4.stats", "no twin of this model"),
-        (room / "model", old, "does not say of what structure"),
+        (trained, room / "int4.stats", "of other weights: the cosine of two router rows of layer 0"),
+        (smaller, room / "int4.stats", "not of a twin of this model"),
+        (tmp_path / "pruned", room / "int4.stats", "not of a twin of this model"),
+        (room / "model", old, "does not record the structure"),
     ):
         done = cli("prune", path, tmp_path / "out", "--keep", 4, "--stats", stats, "--stats-of-twin", "--json")
         assert done.code == 3 and says in done.json["error"]["message"], done

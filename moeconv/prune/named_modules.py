@@ -36,7 +36,8 @@ _HINT = "Prune the unquantized checkpoint, and quantize the result."
 class _Names:
     """The modules of a checkpoint. `experts` {name: the name after the prune, None if the expert is removed};
     `containers` are those that hold a whole expert; `others` are all modules outside the experts; `joined` is the text
-    of all names in `experts`, for a quick search; `groups` are the config groups that modules belong to, if config.json has such."""
+    of all names in `experts`, for a quick search; `groups` are the config groups that modules belong to, if config.json
+    has such."""
 
     experts: Mapping[str, str | None]
     containers: frozenset[str]
@@ -111,8 +112,8 @@ _Matcher = Callable[[str], Callable[[str], bool]]
 
 
 def _walked(value: object, path: str, key: str, names: _Names, matches: _Matcher, group: str = "") -> object:
-    """A value of the config with its lists renumbered. `group` is the key of the config group that the value belongs to.
-    Raises InputError for any other string that names an expert."""
+    """A value of the config with its lists renumbered. `group` is the key of the config group that the value belongs
+    to. Raises InputError for any other string that names an expert."""
     if isinstance(value, Mapping):
         for inner in value:
             _refuse_numbers(str(inner), path, names)

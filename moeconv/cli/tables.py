@@ -317,11 +317,23 @@ def family_table(result: Families) -> list[Table]:
 
 
 def format_table(result: Formats) -> list[Table]:
-    """Formats, the runtimes that load them, and notes about some of these."""
+    """Formats, the runtimes that load them, and which of these were run, with notes about some."""
     runtimes = list(result["formats"][0]["loads"])
     rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
-    notes = dict.fromkeys((f["format"], r, text) for f in result["formats"] for r, text in f["notes"].items())
-    return [grid(["format", "bits", *runtimes], rows), grid(["format", "runtime", "note"], [list(n) for n in notes])]
+    formats = dict.fromkeys(f["format"] for f in result["formats"])
+    known = (_how_known(result, format, runtime) for format in formats for runtime in runtimes)
+    return [
+        grid(["format", "bits", *runtimes], rows),
+        grid(["format", "runtime", "run with", "note"], [row for row in known if any(row[2:])]),
+    ]
+
+
+def _how_known(result: Formats, format: str, runtime: str) -> list[str]:
+    """A row: what of a format was run with a runtime, in which version, and what one should know of it."""
+    of = [f for f in result["formats"] if f["format"] == format]
+    run = {f["scheme"]: version for f in of if (version := f["measured"][runtime])}
+    schemes = f" ({', '.join(run)})" if len(run) < len(of) else ""
+    return [format, runtime, next(iter(run.values())) + schemes if run else "", of[0]["notes"].get(runtime, "")]
 
 
 def steps_table(result: JsonObject) -> list[Table]:

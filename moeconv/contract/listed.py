@@ -17,13 +17,15 @@ class Families(TypedDict):
 
 
 class FormatRow(TypedDict):
-    """A scheme of a format; `bits` is null for mixed ones."""
+    """A scheme of a format; `bits` is null for mixed ones. `measured` has the version of each runtime that was run with
+    it, null where `loads` is from the runtime's source or documents."""
 
     name: str
     format: str
     scheme: str
     bits: int | None
     loads: dict[str, str]
+    measured: dict[str, str | None]
     notes: dict[str, str]
 
 

@@ -7,9 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-VERSIONS: Mapping[str, str] = {
+# what was run, by runtime: with families here, with packed experts in the formats' records
+RUNTIMES: Mapping[str, str] = {
+    "transformers": "transformers 5.23.0",
     "vllm": "vLLM 0.32.0 on a CPU",
-    "llama.cpp": "llama.cpp b11549, with the converter in llama-cpp-python 0.3.36",
+    "llama.cpp": "llama.cpp b11549",
+}
+VERSIONS: Mapping[str, str] = {
+    "vllm": RUNTIMES["vllm"],
+    "llama.cpp": f"{RUNTIMES['llama.cpp']}, with the converter in llama-cpp-python 0.3.36",
 }
 
 

@@ -132,19 +132,28 @@ def _check_blocks(item: Item, method: str) -> None:
 
 
 _LOADS = {"transformers": "ok", "vllm": "unknown", "sglang": "ok", "llama.cpp": "no"}
+_RUN: dict[str, dict[str, str]] = {"transformers": {}}
 _NO_FIT = {"mse": "its scale is the block's largest magnitude"}
 
 BITSANDBYTES = Format(
     "bitsandbytes",
     (
-        SchemeInfo("nf4", 4, "U8", _LOADS, limit=0.4, errors={None: 0.0927**2}, nests=True),
-        SchemeInfo("fp4", 4, "U8", _LOADS, limit=0.4, nests=True),
-        SchemeInfo("int8", 8, "I8", _LOADS | {"vllm": "no", "sglang": "unknown"}, limit=0.05, errors={None: 0.0078**2}),
+        SchemeInfo("nf4", 4, "U8", _LOADS, limit=0.4, errors={None: 0.0927**2}, nests=True, measured=_RUN),
+        SchemeInfo("fp4", 4, "U8", _LOADS, limit=0.4, nests=True, measured=_RUN),
+        SchemeInfo(
+            "int8",
+            8,
+            "I8",
+            _LOADS | {"vllm": "no", "sglang": "unknown"},
+            limit=0.05,
+            errors={None: 0.0078**2},
+            measured=_RUN,
+        ),
     ),
     notes={
         "transformers": "after `import moeconv.hf`, or with --self-contained and trust_remote_code=True",
         "vllm": "only by its bitsandbytes plugin on a GPU; not run; not where all experts of a layer lie in one tensor",
-        "sglang": "read in its source, not run; not where all experts of a layer lie in one tensor",
+        "sglang": "from its source, not run; not where all experts of a layer lie in one tensor",
     },
     kernels=(
         Kernel("pack_bnb4", grid="moeconv.quantize.gptq.grids:FOUR_BIT", check=_check_blocks, without=_NO_FIT),
@@ -156,6 +165,7 @@ BITSANDBYTES = Format(
     stack=_stack_bnb,
     mixes=("nf4", "int8"),
     mixed=_LOADS | {"vllm": "no", "sglang": "unknown"},
+    mixed_measured=_RUN,
     merge=_by_layer,
     imports="import moeconv.hf  # registers the loader of packed experts",
     remote_code="moeconv.hf.quantizer",

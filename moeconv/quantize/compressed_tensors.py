@@ -73,6 +73,29 @@ def _remarks(runtime: str, hidden: int) -> list[str]:
 
 
 _LOADS = {"transformers": "dequantized", "vllm": "ok", "sglang": "ok", "llama.cpp": "no"}
+# vLLM on a CPU, tests/runtimes/served.py; where it differs, it does so with unpacked weights too
+_INT4_IN_VLLM = {
+    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "hunyuan_v1_moe", "mellum"), "same"),
+    **dict.fromkeys(("cohere2_moe", "phimoe"), "differs"),
+    **dict.fromkeys(
+        (
+            "glm4_moe",
+            "dots1",
+            "ernie4_5_moe",
+            "minimax_m2",
+            "deepseek_v3",
+            "hy_v3",
+            "exaone_moe",
+            "afmoe",
+            "solar_open",
+            "glm4_moe_lite",
+            "lfm2_moe",
+            "mimo_v2_flash",
+        ),
+        "refused",
+    ),
+}
+_INT8_IN_VLLM = dict.fromkeys(_INT4_IN_VLLM, "refused")
 
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
@@ -80,17 +103,19 @@ COMPRESSED_TENSORS = Format(
         SchemeInfo(
             "int4", 4, "I32", _LOADS, limit=0.4, groups=(128, 64, 32),
             errors={32: 0.0946**2, 64: 0.1031**2, 128: 0.1108**2},
+            measured={"transformers": {}, "vllm": _INT4_IN_VLLM},
         ),
         SchemeInfo(
             "int8", 8, "I32", _LOADS | {"vllm": "unknown"},  # refused by its CPU backend, measured
             limit=0.05, groups=(128, 64, 32, None),
             errors={32: 0.0055**2, 64: 0.0060**2, 128: 0.0065**2, None: 0.0091**2},
+            measured={"transformers": {}, "vllm": _INT8_IN_VLLM},
         ),
     ),
     notes={
         "transformers": "expands to the dtype of the scales in memory",
-        "vllm": "int4 on CPU and GPU; int8 on a GPU (read in its source), its CPU backend has no kernel",
-        "sglang": "read in its source, not run",
+        "vllm": "its CPU backend refuses int8, and int4 where routers are not a softmax alone; on a GPU not run",
+        "sglang": "from its source, not run",
     },
     kernels=(Kernel("pack_int", fits=True, grid="moeconv.quantize.gptq.grids:INTEGER"),),
     make=_make_packed,

@@ -99,13 +99,14 @@ def _stack(name: str, specs: list[TensorSpec]) -> Stack:
 # transformers 5.23, measured: a Mixtral's GGUF becomes a dense Llama with random FFNs, without an exception; for
 # Qwen3-MoE it takes the default for the experts' width and refuses.
 _LOADS = {"transformers": "no", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "ok"}
+_RUN: dict[str, dict[str, str]] = {"transformers": {}, "llama.cpp": {}}  # every family that it is written for
 
 GGUF = Format(
     "gguf",
     (
-        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4),
-        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05),
-        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4),
+        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4, measured=_RUN),
+        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05, measured=_RUN),
+        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, measured=_RUN),
     ),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (Mixtral without a word, as a dense Llama)",

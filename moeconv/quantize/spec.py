@@ -34,6 +34,10 @@ class SchemeInfo:
     whether it loads the scheme: ok, dequantized, no or unknown. `limit` is the relative RMS error that no decoded
     weight of a usual matrix exceeds; above it, the packing is taken to be wrong.
 
+    `measured` has the runtimes that were run with it, in the versions of families/measured.py; what `loads` states of
+    the others is from their source or documents. Where a run depends on the family, it maps the families that were run
+    to "same", "differs" (from transformers) or "refused"; an empty mapping stands for all.
+
     `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
     where the layout has no choice. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
     to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
@@ -48,6 +52,7 @@ class SchemeInfo:
     groups: tuple[int | None, ...] = ()
     errors: Mapping[int | None, float] = field(default_factory=dict)
     nests: bool = False
+    measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class Format:
     # the schemes that --scheme mixed chooses from, those with fewer bits first; () where bits cannot differ by layer
     mixes: tuple[str, ...] = ()
     mixed: Mapping[str, str] = field(default_factory=dict)  # `loads` where bits differ by layer
+    mixed_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # `measured` of the same
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
     merge: Callable[[Mapping[Scheme, JsonObject], Mapping[int, Scheme]], JsonObject] | None = None
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target

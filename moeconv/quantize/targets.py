@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
+from moeconv.families.measured import RUNTIMES
 from moeconv.families.served import TARGETS
 from moeconv.families.spec import Family
 from moeconv.quantize.spec import Format
@@ -21,6 +22,16 @@ def _softmax_alone(family: Family) -> bool:
     return family.experts.routing is not None and family.experts.routing.score.startswith("softmax") and not corrected
 
 
+def _measured(format: Format, scheme: str, *, mixed: bool) -> Mapping[str, Mapping[str, str]]:
+    """Runtime that was run -> family -> what was found."""
+    return format.mixed_measured if mixed else format.scheme(scheme).measured
+
+
+def versions(measured: Mapping[str, Mapping[str, str]]) -> dict[str, str | None]:
+    """Runtime -> the version that was run, None where what is said of it is from its source or documents."""
+    return {runtime: RUNTIMES[runtime] if runtime in measured else None for runtime in TARGETS}
+
+
 def every_runtime(loads: Mapping[str, str]) -> dict[str, str]:
     """Runtime -> whether it loads the format; unknown where the format does not state it."""
     return {runtime: loads.get(runtime, "unknown") for runtime in TARGETS}
@@ -31,8 +42,10 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     were tried with transformers alone, since every engine has its own names for their modules. Packed tensors of all
     experts have names that only the loader of moeconv knows."""
     loads = every_runtime(format.mixed if mixed else format.scheme(scheme).loads)
-    if loads["vllm"] == "ok" and not _softmax_alone(family):
-        loads["vllm"] = "unknown"  # refused by its CPU backend, measured; on a GPU not run
+    found = {runtime: rows.get(family.model_type) for runtime, rows in _measured(format, scheme, mixed=mixed).items()}
+    if loads["vllm"] == "ok" and found.get("vllm") is None and not _softmax_alone(family):
+        loads["vllm"] = "unknown"  # its CPU backend refuses others of this kind, measured; on a GPU not run
+    loads |= {runtime: "unknown" for runtime, word in found.items() if word == "refused" and loads[runtime] != "no"}
     if family.tensors.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
     if family.multimodal.beside:
@@ -48,7 +61,7 @@ def check_targets(
     cannot load it.
 
     `mixed`: bits differ by layer. `hidden` is the hidden size of the model."""
-    loads = loads_of(format, scheme, family, mixed=mixed)
+    loads, measured = loads_of(format, scheme, family, mixed=mixed), _measured(format, scheme, mixed=mixed)
     what = f"{format.name} {'with bits that differ by layer' if mixed else scheme}"
     warnings = []
     for target in targets:
@@ -58,7 +71,22 @@ def check_targets(
             raise UsageError(f"--target {target} cannot load {what}", hint="`moeconv formats` shows what it loads.")
         if loads[target] == "unknown":
             note = format.notes.get(target) if target != "vllm" or _softmax_alone(family) else _SOFTMAX
-            warnings.append(f"{target} was not proven to load {what}" + (f": {note}" if note else ""))
+            refused = measured.get(target, {}).get(family.model_type) == "refused"
+            tried = f"; {RUNTIMES[target]} refused a small random {family.model_type} of it" if refused else ""
+            warnings.append(f"{target} was not proven to load {what}" + (f": {note}" if note else "") + tried)
+        else:
+            warnings += _doubts(measured.get(target), target, what, family.model_type)
         if hidden is not None:
             warnings += format.remarks(target, hidden)
     return warnings
+
+
+def _doubts(rows: Mapping[str, str] | None, target: str, what: str, model_type: str) -> list[str]:
+    """What to warn of where a runtime is said to load a model. `rows`: family -> what was found; None: not run."""
+    if rows is None:
+        return [f"{target} is said to load {what}; it was not run with it here"]
+    if rows and model_type not in rows:
+        return [f"{RUNTIMES[target]} loads {what} of other families; {model_type} was not run with it"]
+    if rows.get(model_type) == "differs":
+        return [f"{RUNTIMES[target]} computes something different from transformers with {what} of {model_type}"]
+    return []

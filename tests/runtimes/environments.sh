@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [vllm] [transformers4].
-# Each is of its own because vLLM pins its own torch and transformers. Prints the three variables that tests/runtimes reads.
+# Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [converter] [vllm]
+# [transformers4]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
+# tests/runtimes reads. The versions are those of moeconv/families/measured.py.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    echo "usage: $0 DIR [llama.cpp] [vllm] [transformers4]" >&2
+    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4]" >&2
     exit 2
 fi
 root=$1
 shift
-[ $# -gt 0 ] || set -- llama.cpp vllm transformers4
+[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4
 python=${PYTHON:-python3}
 
 for runtime in "$@"; do
@@ -20,8 +21,20 @@ for runtime in "$@"; do
         ;;
     llama.cpp)
         "$python" -m venv "$root/llama.cpp"
-        "$root/llama.cpp/bin/pip" install -q xllamacpp
+        "$root/llama.cpp/bin/pip" install -q xllamacpp==2026.10.11549
         "$root/llama.cpp/bin/python" -c 'import xllamacpp'
+        ;;
+    converter)
+        # llama.cpp's own converter is in no package; the source distribution of llama-cpp-python has it.
+        "$python" -m venv "$root/converter"
+        pip=$root/converter/bin/pip
+        "$pip" install -q torch==2.13.0 transformers==5.23.0 numpy==2.4.6 sentencepiece==0.2.3 protobuf==7.36.2 pyyaml requests tqdm
+        "$pip" download -q --no-deps --no-binary llama-cpp-python -d "$root/converter" llama-cpp-python==0.3.36
+        archive=$(ls "$root"/converter/llama_cpp_python-0.3.36.tar.gz)
+        tar -xzf "$archive" -C "$root/converter" --strip-components=2 --wildcards \
+            '*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion' '*/vendor/llama.cpp/gguf-py'
+        rm "$archive"
+        (cd "$root/converter/llama.cpp" && PYTHONPATH=gguf-py "$root/converter/bin/python" -c 'import conversion.base')
         ;;
     vllm)
         "$python" -m venv "$root/vllm"
@@ -50,11 +63,13 @@ PY
         "$root/vllm/bin/python" -c 'import vllm'
         ;;
     *)
-        echo "unknown runtime $runtime; known: llama.cpp vllm transformers4" >&2
+        echo "unknown runtime $runtime; known: llama.cpp converter vllm transformers4" >&2
         exit 2
         ;;
     esac
 done
 echo "export MOECONV_VLLM_PYTHON=$root/vllm/bin/python"
 echo "export MOECONV_LLAMA_CPP_PYTHON=$root/llama.cpp/bin/python"
+echo "export MOECONV_CONVERTER_PYTHON=$root/converter/bin/python"
+echo "export MOECONV_LLAMA_CPP_SOURCE=$root/converter/llama.cpp"
 echo "export MOECONV_TRANSFORMERS4_PYTHON=$root/transformers4/bin/python"

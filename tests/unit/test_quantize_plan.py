@@ -10,6 +10,7 @@ import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
+from moeconv.families.measured import RUNTIMES
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.families.served import check_served
@@ -17,6 +18,7 @@ from moeconv.plan.build import count_params
 from moeconv.plan.execute import execute
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups
+from moeconv.quantize.listing import formats
 from moeconv.quantize.planner import plan_quantize
 from moeconv.quantize.spec import Kernel
 from moeconv.quantize.targets import TARGETS, check_targets, loads_of
@@ -179,7 +181,8 @@ def test_what_the_target_cannot_load(model, parameters, says):
 
 
 def test_targets_that_load_it_pass_and_unproven_ones_warn(model):
-    assert not plan_quantize(model, target=("transformers", "sglang")).warnings
+    assert not plan_quantize(model, target=("transformers",)).warnings
+    assert "was not run" in plan_quantize(model, target=("transformers", "sglang")).warnings[0]
     assert "multiples of 128" in plan_quantize(model, target=("vllm",)).warnings[0]
     (warning,) = plan_quantize(model, format="bitsandbytes", target=("vllm", "transformers")).warnings
     assert "not proven" in warning and "GPU" in warning
@@ -329,8 +332,13 @@ def test_what_cannot_be_quantized(tmp_path):
 def test_every_scheme_says_who_loads_it():
     words = {"ok", "dequantized", "no", "unknown"}
     for format in FORMATS.values():
-        for loads in (*(scheme.loads for scheme in format.schemes), format.mixed):
+        kinds = [(scheme.loads, scheme.measured) for scheme in format.schemes] + [(format.mixed, format.mixed_measured)]
+        for loads, measured in kinds:
             assert set(loads) == set(TARGETS) and set(loads.values()) <= words
+            assert set(measured) <= set(RUNTIMES)
+            for runtime, families in measured.items():
+                assert set(families) <= set(tables().families), runtime
+                assert set(families.values()) <= {"same", "differs", "refused"}
         assert set(format.notes) <= set(TARGETS)
 
 
@@ -346,6 +354,31 @@ def test_int4_in_vllm_is_proven_for_softmax_routers_alone():
         warnings = check_targets(format, "int4", ["vllm"], family=family)
         assert [("router" in text) for text in warnings] == ([] if word == "ok" else [True])
     assert check_served("glm4_moe_lite", ["llama.cpp"]) == []
+
+
+def test_target_says_of_every_format_what_was_not_run():
+    def warnings(format: str, scheme: str, target: str, family: str = "qwen3_moe") -> list[str]:
+        return check_targets(FORMATS[format], scheme, [target], family=tables().families[family])
+
+    for format, scheme, target in (
+        ("compressed-tensors", "int4", "vllm"), ("compressed-tensors", "int4", "transformers"),
+        ("bitsandbytes", "nf4", "transformers"), ("gguf", "q4_k", "llama.cpp"),
+    ):  # fmt: skip
+        assert warnings(format, scheme, target) == []
+    for format, scheme in (("compressed-tensors", "int4"), ("bitsandbytes", "nf4")):
+        (text,) = warnings(format, scheme, "sglang")
+        assert "was not run" in text
+    assert "refused a small random glm4_moe" in warnings("compressed-tensors", "int4", "vllm", "glm4_moe")[0]
+    assert "computes something different" in warnings("compressed-tensors", "int4", "vllm", "phimoe")[0]
+    assert "flex_olmo was not run" in warnings("compressed-tensors", "int4", "vllm", "flex_olmo")[0]
+    assert "refused a small random mixtral" in warnings("compressed-tensors", "int8", "vllm", "mixtral")[0]
+
+
+def test_the_list_of_formats_says_what_was_run():
+    rows = {(row["format"], row["scheme"]): row for row in formats()["formats"]}
+    assert rows["compressed-tensors", "int4"]["measured"]["vllm"] == RUNTIMES["vllm"]
+    assert rows["compressed-tensors", "int4"]["measured"]["sglang"] is None
+    assert rows["gguf", "q4_k"]["measured"]["llama.cpp"] == RUNTIMES["llama.cpp"]
 
 
 def test_a_result_that_is_larger_than_its_source_is_warned_of(tmp_path, cli):

@@ -117,6 +117,12 @@ def test_solar_open_says_that_the_whole_head_turns(tmp_path):
     assert kept["partial_rotary_factor"] == kept["rope_parameters"]["partial_rotary_factor"] == 0.5
 
 
+def test_mellum_says_that_it_predicts_no_further_token():
+    """transformers writes null for none, to which vLLM cannot add."""
+    text = written_config(_config(FAMILIES["mellum"]) | {"num_nextn_predict_layers": None}, FAMILIES["mellum"])
+    assert text["num_nextn_predict_layers"] == 0
+
+
 def test_gpt_oss_says_experts_per_token_anew():
     row = FAMILIES["gpt_oss"]
     text = written_config(_config(row) | {"experts_per_token": 2}, row, changes={"num_experts_per_tok": 1})

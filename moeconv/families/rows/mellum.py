@@ -37,7 +37,8 @@ MELLUM = moe_row(
     experts=Experts(
         width="moe_intermediate_size", placement=placement.WORDS, routing=Routing("softmax", "norm_topk_prob")
     ),
-    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
+    # vLLM adds it to the number of layers, and cannot add null, which transformers writes for none
+    elsewhere=Elsewhere(keys={"num_nextn_predict_layers": 0}, runs=frozenset({"vllm", "llama.cpp"})),
 )
 
 VENDOR = Vendor(

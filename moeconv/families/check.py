@@ -1,4 +1,4 @@
-"""What opening a model proves: every tensor that family and config ask for is there, with the shape that they say."""
+"""The checks when a model is opened: every tensor that family and config require exists, and has the right shape."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _TOGETHER = "config.json and the shards do not belong together"
 
 
 def check_foreign(checkpoint: Checkpoint) -> None:
-    """Raises Unsupported for weights that are quantized in a way or a form that is not read, or whose
-    quantization_config stands where it is not read; InputError for settings that are none."""
+    """Raises Unsupported for a quantization that moeconv does not read, and for a quantization_config in a nested part
+    of config.json; InputError for invalid settings."""
     quantization = checkpoint_quantization(checkpoint.config)
     nested = [
         key for key, part in checkpoint.config.items() if isinstance(part, dict) and "quantization_config" in part
     ]
     if nested and quantization is None:
         raise Unsupported(
-            f"quantization_config stands inside {escape(nested[0])} of config.json, where moeconv does not read it",
+            f"quantization_config is inside {escape(nested[0])} of config.json, where moeconv does not read it",
             hint="Move it to the top level, where transformers looks first.",
         )
     stated = checkpoint.config if quantization is None else {**checkpoint.config, "quantization_config": quantization}
@@ -50,22 +50,25 @@ def check_foreign(checkpoint: Checkpoint) -> None:
             hint=GIVE,
         )  # fmt: skip
     if quantization is not None:
-        encodings(quantization)  # before names are judged, which a form that is not read makes strange
+        encodings(
+            quantization
+        )  # before the names of tensors are checked: those of an unknown form would look like errors
 
 
 def check_only(family: Family, config: Config) -> None:
-    """Raises Unsupported for a value of a config key at which no step knows the family."""
+    """Raises Unsupported for a value of a config key with which the family is not supported."""
     for key, (values, meaning) in family.config.only.items():
         value = family.config.value(key, config)
         if value not in values:
             raise Unsupported(
                 f"{family.model_type} with {key} = {escape(value)}: {meaning}",
-                hint=f"Known with {key} = {' or '.join(map(str, values))} alone.",
+                hint=f"It is supported only with {key} = {' or '.join(map(str, values))}.",
             )
 
 
 def check_complete(model: Model) -> None:
-    """Every tensor that the family and config ask for is there, in each layer that needs it."""
+    """Raises InputError if a tensor is missing that family and config require, or if a layer has one of another kind of
+    layer."""
     family, moe = model.family, frozenset(model.moe_layers)
     _check_beside(model)
     there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
@@ -79,17 +82,17 @@ def check_complete(model: Model) -> None:
             )
         if present and not belongs:
             raise InputError(
-                f"tensor {escape(name)!r} is there although config.json makes layer {role.layer} "
+                f"tensor {escape(name)!r} exists, although config.json makes layer {role.layer} "
                 f"{_kind_of_layer(model, role)}",
                 hint=f"{_TOGETHER}.",
             )
     tied = bool(model.value("tie_word_embeddings"))
     if not tied and ("embedding.lm_head", None, None) not in there:
-        raise InputError("lm_head.weight is missing and the embeddings are not tied", hint=why_no_head(model.dropped))
+        raise InputError("lm_head.weight is missing, and the embeddings are not tied", hint=why_no_head(model.dropped))
 
 
 def _check_beside(model: Model) -> None:
-    """A multimodal model has tensors of every part that its config describes."""
+    """Raises InputError if a multimodal model has no tensors of a part that its config describes."""
     for start, group in model.family.multimodal.beside.items():
         described = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
         if described and not any(name.startswith(start) for name in model.roles):
@@ -104,7 +107,7 @@ def _mixed_kind(model: Model, role: Role) -> str | None:
 
 
 def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
-    """Whether the layer of this tensor has tensors of its group."""
+    """Whether the tensor's layer should have tensors of its group."""
     kind = _mixed_kind(model, role)
     if kind is not None:
         return kind in model.family.layers.where[role.group]
@@ -114,13 +117,14 @@ def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
 
 
 def _kind_of_layer(model: Model, role: Role) -> str:
-    """In words, for an error: what config.json makes of the tensor's layer."""
+    """The kind of the tensor's layer according to config.json, in words for an error."""
     usual = "Mixture-of-Experts" if role.layer in model.moe_layers else "dense"
     return _mixed_kind(model, role) or usual
 
 
 def check_mtp(model: Model) -> None:
-    """Every expert of a multi-token-prediction layer has the same tensors, and the layer a router."""
+    """Raises InputError unless all experts of each multi-token-prediction layer have the same tensors, and the layer
+    has a router."""
     for layer in model.mtp_layers:
         parts: dict[int | None, int] = {}
         for role in model.roles.values():
@@ -136,7 +140,8 @@ def check_mtp(model: Model) -> None:
 
 
 def check_plain(model: Model) -> None:
-    """Every tensor that is no part of a packed weight holds floats, in the shape that config.json says."""
+    """Raises InputError for a tensor outside packed weights that does not hold floats, or whose shape contradicts
+    config.json."""
     expected = Shapes(model)
     for name, role in model.roles.items():
         if role.part or role.group in BESIDE:
@@ -144,25 +149,25 @@ def check_plain(model: Model) -> None:
         ref = model.checkpoint.tensors[name]
         if ref.dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"tensor {escape(name)!r} is {ref.dtype}, and config.json has no quantization_config that says "
+                f"tensor {escape(name)!r} is {ref.dtype}, but config.json has no quantization_config that states "
                 "what its codes mean",
                 hint="Correct config.json, or give the unquantized checkpoint.",
             )
         want = expected(role)
         if want is not None and ref.shape != want:
             raise InputError(
-                f"tensor {escape(name)!r} has shape {list(ref.shape)}, config.json says {list(want)}"
+                f"tensor {escape(name)!r} has shape {list(ref.shape)}, but config.json requires {list(want)}"
                 + _because(model, role) + ": no runtime loads this model",
                 hint=f"{_TOGETHER}: download the checkpoint again.",
             )  # fmt: skip
 
 
 def check_stored(model: Model) -> None:
-    """Every packed weight has all its parts, of the shapes that follow from its own, and no router is packed."""
+    """Raises InputError for a packed weight with missing or wrong parts, Unsupported for a packed router."""
     for role in model.roles.values():
         if role.part and role.group == "router":
             raise Unsupported(
-                f"the router of layer {role.layer} is quantized, and routers are read and cut row by row as they are",
+                f"the router of layer {role.layer} is quantized, but moeconv cuts routers by row without decoding them",
                 hint="Give a checkpoint that leaves routers unquantized (modules_to_not_convert, ignore).",
             )
     _ = model.stored
@@ -179,7 +184,9 @@ def stored_weights(model: Model) -> dict[str, Stored]:
         role = model.roles[next(iter(refs.values())).name]
         shape = expected(role) or (refs["weight"].shape if "weight" in refs else None)
         if shape is None:
-            raise Unsupported(f"{escape(weight)!r} is quantized, and config.json does not say its shape", hint=GIVE)
+            raise Unsupported(
+                f"{escape(weight)!r} is quantized, and its shape does not follow from config.json", hint=GIVE
+            )
         layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         stacked = layout is not None and not layout.flat
         possible = forms(module_names(weight, model.family), role.key == "embedding.tokens")
@@ -213,13 +220,13 @@ def _grouped(model: Model) -> dict[str, dict[str, TensorRef]]:
 
 
 def _because(model: Model, role: Role) -> str:
-    """The key of config.json that a reader should look at."""
+    """The key of config.json that decides the shape, in words for an error."""
     rows = role.key in ("embedding.tokens", "embedding.lm_head")
     return f" (vocab_size = {model.value('vocab_size')})" if rows else ""
 
 
 class Shapes:
-    """The shapes that config.json gives to the tensors of a model, by role; None where it does not say."""
+    """The shapes of a model's tensors according to config.json, by role; None where they do not follow from it."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.family = model, model.family

@@ -1,4 +1,4 @@
-"""The row for a config.json, by its model_type; or why no step takes such a model."""
+"""Finds the row for a config.json by its model_type, or states why the model is not supported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.types import Config
 
-_LIST = "`moeconv families` lists what is taken; `moeconv inspect` and `verify` answer for any checkpoint."
+_LIST = "`moeconv families` lists what is supported; `moeconv inspect` and `verify` accept any checkpoint."
 _TEXT_ROOTS = ("text_config", "llm_config", "language_config", "thinker_config")
 # keys of config.json that only models with more than a language model have
 _BESIDE_TEXT = (
@@ -21,7 +21,7 @@ _BESIDE_TEXT = (
 
 
 def accepted() -> dict[str, tuple[str, ...]]:
-    """Every model_type that `find_family` takes: "dense" and "moe" (a few are both), and "multimodal"."""
+    """Every model_type that `find_family` accepts, under "dense", "moe" (a few are in both) and "multimodal"."""
     known = tables()
     return {
         "dense": tuple(sorted(known.dense)), "moe": tuple(sorted(known.moe)), "multimodal": tuple(sorted(known.wrapped))
@@ -29,7 +29,7 @@ def accepted() -> dict[str, tuple[str, ...]]:
 
 
 def find_family(config: Config) -> Family:
-    """The row for a config.json. Raises Unsupported for an architecture that no step takes."""
+    """The row for a config.json. Raises Unsupported for an architecture that no step accepts."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}", hint=_LIST)
@@ -41,7 +41,7 @@ def find_family(config: Config) -> Family:
         whole = known.families[model_type]
         return plain if plain is not None and _is_plain(plain, whole, config) else whole
     if model_type in UNSUPPORTED:
-        raise Unsupported(f"{model_type} cannot be taken: {UNSUPPORTED[model_type]}", hint=_LIST)
+        raise Unsupported(f"{model_type} is not supported: {UNSUPPORTED[model_type]}", hint=_LIST)
     if model_type in WITHOUT_TARGET:
         raise Unsupported(
             f"{model_type} cannot become a Mixture-of-Experts of any stock family: {WITHOUT_TARGET[model_type]}",
@@ -50,18 +50,17 @@ def find_family(config: Config) -> Family:
     if beside := [key for key in config if key in _BESIDE_TEXT]:
         text = _language_model(config)
         raise Unsupported(
-            f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and no row says "
-            "which of its tensors are the language model and how that runs without the rest",
-            hint="Of multimodal models those around a Mixture-of-Experts are taken "
-            f"({', '.join(sorted(known.wrapped))}); of others give the language model as a checkpoint of its own.",
+            f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and moeconv does "
+            "not know which of its tensors are the language model and how that runs alone",
+            hint="The supported multimodal models contain a Mixture-of-Experts "
+            f"({', '.join(sorted(known.wrapped))}). For others, give the language model as a separate checkpoint.",
         )
     if config.get("is_encoder_decoder") is True:
         raise Unsupported(
-            f"{escape(model_type)} is an encoder-decoder model; only decoders are taken, which most runtimes serve as "
-            "a Mixture-of-Experts",
+            f"{escape(model_type)} is an encoder-decoder model, but moeconv supports only decoders",
             hint=_LIST,
         )
-    own = "; its class is code beside the weights (auto_map), which is never run" if "auto_map" in config else ""
+    own = "; its class is code in the checkpoint (auto_map), which moeconv never runs" if "auto_map" in config else ""
     raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}{own}", hint=_near(model_type))
 
 
@@ -71,7 +70,7 @@ def _near(model_type: str) -> str:
 
 
 def _language_model(config: Config) -> str:
-    """In words: the language model inside a multimodal one, as far as config.json tells it."""
+    """The language model inside a multimodal model, in words, as far as config.json describes it."""
     nested = ((key, part) for key, part in config.items() if isinstance(part, Mapping) and key in _TEXT_ROOTS)
     key, text = next(nested, ("", config))
     experts = any("expert" in word and isinstance(n, int) and n > 1 for word, n in text.items())

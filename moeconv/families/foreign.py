@@ -1,7 +1,6 @@
-"""Quantized checkpoints that no command reads: how each is recognised, by config.json or by names of tensors, and what
-to give instead.
+"""Quantizations that moeconv does not read: how each is recognised, by config.json or by the names of tensors.
 
-One row per method. Methods that are read are in methods.py.
+There is one row per method. Methods that moeconv reads are in methods.py.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ from dataclasses import dataclass
 from moeconv.types import Config, JsonObject
 
 GIVE = (
-    "Give the unquantized checkpoint that it was made from, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
+    "Give the unquantized checkpoint from which it was made, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
     "bitsandbytes, FP8 blocks or MXFP4."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A way to quantize. `methods` are its words for quant_method, `endings` those of its tensors, all of which some
-    weight has; `key` is the key of config.json where its settings stand; `bits` are the words for the width. A way that
-    shares its word with one that is read is told by its endings, and by `without`, endings that no weight has."""
+    """A method of quantization. `methods` are its values of quant_method. `endings` are the endings of its tensors'
+    names, all of which occur. `key` is the key of config.json that has its settings, and `bits` are the names of the
+    setting for the width. A method whose quant_method is also that of a supported one is recognised by `endings`, and
+    by `without`: endings that do not occur."""
 
     name: str
     methods: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Foreign:
     without: tuple[str, ...] = ()
 
 
-# in the order in which they are tried by their endings: what asks for more comes first
+# in the order in which endings are compared: rows with more endings come first
 FOREIGN: tuple[Foreign, ...] = (
     Foreign("GPTQ", ("gptq", "gptqmodel"), (".qweight", ".qzeros", ".scales", ".g_idx")),
     Foreign("AWQ", ("awq", "gemm"), (".qweight", ".qzeros", ".scales"), bits=("bits", "w_bit")),
@@ -58,8 +58,8 @@ FOREIGN: tuple[Foreign, ...] = (
 
 
 def recognise(config: Config, names: Iterable[str]) -> tuple[Foreign, JsonObject] | None:
-    """(the way, its settings in config.json) of a checkpoint that is quantized in one of these ways; what config.json
-    says goes before what the names show."""
+    """(method, its settings in config.json) of a checkpoint that one of these methods quantized, else None. config.json
+    has precedence over the names of tensors."""
     settings = config.get("quantization_config")
     stated = settings.get("quant_method") if isinstance(settings, dict) else None
     ends = {"." + name.rpartition(".")[2] for name in names} | {
@@ -77,10 +77,10 @@ def recognise(config: Config, names: Iterable[str]) -> tuple[Foreign, JsonObject
 
 
 def _shown(way: Foreign, ends: set[str]) -> bool:
-    """Whether the tensors' endings are those of a way."""
+    """Whether the endings of the tensors' names are those of a method."""
     return ends.issuperset(way.endings) and ends.isdisjoint(way.without)
 
 
 def bits_of(way: Foreign, settings: Config) -> int | None:
-    """Bits of a weight, where the settings say a number."""
+    """Bits per weight, if the settings state a number."""
     return next((settings[key] for key in way.bits if type(settings.get(key)) is int), None)

@@ -12,10 +12,10 @@ from moeconv.families.spec import Family
 from moeconv.types import Config, JsonObject
 
 _WHAT = (
-    "config.json ties the output embeddings to the input embeddings, and the stored ones differ: transformers 5 runs "
-    "the stored ones, older runtimes drop them"
+    "config.json ties the output embeddings to the input embeddings, but the stored ones differ: transformers 5 runs "
+    "the stored ones, and older runtimes ignore them"
 )
-_DONE = ". They are kept, and the result says tie_word_embeddings = false"
+_DONE = ". The output keeps them and has tie_word_embeddings = false"
 
 
 def head_warnings(model: Model, *, writes: bool = True) -> list[str]:
@@ -37,5 +37,5 @@ def untied(config: Config, family: Family) -> JsonObject:
 
 
 def _off(config: Config) -> JsonObject:
-    """lfm2 knows the key by an older name too."""
+    """The config with the embeddings untied; tie_embedding is an older name of the key in lfm2."""
     return {key: value for key, value in config.items() if key != "tie_embedding"} | {"tie_word_embeddings": False}

@@ -1,6 +1,6 @@
 """How weights are stored according to quantization_config, as the library that wrote it reads it.
 
-METHODS has one row per quant_method. Where config.json leaves a setting out, the library's default counts.
+METHODS has one row per quant_method. If config.json leaves a setting out, the default of the library applies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _BLOCK = [128, 128]  # of transformers' FineGrainedFP8Config
 
 
 def encodings(quantization: Config) -> tuple[Encoding, ...]:
-    """The forms that a packed weight may have, the likeliest first. Raises Unsupported for a method or a form that is
-    not read, InputError for settings that are none."""
+    """The forms that a packed weight may have, the most likely first. Raises Unsupported for a method or form that
+    moeconv does not read, InputError for invalid settings."""
     method = quantization_method(quantization)
     if method not in METHODS:
         raise Unsupported(
@@ -45,7 +45,7 @@ def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Enco
 
 
 def quantization_method(quantization: Config) -> str:
-    """quant_method; files of bitsandbytes' early days have only its switches."""
+    """quant_method. Old files of bitsandbytes have only its switches load_in_4bit and load_in_8bit."""
     stated = quantization.get("quant_method")
     switched = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return str(stated) if stated is not None or not switched else "bitsandbytes"
@@ -124,7 +124,7 @@ def _group(group: Config, layout: object) -> Encoding:
     return Encoding(form, bits, _grid(weights), zero_points=weights.get("symmetric") is False, static=static)
 
 
-# compressed-tensors' layouts: which numbers they hold, and the row of encodings.PARTS
+# the layouts of compressed-tensors: types and widths of their numbers; _FORMS has their rows in encodings.PARTS
 _COMPRESSED: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "pack-quantized": (("int",), (4, 8)),
     "int-quantized": (("int",), (8,)),
@@ -146,7 +146,7 @@ _FORMS = {
 def _grid(weights: Config) -> tuple[int | None, int | None]:
     """(rows, columns) of weights that share a scale."""
     strategy, size = weights.get("strategy"), weights.get("group_size")
-    if strategy is None:  # what the library derives
+    if strategy is None:  # the library then derives it
         strategy = "tensor" if size is None else "group" if type(size) is int and size > 0 else "channel"
     if strategy == "tensor":
         return None, None
@@ -160,7 +160,7 @@ def _grid(weights: Config) -> tuple[int | None, int | None]:
 
 
 def _unread(what: str) -> Unsupported:
-    return Unsupported(f"{what}: this packing is not read by moeconv", hint=GIVE)
+    return Unsupported(f"{what}: moeconv does not read this packing", hint=GIVE)
 
 
 METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {

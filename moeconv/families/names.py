@@ -1,5 +1,5 @@
-"""Tensor names as transformers accepts them: with or without the base model's prefix, and beside heads that no language
-model has. Other names are refused, with the tool that made them where it is known."""
+"""Names of tensors as transformers accepts them: with or without the prefix of the base model, and together with heads
+of other classes. Other names are refused; the error states which tool made them, if that is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ADDED = {
     "base_model": ("PEFT", _MERGE),
     "base_layer": ("PEFT", _MERGE),
 }
-_AT_START = ("module", "base_model", "pretrained_model")  # elsewhere they may be a family's own word
+_AT_START = ("module", "base_model", "pretrained_model")  # in other places, families use these words themselves
 _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
 # heads that other classes than a language model's have, which transformers leaves out
 _HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "reward_head.", "regression_head.")
@@ -35,8 +35,8 @@ def module_names(weight: str, family: Family) -> tuple[str, ...]:
 
 
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint under the names that transformers' class gives its tensors: one prefix of the base model is added
-    or taken away as from_pretrained does. Raises InputError for names that a training tool has wrapped."""
+    """The checkpoint with the names that the class of transformers uses: the prefix of the base model is added or
+    removed, as from_pretrained does. Raises InputError for names to which a training tool has added a part."""
     base = family.tensors.base_prefix
     usual = (base, "lm_head.", *family.multimodal.beside) if base else ("",)
     doubles = not family.multimodal.beside and base not in family.tensors.in_memory
@@ -55,10 +55,10 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     if twice := next((new for new in renamed.values() if new in checkpoint.tensors), None):
         raise InputError(
             f"the checkpoint holds {escape(twice)!r} twice, with and without the prefix {base!r}",
-            hint="Write it again with one of the two.",
+            hint="Save it again with only one of the two names.",
         )
-    return checkpoint.renamed(renamed, f"{len(renamed)} tensors are named as a base model saves them: read with the "
-                              f"prefix {base!r} added or taken away, as transformers does, and written so")  # fmt: skip
+    return checkpoint.renamed(renamed, f"{len(renamed)} tensors have the names of a base model: they are read and "
+                              f"written with the prefix {base!r} added or removed, as transformers does")  # fmt: skip
 
 
 def _second_words(family: Family) -> set[str]:
@@ -81,8 +81,8 @@ def _check_tool(name: str) -> None:
     if found is not None:
         tool, remedy = _ADDED[found]
         raise InputError(
-            f"tensor {escape(name)!r} has the name that {tool} gives it ({found}.); transformers would leave it "
-            "out and start with random weights",
+            f"tensor {escape(name)!r} has a name that {tool} made ({found}.); transformers would ignore the tensor "
+            "and start with random weights",
             hint=remedy,
         )
     if any(part in _ADAPTERS for part in parts):
@@ -102,8 +102,8 @@ def heads(names: Iterable[str]) -> list[str]:
 def why_no_head(dropped: Iterable[str]) -> str:
     """What to do about a checkpoint without a language model's head; `dropped` are its tensors that are left out."""
     if lost := heads(dropped):
-        return f"It has another head ({escape(lost[0])}): give the language model that it was trained from."
+        return f"It has another head ({escape(lost[0])}): give the language model from which it was trained."
     return (
-        "A shard is missing; or it is a base model, such as one that makes embeddings, to which transformers would add "
-        "a random head: give the language model that it was made from."
+        "A shard is missing, or this is a base model, such as one for embeddings, to which transformers would add a "
+        "random head: give the language model from which it was made."
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -18,16 +17,16 @@ from moeconv.families.encodings import ANY_LENGTH, Encoding, Part, Shape, parts_
 from moeconv.families.methods import encodings
 from moeconv.types import Config, JsonObject
 
-# suffix that takes the place of ".weight" -> name of the part. The first two carry the codes.
+# suffix that replaces ".weight" -> name of the part. The first two have the codes.
 PARTS: dict[str, str] = {
     ".weight_packed": "packed",
     ".weight": "weight",
     ".weight_scale": "scale",
-    ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: a scale for every block
+    ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: one scale per block
     ".weight_zero_point": "zero_point",
     ".weight_global_scale": "global_scale",
     ".weight_g_idx": "order",
-    ".input_scale": "input_scale",  # of activations; no part of the weight's value
+    ".input_scale": "input_scale",  # of activations; not needed for the value of the weight
     ".activation_scale": "input_scale",
     ".input_global_scale": "input_scale",
     ".weight_shape": "shape",
@@ -40,8 +39,8 @@ PARTS: dict[str, str] = {
     ".weight_format": "format",
     ".SCB": "SCB",
 }
-# suffixes that follow the whole name of a tensor of all experts: MXFP4 codes and exponents, and parts beside codes
-# that have the tensor's own name (the first axis counts experts, but in SHARED ones)
+# suffixes that are appended to the whole name of a tensor that holds all experts: MXFP4 codes and exponents, and the
+# parts of a weight whose codes have the tensor's own name. The first axis counts experts, except in SHARED parts.
 STACKED_PARTS: dict[str, str] = {
     "_blocks": "blocks",
     "_scales": "exponents",
@@ -61,7 +60,7 @@ _GLUED = tuple(suffix for suffix in STACKED_PARTS if not suffix.startswith("."))
 
 
 def split_part(name: str) -> tuple[str, str] | None:
-    """(name of the weight that this tensor is a part of, part), or None for a tensor that is no part of one."""
+    """(name of the weight to which a stored tensor belongs, part), or None for a tensor that is not part of one."""
     ends, at = [], len(name)
     for _ in range(_DEEPEST):
         if (at := name.rfind(".", 0, at)) < 0:
@@ -77,7 +76,7 @@ def split_part(name: str) -> tuple[str, str] | None:
 
 
 def weight_of(name: str) -> str:
-    """The name of the weight that a stored tensor is a part of."""
+    """The name of the weight to which a stored tensor belongs."""
     split = split_part(name)
     return split[0] if split else name
 
@@ -94,8 +93,9 @@ def name_of(weight: str, part: str, *, stacked: bool) -> str:
 
 
 def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
-    """Parameters that a stored tensor of a model of no known family stands for: elements of a plain tensor, or of the
-    codes of a packed weight of `bits`; 0 for what only helps to decode. `part` as split_part names it, "" for plain."""
+    """The number of parameters in a stored tensor of an unknown family: the elements of a plain tensor, or the codes of
+    `bits` each of a packed weight; 0 for tensors that are only needed to decode. `part` is the word of `split_part`, ""
+    for a plain tensor."""
     count = math.prod(ref.shape)
     if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
         return count
@@ -110,14 +110,12 @@ PLACES: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 _KEY = "quantization_config"
 
 
-def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantization(config: Config) -> JsonObject | None:
     """The quantization_config of a config.json, or None."""
     return next((found for place in PLACES if (found := _stated(config, place)) is not None), None)
 
 
-def with_quantization(
-    config: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any] | None]
-) -> dict[str, Any]:
+def with_quantization(config: Config, change: Callable[[JsonObject], JsonObject | None]) -> JsonObject:
     """A config.json with every quantization_config in it changed where it stands, or left out where `change` gives
     None."""
     made = dict(config)
@@ -136,8 +134,8 @@ def with_quantization(
     return made
 
 
-def _stated(config: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any] | None:
-    at: Any = config
+def _stated(config: Config, place: tuple[str, ...]) -> JsonObject | None:
+    at: object = config
     for key in place:
         at = at.get(key) if isinstance(at, Mapping) else None
     value = at.get(_KEY) if isinstance(at, Mapping) else None
@@ -145,7 +143,7 @@ def _stated(config: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]
 
 
 def bits_of(config: Config) -> int | None:
-    """Bits per packed element that a quantization_config states, or None when it does not say."""
+    """Bits per packed element according to quantization_config; None if it does not state them."""
     value = quantization(config)
     try:
         return encodings(value)[0].bits if value is not None else None
@@ -163,7 +161,7 @@ class Stored:
 
     @property
     def how(self) -> JsonObject:
-        """What a kernel decodes by, as plain JSON values."""
+        """The parameters of the decoding kernel, as plain JSON values."""
         form = self.encoding
         return {"form": form.name, "bits": form.bits, "grid": list(form.grid), "shape": list(self.shape)}
 
@@ -171,8 +169,8 @@ class Stored:
 def fit(
     weight: str, refs: Mapping[str, TensorRef], shape: Shape, forms: Iterable[Encoding], *, stacked: bool, method: str
 ) -> Stored:
-    """The form of those that a weight's tensors, by part, are in. Raises InputError that names each part that is
-    missing, misshapen or too many for the nearest form."""
+    """The first of `forms` that fits the tensors of a weight; `refs` are these tensors by part. Raises InputError if
+    none fits, which names the missing, wrong and superfluous parts for the form that is closest."""
     nearest: list[str] | None = None
     for encoding in forms:
         try:
@@ -185,17 +183,18 @@ def fit(
         if nearest is None or len(wrong) < len(nearest):
             nearest = wrong
     if nearest is None:
-        nearest = [f"{escape(weight)!r} of shape {list(shape)} is stored as nothing in config.json says"]
+        nearest = [f"{escape(weight)!r} of shape {list(shape)} is stored in none of the forms that config.json states"]
     more = f" (and {len(nearest) - 1} more: {'; '.join(nearest[1:4])})" if len(nearest) > 1 else ""
     raise InputError(
         f"{nearest[0]}{more}; config.json says that weights are quantized by {escape(method)}",
-        hint="The checkpoint is incomplete or damaged, or its quantization_config is of another: download it again.",
+        hint="The checkpoint is incomplete or damaged, or its quantization_config belongs to another checkpoint: "
+        "download it again.",
     )
 
 
-def stated_shape(checkpoint: Checkpoint, stored: Stored) -> Any:
-    """The shape that a packed weight states beside its codes, of one expert where it holds all; None where it states
-    none. Reads a few bytes. Raises InputError for a state that is damaged."""
+def stated_shape(checkpoint: Checkpoint, stored: Stored) -> object:
+    """The shape that a packed weight stores beside its codes, or None. It is that of one expert in a tensor that holds
+    all experts. Reads a few bytes. Raises InputError for damaged data."""
     if "shape" in stored.parts:
         ref = checkpoint.tensors[stored.parts["shape"]]
         data, size = bytes(checkpoint.read(ref.name)), ref.nbytes // 2
@@ -224,5 +223,5 @@ def _differences(weight: str, refs: Mapping[str, TensorRef], wanted: Mapping[str
                 f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}, where {want.dtypes[0]} {shapes} is "
                 "expected"
             )
-    wrong += [f"tensor {escape(refs[part].name)!r} is there without need" for part in refs if part not in wanted]
+    wrong += [f"tensor {escape(refs[part].name)!r} is not expected" for part in refs if part not in wanted]
     return wrong

@@ -1,4 +1,4 @@
-"""The role of every tensor of a checkpoint, by its name. A tensor that is no part of the family's model is refused."""
+"""The role of every tensor of a checkpoint, by its name. A tensor that the family does not have is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moeconv.types import Config
 
 def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
     """(role of each tensor, names that no loader reads). Raises InputError for a tensor that the family does not have,
-    and for counts that the checkpoint cannot hold."""
+    and for more layers or experts than the checkpoint has tensors."""
     known = _known_names(checkpoint, family, settings.text_config(checkpoint.config, family))
     layers = settings.layer_count(family, settings.text_config(checkpoint.config, family))
     useless = {t.replace("{L}", str(layer)) for t in family.tensors.dropped for layer in range(layers)}
@@ -35,7 +35,7 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
         else:
             raise InputError(
                 f"tensor {escape(name)!r} is not part of a {family.model_type} model of this config",
-                hint="The checkpoint is of another architecture or version than its config.json says.",
+                hint="The checkpoint has another architecture or version than its config.json states.",
             )
     return roles, tuple(dropped)
 
@@ -57,16 +57,16 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Config) -> dict
     if family.kind == "moe" and not moe and not any(map(config.get, family.experts.count)):
         raise Unsupported(
             f"config.json makes no layer of this {family.model_type} a Mixture-of-Experts",
-            hint="Of this family only models with experts are known here.",
+            hint="Only models of this family with experts are supported.",
         )
     experts = settings.count(config, family.experts.count, limit=settings.MAX_EXPERTS) if family.experts.count else 0
-    # before every name is listed: a config of a few bytes must not cost gigabytes
+    # checked before all names are listed: a config of a few bytes must not take gigabytes of memory
     each = experts if any("{E}" in template for template in family.tensors.names.values()) else 1
     least = max(layers, len(moe) * each)
     if least > len(checkpoint.tensors) or layers * experts > settings.MAX_IN_ALL:
         raise InputError(
-            f"config.json asks for {layers} layers" + (f" of {experts} experts" if experts else "")
-            + f", which {len(checkpoint.tensors)} tensors cannot be",
+            f"config.json states {layers} layers" + (f" of {experts} experts" if experts else "")
+            + f", but the checkpoint has only {len(checkpoint.tensors)} tensors",
             hint="config.json and the shards do not belong together, or a shard is missing.",
         )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))

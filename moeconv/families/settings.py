@@ -19,8 +19,8 @@ _CORRECT = "Correct config.json, or download it again."
 
 
 def text_config(config: Config, family: Family) -> Config:
-    """The part of config.json that describes the text model. Raises InputError for a part that is no object, and for
-    what differs from layer to layer where every layer must have the same."""
+    """The part of config.json that describes the text model. Raises InputError if that is not an object, and for a
+    setting that differs between layers although all layers must share it."""
     if not family.multimodal.root:
         return _same_in_all(family.config.read(config), family)
     text = config.get(family.multimodal.root)
@@ -30,7 +30,7 @@ def text_config(config: Config, family: Family) -> Config:
             f"{escape(text)[:80]}",
             hint=_CORRECT,
         )
-    # the classes tie by the outer key, and files older than transformers 5 have it inside
+    # the classes read the outer key; files older than transformers 5 have the inner one
     tied = [part["tie_word_embeddings"] for part in (config, text) if part.get("tie_word_embeddings") is not None]
     stated = {"tie_word_embeddings": next((x for x in tied if x), tied[0])} if tied else {}
     return {**_same_in_all(family.config.read(text), family), **stated}
@@ -52,13 +52,13 @@ def _same_in_all(config: Config, family: Family) -> Config:
             raise InputError(
                 f"config.json: {key} differs from layer to layer: {value[0]} in layer 0, {value[other]} in layer "
                 f"{other}",
-                hint="Only models whose layers have the same there are known.",
+                hint="Only models whose layers all have the same value are supported.",
             )
     return {**config, **{key: value[0] for key, value in lists.items()}} if lists else config
 
 
 def count(config: Config, aliases: tuple[str, ...], *, limit: int) -> int:
-    """The number that any of these keys states. Raises InputError where they contradict each other."""
+    """The number that one of these keys states. Raises InputError if they contradict each other."""
     found = {a: config[a] for a in aliases if config.get(a) is not None}
     if len(set(map(repr, found.values()))) > 1:
         raise InputError(
@@ -69,7 +69,7 @@ def count(config: Config, aliases: tuple[str, ...], *, limit: int) -> int:
 
 
 def whole(value: object, key: str, *, limit: int) -> int:
-    """The value, if it is a number from 1 to `limit`. Raises InputError."""
+    """The value as a whole number from 1 to `limit`. Raises InputError for any other value."""
     if type(value) is not int or not 0 < value <= limit:
         raise InputError(
             f"config.json: {key} must be a whole number from 1 to {limit}, found {escape(value)}", hint=_CORRECT

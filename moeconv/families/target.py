@@ -1,8 +1,7 @@
-"""A dense model as a model of the target's family: its config.json, and the expression that makes each tensor; or the
-reason why that is impossible.
+"""Plans a dense model as a model of the target's family: its config.json and the expression behind each tensor.
 
-A config key of the source that the target does not have must have a neutral value, else the conversion is refused and
-names the key: dropping it would silently change what the model computes.
+A config key of the source that the target does not have must have a neutral value. Otherwise the conversion is refused
+with the name of the key, because dropping it would silently change what the model computes.
 """
 
 from __future__ import annotations
@@ -39,7 +38,8 @@ _TARGETS = "See `moeconv families` for other targets (--to)."
 
 
 def draft_target(model: Model, pair: Pair) -> Draft:
-    """The target's config (without expert counts and sizes) and tensors. Raises InputError when inexact."""
+    """The target's config (without expert counts and sizes) and tensors. Raises InputError if the target cannot
+    compute exactly what the source does."""
     target = tables().moe[pair.target]
     config, warnings = _target_config(model, pair, target)
     draft = Draft(
@@ -60,12 +60,12 @@ def draft_target(model: Model, pair: Pair) -> Draft:
         fold(draft)
     _join(draft)
     if draft.tied and draft.tensors["embedding.tokens"].op != "source":
-        draft.tensors.pop("embedding.lm_head", None)  # a tied head that is stored would keep the old embedding
+        draft.tensors.pop("embedding.lm_head", None)  # a stored copy of the tied head would be the old embedding
     return draft
 
 
 def _join(draft: Draft) -> None:
-    """Join matrices that the target keeps in one tensor; those of an FFN are joined where experts are made."""
+    """Join the matrices that the target stores in one tensor. Those of an FFN are joined when experts are made."""
     for whole, parts in draft.target.tensors.fused.items():
         if all(part in draft.tensors for part in parts) and not parts[0].startswith("ffn."):
             draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
@@ -93,7 +93,12 @@ def _same(value: object, neutral: tuple[Any, ...]) -> bool:
 
 
 def _target_config(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, list[str]]:
-    """(the target's config.json but for rotary parameters and the sizes of experts, warnings about the source's)."""
+    """(the target's config.json without rotary parameters and sizes of experts, warnings about the source's config).
+
+    The order matters: settings that the source states come first, then what follows from them, then the target's
+    defaults for what is still missing, and last the values with which the pair makes the target compute what the source
+    does. Defaults are written out because other runtimes assume other values than transformers for missing keys.
+    """
     if model.config.get("quantization_config"):
         raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
     result, warnings = _taken_over(model, pair, target)
@@ -102,10 +107,8 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[JsonObject
     if model.family.layers.kinds and target.layers.kinds:
         result["layer_types"] = model.family.layers.kinds(model.value, model.num_layers)
     result |= _target_defaults(target, result)
-    result |= (
-        pair.config
-    )  # after the defaults: a pair sets the values at which the target computes what the source does
-    if code := model.carried_config.get("auto_map"):  # of the tokenizer
+    result |= pair.config
+    if code := model.carried_config.get("auto_map"):  # what is left of it names code of the tokenizer
         result["auto_map"] = code
     result["model_type"], result["architectures"] = target.model_type, [target.architecture]
     return result, warnings
@@ -121,7 +124,7 @@ def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, l
     # what config.json leaves out counts as the source's default, since the target's class may assume another value
     for key in dict.fromkeys(family.config.defaults) | given:
         word = pair.rename.get(key, key)
-        if word is None or key in LEFT_OUT or _says_windows(key, family):
+        if word is None or key in LEFT_OUT or _is_window_key(key, family):
             continue
         value = given[key] if key in given else family.config.value(key, given)
         known, has_place = key in family.config.defaults, word in target.config.defaults
@@ -130,21 +133,21 @@ def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, l
         if not known and key not in CARRIED:
             if has_place:
                 # the source's class ignores the key, and the target's class would obey it
-                warnings.append(f"config key {escape(key)!r} means nothing for {pair.source}: left out")
+                warnings.append(f"config key {escape(key)!r} has no effect for {pair.source}, and is left out")
                 continue
-            warnings.append(f"config key {escape(key)!r} is not known for {pair.source}: carried over unchanged")
+            warnings.append(f"config key {escape(key)!r} is not known for {pair.source}, and is copied unchanged")
         if known and not has_place and key not in rope.KEYS:
             if key in given or value is not None:
                 _check_neutral(key, value, pair, family)
             continue
-        # rotary parameters that the class assumes are written by the folds, in the target's own style
+        # `align_layout` writes the rotary parameters that the class assumes, in the style of the target
         if key in given or (value is not None and key not in rope.KEYS):
             result[word] = copy.deepcopy(value)
     return result, warnings
 
 
-def _says_windows(key: str, family: Family) -> bool:
-    """Whether the key is left to `_windows`: the same words mean different layers in different families."""
+def _is_window_key(key: str, family: Family) -> bool:
+    """Whether `_windows` handles the key: the same value means different layers in different families."""
     return key in sliding.KEYS and (family.attention.sliding is not sliding.NEVER or key not in family.config.defaults)
 
 
@@ -159,7 +162,7 @@ def _check_neutral(key: str, value: object, pair: Pair, family: Family) -> None:
 
 
 def _sizes_of_heads(model: Model, target: Family, found: Config) -> JsonObject:
-    """Sizes that classes derive by different rules when config.json leaves them out: written in any case."""
+    """Sizes that are always written, because classes derive them by different rules if config.json leaves them out."""
     result: JsonObject = {}
     if "num_key_value_heads" in target.config.defaults:
         result["num_key_value_heads"] = found.get("num_key_value_heads", model.value("num_attention_heads"))
@@ -169,7 +172,7 @@ def _sizes_of_heads(model: Model, target: Family, found: Config) -> JsonObject:
 
 
 def _target_defaults(target: Family, found: Config) -> JsonObject:
-    """The target's defaults for what is not found yet: other readers than transformers assume other defaults."""
+    """The target's defaults for keys that have no value yet. Other runtimes than transformers assume other defaults."""
     written_elsewhere = {*found, *rope.KEYS, *sliding.KEYS, *_sizes(target)}
     return {
         key: copy.deepcopy(value)
@@ -190,7 +193,7 @@ def _sizes(target: Family) -> set[str]:
 
 
 def _windows(model: Model, pair: Pair, target: Family) -> JsonObject:
-    """Which layers slide, in the target's words. Raises InputError where it has none for that."""
+    """The target's config keys for the layers with a sliding window. Raises InputError if it cannot express them."""
     family, layers = model.family, model.num_layers
     sliding.check_keys({key: value for key, value in model.config.items() if key in family.config.defaults}, layers)
     defaults = {key: family.config.defaults[key] for key in (*sliding.KEYS, "no_rope_layers", "no_rope_layer_interval")

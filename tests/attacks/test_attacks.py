@@ -195,8 +195,8 @@ BAD: dict[str, tuple[Ruin, str]] = {
     "four thousand layers": (config(num_hidden_layers=4000), "4000 layers"),
     "layers in words": (config(num_hidden_layers="two"), "must be a whole number"),
     "no hidden size": (config(drop=("hidden_size",)), "hidden_size must be a whole number"),
-    "another hidden size": (config(hidden_size=64), "config.json says [64, 64]"),
-    "another width": (config(intermediate_size=65), "config.json says [65, 32]"),
+    "another hidden size": (config(hidden_size=64), "config.json requires [64, 64]"),
+    "another width": (config(intermediate_size=65), "config.json requires [65, 32]"),
     "a width of zero": (config(intermediate_size=0), "intermediate_size must be a whole number"),
     "a width that is true": (config(intermediate_size=True), "intermediate_size must be a whole number"),
     "another family": (config(model_type="mixtral"), "num_local_experts or num_experts must be"),
@@ -276,8 +276,8 @@ MOE_BAD: dict[str, tuple[str, Ruin, str]] = {
     "dense layers in words": ("qwen3_moe", config(mlp_only_layers="none"), "must be a list, found none"),
     "dense layers in lists": ("qwen3_moe", config(mlp_only_layers=[[0]]), "must be a list of layer numbers"),
     "a step of zero": ("qwen3_moe", config(decoder_sparse_step=0), "must be a positive whole number"),
-    "another expert width": ("qwen2_moe", config(moe_intermediate_size=33), "config.json says [33, 32]"),
-    "another shared width": ("qwen2_moe", config(shared_expert_intermediate_size=1), "config.json says [1, 32]"),
+    "another expert width": ("qwen2_moe", config(moe_intermediate_size=33), "config.json requires [33, 32]"),
+    "another shared width": ("qwen2_moe", config(shared_expert_intermediate_size=1), "config.json requires [1, 32]"),
 }
 
 

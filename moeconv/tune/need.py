@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moeconv.data.windows import sequence_length
 from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, TuneOptions
@@ -10,7 +12,8 @@ from moeconv.tune.windows import HELD_OUT
 from moeconv.tune.words import BIAS, parse_train, tensors_of
 
 FLOWS = 3  # activations: the teacher's, and the inputs and outputs of the FFN of one layer
-_FILLED, _TRAINED = 2, 6  # copies of a layer's experts: while they are loaded; with gradients and moments
+_TRAINED = 6  # copies of a layer's experts with gradients and moments
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def tokens_of(options: TuneOptions, measure: MeasureOptions, *, length: int) -> int:
@@ -26,9 +29,21 @@ def layerwise_need(
 ) -> Need:
     """The memory of one layer of the teacher or of the student, whichever is larger. `experts`: the experts train
     too."""
-    counts = (0, _TRAINED if experts else _FILLED)
-    runs = [Workload(tokens, seq_len, batch_size, flows=FLOWS, copies=copies) for copies in counts]
-    return together([need_of(model, run) for model, run in zip((teacher, student), runs)])
+    run, read = Workload(tokens, seq_len, batch_size, flows=FLOWS), _read_bytes(student)
+    trained = replace(run, copies=_TRAINED if experts else 1, work=(0, 0) if experts else (read, read))
+    return together([need_of(teacher, run), need_of(student, trained)])
+
+
+def _read_bytes(model: Model) -> int:
+    """The most that the experts of a layer take as they are read, beside the widened ones: floats as they are stored,
+    others in float32."""
+    layers: dict[int | None, int] = {}
+    for name, role in model.roles.items():
+        if role.group == "expert":
+            ref = model.checkpoint.tensors[name]
+            nbytes = ref.nbytes if ref.dtype in _FLOATS else 4 * model.numel(ref)
+            layers[role.layer] = layers.get(role.layer, 0) + nbytes
+    return max(layers.values(), default=0)
 
 
 def need_of_tune(

@@ -17,6 +17,7 @@ POOLED = 512  # tokens of the whole layer that every expert is shown beside its 
 OUTPUT_ROWS = 4096  # tokens whose outputs are compared at a time
 ROWS_PER_CALL = 8192  # output rows of all experts together that one call on the CPU codes
 FLOWS = 2  # activations: the model's, and what a layer's experts are given
+TENSOR_BYTES = 1700  # per written tensor: in the plan without and with codes, and in the result that is checked
 _PAIR_BYTES = 1 << 26  # of (token, expert) pairs that go through the experts at a time
 _SKEW = 3  # times its even share of the tokens
 
@@ -54,11 +55,13 @@ class _Matrices:
     """One layer's: bytes of the packed ones; of an expert its rows by (whether it is a down projection, width)."""
 
     packed: int = 0
+    tensors: int = 0
     rows: dict[tuple[bool, int], dict[int, int]] = field(default_factory=dict)
 
     def add(self, item: Item, *, expert: int, down: bool) -> None:
         out, width = last_stage(item).inputs[0].shape
         self.packed += sum(spec.nbytes for spec in item.outputs)
+        self.tensors += len(item.outputs)
         of_kind = self.rows.setdefault((down, width), {})
         of_kind[expert] = of_kind.get(expert, 0) + out
 
@@ -79,6 +82,7 @@ def gptq_workload(
     row = 4 * view.hidden_size
     # what the held-out tokens should give, and the float64 moment of the pool
     results = max((layer.packed for layer in layers.values()), default=0) + held * row + 2 * row * view.hidden_size
+    results += TENSOR_BYTES * sum(layer.tensors for layer in layers.values())
     share = min(tokens, tokens * view.top_k // max(1, view.num_experts))
     works = [_work(view, kind, rows, jobs, tokens, share) for m in layers.values() for kind, rows in m.rows.items()]
     least = max((alone for _, alone in works), default=0)

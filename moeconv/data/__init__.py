@@ -1,1 +1,1 @@
-"""What --data names, as windows of tokens."""
+"""Reads what --data names, and turns it into windows of tokens."""

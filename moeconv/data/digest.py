@@ -1,4 +1,4 @@
-"""The content that a `--data` or `--stats` value names, as a hash: what is measured on it is named by that."""
+"""The hash of the content that a value of --data or --stats names. It identifies what was measured on the content."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from moeconv.checkpoint.hashes import file_sha256
 from moeconv.errors import InputError, escape
 
-_stdin: tuple[Any, bytes] | None = None  # the stream that was read, and what it gave
+_stdin: tuple[TextIO, bytes] | None = None  # the stream that was read, and its bytes
 
 
 def read_stdin() -> bytes:
-    """All of standard input, which can be read once, also for those who ask again."""
+    """All bytes of standard input. It can be read only once, so they are kept for later calls."""
     global _stdin
     if _stdin is None or _stdin[0] is not sys.stdin:
         _stdin = (sys.stdin, sys.stdin.buffer.read())
@@ -23,8 +23,8 @@ def read_stdin() -> bytes:
 
 
 def content_of(value: str, *, flag: str = "--data") -> str:
-    """hex sha256 of a file's bytes, of a directory's files with their names, of standard input (`-`), or of the name of
-    a data set on the hub; of `FILE=WEIGHT` with the weight. Raises InputError for a file that cannot be read."""
+    """The hex sha256 of the weight and the bytes of a file, of the files of a directory with their names, of standard
+    input (`-`), or of the name of a data set on the hub. Raises InputError for a file that cannot be read."""
     from moeconv.data.texts import split_weight
 
     path, weight = split_weight(value)

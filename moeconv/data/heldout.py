@@ -5,19 +5,20 @@ is clearly better.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-EVERY = 16  # of so many windows the last one is held out
-SHARE = 4  # of fewer windows the last tokens of each, one in so many
-FEW_TOKENS = 512  # per expert, on average over a layer: with fewer, what is fitted is mostly noise
+from moeconv.types import Config
+
+EVERY = 16  # the last of every 16 windows is held out
+SHARE = 4  # of fewer windows, the last quarter of the tokens of each is held out
+FEW_TOKENS = 512  # per expert, averaged over a layer; with fewer, the fit is mostly noise
 _ERRORS = 2  # standard errors by which a fit must be better
 
 
 def held_out(windows: int, seq_len: int) -> np.ndarray:
-    """Which tokens are held out, bool [windows, seq_len]; at least one is, and one is not, of `seq_len` >= 2."""
+    """Which tokens are held out, bool [windows, seq_len]. For `seq_len` >= 2, at least one token is and one is not."""
     held: np.ndarray = np.zeros((windows, seq_len), bool)
     if windows >= EVERY:
         held[EVERY - 1 :: EVERY] = True
@@ -34,18 +35,19 @@ def clearly_less(new: ArrayLike, old: ArrayLike) -> bool:
 
 
 def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
-    """A warning where layers have fewer than FEW_TOKENS tokens per expert; `per_expert` {layer: their mean}."""
+    """A warning if layers have fewer than FEW_TOKENS tokens per expert. `per_expert` is {layer: mean tokens per
+    expert}."""
     few = [layer for layer, mean in per_expert.items() if mean < FEW_TOKENS]
     if not few:
         return []
     least = min(per_expert.values())
     return [
-        f"{what}: {least:.0f} tokens per expert on average in {layers_in_words(few)}, and {FEW_TOKENS} are the least "
-        "that is advised: give more --data or --tokens"
+        f"{what}: {least:.0f} tokens per expert on average in {layers_in_words(few)}, and at least {FEW_TOKENS} are "
+        "advised: give more --data or --tokens"
     ]
 
 
-def remarks_on(layers: Sequence[Mapping[str, Any]], *, what: str, kept: str, fitted: str) -> list[str]:
+def remarks_on(layers: Sequence[Config], *, what: str, kept: str, fitted: str) -> list[str]:
     """Warnings of what was fitted to text, by rows of {layer, tokens_per_expert, tokens_needed, kept}: too little text,
     and layers where the fit is not clearly better on held-out tokens. `kept` says what those have instead of what was
     `fitted`."""
@@ -65,7 +67,7 @@ def remarks_on(layers: Sequence[Mapping[str, Any]], *, what: str, kept: str, fit
 
 
 def layers_in_words(layers: Sequence[int]) -> str:
-    """[3] -> layer 3; [0, 1, 2, 5] -> layers 0-2, 5"""
+    """A list of layers as text: [3] gives "layer 3", and [0, 1, 2, 5] gives "layers 0-2, 5"."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
         if runs and layer == runs[-1][1] + 1:

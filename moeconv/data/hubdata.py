@@ -1,6 +1,7 @@
-"""`hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]`: records of a hub data set, by the optional package `datasets`.
+"""`hf://datasets/OWNER/NAME[:CONFIG[:SPLIT]]`: records of a data set on the hub, read by the optional package
+`datasets`.
 
-Records come in the data set's own order and are streamed: as many are fetched as are needed.
+Records are streamed in the order of the data set, and only as many are fetched as are needed.
 """
 
 from __future__ import annotations
@@ -8,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any
 
 from moeconv.errors import InputError, UsageError, escape, first_line
+from moeconv.types import JsonObject
 
 _PREFIX = "hf://datasets/"
 _VALUE = re.compile(r"^hf://datasets/([\w.-]+/[\w.-]+)(?::([\w./-]*))?(?::([\w.-]+))?$")
 
 
-def read_hub(value: str, *, limit: int | None) -> tuple[str, str, list[dict[str, Any]]]:
-    """(name, sha256 of the records as JSON lines, records), the first ones until their JSON holds `limit` bytes.
+def read_hub(value: str, *, limit: int | None) -> tuple[str, str, list[JsonObject]]:
+    """(name, sha256 of the records as JSON lines, the first records until their JSON has `limit` bytes; None: all).
 
-    The config is the data set's own default and the split `train` where they are not given. Raises UsageError for a
-    value of another form, InputError without the package and for whatever it cannot fetch.
+    Without a config, the data set's default config is read; without a split, the split `train`. Raises UsageError for a
+    value of another form, InputError if the package is not installed or cannot fetch the data set.
     """
     match = _VALUE.match(value)
     if not match:
@@ -34,10 +35,10 @@ def read_hub(value: str, *, limit: int | None) -> tuple[str, str, list[dict[str,
     except ImportError:
         raise InputError(
             f"--data {escape(value)} needs the package `datasets`, which is not installed",
-            hint="pip install 'moeconv[datasets]' (or: pip install datasets).",
+            hint="Run pip install 'moeconv[datasets]' (or pip install datasets).",
         ) from None
     digest, size = hashlib.sha256(), 0
-    records: list[dict[str, Any]] = []
+    records: list[JsonObject] = []
     try:
         for record in datasets.load_dataset(name, config, split=split, streaming=True):
             line = json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass") + b"\n"
@@ -47,11 +48,12 @@ def read_hub(value: str, *, limit: int | None) -> tuple[str, str, list[dict[str,
             if limit is not None and size >= limit:
                 break
     except Exception as error:
-        # Whatever the network, the hub or a data set's own files make the package raise: it is the input's fault.
+        # The network, the hub or the files of a data set can make the package raise anything; all of it is about the
+        # input.
         raise InputError(
             f"cannot read {escape(value)}: {first_line(error)}",
             hint="Check the name, config and split, the network, and HF_TOKEN for gated data sets.",
         ) from error
     if not records:
-        raise InputError(f"{escape(value)} has no records", hint="Name another split.")
+        raise InputError(f"{escape(value)} has no records", hint="Name another split or data set.")
     return value.removeprefix(_PREFIX), digest.hexdigest(), records

@@ -1,7 +1,7 @@
-"""Bytes -> texts, by what they hold: JSON records, JSON lines, a table, Parquet, compressed files, plain text.
+"""Turns the bytes of a file into texts, by its content: JSON, JSON lines, a table, Parquet, compressed or plain text.
 
-A file's suffix says what it should be, so that a damaged file is refused; without one, or with that of a text, the
-content decides, and what only begins like JSON or a table is text.
+A suffix such as .jsonl determines the kind of a file, so that a damaged file is refused. Without a suffix, or with that
+of plain text, the content determines the kind, and a text that only begins like JSON or a table is plain text.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from moeconv.checkpoint.strictjson import parse_json
 from moeconv.data.records import Text, chat_of, fields_of, is_chat, text_of
 from moeconv.data.unpack import unpacked
 from moeconv.errors import InputError, escape, first_line
+from moeconv.types import JsonObject
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -24,11 +24,14 @@ _DELIMITERS = (",", "\t", ";")
 _BEGINS_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 _AS_TEXT = 'To use it as plain text, put it into a record {"text": ...} of a .jsonl file.'
 _Parsed = tuple[Text, ...]
+Json = object  # a decoded JSON value
 
 
 def parse_texts(data: bytes, name: str, text_field: str) -> _Parsed:
-    """The texts of one file; `name` is its base name, or "standard input". Raises InputError that names file and line
-    for what cannot be read as what it is."""
+    """The texts of one file. `name` is its base name, or "standard input".
+
+    Raises InputError, with the file and the line, for content that cannot be read as its kind.
+    """
     data, inner = unpacked(data, name)
     if data[:4] == data[-4:] == b"PAR1":
         return _parquet(data, name, text_field)
@@ -36,7 +39,7 @@ def parse_texts(data: bytes, name: str, text_field: str) -> _Parsed:
     if not text.strip():
         raise InputError(f"{escape(name)} is empty", hint="Give a file with text in it.")
     plain = text
-    text = text.removeprefix("\ufeff")  # Excel's mark of UTF-8: part of no record
+    text = text.removeprefix("\ufeff")  # the byte order mark of Excel, which belongs to no record
     suffix = _suffix(inner)
     read = _declared(suffix)
     if read is not None:
@@ -49,14 +52,14 @@ def parse_texts(data: bytes, name: str, text_field: str) -> _Parsed:
 
 
 def _recognised(text: str, name: str, text_field: str, *, may_be_text: bool) -> _Parsed | None:
-    """What the content alone shows; None for plain text. What only begins like JSON or a table is text where the
-    file's suffix says so, and else refused: it is damaged."""
+    """The texts of a file whose content determines its kind; None for plain text. Content that only begins like JSON or
+    a table is plain text if the suffix of the file allows it (`may_be_text`), and is otherwise refused as damaged."""
     for read in (_json, _json_lines):
         found = read(text, name, text_field)
         if found is not None:
             return found
     if not may_be_text and _BEGINS_AS_JSON.match(text):
-        parse_json(text.encode(), what=f"{escape(name)} begins as JSON", hint="Is it complete?")
+        parse_json(text.encode(), what=f"{escape(name)} begins as JSON", hint="Check that the file is complete.")
     delimiter = _delimiter_of_header(text, text_field)
     if delimiter is None:
         return None
@@ -74,7 +77,7 @@ def _suffix(name: str) -> str:
 
 
 def _declared(suffix: str) -> Callable[[str, str, str], _Parsed] | None:
-    """The reader that a suffix asks for, which refuses what is not of its kind; None where the content decides."""
+    """The reader for a suffix, which refuses content of another kind; None if the content determines the kind."""
     if suffix in JSONL_SUFFIXES:
         return _declared_lines
     if suffix == ".json":
@@ -86,7 +89,10 @@ def _declared(suffix: str) -> Callable[[str, str, str], _Parsed] | None:
 
 def _decoded(data: bytes, name: str) -> str:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{escape(name)} is UTF-16 text", hint="Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW.")
+        raise InputError(
+            f"{escape(name)} is UTF-16 text, and only UTF-8 is read",
+            hint="Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW.",
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -102,18 +108,18 @@ def _decoded(data: bytes, name: str) -> str:
 def _declared_json(text: str, name: str, text_field: str) -> _Parsed:
     found = _json(text, name, text_field)
     if found is None:
-        found = _json_lines(text, name, text_field)  # hubs hold JSON lines under .json
+        found = _json_lines(text, name, text_field)  # data sets on the hub often have JSON lines in .json files
     if found is not None:
         return found
-    parse_json(text.encode(), what=escape(name), hint="Is the file complete?")
+    parse_json(text.encode(), what=escape(name), hint="Check that the file is complete.")
     raise InputError(
-        f"{escape(name)}: JSON without records",
-        hint='Give a list of records such as [{"text": "..."}], or of strings, or one record a line.',
+        f"{escape(name)} is JSON without records",
+        hint='Give a list of records such as [{"text": "..."}], or of strings, or one record per line.',
     )
 
 
 def _json(text: str, name: str, text_field: str) -> _Parsed | None:
-    """The texts of one JSON value that holds records or strings; None when the text is no such value."""
+    """The texts of one JSON value that contains records or strings; None if the text is no such value."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
@@ -125,8 +131,8 @@ def _json(text: str, name: str, text_field: str) -> _Parsed | None:
     return _json_array(value, escape(name), text_field)
 
 
-def _json_array(items: list[Any], where: str, text_field: str) -> _Parsed | None:
-    """A list of strings, of records, or of chats (lists of messages)."""
+def _json_array(items: list[Json], where: str, text_field: str) -> _Parsed | None:
+    """The texts of a list of strings, of records, or of chats (lists of messages); None for any other list."""
     if not items or not all(isinstance(item, (str, dict)) or is_chat(item) for item in items):
         return None
     if is_chat(items):
@@ -136,36 +142,53 @@ def _json_array(items: list[Any], where: str, text_field: str) -> _Parsed | None
         at = f"{where}, record {n}"
         if isinstance(item, str):
             texts.append(item)
-        else:
-            texts.append(chat_of(item, at) if isinstance(item, list) else text_of(item, at, text_field))
+        elif isinstance(item, dict):
+            texts.append(text_of(item, at, text_field))
+        elif is_chat(item):
+            texts.append(chat_of(item, at))
     return tuple(texts)
 
 
-def _json_object(record: dict[str, Any], where: str, text_field: str) -> _Parsed | None:
-    """One record, a column of texts, or an object around one list of records."""
+def _json_object(record: JsonObject, where: str, text_field: str) -> _Parsed | None:
+    """The texts of one JSON object: a record, a column of texts, or an object around one list of records.
+
+    Raises InputError for an object without texts, and for one with several lists.
+    """
     field = next((name for name in fields_of(text_field) if name in record), None)
     value = None if field is None else record[field]
-    if isinstance(value, dict) and value and all(isinstance(v, str) for v in value.values()):
-        return tuple(value.values())  # {"text": {"0": "...", "1": "..."}}: columns, as pandas writes them
-    if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if isinstance(value, str) or is_chat(value):
-        return (text_of(record, where, text_field),)
+    column = _column_of_texts(value)
+    if column is not None:
+        return column
+    if not (isinstance(value, str) or is_chat(value)):
+        found = _texts_of_list(record, where, text_field)
+        if found is not None:
+            return found
+    return (text_of(record, where, text_field),)  # for a record without texts, this raises an error with its fields
+
+
+def _column_of_texts(value: Json) -> _Parsed | None:
+    """The texts of a list of strings, or of {"0": "...", "1": "..."}, as pandas writes a column; None for others."""
+    values = list(value.values()) if isinstance(value, dict) else value
+    if isinstance(values, list) and values and all(isinstance(text, str) for text in values):
+        return tuple(values)
+    return None
+
+
+def _texts_of_list(record: JsonObject, where: str, text_field: str) -> _Parsed | None:
+    """The texts of the only list in an object; None if it has no list of records or strings."""
     lists = {key: v for key, v in record.items() if isinstance(v, list) and v and isinstance(v[0], (dict, list, str))}
     if len(lists) > 1:
         raise InputError(
-            f"{where}: a JSON object with several lists ({', '.join(escape(key) for key in list(lists)[:8])})",
-            hint=f"Write the one that is meant to a file of its own. {_AS_TEXT}",
+            f"{where} is a JSON object with several lists ({', '.join(escape(key) for key in list(lists)[:8])})",
+            hint=f"Write the list that is meant to a file of its own. {_AS_TEXT}",
         )
     for key, items in lists.items():
-        found = _json_array(items, f"{where}, {escape(key)!r}", text_field)
-        if found is not None:
-            return found
-    return (text_of(record, where, text_field),)  # refuses, and names the fields
+        return _json_array(items, f"{where}, {escape(key)!r}", text_field)
+    return None
 
 
 def _declared_lines(text: str, name: str, text_field: str) -> _Parsed:
-    if text.lstrip()[:1] == "[":  # a list under the suffix of lines
+    if text.lstrip()[:1] == "[":  # one JSON list in a file for JSON lines
         found = _json(text, name, text_field)
         if found is not None:
             return found
@@ -173,8 +196,8 @@ def _declared_lines(text: str, name: str, text_field: str) -> _Parsed:
 
 
 def _json_lines(text: str, name: str, text_field: str) -> _Parsed | None:
-    """The texts of JSON lines; None when fewer than half of the lines are JSON objects. A line that is none among
-    others that are is refused: it is damaged."""
+    """The texts of JSON lines; None if fewer than half of the lines are JSON objects. Otherwise, a line that is not a
+    JSON object is refused, because the file is damaged."""
     if text.lstrip()[:1] != "{":
         return None
     lines = list(_numbered(text))
@@ -201,7 +224,7 @@ def _line(line: str, where: str, text_field: str) -> Text:
     """The text of one record of JSON lines."""
     record = parse_json(line.encode(), what=where, hint="Each line must be one JSON object.")
     if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object", hint='A line looks like {"text": "..."}.')
+        raise InputError(f"{where} is not a JSON object", hint='Each line must look like {"text": "..."}.')
     return text_of(record, where, text_field)
 
 
@@ -209,13 +232,14 @@ def _line(line: str, where: str, text_field: str) -> Text:
 
 
 def _delimiter(text: str, usual: str) -> str:
-    """The delimiter of a declared table: its usual one, or another that the header alone is cut by."""
+    """The delimiter of a file with a table's suffix: the usual one, or another one if only that occurs in the
+    header."""
     header = text.split("\n", 1)[0]
     return usual if usual in header else next((d for d in _DELIMITERS if d in header), usual)
 
 
 def _delimiter_of_header(text: str, text_field: str) -> str | None:
-    """The delimiter by which the first line is two or more columns, one of them the text field; None: no table."""
+    """The delimiter that divides the first line into columns, one of which is the text field; None if there is none."""
     header = text.split("\n", 1)[0].rstrip("\r")
     for delimiter in _DELIMITERS:
         columns = [column.strip('"') for column in header.split(delimiter)]
@@ -237,7 +261,7 @@ def _rows(text: str, name: str, text_field: str, delimiter: str) -> _Parsed:
                 continue
             if len(row) != len(columns):
                 raise InputError(
-                    f"{where}, line {reader.line_num}: {len(row)} cells, and the header has {len(columns)}",
+                    f"{where}, line {reader.line_num}: the row has {len(row)} cells, and the header has {len(columns)}",
                     hint="Quote cells that hold the delimiter or line breaks, or give JSON lines.",
                 )
             texts.append(text_of(dict(zip(columns, row)), f"{where}, line {reader.line_num}", column))
@@ -257,7 +281,7 @@ def _column(columns: list[str], where: str, text_field: str) -> str:
             return field
     raise InputError(
         f"{where}: no column {escape(text_field)!r} (columns: {', '.join(escape(c) for c in columns[:8])})",
-        hint="The first line names the columns. Name the one of the text with --text-field.",
+        hint="The first line must name the columns. Name the column with the text by --text-field.",
     )
 
 
@@ -268,7 +292,7 @@ def _parquet(data: bytes, name: str, text_field: str) -> _Parsed:
     except ImportError:
         raise InputError(
             f"{where} is a Parquet file, and the package `pyarrow` is not installed",
-            hint="pip install pyarrow, or convert it to JSON lines.",
+            hint="Run pip install pyarrow, or convert the file to JSON lines.",
         ) from None
     try:
         file = parquet.ParquetFile(io.BytesIO(data))
@@ -276,10 +300,10 @@ def _parquet(data: bytes, name: str, text_field: str) -> _Parsed:
         rows = file.read(columns=[name for name in (column, "system") if name in file.schema_arrow.names]).to_pylist()
     except InputError:
         raise
-    except Exception as error:  # whatever a damaged file makes the package raise: it is the input's fault
+    except Exception as error:  # a damaged file can make the package raise anything
         raise InputError(
-            f"{where}: a Parquet file that does not read: {first_line(error)}",
-            hint="Is the file complete?",
+            f"{where} is a Parquet file that cannot be read: {first_line(error)}",
+            hint="Check that the file is complete.",
         ) from error
     if not rows:
         raise InputError(f"{where} is empty: no rows", hint="Give a file with text in it.")

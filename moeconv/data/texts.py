@@ -1,6 +1,6 @@
-"""What `--data` names: files, directories, standard input, hub data sets -> texts with provenance.
+"""Reads what --data names (files, directories, standard input, data sets on the hub) as texts with their provenance.
 
-One value is one source, with one weight: a directory's files are joined, so give files one by one to tell them apart.
+One value is one source with one weight. The files of a directory are joined, so that they count as one source.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from moeconv.data.unpack import UNPACKED_SUFFIXES
 from moeconv.errors import InputError, UsageError, escape
 
 TEXT_SUFFIXES = (*PLAIN_SUFFIXES, *JSONL_SUFFIXES)
-# files that are read when they are named, and not as part of a directory
+# files with these suffixes are read if they are named, but not as part of a directory
 DATA_SUFFIXES = (*TABLE_SUFFIXES, ".json", ".parquet", *UNPACKED_SUFFIXES)
-NOTE_SUFFIXES = (".md",)  # a data set's card
+NOTE_SUFFIXES = (".md",)  # the card of a data set
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """One `--data` value. A text is a string, or a chat for the tokenizer's template.
+    """The texts of one value of --data. A text is a string, or a chat for the template of the tokenizer.
 
-    `name` is a base name, never a path: statistics are handed around.
+    `name` is a base name and never a path, because it is written into statistics, which people pass on.
     """
 
     name: str
@@ -40,20 +40,24 @@ class TextSource:
 def read_sources(
     values: list[str] | tuple[str, ...], *, text_field: str = "text", hub_bytes: int | None = None
 ) -> list[TextSource]:
-    """Read every `--data` value; of a hub data set the first records, until they hold `hub_bytes` (None: all).
+    """Read all values of --data. Of a data set on the hub, the first records are read, up to `hub_bytes` bytes (None:
+    all).
 
-    Raises UsageError for a bad value, InputError for a bad file.
+    Raises UsageError for a value that cannot be used, InputError for a file that cannot be read.
     """
     if not values:
-        raise UsageError("no data given", hint="Pass --data FILE (text or .jsonl), a directory, or - for stdin.")
+        raise UsageError(
+            "no data was given", hint="Pass --data with a file (text or .jsonl), a directory, or - for standard input."
+        )
     split = [split_weight(value) for value in values]
     if sum(path == "-" for path, _ in split) > 1:
-        raise UsageError("standard input is named twice", hint="Give - once.")
+        raise UsageError("standard input is named twice, and can be read only once", hint="Pass --data - once.")
     return [_read_source(path, weight, text_field, hub_bytes) for path, weight in split]
 
 
 def split_weight(value: str) -> tuple[str, float]:
-    """`FILE=WEIGHT` -> (FILE, WEIGHT); weight 1 when there is none. A file whose name has a `=` wins."""
+    """(FILE, WEIGHT) of a value `FILE=WEIGHT`; the weight is 1 if there is none. If a file of the whole name exists,
+    the value is its name."""
     path, equals, tail = value.rpartition("=")
     if not equals or not path or os.path.exists(value):
         return value, 1.0
@@ -95,20 +99,22 @@ def _read_directory(directory: Path, weight: float, text_field: str) -> TextSour
 
 
 def _files_of(directory: Path) -> list[Path]:
-    """The text files of a directory. Raises InputError for none, and for data files beside nothing but notes, which
-    would be read in their place."""
+    """The text files of a directory. Raises InputError if there are none, or if there are only notes (.md) beside data
+    files, because the notes would be read instead of the data."""
     files = sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith("."))
     texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
     others = [p for p in files if p.suffix.lower() in DATA_SUFFIXES]
     named = f" ({', '.join(escape(p.name) for p in others[:4])})" if others else ""
     if not texts:
         raise InputError(
-            f"--data {escape(directory)}: no {', '.join(TEXT_SUFFIXES)} file in it", hint=f"Name a file instead{named}."
+            f"--data {escape(directory)}: the directory has no {', '.join(TEXT_SUFFIXES)} file",
+            hint=f"Name a file instead{named}.",
         )
     if others and all(p.suffix.lower() in NOTE_SUFFIXES for p in texts):
         raise InputError(
-            f"--data {escape(directory)}: {escape(texts[0].name)} lies beside data files{named}",
-            hint="Name the files that are meant, one --data each.",
+            f"--data {escape(directory)}: {escape(texts[0].name)} is beside data files{named}, which are only read "
+            f"if they are named",
+            hint="Pass one --data per file.",
         )
     return texts
 

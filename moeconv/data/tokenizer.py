@@ -1,4 +1,4 @@
-"""The tokenizer that lies in a checkpoint's directory: load it, and tell whether two are the same."""
+"""The tokenizer in the directory of a checkpoint: loads it, and compares two of them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from moeconv.checkpoint.companions import asks_for_code, has_vocabulary, is_companion_name
 from moeconv.errors import InputError, escape, first_line
 from moeconv.stream.silence import transformers_silenced
 
+# A tokenizer of transformers, which has no types that would help here.
+Tokenizer: TypeAlias = Any
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
-    """transformers' tokenizer from a local directory, without network or foreign code.
 
-    Raises InputError when there is none, or none that loads.
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of transformers from a local directory, without the network and without running foreign code.
+
+    Raises InputError if there is none, or if it cannot be loaded.
     """
     path = Path(directory)
     if not has_vocabulary(path):
@@ -30,13 +33,16 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
         with transformers_silenced():
             return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        # Whatever a damaged or foreign tokenizer file makes transformers raise: it is the input's fault.
-        said = _broken(path) or first_line(error)
-        raise InputError(f"the tokenizer of {escape(path.name)} does not load: {said}", hint=_remedy(path)) from error
+        # A damaged or foreign tokenizer file can make transformers raise anything; all of it is about the input.
+        reason = _broken(path) or first_line(error)
+        raise InputError(
+            f"the tokenizer of {escape(path.name)} cannot be loaded: {reason}", hint=_remedy(path)
+        ) from error
 
 
 def _broken(path: Path) -> str | None:
-    """What is wrong with the first of its JSON files that is none: transformers does not say which one it is."""
+    """A message about the first JSON file that is not valid, because transformers does not name the file; None if all
+    are valid."""
     for file in sorted(path.glob("*.json")):
         if is_companion_name(file.name):
             try:
@@ -47,20 +53,22 @@ def _broken(path: Path) -> str | None:
 
 
 def _remedy(path: Path) -> str:
-    """What helps where a tokenizer does not load: it may be code, or need a package that is not installed."""
+    """A hint for a tokenizer that cannot be loaded: it may be code, or need a package that is not installed."""
     if (path / "tokenizer.json").is_file():
         return "Copy the tokenizer files of the original model beside config.json."
     if asks_for_code(path):
         return (
-            "It is Python code beside the weights, which moeconv never runs: save it as tokenizer.json with "
-            "transformers' PreTrainedTokenizerFast, or give a model with such a file."
+            "This tokenizer is Python code in the checkpoint, which moeconv never runs. Save it as tokenizer.json with "
+            "PreTrainedTokenizerFast of transformers, or use a model that has such a file."
         )
-    sentencepiece = any(p.read_bytes()[:1] == b"\n" for p in path.glob("*.model"))  # the first field of its messages
+    sentencepiece = any(
+        p.read_bytes()[:1] == b"\n" for p in path.glob("*.model")
+    )  # a file of sentencepiece begins with this byte
     needed = ("sentencepiece", "google.protobuf") if sentencepiece else ("tiktoken",)
     lacking = [name for name in needed if not _installed(name)]
     if lacking:
         names = " ".join(name.removeprefix("google.") for name in lacking)
-        return f"Its vocabulary needs a package that is not installed: pip install {names}."
+        return f"Its vocabulary needs a package that is not installed: run pip install {names}."
     return "Copy the tokenizer files of the original model beside config.json."
 
 
@@ -72,7 +80,7 @@ def _installed(package: str) -> bool:
 
 
 def same_tokenizer(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether two checkpoints turn text into the same tokens: equal tokenizer.json, or equal vocabularies."""
+    """Whether two checkpoints have the same tokenizer: the same tokenizer.json, or the same vocabulary."""
     files = [Path(directory) / "tokenizer.json" for directory in (one, other)]
     if all(f.is_file() for f in files) and files[0].read_bytes() == files[1].read_bytes():
         return True

@@ -1,4 +1,4 @@
-"""Compressed data files, by their first bytes: gzip, bzip2, xz, zstd; archives are refused by name."""
+"""Decompresses data files, recognised by their first bytes: gzip, bzip2, xz and zstd. Archives are refused by name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ import gzip
 import io
 import lzma
 from collections.abc import Callable
-from typing import IO, Any
+from contextlib import AbstractContextManager
+from typing import IO, Protocol
 
 from moeconv.errors import InputError, escape
 
-MAX_UNPACKED = 8 << 30  # a file of a few bytes can unpack to more than any memory holds
+MAX_UNPACKED = 8 << 30  # a file of a few bytes can decompress to more than any memory can hold
 _CHUNK = 1 << 20
 
 
-def _zstd(file: IO[bytes]) -> IO[bytes]:
+class Readable(Protocol):
+    """A decompressor as a file."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+Opener = Callable[[IO[bytes]], AbstractContextManager[Readable]]
+
+
+def _zstd(file: IO[bytes]) -> AbstractContextManager[Readable]:
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
@@ -25,7 +35,7 @@ def _zstd(file: IO[bytes]) -> IO[bytes]:
     return zstd.ZstdFile(file)
 
 
-_OPENERS: tuple[tuple[bytes, str, tuple[str, ...], Callable[[IO[bytes]], Any]], ...] = (
+_OPENERS: tuple[tuple[bytes, str, tuple[str, ...], Opener], ...] = (
     (b"\x1f\x8b", "gzip", (".gz",), lambda file: gzip.GzipFile(fileobj=file)),
     (b"BZh91AY&SY", "bzip2", (".bz2",), bz2.BZ2File),
     (b"\xfd7zXZ\x00", "xz", (".xz",), lzma.LZMAFile),
@@ -42,9 +52,9 @@ _REFUSED = (
 
 
 def unpacked(data: bytes, name: str) -> tuple[bytes, str]:
-    """(the bytes, decompressed where they are compressed; the file's name without the suffix of that).
+    """(the bytes, decompressed if they are compressed; the name of the file without the suffix of the compression).
 
-    Raises InputError for an archive, a damaged file and for more than MAX_UNPACKED bytes.
+    Raises InputError for an archive, for a damaged file, and for more than MAX_UNPACKED bytes.
     """
     where = escape(name)
     for magic, method, suffixes, opener in _OPENERS:
@@ -57,7 +67,7 @@ def unpacked(data: bytes, name: str) -> tuple[bytes, str]:
     return data, name
 
 
-def _read(data: bytes, where: str, method: str, opener: Callable[[IO[bytes]], Any]) -> bytes:
+def _read(data: bytes, where: str, method: str, opener: Opener) -> bytes:
     pieces = []
     size = 0
     try:
@@ -66,8 +76,8 @@ def _read(data: bytes, where: str, method: str, opener: Callable[[IO[bytes]], An
                 size += len(chunk)
                 if size > MAX_UNPACKED:
                     raise InputError(
-                        f"{where} unpacks to more than {MAX_UNPACKED / 2**30:g} GiB",
-                        hint="Give a part of it, decompressed.",
+                        f"{where} decompresses to more than {MAX_UNPACKED / 2**30:g} GiB",
+                        hint="Decompress it, and give a part of it.",
                     )
                 pieces.append(chunk)
     except InputError:
@@ -75,11 +85,12 @@ def _read(data: bytes, where: str, method: str, opener: Callable[[IO[bytes]], An
     except ImportError:
         raise InputError(
             f"{where} is compressed by {method}, and the package `zstandard` is not installed",
-            hint="pip install zstandard, or decompress it: zstd -d FILE.",
+            hint="Run pip install zstandard, or decompress the file: zstd -d FILE.",
         ) from None
-    except Exception as error:  # OSError, EOFError, LZMAError, zlib.error, ZstdError: one meaning, a damaged file
+    except Exception as error:  # OSError, EOFError, LZMAError, zlib.error or ZstdError, all for a damaged file
         raise InputError(
-            f"{where}: {method} data that does not unpack: {escape(error)}", hint="Is the file complete?"
+            f"{where}: the {method} data cannot be decompressed: {escape(error)}",
+            hint="Check that the file is complete.",
         ) from error
     return b"".join(pieces)
 

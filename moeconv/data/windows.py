@@ -1,6 +1,6 @@
-"""Texts -> windows of tokens: tokenized whole, cut into full windows, sampled with a seed where there are too many.
+"""Turns texts into windows of tokens: they are tokenized, cut into full windows, and sampled if there are too many.
 
-The texts of one source (records of a .jsonl, files of a directory) are joined with the end-of-text token between them.
+The texts of one source (the records of a .jsonl file, the files of a directory) are joined by the end-of-text token.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from moeconv.data.records import Text
 from moeconv.data.texts import TextSource, read_sources
-from moeconv.data.tokenizer import load_tokenizer
+from moeconv.data.tokenizer import Tokenizer, load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.randomness import generator
@@ -23,16 +23,25 @@ _BATCH = 256  # texts tokenized in one call
 _BYTES_PER_TOKEN = 4
 
 
+class SourceRecord(TypedDict):
+    """A source as it is written into the provenance of an artifact."""
+
+    name: str
+    sha256: str
+    tokens: int
+    weight: float
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where windows came from: a base name, the hash of its bytes, its weight, and the tokens of its that are used."""
+    """A source of windows: its base name, the sha256 of its bytes, how many of its tokens are used, and its weight."""
 
     name: str
     sha256: str
     tokens: int
     weight: float = 1.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> SourceRecord:
         """For the provenance of an artifact."""
         return {"name": self.name, "sha256": self.sha256, "tokens": self.tokens, "weight": self.weight}
 
@@ -55,11 +64,13 @@ class TokenData:
 
 
 def split_windows(read: TokenData, *, every: int) -> tuple[TokenData, TokenData]:
-    """(what is measured on, what judges): the last of every `every` windows judges. Raises InputError when there are
-    fewer windows than that."""
+    """(the windows to measure on, the windows to judge by): the last of every `every` windows judges. Raises InputError
+    if there are fewer windows than `every`."""
     if len(read.windows) < every:
         raise InputError(
-            f"the data fills {len(read.windows)} sequences, and one of every {every} must judge",
+            f"the data fills {len(read.windows)} sequences, and at least {every} are needed, of which one is held "
+            f"out to judge "
+            "by",
             hint="Give more text, more --tokens, or a smaller --seq-len.",
         )
     judges = np.arange(len(read.windows)) % every == every - 1
@@ -81,22 +92,22 @@ def load_tokens(
     seed: int,
     text_field: str = "text",
 ) -> TokenData:
-    """The windows of `--data` values `paths`: all of them, or a sample of `tokens` tokens (rounded down to windows).
+    """The windows of the --data values `paths`: all of them, or a sample of `tokens` tokens (rounded down to windows).
 
-    A sample takes from the sources in proportion to their weights (`FILE=WEIGHT`, else 1), without replacement; what a
-    short source cannot give, the others do. The tail of a source that fills no window is left out, and a source that
-    fills none is refused rather than padded: padding would enter the statistics.
+    A sample takes windows from the sources in proportion to their weights (`FILE=WEIGHT`, otherwise 1), without
+    replacement. What a short source lacks is taken from the others. The end of a source that does not fill a window is
+    left out. A source that fills no window is refused and not padded, because padding would enter the statistics.
 
-    Raises UsageError for sizes or values that make no sense, InputError for data or a tokenizer that cannot be used.
+    Raises UsageError for sizes or values that cannot be used, InputError for data or a tokenizer that cannot be used.
     """
     if seq_len < 2:
-        raise UsageError(f"--seq-len {seq_len}: at least 2 tokens make a sequence")
+        raise UsageError(f"--seq-len {seq_len}: a sequence needs at least 2 tokens", hint="Pass a larger --seq-len.")
     if tokens is not None and tokens < seq_len:
         raise UsageError(
             f"--tokens {tokens} is less than one sequence of {seq_len} tokens",
             hint=f"Pass at least --tokens {seq_len}, or a smaller --seq-len.",
         )
-    # of a hub data set, eight times the bytes that the sample fills with usual text: it draws from more than it needs
+    # of a data set on the hub, read eight times the bytes of the sample, so that it is drawn from more than it needs
     wanted = None if tokens is None else tokens * _BYTES_PER_TOKEN * 8
     texts = read_sources(list(paths), text_field=text_field, hub_bytes=wanted)
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -116,7 +127,8 @@ def load_tokens(
 
 
 def share_out(available: Sequence[int], weights: Sequence[float], total: int) -> list[int]:
-    """Whole shares of `total` in proportion to `weights`, none above what is `available` (largest remainders)."""
+    """Divide `total` into whole shares in proportion to `weights`, by largest remainders. No share is larger than what
+    is `available` to it."""
     shares = [0] * len(available)
     remaining = min(total, sum(available))
     waiting = list(range(len(available)))
@@ -139,8 +151,8 @@ def share_out(available: Sequence[int], weights: Sequence[float], total: int) ->
     return shares
 
 
-def _windows(tokenizer: Any, source: TextSource, seq_len: int) -> np.ndarray:
-    """Full windows int64 [n, seq_len] of one source."""
+def _windows(tokenizer: Tokenizer, source: TextSource, seq_len: int) -> np.ndarray:
+    """The full windows int64 [n, seq_len] of one source. Raises InputError if there is none."""
     ids = _tokenize(tokenizer, source)
     count = len(ids) // seq_len
     if count == 0:
@@ -151,8 +163,8 @@ def _windows(tokenizer: Any, source: TextSource, seq_len: int) -> np.ndarray:
     return ids[: count * seq_len].reshape(count, seq_len)
 
 
-def _tokenize(tokenizer: Any, source: TextSource) -> np.ndarray:
-    """All tokens of one source, int64 [n]; the tokenizer adds what it adds to any text (such as a first <s>)."""
+def _tokenize(tokenizer: Tokenizer, source: TextSource) -> np.ndarray:
+    """All tokens of one source, int64 [n], with the special tokens that the tokenizer adds to a text (such as <s>)."""
     end = tokenizer.eos_token_id
     pieces: list[np.ndarray] = []
     for start in range(0, len(source.texts), _BATCH):
@@ -164,13 +176,13 @@ def _tokenize(tokenizer: Any, source: TextSource) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Text]) -> list[list[int]]:
+def _encode(tokenizer: Tokenizer, source: TextSource, texts: Sequence[Text]) -> list[list[int]]:
     if all(isinstance(text, str) for text in texts):
         return tokenizer(list(texts), verbose=False)["input_ids"]
     if tokenizer.chat_template is None:
         raise InputError(
-            f"{escape(source.name)} holds chats, and the tokenizer has no chat template",
-            hint="Use the tokenizer of a chat model, or plain text (--text-field).",
+            f"{escape(source.name)} contains chats, and the tokenizer has no chat template",
+            hint="Use a model whose tokenizer has a chat template, or plain text (--text-field).",
         )
     result = []
     for text in texts:
@@ -179,17 +191,18 @@ def _encode(tokenizer: Any, source: TextSource, texts: Sequence[Text]) -> list[l
             continue
         try:
             result.append(tokenizer.apply_chat_template(text.messages, tokenize=True, return_dict=False))
-        except Exception as error:  # jinja and template errors: the template and the record do not fit
+        except Exception as error:  # errors of jinja and of the template: the record does not fit the template
             raise InputError(
-                f"{text.where}: the chat template refuses the record: {escape(error)}",
+                f"{text.where}: the chat template does not accept the record: {escape(error)}",
                 hint="Check the roles and order of its messages.",
             ) from error
     return result
 
 
 def sequence_length(model: Model, asked: int | None, *, default: int) -> int:
-    """`asked`, or `default` shortened to what the model was made for. Raises UsageError for more than that."""
+    """The length of sequences: `asked`, or `default` if it is None, at most the positions of the model. Raises
+    UsageError if `asked` is more than these."""
     most = model.value("max_position_embeddings")
     if asked is not None and most and asked > most:
-        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions", hint=f"At most {most}.")
+        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions", hint=f"Pass at most {most}.")
     return asked if asked is not None else min(default, most or default)

@@ -1,9 +1,9 @@
-"""Adapters of PEFT on packed weights: LoRA on the experts and linear layers of a packed model, as on the stock one.
+"""PEFT adapters on packed weights: LoRA on the experts and linear layers of a packed model, as on the stock model.
 
-PEFT adapts experts through a wrapper around one parameter of a module: it asks the parameter for its shape, and gives
-the module's forward the parameter plus the adapter's product. A packed parameter has the shape of its codes and no
-value to add to, so packed modules get wrappers of their own. Adapters have the names and shapes that they have on the
-stock model, so either model takes those trained on the other.
+PEFT adapts experts by a wrapper around one parameter of a module. It reads the shape of the parameter, and runs the
+module's forward with the parameter plus the product of the adapter. A packed parameter has the shape of its codes, to
+which no product can be added, so packed modules get wrappers of their own. The adapters have the same names and shapes
+as on the stock model, so that each model can load the adapters of the other.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from moeconv.hf.modules import PackedExperts, PackedLinear, put_weight, weight_of
 
+# A class or an object of PEFT, which is optional and has no types.
+Peft: TypeAlias = Any
+
 _ROUNDED = (
-    "Merging an adapter into packed weights rounds them to the packed type again. model.dequantize() before "
-    "get_peft_model (or a merge into the unquantized model) keeps the sum exact."
+    "Merging an adapter into packed weights rounds them to the packed type again. To keep the sum exact, call "
+    "model.dequantize() before get_peft_model, or merge into the unquantized model."
 )
 
 
 @functools.cache
 def teach_peft() -> None:
-    """Let PEFT adapt packed modules, where it is installed; a second call changes nothing."""
+    """Let PEFT adapt packed modules, if it is installed. A second call changes nothing."""
     if importlib.util.find_spec("peft") is None:
         return
-    model: Any = importlib.import_module("peft.tuners.lora.model").LoraModel
-    stock = model._create_new_module  # noqa: SLF001 (PEFT asks it alone, and has no public one)
+    model: Peft = importlib.import_module("peft.tuners.lora.model").LoraModel
+    stock = model._create_new_module  # noqa: SLF001 (the only place where PEFT chooses a wrapper; it has no public name)
 
-    def create(config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    def create(config: Peft, adapter_name: str, target: nn.Module, **kwargs: Peft) -> Peft:
         base = target
         while hasattr(base, "base_layer"):
             base = base.get_submodule("base_layer")
@@ -50,14 +53,15 @@ def teach_peft() -> None:
 
 
 class _Merging:
-    """merge and unmerge of a wrapper whose base layer is packed: the sum is packed again, what was there is kept."""
+    """`merge` and `unmerge` of a wrapper whose base layer is packed. The sum is packed again, and the previous tensors
+    are kept for `unmerge`."""
 
     parameter_name: str
     merged_adapters: list[str]
     _before: dict[str, Tensor]
 
-    def _packed(self) -> Any:
-        """The packed module, or None once it was decoded."""
+    def _packed(self) -> PackedExperts | PackedLinear | None:
+        """The packed module; None after it was decoded."""
         base = self.get_base_layer()  # type: ignore[attr-defined]
         return base if isinstance(base, PackedExperts | PackedLinear) else None
 
@@ -77,7 +81,7 @@ class _Merging:
         weight = weight_of(base, name, dtype=torch.float32)
         for adapter in chosen:
             weight += self.get_delta_weight(adapter).to(weight)  # type: ignore[attr-defined]
-        put_weight(base, name, weight)  # refuses what is not finite
+        put_weight(base, name, weight)  # raises InputError for NaN and infinity
         self.merged_adapters.extend(chosen)
 
     def unmerge(self) -> None:
@@ -86,7 +90,7 @@ class _Merging:
             super().unmerge()  # type: ignore[misc]
             return
         for suffix, tensor in self._before.items():
-            held: Any = getattr(base, self.parameter_name + suffix)
+            held = getattr(base, self.parameter_name + suffix)
             held.data = tensor.to(held.device)
         self.merged_adapters.clear()
         self._before = {}
@@ -94,12 +98,12 @@ class _Merging:
 
 @functools.cache
 def _wrappers() -> tuple[type, type]:
-    """PEFT's wrapper of a parameter and of a linear layer, for packed ones."""
-    lora: Any = importlib.import_module("peft.tuners.lora.layer")
+    """The wrappers of PEFT for a parameter and for a linear layer, made for packed ones."""
+    lora: Peft = importlib.import_module("peft.tuners.lora.layer")
 
     class PackedParameter(_Merging, lora.ParamWrapper):
         def get_param(self) -> Tensor:
-            """A stand-in of the weight's shape, dtype and device that takes no memory."""
+            """A tensor with the shape, dtype and device of the weight, which takes no memory."""
             base, name = self._packed(), self.parameter_name
             if base is None:
                 return getattr(self.get_base_layer(), name)
@@ -124,6 +128,6 @@ def _wrappers() -> tuple[type, type]:
     class PackedWeight(_Merging, lora.Linear):
         parameter_name = "weight"
 
-    # PEFT finds the wrapper of a parameter again by its class's name.
+    # PEFT later recognises the wrapper of a parameter by the name of its class.
     PackedParameter.__name__ = PackedParameter.__qualname__ = "ParamWrapper"
     return PackedParameter, PackedWeight

@@ -1,33 +1,34 @@
-"""From the tensors on disk to the packed ones in memory while transformers loads, and back when it saves."""
+"""Converts tensors on disk to packed ones in memory when transformers loads a model, and back when it saves one."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from moeconv.errors import InputError, escape
-from moeconv.hf.layout import AGAIN, STATE, Layout, companion
+from moeconv.hf.layout import AGAIN, STATE, Layout, Stock, companion
 from moeconv.hf.modules import PackedExperts, PackedLinear, buffers_of
 from moeconv.plan.kernels.pack.fourbit import read_quant_state
 from moeconv.plan.kernels.states import quant_state
+from moeconv.types import JsonObject
 
-# suffix on disk -> suffix of the module's attribute, for what is fused as the weights are
+# suffix on disk -> suffix of the attribute of the module, for tensors that are fused like the weights
 _FUSED = {".weight": "", ".weight.absmax": "_absmax", ".weight.nested_absmax": "_nested_absmax", ".SCB": "_scb"}
 _MAPS = {".weight.quant_map": "_quant_map", ".weight.nested_quant_map": "_nested_quant_map"}
 
 
 class FusePacked(ConversionOps):
-    """Runs a family's own fusing operations on the packed weights, and on each of their companions in turn.
+    """Applies a family's own fusing operations to the packed weights, and to each of their companions in turn.
 
-    A linear layer, where nothing is fused, has no operations."""
+    A linear layer is not fused, and has no operations."""
 
     supports_many_to_many = True
 
@@ -36,49 +37,28 @@ class FusePacked(ConversionOps):
 
     def convert(
         self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],  # noqa: ARG002 (given by name; our own say which of them are a weight's parts)
+        input_dict: JsonObject,
+        source_patterns: list[str],  # noqa: ARG002 (passed by name; `self.sources` are the parts of a weight)
         target_patterns: list[str],  # noqa: ARG002
-        **kwargs: Any,
-    ) -> dict[str, Any]:
+        **kwargs: Stock,
+    ) -> JsonObject:
         full_layer_name: str = kwargs["full_layer_name"]
         model: nn.Module = kwargs["model"]
         path, _, name = full_layer_name.rpartition(".")
         module = model.get_submodule(path)
         packed = module.packed if isinstance(module, PackedExperts | PackedLinear) else {}
         layout = packed.get(name)
-
-        def taken(suffix: str) -> list[Tensor]:
-            """A companion's tensors, the parts one after the other, an expert after another within a part."""
-            found = [input_dict.pop(companion(source, suffix)) for source in self.sources]
-            return [tensor for part in found for tensor in (part if isinstance(part, list) else [part])]
-
-        def fused(suffix: str) -> Tensor:
-            if not self.operations:
-                return taken(suffix)[0]
-            parts: dict[str, Any] = {source: input_dict.pop(companion(source, suffix)) for source in self.sources}
-            for operation in self.operations:
-                parts = operation.convert(
-                    parts,
-                    source_patterns=self.sources,
-                    target_patterns=[self.target],
-                    **kwargs,
-                )
-            made: Tensor = parts[self.target]
-            return made
-
         if layout is None:  # this layer is stored unpacked
-            return {self.target: fused(".weight")}
-        made = {self.target + _FUSED[suffix]: fused(suffix) for suffix in layout.files if suffix in _FUSED}
+            return {self.target: self._fused(input_dict, ".weight", kwargs)}
+        made = {
+            self.target + _FUSED[suffix]: self._fused(input_dict, suffix, kwargs)
+            for suffix in layout.files
+            if suffix in _FUSED
+        }
         if layout.scheme == "int8":
             return made
-        for suffix, attribute in _MAPS.items():
-            if suffix in layout.files:
-                maps = taken(suffix)
-                if any(not torch.equal(maps[0], other) for other in maps):
-                    raise InputError(f"{escape(full_layer_name)}: its experts have different quant_maps", hint=AGAIN)
-                made[self.target + attribute] = maps[0].clone()
-        states = [read_quant_state(state) for state in taken(f".weight.{STATE}{layout.scheme}")]
+        made |= self._maps(input_dict, layout, full_layer_name)
+        states = [read_quant_state(state) for state in self._taken(input_dict, f".weight.{STATE}{layout.scheme}")]
         _check_states(states, layout, where=full_layer_name)
         packed[name] = dataclasses.replace(layout, dtype=states[0]["dtype"])
         if layout.nested:
@@ -87,23 +67,49 @@ class FusePacked(ConversionOps):
             made[f"{self.target}_nested_offset"] = offsets.contiguous()
         return made
 
+    def _taken(self, tensors: JsonObject, suffix: str) -> list[Tensor]:
+        """Remove the companions with a suffix from `tensors`: part by part, and within a part expert by expert."""
+        found = [tensors.pop(companion(source, suffix)) for source in self.sources]
+        return [tensor for part in found for tensor in (part if isinstance(part, list) else [part])]
+
+    def _fused(self, tensors: JsonObject, suffix: str, context: JsonObject) -> Tensor:
+        """Remove the companions with a suffix from `tensors`, fused as the family fuses its weights."""
+        if not self.operations:
+            return self._taken(tensors, suffix)[0]
+        parts: JsonObject = {source: tensors.pop(companion(source, suffix)) for source in self.sources}
+        for operation in self.operations:
+            parts = operation.convert(parts, source_patterns=self.sources, target_patterns=[self.target], **context)
+        made: Tensor = parts[self.target]
+        return made
+
+    def _maps(self, tensors: JsonObject, layout: Layout, name: str) -> dict[str, Tensor]:
+        """The tables of 4-bit values, which all experts of a layer must share. Raises InputError if they differ."""
+        made = {}
+        for suffix, attribute in _MAPS.items():
+            if suffix in layout.files:
+                maps = self._taken(tensors, suffix)
+                if any(not torch.equal(maps[0], other) for other in maps):
+                    raise InputError(f"{escape(name)}: its experts have different quant_maps", hint=AGAIN)
+                made[self.target + attribute] = maps[0].clone()
+        return made
+
     @property
     def reverse_op(self) -> ConversionOps:
-        """Saving writes the names on disk itself (`disk_tensors`), so nothing is left to reverse."""
+        """Nothing is to be reversed, because `disk_tensors` makes the tensors on disk when a model is saved."""
         return self
 
 
-def _check_states(states: Sequence[dict[str, Any]], layout: Layout, *, where: str) -> None:
-    """All of a layer's quant_states say what the layout says, and name one dtype."""
+def _check_states(states: Sequence[JsonObject], layout: Layout, *, where: str) -> None:
+    """Raises InputError unless all quant_states of a layer agree with the layout, and have one dtype."""
     expected = (layout.scheme, layout.block_size, [layout.out, layout.columns], layout.nested, states[0]["dtype"])
     for fields in states:
-        said = (
+        found = (
             fields["quant_type"], fields["blocksize"], fields["shape"], "nested_offset" in fields, fields["dtype"]
         )  # fmt: skip
-        if said != expected:
+        if found != expected:
             raise InputError(
-                f"{escape(where)}: a quant_state says type, block size, shape, double quantization and dtype "
-                f"{escape(said)}, but the others are {escape(expected)}",
+                f"{escape(where)}: a quant_state has the type, block size, shape, double quantization and dtype "
+                f"{escape(found)}, but the others have {escape(expected)}",
                 hint=AGAIN,
             )
 
@@ -117,10 +123,10 @@ _SUFFIXES = (
 _ATTRIBUTES = ("", "_absmax", "_quant_map", "_nested_absmax", "_nested_quant_map", "_nested_offset", "_scb")
 
 
-def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
-    """transformers' conversions, where those that build packed experts take the companions too, and one more for every
-    packed linear layer. One converter takes them all: as converters of their own they would have to come first, since
-    `...weight` also matches `...weight.absmax`."""
+def with_companions(entries: Sequence[WeightTransform], model: nn.Module) -> list[WeightTransform]:
+    """The conversions of transformers, changed so that those that build packed experts also take the companions of the
+    weights, and one more conversion per packed linear layer. One converter takes all tensors of a weight: separate ones
+    would have to come first, because the pattern `...weight` also matches `...weight.absmax`."""
     packed = [
         (f"{path}.{name}", layout)
         for path, module in model.named_modules()
@@ -129,8 +135,8 @@ def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
     ]
     experts = [name for name, layout in packed if layout.experts and not layout.stacked]
     linear = sorted({re.sub(r".*\.\d+\.", "", name) for name, layout in packed if not layout.experts})
-    made = [_widened(entry) if _builds(entry, experts) else entry for entry in entries]
-    return made + [
+    made: list[WeightTransform] = [_widened(entry) if _builds(entry, experts) else entry for entry in entries]
+    made += [
         WeightConverter(
             [companion(name, suffix) for suffix in _SUFFIXES],
             [name + suffix for suffix in _ATTRIBUTES],
@@ -138,11 +144,12 @@ def with_companions(entries: Sequence[Any], model: nn.Module) -> list[Any]:
         )
         for name in linear
     ]
+    return made
 
 
-def stacked_renamings(model: nn.Module) -> list[Any]:
-    """Experts in one packed tensor: what lies beside the codes has a dot before its last name on disk (transformers'
-    own renamings then match it as they match the codes), which no attribute of a module can have."""
+def stacked_renamings(model: nn.Module) -> list[WeightRenaming]:
+    """The renamings of the companions of experts that are packed in one tensor. On disk, their last name follows a dot,
+    so that the renamings of transformers match them as they match the codes; an attribute cannot have a dot."""
     names = {
         f"{path.rpartition('.')[2]}.{name}{suffix}": len(suffix)
         for path, module in model.named_modules()
@@ -157,11 +164,13 @@ def stacked_renamings(model: nn.Module) -> list[Any]:
     ]
 
 
-def _builds(entry: Any, packed: Sequence[str]) -> bool:
+def _builds(entry: WeightTransform, packed: Sequence[str]) -> TypeGuard[WeightConverter]:
+    """Whether a conversion builds one of these packed parameters."""
     return isinstance(entry, WeightConverter) and any(name.endswith(entry.target_patterns[0]) for name in packed)
 
 
 def _widened(converter: WeightConverter) -> WeightConverter:
+    """The converter, which also takes the companions of its weights."""
     target = converter.target_patterns[0]
     return converter.copy(
         [companion(source, suffix) for source in converter.source_patterns for suffix in _SUFFIXES],
@@ -174,9 +183,8 @@ def _widened(converter: WeightConverter) -> WeightConverter:
 
 
 def check_stacked(model: nn.Module) -> None:
-    """What the JSON beside 4-bit codes of all experts says is the shape and block size that they are decoded with.
-
-    Raises InputError."""
+    """Raises InputError if the quant_state of experts in one packed tensor has another shape or block size than the one
+    with which they are decoded."""
     for path, module in model.named_modules():
         if not isinstance(module, PackedExperts):
             continue
@@ -187,21 +195,23 @@ def check_stacked(model: nn.Module) -> None:
             fields = read_quant_state(state)
             if (fields["shape"], fields["blocksize"]) != ([layout.out, layout.columns], layout.block_size):
                 raise InputError(
-                    f"{escape(path)}.{name}: its quant_state says shape {escape(fields['shape'])} in blocks of "
-                    f"{fields['blocksize']}, the model {[layout.out, layout.columns]} in blocks of {layout.block_size}",
+                    f"{escape(path)}.{name}: its quant_state has the shape {escape(fields['shape'])} and blocks of "
+                    f"{fields['blocksize']}, and the model {[layout.out, layout.columns]} and blocks of "
+                    f"{layout.block_size}",
                     hint=AGAIN,
                 )
 
 
 def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's state dict with every packed parameter as the tensors that it was loaded from, bit for bit; names are
-    those before transformers' renaming, which save_pretrained reverses itself. What lies on disk is read back."""
+    """The state dict of the model, in which every packed parameter is replaced by the tensors that it was loaded from,
+    bit for bit. The names are those before the renaming of transformers, which save_pretrained reverses itself.
+    Offloaded tensors are read from the disk."""
     state = dict(model.state_dict())
     for path, module in model.named_modules():
         if not isinstance(module, PackedExperts | PackedLinear):
             continue
         for name, layout in module.packed.items():
-            if layout.stacked:  # on disk as in memory
+            if layout.stacked:  # the tensors on disk are those in memory
                 continue
             target = f"{path}.{name}"
             held = {suffix: _present(model, target + suffix, state.pop(target + suffix)) for suffix in layout.tensors}
@@ -211,12 +221,12 @@ def disk_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _present(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the module, from the disk where it was offloaded."""
+    """A tensor of the model, read from the disk if it was offloaded."""
     return load_offloaded_parameter(model, name) if tensor.is_meta else tensor
 
 
 def _split(layout: Layout, held: dict[str, Tensor], target: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name of a weight on disk, its tensors by suffix) for every expert and part."""
+    """Yield (name of a weight on disk, its tensors by suffix) for every expert and part."""
     experts = max(1, layout.experts)
     cut = {suffix: held[attribute].reshape(experts, layout.parts, -1) for suffix, attribute in _FUSED.items()
            if attribute in held}  # fmt: skip
@@ -244,7 +254,8 @@ def _split(layout: Layout, held: dict[str, Tensor], target: str) -> Iterator[tup
 
 
 def _prefix(target: str, sources: Sequence[str]) -> str:
-    """What stands before a pattern of names on disk: `model.layers.0.` of `model.layers.0.mlp.experts.gate_up_proj`."""
+    """The part of a name before the pattern of names on disk, such as `model.layers.0.` of
+    `model.layers.0.mlp.experts.gate_up_proj`."""
     if not sources:
         return ""
     start = sources[0].partition("*")[0].rstrip(".")  # "mlp.experts"

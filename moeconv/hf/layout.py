@@ -1,11 +1,13 @@
-"""How packed weights lie in memory and on disk, and which of a checkpoint's tensors they are: from headers alone."""
+"""How packed weights are laid out in memory and on disk, and which tensors of a checkpoint they are, from its
+headers."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -23,6 +25,11 @@ from transformers.core_model_loading import (
 from moeconv.errors import InputError, escape
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK
 
+# An object of transformers, or a module whose class changes: neither has types that would help.
+Stock: TypeAlias = Any
+
+Headers = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> safetensors dtype and shape
+
 METHOD = "moeconv"
 STATE = "quant_state.bitsandbytes__"
 AGAIN = "Quantize the source checkpoint again, or load a complete copy of this one."
@@ -30,9 +37,9 @@ AGAIN = "Quantize the source checkpoint again, or load a complete copy of this o
 
 @dataclass(frozen=True)
 class Layout:
-    """How one parameter is packed: experts fused to [experts, parts * out, in], where a part is a projection (gate and
-    up are two), or a linear layer's [out, in] (`experts` 0). `state` bytes of JSON say that all experts lie in one
-    tensor on disk, too: then its tensors there are those of the module, [experts, out, in] as the class has them."""
+    """How one parameter is packed: fused experts [experts, parts * out, in], where a part is a projection (gate and up
+    are two), or the weight [out, in] of a linear layer (`experts` is 0). With `stacked`, all experts are in one tensor
+    on disk too; its tensors there are those of the module, and `state` is the number of bytes of their quant_state."""
 
     scheme: str  # nf4, fp4 or int8
     experts: int
@@ -40,29 +47,30 @@ class Layout:
     out: int
     columns: int
     block_size: int = BNB_BLOCK
-    nested: bool = False  # double quantization: 4-bit scales are 8-bit codes themselves
-    sources: tuple[str, ...] = ()  # names on disk before renaming, a pattern a part; * is the expert
-    dtype: str = "bfloat16"  # of the weight that was packed, as its quant_state says
+    nested: bool = False  # double quantization: the scales of the 4-bit codes are 8-bit codes
+    sources: tuple[str, ...] = ()  # names on disk before renaming, one pattern per part; * is the expert
+    dtype: str = "bfloat16"  # of the weight that was packed, from its quant_state
     stacked: bool = False
     state: int = 0  # bytes of the quant_state of all experts
 
     @property
     def count(self) -> int:
-        """Weights in one expert's projection."""
+        """The number of weights in one projection of one expert."""
         return self.out * self.columns
 
     @property
     def blocks(self) -> int:
-        """Scales of one expert's projection."""
+        """The number of scales of one projection of one expert."""
         return -(-self.count // self.block_size)
 
     @property
     def nested_blocks(self) -> int:
+        """The number of scales of these scales."""
         return -(-self.blocks // NESTED_BLOCK)
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Suffix of the module's attribute -> shape and dtype; "" is the packed parameter."""
+        """{suffix of the attribute of the module: (shape, dtype)}; "" is the packed parameter."""
         lead, parts = ((self.experts,) if self.experts else ()), self.parts
         if self.scheme == "int8":
             return {
@@ -86,7 +94,8 @@ class Layout:
 
     @property
     def files(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-        """Suffix of a tensor on disk, after a projection's name -> safetensors dtype and shape (None: any)."""
+        """{suffix of a tensor on disk, after the name of the projection: (safetensors dtype, shape or None for
+        any)}."""
         if self.scheme == "int8":
             return {".weight": ("I8", (self.out, self.columns)), ".SCB": ("F32", (self.out,))}
         plain: dict[str, tuple[str, tuple[int, ...] | None]] = {
@@ -104,14 +113,18 @@ class Layout:
 
 
 def companion(weight: str, suffix: str) -> str:
-    """`...gate_proj.weight` and `.SCB` -> `...gate_proj.SCB`; works on tensor names and on patterns of them."""
+    """The name of a companion of a weight: `...gate_proj.SCB` for `...gate_proj.weight` and `.SCB`. Also for
+    patterns."""
     return weight.removesuffix(".weight") + suffix
 
 
 def stored_tensors(files: Sequence[str] | None) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensor name -> safetensors dtype and shape, from the headers alone."""
+    """{tensor name: (safetensors dtype, shape)} of these files, from their headers. Raises InputError for other
+    files."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
-        raise InputError("packed experts load from safetensors files only", hint="Load the checkpoint's directory.")
+        raise InputError(
+            "packed experts can only be loaded from safetensors files", hint="Load the directory of the checkpoint."
+        )
     stored = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -121,18 +134,15 @@ def stored_tensors(files: Sequence[str] | None) -> dict[str, tuple[str, tuple[in
     return stored
 
 
-def find_layouts(
-    model: PreTrainedModel, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
-) -> dict[str, Layout]:
-    """Parameter name -> layout, for all experts and linear layers that `stored` holds packed; transformers' own
-    conversion mapping says which tensors make up which parameter. The tensors' dtypes decide, so schemes may differ by
-    layer.
+def find_layouts(model: PreTrainedModel, stored: Headers, *, block_size: int) -> dict[str, Layout]:
+    """{parameter name: layout} for all experts and linear layers that are packed in `stored`. The conversion mapping of
+    transformers says which tensors make up which parameter, and the dtypes of the tensors determine the scheme, so that
+    schemes may differ between layers.
 
-    Raises InputError for packed tensors that are neither, and for those that are incomplete or misshapen."""
+    Raises InputError for packed tensors that are neither, and for those that are incomplete or have a wrong shape."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_source = {source: converter for converter in converters for source in converter.source_patterns}
     parameters = model.state_dict()
 
     def target_of(name: str) -> tuple[str, str | None]:
@@ -140,25 +150,25 @@ def find_layouts(
 
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # parameter -> source -> names
     layouts: dict[str, Layout] = {}
-    for name, (dtype, _) in stored.items():
-        if dtype in ("U8", "I8") and not {name + ".quant_state", name + ".scb"}.isdisjoint(stored):
-            target = target_of(name)[0]
+    for name in _packed_names(stored):
+        target, source = target_of(name)
+        if _is_stacked(name, stored):
             layouts[target] = _stacked_layout(model, target, parameters, name, stored, block_size=block_size)
-        elif dtype in ("U8", "I8") and name.endswith(".weight"):
-            target, source = target_of(name)
-            if source is None and _is_linear(model, target):
-                layouts[target] = _linear_layout(parameters[target], name, stored, block_size=block_size)
-                continue
-            if source is None or target not in parameters:
-                raise InputError(
-                    f"{escape(name)} is stored packed, but {type(model).__name__} has no experts and no linear layer "
-                    "of that name",
-                    hint="Only those can be kept packed; quantize with --scope experts.",
-                )
+        elif source is None and _is_linear(model, target):
+            layouts[target] = _linear_layout(parameters[target], name, stored, block_size=block_size)
+        elif source is None or target not in parameters:
+            raise InputError(
+                f"{escape(name)} is stored packed, but {type(model).__name__} has no experts and no linear layer "
+                "of that name",
+                hint="Only these can be kept packed: quantize with --scope experts.",
+            )
+        else:
             found[target][source].append(name)
     if not found and not layouts:
-        raise InputError("the config says that the experts are packed, but no tensor of the checkpoint is", hint=AGAIN)
-
+        raise InputError(
+            "config.json says that the experts are packed, but no tensor of the checkpoint is packed", hint=AGAIN
+        )
+    by_source = {source: converter for converter in converters for source in converter.source_patterns}
     for target, names in found.items():
         converter = by_source[next(iter(names))]
         layouts[target] = _layout(target, parameters[target], converter, names, stored, block_size=block_size)
@@ -166,24 +176,38 @@ def find_layouts(
     return layouts
 
 
+def _packed_names(stored: Headers) -> Iterator[str]:
+    """The names of the tensors that are the codes of a packed weight."""
+    for name, (dtype, _) in stored.items():
+        if dtype in ("U8", "I8") and (name.endswith(".weight") or _is_stacked(name, stored)):
+            yield name
+
+
+def _is_stacked(name: str, stored: Headers) -> bool:
+    """Whether a tensor has the codes of all experts of a layer."""
+    return not {name + ".quant_state", name + ".scb"}.isdisjoint(stored)
+
+
 def _layout(
     target: str,
     parameter: Tensor,
     converter: WeightConverter,
     names: Mapping[str, Sequence[str]],
-    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    stored: Headers,
     *,
     block_size: int,
 ) -> Layout:
-    """The layout of one fused parameter, after every one of its tensors was found with the right dtype and shape."""
+    """The layout of one fused parameter. Raises InputError unless all its tensors exist with the right dtype and
+    shape."""
     kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
     parts = len(converter.source_patterns)
     plain = kinds[: len(converter.operations)] in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
     plain = plain and target.endswith(converter.target_patterns[0])
     if not plain or parameter.ndim != 3 or parameter.shape[1] % parts:
         raise InputError(
-            f"{escape(target)}: this family's experts are not rows stacked by expert, so they cannot be kept packed",
-            hint="Use --format compressed-tensors for this family.",
+            f"{escape(target)}: the experts of this family are not stacked as rows per expert, so they cannot be "
+            f"kept packed",
+            hint="Quantize with --format compressed-tensors for this family.",
         )
     experts, rows, columns = parameter.shape
     first = next(iter(names.values()))[0]
@@ -194,7 +218,7 @@ def _layout(
     for source in converter.source_patterns:
         if len(names.get(source, ())) != experts:
             raise InputError(
-                f"{escape(target)}: {len(names.get(source, ()))} of its {experts} experts have a packed {source}",
+                f"{escape(target)}: only {len(names.get(source, ()))} of its {experts} experts have a packed {source}",
                 hint=AGAIN,
             )
         for name in names[source]:
@@ -207,11 +231,12 @@ def _stacked_layout(
     target: str,
     parameters: Mapping[str, Tensor],
     name: str,
-    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    stored: Headers,
     *,
     block_size: int,
 ) -> Layout:
-    """The layout of a parameter whose experts lie in one packed tensor on disk, after every part of it was found."""
+    """The layout of a parameter whose experts are in one packed tensor on disk. Raises InputError unless all its
+    tensors exist with the right dtype and shape."""
     parameter = parameters.get(target)
     if parameter is None or parameter.ndim != 3:
         raise InputError(
@@ -233,12 +258,13 @@ def _stacked_layout(
     return layout
 
 
-def _stacked_scheme(name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str:
-    """nf4 and fp4 differ in their quant_map alone, which the tensors bring along."""
+def _stacked_scheme(name: str, stored: Headers) -> str:
+    """The scheme of stacked experts. fp4 is decoded as nf4: they differ only in their quant_map, which is a tensor."""
     return "int8" if stored[name][0] == "I8" else "nf4"
 
 
 def _is_linear(model: nn.Module, target: str) -> bool:
+    """Whether a parameter is the weight of an ordinary linear layer."""
     path, _, name = target.rpartition(".")
     try:
         return name == "weight" and type(model.get_submodule(path)) is nn.Linear
@@ -246,9 +272,7 @@ def _is_linear(model: nn.Module, target: str) -> bool:
         return False
 
 
-def _linear_layout(
-    parameter: Tensor, name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]], *, block_size: int
-) -> Layout:
+def _linear_layout(parameter: Tensor, name: str, stored: Headers, *, block_size: int) -> Layout:
     scheme, nested = _scheme(name, stored)
     out, columns = parameter.shape
     layout = Layout(scheme, 0, 1, out, columns, block_size, nested)
@@ -256,8 +280,8 @@ def _linear_layout(
     return layout
 
 
-def _check_files(name: str, layout: Layout, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Every tensor of one packed weight is there with the dtype and shape of its layout."""
+def _check_files(name: str, layout: Layout, stored: Headers) -> None:
+    """Raises InputError unless all tensors of one packed weight exist with the dtype and shape of its layout."""
     for suffix, (dtype, shape) in layout.files.items():
         wanted = companion(name, suffix)
         if wanted not in stored:
@@ -269,8 +293,8 @@ def _check_files(name: str, layout: Layout, stored: Mapping[str, tuple[str, tupl
             )
 
 
-def _scheme(name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[str, bool]:
-    """(scheme, whether its scales are quantized too)."""
+def _scheme(name: str, stored: Headers) -> tuple[str, bool]:
+    """(scheme, whether the scales are quantized too) of a packed weight."""
     if stored[name][0] == "I8":
         return "int8", False
     for scheme in ("nf4", "fp4"):
@@ -282,13 +306,16 @@ def _scheme(name: str, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> tup
 def _check_other_layers(
     layouts: Mapping[str, Layout],
     parameters: Mapping[str, Tensor],
-    stored: Mapping[str, tuple[str, tuple[int, ...]]],
+    stored: Headers,
     target_of: Callable[[str], tuple[str, str | None]],
 ) -> None:
-    """Experts that are stored neither packed nor unpacked would load as random numbers, with a warning only."""
+    """Raises InputError for experts that are stored neither packed nor unpacked: transformers would only warn, and load
+    random numbers."""
     kinds = {re.sub(r"\d+", "0", target) for target in layouts}
     rest = {name for name in parameters if re.sub(r"\d+", "0", name) in kinds} - set(layouts)
     if rest:
         rest -= {target_of(name)[0] for name in stored}
     if rest:
-        raise InputError(f"{escape(sorted(rest)[0])}: its experts are missing from the checkpoint", hint=AGAIN)
+        raise InputError(
+            f"{escape(sorted(rest)[0])}: the experts of this parameter are missing from the checkpoint", hint=AGAIN
+        )

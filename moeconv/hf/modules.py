@@ -1,16 +1,16 @@
-"""Modules that keep their weights packed and decode them for every forward: a family's experts, and linear layers."""
+"""Modules that keep their weights packed and decode them in every forward pass: a family's experts, and linear
+layers."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError
-from moeconv.hf.layout import STATE, Layout
+from moeconv.hf.layout import STATE, Layout, Stock
 from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax
 from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise
 
@@ -18,10 +18,10 @@ Delta = tuple[Tensor, Tensor, float]  # left [experts, rows, r], right [experts,
 
 
 class PackedExperts(nn.Module):
-    """Mixed in before a family's experts class: same attributes, but the fused parameters are packed."""
+    """A mixin for the experts class of a family: the attributes are the same, but the fused parameters are packed."""
 
     packed: dict[str, Layout]  # parameter name -> layout
-    deltas: dict[str, list[Delta]]  # parameter name -> what adapters add to the decoded weight at present
+    deltas: dict[str, list[Delta]]  # parameter name -> what active adapters add to the decoded weight
     dtype: torch.dtype  # of the model around it
     stock: type[nn.Module]  # the family's own class
     num_experts: int
@@ -29,8 +29,8 @@ class PackedExperts(nn.Module):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, k], as in the stock class; a
-        class that is given no index (Llama 4's) runs every expert on its share of the hidden states."""
+        """`hidden_states` [tokens, hidden], `top_k_index` and `top_k_weights` [tokens, k], as in the stock class. A
+        class that is called without an index (that of Llama 4) runs every expert on its share of the hidden states."""
         total = self.num_experts
         if top_k_index is None:
             every = torch.arange(total, device=hidden_states.device)
@@ -40,7 +40,8 @@ class PackedExperts(nn.Module):
         if not hit.numel():
             hit = torch.zeros(1, dtype=torch.long, device=top_k_index.device)
         if hit.numel() < total:
-            # The hit experts in order, renumbered 0, 1, ...: the stock code sums in the same order as over all experts.
+            # The used experts keep their order and get the numbers 0, 1, ..., so that the stock code sums in the same
+            # order.
             slots = torch.full((total + 1,), hit.numel(), dtype=top_k_index.dtype, device=top_k_index.device)
             slots[hit] = torch.arange(hit.numel(), dtype=top_k_index.dtype, device=top_k_index.device)
             top_k_index = slots[top_k_index.clamp(max=total)]
@@ -48,22 +49,25 @@ class PackedExperts(nn.Module):
         return self.stock.forward(few, hidden_states, top_k_index, top_k_weights)
 
     def _decoded(self, hit: Tensor, *, dtype: torch.dtype) -> nn.Module:
-        """A stand-in for this module that holds the experts `hit` [n] alone, decoded; made anew for every forward."""
+        """An object of the stock class with only the experts `hit` int64 [n], decoded. A forward pass makes a new
+        one."""
         few = object.__new__(self.stock)
         few.__dict__.update(self.__dict__)
-        parameters: dict[str, Any] = {}
+        parameters: dict[str, Tensor | None] = {}
         for name, parameter in self._parameters.items():
             if name in self.packed:
                 parameters[name] = self._decode(name, hit, dtype=dtype)
             elif parameter is not None and parameter.ndim and parameter.shape[0] == self.num_experts:
-                parameters[name] = parameter.index_select(0, hit)  # an unpacked tensor per expert, such as a bias
+                parameters[name] = parameter.index_select(
+                    0, hit
+                )  # an unpacked tensor with one row per expert, such as a bias
             else:
                 parameters[name] = parameter
         few.__dict__.update(_parameters=parameters, num_experts=hit.numel())
         return few
 
     def _decode(self, name: str, hit: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """[n, parts * out, in] in `dtype`."""
+        """The decoded experts `hit` of one parameter, [n, parts * out, in] in `dtype`, with the adapters added."""
         layout = self.packed[name]
 
         def chosen(suffix: str) -> Tensor:
@@ -86,7 +90,7 @@ class PackedExperts(nn.Module):
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is packed: the stock class's attributes, decoded for every forward."""
+    """A linear layer whose weight is packed, and decoded in every forward pass."""
 
     packed: dict[str, Layout]
     deltas: dict[str, list[Delta]]
@@ -108,7 +112,7 @@ class PackedLinear(nn.Linear):
 
 
 def decode(layout: Layout, part: Callable[[str], Tensor], *, count: int, dtype: torch.dtype) -> Tensor:
-    """[count, parts * out, in] in `dtype`; `part` gives the tensors of `count` experts by their suffix."""
+    """Decode `count` experts: [count, parts * out, in] in `dtype`. `part(suffix)` returns their packed tensors."""
     shape = (count, layout.parts * layout.out, layout.columns)
     if layout.scheme == "int8":
         return decode_int8_rowwise(part(""), scb=part("_scb"), dtype=dtype).view(shape)
@@ -124,15 +128,15 @@ def decode(layout: Layout, part: Callable[[str], Tensor], *, count: int, dtype: 
     four = functools.partial(decode_4bit, quant_map=part("_quant_map"), block_size=layout.block_size, dtype=dtype)
     if layout.count % layout.block_size == 0:
         values = four(octets.reshape(-1), absmax=absmax.reshape(-1), count=pieces * layout.count)
-    else:  # every projection ends in a short block of its own
+    else:  # the last block of every projection is shorter
         rows = zip(octets, absmax, strict=True)
         values = torch.stack([four(row, absmax=scales, count=layout.count) for row, scales in rows])
     return values.view(shape)
 
 
 def encode(layout: Layout, weight: Tensor, *, quant_map: Tensor | None) -> dict[str, Tensor]:
-    """The inverse of `decode`, rounded to the packed type: `weight` [experts or 1, parts * out, in] -> the module's
-    tensors by suffix, on the CPU. `quant_map` says which 4-bit type it is. Raises InputError for NaN or infinity."""
+    """The inverse of `decode`, rounded to the packed type: {suffix: tensor on the CPU} of `weight` [experts or 1,
+    parts * out, in]. `quant_map` identifies the 4-bit type. Raises InputError for NaN or infinity."""
     rows = weight.detach().cpu().float().reshape(-1, layout.out, layout.columns)
     if layout.scheme == "int8":
         packed = [pack_int8_rowwise(piece) for piece in rows]
@@ -154,17 +158,18 @@ def _maps() -> dict[str, Tensor]:
 
 
 def _type_of(quant_map: Tensor | None) -> str:
+    """The 4-bit type of a table of values. Raises InputError for other types, which can only be decoded."""
     for kind, values in _maps().items():
         if quant_map is not None and torch.equal(values, quant_map.cpu().float()):
             return kind
     raise InputError(
-        "a 4-bit type that is neither NF4 nor FP4 is only decoded",
-        hint="Decode the model first: model.dequantize().",
+        "this 4-bit type is neither NF4 nor FP4, so that weights cannot be packed into it",
+        hint="First decode the model, by model.dequantize().",
     )
 
 
 def weight_of(module: PackedExperts | PackedLinear, name: str, *, dtype: torch.dtype) -> Tensor:
-    """The whole weight `name` of a module, decoded: [experts, parts * out, in], or [out, in] of a linear layer."""
+    """The decoded weight `name` of a module: [experts, parts * out, in], or [out, in] of a linear layer."""
     layout = module.packed[name]
     weight = decode(
         layout, lambda suffix: getattr(module, name + suffix), count=max(1, layout.experts), dtype=dtype
@@ -173,20 +178,20 @@ def weight_of(module: PackedExperts | PackedLinear, name: str, *, dtype: torch.d
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own buffers."""
+    """The buffers of the module itself, by name."""
     return dict(module.named_buffers(recurse=False, remove_duplicate=False))
 
 
 def put_weight(module: PackedExperts | PackedLinear, name: str, weight: Tensor) -> None:
-    """Pack `weight`, as `weight_of` gives it, in place of what the module holds; it is rounded to the packed type."""
+    """Replace the weight `name` of a module by `weight`, in the shape of `weight_of`, rounded to the packed type."""
     layout = module.packed[name]
     for suffix, tensor in encode(layout, weight, quant_map=buffers_of(module).get(name + "_quant_map")).items():
-        held: Any = getattr(module, name + suffix)
+        held: Stock = getattr(module, name + suffix)
         held.data = tensor.to(held.device)
 
 
 def unpack(module: PackedExperts | PackedLinear, *, dtype: torch.dtype) -> None:
-    """Make a module the stock one again, with its weights decoded to `dtype`."""
+    """Turn a module back into the stock one, with its weights decoded to `dtype`."""
     for name, layout in module.packed.items():
         weight = weight_of(module, name, dtype=dtype)
         for suffix in layout.tensors:
@@ -205,7 +210,8 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 def _keep_scales(
     module: PackedExperts | PackedLinear, apply: Callable[..., nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool
 ) -> nn.Module:
-    """Moves like every module; but a cast (`model.half()`) leaves the scales in float32, where they are exact."""
+    """Move a module like any other, but keep the scales in float32 in a cast (`model.half()`), because they would be
+    rounded."""
     before = buffers_of(module)
     apply(fn, recurse)
     module.dtype = fn(torch.empty(0, dtype=module.dtype)).dtype
@@ -225,9 +231,9 @@ def _packed_class(stock: type[nn.Module]) -> type[PackedExperts]:
 
 
 def install(model: nn.Module, target: str, layout: Layout) -> None:
-    """Replaces a parameter on the meta device by its packed tensors, and its module's class by the packed one."""
+    """Replace a parameter on the meta device by its packed tensors, and the class of its module by the packed one."""
     path, _, name = target.rpartition(".")
-    module: Any = model.get_submodule(path)
+    module: Stock = model.get_submodule(path)
     if not isinstance(module, PackedExperts | PackedLinear):
         stock: type[nn.Module] = type(module)
         _become(module, _packed_class(stock) if layout.experts else PackedLinear)
@@ -240,5 +246,5 @@ def install(model: nn.Module, target: str, layout: Layout) -> None:
         else:
             module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
     for suffix in layout.tensors:
-        tensor: Any = getattr(module, name + suffix)
-        tensor._is_hf_initialized = True  # noqa: SLF001 (what is offloaded to disk stays on meta, and must not be drawn anew)
+        tensor: Stock = getattr(module, name + suffix)
+        tensor._is_hf_initialized = True  # noqa: SLF001 (an offloaded tensor stays on meta, and must not be initialised again)

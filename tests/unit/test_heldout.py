@@ -22,7 +22,9 @@ def test_there_is_always_a_held_out_slice_and_something_to_fit_on(windows, lengt
 def test_few_tokens_are_warned_of_with_the_number_that_is_advised():
     assert few_tokens({0: FEW_TOKENS, 1: FEW_TOKENS + 1}, what="x") == []
     (warning,) = few_tokens({0: 7, 1: 9, 2: FEW_TOKENS, 3: 8}, what="--refit")
-    assert "7 tokens per expert on average in layers 0-1, 3" in warning and f"{FEW_TOKENS} are the least" in warning
+    assert (
+        "7 tokens per expert on average in layers 0-1, 3" in warning and f"at least {FEW_TOKENS} are advised" in warning
+    )
     assert layers_in_words([4]) == "layer 4"
 
 

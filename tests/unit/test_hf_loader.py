@@ -378,7 +378,7 @@ def test_a_config_of_a_later_version_is_refused(checkpoints, tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"]["moeconv"]["scope"] = "all"
     (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(InputError, match="scope experts"):
+    with pytest.raises(InputError, match="a scope of experts"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -467,7 +467,7 @@ def test_damaged_codes_of_experts_in_one_tensor_raise(tmp_path, cli):
     changes = {
         "absmax": lambda weights: weights.pop(f"{down}.absmax"),
         "expected U8": lambda weights: weights.update({down: weights[down][:7].clone()}),
-        "quant_state says shape": other_shape,
+        "quant_state has the shape": other_shape,
     }
     for i, (words, change) in enumerate(changes.items()):
         with pytest.raises(InputError, match=words):

@@ -362,3 +362,13 @@ def test_looking_and_planning_never_load_torch(tmp_path):
         assert code == 0, f"{words}: {said}"
         assert heavy == [], words
     assert not (tmp_path / "out").exists()
+
+
+def test_no_two_classes_share_a_name():
+    """A name in a message, a traceback or a search leads to one class."""
+    places: dict[str, list[str]] = {}
+    for module in FILES:
+        for node in ast.walk(parsed(module)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}

@@ -1,4 +1,4 @@
-"""Bytes, counts and seconds as text for people."""
+"""Bytes, counts and seconds as text for people, and a number with its noun."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def human_seconds(seconds: float) -> str:
         return f"{whole}s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def counted(n: int, one: str, more: str | None = None) -> str:
+    """(1, "expert is", "experts are") -> 1 expert is; (2, "expert") -> 2 experts. `more` is `one` + s."""
+    return f"{n} {one if n == 1 else more or one + 's'}"

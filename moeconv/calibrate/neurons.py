@@ -34,6 +34,7 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.skeleton import Skeleton
 from moeconv.types import Config, JsonObject
+from moeconv.units import counted
 
 KIND = "neurons"
 VERSION = 1
@@ -163,6 +164,6 @@ def load_neurons(path: str | os.PathLike[str], model: Model, *, twin: bool = Fal
     make = "moeconv calibrate SOURCE STATS --data FILE"
     file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     layers, width = len(metadata["layers"]), escape(metadata["width"])
-    what = f"{escape(metadata['model_type'])}, {layers} layers of {width} neurons"
+    what = f"{escape(metadata['model_type'])}, {counted(layers, 'layer')} of {counted(width, 'neuron')}"
     measured_on(model, metadata, label=file.label, what=what, twin=twin)
     return NeuronStatistics(metadata, file)

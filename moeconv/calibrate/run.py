@@ -29,6 +29,7 @@ from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_s
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 from moeconv.types import Config, JsonObject
+from moeconv.units import counted
 from moeconv.world import World, current, first
 
 
@@ -175,7 +176,7 @@ def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]
     processes."""
     if count < world.size:
         raise InputError(
-            f"the data fills {count} sequences, fewer than the {world.size} processes",
+            f"the data fills {counted(count, 'sequence')}, fewer than the {world.size} processes",
             hint="Give more text, a smaller --seq-len, or start fewer processes.",
         )
     size = max(1, min(batch_size, count // world.size))

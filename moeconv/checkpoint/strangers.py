@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.errors import InputError, escape
+from moeconv.units import counted
 
 _SHARD = re.compile(r"(?!consolidated)(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _SHOWN = 4
@@ -152,7 +153,8 @@ def _without_index(found: _Listing) -> InputError | None:
     missing = [i for i in range(1, min(int(count), 10_000) + 1) if i not in have]
     lost = f"; number {', '.join(map(str, missing[:_SHOWN]))} of {int(count)} missing" if missing else ""
     return InputError(
-        f"{found.where} holds {len(have)} of {int(count)} shards ({escape(shards[0][0])}, ...) without an index, so it "
+        f"{found.where} holds {len(have)} of {counted(int(count), 'shard')} ({escape(shards[0][0])}, ...) "
+        "without an index, so it "
         f"is unknown which tensors belong to the model{lost}",
         hint=f"Download {escape(stem)}.safetensors.index.json from the place that has the shards"
         + (", and the missing shards." if missing else "."),

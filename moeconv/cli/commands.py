@@ -14,6 +14,7 @@ from moeconv import requests as r
 from moeconv.cli import tables
 from moeconv.errors import CheckError
 from moeconv.plan.meter import Meter
+from moeconv.units import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -118,7 +119,9 @@ def _verify(request: r.VerifyRequest, _meter: Meter) -> Result:
 
 
 def _problems(result: Verified) -> CheckError | None:
-    return None if result["ok"] else CheckError(f"{len(result['problems'])} problems: {result['problems'][0]}")
+    return (
+        None if result["ok"] else CheckError(f"{counted(len(result['problems']), 'problem')}: {result['problems'][0]}")
+    )
 
 
 def _report(request: r.ReportRequest, _meter: Meter) -> Result:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 from moeconv.errors import escape
-from moeconv.units import human_bytes, human_count, human_seconds
+from moeconv.units import counted, human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +71,7 @@ def written(result: Written) -> list[Table]:
         "output": result["output"] + (" (dry run: nothing written)" if result["dry_run"] else ""),
         "parameters": f"{human_count(parameters['total'])} total, {human_count(parameters['active'])} active per token",
         "size": f"{human_bytes(result['bytes'])} in {result['shards']} file{'s' * (result['shards'] != 1)}",
-        "changed": ", ".join(f"{n} {role} tensors" for role, n in result["changed"].items()) or "nothing",
+        "changed": ", ".join(counted(n, f"{role} tensor") for role, n in result["changed"].items()) or "nothing",
     }
     rows |= _BLOCKS[result["command"]](block)
     if result.get("complete") is False:
@@ -110,7 +110,7 @@ def pruned(result: Pruned | Curve) -> list[Table]:
     ]  # fmt: skip
     about = {
         "criterion": result["criterion"] + (" with refit" if result["refit"] else ""),
-        "unpruned loss": f"{result['reference_loss']:.4f} over {result['tokens']} tokens",
+        "unpruned loss": f"{result['reference_loss']:.4f} over {counted(result['tokens'], 'token')}",
         "written to": result["output"],
     }
     return [pairs(about), grid(columns, rows)]
@@ -119,7 +119,8 @@ def pruned(result: Pruned | Curve) -> list[Table]:
 def _upcycle(block: UpcycleBlock) -> dict[str, str]:
     check = block.get("equivalence")
     rows = {
-        "conversion": f"{block['from']} -> {block['to']}, {block['num_experts']} experts, top-{block['top_k']}, "
+        "conversion": f"{block['from']} -> {block['to']}, {counted(block['num_experts'], 'expert')}, "
+        f"top-{block['top_k']}, "
         f"method {block['method']}",
     }
     if check and check["checked"]:
@@ -145,7 +146,7 @@ def _prune(block: PruneBlock) -> dict[str, str]:
     if "distill" in block:
         trained = block["distill"]
         change = f"{_number(trained['kl_before'])} -> {_number(trained['kl_after'])}"
-        rows["distilled"] = f"{trained['steps']} steps, held-out KL {change}"
+        rows["distilled"] = f"{counted(trained['steps'], 'step')}, held-out KL {change}"
     for layer, kept in (block.get("keep") or {}).items():
         rows[f"layer {layer}"] = "keeps " + ", ".join(map(str, kept))
     return rows
@@ -161,7 +162,7 @@ def _quantize(block: QuantizeBlock) -> dict[str, str]:
 
 
 def _tune(block: TuneBlock) -> dict[str, str]:
-    rows = {"objective": f"{block['objective']}, {block['steps']} steps"}
+    rows = {"objective": f"{block['objective']}, {counted(block['steps'], 'step')}"}
     # a dry run has none of them
     changes = {
         "loss": (block.get("loss_before"), block.get("loss_after")),
@@ -209,7 +210,8 @@ def inspected(result: Inspected) -> list[Table]:
         f"{result['layers']}" + (f", {len(result['moe_layers'] or ())} with experts" if moe else ""),
         "experts": f"{result['num_experts']} per layer, top-{result['top_k']}" if moe else None,
         "FLOPs per token": None if result["flops_per_token"] is None else human_count(result["flops_per_token"]),
-        "size": f"{human_bytes(result['bytes'])}, {result['tensors']} tensors, {result['shards']} shards",
+        "size": f"{human_bytes(result['bytes'])}, {counted(result['tensors'], 'tensor')}, "
+        f"{counted(result['shards'], 'shard')}",
         "dtypes": ", ".join(f"{d} {human_bytes(n)}" for d, n in result["dtypes"].items()),
         "quantization": None,
     }  # fmt: skip
@@ -279,8 +281,9 @@ def verified(result: Verified) -> list[Table]:
     checked = result["checked"]
     loads = result["loads"]["transformers"]
     rows = {
-        "verdict": "whole" if result["ok"] else f"{len(result['problems'])} problems",
-        "checked": f"{checked['tensors']} tensors in {checked['shards']} shards, {human_bytes(checked['bytes'])}",
+        "verdict": "whole" if result["ok"] else counted(len(result["problems"]), "problem"),
+        "checked": f"{counted(checked['tensors'], 'tensor')} in {counted(checked['shards'], 'shard')}, "
+        f"{human_bytes(checked['bytes'])}",
         "manifest": "every file hashed" if result["manifest"] else "none: moeconv did not write this checkpoint",
         "transformers": None if loads is None else ("loads strictly and runs" if loads else "does not load and run"),
     }

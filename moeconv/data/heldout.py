@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moeconv.types import Config
+from moeconv.units import counted
 
 EVERY = 16  # the last of every 16 windows is held out
 SHARE = 4  # of fewer windows, the last quarter of the tokens of each is held out
@@ -42,8 +43,8 @@ def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
         return []
     least = min(per_expert.values())
     return [
-        f"{what}: {least:.0f} tokens per expert on average in {layers_in_words(few)}, and at least {FEW_TOKENS} are "
-        "advised: give more --data or --tokens"
+        f"{what}: {counted(round(least), 'token')} per expert on average in {layers_in_words(few)}, and at "
+        f"least {FEW_TOKENS} are advised: give more --data or --tokens"
     ]
 
 

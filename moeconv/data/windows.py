@@ -18,6 +18,7 @@ from moeconv.data.tokenizer import Tokenizer, load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.randomness import generator
+from moeconv.units import counted
 
 _BATCH = 256  # texts tokenized in one call
 _BYTES_PER_TOKEN = 4
@@ -68,9 +69,8 @@ def split_windows(read: TokenData, *, every: int) -> tuple[TokenData, TokenData]
     if there are fewer windows than `every`."""
     if len(read.windows) < every:
         raise InputError(
-            f"the data fills {len(read.windows)} sequences, and at least {every} are needed, of which one is held "
-            f"out to judge "
-            "by",
+            f"the data fills {counted(len(read.windows), 'sequence')}, and at least {every} are needed, of which one "
+            "is held out to judge by",
             hint="Give more text, more --tokens, or a smaller --seq-len.",
         )
     judges = np.arange(len(read.windows)) % every == every - 1
@@ -104,7 +104,7 @@ def load_tokens(
         raise UsageError(f"--seq-len {seq_len}: a sequence needs at least 2 tokens", hint="Pass a larger --seq-len.")
     if tokens is not None and tokens < seq_len:
         raise UsageError(
-            f"--tokens {tokens} is less than one sequence of {seq_len} tokens",
+            f"--tokens {tokens} is less than one sequence of {counted(seq_len, 'token')}",
             hint=f"Pass at least --tokens {seq_len}, or a smaller --seq-len.",
         )
     # of a data set on the hub, read eight times the bytes of the sample, so that it is drawn from more than it needs
@@ -157,7 +157,7 @@ def _windows(tokenizer: Tokenizer, source: TextSource, seq_len: int) -> np.ndarr
     count = len(ids) // seq_len
     if count == 0:
         raise InputError(
-            f"{escape(source.name)} has {len(ids)} tokens, less than one sequence of {seq_len}",
+            f"{escape(source.name)} has {counted(len(ids), 'token')}, less than one sequence of {seq_len}",
             hint=f"Pass --seq-len {len(ids)} or less, or give more text." if len(ids) > 1 else "Give more text.",
         )
     return ids[: count * seq_len].reshape(count, seq_len)

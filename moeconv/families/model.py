@@ -26,6 +26,7 @@ from moeconv.families.shapes import shared_width
 from moeconv.families.sliding import Pattern
 from moeconv.families.spec import Family, Role
 from moeconv.types import Config, JsonObject
+from moeconv.units import counted
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ class Model:
         count, used = (self.value(key) or 1 for key in rule.groups)
         if self.num_experts % count or not 0 < used <= count:
             raise InputError(
-                f"config.json: {self.num_experts} experts cannot form {count} groups of which {used} are used",
+                f"config.json: {counted(self.num_experts, 'expert')} cannot form {count} groups of which {used} "
+                "are used",
                 hint="Correct config.json, or download it again.",
             )
         return count, used

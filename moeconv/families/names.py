@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, escape
 from moeconv.families.spec import Family
+from moeconv.units import counted
 
 _SAVE_INNER = "Save the model inside with save_pretrained, or write the tensors again without that part of their names."
 _MERGE = "Merge the adapter: peft's merge_and_unload(), then save_pretrained."
@@ -57,8 +58,9 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             f"the checkpoint holds {escape(twice)!r} twice, with and without the prefix {base!r}",
             hint="Save it again with only one of the two names.",
         )
-    return checkpoint.renamed(renamed, f"{len(renamed)} tensors have the names of a base model: they are read and "
-                              f"written with the prefix {base!r} added or removed, as transformers does")  # fmt: skip
+    what = f"{counted(len(renamed), 'tensor has the name', 'tensors have the names')} of a base model"
+    how = f"read and written with the prefix {base!r} added or removed, as transformers does"
+    return checkpoint.renamed(renamed, f"{what}: {how}")
 
 
 def _second_words(family: Family) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeconv.errors import InputError
 from moeconv.types import Config
+from moeconv.units import counted
 
 Get = Callable[[str], Any]  # a config key's value, the class's default included
 
@@ -71,7 +72,9 @@ def _words(missing: Callable[[int], str]) -> Placement:
         if words is None:
             words = [missing(i) for i in range(layers)]
         if not isinstance(words, list) or len(words) != layers:
-            raise InputError(f"config.json: mlp_layer_types must be a list of {layers} words", hint="Correct it.")
+            raise InputError(
+                f"config.json: mlp_layer_types must be a list of {counted(layers, 'word')}", hint="Correct it."
+            )
         return tuple(i for i in range(layers) if words[i] == "sparse")
 
     def write(moe: Sequence[int], layers: int, _get: Get) -> Config | None:

@@ -12,6 +12,7 @@ from moeconv.families import packed, settings
 from moeconv.families.names import is_head
 from moeconv.families.spec import Family, Role
 from moeconv.types import Config
+from moeconv.units import counted
 
 
 def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role], tuple[str, ...]]:
@@ -65,8 +66,9 @@ def _known_names(checkpoint: Checkpoint, family: Family, config: Config) -> dict
     least = max(layers, len(moe) * each)
     if least > len(checkpoint.tensors) or layers * experts > settings.MAX_IN_ALL:
         raise InputError(
-            f"config.json states {layers} layers" + (f" of {experts} experts" if experts else "")
-            + f", but the checkpoint has only {len(checkpoint.tensors)} tensors",
+            f"config.json states {counted(layers, 'layer')}"
+            + (f" of {counted(experts, 'expert')}" if experts else "")
+            + f", but the checkpoint has only {counted(len(checkpoint.tensors), 'tensor')}",
             hint="config.json and the shards do not belong together, or a shard is missing.",
         )  # fmt: skip
     known = dict(family.expand(layers=layers, experts=experts))

@@ -9,6 +9,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families.kinds import counts_something
 from moeconv.families.spec import Family
 from moeconv.types import Config
+from moeconv.units import counted
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 65536
@@ -46,7 +47,10 @@ def _same_in_all(config: Config, family: Family) -> Config:
     for key, value in lists.items():
         layers = config.get("num_hidden_layers")
         if type(layers) is int and layers != len(value):
-            raise InputError(f"config.json: {key} has {len(value)} entries for {layers} layers", hint=_CORRECT)
+            raise InputError(
+                f"config.json: {key} has {counted(len(value), 'entry', 'entries')} for {counted(layers, 'layer')}",
+                hint=_CORRECT,
+            )
         other = next((i for i, x in enumerate(value) if x != value[0]), None)
         if other is not None:
             raise InputError(
@@ -96,5 +100,7 @@ def layer_kinds(family: Family, config: Config, layers: int) -> tuple[str, ...] 
         return None
     kinds = family.layers.kinds(lambda key: family.config.value(key, config), layers)
     if not isinstance(kinds, list) or len(kinds) != layers or not all(isinstance(k, str) for k in kinds):
-        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct config.json.")
+        raise InputError(
+            f"config.json: layer_types must be a list of {counted(layers, 'word')}", hint="Correct config.json."
+        )
     return tuple(kinds)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from moeconv.errors import InputError, escape
 from moeconv.types import Config, JsonObject
+from moeconv.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def check_keys(config: Config, layers: int) -> None:
             raise InputError(f"config.json: {key} must be a whole number, found {escape(value)}", hint="Correct it.")
     types = config.get("layer_types")
     if types is not None and (not isinstance(types, list) or len(types) != layers):
-        raise InputError(f"config.json: layer_types must be a list of {layers} words", hint="Correct it.")
+        raise InputError(f"config.json: layer_types must be a list of {counted(layers, 'word')}", hint="Correct it.")
 
 
 def _every(config: Config) -> int:

@@ -9,6 +9,7 @@ from moeconv.checkpoint.gguf import written_tensors
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import CheckError, InputError, LimitError, OutputError, escape
 from moeconv.plan.plan import Plan, Shard
+from moeconv.units import counted
 
 _Tensor = tuple[str, str, tuple[int, ...]]  # name, dtype and shape, as the header of the file has them
 
@@ -22,7 +23,9 @@ def check_written(plan: Plan, staged: Path) -> None:
     found = _written(plan, staged)
     planned = {name: (dtype, shape) for shard in plan.shards for name, dtype, shape in _planned(shard)}
     if set(planned) != {name for name, _, _ in found}:
-        raise CheckError(f"{len(found)} tensors were written, and the plan has {len(planned)}")
+        raise CheckError(
+            f"{counted(len(found), 'tensor was', 'tensors were')} written, and the plan has {len(planned)}"
+        )
     for name, dtype, shape in found:
         if (dtype, shape) != planned[name]:
             wanted, size = planned[name]

@@ -14,6 +14,7 @@ from moeconv.options import PruneOptions, flag_of
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Criterion, Evidence, Order, similarity, stand_ins
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import parse_protect
+from moeconv.units import counted
 
 DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
 _WITHOUT_RULE = "saliency"  # where no rule in numbers says what tokens do without an expert
@@ -87,7 +88,7 @@ def choose(
             gone |= set([e for e in order.experts if e // size == group][:away])
         if len(gone) != model.num_experts - left:
             raise UsageError(
-                f"layer {layer}: {len(gone)} experts may go, {model.num_experts - left} must",
+                f"layer {layer}: {counted(len(gone), 'expert')} may go, {model.num_experts - left} must",
                 hint="Protect fewer experts, or remove fewer.",
             )
         keep[layer] = [e for e in range(model.num_experts) if e not in gone]

@@ -13,6 +13,7 @@ from moeconv.plan.arrange import arrange
 from moeconv.plan.build import parse_dtype
 from moeconv.prune.cutting import pruned_items
 from moeconv.prune.named_modules import check_renumbering
+from moeconv.units import counted
 
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
@@ -169,7 +170,7 @@ def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
     routing = model.family.experts.routing
     if routing is not None and routing.top_k is not None and options.top_k != routing.top_k:
         raise UsageError(
-            f"--top-k {options.top_k}: {model.family.model_type} routes to exactly {routing.top_k} experts"
+            f"--top-k {options.top_k}: {model.family.model_type} routes to exactly {counted(routing.top_k, 'expert')}"
         )
 
 
@@ -201,25 +202,27 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
         )
     if left < top_k:
         raise UsageError(
-            f"{left} experts are fewer than the {top_k} that every token is routed to",
+            f"{counted(left, 'expert is', 'experts are')} fewer than the {top_k} that every token is routed to",
             hint=f"Keep at least {top_k}: with fewer the model loads and fails at its first token.",
         )
     groups, used = model.groups
     if left % groups:
         raise UsageError(
-            f"{left} experts do not form {groups} groups of equal size, and this router chooses among such groups",
+            f"{counted(left, 'expert does', 'experts do')} not form {groups} groups of equal size, "
+            "and this router chooses among such groups",
             hint=f"Keep a multiple of {groups}.",
         )
     least = model.family.experts.routing.best_of_group if groups > 1 and model.family.experts.routing else 1
     if left // groups < least:
         raise UsageError(
-            f"{left} experts leave {left // groups} in each of {groups} groups, and this router ranks groups by "
+            f"{counted(left, 'expert leaves', 'experts leave')} {left // groups} in each of {groups} groups, "
+            "and this router ranks groups by "
             f"their best {least}",
             hint=f"Keep at least {least * groups}.",
         )
     if used * (left // groups) < top_k:
         raise UsageError(
-            f"a token is routed to {top_k} experts in {used} of {groups} groups, and {left} experts leave only "
+            f"a token is routed to {top_k} experts in {used} of {groups} groups, and {counted(left, 'expert leaves', 'experts leave')} only "
             f"{used * (left // groups)} in so many groups",
             hint=f"Keep at least {groups * -(-top_k // used)}.",
         )
@@ -230,6 +233,6 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
             if here > left // groups:
                 where = f"layer {layer}" + (f", group {group}" if groups > 1 else "")
                 raise UsageError(
-                    f"--protect names {here} experts of {where}, and only {left // groups} are kept there",
+                    f"--protect names {counted(here, 'expert')} of {where}, and only {left // groups} are kept there",
                     hint="Protect fewer experts, or keep more.",
                 )

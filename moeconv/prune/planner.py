@@ -28,6 +28,7 @@ from moeconv.prune.decision import Decision, decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
 from moeconv.types import JsonObject
+from moeconv.units import counted
 
 _RANKS = (2, 4, 8)  # devices that experts are commonly spread over
 
@@ -152,7 +153,7 @@ def _warnings(
     lost = [ranks for ranks in _RANKS if model.num_experts % ranks == 0 and left % ranks]
     if lost:
         warnings.append(
-            f"{left} experts cannot be divided equally among {' or '.join(map(str, lost))} devices, as "
+            f"{counted(left, 'expert')} cannot be divided equally among {' or '.join(map(str, lost))} devices, as "
             f"{model.num_experts} can: expert parallelism needs equal shares"
         )
     if model.mtp_layers:

@@ -27,6 +27,7 @@ from moeconv.quantize.scope import in_scope
 from moeconv.quantize.spec import MIXED, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 from moeconv.types import JsonObject
+from moeconv.units import counted
 
 
 def plan_quantize(
@@ -92,8 +93,8 @@ def quantize_plan(
         config, warnings = with_head(model), [*warnings, *notes]
         if left_out:
             warnings.append(
-                f"the multi-token-prediction layers {list(model.prediction_layers)} ({len(left_out)} tensors) are "
-                "left out, since llama.cpp does not run them"
+                f"the multi-token-prediction layers {list(model.prediction_layers)} "
+                f"({counted(len(left_out), 'tensor')}) are left out, since llama.cpp does not run them"
             )
         promise = _promise(model, weights, 1, layers=len(model.moe_layers))
     else:

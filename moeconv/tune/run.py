@@ -51,6 +51,7 @@ from moeconv.tune.whole import ModelTraining
 from moeconv.tune.windows import batches, split
 from moeconv.tune.words import tensors_of
 from moeconv.types import JsonObject
+from moeconv.units import counted
 from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
@@ -204,7 +205,7 @@ def _whole(run: TrainingRun) -> JsonObject:
     size = min(job.batch_size, len(training))
     if size < current().size:
         raise UsageError(
-            f"a batch of {size} sequences cannot be shared by {current().size} processes",
+            f"a batch of {counted(size, 'sequence')} cannot be shared by {current().size} processes",
             hint="Raise --batch-size, give more text, or start fewer processes.",
         )
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
@@ -259,7 +260,7 @@ def _layerwise(run: TrainingRun) -> JsonObject:
     world = current()
     if len(training) < world.size:
         raise InputError(
-            f"the data fills {len(training)} sequences to train on, fewer than the {world.size} processes",
+            f"the data fills {counted(len(training), 'sequence')} to train on, fewer than the {world.size} processes",
             hint="Give more text, a smaller --seq-len, or start fewer processes.",
         )
     mine = [windows[world.rank :: world.size] for windows in (training, held)]

@@ -10,6 +10,7 @@ import numpy as np
 from moeconv.data.windows import TokenData, share_out
 from moeconv.errors import InputError
 from moeconv.randomness import generator
+from moeconv.units import counted
 
 HELD_OUT = 0.1
 
@@ -23,7 +24,7 @@ def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     total = len(data.windows)
     if total < 2:
         raise InputError(
-            f"the data fills {total} sequence of {data.seq_len} tokens, and training needs one to train on and one "
+            f"the data fills {counted(total, 'sequence')} of {counted(data.seq_len, 'token')}, and training needs one to train on and one "
             f"to judge by",
             hint="Give more text, or a smaller --seq-len.",
         )

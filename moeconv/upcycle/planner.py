@@ -36,6 +36,7 @@ from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Item, Plan
 from moeconv.types import JsonObject
+from moeconv.units import counted
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly
@@ -220,7 +221,8 @@ def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
         experts = cut.pieces * (siblings or -(-EXPERTS // cut.pieces))
     if siblings and experts % (siblings * cut.pieces):
         raise UsageError(
-            f"--experts {experts} must be a multiple of the {siblings * cut.pieces} experts of {siblings} siblings",
+            f"--experts {experts} must be a multiple of the {counted(siblings * cut.pieces, 'expert')} of "
+            f"{counted(siblings, 'sibling')}",
             hint="Leave --experts out.",
         )
     if top_k is None:
@@ -333,7 +335,7 @@ def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
     _check_cut(options, target, cut)
     fixed = target.experts.routing.top_k if target.experts.routing else None
     if fixed is not None and cut.top_k != fixed:
-        raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {fixed} experts")
+        raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {counted(fixed, 'expert')}")
     for name in ("drop_ratio", "noise_fraction"):
         if not 0 <= getattr(options, name) <= 1:
             raise UsageError(f"--{name.replace('_', '-')} must be from 0 to 1")

@@ -24,6 +24,7 @@ from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import pick_device, start_meter, stream_within
+from moeconv.units import counted
 from moeconv.upcycle.centroids import balanced_centroids
 
 _SAMPLE = 4096  # tokens per layer from which clusters and scales are computed, or
@@ -112,7 +113,7 @@ def _check_data(kind: str, experts: int, data: Sequence[str]) -> None:
         raise UsageError(f"--router {kind} needs --data", hint="hidden needs one --data per expert, centroid any text.")
     if kind == "hidden" and len(data) != experts:
         raise UsageError(
-            f"--router hidden needs one --data value per expert: there are {experts} experts and {len(data)} values",
+            f"--router hidden needs one --data value per expert: the numbers are {experts} and {len(data)}",
             hint="Give the values in the order of the experts. Several files for one expert go into a directory.",
         )
 
@@ -126,7 +127,9 @@ def _check_tokens(kind: str, experts: int, data: Sequence[str], read: TokenData,
             hint="Raise --tokens, lower --seq-len, or give more text.",
         )
     if kind == "centroid" and sampled < experts:
-        raise InputError(f"{sampled} tokens are too few for {experts} clusters", hint="Give more text.")
+        raise InputError(
+            f"{counted(sampled, 'token is', 'tokens are')} too few for {experts} clusters", hint="Give more text."
+        )
 
 
 def _choose(read: TokenData, count: int, *, seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from moeconv.plan.plan import Plan
 from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
 from moeconv.types import JsonObject
-from moeconv.upcycle.check.step import NOT_CHECKED, equivalence
+from moeconv.upcycle.check.step import NOT_CHECKED, check_source, equivalence
 from moeconv.upcycle.methods import METHODS, partitioning, which
 from moeconv.upcycle.relatedness import check_related
 
@@ -67,6 +67,9 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
             overlay, figures["router"] = _measured_router(model, plan, measured, request, meter=meter)
             origins[ORIGIN] = overlay
             plan = upcycle_plan(model, options, request.plan, siblings=siblings, overlay=overlay)
+        if not (measured or write.dry_run or write.no_check or write.part):
+            check_out(out, model, write)
+            check_source(model, plan)
         result = run_plan(
             plan, model, out, write, meter=meter, origins=origins, figures=figures,
             check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),

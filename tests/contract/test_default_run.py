@@ -107,6 +107,25 @@ def test_a_source_that_does_not_run_is_named_as_such(tmp_path, cli):
     assert "squiggle" in json.dumps(done.json)
 
 
+@pytest.mark.slow
+def test_a_large_conversion_finds_a_source_that_does_not_run_before_it_writes(tmp_path, cli, monkeypatch):
+    from moeconv.runner import run
+    from moeconv.upcycle.check import step
+
+    written = []
+    monkeypatch.setattr(run, "execute", lambda *_, **__: written.append(1))
+    monkeypatch.setattr(step, "LONG", 0)  # as if the result were large
+    source = tiny.make_dense(tmp_path / "dense", "llama", hidden_act="squiggle")
+    done = cli("upcycle", source, tmp_path / "o", "--to", "mixtral", "--json")
+    assert done.code == 3 and "squiggle" in done.json["error"]["message"] and not written
+    assert "the source itself does not run in transformers" in done.json["error"]["message"]
+    plan = plan_upcycle(open_model(tiny.make_dense(tmp_path / "good", "llama")), experts=4)
+    step.check_source(open_model(tmp_path / "good"), plan)  # raises nothing
+    small = tiny.make_dense(tmp_path / "again", "llama", hidden_act="squiggle")
+    monkeypatch.setattr(step, "LONG", 1 << 30)
+    step.check_source(open_model(small), plan)  # nothing is asked of what is written in seconds
+
+
 def test_a_duplicate_runs_by_default(tmp_path):
     source = tiny.make_moe(tmp_path / "a", "mixtral")
     plan = plan_upcycle(open_model(source), experts=8)

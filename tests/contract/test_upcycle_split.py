@@ -20,6 +20,7 @@ from moeconv.upcycle.partition import write_partition
 from moeconv.upcycle.planner import plan_upcycle
 from moeconv.upcycle.split import split_options, split_shape
 from tests.contract.stock import DENSE_CASES, VOCAB, load, logits, relative_difference, save_stock
+from tests.tiny import edit_json
 
 torch.set_num_threads(1)
 # (dense case, target, shared experts): separate, packed, fused, transposed and biased experts; every kind of router
@@ -68,6 +69,14 @@ def test_all_experts_on_is_the_dense_model(tmp_path, case, target, shared):
     assert plan.block["expert_width"] == open_model(source).ffn_width // 4
     tolerance = 1e-3 if case == "lfm2" else 1e-5  # its convolution's own noise
     assert relative_difference(logits(load(source)), logits(load(tmp_path / "all" / "moe"))) <= tolerance
+
+
+def test_a_split_written_for_fewer_experts_is_not_the_dense_model_with_all_of_them_on(tmp_path):
+    """Its router and the scale of its experts are fitted to its own top-k, so that config.json alone changes both."""
+    source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
+    convert(source, tmp_path / "half", to="mixtral", experts=4, top_k=2)
+    edit_json(tmp_path / "half" / "moe" / "config.json", num_experts_per_tok=4)
+    assert relative_difference(logits(load(source)), logits(load(tmp_path / "half" / "moe"))) > 0.1
 
 
 @pytest.mark.parametrize(("target", "shared"), [("glm4_moe", "1"), ("mixtral", None)])

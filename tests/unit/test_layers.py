@@ -25,12 +25,12 @@ FILES = {
 }
 
 ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
-EVERY_ROOM = {"types", "contract"}  # types alone, which every room may know
+EVERY_ROOM = {"types", "contract", "units"}  # types, and numbers in words
 # room -> rooms that it may know beside itself and those
 DECIDE = {"errors", "options", "checkpoint", "families", "matching", "plan", "plugins", "randomness"}
 STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
-STEP = MEASURE | {"runner", "requests", "units"}  # a verb from start to end
+STEP = MEASURE | {"runner", "requests"}  # a verb from start to end
 MAY_KNOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -65,7 +65,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "plan.planned": {"errors", "checkpoint", "families"},
     "plan.kernels": {"errors", "checkpoint", "randomness"},
     "tensors": {"errors", "checkpoint", "families", "plan"},
-    "stream": {"errors", "families", "plan", "tensors", "units"},
+    "stream": {"errors", "families", "plan", "tensors"},
     "data": {"errors", "checkpoint", "families", "plan", "randomness", "stream"},
     "calibrate": STREAM,
     "upcycle": DECIDE,
@@ -76,8 +76,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "inspect": DECIDE | {"callable_package"},
     "verify": MEASURE | {"hf", "inspect"},
     "hf": {"errors", "plan", "versions"},
-    "runner": MEASURE | {"report", "requests", "units"},
-    "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "units", "upcycle"},
+    "runner": MEASURE | {"report", "requests"},
+    "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "upcycle"},
     "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP
@@ -92,7 +92,6 @@ MAY_KNOW: dict[str, set[str]] = {
         "report",
         "recipe",
         "demo",
-        "units",
         "versions",
     },
     "__main__": {"cli"},

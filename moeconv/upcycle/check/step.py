@@ -23,6 +23,7 @@ from moeconv.upcycle.counterpart import counterpart
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits
 NOT_CHECKED = {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
+LONG = 1 << 30  # bytes of a result before which the source is tried: writing them takes longer than trying
 _TOKENS = 128
 _LAYERS_HELD = 2.5  # a layer in the compared dtype, the bytes of the next one, and the stacking of its experts
 
@@ -38,16 +39,12 @@ def equivalence(
     staged model does not run, or does not compute what the plan promises.
     """
     free = free_memory()
-    dtype = next((name for name, width in (("float64", 8), ("float32", 4)) if _needed(plan, width) < free * 0.8), None)
+    dtype = _dtype_within(plan, free)
     if dtype is None:
         text = f"not checked against the source: its largest layer takes {_needed(plan, 4)} bytes, {free} are free"
         return {"equivalence": dict(NOT_CHECKED), "warnings": [text]}
     found = _measured(model, staged, plan, dtype, siblings=siblings, partition=partition)
-    if found.get("of") == "source":
-        raise InputError(
-            f"the source itself does not run in transformers: {escape(found['error'])}",
-            hint="Nothing was written. Repair the source, or pass --no-check to write the result without this check.",
-        )
+    _check_source(found)
     if "error" in found or not found.get("strict_load"):
         why = found.get("error") or "; ".join(found["problems"][:3])
         raise CheckError(
@@ -59,14 +56,38 @@ def equivalence(
     return {"equivalence": {"checked": True, **found}, "warnings": warnings}
 
 
+def check_source(model: Model, plan: Plan) -> None:
+    """Raises InputError, before anything is written, where the source's first layer does not run in transformers. Of a
+    plan that is written in seconds nothing is asked: `equivalence` finds out as soon."""
+    dtype = _dtype_within(plan, free_memory())
+    if dtype is not None and plan.nbytes >= LONG:
+        command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), "--dtype", dtype]
+        _check_source(_child([*command, *_links(model)]))
+
+
+def _check_source(found: JsonObject) -> None:
+    if found.get("of") == "source":
+        raise InputError(
+            f"the source itself does not run in transformers: {escape(found['error'])}",
+            hint="Nothing was written. Repair the source, or pass --no-check to write the result without this check.",
+        )
+
+
+def _dtype_within(plan: Plan, free: int) -> str | None:
+    """The dtype in which the check has room in memory."""
+    return next((name for name, width in (("float64", 8), ("float32", 4)) if _needed(plan, width) < free * 0.8), None)
+
+
+def _links(*models: Model) -> list[str]:
+    return ["--follow-links"] if any(m.checkpoint.follows_links for m in models) else []
+
+
 def _measured(
     model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Model], partition: Path | None
 ) -> JsonObject:
     """The JSON object that the child process prints."""
     command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), str(staged)]
-    command += ["--dtype", dtype, "--tokens", str(_TOKENS)]
-    if any(m.checkpoint.follows_links for m in (model, *siblings)):
-        command.append("--follow-links")
+    command += ["--dtype", dtype, "--tokens", str(_TOKENS), *_links(model, *siblings)]
     request = ""
     if (exact := counterpart(plan)) is not None:
         command.append("--against")
@@ -74,6 +95,11 @@ def _measured(
         request = json.dumps(
             {"counterpart": exact.to_json(), "siblings": paths, "partition": str(partition) if partition else None}
         )
+    return _child(command, request)
+
+
+def _child(command: Sequence[str], request: str = "") -> JsonObject:
+    """The JSON object that a child process prints, or its last words as an error."""
     child = subprocess.run(command, capture_output=True, text=True, input=request, check=False)
     try:
         return json.loads(child.stdout)

@@ -222,7 +222,8 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
         )
     if used * (left // groups) < top_k:
         raise UsageError(
-            f"a token is routed to {top_k} experts in {used} of {groups} groups, and {counted(left, 'expert leaves', 'experts leave')} only "
+            f"a token is routed to {top_k} experts in {used} of {groups} groups, and "
+            f"{counted(left, 'expert leaves', 'experts leave')} only "
             f"{used * (left // groups)} in so many groups",
             hint=f"Keep at least {groups * -(-top_k // used)}.",
         )

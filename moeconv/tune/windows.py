@@ -24,7 +24,8 @@ def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     total = len(data.windows)
     if total < 2:
         raise InputError(
-            f"the data fills {counted(total, 'sequence')} of {counted(data.seq_len, 'token')}, and training needs one to train on and one "
+            f"the data fills {counted(total, 'sequence')} of {counted(data.seq_len, 'token')}, and training "
+            "needs one to train on and one "
             f"to judge by",
             hint="Give more text, or a smaller --seq-len.",
         )

@@ -164,6 +164,6 @@ def load_neurons(path: str | os.PathLike[str], model: Model, *, twin: bool = Fal
     make = "moeconv calibrate SOURCE STATS --data FILE"
     file, metadata = open_measured(path, kind=KIND, version=VERSION, required=_REQUIRED, make=make)
     layers, width = len(metadata["layers"]), escape(metadata["width"])
-    what = f"{escape(metadata['model_type'])}, {counted(layers, 'layer')} of {counted(width, 'neuron')}"
+    what = f"{escape(metadata['model_type'])}, {counted(layers, 'layer')} of {width} neurons"
     measured_on(model, metadata, label=file.label, what=what, twin=twin)
     return NeuronStatistics(metadata, file)

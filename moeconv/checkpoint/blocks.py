@@ -19,7 +19,7 @@ from pathlib import Path
 ALIGN = 4096
 BUFFER = 1 << 20
 _MAX_STREAMS = 8
-_FLYING = 3  # buffers of a file on their way to the disk and the hash, beside those that are being filled
+_MAX_IN_FLIGHT = 3  # buffers of a file on their way to the disk and the hash, beside those that are being filled
 _WRITERS = 2
 
 
@@ -40,7 +40,7 @@ def _open_direct(path: Path) -> int:
 
 
 class _Stream:
-    """Bytes that follow each other in the file, gathered in an aligned buffer. `base` is the buffer's file offset."""
+    """Consecutive bytes of the file, collected in an aligned buffer. `base` is the offset of the buffer in the file."""
 
     def __init__(self, position: int, buffer: mmap.mmap) -> None:
         self.continue_at(position, buffer)
@@ -57,9 +57,9 @@ class _Stream:
 
 
 class BlockFile:
-    """A file written at any offset, each byte once. Sequential runs (a few at a time) are what it is fast at.
+    """A file that is written at any offset, each byte once. It is fast for a few sequential runs at a time.
 
-    An error of the disk is raised by a later `write`, or by `finish`.
+    A later `write`, or `finish`, raises the error of an earlier write to the disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class BlockFile:
         self._hashed = 0
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="moeconv-hash")
         self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="moeconv-write")
-        self._flying: deque[tuple[mmap.mmap, list[Future[None]]]] = deque()
+        self._in_flight: deque[tuple[mmap.mmap, list[Future[None]]]] = deque()
         self._free: list[mmap.mmap] = []
 
     def write(self, position: int, data: memoryview) -> None:
@@ -93,13 +93,14 @@ class BlockFile:
         self._streams[stream.end] = stream
 
     def _buffer(self) -> mmap.mmap:
-        """Memory to fill: when enough is in flight, that of the oldest, after it arrived."""
-        while len(self._flying) >= _FLYING:
-            self._land()
+        """A buffer to fill; if enough buffers are in flight, the oldest one, once it is written."""
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._finish_oldest()
         return self._free.pop() if self._free else mmap.mmap(-1, BUFFER)
 
-    def _land(self) -> None:
-        buffer, work = self._flying.popleft()
+    def _finish_oldest(self) -> None:
+        """Wait until the oldest buffer in flight is written and hashed, and make it free."""
+        buffer, work = self._in_flight.popleft()
         for future in work:
             future.result()
         self._free.append(buffer)
@@ -121,10 +122,10 @@ class BlockFile:
                 work.append(self._writers.submit(self._write_blocks, view[start:stop], base + start))
             if stop < fill:
                 self._edges.append((base + stop, bytes(view[stop:fill])))
-        self._flying.append((stream.buffer, work))
+        self._in_flight.append((stream.buffer, work))
 
     def _write_blocks(self, view: memoryview, position: int) -> None:
-        """Write whole blocks, past the cache as long as the file system takes it."""
+        """Write whole blocks, past the page cache as long as the file system supports that."""
         while len(view) and not self._buffered:
             try:
                 n = os.pwrite(self._direct, view, position)
@@ -143,8 +144,8 @@ class BlockFile:
         for stream in self._streams.values():
             self._flush(stream)
         self._streams.clear()
-        while self._flying:
-            self._land()
+        while self._in_flight:
+            self._finish_oldest()
         # partial blocks go through the page cache, when all direct writes are done
         for position, data in self._edges:
             _write_all(self._fd, memoryview(data), position)
@@ -159,7 +160,7 @@ class BlockFile:
         return self._digest.hexdigest()
 
     def close(self) -> None:
-        """Release the descriptors, when nobody writes to them any more."""
+        """Wait for the threads that write, then release the descriptors."""
         self._hasher.shutdown()
         self._writers.shutdown()
         for name in ("_direct", "_fd"):

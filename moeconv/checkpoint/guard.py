@@ -1,4 +1,4 @@
-"""What no command may do: write where it reads. The options say which of them are paths that are read."""
+"""No command may write where it reads. The declarations of the options state which of them are paths to read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from moeconv.checkpoint.target import check_apart
 
 
 def guard(out: str, reads: Iterable[tuple[str, str]]) -> None:
-    """Refuse an OUT that is, holds or lies in a path that is read; of hub names that is the hub's cache.
-
-    `reads` are (the word that names it, the path). Raises OutputError.
+    """Refuse an OUT that is, contains or is inside a path that the command reads; for names on the hub, that is its
+    cache. `reads` are (name for messages, path). Raises OutputError.
     """
     check_apart(out, [_local(word, path) for word, path in reads], staging=True)
 

@@ -146,8 +146,13 @@ class OutputDirectory:
     # -- the end -------------------------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Make `staged` the OUT in one rename, then clear the staging directory. Raises OutputError where OUT appeared
-        meanwhile, or came to hold what a swap would lose."""
+        """Make `staged` the OUT in one rename, then clear the staging directory. Raises OutputError if OUT appeared
+        meanwhile, or now contains files that a swap would lose.
+
+        A reader sees the old OUT or the new one, whole. An exchange by renameat2 keeps the old directory until the new
+        one is in place; it then lies in the staging directory, which is removed. Where the file system lacks renameat2,
+        two renames do the same, with a moment without OUT between them.
+        """
         with output_errors(self.out):
             sync_directory(self.staged)
             if self.out.exists() and self.overwrite:

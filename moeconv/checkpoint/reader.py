@@ -85,12 +85,12 @@ class Checkpoint:
             raise InputError(
                 f"{escape(self.path)} holds both {SINGLE_NAME} and {INDEX_NAME} with shards of its own: transformers "
                 f"loads {SINGLE_NAME} alone, other programs load the shards",
-                hint="Keep the one that is meant, and move the other away.",
+                hint="Keep the one that you mean, and move the other away.",
             )
         return weight_map
 
     def _entries(self) -> list[os.DirEntry[str]]:
-        """What the directory holds, by name."""
+        """The entries of the directory, sorted by name."""
         try:
             with os.scandir(self.path) as entries:
                 return sorted(entries, key=lambda e: e.name)
@@ -98,7 +98,7 @@ class Checkpoint:
             raise InputError(f"cannot list {escape(self.path)}: {error.strerror}", hint="Check permissions.") from None
 
     def _backing(self) -> int:
-        """Bytes of all shards that lie there, whatever the index says."""
+        """Bytes of all shards in the directory, whether the index names them or not."""
         size = 0
         for entry in self._entries():
             with suppress(OSError):
@@ -114,8 +114,8 @@ class Checkpoint:
             file = self._open(shard)
             for info in file.tensors.values():
                 if self._weight_map is not None and self._weight_map.get(info.name) != shard:
-                    told = self._weight_map.get(info.name)
-                    where = f"places it in {escape(told)}" if told else "does not name it"
+                    indexed = self._weight_map.get(info.name)
+                    where = f"places it in {escape(indexed)}" if indexed else "does not name it"
                     raise InputError(
                         f"{escape(shard)} holds tensor {escape(info.name)!r}, but the index {where}",
                         hint="Index and shards are of different versions; download the checkpoint again.",
@@ -131,7 +131,9 @@ class Checkpoint:
                 )
         stray = [e.name for e in self._entries() if e.name.endswith(".safetensors") and e.name not in self.shards]
         if stray:
-            self.warnings.append(f"not named by the index, left out: {', '.join(escape(n) for n in stray[:4])}")
+            self.warnings.append(
+                f"ignored, because the index does not name them: {', '.join(escape(n) for n in stray[:4])}"
+            )
         return tensors
 
     def _open(self, shard: str) -> SafetensorsFile:
@@ -148,7 +150,7 @@ class Checkpoint:
             return file
 
     def renamed(self, names: Mapping[str, str], warning: str) -> Checkpoint:
-        """This checkpoint with other names for some of its tensors, {name here: new name}, and a `warning` of it."""
+        """A copy of this checkpoint in which some tensors have other names, {old: new}, with one more `warning`."""
         other = copy.copy(self)
         other.warnings = [*self.warnings, warning]
         other.tensors = {
@@ -170,8 +172,8 @@ class Checkpoint:
         return buffer
 
     def advise(self, names: Iterable[str]) -> None:
-        """Tell the system that these tensors are read next, so that it may bring them into its cache: a hint, which
-        takes no memory of this process and fails in silence."""
+        """Announce to the system that these tensors are read next, so that it can load them into its cache. This takes
+        no memory of this process, and errors are ignored."""
         ranges: dict[str, list[tuple[int, int]]] = {}
         for ref in (self.tensors[name] for name in names):
             ranges.setdefault(ref.shard, []).append((ref.start, ref.start + ref.nbytes))
@@ -188,12 +190,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call it: NAME of the hub's OWNER/NAME, else the directory's name."""
+        """NAME of OWNER/NAME on the hub, or else the name of the directory."""
         found = hub_name(self.path)
         return found.partition("/")[2] if found else self.path.resolve().name
 
     def beside(self) -> dict[str, bool]:
-        """Names of all that lies in the directory beside the shards, and whether each is a regular file."""
+        """The names of everything in the directory except the shards, and whether each is a regular file."""
         return {entry.name: entry.is_file() for entry in self._entries() if entry.name not in self.shards}
 
     def inside(self, folder: str) -> list[str]:
@@ -246,7 +248,7 @@ class Checkpoint:
         return all(files.get(shard, {}).get("bytes") == self._open(shard).size for shard in self.shards)
 
     def resume_state(self) -> list[tuple[str, int, int]]:
-        """(name, size, mtime in ns) of config and every shard: what a resumed run must find unchanged."""
+        """(name, size, mtime in ns) of config.json and every shard. A run resumes only if this is unchanged."""
         status = os.stat(self.path / "config.json")
         state = [("config.json", status.st_size, status.st_mtime_ns)]
         state += [(s, self._open(s).size, self._open(s).mtime_ns) for s in self.shards]

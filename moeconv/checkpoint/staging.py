@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FIGURES = "figures.json"
-_STEP, _HEARTBEAT = 0.2, 30.0  # seconds between two tries for the lock, and between two words about it
+_STEP, _HEARTBEAT = 0.2, 30.0  # seconds between two attempts to lock, and between two messages about waiting
 
 
 def staging_of(out: Path) -> Path:
@@ -72,7 +72,7 @@ class StagingLock:
             self._fd = -1
 
     def alone(self) -> bool:
-        """Whether nobody else is at work here; nobody can begin then until this lock is released."""
+        """Whether no other process works here. If so, none can begin until this lock is released."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -145,7 +145,7 @@ class Measured:
     @contextmanager
     def _measuring(self) -> Iterator[None]:
         """Holds the lock under which one process measures."""
-        path, said = self.folder / "lock", -_HEARTBEAT
+        path, last_note = self.folder / "lock", -_HEARTBEAT
         while True:
             with output_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,8 +158,8 @@ class Measured:
                 if _still_at(fd, path):
                     break
             except OSError:
-                if time.monotonic() - said >= _HEARTBEAT:
-                    said = time.monotonic()
+                if time.monotonic() - last_note >= _HEARTBEAT:
+                    last_note = time.monotonic()
                     self._note("another part is measuring: waiting for it")
                 time.sleep(_STEP)
             except BaseException:
@@ -172,7 +172,7 @@ class Measured:
             os.close(fd)
 
     def _clear(self, *, keep: bool) -> None:
-        """Remove what is of no use to another run of the same work, all of it unless `keep`."""
+        """Remove what another run of the same work cannot use; without `keep`, remove everything."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder):
                 whole = not entry.name.endswith(".begun") or entry.name.removesuffix(".begun") in self._resumes
@@ -183,7 +183,7 @@ class Measured:
 
 
 def _still_at(fd: int, path: Path) -> bool:
-    """Whether an open file is the one that stands at `path` now."""
+    """Whether an open file is still the one at `path`: another run may have replaced it."""
     try:
         return os.fstat(fd).st_ino == path.stat().st_ino
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Where an output may go: never onto, around or into what the command reads, and never onto what moeconv cannot know.
+"""Where an output may be written: neither over, around nor inside anything that the command reads.
 
-A directory is swapped only when it is empty, when moeconv wrote it, or when it is one checkpoint and nothing else; a
-file only when it is of the kind that replaces it.
+A directory is replaced only if it is empty, an output of moeconv, or one checkpoint and nothing else. A file is
+replaced only by a file of the same kind.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def check_swap(out: Path) -> None:
         names = ", ".join(escape(name) for name in lost[:_NAMED])
         more = f" and {len(lost) - _NAMED} more" if len(lost) > _NAMED else ""
         raise OutputError(
-            f"OUT {escape(out)} holds what --overwrite would lose: {names}{more}",
-            hint="It swaps an empty directory, an output of moeconv, or a single checkpoint, with nothing else in it: "
-            "move these away, or choose another OUT.",
+            f"OUT {escape(out)} contains files that --overwrite would delete: {names}{more}",
+            hint="--overwrite replaces an empty directory, an output of moeconv, or a single checkpoint with nothing "
+            "else in it. Move these files away, or choose another OUT.",
         )
 
 

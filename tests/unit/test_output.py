@@ -170,7 +170,7 @@ def test_what_came_to_lie_in_the_old_directory_meanwhile_is_not_lost(tmp_path, o
     with OutputDirectory(out, key="k", overwrite=True) as directory:
         stage(directory, a="1")
         (out / "mine").write_text("mine")
-        with pytest.raises(OutputError, match=r"would lose: mine$"):
+        with pytest.raises(OutputError, match=r"would delete: mine$"):
             directory.commit()
         assert hashes(out).keys() == {"mine"} and os.listdir(directory.staged) == ["a"]
         (out / "mine").unlink()

@@ -270,7 +270,7 @@ def test_only_a_directory_whose_loss_is_none_is_swapped(tmp_path, cli):
     for lost, path in bad.items():
         for more in ([], ["--dry-run"]):
             done = cli("upcycle", source, path, "--no-check", "--overwrite", *more, "--json")
-            assert done.code == 4 and f"would lose: {lost}" in done.json["error"]["message"], done
+            assert done.code == 4 and f"would delete: {lost}" in done.json["error"]["message"], done
     many = out("many", *(f"{i}.txt" for i in range(9)))
     with pytest.raises(OutputError, match=r"0\.txt, .*4\.txt and 4 more"):
         check_target(many, reads=(), overwrite=True)

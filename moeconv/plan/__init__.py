@@ -1,1 +1,1 @@
-"""The one pipeline: a Plan says every output tensor and where its bytes come from; one loop applies it."""
+"""The one pipeline: a plan lists every output tensor and the source of its bytes, and one loop applies it."""

@@ -157,7 +157,7 @@ def _space_in_front(tokenizer: JsonObject) -> bool:
         if steps[:-1] == [{"type": "Prepend", "prepend": _SPACE}]:
             return True
     if not steps and pre.get("type") == "Metaspace" and pre.get("replacement") == _SPACE and not pre.get("split", True):
-        return pre.get("prepend_scheme", "always") != "never"
+        return bool(pre.get("prepend_scheme", "always") != "never")
     raise _unknown()
 
 

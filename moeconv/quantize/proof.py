@@ -5,9 +5,9 @@ Imports torch, and only when called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.contract import ErrorLayer, PackingError
@@ -16,6 +16,11 @@ from moeconv.families.model import Model, open_model
 from moeconv.families.packed import CODES, split_part
 from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
 from moeconv.quantize.formats import FORMATS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Decoder = Callable[[TensorSpec], "Tensor"]  # from a tensor of codes to the weight that it decodes to
 
 
 class PackingProof(TypedDict):
@@ -115,7 +120,7 @@ def _plain(name: str) -> str:
     return split[0] if split else name
 
 
-def _source_weight(source: Model, item: Item):
+def _source_weight(source: Model, item: Item) -> Tensor:
     """The matrix that the item packs, in float32."""
     import torch
 
@@ -129,7 +134,7 @@ def _source_weight(source: Model, item: Item):
     return weight
 
 
-def _decoder(staged: Path):
+def _decoder(staged: Path) -> Decoder:
     """The function from a tensor of codes to the weight that it and its companions decode to."""
     import torch
 
@@ -140,7 +145,7 @@ def _decoder(staged: Path):
 
     model = open_model(staged)
 
-    def decode(spec: TensorSpec):
+    def decode(spec: TensorSpec) -> Tensor:
         if not spec.of:
             return decode_weight(model, _plain(spec.name), torch.float32)
         parts, stored = {}, model.stored[spec.name]
@@ -160,7 +165,7 @@ def _decoder(staged: Path):
     return decode
 
 
-def _gguf_decoder(shard: Shard, staged: Path):
+def _gguf_decoder(shard: Shard, staged: Path) -> Decoder:
     """The same for a GGUF file, by the `gguf` package."""
     import torch
 
@@ -169,7 +174,7 @@ def _gguf_decoder(shard: Shard, staged: Path):
 
     tensors = {tensor.name: tensor for tensor in open_gguf(staged / shard.name).tensors}
 
-    def decode(spec: TensorSpec):
+    def decode(spec: TensorSpec) -> Tensor:
         name, _, expert = spec.name.partition("#")
         start = int(expert or 0) * spec.nbytes
         data = tensors[name].data.reshape(-1).view("u1")[start : start + spec.nbytes]

@@ -144,7 +144,7 @@ class _Search:
     def _start(self) -> Tensor:
         """The first assignment: the neurons with the most energy are always on, and the others are clustered."""
         ffn, groups = self.ffn, self.pieces - self.always
-        order = self.score[self.train].square().mean(0).sort(descending=True, stable=True).indices
+        order: Tensor = self.score[self.train].square().mean(0).sort(descending=True, stable=True).indices
         cut = self.always * self.size
         rest = order[cut:].sort().values
         key = (ffn.seed, "split", ffn.layer)

@@ -55,7 +55,8 @@ def ridge(x: Tensor, target: Tensor) -> Tensor:
     wide = x.double()
     gram = wide.T @ wide
     gram += _RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram), dtype=gram.dtype, device=x.device)
-    return torch.linalg.solve(gram, wide.T @ target.double()).T.to(x.dtype)
+    solved: Tensor = torch.linalg.solve(gram, wide.T @ target.double())
+    return solved.T.to(x.dtype)
 
 
 def logistic(x: Tensor, chosen: Tensor, *, weight: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ def _read_inputs(layer: Layer, read: TokenData, chosen: np.ndarray, *, width: in
 
 
 def _directions(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    directions: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return directions
 
 
 def _scaled(rows: np.ndarray, sample: np.ndarray, layer: int) -> np.ndarray:
@@ -169,7 +170,8 @@ def _scaled(rows: np.ndarray, sample: np.ndarray, layer: int) -> np.ndarray:
         )
     unit = rows / np.maximum(lengths, 1e-12)[:, None]
     spread = float((sample.astype(np.float64) @ unit.T).std())
-    return (unit / max(spread, 1e-12)).astype(np.float32)
+    scaled: np.ndarray = (unit / max(spread, 1e-12)).astype(np.float32)
+    return scaled
 
 
 def _figures(rows: np.ndarray, inputs: RouterInputs, layer: int, *, own: bool) -> RouterLayer:

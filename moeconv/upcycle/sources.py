@@ -1,4 +1,4 @@
-"""The tensors behind an expression's leaves: those of the source and of its siblings, and what they say of the result.
+"""The tensors behind an expression's leaves: those of the source and of its siblings.
 
 An expression names tensors by their key in the family's table. A key may be stored inside a fused tensor, whose rows
 are then a range of its bytes.

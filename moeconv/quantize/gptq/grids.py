@@ -71,7 +71,8 @@ def _code_grid(item: Item) -> CodeGrid:
     if kernel is None or not kernel.grid:
         raise UsageError(f"the kernel {item.kernel} does not support --method gptq", hint="Use --method rtn.")
     module, _, name = kernel.grid.partition(":")
-    return getattr(import_module(module), name)
+    grid: CodeGrid = getattr(import_module(module), name)
+    return grid
 
 
 # -- integers of compressed-tensors: one scale per group of a row ------------------------------------------------------

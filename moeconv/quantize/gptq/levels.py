@@ -105,7 +105,8 @@ class Coded:
 
     def decoded(self) -> Tensor:
         """The weight that a reader decodes, float32 [..., out, in]."""
-        return (self.levels.unflatten(-1, (self.scales.shape[-1], -1)) * self.scales[..., None]).flatten(-2)
+        groups: Tensor = self.levels.unflatten(-1, (self.scales.shape[-1], -1))
+        return (groups * self.scales[..., None]).flatten(-2)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, group: int) -> Coded:

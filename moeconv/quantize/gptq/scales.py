@@ -71,7 +71,8 @@ def _lesser(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[T
 
 
 def _squares(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1).square_()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norms.square_()
 
 
 def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float, Tensor]]:

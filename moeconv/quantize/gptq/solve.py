@@ -88,6 +88,7 @@ def retarget(weight: Tensor, gap: Tensor, hessian: Tensor) -> Tensor:
 def cholesky(hessian: Tensor) -> Tensor:
     """The lower factors of float64 [E, n, n] with a mean diagonal of about 1. A matrix that is not positive definite,
     which rounding causes where the damping is too small, gets more on its diagonal until it is."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(hessian)
     more = 1e-9
     for _ in range(_TRIES):
@@ -196,11 +197,9 @@ class _Work:
     def _taken(self, rows: Tensor, order: Tensor) -> Tensor:
         """`rows` [n, E, out] in an order [E, m] per matrix: [m, E, out]."""
         experts = torch.arange(rows.shape[1], device=rows.device)
-        return (
-            rows.flatten(0, 1)
-            .index_select(0, (order.T * len(experts) + experts).flatten())
-            .unflatten(0, (-1, len(experts)))
-        )
+        columns = rows.flatten(0, 1).index_select(0, (order.T * len(experts) + experts).flatten())
+        taken: Tensor = columns.unflatten(0, (-1, len(experts)))
+        return taken
 
     def _scales_of(self, scales: Tensor, first: int, last: int) -> Tensor:
         """The scales of the columns at positions `first` to `last` of the order, [last - first, E, out]."""

@@ -102,7 +102,8 @@ def _child(command: Sequence[str], request: str = "") -> JsonObject:
     """The JSON object that a child process prints, or its last words as an error."""
     child = subprocess.run(command, capture_output=True, text=True, input=request, check=False)
     try:
-        return json.loads(child.stdout)
+        found: JsonObject = json.loads(child.stdout)
+        return found
     except ValueError:
         return {"error": child.stderr.strip().splitlines()[-1] if child.stderr.strip() else f"exit {child.returncode}"}
 

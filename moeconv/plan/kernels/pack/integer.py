@@ -1,4 +1,5 @@
-"""INT4 and INT8 words of compressed-tensors' pack-quantized layout, bit-equal to that library's."""
+"""The INT4 and INT8 words of the layout pack-quantized of compressed-tensors, equal bit by bit to those of the
+library."""
 
 from __future__ import annotations
 
@@ -77,11 +78,11 @@ def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
 def fitted_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
     """Scales of (nearly) least squared error, [out, groups] in the weight's dtype; never worse than `int_scales`.
 
-    Levels run from -8 to 7, so a group's extreme goes to the side with one level more: its scale is negative where the
-    extreme is positive, which every reader multiplies by like any other (ggml's Q4_0 does the same). That scale is
-    fitted to the levels that it gives, twice. Smaller ones, which clip the extreme, are not tried: they lower the error
-    of the weights by 4 % more and raise that of a layer's output where large weights meet large activations (by a
-    quarter in the first layer of a model that was upcycled)."""
+    Levels run from -8 to 7, so that the value of largest magnitude in a group belongs on the negative side, which has
+    one level more. Its scale is negative where this value is positive; readers multiply by it like by any other scale
+    (Q4_0 of ggml does the same). The scale is then fitted to the levels that it gives, twice. Smaller scales, which
+    clip the value, are not tried: they lower the error of the weights by 4 % more, but raise that of a layer's output
+    where large weights are multiplied by large activations (by a quarter in the first layer of an upcycled model)."""
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
     result = torch.empty(rows, columns // group, dtype=weight.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import Any, TypedDict
 
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.contract import ErrorLayer, PackingError
@@ -17,10 +17,8 @@ from moeconv.families.packed import CODES, split_part
 from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
 from moeconv.quantize.formats import FORMATS
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Decoder = Callable[[TensorSpec], "Tensor"]  # from a tensor of codes to the weight that it decodes to
+Weight = Any  # a torch Tensor; this module must not import torch when it is imported
+Decoder = Callable[[TensorSpec], Weight]  # from a tensor of codes to the weight that it decodes to
 
 
 class PackingProof(TypedDict):
@@ -120,7 +118,7 @@ def _plain(name: str) -> str:
     return split[0] if split else name
 
 
-def _source_weight(source: Model, item: Item) -> Tensor:
+def _source_weight(source: Model, item: Item) -> Weight:
     """The matrix that the item packs, in float32."""
     import torch
 
@@ -145,7 +143,7 @@ def _decoder(staged: Path) -> Decoder:
 
     model = open_model(staged)
 
-    def decode(spec: TensorSpec) -> Tensor:
+    def decode(spec: TensorSpec) -> Weight:
         if not spec.of:
             return decode_weight(model, _plain(spec.name), torch.float32)
         parts, stored = {}, model.stored[spec.name]
@@ -174,7 +172,7 @@ def _gguf_decoder(shard: Shard, staged: Path) -> Decoder:
 
     tensors = {tensor.name: tensor for tensor in open_gguf(staged / shard.name).tensors}
 
-    def decode(spec: TensorSpec) -> Tensor:
+    def decode(spec: TensorSpec) -> Weight:
         name, _, expert = spec.name.partition("#")
         start = int(expert or 0) * spec.nbytes
         data = tensors[name].data.reshape(-1).view("u1")[start : start + spec.nbytes]

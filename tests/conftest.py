@@ -138,6 +138,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
+    if not items or items[0].config.option.keyword:  # then it is -k that chose
+        return
     count = sum(item.get_closest_marker("slow") is not None for item in items)
     if count:
         config = items[0].config
@@ -157,4 +159,4 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} slow tests left out: pytest runs them all")
+        terminalreporter.write_line(f"{count} slow tests left out: `python -m pytest`, without -m, runs them all")

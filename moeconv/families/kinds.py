@@ -1,6 +1,7 @@
 """Checks that each value of a config.json is of the kind that its key takes, once, before anything computes with it.
 
-The kind of a key is the kind of its default. Null is always accepted: it means none, or that the class derives it.
+The kind of a key is the kind of its default. Null is accepted, since it means none or that the class derives the value,
+except for the keys in `_COMPUTED` that have no rule in the row's `derived`.
 """
 
 from __future__ import annotations

@@ -41,9 +41,14 @@ def _default(mine: Sequence[Pair], *, shared: bool) -> Pair | None:
 
 
 def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputError:
+    if to is None:
+        return InputError(
+            f"no Mixture-of-Experts family is known that computes what {source.model_type} computes",
+            hint="`moeconv families` lists the conversions; CONTRIBUTING.md says how to add one.",
+        )
     can = ", ".join(pair.target for pair in mine) or "nothing yet"
     moe = tables().moe
-    if to is not None and to not in moe:
+    if to not in moe:
         targets = {pair.target: moe[pair.target] for pair in tables().pairs}  # no other family helps the user
         words = {word: name for name, row in targets.items() for word in (name, row.architecture)}
         close = closest(to, words)
@@ -52,7 +57,7 @@ def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputErro
             f"--to {escape(to)}: no such Mixture-of-Experts family",
             hint=f"{meant}{source.model_type} can become: {can}.",
         )
-    why = IMPOSSIBLE.get((source.model_type, to or ""), f"no exact mapping from {source.model_type} to it is known")
+    why = IMPOSSIBLE.get((source.model_type, to), f"no exact mapping from {source.model_type} to it is known")
     return InputError(f"cannot write {source.model_type} as {escape(to)}: {why}", hint=f"It can become: {can}.")
 
 

@@ -95,7 +95,7 @@ class ConfigKeys:
     # key whose default is None -> the kind of its values (WHOLE, ...), where the table of kinds.py does not have it; a
     # key with another default takes values of that default's kind
     kinds: Mapping[str, str] = field(default_factory=dict)
-    # key -> the class's rule for its value where config.json leaves it out
+    # key -> the value that the class computes with where config.json has null or lacks the key
     derived: Mapping[str, Callable[[Get], Any]] = field(default_factory=dict)
     # key -> its path in config.json, with dots between the names, where the family has another word for it
     words: Mapping[str, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 _QK_NORM = "qwen3_moe normalises queries and keys, which cannot be made an identity"
 _NO_QK_NORM = "it has no norms for queries and keys"
 _LAYER_NORM = "phimoe's LayerNorm subtracts the mean, the source's RMSNorm does not"
-_SANDWICH = "no MoE family has its norms before and after both blocks"
+_SANDWICH = "no MoE family has its norms before and after both blocks without also changing its attention"
 # Known impossible conversions, with the reason that a user should read.
 IMPOSSIBLE: dict[tuple[str, str], str] = {
     ("qwen2", "mixtral"): "mixtral has no slot for the query, key and value biases of qwen2",
@@ -26,12 +26,11 @@ IMPOSSIBLE: dict[tuple[str, str], str] = {
 WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(("glm4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _SANDWICH),
     "exaone4": "no MoE family has post-norms and per-head query and key norms together",
-    **dict.fromkeys(
-        ("gemma2", "vaultgemma", "nanochat"), "its attention or logits pass a softcap, which no MoE family has"
-    ),
+    **dict.fromkeys(("gemma2", "vaultgemma"), "its attention passes a softcap, which no MoE family has"),
+    "nanochat": "its FFN has no gate and its logits pass a softcap, which no MoE family has together",
     **dict.fromkeys(
         ("starcoder2", "gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "gptj", "mpt"),
-        "its FFN is ungated and has biases, which no MoE family has",
+        "it has LayerNorms and an FFN without a gate, which no MoE family has together",
     ),
     "apertus": "its activation has trained parameters, which no MoE family has",
     "bitnet": "its norms inside attention and FFN have no place in an MoE family",

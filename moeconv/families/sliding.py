@@ -90,7 +90,7 @@ def _write_layer_types(pattern: Pattern) -> JsonObject | None:
 def typed(slides: Callable[[int, Config], bool], *, idle: int | None = None) -> Sliding:
     """layer_types beside sliding_window; `slides` is the class's rule for layer i when config has no layer_types.
 
-    `idle` is the window to write when no layer slides, for classes that fail without a number.
+    `idle`: the window that is written when no layer slides, for classes that need a number.
     """
 
     def read(config: Config, layers: int) -> Pattern:

@@ -70,7 +70,7 @@ class Family:
     multimodal: Multimodal = field(default_factory=Multimodal)
     # what readers other than transformers 5 need, and which engines run it
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
-    # of a dense row whose model_type has a row with experts too: whether a config is of this one
+    # where one model_type has a dense row and a row with experts: whether a config belongs to the dense row
     is_dense: Callable[[Get], bool] | None = None
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:

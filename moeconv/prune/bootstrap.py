@@ -16,16 +16,24 @@ from moeconv.prune.criteria import CRITERIA, Evidence, LayerStatistics, Needs, O
 from moeconv.randomness import generator
 
 _ROWS = ("sample_logits", "sample_outputs", "sample_scale")
-_SUMS = ("count", "gate_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum")  # that the sampled tokens give anew
+# sums over tokens that the sampled tokens give anew
+_SUMS = ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")
 
 
 def can_resample(needs: Needs) -> bool:
-    """Whether a criterion reads what other tokens would change here: the token sample, or a sum that it gives."""
-    return needs.sample or any(name in _SUMS for name in needs.fields)
+    """Whether all statistics of tokens that a criterion reads can be formed anew from the token sample.
+
+    One sum of all tokens beside one of the sampled tokens would give wrong means, so a criterion that also reads
+    another field is not resampled. Similarities of experts stay what they were.
+    """
+    return set(needs.fields) <= set(_SUMS) and (needs.sample or bool(needs.fields))
 
 
 class Resampled:
-    """Statistics of the sampled tokens `rows` alone; fields that are no sums over tokens stay what they were."""
+    """Statistics of tokens drawn from the token sample; fields that are no sums over tokens stay what they were.
+
+    The sample does not say from which data source a token is, so the sums are [1, E]: those of all sources together.
+    """
 
     def __init__(self, statistics: LayerStatistics, rule: Rule, draw: np.random.Generator) -> None:
         self._whole, self._rule, self._draw = statistics, rule, draw
@@ -54,7 +62,7 @@ class Resampled:
                 factor=float(self._whole.layer(layer, "sample_factor")[0]),
             )  # fmt: skip
             norm = np.take_along_axis(np.linalg.norm(outputs, axis=2), chosen, 1).astype(np.float64)
-            values = dict(zip(_SUMS, (np.ones_like(g), g, norm, norm**2, g * norm), strict=True))
+            values = dict(zip(_SUMS, (np.ones_like(g), g, g**2, norm, norm**2, g * norm, (g * norm) ** 2), strict=True))
             self._sums[layer] = {
                 name: np.bincount(chosen.reshape(-1), v.reshape(-1), minlength=experts)[None]
                 for name, v in values.items()

@@ -123,8 +123,8 @@ Refine = Callable[[Evidence, int, frozenset[int], Sequence[int]], list[int]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion's function and what it needs. `refine` betters a set that is kept, at the price of sets that are no
-    longer nested. `warning` goes with every plan that it decides."""
+    """A criterion's function and what it needs. `refine` improves the kept set; the sets of
+    different sizes are then no longer nested. `warning` goes with every plan that it decides."""
 
     name: str
     needs: Needs

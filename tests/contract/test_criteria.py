@@ -143,5 +143,5 @@ def test_weights_that_are_no_numbers_are_named(place, tmp_path):
         file.seek(ref.start)
         file.write(b"\xff" * 4)
     for name in (name for name, c in CRITERIA.items() if c.needs.weights is not None):
-        with pytest.raises(InputError, match="expert 2 of layer 1 holds NaN"):
+        with pytest.raises(InputError, match="expert 2 of layer 1 has NaN"):
             measure_experts(open_model(tmp_path / "moe"), CRITERIA[name].needs.weights)

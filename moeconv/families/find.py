@@ -74,8 +74,9 @@ def _language_model(config: Config) -> str:
     nested = ((key, part) for key, part in config.items() if isinstance(part, Mapping) and key in _TEXT_ROOTS)
     key, text = next(nested, ("", config))
     experts = any("expert" in word and isinstance(n, int) and n > 1 for word, n in text.items())
-    kind = "Mixture-of-Experts" if experts else "dense"
     name = text.get("model_type") if key else None
+    known = tables()
+    kind = "Mixture-of-Experts" if experts or (name in known.moe and name not in known.dense) else "dense"
     return f"{escape(name)}, a {kind} language model" if name else f"a {kind} language model"
 
 

@@ -429,7 +429,7 @@ def _full_disk(path, data):
 def test_pruning_by_weights_that_are_no_numbers(refused, tmp_path, out):
     source = make_moe(tmp_path / "source")
     poison(source, "model.layers.0.block_sparse_moe.experts.2.w2.weight", np.nan)
-    refused(3, "expert 2 of layer 0 holds NaN", "prune", source, out, "--keep", 2)
+    refused(3, "expert 2 of layer 0 has NaN", "prune", source, out, "--keep", 2)
 
 
 # -- usage ---------------------------------------------------------------------------------------------------------

@@ -297,7 +297,10 @@ def test_what_is_not_done_to_a_multimodal_model_is_refused_with_the_reason(tmp_p
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dense language model": ({"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2"}}, "dense"),
-    "a wrapper without a row": ({"model_type": "llava", "text_config": {"model_type": "qwen3_moe"}}, "no row"),
+    "a wrapper without a row": (
+        {"model_type": "llava", "text_config": {"model_type": "qwen3_moe"}},
+        "around qwen3_moe, a Mixture-of-Experts language model, and moeconv does not know which of its tensors",
+    ),
     "text and vision experts in one": ({"model_type": "ernie4_5_vl_moe"}, "one count"),
     "an unknown text model": ({"model_type": "internvl", "text_config": {"model_type": "qwen2"}}, "is not known"),
     "no experts": (

@@ -91,7 +91,7 @@ def test_weights_on_the_input_have_no_statistics(tmp_path, cli):
     path = save_stock(tmp_path / "moe", *MOE_CASES["llama4"], dtype=torch.float32)
     (tmp_path / "text").write_text("word " * 100)
     refused = cli("calibrate", path, tmp_path / "stats", "--data", tmp_path / "text", "--json")
-    assert refused.code == 3 and "weighs what goes into an expert" in refused.json["error"]["message"]
+    assert refused.code == 3 and "multiplies the inputs of the experts" in refused.json["error"]["message"]
 
 
 @pytest.mark.parametrize("case", ["cohere2_moe", "phimoe", "glm4_moe", "gpt_oss", "gemma4"])

@@ -159,7 +159,7 @@ def test_a_tokenizer_that_is_code_comes_along_with_its_files(tmp_path: Path, cli
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     for name in ("tokenizer_config.json", "tiktoken.model", "t.py"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    with pytest.raises(InputError, match="does not load") as caught:
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
         load_tokenizer(tmp_path / "out")
     assert "never runs" in caught.value.hint
 
@@ -244,6 +244,6 @@ def test_a_sentencepiece_vocabulary_names_the_package_that_reads_it(tmp_path: Pa
     source = make_dense(tmp_path / "source")
     (source / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     monkeypatch.setattr("moeconv.data.tokenizer._installed", lambda _package: False)
-    with pytest.raises(InputError, match="does not load") as caught:
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
         load_tokenizer(source)
     assert "pip install sentencepiece protobuf" in caught.value.hint

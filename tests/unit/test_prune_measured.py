@@ -320,7 +320,7 @@ def test_half_a_split_judges(tmp_path: Path) -> None:
     fit, judge = split_windows(data, every=4)
     assert len(judge.windows) == len(data.windows) // 4 and fit.tokens + judge.tokens == data.tokens
     assert sum(s.tokens for s in judge.sources) == judge.tokens
-    with pytest.raises(InputError, match="one of every 100 must judge"):
+    with pytest.raises(InputError, match="at least 100 are needed, of which one is held out"):
         split_windows(data, every=100)
 
 

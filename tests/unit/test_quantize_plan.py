@@ -327,7 +327,7 @@ def test_what_cannot_be_quantized(tmp_path):
     name = next(n for n in tensors if ".experts.0.w1" in n)
     tensors[name] = ("I8", tensors[name][1], bytes(math.prod(tensors[name][1])))
     write_shards(flat, tensors)
-    with pytest.raises(InputError, match=r"is I8, and config.json has no quantization_config"):
+    with pytest.raises(InputError, match=r"is I8, but config.json has no quantization_config"):
         plan_quantize(open_model(flat))
 
 

@@ -109,11 +109,10 @@ GGUF = Format(
         SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, measured=_RUN),
     ),
     notes={
-        "transformers": "its gguf_file= reads experts wrongly (Mixtral without a word, as a dense Llama)",
+        "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",
         "vllm": "only by a plugin; not run",
         "llama.cpp": "run for every family that it is written for",
     },
     kernels=(Kernel("gguf"),),
     shard=gguf_shard,
-    mixed=_LOADS,
 )

@@ -342,6 +342,7 @@ def test_every_scheme_says_who_loads_it():
                 assert set(families) <= set(tables().families), runtime
                 assert set(families.values()) <= {"same", "differs", "refused"}
         assert set(format.notes) <= set(TARGETS)
+        assert bool(format.mixed) == bool(format.mixes), "who loads bits by layer is known where they can be chosen"
 
 
 def test_int4_in_vllm_is_proven_for_softmax_routers_alone():

@@ -1,4 +1,4 @@
-"""What a checkpoint's model card says of it: the fields that an output carries over."""
+"""Reads the fields of a source's model card that the card of an output repeats."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.types import JsonObject
 
 CARD_NAME = "README.md"
-_MOST = 1 << 16  # bytes of a source's card that are looked at
+_MOST = 1 << 16  # bytes of a source's card that are read
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 
 
 def source_metadata(source: Checkpoint) -> JsonObject:
-    """Licence, language and base model of the source's card; what it cannot read it leaves out."""
+    """Licence, language and base model from the source's card, as far as they can be read."""
     import yaml
 
     text = ""
@@ -33,7 +33,7 @@ def source_metadata(source: Checkpoint) -> JsonObject:
 
 
 def _words(value: object) -> str | list[str] | None:
-    """A short printable string or a list of such, else None."""
+    """A short printable string, or a list of such strings; None for any other value."""
     if isinstance(value, list):
         words = [w for item in value[:50] if isinstance(w := _words(item), str)]
         return words or None

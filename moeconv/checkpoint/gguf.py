@@ -1,6 +1,7 @@
-"""The head of a GGUF file: key-value metadata made by the `gguf` package, tensor infos and offsets made here.
+"""The part of a GGUF file before its tensors. The `gguf` package encodes the key-value metadata; this module adds the
+tensor infos and offsets.
 
-Layout (ggml's docs/gguf.md): magic, version, counts, key-values, tensor infos, then tensors aligned to 32 bytes.
+Layout (ggml's docs/gguf.md): magic, version, counts, key-values, tensor infos, then the tensors, aligned to 32 bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 ALIGN = 32
 _MAGIC, _VERSION = b"GGUF", 3
-# dtype as our headers name it -> ggml_type
+# dtype as in header.py -> ggml_type
 GGML_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "BF16": 30}
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One tensor of the file, row-major `shape`; its bytes are those of `parts` (planned tensors) one after another."""
+    """One tensor of the file, of row-major `shape`. Its bytes are those of the planned tensors `parts`, in order."""
 
     name: str
     dtype: str
@@ -40,21 +41,21 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class GgufHead:
-    """What stands before the tensors: `metadata` are `count` encoded key-value pairs."""
+    """The content of the file before the tensors' bytes: `metadata` are `count` encoded key-value pairs."""
 
     metadata: bytes
     count: int
     stacks: tuple[Stack, ...]
 
     def serialise(self) -> tuple[bytes, dict[str, TensorInfo], int]:
-        """(bytes before the data, where each part lies, size of the file)."""
+        """(bytes before the data, place of each part in the file by its name, size of the file in bytes)."""
         data = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(self.stacks), self.count) + self.metadata)
         position = 0
         offsets = []
         for stack in self.stacks:
             name = stack.name.encode()
             data += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(stack.shape))
-            data += b"".join(struct.pack("<Q", n) for n in reversed(stack.shape))  # ggml counts from the innermost
+            data += b"".join(struct.pack("<Q", n) for n in reversed(stack.shape))  # ggml: innermost dimension first
             data += struct.pack("<IQ", GGML_TYPES[stack.dtype], position)
             offsets.append(position)
             position = padded(position + stack.nbytes)
@@ -71,7 +72,7 @@ class GgufHead:
 
 
 def padded(size: int) -> int:
-    """The next multiple of the alignment."""
+    """`size` rounded up to a multiple of the alignment."""
     return -(-size // ALIGN) * ALIGN
 
 
@@ -91,9 +92,9 @@ def open_gguf(path: Path) -> GGUFReader:
         raise InputError(f"{escape(path.name)} is not a readable GGUF file: {error}", hint="Write it again.") from None
 
 
-@lru_cache(maxsize=1)  # it takes 15 us for each token of the vocabulary, and what was written is looked at three times
+@lru_cache(maxsize=1)  # a reader takes 15 us per token of the vocabulary, and an output is read back three times
 def _reader(path: Path, _version: tuple[int, int]) -> GGUFReader:
-    """`_version` tells a file from an earlier one of that name: its time in ns and its size."""
+    """A reader that is cached for `_version`, the file's (modification time in ns, size), which a rewrite changes."""
     from gguf import GGUFReader
 
     return GGUFReader(path)

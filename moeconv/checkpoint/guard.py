@@ -1,4 +1,4 @@
-"""No command may write where it reads. The declarations of the options state which of them are paths to read."""
+"""Refuses an output path that overlaps with what the command reads, as the declarations of its options state it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from moeconv.checkpoint.target import check_apart
 
 
 def guard(out: str, reads: Iterable[tuple[str, str]]) -> None:
-    """Refuse an OUT that is, contains or is inside a path that the command reads; for names on the hub, that is its
-    cache. `reads` are (name for messages, path). Raises OutputError.
+    """Raises OutputError if OUT is, contains or is inside a path that the command reads.
+
+    `reads` are (argument or option, path). For a model on the hub (hf://), the path is the hub's cache.
     """
     check_apart(out, [_local(word, path) for word, path in reads], staging=True)
 

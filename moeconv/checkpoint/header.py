@@ -1,6 +1,6 @@
-"""The safetensors header: parse it with limits, serialise it, and the dtype table.
+"""The safetensors header: the table of dtypes, a parser with limits, and a serialiser.
 
-Format: 8 bytes little-endian length, that many bytes of JSON, then the tensors' bytes without gaps.
+A file is the length of the header (8 bytes, little-endian), the header (JSON), and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from moeconv.checkpoint.strictjson import MAX_VALUES, Limits, duplicate, parse_i
 from moeconv.errors import InputError, LimitError, escape
 from moeconv.types import JsonObject
 
-MAX_HEADER_BYTES = 32 << 20  # with no data behind it; 40,000 tensors take 6 MB
-LIBRARY_HEADER_BYTES = 100_000_000  # what the safetensors library itself reads
-# what a plan puts into one file at most, so that it opens however small its tensors are
+MAX_HEADER_BYTES = 32 << 20  # in a file without tensors; for comparison, the header of 40,000 tensors takes 6 MB
+LIBRARY_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+# the most that a plan puts into the header of one file, so that the file can be opened however small its tensors are
 PLAN_HEADER, PLAN_VALUES = MAX_HEADER_BYTES - 4096, MAX_VALUES - 16
 MAX_RANK = 16
-MAX_SIZE = 2**63 - 1  # of a dimension or an offset, as in every file system
+MAX_SIZE = 2**63 - 1  # the largest dimension or offset: the largest file offset of every file system
 _ALIGN = 8
 
 # dtype name in the file -> bits per element
@@ -30,7 +30,7 @@ DTYPE_BITS: dict[str, int] = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-# dtypes of GGUF tensors, which no safetensors file has -> elements of a block, its bytes
+# dtype of GGUF tensors that no safetensors file has -> (elements per block, bytes per block)
 BLOCK_DTYPES: dict[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_K": (256, 144)}
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -51,7 +51,10 @@ class TensorInfo:
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor of this dtype and shape. Raises KeyError for an unknown dtype."""
+    """Bytes of a tensor of this dtype and shape.
+
+    Raises KeyError for an unknown dtype, and ValueError for a shape that is not a whole number of blocks or bytes.
+    """
     if dtype in BLOCK_DTYPES:
         elements, nbytes = BLOCK_DTYPES[dtype]
         if math.prod(shape) % elements:
@@ -93,14 +96,19 @@ def _tensor_info(name: str, entry: object, base: int, file: str) -> TensorInfo:
 
 
 def header_limits(file_size: int) -> Limits:
-    """What the header of a file of that size may cost: a tensor of a few weights is worth its entry, and a large file
-    may hold as many as the safetensors library opens."""
+    """The limits for the header of a file of this size in bytes.
+
+    They allow a file of many small tensors, and in a large file as many tensors as the safetensors library can open.
+    """
     size = min(MAX_HEADER_BYTES + file_size // 64, LIBRARY_HEADER_BYTES)
     return Limits(size, MAX_VALUES + file_size // 512)
 
 
 def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
-    """Length of the JSON from the file's first 8 bytes, checked against the limit and the file's size."""
+    """Length in bytes of the header's JSON, from the first 8 bytes of the file.
+
+    Raises LimitError for a header beyond the limits, and InputError for one that is longer than the file.
+    """
     if len(prefix) < 8:
         raise InputError(f"{file}: {file_size} bytes is too short for a safetensors file", hint="Download it again.")
     length: int = struct.unpack("<Q", prefix)[0]
@@ -119,9 +127,10 @@ def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
 
 
 def parse_header(data: bytes | bytearray, *, file_size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Parse the JSON of a header (without the length). Returns tensors in file order, and the metadata.
+    """Parse the JSON of a header (without the length). Returns the tensors in file order, and the metadata.
 
-    Raises InputError unless every tensor's bytes match its shape and the tensors tile the file without gap or overlap.
+    Raises InputError unless each tensor's number of bytes matches its shape, and the tensors fill the file without gaps
+    or overlaps.
     """
     what, base = f"{file}: header", 8 + len(data)
     metadata: dict[str, str] | None = None
@@ -153,7 +162,7 @@ def parse_header(data: bytes | bytearray, *, file_size: int, file: str) -> tuple
 def serialise_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header bytes (length included) for tensors laid out in the given order, and where each will lie.
+    """The header's bytes (length included) for tensors in the given order, and the place of each tensor in the file.
 
     The JSON is padded with spaces so that the data starts at a multiple of 8 bytes.
     """
@@ -169,29 +178,31 @@ def serialise_header(
 
 
 def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int, int, int]:
-    """Of the file that `serialise_header` lays out: bytes of the header's JSON, values in it as a reader counts them,
-    and bytes of the file."""
+    """The size of the file that `serialise_header` lays out.
+
+    Returns (bytes of the header's JSON, values in it as `Limits` counts them, bytes of the file).
+    """
     entries, end = _entries(tensors, None)
     text = _padded(entries)
     return len(text), sum(text.count(mark) for mark in (b",", b"{", b"[")), 8 + len(text) + end
 
 
 def entry_cost(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(bytes, values) that a tensor takes in a header, at most."""
+    """An upper bound of the (bytes, values) that a tensor takes in a header."""
     values = max(len(shape), 1) + 6 + name.count(",") + name.count("{") + name.count("[")
-    # the words of an entry, and two offsets of as many digits as there are
+    # 88 bytes are enough for the keys of an entry and two offsets of any length
     return json_length(name) + len(dtype) + sum([len(str(n)) + 1 for n in shape]) + 88, values
 
 
 def json_length(text: str) -> int:
-    """Characters of a string in JSON, quotes and escapes included."""
+    """Number of characters of a string in JSON, quotes and escapes included."""
     return len(encode_basestring_ascii(text))
 
 
 def _entries(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> tuple[JsonObject, int]:
-    """The header's JSON, and where the last tensor ends."""
+    """The header as a JSON object, and the end of the last tensor, in bytes from the beginning of the data."""
     entries: JsonObject = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for name, dtype, shape in tensors:

@@ -1,4 +1,7 @@
-"""hf://OWNER/NAME[@REVISION] -> a local directory: the hub's cache, with the files that a conversion needs."""
+"""Downloads of models from the Hugging Face Hub, which are named hf://OWNER/NAME[@REVISION].
+
+Only the files that a conversion needs are downloaded, into the cache of huggingface_hub.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ from moeconv.errors import InputError, UsageError, escape, first_line
 _HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SMALL = ("*.json", "README.md", *PATTERNS)
-_FOLDERS = "*/*"  # other formats and copies of the weights
+_FOLDERS = "*/*"  # files in folders: the weights in other formats, or copies of them
 
 
 def cache() -> str:
-    """The directory in which the hub's files are kept on this machine."""
+    """The directory in which huggingface_hub keeps downloaded files on this machine."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return HF_HUB_CACHE
 
 
 def resolve(model: str) -> str:
-    """A local directory for MODEL: itself, or the hub's cached snapshot for hf://OWNER/NAME[@REVISION].
+    """The local directory of MODEL: `model` itself, or the downloaded snapshot of hf://OWNER/NAME[@REVISION].
 
-    Raises UsageError for a malformed hub name, InputError when the hub cannot give it.
+    Raises UsageError for a malformed name, InputError if the model cannot be downloaded.
     """
     if not model.startswith("hf://"):
         return model
@@ -40,10 +43,10 @@ def resolve(model: str) -> str:
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
-        disable_progress_bars()  # they are control characters in a log
+        disable_progress_bars()  # they would fill a log with control characters
     try:
         path = snapshot_download(match[1], revision=match[2], allow_patterns=list(_SMALL), ignore_patterns=[_FOLDERS])
-        # the directory's name is the commit, so that both halves are of one revision
+        # the directory's name is the commit; naming it makes the second download one of the same revision
         commit, shards = os.path.basename(path), _shards(Path(path))
         snapshot_download(match[1], revision=commit, allow_patterns=[*shards, f"{TEMPLATES}/*.jinja"])
         if asks_for_code(Path(path)):
@@ -57,7 +60,7 @@ def resolve(model: str) -> str:
 
 
 def _shards(path: Path) -> list[str]:
-    """The shards that the index names; a name that is none is left to the checkpoint's own checks."""
+    """The shards that the index names. Invalid names are skipped here: opening the checkpoint reports them."""
     if not (path / INDEX_NAME).exists():
         return [SINGLE_NAME]
     weight_map = read_json_object(path / INDEX_NAME, what=INDEX_NAME).get("weight_map")

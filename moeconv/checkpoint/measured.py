@@ -1,4 +1,4 @@
-"""Files of what was measured (statistics, neurons, partitions): opened, and checked to be of the kind and version."""
+"""Opens files of measurements (statistics, neurons, partitions), and checks their kind and version."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moeconv.types import JsonObject
 def open_measured(
     path: str | os.PathLike[str], *, kind: str, version: int, required: Sequence[str], make: str
 ) -> tuple[SafetensorsFile, JsonObject]:
-    """A file of this `kind`, and its provenance, in which the `required` keys are.
+    """(the file, its metadata, which has all `required` keys).
 
-    Raises InputError when it is missing, damaged, of another kind or of another version; `make` is the command that
-    makes one.
+    Raises InputError if the file is missing, damaged, of another kind or of another version. `make` is the command that
+    makes such a file, for the hint.
     """
     if not Path(path).exists():
         raise InputError(f"{escape(path)} does not exist", hint=f"Make it with `{make}`.")

@@ -1,8 +1,8 @@
-"""The output directory: built in a staging directory beside OUT, committed by one rename, resumable until then.
+"""The output directory: built in a staging directory beside OUT, resumable, and finally committed by one rename.
 
-.OUT.moeconv/lock                one whole run, or any number of parts of one plan
-.OUT.moeconv/KEY/out/            the files as they will be in OUT
-.OUT.moeconv/KEY/done/SHARD.json the journal: written after the shard is safe on disk
+.OUT.moeconv/lock                 held by one whole run (exclusive) or by all parts of one plan (shared)
+.OUT.moeconv/KEY/out/             the files as they will be in OUT
+.OUT.moeconv/KEY/done/SHARD.json  the journal: a record that is written once the shard is safe on disk
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AT_FDCWD = -100
 
 @dataclass(frozen=True)
 class Finished:
-    """The journal's record of a shard: what it must hash to, and the checksum of the source bytes behind it."""
+    """The journal's record of a shard: its hash, its size, and the checksum of the source bytes it was made from."""
 
     sha256: str
     bytes: int
@@ -39,7 +39,7 @@ class Finished:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Linux's renameat2; False where the kernel or file system does not have it. Raises OSError on refusal."""
+    """Call Linux's renameat2. False if the kernel or file system lacks it; raises OSError if the call fails."""
     try:
         function = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -53,15 +53,16 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
 
 
 class OutputDirectory:
-    """OUT while it is being made. Use as a context manager: it holds the lock.
+    """OUT while it is being built. As a context manager it holds the lock of the staging directory.
 
-    `key` names the exact work (plan, source state, version): only finished shards of the same key are found again.
+    `key` is a hash of everything that determines the output (plan, state of the source, version): a repeated run finds
+    only finished shards with the same key.
     """
 
     def __init__(
         self, out: Path, *, key: str, overwrite: bool = False, shared: bool = False, lock: StagingLock | None = None
     ) -> None:
-        """`lock`: the hold on the staging directory that the caller has, and keeps."""
+        """`lock` is the lock of the staging directory if the caller holds it already; it is not released here."""
         self.out = out
         self.overwrite = overwrite
         self.shared = shared
@@ -89,7 +90,7 @@ class OutputDirectory:
 
     @contextmanager
     def shard_lock(self, name: str) -> Iterator[bool]:
-        """True when this process may write the shard: no other part is doing so now."""
+        """Yields whether this process may write the shard: false if another part is writing it now."""
         with output_errors(self.out):
             fd = os.open(self._done / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -104,7 +105,7 @@ class OutputDirectory:
 
     @contextmanager
     def commit_lock(self) -> Iterator[bool]:
-        """Serialises commits of parts. False when another part has committed already."""
+        """Let only one part commit at a time. Yields false if another part has committed already."""
         with output_errors(self.out):
             try:
                 fd = os.open(self._done / "commit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -122,7 +123,7 @@ class OutputDirectory:
     # -- the journal ---------------------------------------------------------------------------------------------
 
     def finished(self, name: str) -> Finished | None:
-        """The journal's record of a shard, or None when the shard is not whole on disk."""
+        """The journal's record of a shard; None if the shard is not complete on disk."""
         path = self._done / f"{name}.json"
         try:
             record = Finished(**read_json_object(path, what="journal"))
@@ -134,29 +135,29 @@ class OutputDirectory:
         return None
 
     def mark_finished(self, name: str, record: Finished) -> None:
-        """Journal a shard whose bytes are already safe in `staged`."""
+        """Record a shard in the journal; its bytes must be safe on disk in `staged` already."""
         sync_directory(self.staged)
         replace_file(self._done / f"{name}.json", json.dumps(asdict(record)).encode())
 
     def forget(self, name: str) -> None:
-        """Strike a shard from the journal: its bytes or its source are no longer what was recorded."""
+        """Delete a shard's record from the journal, because its bytes or its source have changed since."""
         with output_errors(self.out):
             (self._done / f"{name}.json").unlink(missing_ok=True)
 
-    # -- the end -------------------------------------------------------------------------------------------------
+    # -- commit or discard ---------------------------------------------------------------------------------------
 
     def commit(self) -> None:
-        """Make `staged` the OUT in one rename, then clear the staging directory. Raises OutputError if OUT appeared
-        meanwhile, or now contains files that a swap would lose.
+        """Move `staged` to OUT by one rename, then remove the staging directory.
 
-        A reader sees the old OUT or the new one, whole. An exchange by renameat2 keeps the old directory until the new
-        one is in place; it then lies in the staging directory, which is removed. Where the file system lacks renameat2,
-        two renames do the same, with a moment without OUT between them.
+        A reader sees either the complete old OUT or the complete new one: renameat2 exchanges the two directories, and
+        the old one is then removed together with the staging directory. Without renameat2 in the kernel or file system,
+        two renames do the same, with a moment without OUT between them. Raises OutputError if OUT has appeared since
+        the run began, or now contains files that the replacement would delete.
         """
         with output_errors(self.out):
             sync_directory(self.staged)
             if self.out.exists() and self.overwrite:
-                check_swap(self.out)  # again: this run may have taken hours
+                check_swap(self.out)  # again, since files may have been added during a run of hours
                 if not _renameat2(self.staged, self.out, _RENAME_EXCHANGE):
                     old = self.work / "old"
                     os.rename(self.out, old)
@@ -176,17 +177,19 @@ class OutputDirectory:
         shutil.rmtree(self.root, ignore_errors=True)
 
     def superseded(self) -> bool:
-        """Whether other parts have committed while this one was starting, so that what it staged is of no use."""
+        """Whether other parts have committed while this one was starting, so that its own files are not needed."""
         return self.shared and not self.overwrite and self.out.exists()
 
     def discard(self) -> None:
-        """Remove what was staged for this work, which running it again could not complete. While other parts are at
-        work in it, it stays."""
+        """Remove the staged files of a failed run that could not be completed by running it again.
+
+        They are kept while other parts are working on them.
+        """
         if self._lock.alone():
             shutil.rmtree(self.work, ignore_errors=True)
             self._lock.remove_empty()
 
     def free_bytes(self) -> int:
-        """Bytes free where OUT will lie."""
+        """Free bytes on the file system of OUT."""
         with output_errors(self.out):
             return shutil.disk_usage(self.out.parent).free

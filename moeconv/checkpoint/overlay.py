@@ -1,6 +1,6 @@
-"""Overlays on disk: tensors that take the place of others in a plan, in a directory of one safetensors file per layer.
+"""Overlays on disk: tensors that replace others in a plan, in a directory with one safetensors file per layer.
 
-So no header grows with the number of layers, and a file is sealed as soon as its layer is done.
+With one file per layer, no header grows with the number of layers, and a file is finished as soon as its layer is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ Layout = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 class Overlay:
-    """An overlay that is read: a directory of safetensors files, or one such file. Raises InputError for another."""
+    """An overlay opened for reading: a directory of safetensors files, or one such file.
+
+    Raises InputError if there is no such file, or a tensor is in two of them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.label = path, escape(path.name)
@@ -42,7 +45,7 @@ class Overlay:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Its provenance, which every file has."""
+        """The overlay's provenance, which is the same in every file."""
         return self.files[0].metadata
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
@@ -55,8 +58,10 @@ class Overlay:
 
 
 def provenance(overlay: Overlay | SafetensorsFile, *, identity: str, checkpoint: Checkpoint, hint: str) -> JsonObject:
-    """What an overlay says of its making. Raises InputError for one that was made for another checkpoint than the one
-    of this `identity`."""
+    """The record of how an overlay was made.
+
+    Raises InputError if it was made for another checkpoint than the one with this `identity`.
+    """
     made_with = read_metadata_json(overlay, kind="overlay")
     if made_with.get("identity") != identity:
         raise InputError(f"{overlay.label} was made for another checkpoint than {escape(checkpoint.path)}", hint=hint)
@@ -64,7 +69,7 @@ def provenance(overlay: Overlay | SafetensorsFile, *, identity: str, checkpoint:
 
 
 class OverlayWriter:
-    """Writes tensors of an overlay in any order; a file is open from its first tensor to its last."""
+    """Writes the tensors of an overlay in any order. Each file is open from its first written tensor to its last."""
 
     def __init__(self, folder: Path, layouts: Mapping[Hashable, list[Layout]], metadata: Mapping[str, str]) -> None:
         self._folder, self._layouts, self._metadata = folder, dict(layouts), metadata
@@ -74,7 +79,7 @@ class OverlayWriter:
         self._number = {key: i for i, key in enumerate(layouts)}
 
     def write(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        """Write a tensor whole."""
+        """Write all bytes of a tensor."""
         key = self._key.pop(name)
         if key not in self._open:
             path = self._folder / f"{self._number[key]:05d}.safetensors"
@@ -98,9 +103,10 @@ class OverlayWriter:
 def writing_overlay(
     path: Path, tensors: Iterable[tuple[Hashable, Layout]], *, metadata: Mapping[str, str], overwrite: bool = False
 ) -> Iterator[OverlayWriter]:
-    """An OverlayWriter for (layer, layout) of every tensor; the directory is put at `path` when the block ends well.
+    """A context manager with an OverlayWriter for `tensors`, which are (layer, layout) of each tensor.
 
-    Raises OutputError when `path` exists and `overwrite` is not set.
+    The directory is moved to `path` when the block ends without an exception. Raises OutputError if `path` exists and
+    `overwrite` is false.
     """
     if path.exists() and not overwrite:
         raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")

@@ -1,9 +1,9 @@
-"""The hidden directory beside OUT, `.OUT.moeconv`: who may work in it, and what is measured there before a plan.
+"""The hidden directory `.OUT.moeconv` beside OUT: its locks, and the measurements that are made there before a plan.
 
-.OUT.moeconv/lock                 one whole run, or any number of parts of one work
-.OUT.moeconv/measured-KEY/lock    the process that measures; the kernel frees it when that one is killed
-.OUT.moeconv/measured-KEY/NAME/   an artifact that is whole, with its figures in figures.json
-.OUT.moeconv/measured-KEY/NAME.begun/
+.OUT.moeconv/lock                      held by one whole run (exclusive) or by all parts of the same run (shared)
+.OUT.moeconv/measured-KEY/lock         held by the process that measures; the kernel releases it if that is killed
+.OUT.moeconv/measured-KEY/NAME/        a complete measurement, with its figures in figures.json
+.OUT.moeconv/measured-KEY/NAME.begun/  a measurement that is not complete
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FIGURES = "figures.json"
-_STEP, _HEARTBEAT = 0.2, 30.0  # seconds between two attempts to lock, and between two messages about waiting
+_STEP, _HEARTBEAT = 0.2, 30.0  # seconds between attempts to lock, and between messages about waiting
 
 
 def staging_of(out: Path) -> Path:
@@ -36,14 +36,14 @@ def staging_of(out: Path) -> Path:
 
 
 class StagingLock:
-    """The hold on OUT's staging directory: alone, or (`shared`) with the other parts of one work."""
+    """The lock on OUT's staging directory: exclusive, or `shared` with the other parts of the same run."""
 
     def __init__(self, out: Path, *, shared: bool = False) -> None:
         self.out, self.shared, self.root = out, shared, staging_of(out)
         self._fd = -1
 
     def acquire(self) -> None:
-        """Raises OutputError when another run is at work for the same OUT."""
+        """Take the lock without waiting. Raises OutputError if another run is writing the same OUT."""
         mode = (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         path = self.root / "lock"
         while True:
@@ -52,7 +52,7 @@ class StagingLock:
                 try:
                     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 except FileNotFoundError:
-                    continue  # another run committed and removed the directory in between
+                    continue  # another run has committed and removed the directory meanwhile
             try:
                 fcntl.flock(fd, mode)
             except OSError:
@@ -68,11 +68,11 @@ class StagingLock:
 
     def release(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)  # the lock goes with the descriptor
+            os.close(self._fd)  # closing the descriptor releases the lock
             self._fd = -1
 
     def alone(self) -> bool:
-        """Whether no other process works here. If so, none can begin until this lock is released."""
+        """Whether no other process holds the lock. If so, none can take it until this one is released."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -80,7 +80,7 @@ class StagingLock:
         return True
 
     def remove_empty(self) -> None:
-        """Remove the directory when nothing is left in it but its lock. Only when `alone`."""
+        """Remove the directory if only the lock file is left in it. Call this only after `alone` has returned true."""
         with contextlib.suppress(OSError):
             if set(os.listdir(self.root)) <= {"lock"}:
                 (self.root / "lock").unlink(missing_ok=True)
@@ -88,11 +88,12 @@ class StagingLock:
 
 
 class Measured:
-    """What a command measures before it can plan, made once for all parts and all runs of the same work.
+    """What a command measures before it can plan; measured once for all parts, and kept for a repeated run.
 
-    `key` gives the work's name by its content (source, parameters, data), when something is measured. As a context
-    manager it holds the staging directory's lock (`lock`, for the OutputDirectory that follows). What is whole stays
-    when the run is stopped or the disk is full; another error removes it.
+    `key` returns a hash of everything that the measurement depends on (source, parameters, data); it is called only if
+    something is measured. As a context manager, this holds the lock of the staging directory (`lock`, which the
+    OutputDirectory uses afterwards). Complete measurements are kept if the run is interrupted or the disk is full; any
+    other error removes them.
     """
 
     def __init__(
@@ -114,16 +115,17 @@ class Measured:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None and self.lock.alone():
-                if "folder" in self.__dict__:  # else nothing was measured
+                if "folder" in self.__dict__:  # the cached property exists only if something was measured
                     self._clear(keep=issubclass(kind, Interrupted | OutputError | LimitError))
                 self.lock.remove_empty()
         finally:
             self.lock.release()
 
     def once(self, name: str, make: Callable[[Path], Any], *, resumes: bool = False) -> tuple[Path, Any]:
-        """The folder that `make` filled, and the JSON value that it returned; made by one process and only once.
+        """(the folder that `make` filled, the JSON value that it returned); only one process calls `make`, once.
 
-        While another part makes it, this waits. `resumes`: what a killed `make` left in its folder goes to the next.
+        If another part is calling it, this waits for the result. With `resumes`, the next call of `make` gets the
+        folder as a killed call left it.
         """
         if resumes:
             self._resumes.add(name)
@@ -144,7 +146,7 @@ class Measured:
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Holds the lock under which one process measures."""
+        """Hold the lock under which only one process measures; wait for it if necessary."""
         path, last_note = self.folder / "lock", -_HEARTBEAT
         while True:
             with output_errors(self.folder):
@@ -152,7 +154,7 @@ class Measured:
                 try:
                     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 except FileNotFoundError:
-                    continue  # the other parts were done and removed it in between
+                    continue  # the other parts have finished and removed the folder meanwhile
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _still_at(fd, path):
@@ -172,7 +174,7 @@ class Measured:
             os.close(fd)
 
     def _clear(self, *, keep: bool) -> None:
-        """Remove what another run of the same work cannot use; without `keep`, remove everything."""
+        """Remove the measurements that a repeated run cannot use; without `keep`, remove all of them."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder):
                 whole = not entry.name.endswith(".begun") or entry.name.removesuffix(".begun") in self._resumes
@@ -183,7 +185,7 @@ class Measured:
 
 
 def _still_at(fd: int, path: Path) -> bool:
-    """Whether an open file is still the one at `path`: another run may have replaced it."""
+    """Whether an open file is still the one at `path`, since another run may have removed or replaced it."""
     try:
         return os.fstat(fd).st_ino == path.stat().st_ino
     except FileNotFoundError:
@@ -191,6 +193,6 @@ def _still_at(fd: int, path: Path) -> bool:
 
 
 def _plain(value: np.ndarray | np.generic) -> object:
-    """A number or array of numpy as JSON has it."""
+    """A number or array of numpy as plain JSON values."""
     plain: object = value.tolist()
     return plain

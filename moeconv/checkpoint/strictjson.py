@@ -1,8 +1,10 @@
-"""JSON as moeconv accepts it from files it did not write: bounded, no duplicate keys, no half characters, and NaN and
-Infinity only where Python's own JSON is what others write (config.json).
+"""A strict JSON parser for files that moeconv did not write.
 
-What parsing may cost is bounded by what the JSON speaks of: a few bytes are refused when they are more than a
-checkpoint of their size can need, and the header or index of a large model is read however many tensors it names.
+It limits the size, and refuses duplicate keys and unpaired surrogates. NaN and Infinity are accepted only in files that
+other tools write with Python's json module (config.json).
+
+The limits grow with the data that the JSON describes. So a header or index of a large model is read however many
+tensors it names, while a small checkpoint cannot make the parser use much memory or time.
 """
 
 from __future__ import annotations
@@ -19,29 +21,34 @@ from typing import Any
 from moeconv.errors import InputError, LimitError, escape
 from moeconv.types import JsonObject
 
-# with nothing behind it: 40 MiB in each of the forms that parsing holds at once (bytes, text, values) stay within
-# 200 MB, and so do the objects of 500,000 values
+# Limits for JSON that describes no data. The parser holds 40 MiB as bytes, as text and as values at the same time,
+# which is less than 200 MB; the objects of 500,000 values take less than that too.
 MAX_JSON_BYTES = 40 << 20
 MAX_VALUES = 500_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a JSON text may cost: its bytes (as characters in memory), and its values (commas and brackets)."""
+    """The largest JSON text that is parsed: bytes that its characters take in memory, and number of values.
+
+    Values are estimated as the number of commas and opening brackets.
+    """
 
     bytes: int
     values: int = MAX_VALUES
 
 
 def index_limits(backing: int) -> Limits:
-    """Of an index of shards of `backing` bytes in all: a tensor takes some 110 bytes in the index, and at least as many
-    in a header."""
+    """The limits for the index of shards that have `backing` bytes in total.
+
+    A tensor takes about 110 bytes in the index, and at least as many in the header of its shard.
+    """
     return Limits(MAX_JSON_BYTES + backing // 4, MAX_VALUES + backing // 64)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     result: JsonObject = {}
-    seen: dict[str, str] = {}  # an index repeats a few file names
+    seen: dict[str, str] = {}  # an index repeats a few file names: share one string per name
     for key, value in pairs:
         if key in result:
             raise duplicate(key)
@@ -50,7 +57,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def duplicate(key: str) -> ValueError:
-    """The error of a key that an object has twice."""
+    """The error for a key that an object has twice."""
     return ValueError(f"duplicate key {escape(key)!r}")
 
 
@@ -60,7 +67,7 @@ def _no_constant(name: str) -> Any:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):  # 1e999: JSON by its grammar, and infinite once read
+    if not math.isfinite(value):  # 1e999 is grammatical JSON, and Python reads it as infinity
         raise ValueError(f"{text[:40]} is out of range")
     return value
 
@@ -71,9 +78,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _check_cost(data: bytes | bytearray | memoryview, *, limits: Limits, what: str) -> None:
-    """What a few bytes can cost in memory and time, before they are parsed."""
+    """Raise LimitError, before parsing, for JSON beyond the limits: a short text can take much memory and time."""
     data = bytes(data) if isinstance(data, memoryview) else data
-    size = len(data) if data.isascii() else 4 * len(data)  # one character beyond the BMP makes all four bytes wide
+    size = len(data) if data.isascii() else 4 * len(data)  # Python may store every character in four bytes
     values = sum(data.count(mark) for mark in (b",", b"{", b"["))
     if size > limits.bytes or values > limits.values:
         raise LimitError(
@@ -90,15 +97,18 @@ def parse_json(
     limits: Limits | None = None,
     constants: bool = False,
 ) -> Any:
-    """Parse UTF-8 JSON strictly; with `constants` NaN and Infinity are numbers, as in Python. Raises InputError that
-    names `what`; with `limits` also for what is beyond them, without parsing it."""
+    """Parse UTF-8 JSON strictly; with `constants`, NaN and Infinity are numbers, as in Python.
+
+    Raises InputError, whose message begins with `what`, for invalid JSON, and LimitError, without parsing, for JSON
+    beyond `limits`.
+    """
     if limits is not None:
         _check_cost(data, limits=limits, what=what)
     try:
         text = bytes(data).decode("utf-8")
         del data
         value = (_PYTHONS if constants else _DECODER).decode(text)
-        if "\\u" in text:  # an escaped half of a surrogate pair is no character: it could not be written again
+        if "\\u" in text:  # an unpaired surrogate can only come from an escape
             _check_characters(value)
         return value
     except RecursionError:
@@ -110,9 +120,10 @@ def parse_json(
 
 
 def parse_items(data: bytes | bytearray, *, what: str, limits: Limits) -> Iterator[tuple[str, Any]]:
-    """The members of a JSON object one after the other, as strictly as `parse_json`: none of them is kept here, so that
-    an object of a million small ones takes the memory of its text. Raises InputError; a caller that keeps the keys
-    refuses one that comes twice.
+    """The (key, value) members of a JSON object one after the other, parsed as strictly as by `parse_json`.
+
+    No member is kept here, so that an object with a million small members takes no more memory than its text. Therefore
+    the caller must check for duplicate keys. Raises InputError for invalid JSON, LimitError beyond `limits`.
     """
     _check_cost(data, limits=limits, what=what)
     try:
@@ -120,7 +131,7 @@ def parse_items(data: bytes | bytearray, *, what: str, limits: Limits) -> Iterat
         del data
         escapes, at = "\\u" in text, _skip(text, 0)
         if text[at : at + 1] != "{":
-            _DECODER.decode(text)  # says what is wrong with it
+            _DECODER.decode(text)  # raises the error, if the text is not JSON at all
             raise InputError(f"{what} is not a JSON object", hint="Download it again.")
         at = _skip(text, at + 1)
         if text[at : at + 1] == "}":
@@ -176,12 +187,12 @@ def _end(text: str, at: int) -> None:
 
 
 def _check_characters(value: object) -> None:
-    """An escaped half of a surrogate pair is no character: it could not be written again. Raises ValueError."""
+    """Raises ValueError for an unpaired surrogate, which is not a character and cannot be written again as UTF-8."""
     json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def read_json_object(path: Path, *, what: str, limits: Limits | None = None, constants: bool = False) -> JsonObject:
-    """Read a JSON object from a file. Raises InputError when missing, too large or not an object."""
+    """Read a JSON object from a file. Raises InputError if the file is missing, too large or not a JSON object."""
     limits = limits or Limits(MAX_JSON_BYTES)
     try:
         size = path.stat().st_size
@@ -198,5 +209,5 @@ def read_json_object(path: Path, *, what: str, limits: Limits | None = None, con
 
 
 def canonical_json(value: object) -> bytes:
-    """One byte sequence for one value: sorted keys, no spaces, ASCII, Infinity as in Python. For hashes and ids."""
+    """The JSON of a value for hashes and ids: equal values give equal bytes (sorted keys, no spaces, ASCII only)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

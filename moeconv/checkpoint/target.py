@@ -1,7 +1,7 @@
-"""Where an output may be written: neither over, around nor inside anything that the command reads.
+"""Checks of where an output may be written: it must not be, contain or be inside anything that the command reads.
 
-A directory is replaced only if it is empty, an output of moeconv, or one checkpoint and nothing else. A file is
-replaced only by a file of the same kind.
+A directory is replaced only if it is empty, an output of moeconv, or a single checkpoint with nothing else in it. A
+file is replaced only by a file of the same kind.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, OutputError, escape
 from moeconv.types import JsonObject
 
-Inputs = Iterable[tuple[str, str | os.PathLike[str]]]  # (the word that names it: SOURCE, --teacher; its path)
-_BESIDE = (CARD_NAME, "README", ".gitattributes", ".gitignore")  # files of a repository that are no model's
-_READ = 1 << 24  # bytes of a file in which its marks are sought
-_NAMED = 5  # files that a message names
+Inputs = Iterable[tuple[str, str | os.PathLike[str]]]  # (argument or option, such as SOURCE or --teacher; its path)
+_BESIDE = (CARD_NAME, "README", ".gitattributes", ".gitignore")  # files of a repository besides those of the model
+_READ = 1 << 24  # bytes of a file that are searched for its marks
+_NAMED = 5  # files that a message names at most
 
 
 def check_apart(out: str | os.PathLike[str], reads: Inputs, *, staging: bool = False) -> None:
-    """Refuse an OUT that is, holds or lies in anything that the command reads. Raises OutputError.
+    """Raises OutputError if OUT is, contains or is inside anything that the command reads.
 
-    `staging`: nor may the directory beside OUT in which it is made, which is removed at the end.
+    With `staging`, the same is checked for the staging directory beside OUT, which is removed at the end.
     """
     path = Path(os.path.abspath(out))
     ours = [(f"OUT {escape(out)}", path)]
@@ -46,7 +46,10 @@ def check_apart(out: str | os.PathLike[str], reads: Inputs, *, staging: bool = F
 
 
 def _relation(out: Path, read: Path, *, is_directory: bool) -> str:
-    """How OUT touches a path that is read, both without links; empty where it does not."""
+    """The relation of OUT to a path that is read, worded for the message; "" if they are apart.
+
+    Symbolic links must be resolved in both paths.
+    """
     if out == read:
         return "is"
     if out in read.parents:
@@ -55,12 +58,15 @@ def _relation(out: Path, read: Path, *, is_directory: bool) -> str:
 
 
 def _places(read: Path) -> Iterator[tuple[Path, bool]]:
-    """(path without links, whether it is a directory) of everything whose loss would be the loss of `read`: where its
-    name stands, where it leads, and where the links of a checkpoint's files lead (a hub cache, say)."""
+    """Every path whose loss would damage `read`, as (path with symbolic links resolved, whether it is a directory).
+
+    These are the place of its name, the place that the name leads to if it is a link, and the places that a
+    checkpoint's files lead to if they are links (into the hub's cache, for example).
+    """
     named = Path(os.path.abspath(read))
     yield Path(os.path.realpath(named.parent)) / named.name, False
     if not os.path.isdir(read):
-        yield Path(os.path.realpath(read)), not os.path.exists(read)  # an output to come may be a directory
+        yield Path(os.path.realpath(read)), not os.path.exists(read)  # a path to come may be a directory
         return
     yield allowed_root(read), True
     yield Path(os.path.realpath(read)), True
@@ -76,9 +82,10 @@ def _places(read: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def check_target(out: Path, *, reads: Inputs, overwrite: bool) -> None:
-    """Refuse an OUT directory that touches what is read, that is a link, or whose swap would lose something.
+    """Raises OutputError for an OUT directory that cannot be written or replaced without loss.
 
-    Raises OutputError.
+    OUT must be apart from what is read, must not be a symbolic link, and may exist only with `overwrite` and only if
+    `check_swap` allows it.
     """
     check_apart(out, reads)
     if os.path.islink(out):
@@ -94,8 +101,10 @@ def check_target(out: Path, *, reads: Inputs, overwrite: bool) -> None:
 
 
 def check_swap(out: Path) -> None:
-    """Refuse to swap a directory that holds more than an output of moeconv or a single checkpoint; it names what would
-    be lost. Raises OutputError."""
+    """Raises OutputError if a directory contains more than an output of moeconv or a single checkpoint.
+
+    The message names the files that replacing the directory would delete.
+    """
     try:
         lost = strangers(out)
     except OSError as error:
@@ -111,8 +120,10 @@ def check_swap(out: Path) -> None:
 
 
 def strangers(directory: Path) -> list[str]:
-    """What lies in a directory beside an output of moeconv or beside a single checkpoint, in name order: file names,
-    and names of folders with a slash behind. Everything, where it is neither of them."""
+    """The entries of a directory that belong neither to an output of moeconv nor to a single checkpoint, sorted.
+
+    A folder's name ends in a slash. In a directory that is neither of the two, these are all entries.
+    """
     ours = _manifest_files(directory)
     known = _checkpoint_files(directory) if ours is None else ours
     return list(_unknown(directory, "", known, companions=ours is None and bool(known)))
@@ -131,7 +142,7 @@ def _unknown(directory: Path, prefix: str, known: frozenset[str], *, companions:
 
 
 def _manifest_files(directory: Path) -> frozenset[str] | None:
-    """The files of an output of moeconv, as its manifest names them; None for a directory without one."""
+    """The files of an output of moeconv according to its manifest; None for a directory without a manifest."""
     files = _json(directory / MANIFEST_NAME).get("files")
     if not isinstance(files, dict) or not files:
         return None
@@ -139,7 +150,7 @@ def _manifest_files(directory: Path) -> frozenset[str] | None:
 
 
 def _checkpoint_files(directory: Path) -> frozenset[str]:
-    """The files that make a directory a checkpoint; empty where it is none."""
+    """The files of the checkpoint in a directory; empty if the directory is not a checkpoint."""
     shards = shards_of(directory)
     if not shards or not os.path.isfile(directory / "config.json"):
         return frozenset()
@@ -147,7 +158,7 @@ def _checkpoint_files(directory: Path) -> frozenset[str]:
 
 
 def shards_of(directory: Path) -> frozenset[str]:
-    """The names of a checkpoint's weight files as its index has them, or the one of a checkpoint without an index."""
+    """The names of a checkpoint's weight files: those in its index, or the single file if there is no index."""
     weight_map = _json(directory / INDEX_NAME).get("weight_map")
     if isinstance(weight_map, dict):
         return frozenset(name for name in weight_map.values() if isinstance(name, str))
@@ -155,7 +166,7 @@ def shards_of(directory: Path) -> frozenset[str]:
 
 
 def _json(path: Path) -> JsonObject:
-    """A JSON object from a file, empty where there is none that can be read."""
+    """The JSON object in a file; {} if there is none that can be read."""
     try:
         return read_json_object(path, what=path.name)
     except InputError:
@@ -168,8 +179,11 @@ def _json(path: Path) -> JsonObject:
 def check_file_target(
     path: Path, *, what: str, reads: Inputs, overwrite: bool, replaces: Callable[[Path], bool]
 ) -> None:
-    """Refuse, before any work, a path where the file `what` (a word for people) could not be put, or where it would
-    replace something else: what is read, a model's weights, or a file that is not `replaces`. Raises OutputError."""
+    """Raises OutputError, before any work, if a file cannot be written at `path` or would replace something else.
+
+    `what` names the kind of file in messages. What is read and the weights of a model are never replaced; another file
+    is replaced only with `overwrite`, and only if `replaces` returns true for it.
+    """
     check_apart(path, reads)
     if os.path.isdir(path):
         raise OutputError(f"{escape(path)} is a directory", hint=f"Give the name of the {what} file.")
@@ -193,7 +207,7 @@ def check_file_target(
 
 
 def starts_with(path: Path, *marks: Sequence[bytes]) -> bool:
-    """Whether a file begins with the first mark of a row and holds the others, for any row."""
+    """Whether, for any row of `marks`, a file begins with the first mark of the row and contains the others."""
     try:
         with open(path, "rb") as file:
             data = file.read(_READ)

@@ -1,6 +1,6 @@
-"""Writing one safetensors file: the header first, then tensor after tensor into place, hashed on the way.
+"""Writes one safetensors file: first the header, then each tensor at its place, hashed while it is written.
 
-No shard is ever held in memory. Every write that can fail ends as an OutputError that says what to do.
+No shard is ever held in memory. A write that fails raises an OutputError that says what to do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moeconv.errors import OutputError, escape
 
 @contextmanager
 def output_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of the block into an OutputError that names `path`."""
+    """Turn an OSError that the block raises into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -31,8 +31,10 @@ def output_errors(path: Path | str) -> Iterator[None]:
 
 
 class ShardWriter:
-    """A safetensors file being written, or GGUF when given its `head`. `write` takes the tensors' bytes in any order,
-    `finish` seals the file."""
+    """A safetensors file that is being written, or a GGUF file if `head` is given.
+
+    `write` accepts the tensors' bytes in any order; `finish` completes the file.
+    """
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class ShardWriter:
                 raise
 
     def write(self, name: str, data: bytes | bytearray | memoryview, *, start: int = 0) -> None:
-        """Write bytes of tensor `name` from byte `start` of it on; each byte of each tensor is written once."""
+        """Write bytes of tensor `name`, from its byte `start` on. Each byte of a tensor must be written once."""
         view = memoryview(data).cast("B")
         info = self._infos[name]
         if start + len(view) > info.nbytes:
@@ -72,7 +74,10 @@ class ShardWriter:
         self._missing[name] -= len(view)
 
     def finish(self) -> tuple[str, int]:
-        """Check that every tensor is whole, hash what was written out of order, fsync. Returns (sha256, bytes)."""
+        """Check that every tensor is complete, hash what was written out of order, fsync and close the file.
+
+        Returns (sha256 of the file, size in bytes). Raises ValueError for an incomplete tensor.
+        """
         unfinished = [name for name, left in self._missing.items() if left]
         if unfinished:
             raise ValueError(f"{self.path.name}: tensor {unfinished[0]!r} was not written whole")
@@ -82,12 +87,12 @@ class ShardWriter:
         return sha256, self._size
 
     def close(self) -> None:
-        """Release the descriptor; an unfinished file stays for the caller to remove."""
+        """Close the file descriptor. The caller must remove an unfinished file."""
         self._file.close()
 
 
 def _check_header(path: Path, header: bytes, size: int) -> None:
-    """Before any work goes into the file: that its header can be read again. Raises OutputError."""
+    """Raises OutputError, before any work is done, for a header too large to be read again."""
     limits = header_limits(size)
     values = sum(header.count(mark) for mark in (b",", b"{", b"["))
     if len(header) > limits.bytes or values > limits.values:
@@ -99,14 +104,14 @@ def _check_header(path: Path, header: bytes, size: int) -> None:
 
 
 def _gaps(infos: Iterable[TensorInfo], size: int) -> dict[int, int]:
-    """Where a tensor's end is no other's start -> the bytes of padding there."""
+    """{end of a tensor: bytes of padding between it and the next tensor}, with 0 where there is no padding."""
     ordered = sorted(infos, key=lambda info: (info.start, info.end))
     following = [*(info.start for info in ordered[1:]), size]
     return {info.end: start - info.end for info, start in zip(ordered, following, strict=bool(ordered))}
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole and fsync it; the directory it is in is made where it is missing."""
+    """Write a small file and fsync it; create its directory if that is missing."""
     with output_errors(path):
         if not os.path.isdir(path.parent):
             path.parent.mkdir(exist_ok=True)
@@ -121,7 +126,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """fsync a directory, so that the names in it survive a power cut."""
+    """fsync a directory, so that new and renamed files in it survive a power failure."""
     with output_errors(path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -131,7 +136,7 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: a reader sees the old file or the new one, whole."""
+    """Replace the file at `path` atomically: a reader sees either the complete old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_file(temporary, data)
@@ -152,9 +157,10 @@ def writing_artifact(
     metadata: Mapping[str, str],
     overwrite: bool = False,
 ) -> Iterator[ShardWriter]:
-    """A ShardWriter for a single artifact file, put at `path` in one step when the block ends well.
+    """A context manager with a ShardWriter for a single artifact file.
 
-    Raises OutputError when `path` exists and `overwrite` is not set.
+    The file is moved to `path` atomically when the block ends without an exception. Raises OutputError if `path` exists
+    and `overwrite` is false.
     """
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")

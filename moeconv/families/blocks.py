@@ -1,4 +1,4 @@
-"""Building blocks of the rows: tensor names, config keys and rows of the decoder block that Llama made common."""
+"""Building blocks of the rows: tensor names and config keys of the decoder block that Llama established."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moeconv.families.spec import Family
 from moeconv.types import JsonObject
 
 LAYER = "model.layers.{L}."
-# The decoder block that Llama made common: pre-norm RMSNorm, separate q, k, v, o.
+# The decoder block that Llama established: RMSNorm before each sublayer; separate q, k, v and o projections.
 BLOCK = {
     "embedding.tokens": "model.embed_tokens.weight",
     "embedding.lm_head": "lm_head.weight",
@@ -93,9 +93,12 @@ LLAMA_TENSORS = Tensors(BLOCK | DENSE_FFN)
 def dense_row(
     model_type: str, architecture: str, *, config: ConfigKeys, tensors: Tensors = LLAMA_TENSORS, **row: Any
 ) -> Family:
-    """A row for Llama's block, or for `tensors` in its place: the config keys of every such block come first, and its
-    biases and the language model's head are optional. Raises TypeError for what is no field of Family."""
-    # a family with a key of its own for epsilon does not know this one
+    """The row of a dense family with Llama's block, or with `tensors` instead.
+
+    `config` adds to the config keys that all such families share. Biases and the output head are optional tensors.
+    Raises TypeError for a keyword that is not a field of Family.
+    """
+    # a family with another key for the epsilon of its norms does not have this one
     other_epsilon = {"rms_norm_eps"} if config.defaults.keys() & {"layer_norm_eps", "norm_eps"} else set()
     defaults = {k: v for k, v in (BASE_CONFIG | dict(config.defaults)).items() if k not in other_epsilon}
     return Family(
@@ -104,6 +107,6 @@ def dense_row(
 
 
 def completed(tensors: Tensors) -> Tensors:
-    """The tensors with biases and the language model's head optional, and rotary buffers of old exports left out."""
+    """`tensors`, with biases and the output head optional, and with the rotary buffers of old exports ignored."""
     optional = {"embedding.lm_head", *(key for key in tensors.names if key.endswith("_bias"))}
     return replace(tensors, optional=tensors.optional | optional, dropped=ROTARY_BUFFERS)

@@ -1,7 +1,7 @@
 """How a packed weight is stored: which parts it needs, with which dtypes and shapes, given the weight's own shape.
 
-PARTS has one row per stored form. `methods.py` reads a quantization_config into an Encoding; opening a checkpoint
-compares every header with it, and a kernel decodes by it.
+PARTS has one row per stored form. `methods.py` reads a quantization_config into an Encoding. Opening a checkpoint
+compares every header with the Encoding, and a kernel decodes the weight with it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-NESTED_BLOCK = 256  # scales in a block of double quantization, fixed in bitsandbytes' quantize_4bit
+NESTED_BLOCK = 256  # scales per block of double quantization, a constant in bitsandbytes' quantize_4bit
 SCALES = ("BF16", "F16", "F32")
 Shape = tuple[int, ...]
-ANY_LENGTH: tuple[Shape, ...] = ()  # one dimension, of a length that the headers do not tell
+ANY_LENGTH: tuple[Shape, ...] = ()  # one dimension, of a length that does not follow from the weight's shape
 _ONE: tuple[Shape, ...] = ((), (1,), (1, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """A stored form with its numbers. `name` is its row in PARTS; `grid` is (rows, columns) of weights that share a
-    scale, None for all of that axis; `zero_points` says that levels have an offset; `nested` that the scales are
-    quantized too; `static` that the scale of what multiplies the weight is stored beside it. `block` is weights in a
-    block of bitsandbytes' 4-bit codes, `quant_type` its word for them. `scale` names the part with the scales."""
+    """A stored form with its parameters.
+
+    `name` is its row in PARTS. `grid` is (rows, columns) of the weights that share a scale; None stands for the whole
+    axis. `zero_points` is true if the levels have an offset, `nested` if the scales are quantized too, `static` if the
+    scale of the activations is stored beside the weight. `block` is the number of weights per block of bitsandbytes'
+    4-bit codes, and `quant_type` is bitsandbytes' name of these codes. `scale` is the part with the scales.
+    """
 
     name: str
     bits: int
@@ -38,8 +41,11 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one tensor of a packed weight must be: a dtype and a shape among these; a part that is not `needed` may be
-    there or not. `suffix` is what its name has in place of .weight, where the part alone does not tell."""
+    """What one tensor of a packed weight must be.
+
+    Its dtype and its shape must be among `dtypes` and `shapes`. A part that is not `needed` may be missing. `suffix`
+    replaces ".weight" in its name, if the name of the part alone does not determine it.
+    """
 
     dtypes: tuple[str, ...]
     shapes: tuple[Shape, ...]
@@ -49,10 +55,13 @@ class Part:
 
 @lru_cache(maxsize=4096)
 def parts_of(encoding: Encoding, shape: Shape, *, stacked: bool = False) -> dict[str, Part]:
-    """What a weight of this shape is stored as; `stacked`: its first axis counts experts, whose codes are those of each
-    matrix alone. Raises ValueError for a shape that cannot be stored so."""
+    """The parts of which a weight of this shape is stored, by name.
+
+    `stacked`: the first axis counts experts, and each expert's matrix is encoded by itself. Raises ValueError for a
+    shape that cannot be stored in this form.
+    """
     made = dict(PARTS[encoding.name](encoding, shape, stacked))
-    if encoding.static or encoding.bits == 8:  # a static scale is needed, and one without need does no harm
+    if encoding.static or encoding.bits == 8:  # an 8-bit weight may have a scale of activations that nothing reads
         made["input_scale"] = Part(SCALES, _ONE, needed=encoding.static, suffix=_INPUT.get(encoding.name, ""))
     return made
 
@@ -61,7 +70,7 @@ _INPUT = {"float8-blocks": ".activation_scale", "nvfp4": ".input_global_scale"}
 
 
 def scale_grid(encoding: Encoding, shape: Shape) -> Shape:
-    """The shape of the scales of a weight [..., rows, columns]: one for every block of `grid`, cut off at the edges."""
+    """The shape of the scales of a weight [..., rows, columns]: one per block of `grid`, also for a cut-off block."""
     *front, rows, columns = shape
     high, wide = encoding.grid
     return (*front, -(-rows // (high or rows)), -(-columns // (wide or columns)))
@@ -91,7 +100,7 @@ def _packed_int(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, P
 
 
 def _codes8(dtype: str) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
-    """A byte for each weight, with scales beside it."""
+    """One byte per weight, and the scales in a tensor of their own."""
 
     def parts(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
         scales = _scales(encoding, shape)
@@ -102,7 +111,7 @@ def _codes8(dtype: str) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
 
 
 def _fp4(scale_dtypes: tuple[str, ...], *, whole: bool) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
-    """compressed-tensors NVFP4 and MXFP4: two codes to a byte; `whole`: one more scale for all of the weight."""
+    """compressed-tensors NVFP4 and MXFP4: two codes per byte; `whole`: one more scale for the whole weight."""
 
     def parts(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
         rows, columns = shape
@@ -138,12 +147,12 @@ def _bitsandbytes8(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[st
     return {
         "weight": Part(("I8",), (shape,)),
         "SCB": Part(("F32",), (shape[:-1],)),
-        "format": Part(("U8",), _ONE, needed=False),  # which order the codes are in: bitsandbytes knows one by now
+        "format": Part(("U8",), _ONE, needed=False),  # the order of the codes: bitsandbytes now has only one
     }
 
 
 def _mxfp4(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
-    """gpt-oss: codes and exponents of all experts, along what a row of a projection multiplies."""
+    """gpt-oss: codes and exponents of all experts, in groups along the input dimension of a projection."""
     experts, columns, rows = shape  # decoded, they are [E, in, out]
     groups = -(-columns // 32)
     return {

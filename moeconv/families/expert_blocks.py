@@ -11,7 +11,7 @@ from moeconv.families.records import ConfigKeys, ExpertLayout, Experts, Packed, 
 from moeconv.families.spec import Family
 from moeconv.types import Config, JsonObject
 
-# names of experts, routers and shared experts, as Mixtral, Qwen and DeepSeek made them common
+# names of experts, routers and shared experts, as Mixtral, Qwen and DeepSeek established them
 W_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 MLP_EXPERTS = {f"expert.{p}": LAYER + "mlp.experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
 _STACK = LAYER + "mlp.experts."
@@ -41,9 +41,9 @@ SIGMOID: JsonObject = {
 GROUPED = Routing(
     "sigmoid", "norm_topk_prob", scaling="routed_scaling_factor", groups=("n_group", "topk_group"), float32=True
 )
-# biases of a family whose switch adds all four, at the value at which they do nothing
+# the biases of a family whose config switch adds all four, at the value at which they have no effect
 ZERO_QKVO_BIAS = dict.fromkeys(QKVO_BIAS, 0.0)
-# layers after the last one, as DeepSeek-V3's and GLM-4.5's checkpoints carry them
+# multi-token-prediction layers whose numbers follow the last layer, as in checkpoints of DeepSeek-V3 and GLM-4.5
 MTP = Prediction(
     {
         "mtp.embedding": LAYER + "embed_tokens.weight",
@@ -54,7 +54,7 @@ MTP = Prediction(
         "mtp.head": LAYER + "shared_head.head.weight",
     }
 )
-# named beside the model: "model." stands for the prefix "mtp."
+# multi-token-prediction layers with a prefix of their own: "mtp." replaces "model."
 QWEN_MTP = Prediction(
     {
         "mtp.norm_embedding": "model.pre_fc_norm_embedding.weight",
@@ -64,7 +64,7 @@ QWEN_MTP = Prediction(
     },
     prefix="mtp.",
 )
-# what a pair sets in a target with grouped routing and one shared expert, so that weights of identical experts sum to 1
+# what a pair sets in a target with grouped routing and a shared expert, so that weights of identical experts sum to 1
 ONE_SHARED_EXPERT: JsonObject = {
     "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
@@ -72,12 +72,12 @@ ONE_SHARED_EXPERT: JsonObject = {
 ZERO_SHARED_128 = "zero shared expert of 128 neurons: the family cannot be without one"
 ZERO_SHARED_FULL = "zero shared expert as wide as a routed one: the family cannot be without one"
 EVERY_ENGINE = frozenset({"vllm", "sglang", "llama.cpp"})
-# without them vLLM and SGLang have no correction bias, and every reader but transformers scores by softmax
+# without them vLLM and SGLang ignore the correction bias, and every reader except transformers scores by softmax
 NO_AUX_LOSS: JsonObject = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def leading_dense(get: Get) -> int | None:
-    """The number of dense layers before those with experts; None where another layer is dense too."""
+    """The number of dense layers before the first one with experts; None if a later layer is dense too."""
     words = get("mlp_layer_types")
     if words is None:
         return 1
@@ -95,9 +95,12 @@ def moe_row(
     base: Config = BASE_CONFIG,
     **row: Any,
 ) -> Family:
-    """A row with experts: the config keys of `base` come first, biases and the language model's head are optional, and
-    the counts of experts have their usual words where `experts` names none. Raises TypeError for what is no field of
-    Family."""
+    """The row of a family with experts.
+
+    `config` adds to the config keys of `base`. Biases and the output head are optional tensors. If `experts` has no
+    keys for the number of experts and the experts per token, the usual keys are used. Raises TypeError for a keyword
+    that is not a field of Family.
+    """
     return Family(
         model_type,
         architecture,

@@ -1,7 +1,7 @@
 """Rules that rewrite a source's tensors and config where the target has no setting for what the source computes.
 
-A rule edits a Draft: the expression behind each key, and the config of the result. In exact
-arithmetic no rule changes the function that the model computes.
+A rule edits a Draft: the expression that computes the tensor of each key, and the config of the result. In exact
+arithmetic, no rule changes the function that the model computes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ _TURNED = (*_QUERY, "attention.k", "attention.k_bias")
 
 @dataclass
 class Draft:
-    """A conversion that is being planned. `get` reads the source's config with its defaults; `tensors` maps a key to
-    the expression that makes it, in every layer that has it; `tied` is whether the source's head is its embedding."""
+    """A conversion while it is being planned.
+
+    `get` reads a value of the source's config, defaults included. `tensors` maps a key to the expression that computes
+    its tensor in every layer that has the key. `tied` is true if the source's output head is its token embedding.
+    """
 
     source: Family
     target: Family
@@ -39,7 +42,7 @@ class Draft:
     tied: bool
 
     def change(self, keys: Iterable[str], how: Callable[[Node], Node]) -> None:
-        """Put `how` around the expressions of those keys that exist."""
+        """Wrap the expression of each key in `how`; keys that the draft does not have are skipped."""
         for key in keys:
             if key in self.tensors:
                 self.tensors[key] = how(self.tensors[key])
@@ -51,14 +54,18 @@ class Draft:
         return [key for key in self.tensors if key.startswith("norm.") and not key.endswith("_bias")]
 
 
-Fold = Callable[[Draft], None]  # a rule that a pair names
+Fold = Callable[[Draft], None]  # a rule that the row of a pair lists
 
 
-# -- what the two families' rows say by themselves -----------------------------------------------------------------
+# -- what follows from the two families' rows ----------------------------------------------------------------------
 
 
 def align_layout(draft: Draft) -> None:
-    """Norm offsets and rotary order, where the families' rows differ."""
+    """Adapt the norm weights' offset, the rotary order and the rotary parameters to the target's row.
+
+    Raises InputError if rows of the heads must be reordered and the source normalises queries and keys: the weights of
+    those norms would have to be reordered too, which no rule does.
+    """
     offset = draft.source.tensors.norm_offset - draft.target.tensors.norm_offset
     draft.change(draft.norms(), lambda node: add(node, offset))
     params = _rope(draft)
@@ -75,7 +82,7 @@ def align_layout(draft: Draft) -> None:
         if draft.source.attention.rotary != draft.target.attention.rotary:
             _turn(draft, head, size, draft.target.attention.rotary)
         if spreads:
-            # what stands still would be multiplied by the attention factor too, as it is not in the source
+            # the target multiplies the dimensions that do not rotate by the attention factor too; the source does not
             factor = rope.attention_factor(params, draft.get("max_position_embeddings"))
             draft.change(_TURNED, lambda node: scale_rows(node, 1 / factor, head=head, start=size, stop=head))
             _turn(draft, head, size, "spread")
@@ -98,8 +105,11 @@ def _rope(draft: Draft) -> JsonObject:
 
 
 def _align_rope(draft: Draft, params: JsonObject, *, head: int, size: int, spreads: bool) -> None:
-    """Write the rotary parameters in the target's style, also those that the source's class assumes, since the target's
-    class may assume others."""
+    """Write the rotary parameters in the target's style.
+
+    Parameters that config.json leaves to the source's class are written too, since the target's class may assume other
+    values.
+    """
     family, target = draft.source, draft.target
     if family.attention.rope == target.attention.rope == "none":
         return
@@ -132,23 +142,23 @@ def _given(draft: Draft) -> JsonObject:
     return {key: draft.get(key) for key in words if draft.get(key) is not None}
 
 
-# -- rules that a pair names ---------------------------------------------------------------------------------------
+# -- rules that the row of a pair lists ----------------------------------------------------------------------------
 
 
 def embedding_root(draft: Draft) -> None:
-    """Gemma multiplies embeddings by sqrt(hidden_size)."""
+    """Fold in the factor sqrt(hidden_size) by which Gemma multiplies its embeddings."""
     _embedding(draft, math.sqrt(draft.get("hidden_size")))
 
 
 def _embedding(draft: Draft, by: float) -> None:
-    """Scaled embeddings; a head that is tied to them reads a final norm that is scaled back."""
+    """Scale the embeddings. If the head is tied to them, divide the final norm by the same factor to keep logits."""
     draft.scale(["embedding.tokens"], by)
     if draft.tied:
         draft.scale(["norm.final"], 1 / by)
 
 
 def granite_multipliers(draft: Draft) -> None:
-    """The four multipliers of Granite (muP), folded into what they multiply."""
+    """Fold Granite's four multipliers (muP) into the weights whose outputs they multiply."""
     get = draft.get
     _embedding(draft, get("embedding_multiplier"))
     draft.scale(["norm.final"], 1 / get("logits_scaling"))
@@ -157,7 +167,7 @@ def granite_multipliers(draft: Draft) -> None:
 
 
 def minicpm_multipliers(draft: Draft) -> None:
-    """MiniCPM's scale_emb, scale_depth and dim_model_base, folded likewise."""
+    """Fold MiniCPM's scale_emb, scale_depth and dim_model_base into the weights whose outputs they multiply."""
     get = draft.get
     _embedding(draft, get("scale_emb"))
     draft.scale(["norm.final"], get("dim_model_base") / get("hidden_size"))
@@ -165,18 +175,18 @@ def minicpm_multipliers(draft: Draft) -> None:
 
 
 def neutral_multipliers(draft: Draft) -> None:
-    """Granite's multipliers at the values of a family that has none."""
+    """Set Granite's multipliers to the values at which it computes as a family without multipliers."""
     ones = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
     draft.config |= ones | {"attention_multiplier": head_dim(draft.get) ** -0.5}
 
 
 def logits_times(draft: Draft) -> None:
-    """HyperCLOVA X multiplies the logits by logits_scaling, Granite divides by it."""
+    """Invert logits_scaling: HyperCLOVA X multiplies the logits by it, Granite divides them by it."""
     draft.config["logits_scaling"] = 1 / draft.get("logits_scaling")
 
 
 def pairs_to_interleaved_mla(draft: Draft) -> None:
-    """The rotary rows of a latent attention in DeepSeek's own order, which serving engines take for granted."""
+    """Reorder the rotary rows of multi-head latent attention as DeepSeek does: serving engines assume that order."""
     get = draft.get
     nope, turns, rank = get("qk_nope_head_dim"), get("qk_rope_head_dim"), get("kv_lora_rank")
     order = "interleaved"
@@ -186,7 +196,7 @@ def pairs_to_interleaved_mla(draft: Draft) -> None:
 
 
 def squared_relu(draft: Draft) -> None:
-    """relu(x)^2 = relu(x) * x: an ungated FFN is a gated one whose gate is its up projection."""
+    """Turn an ungated FFN with relu(x)^2 = relu(x) * x into a gated FFN whose gate is its up projection."""
     _need_activation(draft, "relu2")
     draft.tensors["ffn.gate"] = draft.tensors["ffn.up"]
     draft.config["hidden_act"] = "relu"
@@ -202,29 +212,35 @@ def _need_activation(draft: Draft, *words: str) -> None:
 
 
 def only_silu(draft: Draft) -> None:
-    """Targets whose experts compute SiLU whatever config says."""
+    """Raise InputError unless the source computes SiLU: the target's experts do, whatever config.json says."""
     if draft.source.config.defaults.get("hidden_act"):
         _need_activation(draft, "silu", "swish")
 
 
 def legacy_gelu(draft: Draft) -> None:
-    """Gemma's class reads "gelu" as its tanh approximation; hidden_activation takes precedence where it is set."""
+    """Write the activation that Gemma's class computes: it reads "gelu" as the tanh approximation.
+
+    hidden_activation takes precedence where it is set.
+    """
     if draft.get("hidden_act") == "gelu":
         draft.config["hidden_act"] = "gelu_pytorch_tanh"
     draft.config.pop("hidden_activation", None)
 
 
 def centred_residual(draft: Draft) -> None:
-    """LayerNorm without weights is RMSNorm once everything that writes the residual stream has mean 0."""
+    """Replace LayerNorm without weights by RMSNorm.
+
+    The two are equal once everything that is added to the residual stream has mean 0 over the hidden dimension.
+    """
     untied_head(draft)
     draft.change(["embedding.tokens"], lambda node: centre(node, 1))
     draft.change(["attention.o", "ffn.down"], lambda node: centre(node, 0))
     unit_norms(draft)
-    draft.config["rms_norm_eps"] = 1e-5  # what OlmoLayerNorm has in its code
+    draft.config["rms_norm_eps"] = 1e-5  # the constant in the code of OlmoLayerNorm
 
 
 def untied_head(draft: Draft) -> None:
-    """The head as a tensor of its own."""
+    """Store the output head as a tensor of its own, if it was tied to the embedding."""
     if draft.tied:
         draft.tensors["embedding.lm_head"] = source("embedding.tokens")
         draft.config["tie_word_embeddings"] = False
@@ -232,16 +248,19 @@ def untied_head(draft: Draft) -> None:
 
 
 def unit_norms(draft: Draft) -> None:
-    """Norms without weights are norms with weights of 1."""
+    """Give norms without weights a weight of 1."""
     for key in ("norm.attention", "norm.ffn", "norm.final"):
         draft.tensors[key] = fill(1.0)
 
 
 def dbrx_words(draft: Draft) -> None:
-    """DBRX reads the rotary base in two places, and cannot compute without a clip: this one is never reached."""
+    """Write the rotary base in the two places that readers of DBRX use, and a clip of queries, keys and values.
+
+    DBRX cannot compute without a clip, so it gets one that no value reaches.
+    """
     draft.config["rope_parameters"] = params = _rope(draft)
     draft.config["rope_theta"] = params["rope_theta"]
-    draft.config.pop("rope_scaling", None)  # its class would take the base from beside it, where DBRX has none
+    draft.config.pop("rope_scaling", None)  # if present, the class looks for the base beside it, where DBRX has none
     if params["rope_type"] != "default":
         draft.warnings.append(
             f"rotary embeddings of type {params['rope_type']} are read by transformers 5 alone: transformers 4, vLLM, "
@@ -252,14 +271,18 @@ def dbrx_words(draft: Draft) -> None:
 
 
 def second_branch(draft: Draft) -> None:
-    """Experts beside a dense branch, each with a norm of its own in front, and a router whose norm times
-    hidden_size^-1/2 has a scale: all read what the FFN reads (the router times a factor that keeps its scale exact)."""
+    """Give the norms of a layer with a dense branch beside its experts the weights of the FFN's norm.
+
+    The dense branch, the experts and the router each have a norm of their own in front. The class also multiplies the
+    router's input by hidden_size^-1/2, so the weights of the router's norm are multiplied by the power of two nearest
+    to hidden_size^1/2, which changes no bit of their mantissas.
+    """
     draft.tensors["norm.shared"] = source("norm.ffn")
     draft.tensors["norm.router"] = scale(source("norm.ffn"), 2.0 ** round(math.log2(draft.get("hidden_size")) / 2))
 
 
 def all_layers_slide(draft: Draft) -> None:
-    """A family that rotates sliding layers only gets a window as long as the context in every layer."""
+    """Let every layer slide, with a window as long as the context: the target rotates in sliding layers only."""
     draft.config |= {
         "sliding_window": draft.get("max_position_embeddings"),
         "layer_types": ["sliding_attention"] * draft.layers,
@@ -267,7 +290,10 @@ def all_layers_slide(draft: Draft) -> None:
 
 
 def expert_biases(draft: Draft) -> None:
-    """GPT-OSS computes (up + 1) * gate * sigmoid(alpha * gate): SwiGLU with alpha 1 and an up bias one less."""
+    """Add biases, and subtract 1 from that of the up projection.
+
+    GPT-OSS computes (up + 1) * gate * sigmoid(alpha * gate), which is SwiGLU with alpha = 1 and such a bias.
+    """
     _need_activation(draft, "silu", "swish")
     for part in ("gate", "up", "down"):
         draft.tensors.setdefault(f"ffn.{part}_bias", fill(0.0))
@@ -275,7 +301,7 @@ def expert_biases(draft: Draft) -> None:
 
 
 def below_long_context(draft: Draft) -> None:
-    """Ministral 3 scales queries beyond the length that it was first trained on; no target does."""
+    """Warn that Ministral 3 scales queries beyond its original context length, which no target does."""
     length = _rope(draft).get("original_max_position_embeddings")
     if length is not None:
         draft.warnings.append(
@@ -288,9 +314,9 @@ def below_long_context(draft: Draft) -> None:
 
 
 def attention_kinds(draft: Draft) -> None:
-    """A family of mixed layer kinds gets attention in every layer."""
+    """Use attention in every layer of a target that can mix kinds of layers."""
     get = draft.get
     draft.config |= {"layer_types": ["full_attention"] * draft.layers, "position_embedding_type": "rope"}
-    # no layer has a state space, but the class checks that its sizes fit the hidden size
+    # no layer has a state-space block, but the class checks that the sizes of one would match the hidden size
     fits = {"mamba_n_heads": 2 * get("num_attention_heads"), "mamba_expand": 2}
     draft.config |= fits | {"mamba_d_head": get("hidden_size") // get("num_attention_heads")}

@@ -1,7 +1,7 @@
-"""Checks that each value of a config.json is of the kind that its key takes, once, before anything computes with it.
+"""Checks the type and range of every value in a config.json, once, before anything computes with it.
 
-The kind of a key is the kind of its default. Null is accepted, since it means none or that the class derives the value,
-except for the keys in `_COMPUTED` that have no rule in the row's `derived`.
+A value must have the kind (whole number, list, ...) of its key's default. Null is accepted, since it means "none" or
+that the class derives the value, except for the keys in `_COMPUTED` that have no rule in the row's `derived`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from moeconv.families.records import LIST, NUMBER, OBJECT, SWITCH, WHOLE, WORD
 from moeconv.families.spec import Family
 from moeconv.types import Config
 
-# keys of several families whose default is null, because the class derives it or a checkpoint must state it; those of
-# one family are in its row
+# Kinds of the keys that several families share and whose default is null, because the class derives the value or every
+# checkpoint must state it. The row of a family has the kinds of keys that only it has.
 _DERIVED = {
     "vocab_size": WHOLE, "hidden_size": WHOLE, "intermediate_size": WHOLE, "num_hidden_layers": WHOLE,
     "num_attention_heads": WHOLE, "head_dim": WHOLE, "v_head_dim": WHOLE, "max_window_layers": WHOLE,
@@ -24,14 +24,14 @@ _DERIVED = {
     "no_rope_layers": LIST, "use_bidirectional_attention": WORD, "rope_parameters": OBJECT, "rope_scaling": OBJECT,
 }  # fmt: skip
 _NEEDED = ("vocab_size", "hidden_size", "num_attention_heads")  # a checkpoint must state them
-# other numbers are computed from these, so a stated value is neither null nor zero
+# other numbers are computed from these, so a stated value must be neither null nor zero
 _COMPUTED = (
     *_NEEDED, "intermediate_size", "max_position_embeddings", "block_multiple_of", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
     "logits_scaling", "logit_scale", "scale_emb", "scale_depth", "dim_model_base",
 )  # fmt: skip
 _LARGEST = 1 << 40
-_LARGEST_OF_A_HEAD = 1 << 16  # indices of a head's rows are listed one by one
+_LARGEST_OF_A_HEAD = 1 << 16  # smaller, because some code makes a list of all rows of a head
 _ROPE = ("rope_parameters", "rope_scaling")
 _ROPE_NUMBERS = (
     "rope_theta",
@@ -44,7 +44,7 @@ _ROPE_LISTS = ("short_factor", "long_factor")
 
 
 def check_kinds(family: Family, config: Config) -> None:
-    """Raises InputError for a value of another kind than its key takes, and for a missing or impossible size."""
+    """Raises InputError for a value of the wrong kind, and for a size that is missing or impossible."""
     for key, default in family.config.defaults.items():
         value, kind = config.get(key), kind_of(family, key)
         missing = key not in config and not (key in _NEEDED and default is None)
@@ -66,7 +66,7 @@ def counts_something(family: Family, key: str) -> bool:
 
 
 def _check_rope(key: str, params: object) -> None:
-    """Rotary parameters, or those of one kind of layers; keys that are unknown here are left to the class."""
+    """Check the rotary parameters of all layers, or of one type of layer. Unknown keys are left to the class."""
     if not isinstance(params, dict):
         return
     for name, value in params.items():
@@ -86,7 +86,7 @@ def _wrong(key: str, wanted: str, value: object) -> InputError:
 
 
 def kind_of(family: Family, key: str) -> str | None:
-    """The kind of a config key's values (WHOLE, ...), in words for an error; None where no row states it."""
+    """The kind of a config key's values (WHOLE, ...), worded for an error message; None if no row states it."""
     default = family.config.defaults.get(key)
     if isinstance(default, bool):
         return SWITCH

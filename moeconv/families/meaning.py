@@ -1,7 +1,7 @@
-"""What a config.json means to transformers: two configs of one model in different words have the same meaning.
+"""What transformers computes with a config.json: two differently worded configs of one model have the same meaning.
 
-Defaults are filled in, rotary parameters, sliding windows and kinds of layers are listed in full, and settings
-without effect are left out, so that families whose keys alone differ (llama, mistral) can be compared too.
+Defaults are filled in; rotary parameters, sliding windows and kinds of layers are listed in full; settings without
+effect are left out. So families whose configs differ only in their keys (llama, mistral) can be compared too.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from moeconv.families.shapes import head_dim
 from moeconv.families.target import CARRIED, LEFT_OUT, TRAINING
 from moeconv.types import JsonObject
 
-# keys about the number of positions or tokens, or the end of a text: no weight of a layer depends on them
+# keys about the number of positions or tokens, or about the end of a text: no weight of a layer depends on them
 OUTSIDE_THE_LAYERS = ("max_position_embeddings", "tie_word_embeddings", "vocab_size", "eod_token_id", "tie_embedding")
-# rotary parameters of these types are the same whatever the longest text
+# rotary parameters of these types do not depend on the longest context
 _LENGTH_FREE = ("default", "linear", "llama3")
 
 
 def meaning(model: Model) -> JsonObject:
-    """What the settings of a model's layers compute, by names of our own where words differ."""
+    """The settings that determine what a model's layers compute; two models with equal values compute alike.
+
+    Settings that families name differently have names of moeconv's own.
+    """
     family = model.family
     spelled = {*rope.KEYS, *sliding.KEYS, "sliding_window_pattern", "head_dim", "num_key_value_heads"}
     found = {
@@ -47,7 +50,7 @@ def meaning(model: Model) -> JsonObject:
 
 
 def _rope(model: Model) -> JsonObject:
-    """The rotary parameters, and the longest text where they depend on it."""
+    """The rotary parameters, and the longest context if they depend on it."""
     family = model.family
     if family.attention.rope == "none":
         return {}

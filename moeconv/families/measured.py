@@ -1,5 +1,7 @@
-"""What tests/runtimes/served.py measured: random models of each family, pruned and upcycled by moeconv, computed by an
-engine in float32 and compared with transformers. An engine that is not here for a family was not run with it.
+"""The results of tests/runtimes/served.py, which runs models in serving engines and compares them with transformers.
+
+The models are random, one per family, pruned and upcycled by moeconv, and computed in float32. An engine without an
+entry for a family was not run with it.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# what was run, by runtime: with families here, with packed experts in the formats' records
+# the versions that were run: with the families below, and with packed experts in the records of the formats
 RUNTIMES: Mapping[str, str] = {
     "transformers": "transformers 5.23.0",
     "vllm": "vLLM 0.32.0 on a CPU",
@@ -21,10 +23,10 @@ VERSIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """How an engine runs a family: "same" function, "differs", or "refused"."""
+    """How an engine runs a family: the "same" function as transformers, one that "differs", or "refused"."""
 
     found: str
-    # what one should know of it
+    # conditions and causes that a user should know
     note: str = ""
 
 
@@ -106,12 +108,12 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
 
 
 def how_known(model_type: str, target: str) -> str:
-    """ "measured" or "listed": whether an engine was run with the family, or only has it in its public list or not."""
+    """ "measured" if the engine was run with the family, "listed" if only its public list of models was read."""
     return "measured" if target == "transformers" or model_type in MEASURED.get(target, {}) else "listed"
 
 
 def doubts(model_type: str, target: str) -> list[str]:
-    """What to warn of where an engine is said to run a family."""
+    """Warnings about an engine whose public list has the family."""
     if target == "transformers":
         return []
     row = MEASURED.get(target, {}).get(model_type)

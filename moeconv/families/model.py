@@ -1,6 +1,6 @@
-"""A checkpoint seen through its family: roles of tensors, sizes, and the names of every expert's matrices.
+"""A checkpoint together with its family: the roles of its tensors, its sizes, and the names of each expert's matrices.
 
-Opening a model checks that config and tensors agree, so that no later code has to check it again.
+`open_model` checks that config and tensors agree, so that no later code has to check it again.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ class Model:
 
     @property
     def carried_config(self) -> JsonObject:
-        """config.json as a step carries it over: without the names of code that transformers' own class replaces, and
-        with the language model's class where a head of another is left out."""
+        """The source's config.json as a command copies it to its output.
+
+        References to remote code that a class of transformers replaces are removed. If the head of another class (a
+        classifier, say) is left out, `architectures` names the language model's class.
+        """
         config = without_code(self.checkpoint.config)[0]
         return config | ({"architectures": [self.family.architecture]} if heads(self.dropped) else {})
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The warnings of every step that reads the model."""
+        """The warnings that every command gives that reads the model."""
         found = without_code(self.checkpoint.config)[1]
         own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
         lost = heads(self.dropped)
@@ -64,7 +67,7 @@ class Model:
         return text_config(self.checkpoint.config, self.family)
 
     def value(self, key: str) -> Any:
-        """A config key's value, with transformers' default when config.json leaves it out."""
+        """A config key's value, or transformers' default if config.json leaves the key out."""
         return self.family.config.value(key, self.config)
 
     @cached_property
@@ -96,24 +99,29 @@ class Model:
 
     @cached_property
     def mtp_layers(self) -> tuple[int, ...]:
-        """Multi-token-prediction layers with experts: numbered after the model's own layers, which no stock
-        class of transformers runs and serving engines use to guess tokens ahead."""
+        """Numbers of the multi-token-prediction layers that have experts, counted on from the model's own layers.
+
+        No stock class of transformers runs such layers; serving engines use them for speculative decoding.
+        """
         layers = {r.layer for r in self.roles.values() if r.group == "expert" and r.layer is not None}
         return tuple(sorted(layer for layer in layers if layer >= self.num_layers))
 
     @cached_property
     def prediction_layers(self) -> tuple[int, ...]:
-        """All multi-token-prediction layers, dense ones too, numbered on from the model's own."""
+        """Numbers of all multi-token-prediction layers, dense ones too, counted on from the model's own layers."""
         layers = {r.layer for r in self.roles.values() if r.layer is not None and r.layer >= self.num_layers}
         return tuple(sorted(layers))
 
     @cached_property
     def layer_kinds(self) -> tuple[str, ...] | None:
-        """The kind of each layer in a family that mixes kinds (attention, convolution, ...), else None."""
+        """The kind of each layer in a family that mixes kinds (attention, convolution, ...); None in other families."""
         return settings.layer_kinds(self.family, self.config, self.num_layers)
 
     def with_ffn(self, layers: Sequence[int], *, every: bool) -> tuple[int, ...]:
-        """Those of `layers` that have an FFN. Raises InputError for one without, unless `every` layer is meant."""
+        """Those of `layers` that have an FFN.
+
+        Raises InputError if one has none, unless `every` says that the user asked for all layers.
+        """
         kinds, where = self.layer_kinds, self.family.layers.where.get("ffn")
         without = [i for i in layers if kinds and where and kinds[i] not in where]
         if without and not every:
@@ -155,7 +163,7 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """The dtype (as safetensors names it) that most of the model's bytes have among floating dtypes."""
+        """The floating-point dtype, as safetensors names it, of most of the model's bytes; "BF16" if there is none."""
         count: dict[str, int] = {}
         for ref in self.checkpoint.tensors.values():
             if ref.dtype in ("BF16", "F16", "F32", "F64"):
@@ -164,8 +172,10 @@ class Model:
 
     @property
     def routed_share(self) -> float:
-        """What the routed experts' weighted sum is multiplied by in the FFN's output: 1/2 where it is averaged with
-        that of shared experts."""
+        """The factor of the routed experts' weighted sum in the FFN's output.
+
+        It is 1/2 where the sum is averaged with the output of shared experts, else 1.
+        """
         rule, width = self.family.experts.averaged, self.family.experts.shared_width
         return 0.5 if rule and self.value(rule[0]) == rule[1] and shared_width(width, self.value) else 1.0
 
@@ -177,7 +187,10 @@ class Model:
 
     @cached_property
     def groups(self) -> tuple[int, int]:
-        """(groups of experts, groups that a token may use); (1, 1) for a router that knows none."""
+        """(number of groups of experts, number of groups that a token may use); (1, 1) for a router without groups.
+
+        Raises InputError if the experts cannot form such groups.
+        """
         rule = self.family.experts.routing
         if rule is None or rule.groups is None:
             return 1, 1
@@ -194,8 +207,11 @@ class Model:
 
     @cached_property
     def own_head(self) -> bool:
-        """Whether config ties the output embeddings to the input, and others are stored: transformers 5 then runs the
-        stored ones, where older versions drop them. Equal bytes are simply tied. Reads both up to a difference."""
+        """Whether config.json ties the output head to the token embedding although a different head is stored.
+
+        transformers 5 then computes with the stored head, older versions ignore it. A stored head with the bytes of the
+        embedding counts as tied. Reads both tensors up to their first difference.
+        """
         names = {role.key: name for name, role in self.roles.items() if role.group == "embedding" and not role.part}
         head, tokens = names.get("embedding.lm_head"), names.get("embedding.tokens")
         tied = bool(self.value("tie_word_embeddings"))
@@ -207,15 +223,21 @@ class Model:
 
     @cached_property
     def stored(self) -> Mapping[str, packed.Stored]:
-        """Every weight that is packed, by its plain name. Raises InputError for one whose parts are not what
-        quantization_config and the weight's shape ask for, Unsupported for a packing that is not read."""
+        """Every packed weight, by the name that it has unpacked.
+
+        Raises InputError if a weight's parts do not match quantization_config and the weight's shape, and Unsupported
+        for a packing that moeconv cannot read.
+        """
         return check.stored_weights(self)
 
     def router_name(self, layer: int) -> str:
         return self.family.name("router.weight", layer=layer)
 
     def expert_name(self, part: str, *, layer: int, expert: int) -> str:
-        """Name on disk of an expert's gate, up or down matrix. Raises InputError where experts are packed."""
+        """Name on disk of an expert's gate, up or down matrix.
+
+        Raises InputError if one tensor holds all experts of a layer, or the experts have no such matrix.
+        """
         if self.packed_experts:
             raise InputError(
                 f"{self.family.model_type} keeps all experts of a layer in one tensor; this command needs one tensor "
@@ -227,7 +249,7 @@ class Model:
         return self.family.name(f"expert.{part}", layer=layer, expert=expert)
 
     def check_separate_experts(self) -> None:
-        """Raises InputError where one tensor holds all experts of a layer."""
+        """Raises InputError if one tensor holds all experts of a layer."""
         if self.moe_layers and self.packed_experts:
             self.expert_name("down", layer=self.moe_layers[0], expert=0)
 
@@ -236,11 +258,15 @@ class Model:
 
     @cached_property
     def identity(self) -> str:
-        """Portable fingerprint of the checkpoint, the bytes of its routers included."""
+        """A fingerprint of the checkpoint that is the same on every machine; it covers the bytes of the routers."""
         return self.checkpoint.identity(name for name, role in self.roles.items() if role.group == "router")
 
     def numel(self, ref: TensorRef) -> int:
-        """Parameters that a tensor stands for: elements of a plain tensor; of a packed weight all are its codes'."""
+        """The number of parameters in a tensor.
+
+        For a plain tensor it is the number of elements. For a packed weight the tensor with the codes has them all, and
+        the other parts (scales, ...) have 0.
+        """
         role = self.roles[ref.name]
         if not role.part:
             return math.prod(ref.shape)
@@ -248,10 +274,10 @@ class Model:
 
 
 def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool = False) -> Model:
-    """Open a checkpoint directory and check that its tensors are those of its family and config. With `follow_links`
-    its files may be links that leave the directory.
+    """Open a checkpoint directory, and check that its tensors are those of its family and config.
 
-    Raises InputError for an unknown architecture, a missing or unexpected tensor, or a shape that contradicts config.
+    With `follow_links`, its files may be links to files outside the directory. Raises InputError for an unknown
+    architecture, a missing or unexpected tensor, or a shape that contradicts config.json.
     """
     checkpoint = Checkpoint(path, follow_links=follow_links) if isinstance(path, str | os.PathLike) else path
     family = find_family(checkpoint.config)
@@ -271,7 +297,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
 
 
 def _with_rule(family: Family, config: Config) -> Family:
-    """The row with the routing rule that config.json picks."""
+    """The row with the routing rule that config.json selects."""
     if family.experts.rules is None:
         return family
     key, rules = family.experts.rules
@@ -280,7 +306,7 @@ def _with_rule(family: Family, config: Config) -> Family:
 
 
 def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
-    """The row with the layout that the experts have on disk, found by the names and shapes of one layer's."""
+    """The row with the layout that the experts have on disk, recognised by the names and shapes in one layer."""
     if not family.tensors.layouts:
         return family
     quantized = packed.quantization(checkpoint.config) is not None

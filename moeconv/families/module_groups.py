@@ -1,8 +1,9 @@
-"""Which config group of compressed-tensors a module belongs to, by the groups' `targets` and by `ignore`.
+"""Which config group of compressed-tensors a module belongs to, according to the groups' `targets` and to `ignore`.
 
-The rules are those of its apply_quantization_config, match_targets and is_match (utils/match.py, version 0.20): a name
-in full comes before `re:` patterns, these before names of classes; among patterns the first one in alphabetical order
-counts; where several groups have the same target, the last of them; and `ignore` beats all.
+The rules are those of apply_quantization_config, match_targets and is_match in compressed-tensors (utils/match.py,
+version 0.20). A full name takes precedence over `re:` patterns, and these over names of classes. Of several matching
+patterns the first in alphabetical order counts; of several groups with the same target, the last. `ignore` takes
+precedence over everything.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from typing import Any
 from moeconv.errors import InputError, Unsupported, escape
 
 PATTERN = "re:"
-_LINEAR = ("Linear", "Module")  # of the class of a matrix, and of the classes that it inherits from
+_LINEAR = ("Linear", "Module")  # the class of a matrix, and the classes that it inherits from
 _EMBEDDING = ("Embedding", "Module")
 _CORRECT = "Correct config.json, or download it again."
 
 
 @lru_cache(maxsize=4096)
 def matching(entry: str) -> Callable[[str], bool]:
-    """Whether a module's name is the one of an entry of `targets` or `ignore`: in full, or by the expression behind
-    `re:` for its beginning. An expression that Python cannot read matches nothing."""
+    """A function that tells whether a module's name matches an entry of `targets` or `ignore`.
+
+    The entry is a full name, or `re:` and a regular expression that matches the beginning of the name. An expression
+    that Python cannot parse matches nothing.
+    """
     if not entry.startswith(PATTERN):
         return lambda name: name == entry
     try:
@@ -36,13 +40,13 @@ def matching(entry: str) -> Callable[[str], bool]:
 
 @dataclass(frozen=True)
 class Groups:
-    """`targets` {target: key of its group}, in the order in which they are asked, and `ignore`."""
+    """`targets`, {target: key of its group} in order of precedence, and `ignore`."""
 
     targets: Mapping[str, str]
     ignore: tuple[str, ...]
 
     def group_of(self, module: str, *, embedding: bool = False) -> str | None:
-        """The key of the group that a module belongs to; None for one that stays plain."""
+        """The key of the group that a module belongs to; None for a module that is not quantized."""
         classes = _EMBEDDING if embedding else _LINEAR
         if any(entry in classes or matching(entry)(module) for entry in self.ignore):
             return None
@@ -53,8 +57,11 @@ class Groups:
 
 
 def groups_of(quantization: Mapping[str, Any]) -> Groups:
-    """The groups of a quantization_config of compressed-tensors. Raises InputError for lists that are none, Unsupported
-    for an expression that Python cannot read."""
+    """The groups of a quantization_config of compressed-tensors.
+
+    Raises InputError for `targets` or `ignore` that are not lists of names, and Unsupported for an expression that
+    Python cannot parse.
+    """
     targets: dict[str, str] = {}
     for key, group in (quantization.get("config_groups") or {}).items():
         targets |= dict.fromkeys(_words(group.get("targets"), f"config_groups.{key}.targets"), key)

@@ -1,7 +1,7 @@
-"""How a target tensor is made of source tensors, as an expression: pure data that a plan compiles into one item.
+"""Expressions that compute a target tensor from source tensors: pure data, which a plan compiles into one item.
 
-Movements (`concat`, `rotary`, `transpose`, `interleave`) keep every value's bits; arithmetic (`scale`, `add`,
-`centre`) is float32 and rounded once, at the end.
+Operations that only move values (`concat`, `rotary`, `transpose`, `interleave`) keep their bits. Arithmetic (`scale`,
+`add`, `centre`) is done in float32 and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from moeconv.types import Config
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operation on the nodes `of`. A leaf is `source` (params: key; optionally rows and origin), `read`
-    (rows of a tensor of another origin), `fill` (value) or `draw` (key, std)."""
+    """An operation on the nodes `of`.
+
+    A leaf has no such nodes. It is `source` (params: key; optionally rows and origin), `read` (rows of a tensor of
+    another origin), `fill` (value) or `draw` (random values; key, std).
+    """
 
     op: str
     of: tuple[Node, ...] = ()
@@ -31,14 +34,17 @@ class Node:
 
 
 def source(key: str) -> Node:
-    """The source's tensor of that key, in the layer at hand."""
+    """The source's tensor with that key, in the current layer."""
     return Node("source", (), {"key": key})
 
 
 def measured(
     tensor: str, *, dtype: str, shape: tuple[int, ...], first: int = 0, origin: str = "partition"
 ) -> Node:  # fmt: skip
-    """`shape` elements from element `first` on of a tensor of a measured file; sizes are known before it exists."""
+    """As many elements as `shape` has, from element `first` on, of `tensor` in a file that a command measures first.
+
+    `dtype` and `shape` are stated, so that a plan can be made before the file exists.
+    """
     params = {"tensor": tensor, "origin": origin, "dtype": dtype, "shape": list(shape), "first": first}
     return Node("read", (), params)
 
@@ -51,7 +57,7 @@ def from_origin(node: Node, origin: str) -> Node:
 
 
 def cut(node: Node, *, axis: int, start: int, stop: int) -> Node:
-    """Rows (axis 0) or columns (1) `start` to `stop`. Rows of a source's tensor stay a plain range of its bytes."""
+    """Rows (axis 0) or columns (axis 1) `start` to `stop`; rows of a source's tensor remain one range of its bytes."""
     if node.op == "scale":
         return scale(cut(node.of[0], axis=axis, start=start, stop=stop), node.params["by"])
     if node.op == "source" and axis == 0 and "rows" not in node.params:
@@ -60,12 +66,12 @@ def cut(node: Node, *, axis: int, start: int, stop: int) -> Node:
 
 
 def take(node: Node, indices: Node, *, axis: int, count: int) -> Node:
-    """The `count` rows (axis 0) or columns (1) that the whole numbers of `indices` name, in that order."""
+    """The `count` rows (axis 0) or columns (axis 1) at the whole numbers in `indices`, in that order."""
     return Node("take", (node, indices), {"axis": axis, "count": count})
 
 
 def deal(node: Node, *, axis: int, key: list[Any], start: int, stop: int) -> Node:
-    """Entries `start` to `stop` of the rows (axis 0) or columns (1) in a random order that `key` decides."""
+    """Entries `start` to `stop` of a random permutation, seeded by `key`, of the rows (axis 0) or columns (axis 1)."""
     return Node("deal", (node,), {"axis": axis, "key": key, "start": start, "stop": stop})
 
 
@@ -75,29 +81,29 @@ def fill(value: float) -> Node:
 
 
 def scale(node: Node, by: float) -> Node:
-    """Every value times `by`; consecutive factors become one, so that nothing is rounded twice."""
+    """The node with every value multiplied by `by`; nested factors are merged, so that values are rounded only once."""
     if node.op == "scale":
         return scale(node.of[0], node.params["by"] * by)
     return node if by == 1 else Node("scale", (node,), {"by": by})
 
 
 def scale_rows(node: Node, by: float, *, head: int, start: int, stop: int) -> Node:
-    """Rows `start` to `stop` of every head of `head` rows times `by`."""
+    """The node with rows `start` to `stop` of every head of `head` rows multiplied by `by`."""
     return node if by == 1 else Node("scale_rows", (node,), {"by": by, "head": head, "start": start, "stop": stop})
 
 
 def add(node: Node, what: float) -> Node:
-    """The node plus a number."""
+    """The node with the number `what` added to every value."""
     return node if what == 0 else Node("add", (node,), {"what": what})
 
 
 def centre(node: Node, axis: int) -> Node:
-    """Minus the mean along `axis`."""
+    """The node minus its mean along `axis`."""
     return Node("centre", (node,), {"axis": axis})
 
 
 def concat(*nodes: Node) -> Node:
-    """The nodes' rows one after the other."""
+    """The rows of the first node, then those of the second, and so on."""
     return nodes[0] if len(nodes) == 1 else Node("concat", nodes)
 
 
@@ -107,14 +113,15 @@ def interleave(*nodes: Node) -> Node:
 
 
 def transpose(node: Node) -> Node:
-    """The matrix [a, b] as [b, a]."""
+    """The transpose of a matrix: [a, b] becomes [b, a]."""
     return Node("transpose", (node,))
 
 
 def rotary(node: Node, *, head: int, start: int, size: int, order: str) -> Node:
-    """Rows of every head of `head` rows, those from `start` on for `size`, in another rotary order.
+    """The node with `size` rows from row `start` on, in every head of `head` rows, in another rotary order.
 
-    `order`: half (from pairs side by side), interleaved (from two halves), or spread (two halves of the first
-    `size` rows become two halves of the whole head, each followed by rows that do not turn).
+    `order` is "half" (pairs side by side become two halves), "interleaved" (the reverse), or "spread" (the two halves
+    of the first `size` rows become the beginnings of the two halves of the whole head; rows that do not rotate fill up
+    each half).
     """
     return Node("rotary", (node,), {"head": head, "start": start, "size": size, "order": order})

@@ -1,6 +1,6 @@
-"""How a quantized weight is stored in several tensors: the suffixes that replace `.weight`, and the part of each.
+"""How a quantized weight is stored in several tensors: the suffixes that replace `.weight`, and the part that each is.
 
-A packed weight is the tensor that transformers calls X.weight, stored as X + one suffix per part.
+A packed weight is a tensor that transformers names X.weight and that is stored in parts, each named X + a suffix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moeconv.families.encodings import ANY_LENGTH, Encoding, Part, Shape, parts_
 from moeconv.families.methods import encodings
 from moeconv.types import Config, JsonObject
 
-# suffix that replaces ".weight" -> name of the part. The first two have the codes.
+# suffix that replaces ".weight" -> name of the part. The first two are the codes.
 PARTS: dict[str, str] = {
     ".weight_packed": "packed",
     ".weight": "weight",
@@ -26,7 +26,7 @@ PARTS: dict[str, str] = {
     ".weight_zero_point": "zero_point",
     ".weight_global_scale": "global_scale",
     ".weight_g_idx": "order",
-    ".input_scale": "input_scale",  # of activations; not needed for the value of the weight
+    ".input_scale": "input_scale",  # the scale of activations; the value of the weight does not depend on it
     ".activation_scale": "input_scale",
     ".input_global_scale": "input_scale",
     ".weight_shape": "shape",
@@ -39,8 +39,8 @@ PARTS: dict[str, str] = {
     ".weight_format": "format",
     ".SCB": "SCB",
 }
-# suffixes that are appended to the whole name of a tensor that holds all experts: MXFP4 codes and exponents, and the
-# parts of a weight whose codes have the tensor's own name. The first axis counts experts, except in SHARED parts.
+# suffixes that are appended to the full name of a tensor that holds all experts: MXFP4 codes and exponents, and the
+# other parts of a weight whose codes have the tensor's own name. The first axis counts experts, except in SHARED parts.
 STACKED_PARTS: dict[str, str] = {
     "_blocks": "blocks",
     "_scales": "exponents",
@@ -60,7 +60,7 @@ _GLUED = tuple(suffix for suffix in STACKED_PARTS if not suffix.startswith("."))
 
 
 def split_part(name: str) -> tuple[str, str] | None:
-    """(name of the weight to which a stored tensor belongs, part), or None for a tensor that is not part of one."""
+    """(name of the weight to which a stored tensor belongs, part); None for a tensor that is not part of a weight."""
     ends, at = [], len(name)
     for _ in range(_DEEPEST):
         if (at := name.rfind(".", 0, at)) < 0:
@@ -82,7 +82,8 @@ def weight_of(name: str) -> str:
 
 
 def name_of(weight: str, part: str, *, stacked: bool) -> str:
-    """The name on disk of a part of a weight."""
+    """The name on disk of a part of a weight; `stacked` if the tensor holds all experts. Raises KeyError for an unknown
+    part."""
     if part == "weight":
         return weight
     for suffixes, stem in ((STACKED_PARTS, weight), (PARTS, weight.removesuffix(".weight"))):
@@ -93,9 +94,11 @@ def name_of(weight: str, part: str, *, stacked: bool) -> str:
 
 
 def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
-    """The number of parameters in a stored tensor of an unknown family: the elements of a plain tensor, or the codes of
-    `bits` each of a packed weight; 0 for tensors that are only needed to decode. `part` is the word of `split_part`, ""
-    for a plain tensor."""
+    """The number of parameters in a stored tensor of an unknown family.
+
+    For a plain tensor it is the number of elements, for the codes of a packed weight the number of codes of `bits` bits
+    each, and 0 for the tensors that are only needed to decode. `part` is that of `split_part`, "" for a plain tensor.
+    """
     count = math.prod(ref.shape)
     if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
         return count
@@ -104,8 +107,8 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
     return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight") else 0
 
 
-# where config.json says how weights are quantized, first come first read, as transformers reads it: of the whole model,
-# or in the config of the language model of a multimodal one
+# Where config.json may have its quantization_config: at the top, or in the config of the language model of a multimodal
+# model. The first one that is there counts, as in transformers.
 PLACES: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 _KEY = "quantization_config"
 
@@ -116,7 +119,7 @@ def quantization(config: Config) -> JsonObject | None:
 
 
 def with_quantization(config: Config, change: Callable[[JsonObject], JsonObject | None]) -> JsonObject:
-    """A config.json with every quantization_config in it changed where it stands, or left out where `change` gives
+    """A copy of a config.json with `change` applied to every quantization_config, which is removed if `change` returns
     None."""
     made = dict(config)
     for place in PLACES:
@@ -143,7 +146,7 @@ def _stated(config: Config, place: tuple[str, ...]) -> JsonObject | None:
 
 
 def bits_of(config: Config) -> int | None:
-    """Bits per packed element according to quantization_config; None if it does not state them."""
+    """Bits per code according to quantization_config; None if it does not state them, or there is none."""
     value = quantization(config)
     try:
         return encodings(value)[0].bits if value is not None else None
@@ -153,7 +156,7 @@ def bits_of(config: Config) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A packed weight: its form, its own shape (of the stored tensor once it is decoded), and its tensors by part."""
+    """A packed weight: its form, its shape once it is decoded, and {part: name of the tensor}."""
 
     encoding: Encoding
     shape: Shape
@@ -169,13 +172,15 @@ class Stored:
 def fit(
     weight: str, refs: Mapping[str, TensorRef], shape: Shape, forms: Iterable[Encoding], *, stacked: bool, method: str
 ) -> Stored:
-    """The first of `forms` that fits the tensors of a weight; `refs` are these tensors by part. Raises InputError if
-    none fits, which names the missing, wrong and superfluous parts for the form that is closest."""
+    """The packed weight in the first of `forms` that matches its tensors; `refs` are these tensors by part.
+
+    Raises InputError if no form matches. The message names the missing, wrong and unexpected parts for the closest one.
+    """
     nearest: list[str] | None = None
     for encoding in forms:
         try:
             wanted = parts_of(encoding, shape, stacked=stacked)
-        except ValueError:  # a form of matrices, or of tensors of all experts
+        except ValueError:  # a form for matrices only, or for tensors of all experts only
             continue
         wrong = _differences(weight, refs, wanted, stacked=stacked)
         if not wrong:
@@ -193,8 +198,11 @@ def fit(
 
 
 def stated_shape(checkpoint: Checkpoint, stored: Stored) -> object:
-    """The shape that a packed weight stores beside its codes, or None. It is that of one expert in a tensor that holds
-    all experts. Reads a few bytes. Raises InputError for damaged data."""
+    """The shape that a packed weight stores beside its codes; None if it stores none.
+
+    In a tensor that holds all experts it is the shape of one expert's matrix. Reads a few bytes. Raises InputError for
+    damaged data.
+    """
     if "shape" in stored.parts:
         ref = checkpoint.tensors[stored.parts["shape"]]
         data, size = bytes(checkpoint.read(ref.name)), ref.nbytes // 2

@@ -1,7 +1,7 @@
-"""Which dense family becomes which Mixture-of-Experts family: the row of a pair, or why there is none.
+"""Which dense family can become which Mixture-of-Experts family: finds the row of a pair, or says why there is none.
 
-Everything that two families' own rows say (tensor names, fused and packed tensors, rotary order, norm offsets, rope and
-sliding windows) is derived from them; a pair adds config keys and names the folds that it takes.
+What follows from the rows of the two families (tensor names, fused and packed tensors, rotary order, norm offsets,
+rotary parameters and sliding windows) is not repeated in a pair, which lists only config keys and folds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from moeconv.families.spec import Family, Pair
 
 
 def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
-    """The row for `source` and the target named `to`; None is the default target, with `shared` one that has a shared
-    expert. Raises InputError."""
+    """The row of the pair of `source` and the target `to`; None stands for the default target.
+
+    With `shared`, the default target is one that has a shared expert. Raises InputError, with the possible targets, if
+    there is no such pair.
+    """
     if source.kind != "dense":
         raise InputError(
             f"{source.model_type} is already a Mixture-of-Experts family",
@@ -30,8 +33,11 @@ def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
 
 
 def _default(mine: Sequence[Pair], *, shared: bool) -> Pair | None:
-    """The default of a source's pairs; with `shared` the default among those whose target has a shared expert, or the
-    first of them."""
+    """The default of a source's pairs.
+
+    With `shared` it is the pair marked `with_shared`, or else the first one, among those whose target has a shared
+    expert.
+    """
     usual = next((pair for pair in mine if pair.default), None)
     moe = tables().moe
     if usual is None or not shared or moe[usual.target].experts.shared_width:
@@ -49,7 +55,7 @@ def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputErro
     can = ", ".join(pair.target for pair in mine) or "nothing yet"
     moe = tables().moe
     if to not in moe:
-        targets = {pair.target: moe[pair.target] for pair in tables().pairs}  # no other family helps the user
+        targets = {pair.target: moe[pair.target] for pair in tables().pairs}  # suggest only families with a pair
         words = {word: name for name, row in targets.items() for word in (name, row.architecture)}
         close = closest(to, words)
         meant = f"Did you mean {words[close]}? " if close else ""
@@ -62,7 +68,10 @@ def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputErro
 
 
 def promise(source: str, target: str) -> tuple[float, str]:
-    """(largest difference of logits in float32 that the pair's arithmetic allows, in units of their spread, 0 without a
-    row; the weights for which the pair is not exact)."""
+    """(tolerance, unless) of the pair of two families; (0.0, "") if it has no row.
+
+    The tolerance is the largest difference of logits in float32 that counts as equal, in units of their standard
+    deviation; `unless` describes the weights for which the pair is not exact.
+    """
     found = ((p.tolerance, p.unless) for p in tables().pairs if (p.source, p.target) == (source, target))
     return next(found, (0.0, ""))

@@ -1,4 +1,4 @@
-"""Which layers are a Mixture-of-Experts: how a family's config states it, and how to write a choice of layers."""
+"""Which layers have a Mixture-of-Experts: reads it from a family's config, and writes a choice of layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Get = Callable[[str], Any]  # a config key's value, the class's default included
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """`read(get, layers)` gives the MoE layers; `write(moe, layers, get)` the config keys, None where none can.
+    """How a family's config states which layers have experts.
 
-    `can` names the layers that the family can leave dense, for errors.
+    `read(get, layers)` returns the numbers of the MoE layers. `write(moe, layers, get)` returns the config keys, or
+    None if the family's config cannot express that choice. `can` names the layers that may stay dense, for error
+    messages.
     """
 
     read: Callable[[Get, int], tuple[int, ...]]
@@ -65,7 +67,7 @@ def _prefix(key: str) -> Placement:
 
 
 def _words(missing: Callable[[int], str]) -> Placement:
-    """mlp_layer_types, one word per layer; `missing` is the family's rule when config.json has no such list."""
+    """mlp_layer_types, one word per layer; `missing` is the family's rule if config.json has no such list."""
 
     def read(get: Get, layers: int) -> tuple[int, ...]:
         words = get("mlp_layer_types")
@@ -131,7 +133,7 @@ MOE_LAYERS = Placement(_read_moe_layers, lambda moe, _layers, _get: {"moe_layers
 
 
 def switch(key: str) -> Placement:
-    """Every layer where a config key is true."""
+    """Every layer has experts if a config key is true, none otherwise."""
     can = "all layers or none"
     return Placement(
         lambda get, layers: tuple(range(layers)) if get(key) else (),
@@ -141,7 +143,7 @@ def switch(key: str) -> Placement:
 
 
 def of_kinds(kinds: Callable[[Get, int], list[str]]) -> Placement:
-    """Layers of one block each, by the words of `kinds`: "moe" in place of "mlp"."""
+    """For layers of one block each, whose kinds `kinds` lists: the MoE layers are "moe" instead of "mlp"."""
 
     def read(get: Get, layers: int) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(kinds(get, layers)) if kind == "moe")

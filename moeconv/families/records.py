@@ -1,7 +1,7 @@
-"""The parts of a family's row, each about one thing: tensors, config keys, attention, layers, experts, what is beside.
+"""The records that make up the row of a family: tensors, config keys, attention, layers, experts, and so on.
 
-A tensor's key is "group.part" (`attention.q`, `expert.down`). Two families that share a key mean the same matrix by it,
-in the same layout, so a conversion is a lookup of the source's key in the target's table.
+A tensor's key is "group.part" (`attention.q`, `expert.down`). A key that two families share means the same matrix in
+the same layout, so a conversion looks up the source's key in the target's table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from moeconv.families.shapes import Size
 from moeconv.families.sliding import NEVER, Sliding
 from moeconv.types import Config, JsonObject
 
-# kinds of values in config.json, as an error names them
+# kinds of values in config.json, worded for error messages
 WHOLE, NUMBER, SWITCH, WORD, LIST, OBJECT = (
     "a whole number", "a number", "true or false", "a word", "a list", "an object",
 )  # fmt: skip
@@ -24,86 +24,89 @@ _ABSENT = object()
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """How one tensor holds the matrices of all experts of a layer, [E, ...] unless it is flat."""
+    """How one tensor holds the matrices of all experts of a layer: [E, ...], unless it is flat."""
 
-    # the matrices of an expert in the tensor, one after the other
+    # the matrices of an expert that the tensor holds, in order
     parts: tuple[str, ...]
     # whether the parts alternate row by row, instead of one after the other
     interleaved: bool = False
     # whether each expert's matrix is stored as [in, out]
     transposed: bool = False
-    # whether the first two axes are one, [E * rows, ...]
+    # whether the first two axes are merged: [E * rows, ...]
     flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """One way to keep a family's experts on disk."""
+    """One way to store a family's experts on disk."""
 
     # key -> name on disk
     tensors: Mapping[str, str]
-    # key of a tensor that holds all experts of a layer -> how
+    # key of a tensor that holds all experts of a layer -> how it holds them
     packed: Mapping[str, Packed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The tensors of a family: their names on disk, and how matrices are stored in them."""
+    """The tensors of a family: their names on disk, and how they store the matrices."""
 
     # key -> name on disk, with {L} for the layer and {E} for the expert
     names: Mapping[str, str]
     # keys that a valid checkpoint may lack
     optional: frozenset[str] = frozenset()
-    # names that old exports carry and no loader reads
+    # names of tensors that old exports contain and no loader reads
     dropped: tuple[str, ...] = ()
     # key of a tensor that holds the rows of several matrices -> their keys
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # key of a tensor that holds all experts of a layer -> how
+    # key of a tensor that holds all experts of a layer -> how it holds them
     packed: Mapping[str, Packed] = field(default_factory=dict)
-    # all layouts of the experts that loaders take, where there is more than one
+    # all layouts of the experts that loaders accept, if there is more than one
     layouts: tuple[ExpertLayout, ...] = ()
-    # what the names of the language model's own tensors begin with
+    # prefix of the names of the language model's tensors
     prefix: str = "model."
-    # the base model's prefix, which from_pretrained adds or removes; "" where it does neither
+    # the base model's prefix, which from_pretrained adds or removes as needed; "" if it does neither
     base_prefix: str = "model."
-    # part of a module's name on disk -> what transformers calls it in memory
+    # part of a module's name on disk -> its name in transformers' modules in memory
     in_memory: Mapping[str, str] = field(default_factory=dict)
-    # keys that are kept in float32 whatever the model's dtype
+    # keys that stay in float32 whatever the model's dtype
     float32: frozenset[str] = frozenset()
-    # config key that adds tensors where it is true -> their keys
+    # config key that adds tensors if it is true -> their keys
     switched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # key -> the value at which that tensor does nothing, for a source that lacks it
+    # key -> the value at which that tensor has no effect, for a source that lacks it
     inert: Mapping[str, float] = field(default_factory=dict)
     # what the class adds to a norm's weight
     norm_offset: float = 0.0
-    # key -> shape, where it is another than the table of shapes.py says
+    # key -> shape, if it differs from the table in shapes.py
     shapes: Mapping[str, str] = field(default_factory=dict)
-    # name of a size in those expressions -> its number, where it is another than shapes.py says
+    # name of a size in those expressions -> its value, if it differs from shapes.py
     sizes: Mapping[str, Size] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """The keys of config.json that shape the computation. Where a family has other words for some of them, these tables
-    keep the usual word, and `words` has the path in config.json."""
+    """The keys of config.json that affect the computation.
 
-    # key -> what transformers assumes when config.json leaves it out; "=key" takes another key's value, None means that
-    # the class derives it or that a checkpoint must state it
+    If a family names some of them differently, these tables have the usual name, and `words` has the path in
+    config.json.
+    """
+
+    # key -> what transformers assumes if config.json leaves it out; "=key" is the value of another key, None means that
+    # the class derives the value or that a checkpoint must state it
     defaults: Config
-    # key -> values at which it changes nothing, so that a target without that key may drop it
+    # key -> values at which it has no effect, so that a target without the key can leave it out
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    # key whose default is None -> the kind of its values (WHOLE, ...), where the table of kinds.py does not have it; a
-    # key with another default takes values of that default's kind
+    # key whose default is None -> the kind of its values (WHOLE, ...), if the table in kinds.py lacks the key; a key
+    # with another default takes values of that default's kind
     kinds: Mapping[str, str] = field(default_factory=dict)
-    # key -> the value that the class computes with where config.json has null or lacks the key
+    # key -> the value that the class computes with if config.json lacks the key or has null
     derived: Mapping[str, Callable[[Get], Any]] = field(default_factory=dict)
-    # key -> its path in config.json, with dots between the names, where the family has another word for it
+    # key -> its path in config.json, with dots between the names, if the family names it differently
     words: Mapping[str, str] = field(default_factory=dict)
-    # key -> (the values at which every step takes the family, what another value would mean)
+    # key -> (the values with which every command accepts the family, what another value would mean)
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
     def read(self, config: Config) -> Config:
-        """The keys of a config.json in the words of these tables."""
+        """The values of a config.json under the key names of these tables."""
         if not self.words:
             return config
         nested = {path.partition(".")[0] for path in self.words.values()}
@@ -117,8 +120,10 @@ class ConfigKeys:
         return found
 
     def write(self, config: Config, values: Config) -> JsonObject:
-        """A config.json with `values`, which are in the words of these tables, in their places; a number that stood
-        there as a list with an entry for each layer is written as a list again."""
+        """A copy of a config.json with `values`, whose keys are those of these tables, at their paths.
+
+        A number that the config has as a list with one entry per layer is written as such a list again.
+        """
         result = dict(config)
         for key, value in values.items():
             *above, last = self.words.get(key, key).split(".")
@@ -131,8 +136,10 @@ class ConfigKeys:
         return result
 
     def value(self, key: str, config: Config) -> Any:
-        """The value of a key: what config.json says, else what transformers assumes or derives. `config` is in the
-        words of these tables."""
+        """The value of a key: the one in config.json, else the one that transformers assumes or derives.
+
+        `config` has the key names of these tables, as `read` returns it.
+        """
         if key in self.derived and config.get(key) is None:
             return self.derived[key](lambda other: self.value(other, config))
         if key in config:
@@ -143,27 +150,27 @@ class ConfigKeys:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """How queries and keys turn with the position, and which layers attend through a window."""
+    """How queries and keys rotate with the position, and which layers attend through a window."""
 
-    # which layers slide, as config.json says it
+    # how config.json states which layers have a sliding window
     sliding: Sliding = NEVER
-    # the order of a head's rows: "half" (pairs half a head apart) or "interleaved" (pairs side by side)
+    # the order of a head's rows: "half" (the rows of a pair are half a head apart) or "interleaved" (side by side)
     rotary: str = "half"
-    # how config.json words the rotary parameters, a style of rope.py
+    # how config.json states the rotary parameters: a style of rope.py
     rope: str = "plain"
-    # the share of a head that turns when config.json does not say it; None: the family turns the whole head
+    # the share of a head that rotates if config.json does not state it; None: the family rotates the whole head
     partial: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """How many layers there are, of which kinds, and how wide their dense FFNs are."""
+    """The number of layers, their kinds, and the width of their dense FFNs."""
 
     # the number of layers
     count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
     # the kind of each layer, in a family that mixes kinds (attention, convolution, ...)
     kinds: Callable[[Get, int], list[str]] | None = None
-    # group of keys -> the kinds of layers that have it; a group that is not named is in every layer
+    # group of keys -> the kinds of layers that have it; a group that is not listed is in every layer
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
     # neurons of a dense FFN
     ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
@@ -173,77 +180,80 @@ class Layers:
 class Routing:
     """The rule that turns router logits into expert weights."""
 
-    # softmax or sigmoid over all experts, softmax_topk over the logits of the chosen ones, or sparsemixer
+    # "softmax" or "sigmoid" over all experts, "softmax_topk" over the logits of the chosen ones, or "sparsemixer"
     score: str = "softmax"
-    # whether the weights of the chosen experts are divided by their sum: "always", "never", or the deciding config key
+    # whether the weights of the chosen experts are divided by their sum: "always", "never", or the config key that says
     renormalise: str = "always"
-    # what the weights of identical experts sum to when they are renormalised and the router is small
+    # the sum of the weights of identical experts if they are renormalised and the router's weights are small
     total: float = 1.0
     # the only number of experts per token that the rule allows
     top_k: int | None = None
     # config key that multiplies the weighted sum
     scaling: str | None = None
-    # config keys (groups, groups chosen) of a rule that first picks groups of neighbouring experts
+    # config keys (number of groups, groups chosen) of a rule that first chooses groups of consecutive experts
     groups: tuple[str, str] | None = None
-    # whether logits are float32 whatever the model's dtype, so that rounding makes no ties
+    # whether logits are float32 whatever the model's dtype, so that rounding causes no ties
     float32: bool = False
     # whether experts with equal logits get equal weights
     equal: bool = True
-    # config key, and its value, without which `groups` are ignored
+    # (config key, value): `groups` are ignored unless the key has this value
     grouped_by: tuple[str, str] | None = None
-    # a group's score is the sum of that many of its best experts' scores
+    # a group's score is the sum of the scores of this many of its best experts
     best_of_group: int = 2
-    # whether a weight multiplies what goes into an expert, not what comes out
+    # whether a weight multiplies an expert's input instead of its output
     on_input: bool = False
-    # whether every expert's weight has a factor of its own, after they are renormalised
+    # whether each expert's weight is multiplied by a trained factor after the weights are renormalised
     scaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The Mixture-of-Experts of a family: config keys of its sizes, where it is, and how it routes. A dense row has
-    this record with no keys."""
+    """The Mixture-of-Experts of a family: the config keys of its sizes, the layers that have it, and its routing.
+
+    In a dense row the record has no keys.
+    """
 
     # config keys of the number of experts; all of them are written
     count: tuple[str, ...] = ()
     # config keys of the number of experts per token; all of them are written
     top_k: tuple[str, ...] = ()
-    # config key of the neurons of a routed expert
+    # config key of the width (number of neurons) of a routed expert
     width: str = "intermediate_size"
-    # config key of the neurons of a dense layer's FFN beside layers with experts; "" where there is none
+    # config key of the width of the FFNs of dense layers in a model with experts; "" if it has no such layers
     dense_width: str = "intermediate_size"
-    # config keys whose product is the neurons of the shared expert; () where there is none
+    # config keys whose product is the width of the shared expert; () if there is none
     shared_width: tuple[str, ...] = ()
-    # factor of the shared expert's output where the weights of its gate (if it has one) are zero
+    # factor of the shared expert's output if the weights of its gate (where it has one) are zero
     shared_weight: float = 1.0
-    # config key, and its value, at which routed and shared outputs are averaged instead of added
+    # (config key, value): at this value, routed and shared outputs are averaged instead of added
     averaged: tuple[str, str] | None = None
-    # which layers have experts, as config.json says it
+    # how config.json states which layers have experts
     placement: Placement = EVERY
     # how logits become weights; None in a dense row
     routing: Routing | None = None
-    # config key whose value picks another rule than `routing`, and those rules
+    # (config key, its value -> the rule that replaces `routing`)
     rules: tuple[str, Mapping[str, Routing]] | None = None
-    # key of the norm after the routed sum alone, in a family that normalises shared and routed outputs apart before it
-    # adds them: parts of an FFN in both do not add up there, and with a norm of 0 the experts add nothing
+    # key of the norm of the routed sum alone, in a family that normalises shared and routed outputs separately before
+    # it adds them: an FFN cannot be split between the two there, and with a norm of 0 the experts add nothing
     routed_norm: str = ""
-    # transformers' implementation of experts by default, a key of widths.STRIDES; "eager": loops of its own
+    # transformers' default implementation of the experts, a key of widths.STRIDES; "eager" if it loops over them
     implementation: str = "grouped_mm"
-    # modules above the one with the experts' weights, up to the one that takes tokens to experts
+    # number of modules from the one with the experts' weights up to the one that dispatches tokens to experts
     modules_above: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Multi-token-prediction layers after the model's own, which no class of transformers runs."""
+    """Multi-token-prediction layers after the model's own layers, which no class of transformers runs."""
 
-    # key -> name on disk of what such a layer has beside what a layer of the model has; {} where there are none
+    # key -> name on disk of the tensors that such a layer has in addition to those of a layer of the model; {} if the
+    # family has no such layers
     names: Mapping[str, str] = field(default_factory=dict)
-    # what their names begin with in place of the model's prefix; "" where they are numbered on from the model's layers
+    # prefix of their names instead of the model's; "" if their numbers continue those of the model's layers
     prefix: str = ""
-    # what takes the place of "layers." after that prefix
+    # what replaces "layers." after that prefix
     layers: str = "layers."
-    # whether they have the sizes of layers that attend through a window
+    # whether they have the sizes of layers with a sliding window
     slides: bool = False
 
 
@@ -253,33 +263,33 @@ class Multimodal:
 
     # key of config.json with the language model's config; "" when its keys are at the top
     root: str = ""
-    # beginning of the names of tensors that every step passes as they are -> their group, one of BESIDE
+    # prefix of the names of tensors that every command copies unchanged -> their group, one of BESIDE
     beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """What readers of config.json other than transformers 5 need of it, and which serving engines run the family.
+    """What readers of config.json other than transformers 5 need in it, and which serving engines run the family.
 
     Readers: transformers 4.57, vLLM 0.32, SGLang, mlx-lm, and the converter of llama.cpp (2026-10).
     """
 
-    # key that some reader needs and transformers 5 does not -> its value: itself, the "=key" whose value it takes, or a
-    # function of the config's values; None leaves the key out
+    # key that some reader needs and transformers 5 does not -> its value: a constant, "=key" for the value of another
+    # key, or a function of the config's values; None leaves the key out
     keys: Config = field(default_factory=dict)
-    # key of a list -> words of transformers 5 in it -> words of transformers 4, which both versions read
+    # key of a list -> transformers 5's name of an entry -> transformers 4's name, which both versions read
     old_words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # key of a nested config -> the keys in it that its class in transformers 4 accepts
     nested: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    # keys that hold one number, which some reader takes only as a list of one per layer; transformers reads both
+    # keys with one number that some reader accepts only as a list with one entry per layer; transformers reads both
     per_layer: frozenset[str] = frozenset()
-    # keys left out where they say what the class assumes anyway, because some reader stumbles over them
+    # keys that are left out if they state what the class assumes anyway, because some reader fails on them
     implied: frozenset[str] = frozenset()
-    # key that transformers 5 alone reads -> the value with which every other reader computes
+    # key that only transformers 5 reads -> the value with which every other reader computes
     fixed: Config = field(default_factory=dict)
-    # whether every other reader slides in all layers or in none, whatever layer_types says
+    # whether every other reader uses the window in all layers or in none, whatever layer_types says
     one_window: bool = False
     # serving engines whose list of models (2026) has the family
     runs: frozenset[str] = frozenset()
-    # serving engines that are known not to run it; one that is in neither set is unknown
+    # serving engines that are known not to run the family; for an engine in neither set it is unknown
     runs_not: frozenset[str] = frozenset()

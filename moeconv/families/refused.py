@@ -1,4 +1,4 @@
-"""Families without a row and conversions without a pair, each with the reason that a user reads."""
+"""Families and conversions that moeconv cannot support, each with the reason that the error message states."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _QK_NORM = "qwen3_moe normalises queries and keys, which cannot be made an ident
 _NO_QK_NORM = "it has no norms for queries and keys"
 _LAYER_NORM = "phimoe's LayerNorm subtracts the mean, the source's RMSNorm does not"
 _SANDWICH = "no MoE family has its norms before and after both blocks without also changing its attention"
-# Known impossible conversions, with the reason that a user should read.
+# (source, target) of conversions that are known to be impossible -> the reason in the error message
 IMPOSSIBLE: dict[tuple[str, str], str] = {
     ("qwen2", "mixtral"): "mixtral has no slot for the query, key and value biases of qwen2",
     ("seed_oss", "mixtral"): "mixtral has no slot for the query, key and value biases of seed_oss",
@@ -22,7 +22,7 @@ IMPOSSIBLE: dict[tuple[str, str], str] = {
     ("qwen3", "granitemoe"): _NO_QK_NORM,
 }
 
-# Dense families that no Mixture-of-Experts family of transformers can express, with the difference.
+# dense family that no Mixture-of-Experts family of transformers can express -> what the latter lack
 WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(("glm4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _SANDWICH),
     "exaone4": "no MoE family has post-norms and per-head query and key norms together",
@@ -36,7 +36,7 @@ WITHOUT_TARGET: dict[str, str] = {
     "bitnet": "its norms inside attention and FFN have no place in an MoE family",
     "diffllama": "differential attention is in no MoE family",
 }
-# model_type of a multimodal Mixture-of-Experts that cannot be taken -> why
+# model_type of a multimodal Mixture-of-Experts that moeconv does not accept -> why
 _TALKER = (
     "its talker is a Mixture-of-Experts of its own that reads what the thinker computes, and no text shows what it does"
 )

@@ -1,4 +1,4 @@
-"""All families, collected from the files of rows/ and from packages outside (entry points `moeconv.families`)."""
+"""All families, collected from the files of rows/ and from other packages (entry points `moeconv.families`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moeconv.plugins import added
 
 GROUP = "moeconv.families"
 Row = TypeVar("Row", Family, Wrapper)
-# The order in which `moeconv families` lists conversions, by the file that holds them. A file that is not named here
-# comes after these, by its name; the list need not be extended.
+# The files of rows/ in the order in which `moeconv families` lists their conversions. Other files follow in
+# alphabetical order, so a new file need not be added here.
 _LISTED = (
     "mistral", "qwen", "dots", "mellum", "hy", "glm", "solar", "granite", "aria", "gpt_oss", "dbrx", "ernie", "cohere",
     "hunyuan", "olmo", "lfm2", "qwen3_5", "nemotron", "gemma", "deepseek", "phi",
@@ -26,23 +26,26 @@ _LISTED = (
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """The rows of every vendor. A few families have a dense row and one with experts, under the same model_type."""
+    """The rows of all vendors. A few families have a dense row and a row with experts under the same model_type."""
 
     dense: Mapping[str, Family]  # by model_type
     moe: Mapping[str, Family]  # by model_type
-    wrapped: Mapping[str, Mapping[str, Family]]  # model_type of a multimodal model -> of its language model -> row
+    wrapped: Mapping[str, Mapping[str, Family]]  # model_type of a multimodal model -> that of its text model -> row
     pairs: tuple[Pair, ...]
 
     @property
     def families(self) -> Mapping[str, Family]:
-        """Every language model by its model_type, with the row that has experts where there are two."""
+        """The row of each language model by model_type; if there are two, the one with experts."""
         return {**self.dense, **self.moe}
 
 
 @cache
 def tables() -> Tables:
-    """The tables of all vendors. Raises InputError, which names the package, for a package outside that cannot be
-    loaded, or whose rows contradict those that are known."""
+    """The tables of all vendors.
+
+    Raises InputError, which names the package, for another package that cannot be loaded or whose rows contradict the
+    others.
+    """
     vendors = list(_built_in())
 
     def accept(vendor: Vendor) -> None:
@@ -60,7 +63,7 @@ def _built_in() -> Iterator[Vendor]:
 
 
 def _merged(vendors: Sequence[Vendor]) -> Tables:
-    """The rows of all vendors by name. Raises ValueError for two rows of one thing, or a pair without its families."""
+    """The rows of all vendors by name. Raises ValueError for duplicate rows, and for a pair whose family has no row."""
     dense = _by_name("dense family", (row for vendor in vendors for row in vendor.dense))
     moe = _by_name("Mixture-of-Experts family", (row for vendor in vendors for row in vendor.moe))
     wrappers = _by_name("multimodal family", (wrapper for vendor in vendors for wrapper in vendor.wrappers))
@@ -82,7 +85,7 @@ def _by_name(what: str, found: Iterable[Row]) -> dict[str, Row]:
 
 
 def _check_pairs(pairs: Sequence[Pair], dense: Mapping[str, Family], moe: Mapping[str, Family]) -> None:
-    """Every pair is of families that have rows, and there is one for a source and a target, and one default."""
+    """Raises ValueError for a pair of a family without a row, a duplicate pair, or a second default of a source."""
     seen: set[tuple[str, str]] = set()
     defaults: set[str] = set()
     for pair in pairs:

@@ -1,12 +1,16 @@
-"""Rotary position embeddings in config.json: one reading of all old and new keys, and the keys that a target is given.
+"""Rotary position embeddings in config.json: reads all old and new keys alike, and writes the keys of a target.
 
-Styles: "plain" (one set of parameters), "per_type" (one for full and one for sliding layers), "per_layer" (a base a
-layer, 0 where the layer does not rotate), "no_rope" (plain, with a list of the layers that rotate), "mscale" (plain,
-with an attention factor of its own name), "own" (per type, by rules that no other family shares: taken over as it is),
-"none" (the family does not rotate).
+Styles of config.json:
+ - "plain": one set of parameters
+ - "per_type": one set for full and one for sliding layers
+ - "per_layer": one base per layer, 0 where the layer does not rotate
+ - "no_rope": plain, with a list of the layers that rotate
+ - "mscale": plain, with another name for the attention factor
+ - "own": per type, by rules that no other family shares; copied unchanged
+ - "none": the family does not rotate
 
-transformers 5 reads `rope_parameters`; transformers 4, mlx-lm and the converter of llama.cpp read `rope_theta`,
-`rope_scaling` and `partial_rotary_factor` beside it. What is written has both wordings.
+transformers 5 reads `rope_parameters`. transformers 4, mlx-lm and the converter of llama.cpp read `rope_theta`,
+`rope_scaling` and `partial_rotary_factor` at the top level. The written config.json has both.
 """
 
 from __future__ import annotations
@@ -24,11 +28,15 @@ KEYS = frozenset({
     "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
 })  # fmt: skip
 _OLD_WORDS = {"su": "longrope"}
-_STILL = 1e30  # a frequency divided by this does not turn at any position
+_STILL = 1e30  # divided by this, a frequency is so low that no position is rotated
 
 
 def read_rope(config: Config, *, theta: float, partial: float | None) -> JsonObject:
-    """The parameters of full attention in transformers' words: rope_type, rope_theta and whatever the type needs."""
+    """The parameters of full attention under transformers 5's names: rope_type, rope_theta and what the type needs.
+
+    `theta` and `partial` (None: the whole head rotates) are the family's values where config.json has none. Raises
+    InputError if the parameters are not an object.
+    """
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}  # as transformers 5 prefers them
     if not isinstance(found, dict):
         raise InputError("config.json: rope_parameters must be an object", hint="Correct config.json.")
@@ -48,7 +56,7 @@ def read_rope(config: Config, *, theta: float, partial: float | None) -> JsonObj
 
 
 def check_uniform(config: Config, sliding: Sequence[bool], *, name: str) -> None:
-    """Raises InputError when sliding layers turn otherwise than full ones: one set of parameters cannot express it."""
+    """Raises InputError if sliding and full layers have different rotary parameters, which one set cannot express."""
     found = config.get("rope_parameters")
     if isinstance(found, dict) and any(sliding) and found.get("sliding_attention") != found.get("full_attention"):
         raise InputError(
@@ -58,7 +66,11 @@ def check_uniform(config: Config, sliding: Sequence[bool], *, name: str) -> None
 
 
 def rotating(get: Get, layers: int) -> list[bool]:
-    """Which layers rotate, where config lists those that do not (no_rope_layers, or every n-th)."""
+    """Whether each layer rotates, by no_rope_layers (one truth value per layer, true where it rotates).
+
+    Without that list every no_rope_layer_interval-th layer does not rotate. Raises InputError for a list of another
+    length.
+    """
     listed = get("no_rope_layers")
     if listed is None:
         every = get("no_rope_layer_interval")
@@ -69,10 +81,11 @@ def rotating(get: Get, layers: int) -> list[bool]:
 
 
 def spread(params: Config, *, head: int, size: int, longest: int) -> JsonObject:
-    """Parameters that turn the first `size` of a head's `head` dimensions as `params` do, and leave the rest still.
+    """Parameters that rotate the first `size` of a head's `head` dimensions as `params` do, and not the rest.
 
-    A frequency of the whole head is theta^(-2i/head) / factor[i], so factors give any frequency: the source's own for
-    the pairs that turn, 1e30 for those that stand still.
+    The type "longrope" rotates pair i of the whole head by the frequency theta^(-2i/head) / factor[i], so its factors
+    can express any frequency: the source's own for the pairs that rotate, and practically 0 (a factor of 1e30) for the
+    others. `longest` is the context length in tokens. Raises InputError for a rope type that this cannot express.
     """
     kind, theta = params["rope_type"], params["rope_theta"]
     if kind not in ("default", "longrope"):
@@ -94,8 +107,10 @@ def spread(params: Config, *, head: int, size: int, longest: int) -> JsonObject:
 
 
 def attention_factor(params: Config, longest: int) -> float:
-    """What cosines and sines are multiplied by; for longrope (Ding et al. 2024, arXiv 2402.13753) as transformers
-    derives it where config does not say it."""
+    """The factor by which cosines and sines are multiplied.
+
+    For longrope (Ding et al. 2024, arXiv 2402.13753) without a stated factor, it is derived as transformers does.
+    """
     if params["rope_type"] != "longrope":
         return 1.0
     stated: float | None = params.get("attention_factor")
@@ -107,7 +122,10 @@ def attention_factor(params: Config, longest: int) -> float:
 
 
 def write_rope(params: Config, *, style: str, rotates: Sequence[bool]) -> JsonObject:
-    """The target's config keys in its own style. Raises InputError for layers that do not rotate where all must."""
+    """The rotary parameters as config keys in the target's style.
+
+    `rotates` has one entry per layer. Raises InputError if some layer does not rotate and the style cannot express it.
+    """
     theta = params["rope_theta"]
     if style == "mscale" and params["rope_type"] == "longrope":
         factor = params.get("attention_factor", 1.0)
@@ -127,11 +145,11 @@ def write_rope(params: Config, *, style: str, rotates: Sequence[bool]) -> JsonOb
 
 
 def both_wordings(params: Config) -> JsonObject:
-    """One set of parameters in the words of transformers 5, and in those of transformers 4."""
+    """One set of parameters under the keys of transformers 5 and under those of transformers 4."""
     beside = ("rope_theta", "partial_rotary_factor")
     scaling = {key: copy.deepcopy(value) for key, value in params.items() if key not in beside}
     scales = params["rope_type"] != "default" or len(scaling) > 1
-    # null where nothing scales: a class of transformers 4 may assume a scaling of its own
+    # null if nothing is scaled: without the key, a class of transformers 4 may assume a scaling of its own
     result = {"rope_parameters": dict(params), "rope_scaling": scaling if scales else None}
     result |= {key: params[key] for key in beside if key in params}
     if params["rope_type"] == "longrope" and "original_max_position_embeddings" in params:
@@ -140,8 +158,10 @@ def both_wordings(params: Config) -> JsonObject:
 
 
 def added_wordings(config: Config, *, assumed: object, theta: float, partial: float | None, style: str) -> JsonObject:
-    """The keys of the other wording that a config.json with rotary parameters in one wording lacks. `assumed` are the
-    class's parameters where config has none."""
+    """The rotary keys that a config.json lacks because it was written for only one version of transformers.
+
+    `assumed` are the parameters that the class assumes if config.json has none.
+    """
     if style not in ("plain", "mscale"):
         return {}
     params = read_rope({"rope_parameters": assumed, **config}, theta=theta, partial=partial)

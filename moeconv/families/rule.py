@@ -1,7 +1,7 @@
-"""A family's routing rule in numbers: router logits in, expert weights out, in numpy, with experts masked out.
+"""A family's routing rule in numpy: computes expert weights from router logits, with some experts masked out.
 
-It lets a planner compute where tokens would go without an expert. Its results are compared with those of the stock
-model on the same tokens before anything relies on them (`calibrate.sample`).
+A planner computes with it where tokens would be routed without some expert. Its results are compared with those of the
+stock model on the same tokens before anything relies on them (`calibrate.sample`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from moeconv.families.model import Model
 
 @dataclass(frozen=True)
 class Rule:
-    """`score` as in Routing; of `groups` equal groups a token uses the best `top_groups`, a group's worth being the sum
-    of its best `group_best` choice scores."""
+    """The parameters of a routing rule.
+
+    `score` is as in Routing. Experts form `groups` groups of equal size, of which a token uses the best `top_groups`. A
+    group's score is the sum of the `group_best` highest scores (with the correction bias) of its experts.
+    """
 
     score: str
     renormalise: bool
@@ -27,13 +30,13 @@ class Rule:
 
 
 def has_numbers(model: Model) -> bool:
-    """Whether `route` knows the model's rule."""
+    """Whether `route` implements the model's rule."""
     routing = model.family.experts.routing
     return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid") and not routing.on_input
 
 
 def rule_of(model: Model) -> Rule:
-    """The rule of a Mixture-of-Experts."""
+    """The rule of a Mixture-of-Experts model for which `has_numbers` is true."""
     routing = model.family.experts.routing
     assert routing is not None
     return Rule(routing.score, model.renormalises, model.top_k, *model.groups, routing.best_of_group)
@@ -42,11 +45,11 @@ def rule_of(model: Model) -> Rule:
 def route(
     rule: Rule, logits: np.ndarray, allowed: np.ndarray, *, bias: np.ndarray, factor: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen experts int64 [T, k] and their weights float64 [T, k] for `logits` [T, E].
+    """Chosen experts, int64 [T, k], and their weights, float64 [T, k], for `logits` [T, E].
 
-    `allowed` bool [E] or [T, E]: the others are routed as if their logit were minus infinity. `bias` [E] is added to
-    the scores for the choice alone, `factor` multiplies the weights. Fewer than k experts allowed leave the rest of a
-    row's weights 0.
+    `allowed` is bool [E] or [T, E]; the other experts are routed as if their logits were minus infinity. `bias` [E] is
+    added to the scores only for the choice, and `factor` multiplies the weights. If fewer than k experts are allowed,
+    the remaining weights of the row are 0.
     """
     scores = _scores(rule, np.where(allowed, logits.astype(np.float64), -np.inf))
     choice = np.where(allowed, scores + bias, -np.inf)
@@ -60,16 +63,22 @@ def route(
 
 
 def weights_of(rule: Rule, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """What the rule gives to the experts `chosen` int64 [T, k], whoever chose them: float64 [T, k]."""
+    """The weights, float64 [T, k], that the rule gives to the experts `chosen`, int64 [T, k], however they were chosen.
+
+    `logits` are [T, E].
+    """
     return _weighed(rule, np.take_along_axis(_scores(rule, logits.astype(np.float64)), chosen, 1))
 
 
 def explains(rule: Rule, logits: np.ndarray, chosen: np.ndarray, *, bias: np.ndarray, rounding: float) -> np.ndarray:
-    """Whether the rule would choose `chosen` [T, k] for logits that differ from `logits` [T, E] by no more than their
-    `rounding` (relative, as `finfo.eps`): bool [T]. With a token's ties and near ties any of them may be chosen."""
+    """Whether the rule would choose `chosen` [T, k] for some logits close to `logits` [T, E]: bool [T].
+
+    Close are logits that differ by at most `rounding` (relative, as `finfo.eps`). So among tied and nearly tied experts
+    of a token, any may be chosen. `bias` [E] is the correction bias.
+    """
     exact: np.ndarray = logits.astype(np.float64)
     size = np.abs(exact).max(axis=1, keepdims=True)
-    near = np.abs(bias) + (rule.score == "sigmoid")  # scores of a sigmoid are of the size of 1, and so is their error
+    near = np.abs(bias) + (rule.score == "sigmoid")  # sigmoid scores are of magnitude 1: they round relative to 1
 
     def nudged(up: np.ndarray) -> np.ndarray:
         sign = np.where(up, rounding, -rounding)
@@ -82,7 +91,7 @@ def explains(rule: Rule, logits: np.ndarray, chosen: np.ndarray, *, bias: np.nda
         used = np.repeat(
             picked.reshape(len(picked), rule.groups, -1).any(axis=2), exact.shape[1] // rule.groups, axis=1
         )
-        in_groups = _in_groups(rule, nudged(used)) > -np.inf  # groups without a pick are looked at no further
+        in_groups = _in_groups(rule, nudged(used)) > -np.inf  # groups without a chosen expert are ignored
         choice = np.where(in_groups & used, choice, -np.inf)
     worst, best_other = np.where(picked, choice, np.inf).min(axis=1), np.where(picked, -np.inf, choice).max(axis=1)
     return np.asarray((worst >= best_other) & (picked.sum(axis=1) == min(rule.top_k, exact.shape[1])))
@@ -109,7 +118,7 @@ def _all(choice: np.ndarray) -> np.ndarray:
 
 
 def _in_groups(rule: Rule, choice: np.ndarray) -> np.ndarray:
-    """The choice scores with those of the groups that a token does not use at minus infinity."""
+    """The scores for the choice, [T, E], with minus infinity in the groups that a token does not use."""
     grouped = choice.reshape(len(choice), rule.groups, -1)
     best = -np.sort(-grouped, axis=2)[:, :, : rule.group_best]
     worth = best.sum(axis=2)  # a group with fewer than `group_best` experts left counts as empty, as in the stock code

@@ -1,5 +1,5 @@
-"""Which serving engines run a Mixture-of-Experts family, as its row says (`Elsewhere.runs`, from the engines' public
-lists of models). Whether an engine that is in neither set of the row runs the family is unknown."""
+"""Which serving engines run a Mixture-of-Experts family, according to its row (`Elsewhere.runs` and `runs_not`, from
+the engines' public lists of models). For an engine in neither set it is unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
 
 
 def served(model_type: str, target: str) -> str:
-    """ok, no or unknown. Every family of the tables runs in transformers."""
+    """Whether the engine `target` runs the family: "ok", "no" or "unknown". transformers runs every known family."""
     if target == "transformers":
         return "ok"
     family = _row(model_type)
@@ -30,8 +30,10 @@ def _row(model_type: str) -> Family | None:
 
 
 def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
-    """Warnings about runtimes that may or may not run the family, or were not measured to. Raises UsageError for an
-    unknown runtime, and for one that does not run the family."""
+    """Warnings about the runtimes `targets`: those that may not run the family, or were not measured with it.
+
+    Raises UsageError for an unknown runtime, and for one that does not run the family.
+    """
     warnings = []
     for target in targets:
         if target not in TARGETS:

@@ -1,6 +1,6 @@
-"""Shapes of tensors from config.json: an expression for every key, over sizes that are computed from config keys.
+"""Shapes of tensors from config.json: one expression per key, over sizes that are computed from config keys.
 
-A planner asks before any file exists; opening a checkpoint compares every header with them.
+A planner needs the shapes before any file exists; opening a checkpoint compares every header with them.
 """
 
 from __future__ import annotations
@@ -128,17 +128,17 @@ LATENT = {"attention.o": "hidden, heads*v_latent"}
 
 
 def head_dim(get: Get) -> int:
-    """Rows of an attention head: head_dim of config.json, else hidden_size / heads."""
+    """Rows of an attention head: head_dim of config.json, else hidden_size / num_attention_heads."""
     rows: int = get("head_dim") or get("hidden_size") // get("num_attention_heads")
     return rows
 
 
 def config_key(key: str) -> Size:
-    """The size that a config key states."""
+    """The size that is the value of a config key."""
     return lambda get, _place: get(key)
 
 
-# name -> its number; a row's `sizes` come before these
+# name of a size -> its value; a row's `sizes` take precedence
 _SIZES: Mapping[str, Size] = {
     "hidden": config_key("hidden_size"),
     "vocab": config_key("vocab_size"),
@@ -181,8 +181,9 @@ def shape_of(
 ) -> tuple[int, ...]:
     """The shape of the matrix `key` in a model of this config.
 
-    `counts` are the sizes that a caller knows (experts, width, expert, shared), asked where they are used; `shapes` and
-    `sizes` are those of the family's row. Raises KeyError where no rule is known or config.json does not say.
+    `counts` are functions for the sizes that the caller knows (experts, width, expert, shared), called only if the
+    expression uses them. `shapes` and `sizes` are those of the family's row. Raises KeyError if there is no expression
+    for the key, or config.json does not state a size.
     """
     own = {**_SIZES, **(sizes or {})}
 
@@ -204,12 +205,12 @@ def shape_of(
 
 
 def shared_width(keys: tuple[str, ...], get: Get) -> int:
-    """Neurons of the shared expert: the product of the config keys that say it."""
+    """The width of the shared expert in neurons: the product of the values of `keys`; 0 if there are none."""
     return math.prod(get(key) or 0 for key in keys) if keys else 0
 
 
 def fused_rows(key: str, parts: tuple[str, ...], rows: int, get: Get) -> tuple[int, int]:
-    """(first row, rows) of matrix `key` within the fused tensor of `parts`, which has `rows` in all."""
+    """(first row, number of rows) of matrix `key` in the fused tensor of `parts`, which has `rows` rows in total."""
     if "attention.q" in parts:
         query, value = (get(k) or get("num_attention_heads") for k in ("num_attention_heads", "num_key_value_heads"))
         counts = [query * head_dim(get)] + [value * head_dim(get)] * 2

@@ -1,7 +1,7 @@
-"""Sliding-window attention: how a family's config states which layers slide, and how to write the same in another's.
+"""Sliding-window attention: reads from a family's config which layers have a window, and writes it for another family.
 
-A pattern is one bool per layer and the window in tokens. Families differ in the keys and in the rule that fills a
-missing `layer_types`; the same words in two configs can mean different layers.
+A pattern is one bool per layer and the window's length in tokens. Families differ in the keys and in the rule that
+fills in a missing `layer_types`, so the same keys and values can mean different layers in two families.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ class Pattern:
 
 @dataclass(frozen=True, slots=True)
 class Sliding:
-    """`read(config, layers)` gives the pattern; `write(pattern)` the config keys, or None where none can express it."""
+    """How a family's config states the windows.
+
+    `read(config, layers)` returns the pattern of a model with that number of layers. `write(pattern)` returns the
+    config keys, or None if the family's config cannot express the pattern.
+    """
 
     read: Callable[[Config, int], Pattern]
     write: Callable[[Pattern], JsonObject | None]
@@ -59,7 +63,7 @@ def _write_switch(pattern: Pattern) -> JsonObject | None:
 
 
 def _read_layer_types(config: Config, layers: int) -> Pattern:
-    """Qwen2 and Qwen3: layers from max_window_layers on slide, unless layer_types lists the layers."""
+    """Qwen2 and Qwen3: layers from max_window_layers on have a window, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types = config.get("layer_types")
     if types is None:
@@ -70,7 +74,7 @@ def _read_layer_types(config: Config, layers: int) -> Pattern:
 
 
 def _read_layer_types_alternating(config: Config, layers: int) -> Pattern:
-    """Qwen2-MoE fills a missing layer_types by another rule: every second layer below max_window_layers."""
+    """Qwen2-MoE: without layer_types, every second layer below max_window_layers has a window."""
     if config.get("layer_types") is None:
         on, first = bool(config.get("use_sliding_window")), config.get("max_window_layers", 0)
         window = config.get("sliding_window") if on else None
@@ -88,9 +92,10 @@ def _write_layer_types(pattern: Pattern) -> JsonObject | None:
 
 
 def typed(slides: Callable[[int, Config], bool], *, idle: int | None = None) -> Sliding:
-    """layer_types beside sliding_window; `slides` is the class's rule for layer i when config has no layer_types.
+    """A family with the keys layer_types and sliding_window.
 
-    `idle`: the window that is written when no layer slides, for classes that need a number.
+    `slides(i, config)` is the class's rule for layer i if config.json has no layer_types. `idle` is the window that is
+    written if no layer has one, for classes that require a number.
     """
 
     def read(config: Config, layers: int) -> Pattern:
@@ -109,21 +114,21 @@ def typed(slides: Callable[[int, Config], bool], *, idle: int | None = None) -> 
 
 
 def _read_full_at_the_end(config: Config, layers: int) -> Pattern:
-    """Gemma 4: five layers of six slide, and the last one never, whatever layer_types says."""
+    """Gemma 4: five of six layers have a window; the last layer never has one, whatever layer_types says."""
     found = typed(lambda i, _config: (i + 1) % 6 != 0).read(config, layers).layers
     found = (*found[:-1], False)
     return Pattern(found, config.get("sliding_window") if any(found) else None)
 
 
 def _read_switched_types(config: Config, layers: int) -> Pattern:
-    """SmolLM3: the window is for layers without rotary embeddings, unless layer_types lists the layers."""
+    """SmolLM3: the layers without rotary embeddings have a window, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types, rotates = config.get("layer_types"), config.get("no_rope_layers")
     if types is None:
         every = config.get("no_rope_layer_interval") or 4
         turns = rotates if isinstance(rotates, list) else [(i + 1) % every != 0 for i in range(layers)]
         types = ["full_attention" if turn else "sliding_attention" for turn in turns]
-    # the class reads the window by layer_types alone where it is set
+    # where layer_types is set, the class reads nothing else
     found = tuple(window is not None and t == "sliding_attention" for t in types)
     return Pattern(found, window if any(found) else None)
 
@@ -137,7 +142,7 @@ def _write_never(pattern: Pattern) -> JsonObject | None:
 
 
 def check_keys(config: Config, layers: int) -> None:
-    """Raises InputError for a value that is not of the kind that its key takes."""
+    """Raises InputError if the value of a window key has the wrong type, or layer_types has the wrong length."""
     for key, needed in (("sliding_window", False), ("max_window_layers", bool(config.get("use_sliding_window")))):
         value = config.get(key, 0)
         if (needed or value is not None) and (type(value) is not int or value < 0):
@@ -163,7 +168,7 @@ ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, id
 EVERY_SECOND = typed(lambda i, _config: i % 2 == 0, idle=4096)
 FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda _i, _config: False, idle=512).write)
 SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
-ALL_BUT_LAST_OF_SIX = typed(lambda i, _config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # and the first
+ALL_BUT_LAST_OF_SIX = typed(lambda i, _config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # the first is full too
 ALL_BUT_GLOBAL = typed(lambda i, config: (i + 1) % (config.get("global_attn_every_n_layers") or 4) != 0, idle=4096)
 FROM_MAX_WINDOW = typed(lambda i, config: i >= (config.get("max_window_layers") or 0))
 NO_LAYER = typed(lambda _i, _config: False)

@@ -1,4 +1,4 @@
-"""A model family as a row of data, and the row of a conversion."""
+"""The row of data that describes a model family, and the row that describes a conversion between two families."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from moeconv.families.folds import Fold
 
 FFN_PARTS = ("gate", "up", "down")
-BESIDE = frozenset({"vision", "audio"})  # groups of tensors beside the language model, which text does not use
+BESIDE = frozenset({"vision", "audio"})  # groups of tensors outside the language model, which text does not use
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a tensor is."""
+    """What a tensor of a checkpoint is: which matrix, of which layer and which expert."""
 
     # "group.part", a key of the family's tensors
     key: str
-    # number of the layer, where it is in one
+    # number of the layer; None for a tensor outside the layers
     layer: int | None = None
-    # number of the expert, where it is of one
+    # number of the expert; None for a tensor that is not of one expert
     expert: int | None = None
-    # which piece of a packed weight it is; "" for a plain tensor
+    # which part of a packed weight it is (codes, scales, ...); "" for a plain tensor
     part: str = ""
 
     @property
@@ -46,7 +46,7 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One model family of transformers, as data. Each record says what its fields are (records.py)."""
+    """One model family of transformers, as data. The records in records.py document their fields."""
 
     # model_type of config.json
     model_type: str
@@ -54,15 +54,15 @@ class Family:
     architecture: str
     # whether the FFNs are dense or Mixtures-of-Experts
     kind: Literal["dense", "moe"]
-    # names on disk, and how matrices are stored in them
+    # names on disk, and how the tensors store the matrices
     tensors: Tensors
-    # keys of config.json that shape the computation, with transformers' defaults
+    # keys of config.json that affect the computation, with transformers' defaults
     config: ConfigKeys
     # rotary embeddings and sliding windows
     attention: Attention = field(default_factory=Attention)
     # number and kinds of layers
     layers: Layers = field(default_factory=Layers)
-    # sizes, places and routing of experts
+    # sizes, layers and routing of experts
     experts: Experts = field(default_factory=Experts)
     # multi-token-prediction layers
     prediction: Prediction = field(default_factory=Prediction)
@@ -70,7 +70,7 @@ class Family:
     multimodal: Multimodal = field(default_factory=Multimodal)
     # what readers other than transformers 5 need, and which engines run it
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
-    # where one model_type has a dense row and a row with experts: whether a config belongs to the dense row
+    # for a model_type with a dense row and a row with experts: whether a config belongs to the dense row
     is_dense: Callable[[Get], bool] | None = None
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
@@ -81,13 +81,16 @@ class Family:
         return key in self.tensors.names
 
     def holds(self, key: str) -> str | None:
-        """The key of the tensor on disk that holds the matrix `key`: itself, or the one that it is fused into."""
+        """The key of the tensor on disk that holds the matrix `key`: itself, or the tensor that it is fused into.
+
+        None if the family has neither.
+        """
         if key in self.tensors.names:
             return key
         return next((whole for whole, parts in self.tensors.fused.items() if key in parts), None)
 
     def forms(self) -> tuple[Family, ...]:
-        """The row in every layout of its experts."""
+        """The row once for every layout of its experts on disk; only the row itself if it has one layout."""
         rest = {key: name for key, name in self.tensors.names.items() if not key.startswith("expert.")}
         return tuple(
             replace(self, tensors=replace(self.tensors, names=rest | dict(way.tensors), packed=way.packed))
@@ -96,7 +99,7 @@ class Family:
 
     @staticmethod
     def expert_axis(role: Role) -> int | None:
-        """The axis that counts experts in a tensor with an entry for every expert of a layer, else None."""
+        """The axis of a tensor that has one entry per expert of a layer; None for a tensor without such an axis."""
         if role.group == "expert" and role.expert is None:
             return 0
         return (1 if role.key.endswith("_row") else 0) if role.group == "router" else None
@@ -110,7 +113,7 @@ class Family:
                     yield at_layer.replace("{E}", str(expert)), Role(key, layer, expert)
 
     def expand_mtp(self, *, first: int, count: int, experts: int) -> Iterator[tuple[str, Role]]:
-        """Every name that `count` multi-token-prediction layers may hold; their layer numbers go on from `first`."""
+        """Every name that `count` multi-token-prediction layers may hold; `first` is the number of the first one."""
         prefix, own = self.prediction.prefix, self.prediction.names
         for key, template in {**self.tensors.names, **own}.items():
             if "{L}" not in template and key not in own:
@@ -122,14 +125,14 @@ class Family:
                     yield name.replace("{E}", str(expert)), Role(key, first + i, expert)
 
     def _mtp_name(self, name: str) -> str:
-        """The name in a multi-token-prediction layer of the tensor that is called `name` in a layer of the model."""
+        """The name in a multi-token-prediction layer of the tensor that has the name `name` in a layer of the model."""
         layers = f"{self.tensors.prefix}layers."
         if name.startswith(layers):
             return self.prediction.prefix + self.prediction.layers + name.removeprefix(layers)
         return self.prediction.prefix + name.removeprefix(self.tensors.prefix)
 
     def predicts(self, name: str, *, layers: int) -> bool:
-        """Whether a tensor belongs to the multi-token-prediction layers after the `layers` of the model itself."""
+        """Whether the tensor `name` belongs to the multi-token-prediction layers after the model's `layers` layers."""
         if not self.prediction.names:
             return False
         if self.prediction.prefix:
@@ -141,32 +144,35 @@ class Family:
 
 
 def with_expert(name: str, old: int, new: int) -> str:
-    """The name of a tensor of expert `old`, or of a part of its packed weight, as that of expert `new`."""
+    """The name of a tensor of expert `old`, or of a part of its packed weight, with the number of expert `new`."""
     return name.replace(f"experts.{old}.", f"experts.{new}.", 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A dense family that becomes a Mixture-of-Experts family, exactly. What both families' rows say by themselves
-    (fused and packed tensors, rotary order, norm offset, rope, sliding windows) needs no mention here."""
+    """The exact conversion of a dense family to a Mixture-of-Experts family.
+
+    It lists only what the rows of the two families do not already determine (fused and packed tensors, rotary order,
+    norm offset, rotary parameters, sliding windows).
+    """
 
     # model_type of the dense family
     source: str
     # model_type of the family that it becomes
     target: str
-    # whether `upcycle` takes this target where --to names none
+    # whether `upcycle` chooses this target if there is no --to
     default: bool = False
-    # whether it does so where a shared expert is asked for
+    # whether it does so if a shared expert is requested
     with_shared: bool = False
-    # what `moeconv families` shows of the pair
+    # what `moeconv families` prints about the pair
     note: str = ""
-    # config keys to set in the target, beside what it has in common with the source
+    # config keys to set in the target, in addition to those that it shares with the source
     config: Config = field(default_factory=dict)
-    # the source's config key -> the target's word for it; None: a fold used it up
+    # the source's config key -> the target's name of it; None: a fold has worked the value into the weights
     rename: Mapping[str, str | None] = field(default_factory=dict)
     # rules of folds.py that rewrite tensors, in order
     folds: tuple[Fold, ...] = ()
-    # largest difference of logits in float32, in units of their spread, that the source's own arithmetic allows
+    # largest difference of logits in float32 that counts as equal, in units of their standard deviation
     tolerance: float = 1e-5
-    # weights for which the pair is not exact, which no header shows
+    # a description of the weights for which the pair is not exact, which no header shows
     unless: str = ""

@@ -1,7 +1,7 @@
-"""Plans a dense model as a model of the target's family: its config.json and the expression behind each tensor.
+"""Plans a dense model as a model of the target's family: its config.json, and the expression that makes each tensor.
 
 A config key of the source that the target does not have must have a neutral value. Otherwise the conversion is refused
-with the name of the key, because dropping it would silently change what the model computes.
+with an error that names the key, because dropping it would silently change what the model computes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family, Pair
 from moeconv.types import Config, JsonObject
 
-# Keys of config.json that describe the file or generation, not the computation of a layer: they are copied.
+# Keys of config.json that describe the file or text generation, not what a layer computes: they are copied.
 CARRIED = frozenset({
     "architectures", "dtype", "torch_dtype", "transformers_version", "bos_token_id", "eos_token_id", "pad_token_id",
     "unk_token_id", "use_cache", "model_type", "output_router_logits", "output_hidden_states", "output_attentions",
@@ -29,7 +29,7 @@ CARRIED = frozenset({
     "problem_type",
 })  # fmt: skip
 LEFT_OUT = frozenset({"_name_or_path", "auto_map", "_attn_implementation_autoset", "_attn_implementation"})
-# Keys that only training reads: a target without them loses nothing.
+# Keys that only training reads: a target without them computes the same.
 TRAINING = frozenset({
     "initializer_range", "attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout", "hidden_dropout",
     "embedding_initializer_range", "initializer_factor",
@@ -38,8 +38,10 @@ _TARGETS = "See `moeconv families` for other targets (--to)."
 
 
 def draft_target(model: Model, pair: Pair) -> Draft:
-    """The target's config (without expert counts and sizes) and tensors. Raises InputError if the target cannot
-    compute exactly what the source does."""
+    """The target's config (without the counts and sizes of experts) and the expressions of its tensors.
+
+    Raises InputError if the target cannot compute exactly what the source computes.
+    """
     target = tables().moe[pair.target]
     config, warnings = _target_config(model, pair, target)
     draft = Draft(
@@ -65,14 +67,14 @@ def draft_target(model: Model, pair: Pair) -> Draft:
 
 
 def _join(draft: Draft) -> None:
-    """Join the matrices that the target stores in one tensor. Those of an FFN are joined when experts are made."""
+    """Join the matrices that the target stores in one tensor, except those of an FFN: making the experts joins them."""
     for whole, parts in draft.target.tensors.fused.items():
         if all(part in draft.tensors for part in parts) and not parts[0].startswith("ffn."):
             draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
 
 
 def _source_keys(model: Model) -> list[str]:
-    """The matrices that the checkpoint has in any layer, fused ones by their parts."""
+    """The keys of the matrices that the checkpoint has in any layer; a fused tensor counts as its parts."""
     keys: dict[str, None] = {}
     for role in model.roles.values():
         for key in model.family.tensors.fused.get(role.key, (role.key,)):
@@ -81,7 +83,7 @@ def _source_keys(model: Model) -> list[str]:
 
 
 def _without_nulls(config: Config) -> JsonObject:
-    """The config without nulls that ask the source's class to derive a value, since the target's class may not."""
+    """The config without the nulls for which the source's class derives a value, since the target's class may not."""
     result = {key: value for key, value in config.items() if key != "head_dim" or value is not None}
     if "num_key_value_heads" in result and result["num_key_value_heads"] is None:
         result["num_key_value_heads"] = config.get("num_attention_heads")
@@ -108,15 +110,17 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[JsonObject
         result["layer_types"] = model.family.layers.kinds(model.value, model.num_layers)
     result |= _target_defaults(target, result)
     result |= pair.config
-    if code := model.carried_config.get("auto_map"):  # what is left of it names code of the tokenizer
+    if code := model.carried_config.get("auto_map"):  # only entries for the tokenizer's code are left in it
         result["auto_map"] = code
     result["model_type"], result["architectures"] = target.model_type, [target.architecture]
     return result, warnings
 
 
 def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, list[str]]:
-    """(the source's settings in the target's words, warnings). Raises InputError for a setting that changes what the
-    source computes and that the target does not have."""
+    """(the source's settings under the target's key names, warnings).
+
+    Raises InputError for a setting that affects what the source computes and that the target does not have.
+    """
     family = model.family
     result: JsonObject = {}
     warnings: list[str] = []
@@ -147,12 +151,12 @@ def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, l
 
 
 def _is_window_key(key: str, family: Family) -> bool:
-    """Whether `_windows` handles the key: the same value means different layers in different families."""
+    """Whether `_windows` writes the key, because the same value can mean different layers in different families."""
     return key in sliding.KEYS and (family.attention.sliding is not sliding.NEVER or key not in family.config.defaults)
 
 
 def _check_neutral(key: str, value: object, pair: Pair, family: Family) -> None:
-    """Raises InputError unless a setting that the target does not have changes nothing at this value."""
+    """Raises InputError unless a setting that the target does not have has no effect at this value."""
     if not _same(value, family.config.neutral.get(key, ())):
         raise InputError(
             f"{pair.source} with {escape(key)} = {escape(value)} has no exact twin in {pair.target}, "
@@ -162,7 +166,7 @@ def _check_neutral(key: str, value: object, pair: Pair, family: Family) -> None:
 
 
 def _sizes_of_heads(model: Model, target: Family, found: Config) -> JsonObject:
-    """Sizes that are always written, because classes derive them by different rules if config.json leaves them out."""
+    """Sizes that are always written, because classes derive missing ones by different rules."""
     result: JsonObject = {}
     if "num_key_value_heads" in target.config.defaults:
         result["num_key_value_heads"] = found.get("num_key_value_heads", model.value("num_attention_heads"))
@@ -172,7 +176,7 @@ def _sizes_of_heads(model: Model, target: Family, found: Config) -> JsonObject:
 
 
 def _target_defaults(target: Family, found: Config) -> JsonObject:
-    """The target's defaults for keys that have no value yet. Other runtimes than transformers assume other defaults."""
+    """The target's defaults for keys without a value; they are written because other runtimes assume other defaults."""
     written_elsewhere = {*found, *rope.KEYS, *sliding.KEYS, *_sizes(target)}
     return {
         key: copy.deepcopy(value)
@@ -182,7 +186,7 @@ def _target_defaults(target: Family, found: Config) -> JsonObject:
 
 
 def _sizes(target: Family) -> set[str]:
-    """Keys that the planner sets from the method's choice of experts."""
+    """The config keys that the planner sets once the method has chosen the experts."""
     return {
         target.experts.width,
         target.experts.dense_width,
@@ -193,7 +197,10 @@ def _sizes(target: Family) -> set[str]:
 
 
 def _windows(model: Model, pair: Pair, target: Family) -> JsonObject:
-    """The target's config keys for the layers with a sliding window. Raises InputError if it cannot express them."""
+    """The target's config keys for the layers with a sliding window.
+
+    Raises InputError if the target cannot express which layers have one.
+    """
     family, layers = model.family, model.num_layers
     sliding.check_keys({key: value for key, value in model.config.items() if key in family.config.defaults}, layers)
     defaults = {key: family.config.defaults[key] for key in (*sliding.KEYS, "no_rope_layers", "no_rope_layer_interval")

@@ -1,4 +1,4 @@
-"""What one file of rows/ says: the families of a vendor, what they become, and the multimodal models around them."""
+"""The content of one file of rows/: a vendor's families, their conversions, and multimodal models that contain them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from moeconv.families.spec import Family, Pair
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """A multimodal family: what it puts around a language model that has a row of its own."""
+    """A multimodal family: what it adds to a language model that has a row of its own."""
 
     # model_type of config.json
     model_type: str
-    # the class of transformers
+    # the class of transformers, as `architectures` of config.json names it
     architecture: str
-    # the rows of the language models that it is known to hold
+    # the rows of the language models that it is known to contain
     texts: tuple[Family, ...]
-    # beginning of the names of tensors that every step passes as they are -> their group, one of BESIDE
+    # prefix of the names of tensors that every command copies unchanged -> their group, one of BESIDE
     beside: Mapping[str, str]
     # replaces "model." at the beginning of the language model's names
     prefix: str = "model.language_model."
@@ -27,15 +27,15 @@ class Wrapper:
     head: str = "lm_head."
     # key of config.json with the language model's config
     root: str = "text_config"
-    # whether the head is the embedding where neither config states it
+    # whether the output head is tied to the embedding if neither config states it
     tied: bool = False
-    # part of a module's name on disk -> what transformers calls it in memory
+    # part of a module's name on disk -> its name in transformers' modules in memory
     in_memory: Mapping[str, str] = field(default_factory=dict)
-    # serving engines whose list of models has it
+    # serving engines whose list of models has the family
     runs: frozenset[str] = frozenset()
 
     def row(self, text: Family) -> Family:
-        """The row of this wrapper around that language model."""
+        """The row of this multimodal family with the language model `text`."""
         tensors = replace(
             text.tensors,
             names=self._names(text.tensors.names),
@@ -68,8 +68,11 @@ class Wrapper:
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """The rows of one vendor. A pair is in the file of its target; a package outside may add
-    pairs to families of ours. `wrappers` are multimodal models around one of the language models."""
+    """The rows of one vendor.
+
+    A pair is in the file of its target; another package may add pairs between families of moeconv. `wrappers` are
+    multimodal models that contain one of the language models.
+    """
 
     dense: tuple[Family, ...] = ()
     moe: tuple[Family, ...] = ()

@@ -1,6 +1,7 @@
-"""config.json as it is written: what changes under every alias that is there, and what other readers need added.
+"""The config.json of an output: changed values under all their aliases, and the keys that other readers need.
 
-A reader of one wording takes the other for missing and silently assumes a default. Therefore both are written.
+Readers know one of several names of a key. If they find only another name, they silently assume a default. Therefore
+every name is written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from moeconv.families.rope import added_wordings
 from moeconv.families.spec import Family
 from moeconv.types import Config, JsonObject
 
-# every word in use for the same number; a published config may hold several
+# all key names in use for the same number; a published config may have several of them
 ALIASES: tuple[tuple[str, ...], ...] = (
     ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     (
@@ -28,8 +29,11 @@ ALIASES: tuple[tuple[str, ...], ...] = (
 def written_config(
     config: Config, family: Family, *, changes: Config | None = None, dtype: str | None = None
 ) -> JsonObject:
-    """A config.json with `changes` (in the words of the family's row) and the `dtype` (in those of torch), so that
-    every reader reads the same from it. Everything else stays as the source has it."""
+    """A copy of a config.json with `changes` and `dtype`, worded so that every reader reads the same from it.
+
+    `changes` has the key names of the family's row, `dtype` is torch's name of a dtype. Everything else stays as in
+    the source.
+    """
     result = copy.deepcopy(dict(config))
     nested = result.get(family.multimodal.root) if family.multimodal.root else None
     text = nested if isinstance(nested, dict) else result
@@ -45,7 +49,7 @@ def written_config(
 
 
 def added(family: Family, values: Config) -> JsonObject:
-    """What a config (in the words of the family's row) lacks for some reader: keys with their values."""
+    """The keys, with values, that some reader needs and `values` lacks (under the key names of the family's row)."""
 
     def get(key: str) -> Any:
         return found[key] if key in found else family.config.value(key, values)
@@ -67,7 +71,7 @@ def added(family: Family, values: Config) -> JsonObject:
 
 
 def other_values_elsewhere(family: Family, values: Config) -> list[str]:
-    """Warnings about settings that transformers 5 alone reads."""
+    """Warnings about settings that only transformers 5 reads."""
     others = "transformers 4, vLLM, SGLang and llama.cpp compute"
     found = [
         f"{key} = {values[key]} is read by transformers 5 alone: {others} {family.model_type} with {fixed}, so the "
@@ -92,7 +96,7 @@ def _value(rule: object, get: Callable[[str], Any]) -> Any:
 
 
 def _everywhere(family: Family, text: Config, changes: Config) -> JsonObject:
-    """`changes`, and the new value under every alias that holds the old one: a number, or one number per layer."""
+    """`changes`, and the new value under every alias that has the old one, as one number or as one number per layer."""
     values, changed = family.config.read(text), dict(changes)
     for key, new in changes.items():
         old = values.get(key)
@@ -108,9 +112,12 @@ def _everywhere(family: Family, text: Config, changes: Config) -> JsonObject:
 
 
 def _reword(family: Family, text: JsonObject) -> None:
-    """Words of a list that one version of transformers does not know, in those that all know; one number for all layers
-    where a reader wants one per layer; keys of a nested config that its class refuses, and keys that say what the class
-    assumes and another reader cannot read, are left out."""
+    """Reword a config in place for the readers that the family's row lists in `elsewhere`.
+
+    List entries that one version of transformers does not know are replaced by names that every version knows. A single
+    number becomes a list with one entry per layer where a reader requires that. Keys that the class of a nested config
+    refuses are removed, and so are keys that only state the class's default and that some reader cannot read.
+    """
     for key, words in family.elsewhere.old_words.items():
         if isinstance(text.get(key), list):
             text[key] = [words.get(word, word) if isinstance(word, str) else word for word in text[key]]
@@ -126,7 +133,7 @@ def _reword(family: Family, text: JsonObject) -> None:
 
 
 def _say_dtype(part: JsonObject, dtype: str | None) -> None:
-    """The dtype in the words of transformers 5 and of transformers 4."""
+    """Write the dtype under the key of transformers 5 and under that of transformers 4."""
     for key, other in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
         says = dtype or part.get(key) or part.get(other)
         if says is not None:
@@ -134,7 +141,7 @@ def _say_dtype(part: JsonObject, dtype: str | None) -> None:
 
 
 def _say_tied(outer: JsonObject, text: JsonObject) -> None:
-    """Whether the head is the embedding: transformers 5 asks the outer config, version 4 that of the language model."""
+    """Write tie_word_embeddings into both configs: transformers 5 reads the outer one, version 4 the inner one."""
     stated = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
     if stated:
         outer["tie_word_embeddings"] = text["tie_word_embeddings"] = any(stated)

@@ -1,4 +1,4 @@
-"""The families as rows of data, a file for each vendor: each defines VENDOR, and the registry finds it by itself.
+"""The families as rows of data, in one file per vendor, which defines VENDOR. The registry finds new files by itself.
 
 Defaults of config keys are those of transformers' configuration classes (5.23).
 """

@@ -29,14 +29,14 @@ from moeconv.types import JsonObject
 
 
 def _in_layer(get: Get, place: Place, key: str) -> Any:
-    """What config.json says of one layer alone, else None."""
+    """The value that config.json states for one layer only; None if it states none."""
     each = get("per_layer_config")
     of_layer = each.get(str(place.layer)) if isinstance(each, dict) else None
     return of_layer.get(key) if isinstance(of_layer, dict) else None
 
 
 def _global_heads(get: Get, place: Place) -> Any:
-    """Gemma 4's layers without a window have heads of another size, which either key says."""
+    """The size of a layer's heads. Gemma 4's layers without a window have another size, which has two possible keys."""
     stated = place.slides or get("per_layer_config") is not None
     return _in_layer(get, place, "head_dim") or (get("head_dim") if stated else get("global_head_dim"))
 
@@ -67,7 +67,7 @@ GEMMA = dense_row(
     ),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN, norm_offset=1.0),
 )
-# norms before and after both blocks; some full layers take their keys for values too
+# norms before and after both blocks; some full layers use their keys as values too
 GEMMA4_BLOCK = (
     BLOCK
     | {
@@ -118,7 +118,7 @@ GEMMA4 = dense_row(
     elsewhere=_GEMMA4_ELSEWHERE,
     is_dense=lambda get: get("enable_moe_block") is False,
 )
-# the dense FFN beside the experts is a shared expert with norms of its own
+# the dense FFN beside the experts is treated as a shared expert that has its own norms
 GEMMA4_TEXT = moe_row(
     "gemma4_text",
     "Gemma4ForCausalLM",
@@ -146,7 +146,7 @@ GEMMA4_TEXT = moe_row(
         count=("num_experts",),
         top_k=("top_k_experts",),
         width="moe_intermediate_size",
-        dense_width="",  # its config has no dense layers beside others
+        dense_width="",  # its config cannot have dense layers and layers with experts
         shared_width=("intermediate_size",),
         placement=placement.switch("enable_moe_block"),
         routing=Routing("softmax", "always", scaled=True),

@@ -61,7 +61,7 @@ MAMBA_CONFIG: JsonObject = {
 
 
 def hybrid_kinds(get: Get, layers: int) -> list[str]:
-    """What mixes the tokens in each layer: linear attention (Mamba) where layer_types does not say otherwise."""
+    """The kind of each layer's token mixer: linear attention (Mamba) unless layer_types says otherwise."""
     return get("layer_types") or ["linear_attention"] * layers
 
 
@@ -237,7 +237,7 @@ VENDOR = Vendor(
             default=True,
             note=f"state-space layers included; partial rotary through longrope factors; {ZERO_SHARED_128}",
             config=_HYBRID,
-            # what only generation and training look at, and what layer_types says
+            # settings that only generation and training read, and those that layer_types already states
             rename=dict.fromkeys(("attn_layer_indices", "num_logits_to_keep", "z_loss_coefficient")),
             folds=(folds.neutral_multipliers,),
         ),

@@ -11,7 +11,7 @@ from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Routing, Te
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
-# HunYuan normalises queries and keys after the rotation, the others before it
+# HunYuan normalises queries and keys after the rotation, other families before it
 QK_LAYERNORM = {
     f"attention.{p}_norm_after_rope": LAYER + f"self_attn.{w}_layernorm.weight"
     for p, w in (("q", "query"), ("k", "key"))

@@ -23,7 +23,7 @@ def _heads_of_layer(get: Get, place: Place) -> Any:
 
 LAGUNA_SIZES: Mapping[str, Size] = {
     "heads": _heads_of_layer,
-    # a gate for each head, or for each of its numbers
+    # one gate per head, or one per value of each head
     "gates": lambda get, place: (
         _heads_of_layer(get, place)
         if get("gating") in (None, True, "per-head")

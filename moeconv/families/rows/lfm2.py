@@ -43,7 +43,7 @@ def _lfm2_kinds(get: Get, layers: int) -> list[str]:
 
 
 def _lfm2_width(get: Get) -> int:
-    """Lfm2MLP: two thirds of the stated size, times a multiplier, rounded up to a multiple."""
+    """The width that Lfm2MLP computes: 2/3 of the stated size, times a multiplier, rounded up to a multiple."""
     size: int = get("block_ff_dim") or get("intermediate_size")
     if not get("block_auto_adjust_ff_dim"):
         return size
@@ -70,7 +70,7 @@ LFM2_DENSE = Family(
             "tie_embedding": True,
         },
         kinds={"block_ff_dim": WHOLE, "full_attn_idxs": LIST},
-        derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # its older word
+        derived={"tie_word_embeddings": lambda get: get("tie_embedding")},  # an older name of the key
     ),
     tensors=Tensors(LFM2, optional=LFM2_OPTIONAL),
     layers=Layers(

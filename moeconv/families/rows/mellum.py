@@ -37,7 +37,7 @@ MELLUM = moe_row(
     experts=Experts(
         width="moe_intermediate_size", placement=placement.WORDS, routing=Routing("softmax", "norm_topk_prob")
     ),
-    # vLLM adds it to the number of layers, and cannot add null, which transformers writes for none
+    # vLLM adds this number to that of the layers, and fails on null, which transformers writes if there are none
     elsewhere=Elsewhere(keys={"num_nextn_predict_layers": 0}, runs=frozenset({"vllm", "llama.cpp"})),
 )
 

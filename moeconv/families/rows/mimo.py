@@ -24,7 +24,7 @@ from moeconv.families.vendor import Vendor
 
 
 def _mimo_kv(get: Get, place: Place) -> Any:
-    """Twice as many where the layer slides."""
+    """The number of key and value heads: twice as many in layers with a sliding window."""
     kinds = get("layer_types")
     if not isinstance(kinds, list) or place.layer is None or place.layer >= len(kinds):
         return None
@@ -32,7 +32,7 @@ def _mimo_kv(get: Get, place: Place) -> Any:
 
 
 MIMO_SIZES: Mapping[str, Size] = {"kv": _mimo_kv, "v_head": config_key("v_head_dim")}
-# dense layers with the attention of those with a window; "model." stands for the prefix "model.mtp."
+# dense layers with the attention of layers that have a window; the prefix "model.mtp." replaces "model."
 _MIMO_MTP = {key: MTP.names[key] for key in ("mtp.norm_embedding", "mtp.norm_hidden", "mtp.project")} | {
     "mtp.norm_ffn": LAYER + "pre_mlp_layernorm.weight",
     "mtp.norm": LAYER + "final_layernorm.weight",
@@ -48,7 +48,7 @@ def _per_layer(key: str, word: str) -> Callable[[Get], list[int] | None]:
 
 
 def _rotation(kind: str, key: str, assumed: float) -> Callable[[Get], float]:
-    """A rotary parameter of the layers of one kind, whose parameters may be those of all layers."""
+    """A rotary parameter of one type of layer; config.json may have one set of parameters for all layers."""
 
     def found(get: Get) -> float:
         params = get("rope_parameters")
@@ -120,7 +120,7 @@ MIMO_V2_FLASH = moe_row(
             "hybrid_layer_pattern": _per_layer("layer_types", "sliding_attention"),
             "moe_layer_freq": _per_layer("mlp_layer_types", "sparse"),
         },
-        # llama.cpp's converter looks for partial_rotary_factor in it, where parameters by kind of layer have none
+        # llama.cpp's converter looks for partial_rotary_factor here, where parameters per type of layer lack it
         implied=frozenset({"rope_parameters"}),
         runs=frozenset({"vllm", "llama.cpp"}),
     ),

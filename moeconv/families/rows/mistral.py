@@ -82,7 +82,7 @@ MIXTRAL = moe_row(
 
 _MULTIPLIERS = dict.fromkeys(
     ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-)  # config keys that granite_multipliers uses up
+)  # config keys whose values granite_multipliers folds into the weights
 
 VENDOR = Vendor(
     dense=(MISTRAL, MINISTRAL, MINISTRAL3),

@@ -63,7 +63,7 @@ NEMOTRON_H_BLOCK = {
     **{f"ffn.{p}": _MIXER + f"{p}_proj.weight" for p in ("up", "down")},
     **{f"ffn.{p}_bias": _MIXER + f"{p}_proj.bias" for p in ("up", "down")},
 }
-# layers of one block each; what a Mixture-of-Experts needs is there whether one is or not
+# layers of one block each; the config keys of a Mixture-of-Experts are there even if no layer has one
 NEMOTRON_H_CONFIG: JsonObject = {
     "hidden_act": "relu2", "rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504,
     "max_position_embeddings": 4096, "attention_bias": False, "mlp_bias": False, "use_bias": False,
@@ -87,7 +87,7 @@ _KINDS_BY_LETTER = {"M": "linear_attention", "E": "moe", "*": "full_attention", 
 
 
 def nemotron_h_kinds(get: Get, _layers: int) -> list[str]:
-    """The list of kinds, or the older string with a letter for each."""
+    """The kinds of the layers, from the list of them or from the older string with one letter per layer."""
     kinds, pattern = get("layer_types"), get("hybrid_override_pattern")
     return (
         [_KINDS_BY_LETTER.get(word, word) for word in pattern] if kinds is None and isinstance(pattern, str) else kinds
@@ -95,7 +95,7 @@ def nemotron_h_kinds(get: Get, _layers: int) -> list[str]:
 
 
 def nemotron_h_layers(get: Get) -> Any:
-    """How many blocks the pattern lists, else num_hidden_layers."""
+    """The number of blocks in the pattern; num_hidden_layers if there is no pattern."""
     kinds = nemotron_h_kinds(get, 0)
     return len(kinds) if isinstance(kinds, list) else get("num_hidden_layers")
 

@@ -44,7 +44,7 @@ PHI3 = dense_row(
 )
 PHIMOE = moe_row(
     "phimoe",
-    "PhiMoEForCausalLM",  # as on the hub, and what serving engines know
+    "PhiMoEForCausalLM",  # the name on the hub, which serving engines know
     config=ConfigKeys(
         {
             "rms_norm_eps": 1e-5,
@@ -68,13 +68,13 @@ PHIMOE = moe_row(
     ),
     attention=Attention(sliding=WINDOW_KEY, rope="mscale"),
     experts=Experts(
-        # a softmax over those within the jitter of an expert weighs each of the two chosen ones: 1 without jitter
+        # the weight of each of the two chosen experts is a softmax over the experts within the jitter; 1 without jitter
         routing=Routing("sparsemixer", "never", total=2.0, top_k=2, equal=False)
     ),
-    # llama.cpp's converter asks for the trained length of every model of this kind
+    # llama.cpp's converter requires the original context length of every model of this family
     elsewhere=Elsewhere(
         keys={"original_max_position_embeddings": "=max_position_embeddings"},
-        # the class's name in transformers is not the one that the hub, vLLM and llama.cpp know
+        # transformers names the class differently from the hub, vLLM and llama.cpp
         old_words={"architectures": {"PhimoeForCausalLM": "PhiMoEForCausalLM"}},
         runs=EVERY_ENGINE,
     ),

@@ -30,7 +30,7 @@ QWEN2 = Family(
     "Qwen2ForCausalLM",
     "dense",
     config=ConfigKeys(BASE_CONFIG | {"num_key_value_heads": 32, "max_position_embeddings": 32768} | _QWEN_SLIDING),
-    # its biases are not optional: no config key turns them off
+    # the biases of its queries, keys and values are not optional: no config key turns them off
     tensors=Tensors(BLOCK | QKV_BIAS | DENSE_FFN, optional=frozenset({"embedding.lm_head"}), dropped=ROTARY_BUFFERS),
     attention=Attention(sliding=LAYER_TYPES),
 )
@@ -99,7 +99,8 @@ QWEN3_MOE = moe_row(
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 _TRANSPOSED = ExpertLayout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
-# router weights are renormalised whatever the config says; saved untransposed by transformers 5, transposed on the hub
+# router weights are renormalised whatever config.json says; transformers 5 saves experts untransposed, the hub's
+# checkpoints have them transposed
 QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,
     model_type="qwen3_vl_moe_text",

@@ -52,13 +52,13 @@ QWEN3_5_WHERE = {"attention": FULL_LAYERS, "linear": frozenset({"linear_attentio
 
 
 def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
-    """What mixes the tokens in each layer: full attention in every fourth one where config.json does not say."""
+    """The kind of each layer's token mixer: if config.json does not list them, full attention in every fourth layer."""
     every = get("full_attention_interval") or 4
     words = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(layers)]
     return get("layer_types") or words
 
 
-# q holds an output gate beside the queries; norms add 1 in both families, so nothing needs an offset
+# q contains an output gate beside the queries; norms add 1 in both families, so no offset is needed
 QWEN3_5 = dense_row(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
@@ -81,7 +81,7 @@ QWEN3_5_MOE = moe_row(
     ),
     tensors=Tensors(
         BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
-        # the hub's checkpoints stack the experts of the model; in multi-token-prediction layers some do, some do not
+        # the hub's checkpoints stack the experts of the model's layers, and only some those of the prediction layers
         layouts=(SEPARATE, STACKED),
         shapes=GATED_QUERY,
     ),

@@ -37,7 +37,7 @@ SOLAR_OPEN = moe_row(
         BLOCK | QKV_BIAS | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS,
         float32=frozenset({"router.correction"}),
     ),
-    # stated although it is the whole head: llama.cpp's converter assumes half of it, as for GLM-4.5
+    # written although the whole head rotates: without the key, llama.cpp's converter assumes half of it as for GLM-4.5
     attention=Attention(partial=1.0),
     experts=Experts(
         count=("n_routed_experts",),

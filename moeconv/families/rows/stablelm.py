@@ -25,7 +25,7 @@ STABLELM = dense_row(
     ),
     tensors=Tensors(
         BLOCK | NORM_BIAS | QKV_BIAS | DENSE_FFN,
-        optional=frozenset({"norm.ffn"}),  # a parallel residual has none
+        optional=frozenset({"norm.ffn"}),  # a model with parallel residual connections has none
     ),
     attention=Attention(partial=0.25),
 )

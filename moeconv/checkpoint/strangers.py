@@ -81,7 +81,7 @@ class _Listing:
 
 
 def refusal(directory: Path, entries: Sequence[os.DirEntry[str]], *, lacks: str) -> InputError:
-    """The error for a directory without config.json or without weights; `lacks` says which of them."""
+    """The error for a directory without config.json or without weights; `lacks` names which of them."""
     found = _Listing(directory, tuple(f"{e.name}/" if e.is_dir() else e.name for e in entries))
     with_weights = any(name in ("model.safetensors", "model.safetensors.index.json") for name in found.names)
     for check in _CHECKS if with_weights else (*_CHECKS, *_CHECKS_WITHOUT_WEIGHTS):

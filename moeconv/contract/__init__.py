@@ -2,7 +2,7 @@
 
 The tests hold every object that a command prints against its schema.
 
-Fields are only ever added. What a type marks as NotRequired is there where its comment says so.
+Fields are only ever added. A field that is marked as NotRequired is present in the cases that its comment names.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing_extensions import TypedDict
 
 
 class ErrorFields(TypedDict):
-    """The exit code, and what an error says."""
+    """The exit code, message and hint of an error."""
 
     code: int
     message: str

@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 
 class RoleCounts(TypedDict):
-    """Parameters of a checkpoint; null where only a known family could say."""
+    """Parameters of a checkpoint; null where the family is not known."""
 
     total: int | None
     active: int | None
@@ -27,7 +27,7 @@ class Quantization(TypedDict):
 
 
 class Inspected(TypedDict):
-    """`moeconv inspect`; null is what cannot be said of an architecture that moeconv does not know."""
+    """`moeconv inspect`; null is what moeconv cannot determine for an architecture that it does not know."""
 
     path: str
     model_type: str | None

@@ -50,8 +50,8 @@ def few_tokens(per_expert: Mapping[int, float], *, what: str) -> list[str]:
 
 def remarks_on(layers: Sequence[Config], *, what: str, kept: str, fitted: str) -> list[str]:
     """Warnings of what was fitted to text, by rows of {layer, tokens_per_expert, tokens_needed, kept}: too little text,
-    and layers where the fit is not clearly better on held-out tokens. `kept` says what those have instead of what was
-    `fitted`."""
+    and layers where the fit is not clearly better on held-out tokens. `kept` names what those layers use instead of
+    what was `fitted`."""
     warnings = few_tokens({row["layer"]: row["tokens_per_expert"] for row in layers}, what=what)
     short = {row["layer"]: row["tokens_needed"] for row in layers if row["tokens_per_expert"] < row["tokens_needed"]}
     if short:

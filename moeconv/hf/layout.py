@@ -136,10 +136,11 @@ def stored_tensors(files: Sequence[str] | None) -> dict[str, tuple[str, tuple[in
 
 def find_layouts(model: PreTrainedModel, stored: Headers, *, block_size: int) -> dict[str, Layout]:
     """{parameter name: layout} for all experts and linear layers that are packed in `stored`. The conversion mapping of
-    transformers says which tensors make up which parameter, and the dtypes of the tensors determine the scheme, so that
-    schemes may differ between layers.
+    transformers determines which tensors make up which parameter, and the dtypes of the tensors determine the scheme,
+    so that schemes may differ between layers.
 
-    Raises InputError for packed tensors that are neither, and for those that are incomplete or have a wrong shape."""
+    Raises InputError for packed tensors that are neither, and for those that are incomplete or have a wrong shape.
+    """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -166,7 +167,7 @@ def find_layouts(model: PreTrainedModel, stored: Headers, *, block_size: int) ->
             found[target][source].append(name)
     if not found and not layouts:
         raise InputError(
-            "config.json says that the experts are packed, but no tensor of the checkpoint is packed", hint=AGAIN
+            "according to config.json the experts are packed, but no tensor of the checkpoint is packed", hint=AGAIN
         )
     by_source = {source: converter for converter in converters for source in converter.source_patterns}
     for target, names in found.items():

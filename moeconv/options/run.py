@@ -19,4 +19,4 @@ class RunOptions:
 class DemoOptions:
     """moeconv demo"""
 
-    where: bool = option(False, "Only say where its model and texts lie.")
+    where: bool = option(False, "Only print where its model and texts are.")

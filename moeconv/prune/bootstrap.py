@@ -1,7 +1,7 @@
-"""How sure a keep set is: the criterion asked again on resampled tokens, and how much of its choice comes back.
+"""How stable a set of kept experts is: the criterion decides again on resampled tokens, and the overlap is measured.
 
-The token sample of the statistics is drawn from with replacement; sums per expert are formed anew from the routing rule
-and the outputs' norms, so that any criterion can be asked.
+The tokens are drawn with replacement from the token sample of the statistics. The sums per expert are computed again
+from the routing rule and the norms of the outputs, so that any criterion can be applied to them.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from moeconv.prune.criteria import CRITERIA, Evidence, LayerStatistics, Needs, O
 from moeconv.randomness import generator
 
 _ROWS = ("sample_logits", "sample_outputs", "sample_scale")
-# sums over tokens that the sampled tokens give anew
+# sums over tokens that can be computed from the token sample
 _SUMS = ("count", "gate_sum", "gate_sq_sum", "norm_sum", "norm_sq_sum", "gate_norm_sum", "gate_norm_sq_sum")
 
 
 def can_resample(needs: Needs) -> bool:
-    """Whether all statistics of tokens that a criterion reads can be formed anew from the token sample.
+    """Whether all token statistics that a criterion reads can be computed from the token sample.
 
-    One sum of all tokens beside one of the sampled tokens would give wrong means, so a criterion that also reads
-    another field is not resampled. Similarities of experts stay what they were.
+    A sum over all tokens together with a sum over the sampled tokens would give wrong means, so a criterion that also
+    reads another field is not resampled. Similarities between experts are not resampled.
     """
     return set(needs.fields) <= set(_SUMS) and (needs.sample or bool(needs.fields))
 
 
 class Resampled:
-    """Statistics of tokens drawn from the token sample; fields that are no sums over tokens stay what they were.
+    """Statistics of tokens that were drawn from the token sample. Fields that are not sums over tokens keep their
+    values.
 
-    The sample does not say from which data source a token is, so the sums are [1, E]: those of all sources together.
+    The sample does not record the data source of a token, so the sums are [1, E], over all sources together.
     """
 
     def __init__(self, statistics: LayerStatistics, rule: Rule, draw: np.random.Generator) -> None:
@@ -52,7 +53,7 @@ class Resampled:
         return self._rows[layer]
 
     def _totals(self, layer: int) -> dict[str, np.ndarray]:
-        """The sums [1, E] that the sample can give."""
+        """The sums [1, E] that can be computed from the sample."""
         if layer not in self._sums:
             logits = self.layer(layer, "sample_logits")
             outputs = self.layer(layer, "sample_outputs").astype(np.float32) * self._whole.layer(layer, "sample_unit")
@@ -74,7 +75,8 @@ def stability(
     evidence: Evidence, criterion: str, orders: Mapping[int, Order], removed: Sequence[int],
     *, protected: Mapping[int, frozenset[int]], draws: int = 8,
 ) -> dict[int, float]:  # fmt: skip
-    """{removed: the mean share of the kept experts that a resample keeps too} over layers and `draws` resamples."""
+    """{number removed: the share of the kept experts that a resample also keeps, averaged over layers and `draws`
+    resamples}."""
     assert evidence.statistics is not None and evidence.rule is not None
     shares: dict[int, list[float]] = {count: [] for count in removed}
     for i in range(draws):
@@ -85,6 +87,6 @@ def stability(
             for count in removed:
                 gone = set(order.experts[:count])
                 kept = len(order.scores) - len(gone)
-                lost = len(set(other.experts[:count]) - gone)  # kept by the one, dropped by the other
+                lost = len(set(other.experts[:count]) - gone)  # kept here, and dropped on the resampled tokens
                 shares[count].append((kept - lost) / kept)
     return {count: float(np.mean(values)) for count, values in shares.items()}

@@ -1,4 +1,4 @@
-"""Which experts stay: a criterion's order of removal, cut at a budget, within what is protected."""
+"""Which experts stay: the order of removal of a criterion, cut off at the budget, without the protected experts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import parse_protect
 from moeconv.units import counted
 
-DEFAULT = "reconstruction"  # what wins in benchmarks/prune.py
-_WITHOUT_RULE = "saliency"  # where no rule in numbers says what tokens do without an expert
+DEFAULT = "reconstruction"  # the best criterion in benchmarks/prune.py
+_WITHOUT_RULE = "saliency"  # if the routing rule is not known, so that tokens cannot be routed again without an expert
 _WITHOUT_DATA = "aimer"
 
 
 def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None = None) -> str:
-    """The criterion of a run; without one that the user names, one that the model's routing rule allows. Raises
-    UsageError when it needs statistics that are not given."""
+    """The criterion of a run: the one that the user named, or else the best one that the model's routing rule allows.
+    Raises UsageError if it needs statistics and there are none."""
     best = DEFAULT if model is None or has_numbers(model) else _WITHOUT_RULE
     chosen = name or (best if has_data else _WITHOUT_DATA)
     if chosen not in CRITERIA:
@@ -37,8 +37,9 @@ def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None =
 
 
 def default_criterion(model: Model, evidence: Evidence) -> str:
-    """What decides when nothing is asked for: by the weights without statistics, else the benchmark's winner, or
-    `saliency` where the statistics hold no token sample (a router whose rule is not known, or an older file)."""
+    """The criterion if the user named none: one that reads only weights if there are no statistics, otherwise the best
+    one in the benchmark, or `saliency` if the statistics contain no token sample (the router's rule is not known, or
+    the file is older)."""
     if evidence.statistics is None:
         return _WITHOUT_DATA
     try:
@@ -49,7 +50,7 @@ def default_criterion(model: Model, evidence: Evidence) -> str:
 
 
 def orders_of(model: Model, evidence: Evidence, options: PruneOptions, *, seed: int) -> dict[int, Order] | None:
-    """Every layer's order of removal, or None when the evidence has not been measured (a dry run)."""
+    """The order of removal of every layer, or None if the evidence was not measured (in a dry run)."""
     name = options.criterion or default_criterion(model, evidence)
     evidence = replace(
         evidence, rule=rule_of(model), similarity=options.similarity, num_experts=model.num_experts,
@@ -62,7 +63,7 @@ def orders_of(model: Model, evidence: Evidence, options: PruneOptions, *, seed: 
 
 
 def _measured(criterion: Criterion, evidence: Evidence) -> bool:
-    """Whether everything that a criterion needs is there."""
+    """Whether everything that a criterion needs was measured."""
     needs = criterion.needs
     if needs.similarity and evidence.similarity in OF_WEIGHTS and evidence.weight_cosine is None:
         return False
@@ -75,8 +76,8 @@ def choose(
     model: Model, orders: Mapping[int, Order], left: int, *, evidence: Evidence, criterion: str,
     protected: Mapping[int, frozenset[int]], nested: bool = False,
 ) -> dict[int, list[int]]:  # fmt: skip
-    """The experts that stay in every layer; of each group of the router equally many go. `nested` leaves out what makes
-    the sets of two budgets differ by more than the experts between them."""
+    """The experts that stay in every layer. The same number is removed from each group of the router. `nested` leaves
+    out the refinement, so that the sets of a smaller budget are subsets of those of a larger one."""
     keep = {}
     groups, _ = model.groups
     size, away = model.num_experts // groups, (model.num_experts - left) // groups
@@ -98,8 +99,9 @@ def choose(
 
 
 def protected_experts(model: Model, options: PruneOptions, evidence: Evidence) -> dict[int, frozenset[int]]:
-    """--protect and --protect-coverage together: of every data source, the experts with the largest sums of g |f| that
-    make up the share. Without statistics only the first is known. Raises InputError for all-zero statistics."""
+    """The experts that --protect names, and those of --protect-coverage: for every data source, the experts with the
+    largest sums of g |f| that together make up the share. Without statistics, only --protect applies. Raises InputError
+    for all-zero statistics."""
     protected = parse_protect(options.protect, model)
     if options.protect_coverage is None or evidence.statistics is None:
         return protected
@@ -115,8 +117,9 @@ def protected_experts(model: Model, options: PruneOptions, evidence: Evidence) -
 
 
 def groups_of(model: Model, evidence: Evidence, keep: Keep, options: PruneOptions) -> dict[int, dict[int, list[int]]]:
-    """{layer: {kept expert: dropped ones that it absorbs}}, each going to the kept expert most similar to it: by
-    outputs and router logits together as REAM does (the mean of the two), or by the --similarity asked for."""
+    """{layer: {kept expert: the dropped ones that it absorbs}}. Each dropped expert goes to the most similar kept one:
+    by the mean of the similarities of outputs and router logits, as in REAM, or by the --similarity that was asked
+    for."""
     evidence = replace(evidence, similarity=options.similarity)
     groups: dict[int, dict[int, list[int]]] = {}
     for layer, kept in keep.items():
@@ -134,7 +137,8 @@ def groups_of(model: Model, evidence: Evidence, keep: Keep, options: PruneOption
 def left_by_threshold(
     model: Model, options: PruneOptions, evidence: Evidence, orders: Mapping[int, Order] | None
 ) -> int:
-    """Experts left when in every layer only those with a stand-in go; the layer with the fewest decides for all."""
+    """The number of experts left if in every layer only experts with a similar enough stand-in are removed. The layer
+    that can remove the fewest decides for all layers."""
     if options.threshold is None or orders is None or evidence.statistics is None:
         flag = "threshold" if options.threshold is not None else "max_loss_increase"
         raise UsageError(
@@ -159,7 +163,8 @@ def left_by_threshold(
 def checked_keep(model: Model, keep: Keep, left: int) -> dict[int, list[int]]:
     """The experts to keep, sorted in each layer.
 
-    Raises UsageError unless they are `left` different ones in every MoE layer, equally many of each group."""
+    Raises UsageError unless there are `left` different experts in every MoE layer, the same number from each group.
+    """
     if set(keep) != set(model.moe_layers):
         raise UsageError("keep_experts must name every MoE layer", hint=f"Layers: {list(model.moe_layers)}.")
     for layer, kept in keep.items():

@@ -1,7 +1,9 @@
-"""Pruning criteria: a function each, from what was measured to an order of removal with a cost per removal.
+"""Pruning criteria: one function per criterion, which turns measurements into an order of removal with a cost per
+removal.
 
-A criterion's decorator says what it needs. Low scores go first; ties go to the higher index, so the order is total.
---criterion lists them in the order of this file; packages outside add theirs by the entry point moeconv.criteria.
+The decorator of a criterion declares what must be measured for it. Experts with low scores are removed first. Of equal
+scores, the higher index is removed first, so that the order is total. --criterion lists the criteria in the order of
+this file. Other packages add theirs through the entry point moeconv.criteria.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ OF_WEIGHTS = ("aligned", "raw")  # the similarities that are read from the weigh
 
 
 class LayerStatistics(Protocol):
-    """What a statistics file gives: a field of one MoE layer as an array."""
+    """One field of one MoE layer of a statistics file, as an array."""
 
     def layer(self, layer: int, field: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the criteria of a run may look at: statistics (with `rule`, the model's routing rule, for their token
-    sample), {layer: array} measured on the weights, and the seed of what is random.
+    """What a criterion may read: the statistics, with the model's routing `rule` for their token sample; what was
+    measured on the weights; and the `seed` of random criteria.
 
-    `weights` {layer: float64 [E]} is what the criterion's own measure gave (`weights`, below); `weight_cosine` {layer:
-    [E, E]} of the similarity "aligned" or "raw".
+    `weights` {layer: float64 [E]} is what the criterion's own measure of the weights returned (`weights`, below).
+    `weight_cosine` {layer: [E, E]} holds the similarities "aligned" or "raw".
     """
 
     statistics: LayerStatistics | None = None
@@ -44,12 +46,13 @@ class Evidence:
     similarity: str = "output"
     seed: int = 0
     num_experts: int = 0
-    samples: dict[int, Reconstruction] = field(default_factory=dict, repr=False)  # of the layers looked at so far
+    samples: dict[int, Reconstruction] = field(default_factory=dict, repr=False)  # of the layers read so far
 
 
 @dataclass(frozen=True)
 class Order:
-    """One layer: experts in the order in which they go, what each removal costs, and every expert's score [E]."""
+    """One layer: the experts in the order in which they are removed, the cost of each removal, and the score of every
+    expert [E]."""
 
     experts: tuple[int, ...]
     costs: tuple[float, ...]
@@ -60,14 +63,14 @@ class Order:
 
 
 class ExpertWeights(Protocol):
-    """One expert's matrices, decoded and read a block at a time."""
+    """The matrices of one expert, which are decoded and read block by block."""
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(number of the matrix, some of its values in order: float32, flat)."""
+        """(index of the matrix, its next values as flat float32), in the order of storage."""
         ...
 
     def sums(self) -> np.ndarray:
-        """float64 [matrices, 3]: of every matrix the sum of |W|, the sum of W^2, and the number of values."""
+        """float64 [matrices, 3]: for each matrix the sum of |W|, the sum of W^2, and the number of values."""
         ...
 
 
@@ -76,9 +79,9 @@ WeightMeasure = Callable[[ExpertWeights], float]
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be measured before a criterion can decide. `fields` are those of the statistics that it reads, `sample`
-    says that it reads their token sample, `similarity` that it calls `similarity`; `weights` is measured on every
-    expert's weights and comes as `Evidence.weights`."""
+    """What must be measured before a criterion can decide. `fields` are the fields of the statistics that it reads.
+    `sample`: it reads their token sample. `similarity`: it calls `similarity`. `weights` is applied to the weights of
+    every expert, and its results are in `Evidence.weights`."""
 
     fields: tuple[str, ...] = ()
     sample: bool = False
@@ -98,17 +101,17 @@ class Needs:
 
 
 def stats(field: str, *more: str, similarity: bool = False) -> Needs:
-    """Fields of the statistics (calibrate/statistics.py makes them): sums over tokens [sources, E] in the main."""
+    """Fields of the statistics, which calibrate/statistics.py computes. Most are sums over tokens, [sources, E]."""
     return Needs(fields=(field, *more), similarity=similarity)
 
 
 def sample() -> Needs:
-    """The token sample of the statistics, as `sample_of` gives it."""
+    """The token sample of the statistics, which `sample_of` returns."""
     return Needs(sample=True)
 
 
 def weights(measure: WeightMeasure) -> Needs:
-    """A number that `measure` gives for each expert from its weights alone, called once for each expert."""
+    """A number per expert that `measure` computes from the expert's weights alone. It is called once per expert."""
     return Needs(weights=measure)
 
 
@@ -123,8 +126,8 @@ Refine = Callable[[Evidence, int, frozenset[int], Sequence[int]], list[int]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion's function and what it needs. `refine` improves the kept set; the sets of
-    different sizes are then no longer nested. `warning` goes with every plan that it decides."""
+    """The function of a criterion, and what it needs. `refine` improves a set of kept experts; the sets of different
+    sizes are then no longer nested. `warning` is added to every plan that the criterion decides."""
 
     name: str
     needs: Needs
@@ -139,7 +142,8 @@ CRITERIA = Registry(Criterion, "moeconv.criteria")
 def criterion(
     name: str, *, needs: Needs, refine: Refine | None = None, warning: str = ""
 ) -> Callable[[OrderFunction], Criterion]:
-    """Register `(evidence, layer, protected experts) -> Order` under a name. Raises ValueError where it is taken."""
+    """Register a function `(evidence, layer, protected experts) -> Order` under a name. Raises ValueError if the name
+    is taken."""
 
     def register(function: OrderFunction) -> Criterion:
         return CRITERIA.add(Criterion(name, needs, function, refine, warning))
@@ -148,7 +152,8 @@ def criterion(
 
 
 def by_score(scores: np.ndarray, protected: frozenset[int]) -> Order:
-    """The order that a score per expert means: lowest first, among equals the highest index first."""
+    """The order of removal by one score per expert: the lowest score first, and of equal scores the highest index
+    first."""
     ranked = sorted((float(s), -e) for e, s in enumerate(scores) if e not in protected)
     experts = tuple(-e for _, e in ranked)
     return Order(experts, tuple(s for s, _ in ranked), tuple(float(s) for s in scores))
@@ -156,18 +161,18 @@ def by_score(scores: np.ndarray, protected: frozenset[int]) -> Order:
 
 def total(evidence: Evidence, layer: int, name: str) -> np.ndarray:
     """A field [S, E] summed over the data sources: [E]."""
-    assert evidence.statistics is not None  # as its `needs` say
+    assert evidence.statistics is not None  # its `needs` require them
     return np.asarray(evidence.statistics.layer(layer, name), np.float64).sum(axis=0)
 
 
 def measured(evidence: Evidence, layer: int) -> np.ndarray:
-    """What the criterion's measure of the weights gave: float64 [E]."""
-    assert evidence.weights is not None  # as its `needs` say
+    """What the criterion's measure of the weights returned: float64 [E]."""
+    assert evidence.weights is not None  # its `needs` require them
     return evidence.weights[layer]
 
 
 def checked(scores: np.ndarray, layer: int) -> np.ndarray:
-    """Scores that say something. Raises InputError for NaN, infinite or all-zero ones."""
+    """The scores, unchanged. Raises InputError for scores that cannot rank experts: NaN, infinite, or all zero."""
     if not np.isfinite(scores).all():
         raise InputError(f"the statistics of layer {layer} hold NaN or infinite values", hint="Calibrate again.")
     if not scores.any():
@@ -182,7 +187,7 @@ def checked(scores: np.ndarray, layer: int) -> np.ndarray:
 
 
 def sample_of(evidence: Evidence, layer: int) -> Reconstruction:
-    """The layer's token sample. Raises InputError where the statistics hold none."""
+    """The token sample of the layer. Raises InputError if the statistics contain none."""
     if layer not in evidence.samples:
         assert evidence.statistics is not None and evidence.rule is not None
         names = ("sample_logits", "sample_outputs", "sample_scale", "sample_bias", "sample_factor", "sample_unit")
@@ -207,8 +212,8 @@ def _swapped(evidence: Evidence, layer: int, protected: frozenset[int], kept: Se
 
 @criterion("reconstruction", needs=stats("count") | sample(), refine=_swapped)
 def reconstruction(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Greedy: the expert goes whose absence changes the layer's output least, tokens re-routed as the model would
-    (NAEE, ACL 2024); costs are what the loss grows by. The set that stays is bettered by swaps."""
+    """Greedy: removes the expert whose absence changes the layer's output least, with tokens re-routed as the model
+    would (NAEE, ACL 2024). The cost is the increase of the loss. Swaps then improve the set that stays."""
     checked(total(evidence, layer, "count"), layer)
     sample = sample_of(evidence, layer)
     experts, after = sample.order(protected)
@@ -221,8 +226,8 @@ def reconstruction(evidence: Evidence, layer: int, protected: frozenset[int]) ->
 
 
 def similarity(evidence: Evidence, layer: int) -> np.ndarray:
-    """Cosine of every two experts [E, E]: of their outputs, their weights (neurons aligned or raw), or their router
-    rows and logits (the smaller of the two)."""
+    """The cosine between every two experts, float64 [E, E]: of their outputs, of their weights (with neurons aligned,
+    or raw), or of their router rows and logits (the smaller of the two)."""
     if evidence.similarity in OF_WEIGHTS:
         assert evidence.weight_cosine is not None  # measured on the weights before
         return np.array(evidence.weight_cosine[layer], np.float64)
@@ -236,9 +241,9 @@ def similarity(evidence: Evidence, layer: int) -> np.ndarray:
 
 @criterion("redundancy", needs=stats("gate_norm_sum", similarity=True))
 def redundancy(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Utilization and cosine similarity together: saliency times (1 - best cosine to an expert that stays).
+    """Utilization and cosine similarity together: saliency times (1 - the best cosine to an expert that stays).
 
-    Greedy: after each removal the stand-ins of the others are looked up again among those that are left.
+    Greedy: after each removal, the most similar remaining expert is looked up again for all others.
     """
     weight = checked(total(evidence, layer, "gate_norm_sum"), layer)
     cosine = similarity(evidence, layer)
@@ -264,8 +269,8 @@ def redundancy(evidence: Evidence, layer: int, protected: frozenset[int]) -> Ord
 
 
 def stand_ins(evidence: Evidence, layer: int, order: Order, threshold: float) -> int:
-    """How many experts of an order can go so that each has a stand-in of similarity `threshold` among those that
-    stay: the longest such beginning of the order."""
+    """The number of experts of an order that can be removed so that for each of them an expert with a similarity of at
+    least `threshold` stays: the longest such beginning of the order."""
     cosine = similarity(evidence, layer)
     np.fill_diagonal(cosine, -1.0)
     found = 0
@@ -282,7 +287,7 @@ def stand_ins(evidence: Evidence, layer: int, order: Order, threshold: float) ->
 _SUMS = {(0, 0): "count", (0, 1): "norm_sum", (0, 2): "norm_sq_sum", (1, 0): "gate_sum", (1, 1): "gate_norm_sum"}
 
 
-def _power(name: str, says: str, *, a: float, b: int, c: int) -> None:
+def _power(name: str, description: str, *, a: float, b: int, c: int) -> None:
     def order(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
         count = checked(total(evidence, layer, "count"), layer)
         summed = checked(total(evidence, layer, _SUMS[b, c]), layer)
@@ -292,7 +297,7 @@ def _power(name: str, says: str, *, a: float, b: int, c: int) -> None:
         # the sum itself for a = 1: no rounding through the mean
         return by_score(summed if a == 1 else mean * count**a, protected)
 
-    order.__doc__ = says
+    order.__doc__ = description
     criterion(name, needs=stats(*dict.fromkeys(("count", _SUMS[b, c]))))(order)
 
 
@@ -308,7 +313,8 @@ _power("seer-soft", "Sum of gate weights.", a=1, b=1, c=0)
 
 @criterion("easy-ep", needs=stats("easy_ep_sum"))
 def easy_ep(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Sum of g |f| times how much the layer turns the residual stream, 1 - cos(h, h + MoE(h)) (arXiv 2504.06792)."""
+    """Sum of g |f| times the change of direction of the residual stream by the layer, 1 - cos(h, h + MoE(h)) (arXiv
+    2504.06792)."""
     return by_score(checked(total(evidence, layer, "easy_ep_sum"), layer), protected)
 
 
@@ -325,8 +331,8 @@ def _evenness(expert: ExpertWeights) -> float:
     warning="aimer uses only the weights, which is unreliable on small or imbalanced models; calibrate if you can",
 )  # fmt: skip
 def aimer(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """Weights only: mean|W| / sqrt(mean W^2) over gate, up and down. High means spread evenly, which is taken for
-    dispensable: the highest goes first, so its negative is the score."""
+    """Weights only: mean|W| / sqrt(mean W^2) over gate, up and down. A high value means evenly spread weights, which
+    count as dispensable. The highest value is removed first, so the score is its negative."""
     return by_score(-measured(evidence, layer), protected)
 
 
@@ -338,6 +344,6 @@ def magnitude(evidence: Evidence, layer: int, protected: frozenset[int]) -> Orde
 
 @criterion("random", needs=NOTHING)
 def random(evidence: Evidence, layer: int, protected: frozenset[int]) -> Order:
-    """A baseline: an order that the seed decides."""
+    """A baseline: an order that is drawn from the seed."""
     scores = generator((evidence.seed, "prune", layer)).permutation(evidence.num_experts).astype(np.float64)
     return by_score(scores, protected)

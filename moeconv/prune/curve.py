@@ -23,8 +23,8 @@ from moeconv.plan.plan import Plan
 from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import CRITERIA, Evidence, Order
 from moeconv.prune.decision import decide
-from moeconv.prune.evidence import gathered, settled
-from moeconv.prune.gates import AT_ONCE, Judge, feasible, increase
+from moeconv.prune.evidence import gathered, with_criterion
+from moeconv.prune.gates import AT_ONCE, KeepScorer, feasible, increase
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import scratch
 
@@ -49,7 +49,7 @@ def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> 
     limits.check_prune(model, replace(options, keep=counts[-1] if counts else 0), request.plan)
     with scratch() as folder, Measured(Path(folder) / "curve", key=lambda: "curve", note=meter.note) as measured:
         evidence = gathered(model, request, measured, left=counts[-1], meter=meter)
-        request, warnings = settled(model, evidence, request, named=named)
+        request, warnings = with_criterion(model, evidence, request, named=named)
         options, criterion = request.prune, str(request.prune.criterion)
         orders = choice.orders_of(model, evidence, options, seed=request.plan.seed)
         assert orders is not None
@@ -59,8 +59,8 @@ def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> 
             choice.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
             for n in counts
         ]
-        judge = Judge(model, evidence, request, meter=meter)
-        scores = [s for i in range(0, len(keeps), AT_ONCE) for s in judge.scores(keeps[i : i + AT_ONCE])]
+        scorer = KeepScorer(model, evidence, request, meter=meter)
+        scores = [s for i in range(0, len(keeps), AT_ONCE) for s in scorer.scores(keeps[i : i + AT_ONCE])]
         stability = _stability(model, evidence, criterion, orders, counts, protected)
     by_count = sorted(zip(counts, scores), key=lambda pair: -pair[0])
     result: Curve = {

@@ -1,4 +1,5 @@
-"""The items of a pruned model: kept experts under new numbers, rows of routers and packed tensors, scales, overlays."""
+"""The items of a pruned model: kept experts with new numbers, rows of routers and packed tensors, scales, and
+overlays."""
 
 from __future__ import annotations
 
@@ -22,13 +23,14 @@ Keep = Mapping[int, Sequence[int]]
 
 
 def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
-    """`keep` with the multi-token-prediction layers: nothing measures them, so they follow the last layer, whose output
-    they read."""
+    """`keep`, extended to the multi-token-prediction layers. They are not measured, so they keep the experts of the
+    last layer, whose output they read."""
     return dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
 
 
 def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
-    """The items that write every tensor of the model without the experts that go; those that stay are renumbered."""
+    """The items that write every tensor of the model except those of the removed experts. The kept experts are
+    renumbered."""
     keep = with_mtp(model, keep)
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 
@@ -52,7 +54,8 @@ def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
 def _cut(
     model: Model, ref: TensorRef, key: str, kept: Sequence[int], *, axis: int, dtype: str | None, changed: str
 ) -> Item:
-    """The kept experts' entries along `axis`: byte ranges joined, or cast when another dtype is asked for."""
+    """The entries of the kept experts along `axis`: their byte ranges are joined, or cast if another dtype is asked
+    for."""
     layout = model.family.tensors.packed.get(key)
     each = ref.shape[axis] // model.num_experts if layout and layout.flat else 1  # rows of one expert
     if any(size != 1 for size in ref.shape[:axis]) or ref.shape[axis] != model.num_experts * each:
@@ -71,8 +74,9 @@ def _cut(
 
 
 def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOptions) -> dict[int, float]:
-    """{layer: what its kept experts' outputs are multiplied by} where a router does not renormalise: there the weights
-    of the experts that stay grow, by the share of those that went. The least-squares scale on the token sample."""
+    """{layer: the factor on the outputs of its kept experts}, for routers that do not renormalise. Their weights for
+    the kept experts grow by the share of the removed ones. The factor is the least-squares scale on the token
+    sample."""
     wanted = not model.renormalises if options.rescale is None else options.rescale
     if not wanted or options.refit or options.merge or evidence.statistics is None or model.quantization:
         return {}
@@ -80,11 +84,11 @@ def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOption
     try:
         return {layer: sample_of(evidence, layer).scale(kept) for layer, kept in keep.items()}
     except (InputError, KeyError):
-        return {}  # statistics without a token sample: the warning says what to do
+        return {}  # statistics without a token sample; a warning reports this
 
 
 def scaled(model: Model, items: list[Item], scales: Mapping[int, float]) -> list[Item]:
-    """The items with every down projection of these layers scaled."""
+    """The items, with the down projections of the layers in `scales` multiplied by the factor of their layer."""
     made = []
     for item in items:
         spec = item.outputs[0]
@@ -100,7 +104,8 @@ def scaled(model: Model, items: list[Item], scales: Mapping[int, float]) -> list
 
 
 def replaced(items: list[Item], overlays: Mapping[str, Overlay]) -> list[Item]:
-    """The items with the bytes of overlays for the tensors that these hold; the last overlay of a name counts."""
+    """The items, with the tensors that an overlay contains read from it. If several overlays contain a tensor, the last
+    one is used."""
     made = []
     unused = {(origin, name) for origin, file in overlays.items() for name in file.tensors}
     for item in items:

@@ -1,4 +1,4 @@
-"""Which experts stay, as a value: what gates and repairs work on, and what the plan is made from, once."""
+"""The decision which experts stay, as a value. Gates and repairs change it, and the plan is made from it once."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Groups = Mapping[int, Mapping[int, Sequence[int]]]
 
 @dataclass(frozen=True)
 class Decision:
-    """The experts that stay: `left` in every layer, those of `keep` {layer: ids}.
+    """The experts that stay: `left` in every layer, namely those of `keep` {layer: ids}.
 
-    Where nothing has been measured `known` is False, and the first experts stand for them: the sizes are the same.
-    `orders` {layer: order of removal, with scores} are the criterion's, where it decided alone; `groups` {layer:
-    {kept: absorbed}} are what a merge joins.
+    `known` is False if nothing was measured; the first experts are then placeholders, which give the same sizes.
+    `orders` {layer: order of removal, with scores} are those of the criterion, if it decided alone. `groups` {layer:
+    {kept: absorbed}} are the experts that a merge averages.
     """
 
     left: int
@@ -42,11 +42,11 @@ class Decision:
 def decide(
     model: Model, options: PruneOptions, evidence: Evidence, *, left: int | None, seed: int, keep: Keep | None = None
 ) -> Decision:
-    """Decide by the criterion's evidence, or by `keep` where that is decided already.
+    """Decide by the evidence of the criterion, or take the experts `keep` that are already decided.
 
-    `left` is what `limits.check_prune` returned: experts per layer, None where the evidence decides how many.
-    Raises UsageError for a budget that cannot be met or that nothing given decides, InputError for evidence that says
-    nothing.
+    `left` is what `limits.check_prune` returned: the number of experts per layer, or None if the evidence decides it.
+    Raises UsageError for a budget that cannot be met or that nothing given decides, InputError for statistics that
+    cannot rank experts (NaN, infinite, or all zero).
     """
     name = options.criterion or default_criterion(model, evidence)
     if keep is not None:
@@ -64,12 +64,12 @@ def decide(
 
 
 def with_keep(decision: Decision, keep: Keep, *, groups: Groups | None = None) -> Decision:
-    """A decision whose experts were chosen anew, or are merged."""
+    """The decision, with other experts chosen or with experts merged."""
     return replace(decision, keep=keep, known=True, orders=None, groups=groups)
 
 
 def _check(model: Model, options: PruneOptions, evidence: Evidence, left: int) -> Mapping[int, frozenset[int]]:
-    """Refuse a number of experts that the router cannot have. Returns the protected experts."""
+    """Raises UsageError for a number of experts that the router cannot have. Returns the protected experts."""
     protected = protected_experts(model, options, evidence)
     if left < model.num_experts or options.top_k is None:
         check_feasible(model, left, protected, options.top_k or model.top_k)

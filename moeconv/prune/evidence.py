@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moeconv.calibrate.artifact import Statistics
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
-JUDGE_EVERY = 4  # the last of so many windows of --data judges what was decided on the others
+JUDGE_EVERY = 4  # every fourth window of --data is held out, and measures what was decided on the others
 
 
 def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: int | None, meter: Meter) -> Evidence:
@@ -38,13 +38,13 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
     if data and path is None and (CRITERIA[str(options.criterion)].needs.data or options.merge or covers(options)):
         from moeconv.calibrate.run import calibrate
 
-        judges = options.max_loss_increase is not None or options.curve or options.top_k is not None
-        judged = JUDGE_EVERY if judges else None
+        measures_loss = options.max_loss_increase is not None or options.curve or options.top_k is not None
+        judge_every = JUDGE_EVERY if measures_loss else None
         asked = parameters_of(request.data, request.measure, request.calibrate)
 
         def measure(folder: Path) -> None:
             calibrate(
-                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, judge_every=judged,
+                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, judge_every=judge_every,
                 overwrite=True, meter=meter, **asked,
             )  # fmt: skip
 
@@ -104,7 +104,8 @@ def _by_layer(
 
 
 def statistics_of(model: Model, path: str, *, twin: bool = False) -> Statistics:
-    """The statistics of the model or, with `twin`, of its twin. Raises InputError for any others."""
+    """The statistics of the model or, with `twin`, of its twin. Raises InputError for the statistics of another
+    model."""
     from moeconv.calibrate.artifact import load_statistics
 
     statistics = load_statistics(path)
@@ -112,9 +113,11 @@ def statistics_of(model: Model, path: str, *, twin: bool = False) -> Statistics:
     return statistics
 
 
-def settled(model: Model, evidence: Evidence, request: PruneRequest, *, named: bool) -> tuple[PruneRequest, list[str]]:
-    """(the request with the best criterion that the evidence allows unless the user `named` one, warnings). A warning
-    says that the best one could not be used."""
+def with_criterion(
+    model: Model, evidence: Evidence, request: PruneRequest, *, named: bool
+) -> tuple[PruneRequest, list[str]]:
+    """(the request with its criterion, warnings). Unless the user `named` a criterion, it is the best one that the
+    statistics allow. There is a warning if they do not allow the best of all."""
     if named or evidence.statistics is None:
         return request, []
     criterion = choice.default_criterion(model, evidence)

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 AT_ONCE = 4  # sets of experts that are measured in one pass over the model
 
 
-class Judge:
-    """Measures several sets of kept experts in one pass over the layers of the model."""
+class KeepScorer:
+    """Measures the loss of several sets of kept experts in one pass over the layers of the model."""
 
     def __init__(
         self, model: Model, evidence: Evidence, request: PruneRequest, *, meter: Meter, whole: bool = False
     ) -> None:
-        """Read the data, and divide it into a part that decides and a part that judges. With `whole`, nothing is
-        decided on the data, so that all of it judges."""
+        """Read the data, and divide it into a part that decides and a held-out part that is measured. With `whole`,
+        nothing is decided on the data, so that all of it is measured."""
         from moeconv.data.windows import TokenData, split_windows
 
         self.model, self.evidence, self.options, self.meter = model, evidence, request.prune, meter
@@ -43,9 +43,8 @@ class Judge:
         if not self.options.stats and not whole:
             fit, read = split_windows(read, every=JUDGE_EVERY)
         elif self.options.refit and not whole:
-            fit, read = split_windows(
-                read, every=2
-            )  # the statistics come from a file, so that a half fits and a half judges
+            # the statistics come from a file, so that one half refits and the other half is measured
+            fit, read = split_windows(read, every=2)
         self.windows, self.source, self.names = read.windows, read.source, [s.name for s in read.sources]
         self.fit: np.ndarray | None = None
         if self.options.refit and fit is not None:
@@ -88,7 +87,7 @@ def smallest(
     protected = choice.protected_experts(model, options, evidence)
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
     counts = [left for left in range(floor, model.num_experts) if feasible(model, left, options)]
-    judge = Judge(model, evidence, request, meter=meter)
+    scorer = KeepScorer(model, evidence, request, meter=meter)
     measured: dict[int, Score] = {}
     sets: dict[int, dict[int, list[int]]] = {}
     low, high = 0, len(counts)  # counts[high:] pass the gate, counts[:low] do not
@@ -99,7 +98,7 @@ def smallest(
             sets[t] = choice.choose(
                 model, orders, counts[t], evidence=evidence, criterion=str(options.criterion), protected=protected
             )
-        for t, score in zip(tries, judge.scores([sets[t] for t in tries])):
+        for t, score in zip(tries, scorer.scores([sets[t] for t in tries])):
             measured[t] = score
         passing = [t for t in tries if increase(measured[t]) <= gate]
         failing = [t for t in tries if not increase(measured[t]) <= gate]
@@ -119,7 +118,7 @@ def cost(
 ) -> dict[str, Cost]:
     """What the removal of the experts and --top-k cost on --data: {"measured": figures}."""
     keep = decision.keep if decision.left != model.num_experts else {}
-    (score,) = Judge(model, evidence, request, meter=meter, whole=not keep).scores([keep])
+    (score,) = KeepScorer(model, evidence, request, meter=meter, whole=not keep).scores([keep])
     return {"measured": figures_of(score)}
 
 

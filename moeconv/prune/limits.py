@@ -33,7 +33,8 @@ def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int
         )
     if not model.moe_layers:
         raise InputError(
-            "no layer of this model is a Mixture-of-Experts, as config.json says", hint="There is nothing to prune."
+            "according to config.json, no layer of this model is a Mixture-of-Experts",
+            hint="There is nothing to prune.",
         )
     check_served(model.family.model_type, options.target)
     protected = parse_protect(options.protect, model)

@@ -1,19 +1,21 @@
-"""The memory that running a pruned model beside the whole one takes, from the headers. Imports no torch."""
+"""The memory that it takes to run a pruned model beside the unpruned one, computed from the headers. Imports no
+torch."""
 
 from __future__ import annotations
 
 from moeconv.families.model import Model
 from moeconv.stream.need import WorkloadFields
 
-_BYTES = 8 + 4  # of a refitted weight: its change in float64, and the old one, which the new one follows
+_BYTES = 8 + 4  # per refitted weight: its change in float64, and the old weight, which the new one replaces
 
 
 def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> WorkloadFields:
-    """The workload of pruned `variants` beside the model, of which at most so many experts of a layer are `refitted`
-    (0: none), one variant after the other.
+    """The workload of running pruned `variants` beside the model, one variant after the other. At most `refitted`
+    experts of a layer are refitted (0: none).
 
-    `flows` are the activations of all, and in a refit what the experts read and what the layer lacks, in float32 and
-    in float64."""
+    `flows` counts the activations of the model and of the variants. A refit adds the inputs of the experts and the
+    missing part of the layer's output, both in float32 and in float64.
+    """
     flows = 1 + variants
     if not refitted:
         return {"flows": flows}

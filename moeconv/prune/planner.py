@@ -47,7 +47,7 @@ def plan_prune(
     `keep_experts` {layer: kept ids} overrides criterion and budget. `overlays` {origin: file} hold tensors named as in
     the result that take the place of the sliced ones (refitted, merged, tuned); run the plan with them as `origins`.
     `groups` {layer: {kept: absorbed}} go into the block. Raises UsageError for a budget that cannot be met or that
-    nothing given decides, InputError for evidence that says nothing.
+    nothing given decides, InputError for statistics that cannot rank experts.
     """
     check_names(parameters, PruneOptions, PlanOptions)
     options, common = from_keywords(PruneOptions, parameters), from_keywords(PlanOptions, parameters)
@@ -107,7 +107,7 @@ def prune_plan(
 
 
 def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) -> JsonObject:
-    """The entries of the manifest that say what the decision was made on: the statistics, their data and the kept
+    """The entries of the manifest that identify what the decision was made on: the statistics, their data and the kept
     experts, by their hashes, because a path has no meaning on another machine."""
     keep, metadata = block["keep"], getattr(evidence.statistics, "metadata", None)
     found: JsonObject = {"criterion": block["criterion"]}

@@ -1,7 +1,9 @@
-"""What a layer's output loses when experts go, with tokens re-routed as the model would: a greedy order, and swaps.
+"""The loss of a layer's output when experts are removed and tokens are re-routed as the model would: greedy order and
+swaps.
 
-NAEE (Lu et al., ACL 2024) searches subsets by this loss; here it is followed greedily, on a token sample on which all
-experts were evaluated, so that a removal costs a re-routing of the tokens that used the expert and nothing else.
+NAEE (Lu et al., ACL 2024) searches the subsets of experts by this loss. Here a greedy search replaces the exhaustive
+one. On the token sample all experts were evaluated, so that the loss of a removal only needs the tokens that used the
+expert to be routed again.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from moeconv.families.rule import Rule, route
 
 
 class Reconstruction:
-    """One layer's token sample: `logits` [T, E], what every expert gives `outputs` [T, E, P], `scale` [T].
+    """The token sample of one layer: `logits` [T, E], `outputs` [T, E, P] of every expert, `scale` [T].
 
-    The loss is the mean over tokens of |Y - Y_kept|^2 / scale^2, `scale` the norm of the residual stream that the
-    layer adds to: what a later norm sees of the error.
+    The loss is the mean over tokens of |Y - Y_kept|^2 / scale^2. `scale` is the norm of the residual stream that the
+    layer adds to, so that the loss is the error that a later norm passes on.
     """
 
     def __init__(
@@ -33,34 +35,37 @@ class Reconstruction:
 
     @property
     def _apart(self) -> bool:
-        """Whether an expert's going touches only the tokens that used it: a softmax over all experts that is not
-        renormalised weighs every token's experts by what is left, and groups are ranked by all their experts."""
+        """Whether the removal of an expert changes only the tokens that used it. This is false for a softmax over all
+        experts that is not renormalised, where the weights of every token depend on which experts remain, and for
+        router groups, which are ranked by all their experts."""
         return self.rule.groups == 1 and (self.rule.renormalise or self.rule.score != "softmax")
 
     def mixture(self, rows: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(outputs float32 [n, P], chosen experts [n, k]) of the tokens `rows` among `allowed` bool [E] or [n, E]."""
+        """(outputs float32 [n, P], chosen experts [n, k]) of the tokens `rows` when only the experts `allowed`, bool
+        [E] or [n, E], can be chosen."""
         chosen, weights = route(self.rule, self.logits[rows], allowed, bias=self.bias, factor=self.factor)
         picked = self.outputs[rows[:, None], chosen]
         return np.einsum("tk,tkp->tp", weights.astype(np.float32), picked), chosen
 
     def losses(self, rows: np.ndarray, mixed: np.ndarray) -> np.ndarray:
-        """The weighted squared error of each of these tokens, float64 [n]."""
+        """The weighted squared error of each token of `rows`, float64 [n]."""
         return np.square(self.whole[rows] - mixed).sum(1, dtype=np.float64) * self.importance[rows]
 
     def loss(self, kept: Iterable[int]) -> float:
-        """The loss of a set of experts."""
+        """The loss when only the experts `kept` remain."""
         rows = np.arange(len(self.logits))
         return float(self.losses(rows, self.mixture(rows, self._mask(kept))[0]).sum())
 
     def scale(self, kept: Iterable[int]) -> float:
-        """The factor on the outputs of these experts at which the layer's loss is least."""
+        """The factor on the outputs of the kept experts that minimises the loss of the layer."""
         rows = np.arange(len(self.logits))
         mixed: np.ndarray = self.mixture(rows, self._mask(kept))[0].astype(np.float64)
         square = float((mixed**2).sum(1) @ self.importance)
         return float((mixed * self.whole).sum(1) @ self.importance) / square if square > 0 else 1.0
 
     def order(self, protected: frozenset[int]) -> tuple[list[int], list[float]]:
-        """Experts in the order of greedy removal, down to one, and the layer's loss after each removal."""
+        """The experts in the order of greedy removal, until one is left, and the loss of the layer after each
+        removal."""
         left = list(range(self.experts))
         gone: list[int] = []
         after: list[float] = []
@@ -73,7 +78,7 @@ class Reconstruction:
         return gone, after
 
     def removals(self, left: list[int], protected: frozenset[int]) -> dict[int, float]:
-        """{expert: the layer's loss when it goes too}."""
+        """{expert: the loss of the layer if this expert is removed too}."""
         rows = np.arange(len(self.logits))
         mask = self._mask(left)
         mixed, chosen = self.mixture(rows, mask)
@@ -91,8 +96,8 @@ class Reconstruction:
         return found
 
     def refine(self, kept: Iterable[int], protected: frozenset[int], *, groups: int = 1) -> list[int]:
-        """Swaps of a kept expert for a dropped one for as long as the loss falls: the dropped expert that helps most
-        comes back, then the one whose absence costs least goes."""
+        """Swap kept experts for dropped ones for as long as the loss falls. In each swap, the dropped expert that
+        lowers the loss most comes back, and then the kept expert whose absence costs least is removed."""
         best = sorted(kept)
         loss = self.loss(best)
         size = self.experts // groups

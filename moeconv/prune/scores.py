@@ -19,10 +19,10 @@ def score_variants(
     num_sources: int,
     fit: np.ndarray | None = None,
 ) -> list[list[Score]]:
-    """A Score per variant and data source over the windows that `fit` bool [n] leaves to judge by (all where None);
-    `source` int64 [n] is that of every window.
+    """One Score per variant and data source, over the windows that `fit` bool [n] does not mark (over all windows if it
+    is None). `source` int64 [n] is the data source of each window.
 
-    `reference_loss` and `kl` compare with the unpruned model. Raises InputError as `pruned_pass`.
+    `reference_loss` and `kl` compare with the unpruned model. Raises InputError as `pruned_pass` does.
     """
     pruned_pass(stream, variants, fit=fit)
     scores = [[Score() for _ in range(num_sources)] for _ in variants]
@@ -36,7 +36,7 @@ def score_variants(
 
 
 def total(scores: Sequence[Score]) -> Score:
-    """All sources together."""
+    """The score over all sources together."""
     whole = Score()
     for score in scores:
         whole.add(score)

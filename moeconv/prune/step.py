@@ -15,7 +15,7 @@ from moeconv.prune import choice, limits, planner
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.curve import curve
 from moeconv.prune.decision import Decision, decide
-from moeconv.prune.evidence import covers, evidence_of, gathered, settled
+from moeconv.prune.evidence import covers, evidence_of, gathered, with_criterion
 from moeconv.prune.gates import cost, smallest
 from moeconv.prune.need import pruned_workload
 from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_on, repaired
@@ -49,12 +49,12 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     decides = (request.prune, request.plan, request.data, request.measure, request.calibrate)
     with measuring("prune", model, out, write, *decides, meter=meter) as measured:
         evidence = gathered(model, request, measured, left=left, meter=meter)
-        request, warnings = settled(model, evidence, request, named=named)
+        request, warnings = with_criterion(model, evidence, request, named=named)
         options = request.prune
         decision, made = None, _Stored()
         if options.max_loss_increase is None:
             decision = decide(model, options, evidence, left=left, seed=request.plan.seed)
-        if _measures(options) or _judged(request):
+        if _text_options(options) or _measures_top_k(request):
             asked, begun = request, decision
             folder, found = measured.once(
                 "decision", lambda folder: _measured(model, evidence, asked, begun, folder, meter=meter)
@@ -78,7 +78,7 @@ def _dry_run(
 ) -> JsonObject:
     """The plan and the memory that the run will take. Experts that only measurements can decide stay undecided."""
     evidence = evidence_of(model, request.prune.stats, request)
-    request, _ = settled(model, evidence, request, named=named)
+    request, _ = with_criterion(model, evidence, request, named=named)
     decision = decide(model, request.prune, evidence, left=left, seed=request.plan.seed)
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
@@ -90,24 +90,24 @@ def _dry_run(
     return result
 
 
-def _measures(options: PruneOptions) -> list[str]:
-    """The names of the options that run the model on text, other than for the criterion."""
+def _text_options(options: PruneOptions) -> list[str]:
+    """The names of the given options, other than the criterion, for which the model is run on text."""
     asked = [name for name in (*REPAIRS, "curve") if getattr(options, name)]
     return asked + (["max_loss_increase"] if options.max_loss_increase is not None else [])
 
 
-def _judged(request: PruneRequest) -> bool:
+def _measures_top_k(request: PruneRequest) -> bool:
     """Whether the cost of a changed top-k is measured."""
     return request.prune.top_k is not None and bool(request.data.data)
 
 
 def _check_data(request: PruneRequest) -> None:
     """Raises UsageError if --data and --stats do not go with the other options."""
-    options, data, measures = request.prune, request.data.data, _measures(request.prune)
-    if measures and not data and not request.write.dry_run:
-        flag = "--" + measures[0].replace("_", "-")
+    options, data, on_text = request.prune, request.data.data, _text_options(request.prune)
+    if on_text and not data and not request.write.dry_run:
+        flag = "--" + on_text[0].replace("_", "-")
         raise UsageError(f"{flag} runs the model on text, and there is no --data", hint="Pass --data FILE.")
-    if options.stats and data and not measures and not _judged(request):
+    if options.stats and data and not on_text and not _measures_top_k(request):
         raise UsageError(
             "--stats and --data exclude each other",
             hint="Leave out --data: the statistics already contain what was measured on data.",
@@ -152,7 +152,7 @@ def _measured(
         keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
         figures |= cost_of_keep
         decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
-    elif _judged(request):
+    elif _measures_top_k(request):
         figures |= cost(model, evidence, request, decision, meter=meter)
     made = Repaired(decision, {}, figures)
     if options.sequential or options.refit:

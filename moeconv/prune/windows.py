@@ -1,4 +1,4 @@
-"""The texts that a prune runs the model on, and the stream over its layers."""
+"""The text that a prune runs the model on, and the stream over the model's layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def read_windows(model: Model, request: PruneRequest) -> TokenData:
-    """The windows of --data, as calibration draws them."""
+    """The windows of --data, drawn as in calibration."""
     from moeconv.data.windows import load_tokens, sequence_length
 
     measure = request.measure
@@ -33,8 +33,8 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
 def stream_of(
     model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, variants: int = 1
 ) -> LayerStream:
-    """The stream of the model that the pruned `variants` run beside, within the memory that was granted; at most so
-    many experts of a layer are `refitted`."""
+    """The stream of the model, beside which the pruned `variants` run, within the memory limit of the user. At most
+    `refitted` experts of a layer are refitted at the same time."""
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model)
@@ -47,7 +47,7 @@ def stream_of(
 
 
 def refit_of(options: PruneOptions) -> Refit:
-    """How the experts that stay are refitted."""
+    """The settings of the refit of the kept experts."""
     from moeconv.prune.repair.refit import Refit
 
     return Refit(options.refit_strength, options.refit_sweeps)

@@ -28,7 +28,8 @@ def _measured(format: Format, scheme: str, *, mixed: bool) -> Mapping[str, Mappi
 
 
 def versions(measured: Mapping[str, Mapping[str, str]]) -> dict[str, str | None]:
-    """Runtime -> the version that was run, None where what is said of it is from its source or documents."""
+    """Runtime -> the version that was run, None if it was not run, so that what is known is from its source or
+    documentation."""
     return {runtime: RUNTIMES[runtime] if runtime in measured else None for runtime in TARGETS}
 
 
@@ -82,9 +83,10 @@ def check_targets(
 
 
 def _doubts(rows: Mapping[str, str] | None, target: str, what: str, model_type: str) -> list[str]:
-    """What to warn of where a runtime is said to load a model. `rows`: family -> what was found; None: not run."""
+    """The warnings about a runtime that is listed as one that loads a format. `rows`: family -> what was found when it
+    was run; None if it was not run."""
     if rows is None:
-        return [f"{target} is said to load {what}; it was not run with it here"]
+        return [f"{target} should load {what} according to its source or documentation; it was not run with it here"]
     if rows and model_type not in rows:
         return [f"{RUNTIMES[target]} loads {what} of other families; {model_type} was not run with it"]
     if rows.get(model_type) == "differs":

@@ -37,7 +37,7 @@ class LayerStream:
     the checkpoint's own elsewhere. Activations of more than `max_memory` bytes are in an unnamed file that is mapped
     into memory. With `held` False, the experts of a large layer stay on disk and are read each time that they are
     computed. With `in_place`, the experts are ordinary parameters in `dtype`; otherwise they stay as they are stored.
-    `meter` is told of every layer that is done.
+    Every layer that is done is reported to `meter`.
 
     Raises InputError for token ids outside the vocabulary and for a checkpoint that does not load strictly.
     """
@@ -251,7 +251,7 @@ def stream_within(
     **asks: Unpack[WorkloadFields],
 ) -> LayerStream:  # fmt: skip
     """A stream that takes at most `budget` bytes of memory, or without a budget at most what is free. Where the experts
-    and the activations do not fit, they stay on the disk; the stream's `placement` says which do.
+    and the activations do not fit, they stay on the disk; the stream's `placement` records which of them do.
 
     `asks` are fields of `need.Workload`. `beside` are the needs of what else the process does, before or after.
     On another device than the CPU the budget is for the activations alone. Raises what `need.choose_placement` raises,

@@ -188,7 +188,7 @@ class Skeleton:
                     setattr(part, name, nn.Parameter(p.detach().to(self.dtype), p.requires_grad))
 
     def tie(self) -> None:
-        """Tie the output and input embeddings if the config says so, from the one that is loaded."""
+        """Tie the output and input embeddings if the config ties them, from the one that is loaded."""
         missing = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.is_meta}
         with transformers_silenced():
             self.module.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -1,7 +1,8 @@
-"""The pure functions that items name. They are found by name, and imported when a plan uses them.
+"""The pure functions that items name. A kernel is found by its name, and imported when a plan uses it.
 
-A kernel takes the raw bytes of the inputs and returns the raw bytes of the outputs. It knows dtypes and shapes, never
-names. `copy` is not a kernel: the executor moves those bytes from file to file without making tensors of them.
+A kernel takes the raw bytes of the inputs and returns the raw bytes of the outputs. It gets dtypes and shapes, but not
+the roles of tensors. `copy` is not a kernel: the executor moves those bytes from file to file without making tensors of
+them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _TORCH = ("moeconv.plan.kernels.quantized",)
 
 
 def load_kernel(name: str) -> Kernel:
-    """The function for a kernel's name, which is a row of the table or "module:function". Raises KeyError for any other
+    """The function of a kernel. Its name is a key of the table or "module:function". Raises KeyError for any other
     name, InputError for a module or function of another package that cannot be loaded."""
     module, _, function = (name if ":" in name else _WHERE[name]).partition(":")
     try:

@@ -1,4 +1,4 @@
-"""The float weight that the parts of a stored weight stand for: one decoder per form, by the name of the form.
+"""Decodes the parts of a stored weight to the float weight: one decoder per stored form, by the name of the form.
 
 Imports torch; kernels and the measuring commands import this module lazily.
 """

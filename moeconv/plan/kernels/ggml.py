@@ -13,8 +13,8 @@ from moeconv.plan.plan import Input, Params, TensorSpec
 
 
 def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
-    """params: heads, the number of heads whose rows are reordered from halves to pairs (llama.cpp's rotary order for
-    llama); 0 for no change."""
+    """Encode a weight. params: heads, the number of heads whose rows are reordered from halves to pairs (the rotary
+    order of llama.cpp for llama); 0 for no change."""
     ((ref, data),), (spec,) = inputs, outputs
     if spec.dtype not in BLOCK_DTYPES:
         weight = to_float32(data, ref.dtype, ref.shape)
@@ -32,7 +32,7 @@ def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tensor
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The rows 0..d/2-1 and d/2..d-1 of each of `heads` heads of d rows, alternating; of [rows, ...] or a bias
-    [rows]."""
+    """`weight` [rows, ...] or bias [rows], where the rows 0..d/2-1 and d/2..d-1 of each of the `heads` heads, of d rows
+    each, alternate."""
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))

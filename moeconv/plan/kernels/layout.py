@@ -1,4 +1,4 @@
-"""The kernel that evaluates an expression: it moves rows and columns exactly, computes in float32 and rounds once.
+"""The kernel that evaluates an expression: it moves rows and columns exactly, computes in float32, and rounds once.
 
 An expression is [op, params, children] as JSON; ["input", {"index": i}, []] is the i-th input of the item. Arithmetic
 works on blocks of rows, so that temporaries stay small for tensors of any size.
@@ -109,7 +109,7 @@ class _Evaluation:
         return lambda x, _row: (x - mean).astype(x.dtype)
 
     def whole(self, tree: Tree) -> Bits:
-        """All values of a node: with the bits of the source where they are only moved, else in float32."""
+        """All values of a node: the unchanged bits of the source if they are only moved, otherwise float32."""
         op, params, of = tree
         if op == "input":
             ref, data = self.inputs[params["index"]]

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 
 BNB_BLOCK = 64
-NESTED_BLOCK = 256  # of double quantization, fixed in bitsandbytes' quantize_4bit
-_OFFSET_WIDTH = 24  # the longest float that repr gives: -2.2250738585072014e-308
+NESTED_BLOCK = 256  # block size of double quantization, a constant in bitsandbytes' quantize_4bit
+_OFFSET_WIDTH = 24  # length of the longest repr of a float: -2.2250738585072014e-308
 
 
 def quant_state(

@@ -1,4 +1,4 @@
-"""Raw bytes <-> torch tensors, by the names that safetensors has for dtypes.
+"""Raw bytes <-> torch tensors, with the dtype names of safetensors.
 
 Imports torch; kernels and the measuring commands import this module lazily.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError, escape
 
-# dtype as safetensors names it -> as torch does; torch has no F4 and F6
+# dtype in safetensors -> dtype in torch, which has no F4 and F6
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
     "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,

@@ -1,1 +1,2 @@
-"""MEASURE for prune: kept experts refitted or merged, and pruned variants run beside the model."""
+"""Measurements for repairs of a prune: kept experts are refitted or merged, and pruned variants run beside the
+model."""

@@ -1,7 +1,8 @@
-"""Merging: every kept expert absorbs the dropped ones that are most like it, their neurons matched first.
+"""Merging: every kept expert absorbs the dropped experts that are most similar to it, after their neurons were matched.
 
-REAM and HC-SMoE: a group's experts are averaged with their saliency as weight. Neurons of an FFN have no order, so each
-absorbed expert's are first permuted to the kept one's by the assignment that makes activations and weights most alike.
+As in REAM and HC-SMoE, the experts of a group are averaged with their saliency as weight. The neurons of an FFN have no
+order, so the neurons of each absorbed expert are first permuted to those of the kept one, by the assignment that makes
+activations and weights most similar.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.tensors import decode_weight
 
-_TOKENS = 2048  # on which activations are compared
+_TOKENS = 2048  # number of tokens on which activations are compared
 
 Groups = Mapping[int, Mapping[int, Sequence[int]]]
 
 
 @torch.no_grad()
 def merge(stream: LayerStream, read: TokenData, groups: Groups, saliency: Mapping[int, np.ndarray], path: Path) -> None:
-    """Write the overlay `path` of merged experts, named as in the pruned model. `groups` {layer: {kept: absorbed}},
-    `saliency` {layer: [E]} weighs the experts. Raises InputError for packed experts."""
+    """Write the overlay `path` with the merged experts, named as in the pruned model. `groups` {layer: {kept:
+    absorbed}} are the experts to average, with the weights `saliency` {layer: [E]}. Raises InputError for packed
+    experts."""
     left = len(next(iter(groups.values())))
     names = overlay_names(stream.model, left, FFN_PARTS)
     about = artifact_metadata(
@@ -53,7 +55,7 @@ def merge(stream: LayerStream, read: TokenData, groups: Groups, saliency: Mappin
 
 
 def _inputs(layer: Layer) -> Tensor:
-    """Advance a layer; an even sample of what its FFN reads, [n, H]."""
+    """Compute a layer, and return an evenly spaced sample of the inputs of its FFN, [n, H]."""
     parts = [batch.ffn_input for batch in layer.batches()]
     step = max(1, sum(map(len, parts)) // _TOKENS)
     return torch.cat([part[::step] for part in parts])[:_TOKENS]
@@ -62,7 +64,7 @@ def _inputs(layer: Layer) -> Tensor:
 def merged_layer(
     model: Model, layer: Layer, hidden: Tensor, groups: Mapping[int, Sequence[int]], saliency: np.ndarray
 ) -> dict[int, dict[str, Tensor]]:
-    """{kept expert: {gate, up, down}} in float32."""
+    """{kept expert: {gate, up, down}}, the averaged matrices in float32."""
     made: dict[int, dict[str, Tensor]] = {}
     for kept, absorbed in groups.items():
         mine = _matrices(model, layer.index, kept)
@@ -83,7 +85,8 @@ def merged_layer(
 def _matched(
     layer: Layer, hidden: Tensor, kept: int, other: int, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 ) -> np.ndarray:
-    """order[i]: the neuron of `other` that stands for neuron i of `kept` (Hungarian on activation + weight cost)."""
+    """order[i]: the neuron of `other` that corresponds to neuron i of `kept`. The assignment (Hungarian algorithm)
+    maximises the sum of the cosine of their activations and the cosine of their weights."""
     assert layer.experts is not None
     one, two = (_units(activations(layer.experts, hidden, e)[0].T) for e in (kept, other))
     weights = _units(_neurons(mine)) @ _units(_neurons(theirs)).T
@@ -91,7 +94,7 @@ def _matched(
 
 
 def _neurons(matrices: Mapping[str, Tensor]) -> Tensor:
-    """[I, 3H]: gate row, up row, down column of each neuron."""
+    """[I, 3H]: for each neuron its gate row, up row and down column."""
     return torch.cat([matrices["gate"], matrices["up"], matrices["down"].T], dim=1)
 
 

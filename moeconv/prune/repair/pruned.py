@@ -1,6 +1,7 @@
-"""Pruned variants of a model beside the model itself, in one pass over its layers: masked routing, refitted experts.
+"""Runs pruned variants of a model beside the model in one pass over its layers: masked routing, and refitted experts.
 
-No model is written: every variant keeps its own activations, and each layer's weights are read once for all of them.
+No model is written. Every variant has its own activations, and the weights of each layer are read once for all
+variants.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from torch import Tensor
 
 from moeconv.data.heldout import clearly_less, held_out
 from moeconv.errors import InputError
-from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, judged, refit_layer, tokens_needed
+from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, held_out_errors, refit_layer, tokens_needed
 from moeconv.stream.experts import down_projection, with_down
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
 
-_SAME = 0.02  # relative: what separates adding from any other way to join the stream
+_SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
 
-Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer and the variant's inputs [n, S, H] -> experts that stay
+Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer, its inputs in the variant [n, S, H] -> experts to keep
 OnLayer = Callable[[int, Mapping[int, Tensor]], None]  # layer, {expert: new down projection [H, I]}
 
 
 @dataclass(eq=False)
 class Variant:
-    """One way to prune: `keep` {layer: kept experts} (all where a layer is absent), or `choose` as the layers come.
+    """One way to prune. `keep` {layer: kept experts} (a layer that is absent keeps all), or `choose`, which decides for
+    each layer when the pass reaches it.
 
-    `replace` {layer: {expert: down projection [H, I]}} are weights that stand already, `scale` {layer: factor}
-    multiplies the experts' down projections, `refit` finds new ones, which stay where they are clearly better than
-    the old ones on held-out tokens (`fitted` says where); `on_layer` hears what they became. `top_k` experts a token
-    instead of the model's own. After the pass `hidden` [n, S, H] are its final activations and `keep` is whole.
+    `replace` {layer: {expert: down projection [H, I]}} are weights that were already changed. `scale` {layer: factor}
+    multiplies the down projections of the experts. `refit` computes new down projections, which are used where they are
+    clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with the new
+    down projections of each layer. `top_k` is the number of experts per token, instead of the model's own. After the
+    pass, `hidden` [n, S, H] are the final activations of the variant, and `keep` has an entry for every layer.
     """
 
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -51,9 +54,10 @@ class Variant:
 
 @torch.no_grad()
 def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None) -> None:
-    """Pass all layers of `stream` and of its variants. A refit looks at the windows `fit` bool [n] (all where None).
+    """Compute all layers of `stream` and of its variants. A refit uses the windows that `fit` bool [n] marks (all if it
+    is None).
 
-    Raises InputError where the stock router cannot be masked, or a layer computes NaN.
+    Raises InputError if the stock router cannot be masked, or if a layer computes NaN.
     """
     for variant in variants:
         variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
@@ -75,7 +79,8 @@ def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.nda
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """What a refit looks at: `windows` bool [n], and of those the tokens that only judge, `held` bool [n, S]."""
+    """The tokens of a refit: `windows` bool [n] are those it uses. `held` bool [n, S] are the held-out tokens of these,
+    on which the result is only compared."""
 
     windows: Tensor
     held: Tensor
@@ -103,7 +108,7 @@ def masked(
     stream: LayerStream, layer: Layer, kept: Sequence[int], *, top_k: int | None = None,
     replaced: Mapping[int, Tensor] | None = None,
 ) -> ExitStack:  # fmt: skip
-    """A context in which the layer is pruned."""
+    """A context in which the router can choose only the kept experts."""
     assert layer.router is not None and layer.experts is not None
     stack = ExitStack()
     stack.enter_context(
@@ -125,16 +130,16 @@ def masked(
 def _refitted(
     stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens
 ) -> dict[int, Tensor]:
-    """New down projections of the kept experts. What they are to restore is the unpruned model's residual stream behind
-    the layer, so that a layer also mends what those before it could not; where the family does not simply add the FFN
-    to the stream, it is what the whole layer would give on the same inputs. Where the new ones are not
-    clearly better than the old ones on the held-out tokens, or the tokens are too few for a fit, the old ones."""
+    """The new down projections of the kept experts. The target is the residual stream of the unpruned model after the
+    layer, so that each layer also corrects the errors of the layers before it. If the family does not simply add the
+    FFN to the stream, the target is the output of the whole layer on the same inputs. Returns the old down projections
+    if the new ones are not clearly better on the held-out tokens, or if there are too few tokens for a fit."""
     assert variant.refit is not None and layer.experts is not None
     routes: list[Routes] = []
     wanted: list[Tensor] = []
     rows: list[Tensor] = []
     held_rows: list[Tensor] = []
-    given = 0.0  # squared norm of what the pruned FFN gives on held-out tokens
+    given = 0.0  # squared norm of the pruned FFN's output on held-out tokens
     additive = True
     with masked(stream, layer, kept, top_k=variant.top_k):
         for batch in layer.batches(advance=False, hidden=variant.hidden):
@@ -164,10 +169,10 @@ def _refitted(
     held = torch.cat(held_rows)
     shaping, judging = whole.where(~held), whole.where(held)
     lacking, judged_by = missing[~held], missing[held]
-    del routes, wanted, whole, missing  # copies of all activations, before the float64 ones are made
+    del routes, wanted, whole, missing  # frees copies of all activations before those in float64 are made
     before = {e: down_projection(layer.experts, e) for e in kept}
     made = refit_layer(layer.experts, shaping, lacking, before, variant.refit)
-    old, new = judged(layer.experts, judging, judged_by, before, made)
+    old, new = held_out_errors(layer.experts, judging, judged_by, before, made)
     shown, needed = float((shaping.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = shown >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = ((float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new))

@@ -1,7 +1,9 @@
-"""Ridge refit of the kept experts' down projections, so that a pruned layer gives what the whole one gave.
+"""Ridge regression of the kept experts' down projections, so that a pruned layer reproduces the output of the whole
+layer.
 
-Only down_proj changes, so the result loads in every stock runtime. Block coordinate descent over the experts on
-sum |missing - sum_e g_e a_e dW_e|^2 + lambda * sum_e m_e |dW_e|^2, m_e the mean diagonal of expert e's Gram matrix.
+Only down_proj changes, so that every stock runtime loads the result. Minimises sum |missing - sum_e g_e a_e dW_e|^2 +
+lambda * sum_e m_e |dW_e|^2 by block coordinate descent over the experts; m_e is the mean diagonal of the Gram matrix of
+expert e.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ from torch import Tensor, nn
 
 from moeconv.stream.experts import activations
 
-_ROWS = 8192  # tokens whose activations are held at a time
-_TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit is of the text and not of the model
+_ROWS = 8192  # tokens whose activations are in memory at a time
+_TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit follows the text and does not generalise
 
 
 @dataclass(frozen=True)
 class Refit:
-    """`strength`: the ridge, in units of the mean squared activation; `sweeps` over the experts; `target` "stream" (the
-    unpruned model's residual stream) or "layer" (the whole layer on the pruned model's inputs)."""
+    """The settings of a refit. `strength`: the ridge, in units of the mean squared activation. `sweeps`: passes over
+    the experts. `target`: "stream" (the residual stream of the unpruned model) or "layer" (the output of the whole
+    layer on the inputs of the pruned model)."""
 
     strength: float = 0.3
     sweeps: int = 2
@@ -30,7 +33,7 @@ class Refit:
 
 @dataclass(frozen=True, eq=False)
 class Routes:
-    """Tokens of one layer: `hidden` [T, H], `index` [T, k], `weights` [T, k]."""
+    """The routed tokens of one layer: `hidden` [T, H], `index` [T, k], `weights` [T, k]."""
 
     hidden: Tensor
     index: Tensor
@@ -44,8 +47,8 @@ class Routes:
 def refit_layer(
     experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], refit: Refit
 ) -> dict[int, Tensor]:
-    """New down projections {expert: [H, I]} in the dtype of the old ones. `missing` [T, H] is what the layer's output
-    lacks with the old ones, `before` {expert: [H, I]}."""
+    """New down projections {expert: [H, I]} in the dtype of the old ones, `before` {expert: [H, I]}. `missing` [T, H]
+    is the wanted output of the layer minus its output with the old ones."""
     missing = missing.double()
     change = {e: torch.zeros(w.shape, dtype=torch.float64, device=w.device) for e, w in before.items()}
     for _ in range(refit.sweeps):
@@ -71,8 +74,8 @@ def refit_layer(
 
 @dataclass(frozen=True)
 class RefitOutcome:
-    """How a layer's refit fared on its held-out tokens: relative errors with the old weights and with the new ones,
-    tokens per expert that shaped these and that are needed, and whether the new ones are `kept`."""
+    """The result of a layer's refit on its held-out tokens: the relative errors with the old and with the new weights,
+    the tokens per expert that the fit used and that it needs, and whether the new weights are used (`kept`)."""
 
     layer: int
     error_before: float
@@ -83,15 +86,16 @@ class RefitOutcome:
 
 
 def tokens_needed(before: Mapping[int, Tensor]) -> int:
-    """Tokens per expert that a refit of down projections {expert: [H, I]} needs."""
+    """The number of tokens per expert that a refit of down projections {expert: [H, I]} needs."""
     return _TOKENS_PER_COLUMN * next(iter(before.values())).shape[1]
 
 
-def judged(
+def held_out_errors(
     experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], after: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Squared norms of what the layer's output lacks [T, H], by token: float64 [T] with the old down projections and
-    with the new ones."""
+    """(float64 [T] with the old down projections `before`, float64 [T] with the new ones `after`): for each token, the
+    squared norm of the wanted output of the layer minus its output. `missing` [T, H] is that difference with the old
+    ones."""
     left = missing.double().clone()
     for e, weight in after.items():
         rows, slot = (routes.index == e).nonzero(as_tuple=True)
@@ -102,5 +106,5 @@ def judged(
 
 
 def _inner(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
-    """An expert's activations in front of down_proj, float64 [n, I]."""
+    """The inputs of an expert's down_proj, float64 [n, I]."""
     return torch.cat([activations(experts, part, expert)[0].double() for part in hidden.split(_ROWS)])

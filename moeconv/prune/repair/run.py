@@ -1,6 +1,7 @@
-"""What a pruned model's experts become: refitted, rescaled or merged, written layer by layer as an overlay.
+"""Writes the refitted, rescaled or merged experts of a pruned model to an overlay, layer by layer.
 
-The overlay's tensors are named and shaped as in the pruned checkpoint; `plan_prune(..., overlays=...)` applies it.
+The tensors of the overlay have the names and shapes of the pruned checkpoint; `plan_prune(..., overlays=...)` applies
+it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def repair(
     parts: Sequence[str] = ("down",),
     settings: Config | None = None,
 ) -> None:
-    """Run `variant` beside the model and write what its kept experts became to the overlay `path`.
+    """Run `variant` beside the model, and write its changed experts to the overlay `path`.
 
-    `parts` are the matrices that change, `left` the experts per layer that the pruned model has. Raises InputError
-    for a family whose experts cannot be written so.
+    `parts` are the matrices that change; `left` is the number of experts per layer of the pruned model. Raises
+    InputError for a family whose experts cannot be written in this way.
     """
     names = overlay_names(stream.model, left, parts)
     about = artifact_metadata(
@@ -56,7 +57,8 @@ def repair(
 
 
 def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[int, int, str], Layout]:
-    """{(layer, new expert, part): (name, dtype, shape)} in the order of writing; experts -1 where they are packed."""
+    """{(layer, new expert, part): (name, dtype, shape)} in the order of writing. The expert is -1 if one tensor holds
+    all experts."""
     tensors, family = model.checkpoint.tensors, model.family
     named: dict[tuple[int, int, str], Layout] = {}
     for layer in model.moe_layers:
@@ -83,8 +85,8 @@ def on_disk(
     *,
     parts: Sequence[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a layer's experts in the order of `overlay_names`; `made` {old expert: down [H, I], or
-    {part: matrix} when several parts change}."""
+    """(name, tensor) of the experts of a layer, in the order of `overlay_names`. `made` is {old expert: down projection
+    [H, I]}, or {old expert: {part: matrix}} if several parts change."""
     family = model.family
     matrices = {e: value if isinstance(value, Mapping) else {"down": value} for e, value in made.items()}
     if model.packed_experts:

@@ -1,1 +1,1 @@
-"""MEASURE for quantize: codes of least output error, chosen a layer at a time, as an overlay."""
+"""Measurements for quantize: codes with the least output error, chosen layer by layer and written to an overlay."""

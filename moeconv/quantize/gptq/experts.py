@@ -1,4 +1,5 @@
-"""A layer's experts while their codes are chosen: in memory once, their weights replaced by what is chosen for them."""
+"""The experts of one layer while their codes are chosen: in memory once, with their weights replaced by the coded
+ones."""
 
 from __future__ import annotations
 
@@ -19,12 +20,13 @@ from moeconv.stream.skeleton import Skeleton, own_parameters
 from moeconv.stream.stored import converted, module_of
 from moeconv.tensors import decode_weight, packed_source
 
-_COUNTED = 256  # rows that are computed with in float64 at a time
+_COUNTED = 256  # rows that are converted to float64 at a time
 
 
 class LayerExperts:
-    """The experts of one layer, `module` with parameters [E, ...] in the dtype of the computation. Weights go by their
-    names in `view`; `weight_of` gives that of the source, [out, in] float32. Those named in `replaced` will be."""
+    """The experts of one layer. `module` has the parameters [E, ...] in the dtype of the computation. Weights are named
+    as in `view`. `weight_of` returns the source's weight of a name, [out, in] float32. `replaced` are the names of the
+    weights that will be replaced."""
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class LayerExperts:
                 hint="Use --method rtn or mse.",
             )
         self._skeleton, self._stock, self._weight_of, self._replaced = skeleton, stock, weight_of, {*replaced}
-        self._names: dict[int, dict[str, list[str]]] = {}  # of an expert: by the parameter that they are a part of
+        self._names: dict[int, dict[str, list[str]]] = {}  # expert -> parameter -> names of its parts
         for name, role in view.roles.items():
             if (role.layer, role.group) == (layer, "expert"):
                 of_one = self._names.setdefault(int(role.expert or 0), {})
@@ -50,13 +52,14 @@ class LayerExperts:
         self._expert = {
             name: e for e, of_one in self._names.items() for of_place in of_one.values() for name in of_place
         }
-        # a module of its own: the stock one is without weights while some are converted
+        # a separate module, because the stock one has no weights while some are converted
         self.module = module_of(stock, own_parameters(stock), of=len(self._names))
         self._waiting: dict[str, Tensor] = {}
         self._lock = Lock()
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace weights: at once where all of a parameter are there for an expert, otherwise when they are."""
+        """Replace weights. A weight that is one part of a fused parameter waits until all replaced parts of that
+        parameter and expert are there."""
         self._waiting |= weights
         ready: dict[str, list[int]] = {}
         for e in sorted({self._expert[name] for name in weights}):
@@ -71,7 +74,7 @@ class LayerExperts:
                 own_parameters(self.module)[leaf][torch.tensor(experts)] = value.to(self._skeleton.dtype)
 
     def source(self, experts: Sequence[int]) -> nn.Module:
-        """Some experts as the source has them, counted from 0 in ascending order."""
+        """A module with some of the experts as in the source, numbered from 0 in ascending order."""
         names = [name for e in experts for of_place in self._names[e].values() for name in of_place]
         made = self._converted({name: self._weight_of(name) for name in names}, len(experts))
         return module_of(self._stock, made, of=len(self._names))
@@ -81,8 +84,8 @@ class LayerExperts:
             return converted(self._skeleton, self._stock, weights, count)
 
     def outputs(self, given: Sequence[Tensor], rows: Tensor) -> Iterator[Tensor]:
-        """What the experts make together of `rows` int64 [n] of `given` (inputs [T, H], index and weights [T, k]), in
-        parts [m, H]."""
+        """The weighted sum of the experts' outputs for the `rows` int64 [n] of `given` (inputs [T, H], index and
+        weights [T, k]), in parts [m, H]."""
         device = self._skeleton.device
         for part in rows.split(OUTPUT_ROWS):
             yield self.module(*(x[part].to(device) for x in given))
@@ -100,7 +103,7 @@ def squared_norms(rows: Tensor) -> Tensor:
 
 
 def experts_of(model: Model, view: Model, stream: LayerStream, layer: Layer, items: Sequence[Item]) -> LayerExperts:
-    """The experts of a layer. What `items` do not pack of them is as in the model."""
+    """The experts of a layer. Weights that `items` do not pack are as in the model."""
     assert layer.experts is not None
     packs = {weight_name(item): item for item in items}
 

@@ -1,4 +1,4 @@
-"""From a planned item to the grid that its codes lie on, and from chosen codes to the item's tensors as on disk."""
+"""The grid of codes that a planned item has, and the item's tensors on disk for chosen codes."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from moeconv.quantize.gptq.levels import Coded, Grid
 
 @dataclass(frozen=True)
 class CodeGrid:
-    """How data chooses the codes of a kernel, whose record names it (`quantize.spec.Kernel.grid`). Both functions take
-    an item of that kernel alone. `grid` returns the levels that its codes stand for, and the number of weights per
-    scale; `parts` returns its tensors under the kernel's names."""
+    """How data chooses the codes of a kernel. The record of the kernel names it (`quantize.spec.Kernel.grid`). Both
+    functions take an item of that kernel. `grid` returns the levels that the codes stand for, and the number of weights
+    per scale. `parts` returns the tensors under the kernel's names."""
 
     grid: Callable[[Item], tuple[Grid, int]]
     parts: Callable[[Item, Coded], dict[str, Tensor]]
@@ -39,7 +39,7 @@ def grid_of(item: Item) -> tuple[Grid, int]:
 
 
 def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
-    """The item's output tensors by name, which decode to `coded`, one matrix."""
+    """The item's output tensors by name for one matrix: a reader decodes them to `coded`."""
     item = last_stage(item)
     parts = _code_grid(item).parts(item, replace(coded, levels=coded.levels.cpu(), scales=coded.scales.cpu()))
     return {
@@ -49,7 +49,7 @@ def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
 
 
 def nearest_on_disk(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The item's output tensors, by name, as round-to-nearest writes them: by the item's own kernel."""
+    """The item's output tensors by name as round-to-nearest writes them, computed by the item's own kernel."""
     read = [(ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs]
     made = load_kernel(item.kernel)(read, item.outputs, _unfitted(item.params))
     return {
@@ -59,7 +59,7 @@ def nearest_on_disk(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _unfitted(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A packing kernel's parameters with its scales not fitted, also where it is the last of a chain."""
+    """The parameters of a packing kernel without the fit of its scales, also if it is the last kernel of a chain."""
     plain = {key: value for key, value in params.items() if key != "fit"}
     if "then" in plain:
         plain["then"] = plain["then"] | {"params": _unfitted(plain["then"]["params"])}
@@ -132,7 +132,7 @@ def _four_bit_parts(item: Item, coded: Coded) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=16)
 def _empty_4bit(shape: tuple[int, ...], dtype: str, block_size: int, quant_type: str) -> dict[str, Tensor]:
-    """The parts of a zero weight: its map and its state are the same for all codes."""
+    """The parts of a zero weight. Its map and its state are the same for all codes."""
     return pack_nf4(torch.zeros(shape, dtype=TORCH_DTYPES[dtype]), block_size=block_size, quant_type=quant_type)
 
 

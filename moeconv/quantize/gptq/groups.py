@@ -1,4 +1,5 @@
-"""Groups of experts whose weights are coded in one call: of equal shapes, on one grid, and within a limit of memory."""
+"""Groups of experts whose weights are coded in one call: they have equal shapes and one grid, and fit in a memory
+limit."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ def grouped(
 
 
 def by_matrix(group: Group, values: Tensor) -> dict[str, Tensor]:
-    """`values` [E, out, ...] of a group, split into its matrices by their names in the view."""
+    """`values` [E, out, ...] of a group, split into its matrices, by their names in the view."""
     found: dict[str, Tensor] = {}
     for items, of_expert in zip(group.items, values, strict=True):
         rows = [last_stage(item).inputs[0].shape[0] for item in items]

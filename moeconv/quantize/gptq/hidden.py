@@ -20,7 +20,8 @@ def hidden_activations(
 
     The stock module runs with one expert per token, so that gates, activations and biases are its own.
     """
-    order = expert.argsort(stable=True)  # the stock code computes one expert after the other
+    # the stock code computes one expert after the other, so that the products come in this order
+    order = expert.argsort(stable=True)
     down = experts.down_proj
     assert isinstance(down, Tensor)
     width = down.shape[1 if getattr(experts, "is_transposed", False) else 2]

@@ -1,7 +1,7 @@
-"""The codes of one layer's experts, chosen by data, and their error on held-out tokens against round-to-nearest.
+"""Chooses the codes of one layer's experts by data, and compares their error on held-out tokens with round-to-nearest.
 
-The codes of gate and up are chosen first, by what the expert reads. The codes of down follow, by the hidden activations
-behind the quantized gate and up, so that down makes up for a part of their error.
+The codes of gate and up are chosen first, by the inputs of the expert. The codes of down follow, by the hidden
+activations that the quantized gate and up compute, so that down corrects a part of their error.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
 
-_TOKENS_PER_COLUMN = 4  # of what a layer's experts read: with fewer, codes fit the text and not the model
+_TOKENS_PER_COLUMN = 4  # per input column of the experts: with fewer, the codes follow the text and do not generalise
 Put = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertInputs:
-    """What a layer's experts read: inputs [T, H]; the router's choice, index int64 and weights [T, k]; `held` bool [T],
-    the held-out tokens; `pool` int64 [P], the tokens that shape the codes of every expert; `shown`, per expert, the
-    tokens that shape its codes."""
+    """The inputs of a layer's experts: inputs [T, H]; the router's choice, index int64 and weights [T, k]; `held` bool
+    [T], the held-out tokens; `pool` int64 [P], the tokens that are used for the codes of every expert; `shown`, per
+    expert, the tokens that are used for its codes."""
 
     inputs: Tensor
     index: Tensor
@@ -51,13 +51,13 @@ class ExpertInputs:
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the experts module is called with."""
+        """The arguments of the experts module."""
         return self.inputs, self.index, self.weights
 
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """The weights that chosen codes stand for, by name in the view; `packed` is what is written of them. It is small
+    """The decoded weights for the chosen codes, by name in the view. `packed` are the tensors to write, which are small
     beside the weights."""
 
     weights: dict[str, Tensor]
@@ -66,9 +66,9 @@ class _Chosen:
 
 @dataclass(frozen=True, eq=False)
 class LayerCodes:
-    """The work on one layer. `items` are the planned packings of the weights of its `experts`. `view` is the model that
-    these weights have their names in, `limit` the bytes of work memory per group of experts; `workers` code several
-    groups at the same time."""
+    """The work on one layer. `items` are the planned packings of the weights of its `experts`; the names of these
+    weights are those of the model `view`. `limit` is the work memory in bytes per group of experts. `workers` code
+    several groups at the same time."""
 
     model: Model
     view: Model
@@ -82,9 +82,9 @@ class LayerCodes:
     workers: ThreadPoolExecutor
 
     def run(self, put: Put) -> CodesLayer:
-        """Choose the codes of all experts and pass them to `put`; then compute the layer with them, so that the next
-        layer reads what the quantized model gives it. The layer keeps round-to-nearest where the chosen codes are not
-        clearly better on held-out tokens, and where the tokens are too few to choose codes by.
+        """Choose the codes of all experts and pass them to `put`. Then compute the layer with the chosen weights, so
+        that the next layer reads the activations of the quantized model. The layer keeps round-to-nearest if the chosen
+        codes are not clearly better on held-out tokens, and if there are too few tokens to choose codes by.
 
         Raises InputError for weights that are not finite.
         """
@@ -108,7 +108,7 @@ class LayerCodes:
             self._round()
         for parts in packed if kept else (nearest_on_disk(item, self.model.checkpoint) for item in self.items):
             put(parts)
-        for _ in self.layer.batches():  # computes what the next layer reads
+        for _ in self.layer.batches():  # computes the inputs of the next layer
             pass
         reached, baseline = _relative(chosen, wanted), _relative(nearest, wanted)
         return {
@@ -123,13 +123,14 @@ class LayerCodes:
         }
 
     def _tokens_needed(self) -> int:
-        """Tokens per expert at which the layer's own tokens fill the second moment that its experts share."""
+        """The number of tokens per expert that are needed to choose codes. The experts share the second moment of the
+        layer's tokens, so an expert needs only its share of them."""
         share = self.model.top_k / self.model.num_experts
         return math.ceil(_TOKENS_PER_COLUMN * self.model.hidden_size * share)
 
     def _each(self, groups: Sequence[Group], code: Callable[[Group], _Chosen]) -> list[Mapping[str, Tensor]]:
-        """Code the groups, several at a time, and put the weights that result into the experts, in the order of the
-        groups. Returns what is to be written."""
+        """Code the groups, several at a time, and put the resulting weights into the experts in the order of the
+        groups. Returns the tensors to write."""
         packed: list[Mapping[str, Tensor]] = []
         for made in self.workers.map(torch.no_grad()(code), groups):
             self.experts.put(made.weights)
@@ -152,7 +153,7 @@ class LayerCodes:
     # -- codes -------------------------------------------------------------------------------------------------------
 
     def _code_gate_up(self, seen: ExpertInputs, pooled: Tensor, group: Group) -> _Chosen:
-        """Codes of the matrices that read the expert's input."""
+        """The codes of the matrices that read the input of the expert."""
         own = [seen.shown[e] for e in group.experts]
         rows, weights = torch.cat([s.rows for s in own]), torch.cat([s.weights for s in own])
 
@@ -166,14 +167,14 @@ class LayerCodes:
     def _input_hessian(
         self, take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, own: Sequence[Shown], pooled: Tensor
     ) -> Tensor:
-        """The damped second moments of the experts' inputs, with the pool's share: float64 [E, H, H]."""
+        """The damped second moments of the experts' inputs, including the share of the pool: float64 [E, H, H]."""
         total = moments(take, weights, [len(s.rows) for s in own])
         for of_expert, s in zip(total, own, strict=True):
             of_expert.add_(s.rest * pooled)
         return damped(total, self.damping)
 
     def _code_down(self, seen: ExpertInputs, group: Group) -> _Chosen:
-        """Codes of down projections, which make up for a part of the error of the gate and up in front of them."""
+        """The codes of the down projections, which correct a part of the error of gate and up."""
         hessian, gap = self._hidden_hessian(seen, group)
         weight = retarget(self._stacked(group), gap, hessian)
         del gap
@@ -181,7 +182,8 @@ class LayerCodes:
 
     def _hidden_hessian(self, seen: ExpertInputs, group: Group) -> tuple[Tensor, Tensor]:
         """(damped second moment of the hidden activations, moment of their error with them in the same units), both
-        float64 [E, I, I]. The error is what the quantized gate and up lack against those of the source."""
+        float64 [E, I, I]. The error is the difference between the hidden activations of the source and those of the
+        quantized gate and up."""
         own, device = [seen.shown[e] for e in group.experts], self.stream.device
         counts = torch.tensor([len(s.rows) + len(seen.pool) for s in own])
         rows = torch.cat([part for s in own for part in (s.rows, seen.pool)])
@@ -223,7 +225,7 @@ class LayerCodes:
     # -- the model --------------------------------------------------------------------------------------------------
 
     def _expert_inputs(self) -> ExpertInputs:
-        """Computes the layer once, unquantized, and keeps what its experts read."""
+        """Compute the layer once, unquantized, and return the inputs of its experts."""
         tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
         inputs = allocate((tokens, self.model.hidden_size), torch.float32, self.stream.max_memory)
         index, weights = [], []
@@ -239,7 +241,7 @@ class LayerCodes:
         return ExpertInputs(inputs, chosen, scores, held, pool, seen)
 
     def _pool(self, held: Tensor) -> Tensor:
-        """Positions of the tokens that shape the codes of every expert, sorted."""
+        """The positions of the tokens that are used for the codes of every expert, sorted."""
         free = (~held).nonzero().flatten()
         draw = generator((self.seed, "codes", self.layer.index))
         count = min(POOLED, len(free))
@@ -251,7 +253,7 @@ class LayerCodes:
 
 
 def _rows_of(left: Tensor, right: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that gives the rows of both, for `moments`."""
+    """A function that returns the rows of both at given positions, for `moments`."""
     return lambda at: (left[at], right[at])
 
 

@@ -1,4 +1,4 @@
-"""Grids of levels, and matrices whose values are on a grid, for any format: a level is a value of a code."""
+"""Grids of levels (the values that codes stand for), and matrices whose values are on a grid, for any format."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The levels of a number format, float32 ascending: a weight is level * scale. `top` is the level of the largest
-    magnitude of a group under round-to-nearest. `dtype` is that of the stored scales."""
+    """The levels of a number format, float32 ascending: a weight is level * scale. `top` is the level to which
+    round-to-nearest maps the largest magnitude of a group. `dtype` is the dtype of the stored scales."""
 
     levels: Tensor
     top: float
@@ -61,8 +61,9 @@ class Grid:
 
 
 class _Lookup:
-    """Finds the nearest of uneven levels with a table of bins, each of which has at most one midpoint. On the CPU it is
-    ten times faster than a search. Bins ascend with the value, so that the result is the same for every float."""
+    """Finds the nearest of unevenly spaced levels by a table of bins, each of which contains at most one midpoint
+    between two levels. On the CPU, this is ten times faster than a binary search. The bin of a value is monotonic in
+    the value, so that the result is exact for every float."""
 
     LARGEST = 1 << 14
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRIOR = 256  # the weight of the pool in routed tokens: it decides for an expert with few tokens of its own
+PRIOR = 256  # the weight of the pool, as a number of routed tokens: it matters most for an expert with few tokens
 _ROWS = 256  # tokens per expert in one product
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """The tokens that shape the codes of one expert: its own at `rows` int64 [n] with `weights` float32 [n], and the
-    pool, whose tokens each have the weight `rest`. All weights sum to 1."""
+    """The tokens that are used for the codes of one expert: its own at `rows` int64 [n] with `weights` float32 [n], and
+    those of the pool, each with the weight `rest`. All weights sum to 1."""
 
     rows: Tensor
     weights: Tensor
@@ -23,8 +23,8 @@ class Shown:
 
 
 def shown(index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int], pooled: int) -> dict[int, Shown]:
-    """The tokens that shape the codes of each expert, out of those that are `free`, bool [T] (not held out). `index`
-    int64 and `weights` [T, k] are the router's choice, `pooled` is the size of the pool."""
+    """The tokens that are used for the codes of each expert, out of those that are `free`, bool [T] (not held out).
+    `index` int64 and `weights` [T, k] are the router's choice, `pooled` is the size of the pool."""
     slots = free[:, None].expand_as(index).flatten().nonzero().flatten()
     chosen = index.flatten()[slots]
     order = chosen.argsort(stable=True)
@@ -46,7 +46,7 @@ def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, co
     before it; `weights` is float32 [sum of counts]."""
     sizes = torch.tensor(counts)
     starts = sizes.cumsum(0) - sizes
-    if not any(counts):  # none of these experts was chosen
+    if not any(counts):  # no token was routed to any of these experts
         left, right = take(torch.empty(0, dtype=torch.int64))
         return torch.zeros(len(counts), left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
     total: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What choosing codes takes in memory, from the plan and the headers. Imports no torch."""
+"""The memory that it takes to choose codes, computed from the plan and the headers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.plan import Item
 from moeconv.stream.need import WorkloadFields
 
-CODED_BYTES = 1 << 29  # of experts whose codes are chosen together, or one expert
-POOLED = 512  # tokens of the whole layer that every expert is shown beside its own
+CODED_BYTES = 1 << 29  # work memory of experts whose codes are chosen together (more only for a single expert)
+POOLED = 512  # tokens of the whole layer that are used for every expert, besides its own
 OUTPUT_ROWS = 4096  # tokens whose outputs are compared at a time
 ROWS_PER_CALL = 8192  # output rows of all experts together that one call on the CPU codes
-FLOWS = 2  # activations: the model's, and what a layer's experts are given
+FLOWS = 2  # activations: those of the model, and the inputs of a layer's experts
 TENSOR_BYTES = 1700  # per written tensor: in the plan without and with codes, and in the result that is checked
-_PAIR_BYTES = 1 << 26  # of (token, expert) pairs that go through the experts at a time
-_SKEW = 3  # times its even share of the tokens
+_PAIR_BYTES = 1 << 26  # of the (token, expert) pairs that the experts compute at a time
+_SKEW = 3  # an expert may get so many times its even share of the tokens
 
 
 def codes_bytes(out: int, width: int) -> int:
-    """What choosing the codes of one expert's matrix [out, width] holds: its Hessian in float64 and, one after the
+    """The memory for choosing the codes of one expert's matrix [out, width]: its Hessian in float64 and, one after the
     other, the factors and permuted copies of it; the weights, levels, errors and slopes in float32, and copies in the
     order of the columns."""
     return 32 * width * (width + out)
 
 
 def hidden_bytes(width: int, tokens: int) -> int:
-    """What the down projection [out, width] of an expert with so many tokens is given, and what that has lost."""
+    """The memory of the inputs of an expert's down projection [out, width] for `tokens` tokens, and of their error."""
     return 8 * width * tokens
 
 
 def pair_bytes(hidden: int, inner: int) -> int:
-    """Of one (token, expert) pair in the stock code: its inputs, gathered, the output, weighted and summed; gate and
-    up, the activation and their product."""
+    """The memory per (token, expert) pair in the stock code: the gathered input; the output, its weighted copy and the
+    sum; gate and up, the activation and their product."""
     return 4 * (5 * hidden + 4 * inner)
 
 
 def pair_rows(hidden: int, inner: int) -> int:
-    """(token, expert) pairs that go through the experts at a time."""
+    """The number of (token, expert) pairs that the experts compute at a time."""
     return max(64, _PAIR_BYTES // pair_bytes(hidden, inner))
 
 
 def experts_per_call(rows: int) -> int:
-    """Experts of so many output rows that one call on the CPU codes."""
+    """The number of experts with `rows` output rows each that one call on the CPU codes."""
     return max(1, ROWS_PER_CALL // rows)
 
 
 @dataclass
 class _Matrices:
-    """One layer's: bytes of the packed ones; of an expert its rows by (whether it is a down projection, width)."""
+    """The matrices of one layer: the bytes of the packed ones, and the rows of an expert by (whether it is a down
+    projection, width)."""
 
     packed: int = 0
     tensors: int = 0
@@ -69,8 +70,8 @@ class _Matrices:
 def gptq_workload(
     view: Model, items: Iterable[Item], *, tokens: int, seq_len: int, jobs: int
 ) -> WorkloadFields:  # fmt: skip
-    """The workload of choosing the codes of `items`, packings of expert weights of `view`: the experts
-    stand in memory once, with the packed ones beside them, and groups of `jobs` times CODED_BYTES are worked on."""
+    """The workload of choosing the codes of `items`, which pack expert weights of `view`: the experts are in memory
+    once, with the packed ones beside them, and `jobs` groups of CODED_BYTES are worked on at the same time."""
     layers: dict[int | None, _Matrices] = {}
     for item in items:
         role = view.roles[packed.weight_of(item.outputs[0].name)]
@@ -80,7 +81,7 @@ def gptq_workload(
     windows = -(-tokens // seq_len)
     held = max(tokens // heldout.EVERY, seq_len) if windows >= heldout.EVERY else -(-tokens // heldout.SHARE)
     row = 4 * view.hidden_size
-    # what the held-out tokens should give, and the float64 moment of the pool
+    # the wanted outputs for the held-out tokens, and the float64 moment of the pool
     results = max((layer.packed for layer in layers.values()), default=0) + held * row + 2 * row * view.hidden_size
     results += TENSOR_BYTES * sum(layer.tensors for layer in layers.values())
     share = min(tokens, tokens * view.top_k // max(1, view.num_experts))
@@ -96,7 +97,7 @@ def gptq_workload(
 def _work(
     view: Model, kind: tuple[bool, int], rows: Mapping[int, int], jobs: int, tokens: int, share: int
 ) -> tuple[int, int]:
-    """Bytes of coding matrices of one kind, a group for every job, or one expert alone."""
+    """The bytes for coding matrices of one kind: one group per job, or a single expert."""
     (down, width), out = kind, max(rows.values())
     each, most = codes_bytes(out, width), codes_bytes(out, width)
     if down:

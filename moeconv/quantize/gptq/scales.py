@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moeconv.quantize.gptq.levels import Grid
 
-_RATIOS = tuple(
-    0.4 + 0.025 * i for i in range(27)
-)  # ratios to the scale of the largest magnitude: below 1 it is clipped, above 1 the outer levels stay unused
-_BLOCK = {"cpu": 1 << 16}  # values that are worked on at a time, which stay in the cache
+# Ratios to the scale that maps the largest magnitude to the outer level. Below 1, large values are clipped; above 1,
+# the outer levels are not used.
+_RATIOS = tuple(0.4 + 0.025 * i for i in range(27))
+_BLOCK = {"cpu": 1 << 16}  # values per pass, which stay in the cache
 _LARGE_BLOCK = 1 << 26
 
 
@@ -38,8 +38,8 @@ def _blocks(parts: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
-    """Scales [n, rows] of least error for `parts` [n, rows, group]; `roots` [n, 1, group] are the factors of the
-    errors."""
+    """The scales [n, rows] of least error for `parts` [n, rows, group]. `roots` [n, 1, group] are the square roots of
+    the weights of the squared errors."""
     peak = parts.abs().amax(-1) / grid.top
     usual = grid.stored(peak), torch.full_like(peak, torch.inf)
     best = {1.0: usual, -1.0: usual}  # by the sign of the scale: (magnitude of the scale, error)
@@ -60,12 +60,12 @@ def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
             one = _lesser((scales, error), (fitted, error + step * (step * energy - 2 * slope)))
             best[sign] = _lesser(best[sign], one)
     (scales, error), (mirrored, other) = best[1.0], best[-1.0]
-    # both signs often give the same levels, and then the errors differ by rounding alone
+    # both signs often give the same levels; the errors then differ only by rounding
     return torch.where(other < error * (1 - 1e-6), -mirrored, scales)
 
 
 def _lesser(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The (scales, errors) with less error of two, element by element; those of `one` in a tie."""
+    """Of two (scales, errors), element by element the one with the smaller error; `one` if they are equal."""
     better = other[1] < one[1]
     return torch.where(better, other[0], one[0]), torch.where(better, other[1], one[1])
 
@@ -76,7 +76,7 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float, Tensor]]:
-    """(1, the nearest levels), and where a negative scale can give others, (-1, the nearest levels under that scale,
+    """(1, the nearest levels). If a negative scale can give others, then also (-1, the nearest levels for that scale,
     negated). `quotient` and `room` are overwritten."""
     low, high = grid.bounds
     if grid.integers:
@@ -86,4 +86,4 @@ def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float,
             yield -1.0, torch.clamp(quotient, -high, -low, out=room)
         return
     yield 1.0, grid.nearest(quotient)
-    yield -1.0, grid.nearest(quotient.neg_()).neg_()  # a value between two levels falls to the other one
+    yield -1.0, grid.nearest(quotient.neg_()).neg_()  # a value in the middle of two levels is rounded to the other one

@@ -1,6 +1,7 @@
-"""Pack and unpack quantized weights, one file per layout: pure tensor functions over blocks that stay in the cache.
+"""Pack and unpack quantized weights, with one file per layout: pure tensor functions over blocks that stay in the
+cache.
 
-Every layout is equal, bit by bit, to that of its own library.
+The bytes of every layout are equal to those of its own library.
 """
 
 from moeconv.plan.kernels.pack.common import relative_rms

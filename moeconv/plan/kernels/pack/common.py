@@ -11,13 +11,12 @@ from torch import Tensor
 from moeconv.errors import InputError, UsageError
 
 # Elements per pass: float32 buffers of 1 MB stay in the cache, and the fixed cost of about thirty torch calls (50 us
-# per
-# block) is small beside the work. Measured at 4096 x 4096: 1 << 16 is 1.7 times slower, and 1 << 20 is slower for NF4.
+# per block) is small beside the work. Measured at 4096 x 4096: 1 << 16 is 1.7 times slower, and 1 << 20 is slower for
+# NF4.
 BLOCK = 1 << 18
 
 # Adding 1.5 * 2^23 to a float32 of small magnitude rounds it to an integer, half to even like torch.round, and puts
-# that
-# integer into the low mantissa bits. This rounds and converts in one pass over memory.
+# that integer into the low mantissa bits. This rounds and converts in one pass over memory.
 ROUND = 12582912.0
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,7 +68,8 @@ def check_finite(scales: Tensor) -> None:
 
 
 class RowBuffers:
-    """The temporary buffers of one call: a block of rows in float32, its magnitudes, bytes, and pairs of bytes."""
+    """The temporary buffers of one call: a block of rows in float32, its magnitudes, bytes, and pairs of bytes. They
+    are allocated once."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.blocks = list(row_blocks(rows, columns))
@@ -90,7 +90,11 @@ def row_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-WORDS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}  # each holds two
+WORDS = {
+    torch.float32: torch.int64,
+    torch.bfloat16: torch.int32,
+    torch.float16: torch.int32,
+}  # an integer that holds two values
 
 
 def pairs_of(values: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def spread(scales: Tensor, grid: Grid, shape: Sequence[int]) -> Tensor:
 
 
 def widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """FP8 `codes` as `dtype`, equal to the result of `Tensor.to`. On the CPU it takes a quarter of that time, because
-    two codes are looked up as one word."""
+    """FP8 `codes` converted to `dtype`, equal to the result of `Tensor.to`. On the CPU it takes a quarter of that time,
+    because two codes are looked up as one word."""
     if codes.device.type != "cpu" or codes.numel() % 2 or dtype not in WORDS or not codes.is_contiguous():
         return codes.to(dtype)
     out = torch.empty(codes.shape, dtype=dtype)
@@ -64,8 +64,9 @@ def _pairs_of_nibbles(dtype: torch.dtype) -> Tensor:
 
 
 def unpack_nvfp4(packed: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
-    """bfloat16 [out, in] from E2M1 codes [out, in / 2] (two to a byte, the low nibble first), FP8 scales [out, groups]
-    and one number that divides them, as compressed-tensors computes it: the scales in bfloat16, the rest in float32."""
+    """bfloat16 [out, in] from E2M1 codes [out, in / 2] (two per byte, the low nibble first), FP8 scales [out, groups],
+    and one number by which the scales are divided. The scales are computed in bfloat16 and the rest in float32, as in
+    compressed-tensors."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     finest = scales.bfloat16().float() / whole.reshape(()).float()
@@ -77,15 +78,16 @@ def unpack_nvfp4(packed: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
 
 
 def unpack_mxfp4_rows(packed: Tensor, exponents: Tensor) -> Tensor:
-    """bfloat16 [out, in] from E2M1 codes [out, in / 2] and exponents [out, in / 32] (base 2, less 127); exact."""
+    """bfloat16 [out, in] from E2M1 codes [out, in / 2] and exponents [out, in / 32] (base 2, with a bias of 127). The
+    result is exact."""
     exponents = exponents.view(torch.uint8)
     groups = exponents.shape[1]
     return _mxfp4(packed.reshape(packed.shape[0], groups, packed.shape[1] // groups), exponents)
 
 
 def unpack_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
-    """bfloat16 [E, in, out] from codes [E, out, in / 32, 16] (two to a byte, the low nibble first) and their exponents
-    [E, out, in / 32] (base 2, less 127)."""
+    """bfloat16 [E, in, out] from codes [E, out, in / 32, 16] (two per byte, the low nibble first) and their exponents
+    [E, out, in / 32] (base 2, with a bias of 127)."""
     if blocks.shape[:-1] != exponents.shape:
         raise ValueError(f"exponents {list(exponents.shape)} for blocks {list(blocks.shape)}")
     experts, rows, groups, width = blocks.shape
@@ -98,8 +100,8 @@ def unpack_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
 
 
 def _mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
-    """bfloat16 [out, in] from codes [out, groups, width / 2] and exponents [out, groups]; exact, since a code has two
-    significant bits."""
+    """bfloat16 [out, in] from codes [out, groups, width / 2] and exponents [out, groups]. It is exact, because a code
+    has two significant bits."""
     rows, groups, width = codes.shape
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()  # the last one is infinite
     infinite = bool((exponents == 255).any())

@@ -1,4 +1,4 @@
-"""The 4-bit layout of bitsandbytes: NF4 and FP4 codes in blocks, equal bit by bit to `quantize_4bit` on the CPU."""
+"""The 4-bit layout of bitsandbytes: NF4 and FP4 codes in blocks, with the bytes of `quantize_4bit` on the CPU."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -
 def pack_nf4(
     weight: Tensor, *, block_size: int = BNB_BLOCK, quant_type: str = "nf4", nested: bool = False
 ) -> dict[str, Tensor]:
-    """Quantize to bitsandbytes' NF4 or FP4, bit-equal to its `quantize_4bit` on the CPU, without importing it.
+    """Quantize to bitsandbytes' NF4 or FP4, with the bytes of its `quantize_4bit` on the CPU, without importing it.
 
-    `weight` of any shape, bfloat16, float16 or float32. Returns, by the suffix that follows `weight` in a checkpoint:
-    "" uint8 [ceil(n / 2), 1], first value in the high nibble; "absmax" float32 [ceil(n / block_size)]; "quant_map"
-    float32 [16]; "quant_state.bitsandbytes__nf4" (or __fp4) uint8, JSON. `nested` is its compress_statistics (double
-    quantization): "absmax" becomes uint8, with "nested_absmax" float32 [ceil(blocks / 256)] and "nested_quant_map"
-    float32 [256] beside it.
+    `weight` has any shape, and the dtype bfloat16, float16 or float32. Returns tensors by the suffix that follows
+    `weight` in a checkpoint: "" uint8 [ceil(n / 2), 1], with the first value in the high nibble; "absmax" float32
+    [ceil(n / block_size)]; "quant_map" float32 [16]; "quant_state.bitsandbytes__nf4" (or __fp4) uint8, a JSON text.
+    `nested` corresponds to compress_statistics (double quantization): "absmax" becomes uint8, and "nested_absmax"
+    float32 [ceil(blocks / 256)] and "nested_quant_map" float32 [256] are added.
 
-    Raises UsageError for a bad block size, type or dtype, InputError for NaN or infinity in the weight.
+    Raises UsageError for a wrong block size, type or dtype, InputError for NaN or infinity in the weight.
     """
     _check_4bit(weight, block_size=block_size, quant_type=quant_type)
     table = _table_4bit(quant_type)
@@ -63,7 +63,7 @@ def pack_nf4(
         _encode_4bit(values, peak, y, at, codes, table)
         _join_high_first(codes, pairs, packed[start // 2 : stop // 2, 0])
     if count > whole:
-        # bitsandbytes divides the last, shorter block where it multiplies the others, and gives its absmax a minimum.
+        # bitsandbytes multiplies full blocks by 1 / absmax, but divides a shorter last block by absmax, with a minimum.
         values = flat[whole:].float()
         peak = values.abs().max().clamp(min=_BNB_TINY)
         absmax[-1] = peak
@@ -86,10 +86,12 @@ def pack_nf4(
 
 
 def nest_absmax(absmax: Tensor) -> tuple[dict[str, Tensor], float]:
-    """Double quantization (QLoRA, arXiv 2305.14314): 8-bit dynamic codes of absmax less its mean, and that mean.
+    """Double quantization (QLoRA, arXiv 2305.14314). Returns (tensors, mean): 8-bit dynamic codes of absmax minus its
+    mean, and the mean.
 
-    Equal to bitsandbytes' `quantize_blockwise` on the CPU, which rounds a value to one of 65536 even steps and takes
-    the code that is nearest to the step."""
+    Equal to bitsandbytes' `quantize_blockwise` on the CPU, which rounds a value to one of 65536 even steps, and takes
+    the code that is nearest to the step.
+    """
     offset = absmax.mean()
     if not torch.isfinite(offset):
         raise InputError("a weight is too large for double quantization", hint="Quantize without --double-quant.")
@@ -103,7 +105,8 @@ def nest_absmax(absmax: Tensor) -> tuple[dict[str, Tensor], float]:
 
 
 def unnest_absmax(codes: Tensor, *, nested_absmax: Tensor, nested_quant_map: Tensor, offset: Tensor) -> Tensor:
-    """`codes` uint8 [..., blocks], `nested_absmax` [..., ceil(blocks / 256)], `offset` [...] -> float32, as codes."""
+    """The inverse of `nest_absmax`: `codes` uint8 [..., blocks], `nested_absmax` [..., ceil(blocks / 256)], `offset`
+    [...] -> float32 in the shape of `codes`."""
     values = nested_quant_map[codes.int()]
     scales = nested_absmax.repeat_interleave(NESTED_BLOCK, dim=-1)[..., : codes.shape[-1]]
     return values.mul_(scales).add_(offset.unsqueeze(-1))
@@ -121,9 +124,10 @@ def dynamic_map() -> Tensor:
 
 
 def unpack_nf4(packed: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
-    """Decode `pack_nf4`'s tensors to the original shape, equal to bitsandbytes' `dequantize_4bit`.
+    """Decode the tensors of `pack_nf4` to the original shape, equal to bitsandbytes' `dequantize_4bit`.
 
-    `dtype` None is the dtype that was packed. Raises InputError for a missing or damaged state."""
+    With `dtype` None, the result has the dtype that was packed. Raises InputError for a missing or damaged state.
+    """
     keys = [key for key in packed if key.startswith("quant_state.bitsandbytes__")]
     if len(keys) != 1 or any(key not in packed for key in ("", "absmax", "quant_map")):
         raise InputError(
@@ -163,7 +167,8 @@ def unpack_nf4(packed: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
 
 
 def read_quant_state(state: Tensor) -> dict[str, Any]:
-    """The JSON of `quant_state.bitsandbytes__*`: quant_type, blocksize, dtype, shape. InputError if it is not that."""
+    """The JSON of `quant_state.bitsandbytes__*`: quant_type, blocksize, dtype, shape. Raises InputError for anything
+    else."""
     try:
         fields: dict[str, Any] = json.loads(bytes(state.cpu().numpy()))
         known = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
@@ -190,7 +195,8 @@ def decode_4bit(
 ) -> Tensor:
     """`packed` uint8 [ceil(count / 2)], `absmax` float32 [ceil(count / block_size)] -> `dtype` [count], on any device.
 
-    A byte is looked up as a pair of float32 values, so a value costs half a gather."""
+    A byte is looked up as a pair of float32 values, so that there is one lookup per two values.
+    """
     octets = torch.arange(256, device=quant_map.device)
     pairs = torch.stack([quant_map[octets >> 4], quant_map[octets & 15]], -1).float().view(torch.int64).view(256)
     result = torch.empty(count + count % 2, dtype=dtype, device=packed.device)
@@ -209,10 +215,11 @@ def decode_4bit(
 
 
 class _Table4Bit:
-    """One 4-bit type: its 16 values, the midpoints between them in order, and a lookup table over [-1, 1].
+    """One 4-bit type: its 16 values, the midpoints between them in ascending order, and a lookup table over [-1, 1].
 
-    A value v in [-1, 1] falls into bin trunc(v * 2^14 + 2^14). `lookup` holds the bin's code, or FLAG where a midpoint
-    lies inside the bin: about one value in two thousand, which is then searched for exactly."""
+    A value v in [-1, 1] is in bin trunc(v * 2^14 + 2^14). `lookup` holds the code of each bin, or FLAG if a midpoint is
+    inside the bin. That is the case for about one value in two thousand, which is then searched for exactly.
+    """
 
     FLAG = 0x10
     SCALE = 16384.0
@@ -263,12 +270,12 @@ def _encode_4bit(x: Tensor, peak: Tensor, y: Tensor, at: Tensor, codes: Tensor, 
 
 
 def _codes_by_search(values: Tensor, table: _Table4Bit) -> Tensor:
-    """The exact rule: the code is the number of midpoints strictly below a value, in the order of the values."""
+    """The exact rule: the code is the number of midpoints strictly below the value, in the order of the values."""
     return table.order[torch.bucketize(values, table.midpoints)]
 
 
 def _join_high_first(codes: Tensor, pairs: Tensor, octets: Tensor) -> None:
-    """uint8 codes below 16, two to a byte, the first in the high nibble, into `octets` uint8 [n / 2]."""
+    """Join uint8 codes below 16 in pairs, with the first in the high nibble, into `octets` uint8 [n / 2]."""
     twos = codes.view(torch.int16)  # first | second << 8
     np.right_shift(twos.numpy(), 8, out=pairs.numpy())
     octets.copy_(pairs.add_(twos, alpha=16))  # keeps the low byte: first << 4 | second

@@ -1,4 +1,4 @@
-"""The block formats of ggml: Q8_0 and Q4_0 with the same bytes as the `gguf` package, Q4_K with a search of its own.
+"""The block formats of ggml: Q8_0 and Q4_0 with the bytes of the `gguf` package, and Q4_K with a search of its own.
 
 The `gguf` package decodes them.
 """
@@ -21,9 +21,10 @@ _HALF = 0.49999997
 
 
 def encode(weight: Tensor, dtype: str) -> memoryview:
-    """`weight` [rows, columns] of any float -> the bytes of Q8_0, Q4_0 or Q4_K, row after row.
+    """Encode `weight` [rows, columns] of any float dtype to the bytes of Q8_0, Q4_0 or Q4_K, row after row.
 
-    Raises InputError for NaN or infinity in the weight, and for values that the format cannot hold."""
+    Raises InputError for NaN or infinity in the weight, and for values that the format cannot hold.
+    """
     check_matrix(weight)
     make, size, nbytes = _FORMATS[dtype]
     out = torch.empty(weight.numel() // size, nbytes, dtype=torch.uint8)
@@ -38,7 +39,7 @@ def encode(weight: Tensor, dtype: str) -> memoryview:
 
 
 def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The float32 weight behind `encode`'s bytes, by the `gguf` package."""
+    """The float32 weight that the `gguf` package decodes from the bytes of `encode`."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -49,7 +50,8 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.n
 
 
 def _q8_0(x: Tensor, out: Tensor, work: Tensor) -> None:
-    """float32 [n, 32] -> uint8 [n, 34]: a float16 scale, the largest magnitude over 127, and 32 codes of 8 bits."""
+    """float32 [n, 32] -> uint8 [n, 34]: a float16 scale, which is the largest magnitude / 127, and 32 codes of 8
+    bits."""
     peak = torch.maximum(x.amax(1), x.amin(1).neg_()).abs_()  # no -0
     check_finite(peak)
     d = peak / 127
@@ -62,8 +64,8 @@ def _q8_0(x: Tensor, out: Tensor, work: Tensor) -> None:
 
 
 def _q4_0(x: Tensor, out: Tensor, _work: Tensor) -> None:
-    """float32 [n, 32] -> uint8 [n, 18]: a float16 scale, the value of largest magnitude over -8, and 32 codes of 4
-    bits: a value of the first half below one of the second."""
+    """float32 [n, 32] -> uint8 [n, 18]: a float16 scale, which is the value of largest magnitude / -8, and 32 codes of
+    4 bits. A byte holds a value of the first half in the low nibble, and one of the second half in the high nibble."""
     high, low = x.amax(1), x.amin(1)
     check_finite(high - low)
     peak = torch.where(high > -low, high, low)

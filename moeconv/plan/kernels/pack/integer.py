@@ -1,5 +1,4 @@
-"""The INT4 and INT8 words of the layout pack-quantized of compressed-tensors, equal bit by bit to those of the
-library."""
+"""The INT4 and INT8 words of compressed-tensors' layout pack-quantized, equal bit by bit to those of the library."""
 
 from __future__ import annotations
 
@@ -32,12 +31,12 @@ def pack_int(
     scales: Tensor | None = None,
     fit: bool = False,
 ) -> dict[str, Tensor]:
-    """Quantize and pack one matrix as compressed-tensors `pack-quantized`, symmetric.
+    """Quantize and pack one matrix in the layout `pack-quantized` of compressed-tensors, symmetric.
 
-    `weight` [out, in] bfloat16, float16 or float32; `group_size` divides `in`, None is one scale a row (channel).
-    `scales` [out, groups] overrides the round-to-nearest scales (GPTQ and friends); `fit` chooses them for the least
-    squared error instead (`fitted_scales`). Returns `weight_packed` int32 [out, in * bits / 32], `weight_scale` of the
-    weight's dtype [out, groups], `weight_shape` int64 [2].
+    `weight` [out, in] is bfloat16, float16 or float32. `group_size` divides `in`; None means one scale per row
+    (channel). `scales` [out, groups] replace the round-to-nearest scales (for example those of GPTQ); with `fit`, the
+    scales are chosen for the least squared error instead (`fitted_scales`). Returns `weight_packed` int32 [out, in *
+    bits / 32], `weight_scale` [out, groups] in the dtype of the weight, `weight_shape` int64 [2].
 
     Raises UsageError for sizes that do not divide, InputError for NaN or infinity in the weight.
     """
@@ -76,13 +75,15 @@ def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
 
 
 def fitted_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
-    """Scales of (nearly) least squared error, [out, groups] in the weight's dtype; never worse than `int_scales`.
+    """Scales of (nearly) least squared error, [out, groups] in the dtype of the weight. They are never worse than
+    `int_scales`.
 
-    Levels run from -8 to 7, so that the value of largest magnitude in a group belongs on the negative side, which has
-    one level more. Its scale is negative where this value is positive; readers multiply by it like by any other scale
-    (Q4_0 of ggml does the same). The scale is then fitted to the levels that it gives, twice. Smaller scales, which
-    clip the value, are not tried: they lower the error of the weights by 4 % more, but raise that of a layer's output
-    where large weights are multiplied by large activations (by a quarter in the first layer of an upcycled model)."""
+    Levels run from -8 to 7, so the value of largest magnitude in a group should be on the negative side, which has one
+    level more. If this value is positive, the scale is negative; readers multiply by it like by any other scale (Q4_0
+    of ggml does the same). The scale is then fitted to the levels that it gives, twice. Smaller scales, which clip the
+    value, are not tried: they lower the error of the weights by another 4 %, but raise the error of a layer's output
+    where large weights are multiplied by large activations (by a quarter in the first layer of an upcycled model).
+    """
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
     result = torch.empty(rows, columns // group, dtype=weight.dtype)
@@ -94,13 +95,13 @@ def fitted_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tenso
         levels = work.magnitudes[: x.numel()].view(x.shape)
         low, high = x.amin(-1), x.amax(-1)
         peak = torch.maximum(high, -low).masked_fill_(high == low, 1.0)
-        x.div_(peak[:, None])  # squares of what is left neither overflow nor vanish
+        x.div_(peak[:, None])  # so that squares neither overflow nor underflow
         best = torch.where(high > -low, -1.0, 1.0) / (1 << (bits - 1))
         most = torch.zeros_like(peak)
         for _ in range(2):
             along, energy = _fit(x, best, levels, bits=bits)
             fitted = torch.where(energy > 0, along / energy, best)
-            saved = along * fitted  # sum x^2 less the error with the fitted scale
+            saved = along * fitted  # sum x^2 minus the error with the fitted scale
             better = saved > most
             best, most = torch.where(better, fitted, best), torch.where(better, saved, most)
         stored = (best * peak).to(weight.dtype)
@@ -115,7 +116,8 @@ def fitted_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tenso
 
 
 def _fit(x: Tensor, scales: Tensor, levels: Tensor, *, bits: int) -> tuple[Tensor, Tensor]:
-    """(sum x q, sum q^2) a group, q the levels of x [groups, group] under `scales` [groups]; `levels` is scratch."""
+    """(sum x q, sum q^2) per group, where q are the levels of x [groups, group] with `scales` [groups]. `levels` is
+    scratch memory."""
     half = 1 << (bits - 1)
     torch.mul(x, scales.reciprocal()[:, None], out=levels)
     levels.add_(ROUND).clamp_(ROUND - half, ROUND + half - 1).sub_(ROUND)
@@ -126,7 +128,8 @@ def _fit(x: Tensor, scales: Tensor, levels: Tensor, *, bits: int) -> tuple[Tenso
 def quantize_int(weight: Tensor, *, scales: Tensor, bits: int) -> Tensor:
     """Levels clamp(round(w / scale)) in [-8, 7] (bits 4) or [-128, 127] (bits 8) as int8 [out, in].
 
-    `scales` [out, groups], groups divides `in`; the quotient is taken in float32 and halves go to the even level.
+    `scales` is [out, groups], where groups divides `in`. The quotient is computed in float32, and halves are rounded to
+    the even level.
     """
     rows, columns = weight.shape
     group = _check_int(weight, bits=bits, group_size=columns // max(1, scales.shape[-1]))
@@ -169,7 +172,8 @@ def unpack_words(words: Tensor, *, bits: int, columns: int) -> Tensor:
 
 
 def unpack_levels(words: Tensor, *, bits: int, columns: int) -> Tensor:
-    """`unpack_words`, of words in any layout. Raises ValueError for words that are not of so many columns."""
+    """`unpack_words` for words in any memory layout. Raises ValueError for words that do not have `columns` levels per
+    row."""
     if words.ndim != 2 or words.shape[1] != -(-columns * bits // 32):
         raise ValueError(f"words of shape {list(words.shape)} do not hold {columns} columns of {bits} bits")
     return unpack_words(words, bits=bits, columns=columns)
@@ -178,10 +182,12 @@ def unpack_levels(words: Tensor, *, bits: int, columns: int) -> Tensor:
 def unpack_int(
     packed: Mapping[str, Tensor], *, bits: int, dtype: torch.dtype | None = None, zero_points: Tensor | None = None
 ) -> Tensor:
-    """Decode `pack_int`'s tensors to [out, in]: level * scale in float32, rounded once to `dtype` (the scale's if None,
-    which is what compressed-tensors itself returns). `zero_points` int8 [out, groups] are taken from the levels first.
+    """Decode the tensors of `pack_int` to [out, in]: level * scale in float32, rounded once to `dtype` (None: the dtype
+    of the scale, which compressed-tensors returns). `zero_points` int8 [out, groups] are subtracted from the levels
+    first.
 
-    Raises ValueError for words, scales or zero points that are not of the shape stated."""
+    Raises ValueError for words, scales or zero points that do not have the stated shape.
+    """
     rows, columns = (int(size) for size in packed["weight_shape"])
     words, scales = packed["weight_packed"], packed["weight_scale"]
     groups = scales.shape[1]
@@ -228,7 +234,8 @@ def _to_levels(x: Tensor, scales: Tensor, *, bits: int, zero: int) -> None:
 
 
 def _levels_to_words(x: Tensor, words: Tensor, work: RowBuffers, *, bits: int) -> None:
-    """`x` as left by `_to_levels` with zero = half, so that its low byte is the unsigned level; `words` [r, ...]."""
+    """Pack `x`, as `_to_levels` returns it with zero = half, so that its low byte is the unsigned level; `words` [r,
+    ...]."""
     if bits == 8:
         words.view(torch.uint8).copy_(x.view(torch.int32))
         return
@@ -238,7 +245,7 @@ def _levels_to_words(x: Tensor, words: Tensor, work: RowBuffers, *, bits: int) -
 
 
 def _join_nibbles(nibbles: Tensor, words: Tensor, work: RowBuffers) -> None:
-    """uint8 values below 16, two to a byte, the first in the low nibble, into `words` (contiguous int32)."""
+    """Join uint8 values below 16 in pairs, with the first in the low nibble, into `words` (contiguous int32)."""
     twos = nibbles.view(torch.int16)  # first | second << 8
     pairs = work.pairs[: twos.numel()]
     np.right_shift(twos.numpy(), 4, out=pairs.numpy())  # numpy shifts 16-bit integers six times faster than torch
@@ -246,7 +253,7 @@ def _join_nibbles(nibbles: Tensor, words: Tensor, work: RowBuffers) -> None:
 
 
 def _check_int(weight: Tensor, *, bits: int, group_size: int | None) -> int:
-    """The group size in columns, after the checks that would otherwise give a silently wrong layout."""
+    """The group size in columns. Raises UsageError for sizes that would give a layout which readers decode wrongly."""
     if bits not in (4, 8):
         raise UsageError(f"pack-quantized weights have 4 or 8 bits, not {bits}", hint="Pass bits=4 or bits=8.")
     check_matrix(weight)

@@ -1,9 +1,9 @@
-"""Q4_K, the block_q4_K of ggml: super-blocks of 256 weights, which are 8 blocks of 32, with 4.5 bits per weight.
+"""Q4_K, the block_q4_K of ggml: super-blocks of 256 weights, each of 8 blocks of 32, with 4.5 bits per weight.
 
-w = d * scale * q - dmin * min, with q in 0..15, scale and min of 6 bits per block, d and dmin float16 per super-block.
-Scale and minimum of a block are searched for the least squared error: a few scales of the whole range (as ggml's
-make_qkx2_quants tries 21), the best of them improved by least squares after rounding. The minimum is then chosen under
-the scale that 6 bits leave.
+w = d * scale * q - dmin * min, with q in 0..15, scale and min in 6 bits per block, and d and dmin in float16 per
+super-block. The scale and minimum of a block are searched for the least squared error: a few scales that cover the
+whole range are tried (ggml's make_qkx2_quants tries 21), and the best of them is improved by least squares after
+rounding. The minimum is then chosen again for the scale as rounded to 6 bits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from moeconv.errors import InputError
 from moeconv.plan.kernels.pack.common import check_finite
 
-_STARTS = (14.2, 14.6, 15.0, 15.45)  # levels that a block's range is spread over, all below 15.5
-_ROUNDS = 1  # of rounding and least squares
+_STARTS = (14.2, 14.6, 15.0, 15.45)  # numbers of levels that a block's range is divided into, all below 15.5
+_ROUNDS = 1  # rounds of rounding and least squares
 _SIZE = 32
 _LARGEST = 63 * 65504.0
 _TINY = float(np.finfo(np.float32).tiny)
@@ -24,8 +24,8 @@ _ONES = torch.ones(_SIZE)
 
 
 def encode_q4_k(weight: Tensor, out: Tensor, work: Tensor) -> None:
-    """float32 [n, 256] -> uint8 [n, 144]; `work` float32 [3, at least 256 n] is scratch memory. Raises InputError for
-    NaN, infinity and what float16 scales cannot reach."""
+    """Encode float32 [n, 256] to uint8 [n, 144]. `work` float32 [3, at least 256 n] is scratch memory. Raises
+    InputError for NaN, infinity, and values that are too large for float16 scales."""
     x = weight.view(-1, _SIZE)
     codes, scratch, unit = work[:, : x.numel()].view(3, -1, _SIZE).unbind()
     scale, offset, summed = (part.view(-1, 8) for part in _search(x, codes, scratch, unit))
@@ -34,7 +34,7 @@ def encode_q4_k(weight: Tensor, out: Tensor, work: Tensor) -> None:
     d, dmin = _half(scale.amax(1, keepdim=True) / 63), _half(offset.amax(1, keepdim=True) / 63)  # [n, 1]
     scales = scale.div_(d.clamp(min=_TINY)).round_().clamp_(0, 63)
     step = d * scales
-    # the minimum that is best under the rounded scale makes up for most of its rounding
+    # the best minimum for the rounded scale compensates most of the rounding
     offset = (step * summed).sub_(torch.mv(x, _ONES).view(-1, 8)).mul_(1 / _SIZE)
     mins = offset.div_(dmin.clamp(min=_TINY)).round_().clamp_(0, 63)
     step = step.view(-1)
@@ -45,11 +45,12 @@ def encode_q4_k(weight: Tensor, out: Tensor, work: Tensor) -> None:
 
 
 def _search(x: Tensor, codes: Tensor, scratch: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, -minimum, sum of the codes) [n], none negative, of least squared error for x [n, 32] and codes 0..15."""
+    """(scale, -minimum, sum of the codes), each [n] and not negative, of least squared error for x [n, 32] and codes in
+    0..15."""
     low = x.amin(1).clamp_(max=0)
     width = x.amax(1).sub_(low)
     check_finite(width)
-    # in units of the block's range, so that float32 does: 0..1, and zero at -base
+    # in units of the block's range, so that float32 is exact enough: 0..1, with the value 0 at -base
     narrow = width.clamp(min=_TINY)
     torch.sub(x, low[:, None], out=unit).mul_(narrow.reciprocal()[:, None])
     base, total = low / narrow, torch.mv(unit, _ONES)
@@ -80,15 +81,16 @@ def _search(x: Tensor, codes: Tensor, scratch: Tensor, unit: Tensor) -> tuple[Te
 
 
 def _sums(codes: Tensor, unit: Tensor, scratch: Tensor, out: Tensor) -> None:
-    """Sums of q, q^2 and q * unit over each block into out [3, n]."""
+    """Write the sums of q, q^2 and q * unit over each block to out [3, n]."""
     torch.mv(codes, _ONES, out=out[0])
     torch.mv(torch.mul(codes, codes, out=scratch), _ONES, out=out[1])
     torch.mv(torch.mul(codes, unit, out=scratch), _ONES, out=out[2])
 
 
 def _slope(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares of unit = scale * q + shift: (scale, covariance of q and unit times 32^2). Their product orders
-    codes by what they explain. Sums of codes are exact: where all are one code, the scale is 0."""
+    """The least-squares fit of unit = scale * q + shift: (scale, covariance of q and unit times 32^2). Their product
+    ranks candidate codes by the variance that they explain. Sums of codes are exact, so that the scale is 0 if all
+    codes are equal."""
     q, qq, qu = sums.unbind(0)
     determinant = (qq * _SIZE).sub_(q * q)
     covariance = (qu * _SIZE).sub_(q * total)
@@ -100,7 +102,8 @@ def _shift(scale: Tensor, sums: Tensor, total: Tensor) -> Tensor:
 
 
 def _keep_minimum(scale: Tensor, shift: Tensor, sums: Tensor, base: Tensor) -> None:
-    """Where a block's minimum would be above 0, or its codes are one code: the least squares with a minimum of 0."""
+    """For blocks whose minimum would be above 0 or whose codes are all equal: the least-squares scale with a minimum of
+    0."""
     q, qq, qu = sums.unbind(0)
     rows = ((shift > -base) | (scale <= 0)).nonzero().flatten()
     if len(rows):
@@ -115,12 +118,16 @@ def _write(out: Tensor, codes: Tensor, scratch: Tensor, scales: Tensor, mins: Te
     out[:, 4:8] = s[:, :4] | (s[:, 4:] >> 4 << 6)
     out[:, 8:12] = m[:, :4] | (m[:, 4:] >> 4 << 6)
     out[:, 12:16] = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
-    pairs = codes.view(-1, 4, 2, _SIZE)  # a byte holds a value of an even block below one of the odd block after it
+    pairs = codes.view(
+        -1, 4, 2, _SIZE
+    )  # a byte: low nibble from an even block, high nibble from the odd block after it
     half = scratch.view(-1)[: codes.numel() // 2].view(-1, 4, _SIZE)
     torch.add(pairs[:, :, 0], pairs[:, :, 1], alpha=16, out=half)
-    out[:, 16:].copy_(half.to(torch.int32).view(-1, 128))  # by way of integers: straight to bytes is slow
+    out[:, 16:].copy_(
+        half.to(torch.int32).view(-1, 128)
+    )  # through int32, because the direct conversion to bytes is slow
 
 
 def _half(values: Tensor) -> Tensor:
-    """Rounded to float16, as float32."""
+    """Values rounded to float16, as float32."""
     return values.half().float()

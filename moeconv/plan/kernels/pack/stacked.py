@@ -1,4 +1,5 @@
-"""4-bit and 8-bit codes of all experts of a layer in one tensor; those of an expert depend on its own matrix alone."""
+"""4-bit and 8-bit codes of all experts of a layer in one tensor. The codes of an expert depend only on its own
+matrix."""
 
 from __future__ import annotations
 

@@ -27,7 +27,8 @@ _ERROR, _ENDED, _LEFT = "moeconv/error", "moeconv/ended", "moeconv/left"
 
 @dataclass(frozen=True)
 class World:
-    """The number of this process, and of all processes. The first one reads the data, writes and prints."""
+    """The number of this process, and the number of all processes. The first process reads the data, writes and
+    prints."""
 
     rank: int = 0
     size: int = 1
@@ -68,7 +69,8 @@ def join() -> None:
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
     if cuda and local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    wait = timedelta(days=1)  # a process may read data or write a model for hours; the death of one is noticed at once
+    # a process may read data or write a model for hours; if one ends, the others notice it at once
+    wait = timedelta(days=1)
     store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     store.set_timeout(wait)
     distributed.init_process_group(
@@ -88,7 +90,8 @@ def end_together(error: MoeconvError | Interrupted | None) -> MoeconvError | Int
     if store is None:
         return error
     world, found = current(), None
-    with contextlib.suppress(Exception):  # if the launcher is gone, so is the store; the own error is returned then
+    # if the launcher has ended, so has the store, and this process returns its own error
+    with contextlib.suppress(Exception):
         if error is not None:
             fields = {"code": error.exit_code, "message": error.message, "hint": error.hint}
             store.compare_set(_ERROR, "", json.dumps(fields))

@@ -62,7 +62,7 @@ def calibrate(
     `data` are values of `--data`. `tokens` tokens (None: 65536) are sampled from them, in sequences of `seq_len` tokens
     (None: 512, or the model's maximum where that is less). In each layer, `sample_tokens` tokens (None: see
     `need.sample_size`) go through all experts, to measure their similarity; of a dense model, the FFN inputs of as many
-    tokens (None: 16384) are kept. With `judge_every` = n, every n-th window is left out, to judge by
+    tokens (None: 16384) are kept. With `judge_every` = n, every n-th window is held out
     (`windows.split_windows`).
 
     The summary has output, tokens, sample_tokens, memory, sources, seconds, warnings and layers [{layer, load, entropy,

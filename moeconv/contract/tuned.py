@@ -27,7 +27,7 @@ class TunedLayer(Load):
 
 
 class TunedTokens(TypedDict):
-    """Tokens that trained, and those that judged."""
+    """The number of tokens that trained, and of held-out tokens."""
 
     trained: int
     held_out: int

@@ -1,6 +1,5 @@
-"""The held-out slice of a text that shapes weights: what was fitted on the rest is judged there, and kept only where it
-is clearly better.
-"""
+"""The held-out slice of a text that shapes weights: what was fitted on the rest of the text is compared on this slice,
+and kept only if it is clearly better."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def held_out(windows: int, seq_len: int) -> np.ndarray:
 
 def clearly_less(new: ArrayLike, old: ArrayLike) -> bool:
     """Whether errors per held-out token, [n] each, fell: their mean difference is above two standard errors. A fit that
-    is better by chance on the few tokens that judge it is worse on other text as often as not."""
+    is better by chance on a few held-out tokens is as often as not worse on other text."""
     gain = np.asarray(old, np.float64) - np.asarray(new, np.float64)
     return len(gain) > 1 and bool(gain.mean() > _ERRORS * gain.std(ddof=1) / len(gain) ** 0.5)
 

@@ -65,16 +65,16 @@ class TokenData:
 
 
 def split_windows(read: TokenData, *, every: int) -> tuple[TokenData, TokenData]:
-    """(the windows to measure on, the windows to judge by): the last of every `every` windows judges. Raises InputError
-    if there are fewer windows than `every`."""
+    """(the windows to measure on, the held-out windows): the last of every `every` windows is held out. Raises
+    InputError if there are fewer windows than `every`."""
     if len(read.windows) < every:
         raise InputError(
             f"the data fills {counted(len(read.windows), 'sequence')}, and at least {every} are needed, of which one "
-            "is held out to judge by",
+            "is held out",
             hint="Give more text, more --tokens, or a smaller --seq-len.",
         )
-    judges = np.arange(len(read.windows)) % every == every - 1
-    return _part(read, ~judges), _part(read, judges)
+    held_out = np.arange(len(read.windows)) % every == every - 1
+    return _part(read, ~held_out), _part(read, held_out)
 
 
 def _part(read: TokenData, chosen: np.ndarray) -> TokenData:

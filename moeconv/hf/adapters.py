@@ -31,7 +31,7 @@ _ROUNDED = (
 
 
 @functools.cache
-def teach_peft() -> None:
+def register_with_peft() -> None:
     """Let PEFT adapt packed modules, if it is installed. A second call changes nothing."""
     if importlib.util.find_spec("peft") is None:
         return
@@ -98,7 +98,7 @@ class _Merging:
 
 @functools.cache
 def _wrappers() -> tuple[type, type]:
-    """The wrappers of PEFT for a parameter and for a linear layer, made for packed ones."""
+    """The wrappers of PEFT for a parameter and for a linear layer, adapted to packed weights."""
     lora: Peft = importlib.import_module("peft.tuners.lora.layer")
 
     class PackedParameter(_Merging, lora.ParamWrapper):

@@ -68,12 +68,13 @@ class FusePacked(ConversionOps):
         return made
 
     def _taken(self, tensors: JsonObject, suffix: str) -> list[Tensor]:
-        """Remove the companions with a suffix from `tensors`: part by part, and within a part expert by expert."""
+        """Remove the companions with a suffix from `tensors`, and return them: ordered by part, and within a part by
+        expert."""
         found = [tensors.pop(companion(source, suffix)) for source in self.sources]
         return [tensor for part in found for tensor in (part if isinstance(part, list) else [part])]
 
     def _fused(self, tensors: JsonObject, suffix: str, context: JsonObject) -> Tensor:
-        """Remove the companions with a suffix from `tensors`, fused as the family fuses its weights."""
+        """Remove the companions with a suffix from `tensors`, and return them fused as the family fuses its weights."""
         if not self.operations:
             return self._taken(tensors, suffix)[0]
         parts: JsonObject = {source: tensors.pop(companion(source, suffix)) for source in self.sources}
@@ -95,7 +96,7 @@ class FusePacked(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Nothing is to be reversed, because `disk_tensors` makes the tensors on disk when a model is saved."""
+        """No operation: `disk_tensors` already makes the tensors on disk when a model is saved."""
         return self
 
 
@@ -148,8 +149,9 @@ def with_companions(entries: Sequence[WeightTransform], model: nn.Module) -> lis
 
 
 def stacked_renamings(model: nn.Module) -> list[WeightRenaming]:
-    """The renamings of the companions of experts that are packed in one tensor. On disk, their last name follows a dot,
-    so that the renamings of transformers match them as they match the codes; an attribute cannot have a dot."""
+    """The renamings of the companions of experts that are packed in one tensor. On disk a dot precedes the last part of
+    their name, so that the renamings of transformers that match the codes match them too. The name of an attribute
+    cannot contain a dot."""
     names = {
         f"{path.rpartition('.')[2]}.{name}{suffix}": len(suffix)
         for path, module in model.named_modules()

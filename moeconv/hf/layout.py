@@ -1,4 +1,4 @@
-"""How packed weights are laid out in memory and on disk, and which tensors of a checkpoint they are, from its
+"""The layout of packed weights in memory and on disk, and the tensors of a checkpoint that belong to each, from the
 headers."""
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class Layout:
 
     @property
     def files(self) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-        """{suffix of a tensor on disk, after the name of the projection: (safetensors dtype, shape or None for
-        any)}."""
+        """{suffix of a tensor on disk, after the name of the projection: (safetensors dtype, shape)}; the shape is None
+        if any is allowed."""
         if self.scheme == "int8":
             return {".weight": ("I8", (self.out, self.columns)), ".SCB": ("F32", (self.out,))}
         plain: dict[str, tuple[str, tuple[int, ...] | None]] = {

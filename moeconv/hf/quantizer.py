@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from moeconv.errors import InputError, escape
-from moeconv.hf.adapters import teach_peft
+from moeconv.hf.adapters import register_with_peft
 from moeconv.hf.conversion import FusePacked, check_stacked, disk_tensors, stacked_renamings, with_companions
 from moeconv.hf.layout import METHOD, Stock, find_layouts, stored_tensors
 from moeconv.hf.modules import PackedExperts, PackedLinear, install, unpack
@@ -42,9 +42,8 @@ class PackedExpertsConfig(QuantizationConfigMixin):
         self.block_size = own.get("block_size", 64)
         if own.get("format") != "bitsandbytes" or own.get("scope") not in _SCOPES:
             raise InputError(
-                f"quantization_config.{METHOD} is {escape(fields.get(METHOD))}, and expected is the format "
-                f"bitsandbytes with a scope of "
-                f"{', '.join(_SCOPES)}",
+                f"quantization_config.{METHOD} is {escape(fields.get(METHOD))}: expected the format bitsandbytes with "
+                f"one of the scopes {', '.join(_SCOPES)}",
                 hint="Upgrade moeconv: a later version may have written the checkpoint.",
             )
 
@@ -82,7 +81,7 @@ class PackedExpertsQuantizer(HfQuantizer):
         used = [c for c in self._conversions if not isinstance(c, WeightRenaming) or c.was_used()]
         model._weight_conversions = used or None  # noqa: SLF001 (the conversions that saving reverses have no public name)
         check_stacked(model)
-        teach_peft()
+        register_with_peft()
         return model
 
     def _dequantize(self, model: Stock, dtype: torch.dtype | None = None) -> Stock:

@@ -154,7 +154,7 @@ def left_by_threshold(
     if removed == 0:
         at = min(counts, key=lambda layer: counts[layer])
         raise UsageError(
-            f"--threshold {options.threshold}: no expert of layer {at} has a stand-in that similar",
+            f"--threshold {options.threshold}: no expert of layer {at} has another expert that is so similar to it",
             hint="Experts of a model trained apart are rarely alike: pass --ratio, or a lower --threshold.",
         )
     return model.num_experts - removed

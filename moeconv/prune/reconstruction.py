@@ -34,7 +34,7 @@ class Reconstruction:
         self.whole = self.mixture(np.arange(len(logits)), np.ones(self.experts, bool))[0]
 
     @property
-    def _apart(self) -> bool:
+    def _independent(self) -> bool:
         """Whether the removal of an expert changes only the tokens that used it. This is false for a softmax over all
         experts that is not renormalised, where the weights of every token depend on which experts remain, and for
         router groups, which are ranked by all their experts."""
@@ -88,7 +88,7 @@ class Reconstruction:
         for e in left:
             if e in protected:
                 continue
-            users = (chosen == e).any(1).nonzero()[0] if self._apart else rows
+            users = (chosen == e).any(1).nonzero()[0] if self._independent else rows
             without = mask.copy()
             without[e] = False
             change = self.losses(users, self.mixture(users, without)[0]).sum() - now[users].sum()

@@ -1,1 +1,1 @@
-"""Recipes: the YAML file, what it may not do, and its run."""
+"""Recipes: the YAML file, the checks before it runs, and its run."""

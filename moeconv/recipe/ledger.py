@@ -1,4 +1,5 @@
-"""The ledger of a recipe: a file beside each output that states what made it, so that a finished step is not run again.
+"""The ledger of a recipe: a file next to each output that records how it was made, so that a finished step is not run
+again.
 
 The key of an entry covers everything that decides the output: command, parameters, version, and the inputs' bytes. An
 entry also has the state of the output when the step ended; if the output changed since then, the step is run again.
@@ -26,7 +27,8 @@ _NAME = ".moeconv-ledger.json"
 
 
 def kept_or_run(output: str, key: str, run: Callable[[], JsonObject]) -> tuple[JsonObject, bool]:
-    """(result, True) from the ledger if `key` made `output` and that has not changed; else (result of `run`, False)."""
+    """(result from the ledger, True) if `key` made `output` and the output has not changed since; otherwise (result of
+    `run`, False)."""
     entry = _read(output).get(Path(output).name)
     if isinstance(entry, dict) and entry.get("key") == key and entry.get("came_to") == _state_of_output(output):
         return dict(entry["result"]), True
@@ -66,7 +68,7 @@ def _file_state(path: str) -> list[str | int]:
 
 
 def _state_of_output(path: str) -> str | None:
-    """The hash of the manifest for a model, size and time for a file, None where there is nothing."""
+    """The hash of the manifest for a model, size and time for a file, None if it does not exist."""
     try:
         if os.path.isdir(path):
             return hashlib.sha256((Path(path) / MANIFEST_NAME).read_bytes()).hexdigest()
@@ -80,7 +82,7 @@ def _path(output: str) -> Path:
 
 
 def _read(output: str) -> JsonObject:
-    """The ledger beside an output. A missing or damaged one is empty: its steps are run again."""
+    """The ledger next to an output. A missing or damaged ledger counts as empty, so that its steps run again."""
     try:
         return read_json_object(_path(output), what=_NAME)
     except MoeconvError:

@@ -1,4 +1,4 @@
-"""The dry run of a recipe: every step is planned on the plan of the step before it, from headers alone."""
+"""The dry run of a recipe: every step is planned on the planned output of the step before it, from headers alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from moeconv.upcycle.planner import upcycle_plan
 
 
 def plan_all(recipe: Recipe) -> Ran:
-    """The sizes of every step to the byte, without running any. Raises what a run would raise before it writes."""
+    """The exact sizes in bytes of the output of every step, without running any. Raises the errors that a run would
+    raise before it writes."""
     guard_recipe(recipe)
     models: dict[str, Model] = {}  # path -> the model that a step will write there
     first = open_resolved(recipe.steps[0].source)
@@ -73,7 +74,8 @@ def _planned_row(step: Step, plan: Plan | None, source: Model, models: dict[str,
 
 
 def _warnings(plan: Plan | None, source: Model, *, on_disk: bool) -> list[str]:
-    """The warnings of a plan, and of the files beside the shards of a source that is `on_disk` already."""
+    """The warnings of a plan. If the source is `on_disk` already, also those about its other files, such as the
+    tokenizer."""
     if plan is None:
         return []
     return [*plan.warnings, *(companions_of(plan, source.checkpoint).warnings if on_disk else ())]
@@ -87,7 +89,8 @@ def _existing(path: Path) -> Path:
 def plan_of(model: Model, asked: Asked) -> Plan | None:
     """The plan of a request on a model, which may itself only be planned. None for tune, which keeps every size.
 
-    Nothing is measured: a prune removes as many experts as it will, but not necessarily the same ones.
+    Nothing is measured: the plan of a prune removes the right number of experts, but not necessarily those that a run
+    will.
     """
     if isinstance(asked, UpcycleRequest):
         return upcycle_plan(model, asked.upcycle, asked.plan)

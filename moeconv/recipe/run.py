@@ -59,7 +59,7 @@ def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
     model = open_resolved(source)
     rows = [row_of_model("source", model, seconds=0.0, evaluation=_evaluation(recipe, source, meter))]
     warnings: list[str] = []
-    pending: Step | None = None  # a prune that the quantize after it does in the same pass
+    pending: Step | None = None  # a prune that runs in the same pass as the quantize after it
     for at, step in enumerate(recipe.steps):
         meter.note(f"== {step.name}")
         began = time.monotonic()
@@ -102,7 +102,8 @@ def _fused_row(step: Step, then: Step, result: JsonObject, *, kept: bool) -> Ste
 
 
 def _write_report(recipe: Recipe, path: str, done: Ran) -> str:
-    """The page about the last model: its sizes against the source, every step's result, the last statistics."""
+    """Write the page about the last model: its sizes compared with the source, the result of every step, and the last
+    statistics."""
     from moeconv.calibrate.artifact import is_statistics
 
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -140,7 +141,8 @@ def _evaluation(recipe: Recipe, path: str, meter: Meter) -> JsonObject:
 
 
 def _run_or_keep(step: Step, meter: Meter) -> tuple[JsonObject, bool]:
-    """(result, whether it is that of an earlier run): a step is run if anything that decides its output has changed."""
+    """(result, whether it is that of an earlier run). A step runs only if something that decides its output has
+    changed."""
     request = step.asked
     if isinstance(request, EvaluateRequest):
         return evaluate(request, meter=meter), False
@@ -171,8 +173,8 @@ def _run(request: Asked, meter: Meter) -> JsonObject:
 
 
 def _run_fused(step: Step, then: Step, meter: Meter) -> tuple[JsonObject, bool]:
-    """A prune and the quantize after it in one pass. Of the options for writing, those of either step apply; where both
-    have one, that of the quantize."""
+    """A prune and the quantize after it in one pass. The options for writing of both steps apply; if both have the same
+    option, the one of the quantize is used."""
     assert then.to is not None
     written = {name: v for s in (step, then) for name, v in s.parameters.items() if name in _WRITE}
     first = asked("prune", dict(step.parameters) | written, step.source, then.to)

@@ -1,1 +1,1 @@
-"""What every verb that writes a checkpoint shares: running a plan, and keeping what was measured before it."""
+"""Shared by all commands that write a checkpoint: running a plan, and keeping what was measured before it."""

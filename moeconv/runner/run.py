@@ -1,4 +1,4 @@
-"""What all steps share that write a checkpoint: opening MODEL, running a plan, and the common JSON fields."""
+"""Shared by all steps that write a checkpoint: opening MODEL, running a plan, and the common JSON fields."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> JsonOb
 
 
 def run_on_data(model: Model, measure: MeasureOptions, asks: WorkloadFields) -> Workload:
-    """What a step that measures will run if the data has as many tokens as it takes; `asks` has further fields."""
+    """The workload of a step that measures, for data with as many tokens as it reads. `asks` are further fields of
+    it."""
     length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
     return Workload(measure.tokens or TOKENS, length, measure.batch_size, **asks)
 
@@ -131,10 +132,10 @@ def planned_json(plan: Plan, out: str, *, dry_run: bool) -> JsonObject:
 
 
 def measuring(command: str, model: Model, out: str, write: WriteOptions, *options: object, meter: Meter) -> Measured:
-    """The place where a command keeps what it measures before it can plan, for its other parts and for later runs.
+    """The place where a command stores what it measures before it plans, for its other parts and for later runs.
 
-    `options` are the option groups that decide what is measured. Of the files that they name, the content counts and
-    not the path.
+    `options` are the option groups that decide what is measured. For the files that they name, the content is compared
+    and not the path.
     """
     from moeconv.data.digest import content_of
 

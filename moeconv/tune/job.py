@@ -1,4 +1,5 @@
-"""The job of `tune`, checked before anything expensive runs: models that go together, and routers that can learn."""
+"""The job of `tune`, checked before any expensive work: whether the models fit together, and whether the routers can
+learn."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ from moeconv.tune.optimise import Schedule
 from moeconv.tune.symmetry import check_symmetry
 from moeconv.tune.words import BIAS, correction_names, parse_train, tensors_of
 
-# Peak learning rates times the hidden size: Adam's best rate for a matrix goes with 1 / width (Tensor Programs V, arXiv
-# 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: the best rate for a layer's regression is four
-# times that for a whole model. The best rate for a random router that trains alone is ten times that for a router that
-# trains with its experts, or that is already trained (of a pruned model: 0.128 lowers the KL, 1.28 does not).
+# Peak learning rates times the hidden size: the best rate of Adam for a matrix is proportional to 1 / width (Tensor
+# Programs V, arXiv 2203.03466). Measured at 128 and 256 on models upcycled with `drop`: the best rate for the
+# regression of a layer is four times that for a whole model. The best rate for a random router that trains alone is ten
+# times that for a router that trains with its experts, or that is already trained (of a pruned model: 0.128 lowers the
+# KL, 1.28 does not).
 _LAYERWISE, _WHOLE = 1.0, 0.256
 _ROUTER_ALONE, _ROUTER_ALONG = 1.28, 0.128
 _MOST = 0.01

@@ -40,8 +40,8 @@ class LayerMeasure:
 @dataclass(frozen=True)
 class LayerTraining:
     """The training of one layer. `inputs` and `outputs` [T, H] are those of the teacher's FFN for the tokens of this
-    process: first the windows (of `seq_len` tokens) that train, then the held-out ones, which are the last `held` rows.
-    Of several processes, each has every n-th window. `take` returns what the router did since the last call."""
+    process: first the training windows (of `seq_len` tokens), then the held-out ones, which are the last `held` rows.
+    Of several processes, each has every n-th window. `take` returns the routing since its last call."""
 
     filled: FilledBlock
     inputs: Tensor
@@ -64,8 +64,8 @@ class LayerTraining:
         return (made - wanted).square().sum(), wanted.square().sum(), self.take()
 
     def _mine(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(positions in `rows` of the tokens that this process has, their rows in `inputs`), for rows of all training
-        tokens."""
+        """(positions in `rows` of the tokens that this process has, their rows in `inputs`). `rows` number the training
+        tokens of all processes."""
         world = current()
         window: np.ndarray = rows // self.seq_len
         here = np.flatnonzero(window % world.size == world.rank)

@@ -17,7 +17,7 @@ from moeconv.families.records import Routing
 from moeconv.tune.routing import Routed
 from moeconv.world import summed
 
-_LOGITS = 1 << 23  # logits that are computed at a time
+_LOGITS = 1 << 23  # number of logits that are computed at a time
 
 Rows = Callable[[Tensor, slice], Tensor]  # final hidden states of some rows [R, H] -> the loss of each row [R]
 
@@ -39,7 +39,7 @@ def divergence(head: Callable[[Tensor], Tensor], teacher: Callable[[Tensor], Ten
 
 
 def in_slices(count: int, vocabulary: int) -> list[slice]:
-    """Slices of `count` rows, each so small that its logits fit in memory."""
+    """Divide `count` rows into slices so small that the logits of one slice fit in memory."""
     size = max(1, _LOGITS // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 

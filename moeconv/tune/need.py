@@ -17,8 +17,8 @@ _FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 def tokens_of(options: TuneOptions, measure: MeasureOptions, *, length: int) -> int:
-    """The number of tokens to read: --tokens, or as many as training draws; with layerwise, as many as calibration
-    uses."""
+    """The number of tokens to read: --tokens, or the number that training draws; with layerwise, the number that
+    calibration uses."""
     drawn = round(options.steps * measure.batch_size / (1 - HELD_OUT)) + measure.batch_size
     layerwise = options.objective == "layerwise" and not options.balance_only
     return max(measure.tokens or (TOKENS if layerwise else max(drawn, 2) * length), length)
@@ -35,8 +35,8 @@ def layerwise_need(
 
 
 def _read_bytes(model: Model) -> int:
-    """The most that the experts of a layer take as they are read, beside the widened ones: floats as they are stored,
-    others in float32."""
+    """The memory of the experts of a layer while they are read, in addition to the float32 copies: as stored if they
+    are floats, otherwise in float32."""
     layers: dict[int | None, int] = {}
     for name, role in model.roles.items():
         if role.group == "expert":
@@ -49,7 +49,7 @@ def _read_bytes(model: Model) -> int:
 def need_of_tune(
     student: Model, teacher: Model | None, options: TuneOptions, measure: MeasureOptions
 ) -> tuple[Need, Workload]:
-    """(the memory that one process takes, what it runs)."""
+    """(the memory that one process needs, its workload)."""
     models = [student, *([teacher] if teacher is not None else [])]
     length = min(sequence_length(model, measure.seq_len, default=SEQ_LEN) for model in models)
     train = parse_train(options.train)

@@ -32,15 +32,15 @@ from moeconv.world import all_agree, current, summed
 
 M = TypeVar("M")
 
-_FLOOR = 0.1  # of the peak, where cosine and linear end
+_FLOOR = 0.1  # share of the peak at which cosine and linear end
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The number of steps and the learning rates. `decay`: cosine, linear or constant; `warmup`: a share of the steps;
-    `look_every`: the steps between evaluations; `patience`: training stops after so many of them without
+    """The number of steps and the learning rates. `decay`: cosine, linear or constant. `warmup`: a share of the steps.
+    `look_every`: the steps between evaluations. `patience`: training stops after this number of evaluations without
     improvement."""
 
     steps: int
@@ -59,7 +59,7 @@ class Schedule:
         left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.decay]
         return _FLOOR + (1 - _FLOOR) * left
 
-    def looks(self) -> set[int]:
+    def evaluations(self) -> set[int]:
         """The steps after which the held-out data is evaluated; the last step is one of them."""
         if self.look_every is None:
             return {round(self.steps * (i + 1) / LOOKS) for i in range(LOOKS)} - {0}
@@ -103,7 +103,7 @@ def optimise(
     before = measure()
     if not math.isfinite(score(before)):
         raise not_finite()
-    best_values, bare = snapshot(pieces), 0  # `bare`: evaluations since the best one
+    best_values, since_best = snapshot(pieces), 0  # evaluations since the best one
     best: Outcome[M] = Outcome(before, before)
     optimiser = torch.optim.AdamW(
         [
@@ -126,15 +126,15 @@ def optimise(
                 break
             optimiser.step()
             note(i + 1, None)
-            if i + 1 not in schedule.looks():
+            if i + 1 not in schedule.evaluations():
                 continue
-            measured, rounded = _look(pieces, measure)
+            measured, rounded = _evaluate(pieces, measure)
             note(i + 1, measured)
             if score(measured) < score(best.after):
-                best, best_values, bare = replace(best, after=measured, improved=True), rounded, 0
+                best, best_values, since_best = replace(best, after=measured, improved=True), rounded, 0
                 continue
-            bare += 1
-            if schedule.patience is not None and bare >= schedule.patience and i + 1 < schedule.steps:
+            since_best += 1
+            if schedule.patience is not None and since_best >= schedule.patience and i + 1 < schedule.steps:
                 best = replace(best, stopped_at=i + 1)
                 break
     finally:
@@ -168,9 +168,9 @@ def _gather_gradients(parameters: Sequence[Tensor], leaves: Mapping[int, nn.Para
     return norm
 
 
-def _look(pieces: Sequence[Piece], measure: Callable[[], M]) -> tuple[M, list[Tensor]]:
-    """(the measurement of the values as they would be written, these values). Training continues with the unrounded
-    ones."""
+def _evaluate(pieces: Sequence[Piece], measure: Callable[[], M]) -> tuple[M, list[Tensor]]:
+    """(the measurement of the values rounded as they would be written, these rounded values). Training continues with
+    the unrounded values."""
     unrounded = exact(pieces)
     round_in_place(pieces)
     measured, rounded = measure(), snapshot(pieces)

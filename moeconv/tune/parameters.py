@@ -23,8 +23,8 @@ from moeconv.tune.words import BIAS, tensors_of, word_of
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor on disk, and the part of a parameter that holds its values divided by `scale`, a power of two. `word` is
-    the word of --train that makes it trainable."""
+    """A tensor on disk and the part of a parameter that corresponds to it. The part holds the values divided by
+    `scale`, a power of two. `word` is the word of --train that makes the tensor trainable."""
 
     name: str
     dtype: str

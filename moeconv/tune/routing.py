@@ -110,7 +110,7 @@ def _activations(experts: Stock, e: int, hidden: Tensor) -> Tensor:
 
 def _gated(experts: Stock, wide: Tensor) -> Tensor:
     """The gated activation of the stock class: [n, 2I] -> [n, I]."""
-    made: Tensor = experts._apply_gate(wide)  # noqa: SLF001 (the class has no public one)
+    made: Tensor = experts._apply_gate(wide)  # noqa: SLF001 (the class has no public method for it)
     return made
 
 
@@ -134,11 +134,11 @@ def experts_forward(experts: Stock, hidden: Tensor, chosen: Tensor, weights: Ten
     return torch.zeros_like(hidden).index_add_(0, rows, made)
 
 
-# -- the blocks at work ----------------------------------------------------------------------------------------------
+# -- recording the routing -------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def watching(
+def recording(
     blocks: Sequence[Block], rule: Routing, *, renormalise: bool, straight_through: bool,
     disturbance: Disturbance | None = None,
 ) -> Iterator[Callable[[], list[Routed]]]:  # fmt: skip
@@ -168,7 +168,7 @@ def watching(
         for handle in handles:
             handle.remove()
         for block in blocks:
-            block.experts.__dict__.pop("forward", None)  # the class's own comes back
+            block.experts.__dict__.pop("forward", None)  # restores the method of the class
             block.router.__dict__.pop("forward", None)
 
 

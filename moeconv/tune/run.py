@@ -1,7 +1,7 @@
-"""`tune`: trains the router (and what else --train names) of a Mixture-of-Experts, and writes an overlay.
+"""`tune`: trains the router of a Mixture-of-Experts and whatever else --train names, and writes an overlay.
 
 The model itself is not written here: `plan_overlay` and `execute` apply the overlay. Of several processes (torchrun),
-each takes its share of every batch, and the first one reads the data and writes.
+each computes its share of every batch, and the first one reads the data and writes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from moeconv.tune.network import load_network
 from moeconv.tune.optimise import Outcome, optimise
 from moeconv.tune.parameters import Piece, pieces_of, written
 from moeconv.tune.rebalance import Rebalance, rebalancing
-from moeconv.tune.routing import Block, Routed, watching
+from moeconv.tune.routing import Block, Routed, recording
 from moeconv.tune.whole import ModelTraining
 from moeconv.tune.windows import batches, split
 from moeconv.tune.words import tensors_of
@@ -121,10 +121,10 @@ class TrainingRun:
     put: Put
     disturbance: Disturbance
 
-    def watching(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
+    def recording(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
         model, through = self.job.student, self.job.straight_through
         assert model.family.experts.routing is not None
-        return watching(
+        return recording(
             blocks, model.family.experts.routing, renormalise=model.renormalises, straight_through=through,
             disturbance=self.disturbance,
         )  # fmt: skip
@@ -134,8 +134,8 @@ class TrainingRun:
 
 
 def _read(job: Job, paths: Sequence[str], options: TuneOptions, measure: MeasureOptions) -> TokenData:
-    """Read the windows. Without --tokens, there are as many as training draws or, with layerwise, as calibration
-    uses."""
+    """Read the windows. Without --tokens, the number of windows is what training draws or, with layerwise, what
+    calibration uses."""
     models = [m for m in (job.student, job.teacher) if m is not None]
     length = min(sequence_length(m, measure.seq_len, default=SEQ_LEN) for m in models)
     tokens = tokens_of(options, measure, length=length)
@@ -211,7 +211,7 @@ def _whole(run: TrainingRun) -> JsonObject:
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
     routing = job.student.family.experts.routing
     assert routing is not None
-    with run.watching(student.blocks) as take_routed:
+    with run.recording(student.blocks) as take_routed:
         task = ModelTraining(
             student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device,
             run.disturbance, run.rebalance(student.blocks),
@@ -223,7 +223,7 @@ def _whole(run: TrainingRun) -> JsonObject:
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
             note=_reporting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
-            not_finite=lambda: _first_bad(job),
+            not_finite=lambda: _not_finite_error(job),
         )
         run.put(pieces, outcome.improved)
     before, after = outcome.before, outcome.after
@@ -233,7 +233,7 @@ def _whole(run: TrainingRun) -> JsonObject:
     return block | {"warnings": [*job.warnings, *_remarks(outcome, _JUDGED[job.objective])]}
 
 
-def _first_bad(job: Job) -> NotFiniteError:
+def _not_finite_error(job: Job) -> NotFiniteError:
     """The error for a loss that is NaN: it names a tensor of the student, or of the teacher if the student's are
     finite."""
     mine = scanned(job.student, dtype=torch.float32)
@@ -271,7 +271,7 @@ def _layerwise(run: TrainingRun) -> JsonObject:
         max_memory=run.max_memory, meter=run.meter, trains_experts="experts" in job.train,
     )  # fmt: skip
     for filled, inputs, outputs in layers:
-        with run.watching([filled.block]) as take_routed:
+        with run.recording([filled.block]) as take_routed:
             fit = LayerTraining(
                 filled, inputs, outputs, mine[1].size, run.data.seq_len, job.student.family.experts.routing,
                 take_routed, job.balance, job.z_loss, run.device, run.disturbance, run.rebalance([filled.block]),

@@ -34,7 +34,8 @@ class ModelMeasure:
 class ModelTraining:
     """The training of a student as a whole. `take` returns the routing since its last call.
 
-    Of several processes, each takes every n-th window of a batch, and its losses are its part of those of the batch.
+    Of several processes, each computes every n-th window of a batch, and its losses are its part of the losses of the
+    batch.
     """
 
     student: Network
@@ -117,7 +118,7 @@ class ModelTraining:
                 sums[1] += losses.total(hidden.flatten(0, 1), kl, vocabulary=self.student.vocabulary)
         loss, kl_sum = summed(sums).tolist()
         whole = [load.together() for load in loads.values()]
-        # a correction bias changes the load but not the probabilities, so that it is judged by the load alone
+        # a correction bias changes the load but not the probabilities, so only the load shows its effect
         balance = float(np.mean([load.unevenness() if self.rebalance else load.balance() for load in whole]))
         return ModelMeasure(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 

@@ -25,8 +25,7 @@ def split(data: TokenData, *, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     if total < 2:
         raise InputError(
             f"the data fills {counted(total, 'sequence')} of {counted(data.seq_len, 'token')}, and training "
-            "needs one to train on and one "
-            f"to judge by",
+            "needs at least two: one to train on, and one that is held out",
             hint="Give more text, or a smaller --seq-len.",
         )
     held = min(max(math.ceil(total * HELD_OUT), batch_size), total // 2)

@@ -20,7 +20,7 @@ from moeconv.plan.kernels.pack import pack_nf4, relative_rms
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.gptq.grids import grid_of, on_disk
 from moeconv.quantize.gptq.levels import Coded, Grid, round_to_nearest
-from moeconv.quantize.gptq.moments import PRIOR, moments, shown
+from moeconv.quantize.gptq.moments import PRIOR, expert_tokens, moments
 from moeconv.quantize.gptq.scales import search_scales
 from moeconv.quantize.gptq.solve import cholesky, damped, gptq, loss, retarget
 from moeconv.quantize.planner import plan_quantize
@@ -184,7 +184,7 @@ def test_what_an_expert_is_shown_follows_the_router_and_the_pool():
     index = torch.tensor([[0, 2], [2, 0], [0, 1], [2, 1], [0, 2]])
     scores = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.5, -0.5], [0.9, 0.1], [0.2, 0.8]])
     free = torch.tensor([True, True, True, True, False])
-    seen = shown(index, scores, free, experts=[0, 1, 3], pooled=4)
+    seen = expert_tokens(index, scores, free, experts=[0, 1, 3], pooled=4)
     assert [seen[e].rows.tolist() for e in (0, 1, 3)] == [[0, 1, 2], [2, 3], []]
     share = 3 / (3 + PRIOR)
     assert torch.allclose(seen[0].weights, torch.tensor([0.6, 0.3, 0.5]) / 1.4 * share)

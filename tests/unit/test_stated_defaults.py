@@ -151,7 +151,7 @@ def test_how_a_tune_is_run(models):
     from moeconv.tune.optimise import Schedule
 
     (looks,) = stated("tune", "look_every")
-    assert len(Schedule(100, {}, "cosine", 0.1).looks()) == looks
+    assert len(Schedule(100, {}, "cosine", 0.1).evaluations()) == looks
     assert "unless experts train too" in STATED["tune", "straight_through"]
     for train in ("router", "router,experts"):
         job = make_job(models[1], TuneOptions(objective="lm", train=train), seed=0, batch_size=2)

@@ -29,7 +29,7 @@ from moeconv.tune.network import fill_block, load_network
 from moeconv.tune.optimise import Schedule
 from moeconv.tune.parameters import pieces_of, written
 from moeconv.tune.planner import plan_overlay
-from moeconv.tune.routing import Routed, straight_through_weights, watching
+from moeconv.tune.routing import Routed, recording, straight_through_weights
 from moeconv.tune.run import tune
 from moeconv.tune.windows import batches
 from moeconv.upcycle.planner import plan_upcycle
@@ -121,7 +121,7 @@ def test_straight_through_gradient_is_that_of_the_dense_mixture(tmp_path, family
     stock = filled.module(x[None])[0]
     filled.block.router.weight.requires_grad_(True)
     assert model.family.experts.routing is not None
-    with watching(
+    with recording(
         [filled.block], model.family.experts.routing, renormalise=model.renormalises, straight_through=True
     ) as take:
         out = filled.module(x[None])[0]
@@ -176,7 +176,7 @@ def test_without_straight_through_gradients_are_those_of_the_stock_model(tmp_pat
         filled.module.zero_grad()
         x.grad = None
         if watched:
-            with watching([filled.block], Routing(), renormalise=True, straight_through=False):
+            with recording([filled.block], Routing(), renormalise=True, straight_through=False):
                 filled.module(x[None])[0].square().sum().backward()
         else:
             filled.module(x[None])[0].square().sum().backward()
@@ -192,7 +192,7 @@ def test_experts_get_a_gradient_only_from_tokens_that_chose_them(tmp_path):
     filled = fill_block(Skeleton(open_model(path), dtype=torch.float32), 0)
     x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(2))
     filled.module.requires_grad_(True)
-    with watching([filled.block], Routing(), renormalise=True, straight_through=True) as take:
+    with recording([filled.block], Routing(), renormalise=True, straight_through=True) as take:
         out = filled.module(x[None])[0]
         (routed,) = take()
     out.sum().backward()
@@ -625,11 +625,11 @@ def test_schedule_warms_up_and_ends_at_a_tenth():
     assert [linear.rate_at(i) for i in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
     assert {constant.rate_at(i) for i in range(100)} == {1.0}
     assert (
-        Schedule(100, {}).looks() == {25, 50, 75, 100}
-        and Schedule(1, {}).looks() == {1}
-        and Schedule(2, {}).looks() >= {1, 2}
+        Schedule(100, {}).evaluations() == {25, 50, 75, 100}
+        and Schedule(1, {}).evaluations() == {1}
+        and Schedule(2, {}).evaluations() >= {1, 2}
     )
-    assert Schedule(10, {}, look_every=4).looks() == {4, 8, 10}
+    assert Schedule(10, {}, look_every=4).evaluations() == {4, 8, 10}
 
 
 def test_batches_visit_everything_once_before_anything_twice():
@@ -667,7 +667,7 @@ def test_routers_that_were_written_small_train_as_if_they_were_not(tmp_path: Pat
         got, want = block.router(x), other.router(x)
         assert torch.allclose(got[0] / scale, want[0], atol=1e-5) and torch.equal(got[2], want[2])
     rule = open_model(models["small"]).family.experts.routing
-    with watching(small.blocks, rule, renormalise=True, straight_through=True) as take:
+    with recording(small.blocks, rule, renormalise=True, straight_through=True) as take:
         small.blocks[0].router.weight.requires_grad_(True)
         small.hidden(tokens).square().sum().backward()
         assert take()[0].logits.abs().max() > 1e-3

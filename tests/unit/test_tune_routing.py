@@ -22,7 +22,7 @@ from moeconv.tune.network import load_network
 from moeconv.tune.optimise import Schedule, optimise
 from moeconv.tune.parameters import Piece
 from moeconv.tune.rebalance import rebalancing
-from moeconv.tune.routing import Block, watching
+from moeconv.tune.routing import Block, recording
 from moeconv.tune.run import tune
 from moeconv.upcycle.planner import plan_upcycle
 
@@ -87,9 +87,9 @@ def test_noise_and_temperature_reach_the_choice_in_training_alone(tmp_path, case
                     network.hidden(tokens)
         return take()
 
-    with watching(network.blocks, rule, renormalise=False, straight_through=False) as take:
+    with recording(network.blocks, rule, renormalise=False, straight_through=False) as take:
         plain = routed(None)
-    with watching(network.blocks, rule, renormalise=False, straight_through=False, disturbance=d) as take:
+    with recording(network.blocks, rule, renormalise=False, straight_through=False, disturbance=d) as take:
         measured, first, again, other = routed(None), routed(0), routed(0), routed(1)
     for a, b in zip(plain, measured):
         assert torch.equal(a.logits, b.logits) and torch.equal(a.chosen, b.chosen)

@@ -173,8 +173,8 @@ def _refitted(
     before = {e: down_projection(layer.experts, e) for e in kept}
     made = refit_layer(layer.experts, shaping, lacking, before, variant.refit)
     old, new = held_out_errors(layer.experts, judging, judged_by, before, made)
-    shown, needed = float((shaping.weights != 0).sum()) / len(kept), tokens_needed(before)
-    better = shown >= needed and clearly_less(new.cpu(), old.cpu())
+    available, needed = float((shaping.weights != 0).sum()) / len(kept), tokens_needed(before)
+    better = available >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = ((float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new))
-    variant.fitted.append(RefitOutcome(layer.index, was, now, shown, needed, kept=better))
+    variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
     return made if better else before

@@ -24,7 +24,7 @@ from moeconv.quantize.gptq.grids import grid_of, nearest_on_disk, on_disk
 from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of, weight_name
 from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.levels import Coded, round_to_nearest
-from moeconv.quantize.gptq.moments import Shown, moments, shown
+from moeconv.quantize.gptq.moments import ExpertTokens, expert_tokens, moments
 from moeconv.quantize.gptq.need import OUTPUT_ROWS, POOLED
 from moeconv.quantize.gptq.solve import damped, gptq, retarget
 from moeconv.randomness import generator
@@ -39,7 +39,7 @@ Put = Callable[[Mapping[str, Tensor]], None]
 @dataclass(frozen=True, eq=False)
 class ExpertInputs:
     """The inputs of a layer's experts: inputs [T, H]; the router's choice, index int64 and weights [T, k]; `held` bool
-    [T], the held-out tokens; `pool` int64 [P], the tokens that are used for the codes of every expert; `shown`, per
+    [T], the held-out tokens; `pool` int64 [P], the tokens that are used for the codes of every expert; `tokens`, per
     expert, the tokens that are used for its codes."""
 
     inputs: Tensor
@@ -47,7 +47,7 @@ class ExpertInputs:
     weights: Tensor
     held: Tensor
     pool: Tensor
-    shown: Mapping[int, Shown]
+    tokens: Mapping[int, ExpertTokens]
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +91,7 @@ class LayerCodes:
         seen = self._expert_inputs()
         group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
         gates = group(down=False)
-        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.shown.items()})
+        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
         held = seen.held.nonzero().flatten()
         wanted = allocate((len(held), self.model.hidden_size), torch.float32, self.stream.max_memory)
         for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, held), strict=True):
@@ -101,7 +101,7 @@ class LayerCodes:
         packed = self._each(gates, partial(self._code_gate_up, seen, self._pooled(seen)))
         packed += self._each(downs, partial(self._code_down, seen))
         chosen = self._squares(seen, held, wanted)
-        counts = [len(s.rows) for s in seen.shown.values()]
+        counts = [len(s.rows) for s in seen.tokens.values()]
         tokens, needed = sum(counts) / len(counts), self._tokens_needed()
         kept = tokens >= needed and heldout.clearly_less(chosen, nearest)
         if not kept:
@@ -154,7 +154,7 @@ class LayerCodes:
 
     def _code_gate_up(self, seen: ExpertInputs, pooled: Tensor, group: Group) -> _Chosen:
         """The codes of the matrices that read the input of the expert."""
-        own = [seen.shown[e] for e in group.experts]
+        own = [seen.tokens[e] for e in group.experts]
         rows, weights = torch.cat([s.rows for s in own]), torch.cat([s.weights for s in own])
 
         def take(at: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,11 @@ class LayerCodes:
         return self._made(group, gptq(self._stacked(group), hessian, group.grid, group=group.size))
 
     def _input_hessian(
-        self, take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, own: Sequence[Shown], pooled: Tensor
+        self,
+        take: Callable[[Tensor], tuple[Tensor, Tensor]],
+        weights: Tensor,
+        own: Sequence[ExpertTokens],
+        pooled: Tensor,
     ) -> Tensor:
         """The damped second moments of the experts' inputs, including the share of the pool: float64 [E, H, H]."""
         total = moments(take, weights, [len(s.rows) for s in own])
@@ -184,7 +188,7 @@ class LayerCodes:
         """(damped second moment of the hidden activations, moment of their error with them in the same units), both
         float64 [E, I, I]. The error is the difference between the hidden activations of the source and those of the
         quantized gate and up."""
-        own, device = [seen.shown[e] for e in group.experts], self.stream.device
+        own, device = [seen.tokens[e] for e in group.experts], self.stream.device
         counts = torch.tensor([len(s.rows) + len(seen.pool) for s in own])
         rows = torch.cat([part for s in own for part in (s.rows, seen.pool)])
         parts = [part for s in own for part in (s.weights, torch.full((len(seen.pool),), s.rest))]
@@ -237,7 +241,7 @@ class LayerCodes:
         held = torch.from_numpy(heldout.held_out(*self.stream.windows.shape)).flatten()
         chosen, scores, pool = torch.cat(index), torch.cat(weights), self._pool(held)
         experts = sorted({int(role_of(self.view, item).expert or 0) for item in self.items})
-        seen = shown(chosen, scores, ~held, experts=experts, pooled=len(pool))
+        seen = expert_tokens(chosen, scores, ~held, experts=experts, pooled=len(pool))
         return ExpertInputs(inputs, chosen, scores, held, pool, seen)
 
     def _pool(self, held: Tensor) -> Tensor:

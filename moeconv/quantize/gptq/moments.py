@@ -13,7 +13,7 @@ _ROWS = 256  # tokens per expert in one product
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ExpertTokens:
     """The tokens that are used for the codes of one expert: its own at `rows` int64 [n] with `weights` float32 [n], and
     those of the pool, each with the weight `rest`. All weights sum to 1."""
 
@@ -22,7 +22,9 @@ class Shown:
     rest: float
 
 
-def shown(index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int], pooled: int) -> dict[int, Shown]:
+def expert_tokens(
+    index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int], pooled: int
+) -> dict[int, ExpertTokens]:
     """The tokens that are used for the codes of each expert, out of those that are `free`, bool [T] (not held out).
     `index` int64 and `weights` [T, k] are the router's choice, `pooled` is the size of the pool."""
     slots = free[:, None].expand_as(index).flatten().nonzero().flatten()
@@ -31,13 +33,15 @@ def shown(index: Tensor, weights: Tensor, free: Tensor, *, experts: Sequence[int
     counts = torch.bincount(chosen, minlength=max(experts) + 1).tolist()
     rows = (slots // index.shape[1])[order].split(counts)
     scores = weights.flatten()[slots][order].clamp(min=0).split(counts)
-    return {e: _shown(rows[e], scores[e], pooled) for e in experts}
+    return {e: _tokens_of_one(rows[e], scores[e], pooled) for e in experts}
 
 
-def _shown(rows: Tensor, scores: Tensor, pooled: int) -> Shown:
+def _tokens_of_one(rows: Tensor, scores: Tensor, pooled: int) -> ExpertTokens:
     own, count = float(scores.sum()), len(rows)
     share = count / (count + PRIOR) if own > 0 else 0.0
-    return Shown(rows, scores * (share / own) if own > 0 else torch.zeros_like(scores), (1 - share) / max(1, pooled))
+    return ExpertTokens(
+        rows, scores * (share / own) if own > 0 else torch.zeros_like(scores), (1 - share) / max(1, pooled)
+    )
 
 
 def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, counts: Sequence[int]) -> Tensor:

@@ -118,14 +118,12 @@ def _write(out: Tensor, codes: Tensor, scratch: Tensor, scales: Tensor, mins: Te
     out[:, 4:8] = s[:, :4] | (s[:, 4:] >> 4 << 6)
     out[:, 8:12] = m[:, :4] | (m[:, 4:] >> 4 << 6)
     out[:, 12:16] = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
-    pairs = codes.view(
-        -1, 4, 2, _SIZE
-    )  # a byte: low nibble from an even block, high nibble from the odd block after it
+    # a byte has the code of an even block in its low nibble, and that of the next (odd) block in its high nibble
+    pairs = codes.view(-1, 4, 2, _SIZE)
     half = scratch.view(-1)[: codes.numel() // 2].view(-1, 4, _SIZE)
     torch.add(pairs[:, :, 0], pairs[:, :, 1], alpha=16, out=half)
-    out[:, 16:].copy_(
-        half.to(torch.int32).view(-1, 128)
-    )  # through int32, because the direct conversion to bytes is slow
+    # through int32, because the direct conversion to bytes is slow
+    out[:, 16:].copy_(half.to(torch.int32).view(-1, 128))
 
 
 def _half(values: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ def _need_activation(draft: Draft, *words: str) -> None:
 
 
 def only_silu(draft: Draft) -> None:
-    """Raise InputError unless the source computes SiLU: the target's experts do, whatever config.json says."""
+    """Raise InputError unless the source computes SiLU: the target's experts do, whatever config.json contains."""
     if draft.source.config.defaults.get("hidden_act"):
         _need_activation(draft, "silu", "swish")
 

@@ -64,7 +64,7 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
         ),
         "cohere2_moe": Finding("differs", "its sliding layers see one token more than sliding_window"),
         "phimoe": Finding(
-            "differs", "it leaves out the bias of the head, and its router's jitter is 0.01 whatever config.json says"
+            "differs", "it leaves out the bias of the head, and its router's jitter is always 0.01"
         ),
         "mimo_v2_flash": Finding("differs", "its sliding layers see one token less than those of transformers"),
         **dict.fromkeys(("nemotron_h", "jamba"), Finding("refused", _NO_CPU)),

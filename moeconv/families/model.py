@@ -43,7 +43,7 @@ class Model:
         """The source's config.json as a command copies it to its output.
 
         References to remote code that a class of transformers replaces are removed. If the head of another class (a
-        classifier, say) is left out, `architectures` names the language model's class.
+        classifier, for example) is left out, `architectures` names the language model's class.
         """
         config = without_code(self.checkpoint.config)[0]
         return config | ({"architectures": [self.family.architecture]} if heads(self.dropped) else {})
@@ -120,7 +120,7 @@ class Model:
     def with_ffn(self, layers: Sequence[int], *, every: bool) -> tuple[int, ...]:
         """Those of `layers` that have an FFN.
 
-        Raises InputError if one has none, unless `every` says that the user asked for all layers.
+        Raises InputError if one has none, unless `every` is set because the user asked for all layers.
         """
         kinds, where = self.layer_kinds, self.family.layers.where.get("ffn")
         without = [i for i in layers if kinds and where and kinds[i] not in where]

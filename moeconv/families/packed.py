@@ -191,7 +191,7 @@ def fit(
         nearest = [f"{escape(weight)!r} of shape {list(shape)} is stored in none of the forms that config.json states"]
     more = f" (and {len(nearest) - 1} more: {'; '.join(nearest[1:4])})" if len(nearest) > 1 else ""
     raise InputError(
-        f"{nearest[0]}{more}; config.json says that weights are quantized by {escape(method)}",
+        f"{nearest[0]}{more}; according to config.json, weights are quantized by {escape(method)}",
         hint="The checkpoint is incomplete or damaged, or its quantization_config belongs to another checkpoint: "
         "download it again.",
     )

@@ -1,4 +1,4 @@
-"""Which dense family can become which Mixture-of-Experts family: finds the row of a pair, or says why there is none.
+"""Which dense family can become which Mixture-of-Experts family: the row of a pair, or the reason why there is none.
 
 What follows from the rows of the two families (tensor names, fused and packed tensors, rotary order, norm offsets,
 rotary parameters and sliding windows) is not repeated in a pair, which lists only config keys and folds.

@@ -182,7 +182,7 @@ class Routing:
 
     # "softmax" or "sigmoid" over all experts, "softmax_topk" over the logits of the chosen ones, or "sparsemixer"
     score: str = "softmax"
-    # whether the weights of the chosen experts are divided by their sum: "always", "never", or the config key that says
+    # whether the weights of the chosen experts are normalised: "always", "never", or the config key that decides
     renormalise: str = "always"
     # the sum of the weights of identical experts if they are renormalised and the router's weights are small
     total: float = 1.0
@@ -287,7 +287,7 @@ class Elsewhere:
     implied: frozenset[str] = frozenset()
     # key that only transformers 5 reads -> the value with which every other reader computes
     fixed: Config = field(default_factory=dict)
-    # whether every other reader uses the window in all layers or in none, whatever layer_types says
+    # whether every other reader uses the window in all layers or in none, whatever layer_types contains
     one_window: bool = False
     # serving engines whose list of models (2026) has the family
     runs: frozenset[str] = frozenset()

@@ -44,7 +44,7 @@ def check_served(model_type: str, targets: Sequence[str]) -> list[str]:
                 f"--target {target} does not run {model_type}", hint="`moeconv families` lists the others."
             )
         if found == "unknown":
-            warnings.append(f"nothing says that {target} runs {model_type}")
+            warnings.append(f"{target} is not known to run {model_type}")
         else:
             warnings += doubts(model_type, target)
     return warnings

@@ -114,7 +114,7 @@ def typed(slides: Callable[[int, Config], bool], *, idle: int | None = None) -> 
 
 
 def _read_full_at_the_end(config: Config, layers: int) -> Pattern:
-    """Gemma 4: five of six layers have a window; the last layer never has one, whatever layer_types says."""
+    """Gemma 4: five of six layers have a window; the last layer never has one, whatever layer_types contains."""
     found = typed(lambda i, _config: (i + 1) % 6 != 0).read(config, layers).layers
     found = (*found[:-1], False)
     return Pattern(found, config.get("sliding_window") if any(found) else None)

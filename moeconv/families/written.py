@@ -42,9 +42,9 @@ def written_config(
     text.update(family.config.write(text, added(family, family.config.read(text))))
     _reword(family, text)
     for part in [result] if text is result else [result, text]:
-        _say_dtype(part, dtype)
+        _write_dtype(part, dtype)
     if text is not result:
-        _say_tied(result, text)
+        _write_tied(result, text)
     return result
 
 
@@ -132,15 +132,15 @@ def _reword(family: Family, text: JsonObject) -> None:
             text[key] = {name: value for name, value in text[key].items() if name in known}
 
 
-def _say_dtype(part: JsonObject, dtype: str | None) -> None:
+def _write_dtype(part: JsonObject, dtype: str | None) -> None:
     """Write the dtype under the key of transformers 5 and under that of transformers 4."""
     for key, other in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
-        says = dtype or part.get(key) or part.get(other)
-        if says is not None:
-            part[key] = says
+        value = dtype or part.get(key) or part.get(other)
+        if value is not None:
+            part[key] = value
 
 
-def _say_tied(outer: JsonObject, text: JsonObject) -> None:
+def _write_tied(outer: JsonObject, text: JsonObject) -> None:
     """Write tie_word_embeddings into both configs: transformers 5 reads the outer one, version 4 the inner one."""
     stated = [part["tie_word_embeddings"] for part in (outer, text) if part.get("tie_word_embeddings") is not None]
     if stated:

@@ -61,7 +61,7 @@ MAMBA_CONFIG: JsonObject = {
 
 
 def hybrid_kinds(get: Get, layers: int) -> list[str]:
-    """The kind of each layer's token mixer: linear attention (Mamba) unless layer_types says otherwise."""
+    """The kind of each layer's token mixer: linear attention (Mamba) unless layer_types names another one."""
     return get("layer_types") or ["linear_attention"] * layers
 
 

@@ -99,7 +99,7 @@ QWEN3_MOE = moe_row(
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
 _TRANSPOSED = ExpertLayout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
-# router weights are renormalised whatever config.json says; transformers 5 saves experts untransposed, the hub's
+# router weights are renormalised whatever config.json contains; transformers 5 saves experts untransposed, the hub's
 # checkpoints have them transposed
 QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,

@@ -1,8 +1,8 @@
-"""The JSON of every command, as types. `moeconv schema` prints them as JSON Schemas.
+"""The JSON that each command prints with --json, as types. `moeconv schema` prints them as JSON Schemas.
 
-The tests hold every object that a command prints against its schema.
+The tests validate every object that a command prints against its schema.
 
-Fields are only ever added. A field that is marked as NotRequired is present in the cases that its comment names.
+A new version may add fields but removes none. The comment at a NotRequired field says when the field is present.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The JSON of `moeconv calibrate`, and the routing of a layer, which other commands print too."""
+"""The JSON of `moeconv calibrate`, and the routing figures of a layer, which other commands print too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from moeconv.contract.shared import Memory
 
 
 class Load(TypedDict):
-    """The routing of one layer: each expert's share of the assignments, the router's mean entropy in nats."""
+    """The routing of one layer.
+
+    `load` is each expert's share of the assignments of tokens to experts, `entropy` the router's mean entropy in nats,
+    `max_over_mean` the largest load over the mean load, and `dead` the number of experts without any token.
+    """
 
     layer: int
     load: list[float]
@@ -26,7 +30,7 @@ class SourceTokens(TypedDict):
 
 @final
 class NeuronLayer(TypedDict):
-    """The busiest half of a dense layer's neurons: their share of the activity, and of the energy."""
+    """The most active half of a dense layer's neurons: their share of all activations, and of the energy."""
 
     layer: int
     rate_top_half: float
@@ -34,12 +38,12 @@ class NeuronLayer(TypedDict):
 
 
 class Calibrated(TypedDict):
-    """`moeconv calibrate`."""
+    """What `moeconv calibrate` prints."""
 
     output: str
     tokens: int
-    sample_tokens: NotRequired[int]  # not of merged files
-    memory: NotRequired[Memory | None]  # not of merged files
+    sample_tokens: NotRequired[int]  # without --merge
+    memory: NotRequired[Memory | None]  # without --merge
     sources: list[SourceTokens]
     layers: list[Load | NeuronLayer]
     seconds: NotRequired[float]

@@ -19,7 +19,7 @@ class SourceLoss(TypedDict):
 
 
 class Gate(TypedDict):
-    """A limit, what was measured, and whether it passes; a value that is NaN is null and fails."""
+    """A limit, the measured value, and whether the value is within the limit. NaN is null, and does not pass."""
 
     limit: float
     value: float | None
@@ -34,14 +34,14 @@ class Perplexity(TypedDict):
 
 
 class NotFinite(TypedDict):
-    """The first layer and tensor that make a loss NaN or infinite."""
+    """A message that names the first layer and tensor that make the loss NaN or infinite."""
 
     message: str
     hint: str
 
 
 class Evaluated(TypedDict):
-    """`moeconv evaluate`; a figure that is NaN or infinite is null."""
+    """What `moeconv evaluate` prints; a figure that is NaN or infinite is null."""
 
     tokens: int
     loss: float | None

@@ -1,4 +1,4 @@
-"""The JSON of an error, which any command prints."""
+"""The JSON of an error, which is the same for every command."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class ErrorFields(TypedDict):
 
 
 class Failed(TypedDict):
-    """What any command prints with --json when it fails."""
+    """What every command prints with --json if it fails."""
 
     error: ErrorFields

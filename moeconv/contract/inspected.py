@@ -14,7 +14,7 @@ class RoleCounts(TypedDict):
     active: int | None
     experts: int | None
     router: int | None
-    prediction: int | None  # of multi-token-prediction layers, which `total` and `active` leave out
+    prediction: int | None  # in multi-token-prediction layers, which `total` and `active` exclude
 
 
 class Quantization(TypedDict):
@@ -27,7 +27,7 @@ class Quantization(TypedDict):
 
 
 class Inspected(TypedDict):
-    """`moeconv inspect`; null is what moeconv cannot determine for an architecture that it does not know."""
+    """What `moeconv inspect` prints; null is what cannot be known of an architecture that moeconv does not support."""
 
     path: str
     model_type: str | None

@@ -8,7 +8,7 @@ FamilyPair = TypedDict("FamilyPair", {"from": str, "to": str, "exact": bool, "de
 
 
 class Families(TypedDict):
-    """`moeconv families`."""
+    """What `moeconv families` prints."""
 
     dense: list[str]
     moe: list[str]
@@ -17,8 +17,11 @@ class Families(TypedDict):
 
 
 class FormatRow(TypedDict):
-    """A scheme of a format; `bits` is null for mixed ones. `measured` has the version of each runtime that was run with
-    it, null where `loads` is from the runtime's source or documents."""
+    """A scheme of a format.
+
+    `bits` is null for a scheme of mixed widths. `measured` has the version of each runtime that was run with the
+    scheme; null means that `loads` was taken from the runtime's source code or documentation.
+    """
 
     name: str
     format: str
@@ -30,12 +33,12 @@ class FormatRow(TypedDict):
 
 
 class Formats(TypedDict):
-    """`moeconv formats`."""
+    """What `moeconv formats` prints."""
 
     formats: list[FormatRow]
 
 
 class Schemas(TypedDict):
-    """`moeconv schema`: a JSON Schema per command."""
+    """What `moeconv schema` prints: one JSON Schema per command."""
 
     schemas: dict[str, dict[str, object]]

@@ -8,7 +8,7 @@ from moeconv.contract.shared import Written
 
 
 class Cost(TypedDict):
-    """What a prune does to the loss on --data, in nats per token."""
+    """How pruning changes the loss on --data, in nats per token."""
 
     loss: float
     reference_loss: float
@@ -18,7 +18,7 @@ class Cost(TypedDict):
 
 
 class RefitLayer(TypedDict):
-    """How the refit of one layer fared on held-out tokens: relative errors with the old weights and with the new."""
+    """The refit of one layer: relative errors on held-out tokens with the old weights and with the new ones."""
 
     layer: int
     error_before: float
@@ -46,7 +46,7 @@ class DistillFigures(TypedDict):
 
 
 class PruneBlock(TypedDict):
-    """The block of `moeconv prune`: experts by their old numbers; null is what a dry run does not measure."""
+    """The block of `moeconv prune`. Experts have the numbers of the source; null is what a dry run does not measure."""
 
     criterion: str | None
     experts_before: int
@@ -64,13 +64,13 @@ class PruneBlock(TypedDict):
 
 
 class Pruned(Written):
-    """`moeconv prune`."""
+    """What `moeconv prune` prints."""
 
     prune: PruneBlock
 
 
 class CurveRow(TypedDict):
-    """One ratio of the curve; `stability` is null where no bootstrap was made."""
+    """One ratio of the curve; `stability` is null without a bootstrap."""
 
     ratio: float
     experts: int
@@ -82,7 +82,7 @@ class CurveRow(TypedDict):
 
 
 class Curve(TypedDict):
-    """`moeconv prune --curve`."""
+    """What `moeconv prune --curve` prints."""
 
     command: str
     output: str | None

@@ -1,4 +1,4 @@
-"""The JSON of `moeconv quantize`, with the error of what was packed."""
+"""The JSON of `moeconv quantize`, with the error of the packed weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moeconv.contract.shared import Written
 
 
 class MeanMax(TypedDict):
-    """Over the sampled weights."""
+    """The mean and the maximum over the sampled weights."""
 
     mean: float
     max: float
@@ -24,7 +24,7 @@ class ErrorLayer(TypedDict):
 
 
 class CodesLayer(TypedDict):
-    """Output error of one layer by the chosen codes and by round-to-nearest, on held-out tokens."""
+    """Output error of one layer on held-out tokens, with the written codes, with round-to-nearest, and with GPTQ."""
 
     layer: int
     output_rms: float
@@ -45,7 +45,7 @@ class CodesFigures(TypedDict):
 
 
 class PackingError(TypedDict):
-    """The error of a sample of weights that were decoded again; not with --no-check."""
+    """The error of a sample of weights that were decoded again; empty with --no-check."""
 
     relative_rms: NotRequired[MeanMax]
     layers: NotRequired[list[ErrorLayer]]
@@ -72,7 +72,7 @@ class QuantizeBlock(TypedDict):
 
 
 class Between(TypedDict):
-    """The pruned model that was never written."""
+    """Sizes of the pruned model between the two steps, which was never written."""
 
     bytes: int
     total: int
@@ -80,7 +80,7 @@ class Between(TypedDict):
 
 
 class Quantized(Written):
-    """`moeconv quantize`; of a recipe that prunes in the same pass, also the prune."""
+    """What `moeconv quantize` prints; in a recipe that prunes in the same pass, with the block of that prune."""
 
     quantize: QuantizeBlock
     prune: NotRequired[PruneBlock]

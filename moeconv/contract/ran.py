@@ -6,7 +6,7 @@ from typing_extensions import NotRequired, TypedDict
 
 
 class StepRow(TypedDict):
-    """A step of a recipe; null is what was not measured."""
+    """A step of a recipe; null is what was not measured in it."""
 
     step: str
     seconds: float
@@ -20,14 +20,14 @@ class StepRow(TypedDict):
     kept: NotRequired[bool]  # taken from an earlier run
     result: NotRequired[dict[str, object]]  # the step's own JSON
     fused_into: NotRequired[str | None]
-    # of a dry run
+    # in a dry run
     plan_id: NotRequired[str | None]
     largest_item_bytes: NotRequired[int | None]
     memory_bytes: NotRequired[int | None]
 
 
 class Ran(TypedDict):
-    """`moeconv run` and `moeconv demo`."""
+    """What `moeconv run` and `moeconv demo` print."""
 
     command: str
     recipe: str
@@ -36,18 +36,18 @@ class Ran(TypedDict):
     steps: list[StepRow]
     warnings: list[str]
     report: NotRequired[str]
-    disk_bytes: NotRequired[int]  # of a dry run
+    disk_bytes: NotRequired[int]  # in a dry run
     disk_free_bytes: NotRequired[int]
 
 
 class Located(TypedDict):
-    """`moeconv demo --where`."""
+    """What `moeconv demo --where` prints."""
 
     output: str
 
 
 class Reported(TypedDict):
-    """`moeconv report`; `figures` are what the page shows."""
+    """What `moeconv report` prints; `figures` are those of the page."""
 
     command: str
     output: str

@@ -18,7 +18,7 @@ from moeconv.contract.upcycled import Upcycled
 from moeconv.contract.verified import Verified
 from moeconv.errors import UsageError, did_you_mean, escape
 
-# command -> what it prints with --json; every one of them prints `Failed` instead when it fails
+# command -> what it prints with --json if it succeeds; if it fails, every command prints `Failed`
 RESULTS: dict[str, tuple[type, ...]] = {
     "inspect": (Inspected,),
     "upcycle": (Upcycled,),
@@ -38,7 +38,10 @@ RESULTS: dict[str, tuple[type, ...]] = {
 
 
 def json_schema(command: str) -> dict[str, object]:
-    """The JSON Schema (draft 2020-12) of what a command prints with --json, its error among it."""
+    """The JSON Schema (draft 2020-12) of what a command prints with --json, errors included.
+
+    Raises KeyError for an unknown command.
+    """
     from pydantic import TypeAdapter
 
     kinds = [*RESULTS[command], Failed]
@@ -53,7 +56,7 @@ def json_schema(command: str) -> dict[str, object]:
 
 
 def schemas(command: str | None = None) -> Schemas:
-    """The JSON Schema of one command or of all. Raises UsageError for a command that there is not."""
+    """The JSON Schema of one command, or of all commands. Raises UsageError for an unknown command."""
     if command is not None and command not in RESULTS:
         raise UsageError(f"there is no command {escape(command)}", hint=did_you_mean(command, RESULTS))
     return {"schemas": {name: json_schema(name) for name in RESULTS if command in (None, name)}}

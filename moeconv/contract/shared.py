@@ -1,4 +1,4 @@
-"""What several commands print: sizes, memory, and what every command that writes a checkpoint prints."""
+"""The JSON that several commands share: sizes, memory, and the result of every command that writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ Device = Literal["memory", "disk", "file"]
 
 
 class Memory(TypedDict):
-    """Bytes that running the model took (of a dry run: will take), and those that were free."""
+    """Bytes of memory that running the model took (in a dry run: will take), and bytes that were free."""
 
     peak_bytes: int
     free_bytes: int
-    least_bytes: NotRequired[int]  # of a dry run
-    tokens: NotRequired[int]  # of a dry run
-    experts: NotRequired[Device]  # of a run
-    activations: NotRequired[Device]  # of a run
+    least_bytes: NotRequired[int]  # in a dry run
+    tokens: NotRequired[int]  # in a dry run
+    experts: NotRequired[Device]  # without --dry-run
+    activations: NotRequired[Device]  # without --dry-run
 
 
 @final
 class Foreseen(TypedDict):
-    """The dry run of a command that only measures: the memory that it will take."""
+    """The result of a dry run of a command that only measures: the memory that the command will take."""
 
     command: str
-    output: NotRequired[str]  # of one that writes a file
+    output: NotRequired[str]  # for a command that writes a file
     dry_run: bool
     memory: Memory
     warnings: list[str]
 
 
 class Counts(TypedDict):
-    """Parameters in all, and those that compute a token."""
+    """The number of all parameters, and of those that are used for one token."""
 
     total: int
     active: int
 
 
 class Written(TypedDict):
-    """What every command that writes a checkpoint prints, with a block of its own."""
+    """What every command that writes a checkpoint prints, together with a block of its own."""
 
     command: str
     output: str
-    plan_id: str | None  # null where training decides what is written
+    plan_id: str | None  # null if training decides what is written
     dry_run: bool
     tensors: int
     shards: int
@@ -54,6 +54,6 @@ class Written(TypedDict):
     peak_rss_bytes: int
     warnings: list[str]
     files: dict[str, str]
-    memory: NotRequired[Memory]  # of a dry run that would run the model
+    memory: NotRequired[Memory]  # in a dry run of a command that runs the model
     part: NotRequired[str]  # with --part
     complete: NotRequired[bool]

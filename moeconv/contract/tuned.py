@@ -9,7 +9,7 @@ from moeconv.contract.shared import Written
 
 
 class LoadBefore(TypedDict):
-    """A layer's routing before the training."""
+    """The routing of a layer before training."""
 
     load: list[float]
     entropy: float | None
@@ -19,22 +19,22 @@ class LoadBefore(TypedDict):
 
 
 class TunedLayer(Load):
-    """A layer's routing on held-out text after the training, and before."""
+    """The routing of a layer on held-out text, after and before training."""
 
     before: LoadBefore
-    error: NotRequired[float]  # of the objective layerwise
+    error: NotRequired[float]  # with the objective layerwise
     improved: NotRequired[bool]
 
 
 class TunedTokens(TypedDict):
-    """The number of tokens that trained, and of held-out tokens."""
+    """The number of tokens for training, and of held-out tokens for the measurement."""
 
     trained: int
     held_out: int
 
 
 class TuneBlock(TypedDict):
-    """The block of `moeconv tune`; losses in nats per token, null where the objective has none."""
+    """The block of `moeconv tune`; losses are in nats per token, and null if the objective has none."""
 
     objective: str
     train: list[str]
@@ -44,7 +44,7 @@ class TuneBlock(TypedDict):
     loss_after: float | None
     kl_before: float | None
     kl_after: float | None
-    error_before: NotRequired[float]  # of the objective layerwise
+    error_before: NotRequired[float]  # with the objective layerwise
     error_after: NotRequired[float]
     improved: bool
     layers: list[TunedLayer]
@@ -53,19 +53,19 @@ class TuneBlock(TypedDict):
 
 
 class Tuned(Written):
-    """`moeconv tune`."""
+    """What `moeconv tune` prints."""
 
     tune: TuneBlock
 
 
 class TunePlannedBlock(TypedDict):
-    """What a dry run of a training knows."""
+    """What is known in a dry run, without any training."""
 
     objective: str
     steps: int
 
 
 class TunePlanned(Written):
-    """`moeconv tune --dry-run`."""
+    """What `moeconv tune --dry-run` prints."""
 
     tune: TunePlannedBlock

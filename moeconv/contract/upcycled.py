@@ -9,7 +9,10 @@ from moeconv.contract.shared import Written
 
 
 class Difference(TypedDict):
-    """Logits against logits: the largest difference, and that over the source's standard deviation."""
+    """The difference between two models' logits: the largest one, the same divided by `spread`, and `spread`.
+
+    `spread` is the standard deviation of the source's logits.
+    """
 
     max_abs_logit_diff: float
     relative: float
@@ -17,19 +20,22 @@ class Difference(TypedDict):
 
 
 class Counterpart(Difference):
-    """The same for the exact counterpart of an upcycle that is not exact; `difference` names a tensor that is wrong."""
+    """The difference for the exact counterpart of an upcycle that is not exact.
+
+    `difference` names the first tensor that is not what it should be, given the counterpart; null if there is none.
+    """
 
     difference: str | None
 
 
 class Equivalence(TypedDict):
-    """The check of a written model against its source, null where it was not made."""
+    """The check of a written model against its source; figures are null if it was not made."""
 
     checked: bool
     max_abs_logit_diff: float | None
     relative: float | None
     tokens: int
-    # where it was made
+    # if the check was made
     spread: NotRequired[float]
     strict_load: NotRequired[bool]
     problems: NotRequired[list[str]]
@@ -41,8 +47,11 @@ class Equivalence(TypedDict):
 
 
 class RouterLayer(TypedDict):
-    """A measured router's layer: shares of the sample by first expert, and the share whose first expert is that of its
-    own data."""
+    """One layer of a router that was made from data.
+
+    `load` is the share of the sample's tokens that each expert gets as first choice, `own` the share of tokens whose
+    first choice is the expert of their own data.
+    """
 
     layer: int
     load: list[float]
@@ -50,7 +59,7 @@ class RouterLayer(TypedDict):
 
 
 class RouterFigures(TypedDict):
-    """What `--router hidden` or `centroid` measured."""
+    """What was measured for `--router hidden` or `--router centroid`."""
 
     kind: str
     tokens: int
@@ -59,8 +68,12 @@ class RouterFigures(TypedDict):
 
 
 class SplitLayer(TypedDict):
-    """What `--method split` measured in one layer: the neurons that always compute, the relative error of the output,
-    the same with the mean of what is left out added, and the regression that made the router's rows."""
+    """What `--method split` measured in one layer.
+
+    `always_on` is the number of neurons that compute for every token, `error` the relative error of the output,
+    `compensated_error` the same after the mean of what is not computed is added, and `router` the regression that gave
+    the router's rows.
+    """
 
     layer: int
     always_on: int
@@ -80,24 +93,24 @@ UpcycleBlock = TypedDict(
         "moe_layers": list[int],
         "exact": bool,
         "equivalence": NotRequired[Equivalence],
-        # of a dense source
+        # with a dense source
         "expert_width": NotRequired[int],
         "shared_width": NotRequired[int],
         "granularity": NotRequired[int],
-        # of an MoE source
+        # with an MoE source
         "copies": NotRequired[int],
-        # --method split
+        # with --method split
         "active_share": NotRequired[float],
         "layers": NotRequired[list[SplitLayer]],
         "stats_of_twin": NotRequired[str],
         "compensation": NotRequired[str],
-        # --router hidden or centroid
+        # with --router hidden or centroid
         "router": NotRequired[RouterFigures],
     },
 )
 
 
 class Upcycled(Written):
-    """`moeconv upcycle`."""
+    """What `moeconv upcycle` prints."""
 
     upcycle: UpcycleBlock

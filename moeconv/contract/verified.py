@@ -6,7 +6,7 @@ from typing_extensions import TypedDict
 
 
 class Checked(TypedDict):
-    """How much was looked at."""
+    """How many shards, tensors and bytes were checked."""
 
     shards: int
     tensors: int
@@ -14,13 +14,13 @@ class Checked(TypedDict):
 
 
 class Loads(TypedDict):
-    """Whether the model loads strictly and runs; null where --load was not given."""
+    """Whether the model loads strictly and runs; null without --load."""
 
     transformers: bool | None
 
 
 class Verified(TypedDict):
-    """`moeconv verify`."""
+    """What `moeconv verify` prints."""
 
     ok: bool
     problems: list[str]

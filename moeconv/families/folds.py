@@ -205,8 +205,8 @@ def squared_relu(draft: Draft) -> None:
 def _need_activation(draft: Draft, *words: str) -> None:
     if draft.get("hidden_act") not in words:
         raise InputError(
-            f"{draft.source.model_type} with hidden_act = {draft.get('hidden_act')} has no exact twin in "
-            f"{draft.target.model_type}, only {' or '.join(words)} has",
+            f"{draft.source.model_type} with hidden_act = {draft.get('hidden_act')} has no exact equivalent in "
+            f"{draft.target.model_type}; only hidden_act = {' or '.join(words)} has one",
             hint="See `moeconv families` for other targets (--to).",
         )
 

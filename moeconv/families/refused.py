@@ -26,8 +26,8 @@ IMPOSSIBLE: dict[tuple[str, str], str] = {
 WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(("glm4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _SANDWICH),
     "exaone4": "no MoE family has post-norms and per-head query and key norms together",
-    **dict.fromkeys(("gemma2", "vaultgemma"), "its attention passes a softcap, which no MoE family has"),
-    "nanochat": "its FFN has no gate and its logits pass a softcap, which no MoE family has together",
+    **dict.fromkeys(("gemma2", "vaultgemma"), "it caps attention scores (softcap), which no MoE family does"),
+    "nanochat": "its FFN has no gate and it caps its logits (softcap), which no MoE family combines",
     **dict.fromkeys(
         ("starcoder2", "gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "gptj", "mpt"),
         "it has LayerNorms and an FFN without a gate, which no MoE family has together",
@@ -38,11 +38,11 @@ WITHOUT_TARGET: dict[str, str] = {
 }
 # model_type of a multimodal Mixture-of-Experts that moeconv does not accept -> why
 _TALKER = (
-    "its talker is a Mixture-of-Experts of its own that reads what the thinker computes, and no text shows what it does"
+    "its talker is a second Mixture-of-Experts that reads what the thinker computes, so text cannot measure its experts"
 )
 UNSUPPORTED = {
-    "ernie4_5_vl_moe": "its text and its vision experts have one count in config.json and one numbering on disk, and "
-    "no text shows what the latter do",
+    "ernie4_5_vl_moe": "its text experts and vision experts share one count in config.json and one numbering on disk, "
+    "and text cannot measure the vision experts",
     "qwen3_omni_moe": _TALKER,
     "qwen3_omni_moe_thinker": _TALKER,
 }

@@ -60,7 +60,7 @@ def check_uniform(config: Config, sliding: Sequence[bool], *, name: str) -> None
     found = config.get("rope_parameters")
     if isinstance(found, dict) and any(sliding) and found.get("sliding_attention") != found.get("full_attention"):
         raise InputError(
-            f"{name} turns sliding and full layers by different rotary parameters, which the target cannot express",
+            f"{name} rotates sliding and full layers by different parameters, which the target cannot express",
             hint="See `moeconv families` for other targets (--to).",
         )
 
@@ -90,7 +90,7 @@ def spread(params: Config, *, head: int, size: int, longest: int) -> JsonObject:
     kind, theta = params["rope_type"], params["rope_theta"]
     if kind not in ("default", "longrope"):
         raise InputError(
-            f"partial rotary embeddings with rope type {escape(kind)} have no exact twin in the target",
+            f"partial rotary embeddings with rope type {escape(kind)} have no exact equivalent in the target",
             hint="See `moeconv families` for other targets (--to).",
         )
     ratio = [theta ** (2 * i / size - 2 * i / head) for i in range(size // 2)]

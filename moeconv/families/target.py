@@ -159,7 +159,7 @@ def _check_neutral(key: str, value: object, pair: Pair, family: Family) -> None:
     """Raises InputError unless a setting that the target does not have has no effect at this value."""
     if not _same(value, family.config.neutral.get(key, ())):
         raise InputError(
-            f"{pair.source} with {escape(key)} = {escape(value)} has no exact twin in {pair.target}, "
+            f"{pair.source} with {escape(key)} = {escape(value)} has no exact equivalent in {pair.target}, "
             f"which has no such setting",
             hint=_TARGETS,
         )
@@ -210,7 +210,7 @@ def _windows(model: Model, pair: Pair, target: Family) -> JsonObject:
     if words is None:
         raise InputError(
             f"{pair.source} with a sliding window in {'some' if pattern.kind == 'mixed' else 'all'} layers has no "
-            f"exact twin in {pair.target}, which cannot express it",
+            f"exact equivalent in {pair.target}, which cannot express it",
             hint=_TARGETS,
         )
     return words

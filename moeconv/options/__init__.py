@@ -1,7 +1,7 @@
-"""Every parameter of every step, declared once: the names of fields are those of flags, recipe keys and parameters.
+"""The options of all commands, each declared once: a field's name is that of its flag, recipe key and parameter.
 
-A group of options is a frozen dataclass. The metadata of a field has its help text and its choices, either as words or
-as the name of the registry that has them (`choices_of` reads both).
+A group of options is a frozen dataclass. The metadata of a field has its help text and its choices: either the words
+themselves or the name of the registry that has them (`choices_of` reads both).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Option groups from the values of a command line, of a recipe or of a program, and back."""
+"""Makes option groups from the values of a command line, a recipe or a program, and turns them back into values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ T = TypeVar("T")
 
 
 def from_keywords(group: type[T], values: Mapping[str, object]) -> T:
-    """The option group from the values that have the names of its fields. Raises UsageError for a value that is not
-    among the choices of its option."""
+    """The option group with those `values` that have the names of its fields.
+
+    Raises UsageError for a value that is not among the choices of its option.
+    """
     names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
     made = group(**{k: v for k, v in values.items() if k in names})
     for f in dataclasses.fields(group):  # type: ignore[arg-type]
@@ -28,7 +30,7 @@ def from_keywords(group: type[T], values: Mapping[str, object]) -> T:
 
 
 def check_names(values: Mapping[str, object], *groups: type) -> None:
-    """Raises UsageError for a name that no field of the groups has."""
+    """Raises UsageError for a name that is not a field of any of the groups."""
     known = [f.name for g in groups for f in dataclasses.fields(g)]
     for name in values:
         if name not in known:
@@ -36,8 +38,11 @@ def check_names(values: Mapping[str, object], *groups: type) -> None:
 
 
 def parameters_of(*groups: object) -> JsonObject:
-    """The values of option groups by name. The id of a plan depends on them, and the functions of the library take them
-    as keywords. Raises TypeError for an object that is not a dataclass."""
+    """{name: value} of all fields of the option groups.
+
+    The id of a plan depends on these values, and the functions of the library accept them as keywords. Raises TypeError
+    for an object that is not an instance of a dataclass.
+    """
     found: JsonObject = {}
     for group in groups:
         if not dataclasses.is_dataclass(group) or isinstance(group, type):

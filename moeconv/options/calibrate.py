@@ -10,7 +10,7 @@ from moeconv.options.defaults import LEAST_SAMPLE, NEURON_TOKENS, SAMPLE_TOKENS
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """moeconv calibrate"""
+    """Options of `moeconv calibrate` only."""
 
     sample_tokens: int | None = option(
         None, f"Tokens per layer on which all experts are compared (default: {SAMPLE_TOKENS}, with many experts fewer, "
@@ -20,7 +20,7 @@ class CalibrateOptions:
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """moeconv calibrate, of files instead of data"""
+    """Options of `moeconv calibrate` for merging statistics files instead of running data."""
 
     merge: tuple[str, ...] = option(
         (), "Instead of running data: add these statistics files; repeatable.", reads="file"

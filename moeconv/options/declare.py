@@ -27,14 +27,16 @@ def option(
 
 
 def choices_of(parameter: dataclasses.Field[object]) -> tuple[str, ...]:
-    """The words that a parameter accepts; () if it accepts any value. Raises InputError if a package that adds choices
-    is broken."""
+    """The words that an option accepts; () if it accepts any value.
+
+    Raises InputError if another package that adds choices cannot be loaded.
+    """
     choices = parameter.metadata["choices"]
     return tuple(_found(choices) if isinstance(choices, str) else choices)
 
 
 def help_of(parameter: dataclasses.Field[object]) -> str:
-    """The help text of a parameter, with its placeholders filled in."""
+    """The help text of an option, with its placeholders filled in."""
     help: str = parameter.metadata["help"]
     words: str = parameter.metadata["words"]
     return help.format_map(_found(words)) if words else help
@@ -48,17 +50,17 @@ def _found(place: str) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a parameter: top_k -> --top-k."""
+    """The flag of an option: top_k -> --top-k."""
     return "--" + name.replace("_", "-")
 
 
 def reads_of(
     values: Mapping[str, object], *groups: type, kinds: tuple[Reads, ...] = ("model", "file", "data")
 ) -> list[tuple[str, str]]:
-    """(flag, path) of everything that the options of these groups read, by their `values`. Names on the hub (hf://) are
-    included, standard input is not.
+    """(flag, path) of everything that the options of these groups read, according to their `values`.
 
-    Data may be FILE=WEIGHT, but a file may also have a `=` in its name: both readings are returned.
+    Names on the hub (hf://) are included, standard input is not. Data may be given as FILE=WEIGHT, but the name of a
+    file may contain a `=` too: both interpretations are returned.
     """
     found: list[tuple[str, str]] = []
     for f in (f for group in groups for f in dataclasses.fields(group)):

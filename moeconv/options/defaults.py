@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# defaults that help texts state, and that the code takes from here
+# one place for each default, so that a help text cannot state another value than the code uses
 TOKENS, SEQ_LEN = 65536, 512
 
 

@@ -9,7 +9,7 @@ from moeconv.options.declare import option
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """moeconv evaluate"""
+    """Options of `moeconv evaluate` only."""
 
     reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.", reads="model")
     max_loss_increase: float | None = option(None, "Gate: loss at most this much above the reference (nats per token).")
@@ -19,6 +19,6 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is drawn of the data."""
+    """How a sample of the data is drawn."""
 
     seed: int = option(0, "Seed of the sample when --tokens is given.")

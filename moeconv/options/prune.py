@@ -9,7 +9,7 @@ from moeconv.options.declare import option
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """moeconv prune"""
+    """Options of `moeconv prune` only."""
 
     keep: int | None = option(None, "Experts to keep in every layer.")
     ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")

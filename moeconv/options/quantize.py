@@ -12,7 +12,7 @@ _FORMAT_WORDS = "moeconv.quantize.formats:help_words"
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """moeconv quantize"""
+    """Options of `moeconv quantize` only."""
 
     format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
     scheme: str | None = option(

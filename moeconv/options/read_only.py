@@ -9,7 +9,7 @@ from moeconv.options.declare import option
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """moeconv verify"""
+    """Options of `moeconv verify` only."""
 
     source: str | None = option(None, "Compare unchanged tensors with this checkpoint.", reads="model")
     load: bool = option(False, "Also load the model in transformers, strictly, and run it.")
@@ -17,7 +17,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """moeconv report"""
+    """Options of `moeconv report` only."""
 
     stats: str | None = option(
         None, "Statistics from `moeconv calibrate`, of this model or of one it was made from.", reads="file"

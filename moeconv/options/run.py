@@ -9,7 +9,7 @@ from moeconv.options.declare import option
 
 @dataclass(frozen=True)
 class RunOptions:
-    """moeconv run"""
+    """Options of `moeconv run` only."""
 
     set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.")
     dry_run: bool = option(False, "Print the steps and sizes, write nothing.")
@@ -17,6 +17,6 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """moeconv demo"""
+    """Options of `moeconv demo` only."""
 
     where: bool = option(False, "Only print where its model and texts are.")

@@ -19,7 +19,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What shapes the files of every written checkpoint."""
+    """Options that determine the content of a written checkpoint, and so the id of its plan."""
 
     seed: int = option(0, "Seed of every random draw.")
     dtype: str | None = option(
@@ -37,7 +37,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How a checkpoint is written."""
+    """How a checkpoint is written; these options do not change its content."""
 
     dry_run: bool = option(False, "Stop after the plan: print what would be written, and write nothing.")
     no_check: bool = option(False, "Skip the check of the written model against the source.")
@@ -56,7 +56,7 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class DryOptions:
-    """Whether anything is run."""
+    """Whether a command that only measures runs anything."""
 
     dry_run: bool = option(False, "Print how much memory the command will take, and stop: run nothing, write nothing.")
 
@@ -82,7 +82,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Text to run a model on."""
+    """The text on which a model is run."""
 
     data: tuple[str, ...] = option(
         (), "A file of text, JSON, JSON lines, CSV or Parquet; a directory; - for standard input; or "
@@ -92,7 +92,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class StatisticsOptions:
-    """How --stats are taken."""
+    """Which statistics --stats accepts."""
 
     stats_of_twin: bool = option(
         False,
@@ -102,13 +102,13 @@ class StatisticsOptions:
 
 @dataclass(frozen=True)
 class ArtifactOptions:
-    """How a single file is written."""
+    """How a single output file is written."""
 
     overwrite: bool = option(False, "Replace the file, of the same kind, when the new one is complete.")
 
 
 @dataclass(frozen=True)
 class SeedOptions:
-    """What random draws begin with."""
+    """The seed of a command without PlanOptions."""
 
     seed: int = option(0, "Seed of every random draw.")

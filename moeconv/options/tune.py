@@ -10,7 +10,7 @@ from moeconv.options.defaults import LOOKS
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """moeconv tune"""
+    """Options of `moeconv tune` only."""
 
     objective: str = option("layerwise", "What the training minimises.", choices=("layerwise", "distill", "lm"))
     teacher: str | None = option(

@@ -10,7 +10,7 @@ from moeconv.options.defaults import EXPERTS, TOP_K
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """moeconv upcycle"""
+    """Options of `moeconv upcycle` only."""
 
     experts: int | None = option(
         None, f"Experts per layer (default: {EXPERTS}; with --experts-from one per sibling; of an MoE source twice its "

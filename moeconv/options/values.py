@@ -1,4 +1,4 @@
-"""Values that are written as text: sizes, numbers, and ranges of layers."""
+"""Parsers of values that are given as text: sizes, numbers, and ranges of layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str | int, *, flag: str) -> int:
-    """`5GB`, `500MB`, `2GiB`, `1000` -> bytes. Raises UsageError that names the flag."""
+    """A size such as `5GB`, `500MB`, `2GiB` or `1000` in bytes. Raises UsageError, which names the flag."""
     match = _SIZE.match(str(text))
     if not match:
         raise UsageError(f"{flag} {escape(text)}: not a size", hint="Examples: 5GB, 500MB, 2GiB.")
@@ -25,12 +25,15 @@ def parse_size(text: str | int, *, flag: str) -> int:
 
 
 def parse_index(text: str) -> int | None:
-    """The number that a text of ASCII digits states (at most nine), else None."""
+    """The number in a text of at most nine ASCII digits; None for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def parse_layers(text: str, *, layers: int, flag: str = "--layers") -> tuple[int, ...]:
-    """`all` or `0,2,8-15` -> layer indices in ascending order. Raises UsageError for an index outside the model."""
+    """The layers of `all`, or of a list such as `0,2,8-15`, in ascending order.
+
+    Raises UsageError for a list that cannot be read or an index outside the model.
+    """
     if text.strip() == "all":
         return tuple(range(layers))
     chosen: set[int] = set()

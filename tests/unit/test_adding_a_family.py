@@ -100,9 +100,9 @@ def test_a_wrong_default_in_the_row_is_found(stock_class, in_the_tree, monkeypat
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("residual_scale", 0.5, "novella with residual_scale = 0.5 has no exact twin in mixtral"),
+        ("residual_scale", 0.5, "novella with residual_scale = 0.5 has no exact equivalent in mixtral"),
         ("chapter_length", "long", "chapter_length must be a whole number"),
-        ("attention_bias", True, "novella with attention_bias = True has no exact twin in mixtral"),
+        ("attention_bias", True, "novella with attention_bias = True has no exact equivalent in mixtral"),
     ],
 )
 def test_a_setting_that_the_target_lacks_is_refused(tmp_path, cli, stock_class, in_the_tree, key, value, says):

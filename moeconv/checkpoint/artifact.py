@@ -1,4 +1,4 @@
-"""Artifacts: safetensors files of something that was measured, with their provenance as JSON in the metadata."""
+"""Artifacts: safetensors files of measurements, with their provenance as JSON in the metadata."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ _WRITERS = 2
 
 
 def create(path: Path) -> int:
-    """Open a new file. What stands at `path` is unlinked, never truncated: it may be a link, or have a second name."""
+    """Open a new file. An existing file is unlinked, never truncated: it may be a link or have other hard links."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    # 0o666 so that the modes of what we write follow the umask
+    # 0o666, so that the umask decides the mode of the file
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
@@ -48,7 +48,7 @@ class _Stream:
     def continue_at(self, position: int, buffer: mmap.mmap) -> None:
         self.buffer, self.view = buffer, memoryview(buffer)
         self.base = position - position % ALIGN
-        self.first = position % ALIGN  # bytes at the buffer's start that are not ours
+        self.first = position % ALIGN  # the bytes before it in the block are not this stream's
         self.fill = self.first
 
     @property
@@ -132,7 +132,7 @@ class BlockFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                n = 0  # blocks larger than ours, or no direct I/O after all
+                n = 0  # larger blocks than ALIGN, or no direct I/O after all
             if n == 0 or n % ALIGN:
                 self._buffered = True
             position += n

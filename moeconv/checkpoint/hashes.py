@@ -1,4 +1,4 @@
-"""The hash of a file, as the manifest has it."""
+"""The hash of a file, as the manifest states it."""
 
 from __future__ import annotations
 

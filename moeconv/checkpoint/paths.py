@@ -18,8 +18,10 @@ _following: ContextVar[bool] = ContextVar("following", default=False)
 
 @contextmanager
 def follow_links(allowed: bool = True) -> Iterator[None]:
-    """Let checkpoints that are opened in this block hold links that leave their directory, as old downloads into a
-    local directory do. With `allowed` false the block changes nothing."""
+    """Accept links that leave the directory in checkpoints that are opened in this block.
+
+    Old downloads into a local directory have such links. With `allowed` false the block changes nothing.
+    """
     token = _following.set(allowed or _following.get())
     try:
         yield
@@ -33,7 +35,7 @@ def links_are_followed() -> bool:
 
 
 def allowed_root(directory: Path) -> Path:
-    """Where links of a checkpoint may lead: its directory, or its own repository in a hub cache."""
+    """The directory that links of a checkpoint may lead to: its own, or that of its repository in the hub's cache."""
     real = Path(os.path.realpath(directory))
     if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir():
         return real.parent.parent
@@ -41,8 +43,11 @@ def allowed_root(directory: Path) -> Path:
 
 
 def confined(directory: Path, root: Path | None, name: str, *, what: str) -> Path:
-    """The path of a file that a checkpoint names. Raises InputError unless it is a plain name inside `directory`, and
-    where it is a link that leads out of `root` (None: anywhere)."""
+    """The path of a file that a checkpoint names.
+
+    Raises InputError unless it is a plain name inside `directory`, and for a link that leads out of `root` (None: links
+    may lead anywhere).
+    """
     plain = name and name not in (".", "..") and not any(c in name for c in "/\\\0") and name.isprintable()
     if not plain:
         raise InputError(
@@ -68,7 +73,7 @@ def confined(directory: Path, root: Path | None, name: str, *, what: str) -> Pat
 
 
 def hub_name(path: Path) -> str | None:
-    """OWNER/NAME of a snapshot in the hub's cache, else None."""
+    """OWNER/NAME of a snapshot in the hub's cache; None for any other directory."""
     for part in path.absolute().parts:
         if match := _HUB_CACHE.match(part):
             return f"{match[1]}/{match[2]}"

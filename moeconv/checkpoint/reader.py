@@ -1,4 +1,4 @@
-"""A checkpoint on disk: config, index against headers, byte ranges, and the two fingerprints.
+"""A checkpoint on disk: its config, the check of its index against the headers, reads of tensors, and two fingerprints.
 
 Never opens a file outside the directory, unless links are followed on request.
 """
@@ -51,7 +51,7 @@ class Checkpoint:
         self._root = None if follow_links or links_are_followed() else allowed_root(self.path)
         self._lock = threading.Lock()
         self._files: dict[str, SafetensorsFile] = {}
-        self.stored_names: Mapping[str, str] = {}  # names in the shards of tensors that are called otherwise here
+        self.stored_names: Mapping[str, str] = {}  # name here -> name in the shard, for renamed tensors
         if not os.path.lexists(self.path / CONFIG_NAME):
             raise refusal(self.path, self._entries(), lacks=f": {CONFIG_NAME} is missing")
         config_path = confined(self.path, self._root, CONFIG_NAME, what="moeconv")
@@ -172,8 +172,10 @@ class Checkpoint:
         return buffer
 
     def advise(self, names: Iterable[str]) -> None:
-        """Announce to the system that these tensors are read next, so that it can load them into its cache. This takes
-        no memory of this process, and errors are ignored."""
+        """Tell the system that these tensors are read next, so that it can load them into its cache.
+
+        This takes no memory of this process, and errors are ignored.
+        """
         ranges: dict[str, list[tuple[int, int]]] = {}
         for ref in (self.tensors[name] for name in names):
             ranges.setdefault(ref.shard, []).append((ref.start, ref.start + ref.nbytes))
@@ -190,7 +192,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """NAME of OWNER/NAME on the hub, or else the name of the directory."""
+        """The NAME in OWNER/NAME for a snapshot in the hub's cache, else the name of the directory."""
         found = hub_name(self.path)
         return found.partition("/")[2] if found else self.path.resolve().name
 
@@ -213,17 +215,18 @@ class Checkpoint:
 
     @cached_property
     def manifest(self) -> JsonObject | None:
-        """The manifest of a checkpoint that moeconv wrote, else None."""
+        """The manifest of a checkpoint that moeconv wrote; None for any other checkpoint."""
         path = self.path / MANIFEST_NAME
         if not path.is_file():
             return None
         return read_json_object(confined(self.path, self._root, MANIFEST_NAME, what="moeconv"), what=MANIFEST_NAME)
 
     def identity(self, whole: Iterable[str] = ()) -> str:
-        """Portable fingerprint (hex sha256) that statistics and manifests refer to.
+        """A fingerprint (hex sha256), the same on every machine, that statistics and manifests refer to.
 
-        The manifest's hash when there is one and its shard sizes still match; else config, headers, the bytes of the
-        tensors named in `whole` (routers) and fixed 4 KiB samples of every shard.
+        It is the manifest's hash if there is a manifest and its shard sizes still match. Otherwise it covers the
+        config, the headers, all bytes of the tensors named in `whole` (routers), and samples of 4 KiB at fixed places
+        of every shard.
         """
         manifest = self.manifest
         if manifest is not None and self._manifest_fits(manifest):

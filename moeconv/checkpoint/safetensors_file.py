@@ -20,7 +20,7 @@ _JOIN_BYTES = 1 << 22  # ranges that are closer together are announced to the sy
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies: `start` is the absolute byte offset in shard `shard`."""
+    """The place of a tensor: `start` is the absolute byte offset in shard `shard`."""
 
     name: str
     dtype: str
@@ -31,7 +31,7 @@ class TensorRef:
 
 
 class SafetensorsFile:
-    """One safetensors file: `tensors`, `metadata`, and byte reads. Raises InputError on a damaged header.
+    """One safetensors file: its `tensors`, its `metadata`, and reads of bytes. Raises InputError for a damaged header.
 
     No descriptor stays open between reads (a checkpoint may have a thousand shards), so every read checks that the
     file is still the one whose header was parsed.
@@ -52,7 +52,7 @@ class SafetensorsFile:
 
     @property
     def header_bytes(self) -> bytes:
-        """The header's JSON, read again: of a large model it would be as large in memory as what was parsed."""
+        """The header's JSON. It is read again: for a large model, keeping it would double the memory of the header."""
         data = bytearray(self._header)
         self.read_at(8, memoryview(data))
         return bytes(data)
@@ -101,7 +101,7 @@ class SafetensorsFile:
             done += n
 
     def read_at(self, start: int, view: memoryview) -> None:
-        """Fill `view` from absolute offset `start`. Raises InputError when the file changed since it was opened."""
+        """Fill `view` from absolute offset `start`. Raises InputError if the file has changed since it was opened."""
         with self._opened() as fd:
             status = os.fstat(fd)
             if (status.st_ino, status.st_size, status.st_mtime_ns) != self._status:

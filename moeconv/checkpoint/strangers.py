@@ -99,7 +99,7 @@ def _hint_for_missing(names: Sequence[str]) -> str:
 
 
 def _holds_checkpoints(found: _Listing) -> InputError | None:
-    """The user gave the parent of the checkpoints."""
+    """The error for a directory whose subdirectories are checkpoints."""
     folders = [name.rstrip("/") for name in found.names if name.endswith("/")]
     inside = [name for name in folders if _is_checkpoint(found.directory / name)]
     if not inside:
@@ -112,7 +112,7 @@ def _holds_checkpoints(found: _Listing) -> InputError | None:
 
 
 def _known_kind(found: _Listing) -> InputError | None:
-    """Weights in a layout that is not read."""
+    """The error for weights in a layout that moeconv does not read."""
     for kind in KINDS:
         matching = [n for n in found.names if _one_of(n, kind.files) and not _one_of(n, _TRAINING)]
         if matching:
@@ -121,7 +121,7 @@ def _known_kind(found: _Listing) -> InputError | None:
 
 
 def _other_name(found: _Listing) -> InputError | None:
-    """A safetensors file under a name that no loader uses."""
+    """The error for a safetensors file with a name that no loader uses."""
     others = [name for name in found.names if name.endswith(".safetensors")]
     if not others:
         return None
@@ -144,7 +144,7 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 def _without_index(found: _Listing) -> InputError | None:
-    """Shards of a model whose index is missing."""
+    """The error for shards without their index."""
     shards = [match for name in found.names if (match := _SHARD.fullmatch(name))]
     if not shards:
         return None
@@ -162,7 +162,7 @@ def _without_index(found: _Listing) -> InputError | None:
 
 
 def _adapter(found: _Listing) -> InputError | None:
-    """A PEFT adapter, which names the model that it belongs to."""
+    """The error for a PEFT adapter, which names the model that it belongs to."""
     if "adapter_config.json" not in found.names:
         return None
     try:

@@ -27,9 +27,13 @@ class TuneOptions:
     )  # fmt: skip
     warmup: float = option(0.1, "Share of the steps in which the rate rises to its peak.")
     look_every: int | None = option(
-        None, f"Steps between looks at the held-out tenth of the data; the best look is kept (default: {LOOKS} looks)."
+        None,
+        "Steps between evaluations on the held-out tenth of the data; the best is kept "
+        f"(default: {LOOKS} evaluations).",
     )
-    patience: int | None = option(None, "Stop early after this many looks without improvement (default: all steps).")
+    patience: int | None = option(
+        None, "Stop early after this many evaluations without improvement (default: all steps)."
+    )
     balance: float = option(0.01, "Weight of the load-balance loss, taken per layer.")
     bias_update: float = option(
         0.0, "Move the router's correction bias by this much after each step, towards an even load, in families that "

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moeconv.calibrate.artifact import Statistics
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
-JUDGE_EVERY = 4  # every fourth window of --data is held out, and measures what was decided on the others
+HELD_OUT_EVERY = 4  # every fourth window of --data is held out, and measures what was decided on the others
 
 
 def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: int | None, meter: Meter) -> Evidence:
@@ -39,7 +39,7 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
         from moeconv.calibrate.run import calibrate
 
         measures_loss = options.max_loss_increase is not None or options.curve or options.top_k is not None
-        judge_every = JUDGE_EVERY if measures_loss else None
+        judge_every = HELD_OUT_EVERY if measures_loss else None
         asked = parameters_of(request.data, request.measure, request.calibrate)
 
         def measure(folder: Path) -> None:

@@ -16,7 +16,7 @@ from moeconv.plan.meter import Meter
 from moeconv.prune import choice, cutting, limits
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.decision import Decision
-from moeconv.prune.evidence import JUDGE_EVERY
+from moeconv.prune.evidence import HELD_OUT_EVERY
 from moeconv.prune.windows import read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 
@@ -41,7 +41,7 @@ class KeepScorer:
         read = read_windows(model, request)
         fit: TokenData | None = None
         if not self.options.stats and not whole:
-            fit, read = split_windows(read, every=JUDGE_EVERY)
+            fit, read = split_windows(read, every=HELD_OUT_EVERY)
         elif self.options.refit and not whole:
             # the statistics come from a file, so that one half refits and the other half is measured
             fit, read = split_windows(read, every=2)

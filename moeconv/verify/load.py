@@ -22,7 +22,7 @@ _SHOWN = 5  # names per kind of problem
 
 
 class StrictLoad(TypedDict):
-    """How loading went: `problems` are sentences, the other lists names of tensors."""
+    """The result of loading: `problems` are sentences, the other lists names of tensors."""
 
     ok: bool
     problems: list[str]

@@ -63,9 +63,9 @@ def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.nda
         variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
         variant.hidden.copy_(stream.hidden)
     seen = np.ones(len(stream.windows), bool) if fit is None else fit
-    aside = np.zeros(tuple(stream.windows.shape), bool)
-    aside[seen] = held_out(int(seen.sum()), aside.shape[1])
-    tokens = _Tokens(torch.from_numpy(seen), torch.from_numpy(aside))
+    held = np.zeros(tuple(stream.windows.shape), bool)
+    held[seen] = held_out(int(seen.sum()), held.shape[1])
+    tokens = _Tokens(torch.from_numpy(seen), torch.from_numpy(held))
     for layer in stream.layers():
         for _ in layer.batches():
             pass
@@ -139,24 +139,24 @@ def _refitted(
     wanted: list[Tensor] = []
     rows: list[Tensor] = []
     held_rows: list[Tensor] = []
-    given = 0.0  # squared norm of the pruned FFN's output on held-out tokens
+    output_square = 0.0  # squared norm of the pruned FFN's output on held-out tokens
     additive = True
     with masked(stream, layer, kept, top_k=variant.top_k):
         for batch in layer.batches(advance=False, hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
             if not wanted:
-                added, behind = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
-                additive = bool((added - behind).norm() <= _SAME * batch.ffn_output.norm())
+                added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
+                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm())
             of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.ffn_input.device)
-            aside = tokens.held[batch.rows].flatten().to(of.device)
+            held_here = tokens.held[batch.rows].flatten().to(of.device)
             rows.append(of)
-            held_rows.append(aside[of])
-            given += float(batch.ffn_output[aside].double().square().sum())
+            held_rows.append(held_here[of])
+            output_square += float(batch.ffn_output[held_here].double().square().sum())
             weights = batch.top_k_weights[of] * stream.model.routed_share
             routes.append(Routes(batch.ffn_input[of], batch.top_k_index[of], weights))
             if variant.refit.target == "stream" and additive:
-                behind = stream.hidden[batch.rows].to(batch.outputs.device)
-                wanted.append((behind - batch.outputs).flatten(0, 1))
+                after = stream.hidden[batch.rows].to(batch.outputs.device)
+                wanted.append((after - batch.outputs).flatten(0, 1))
             else:
                 wanted.append(-batch.ffn_output)
     if not (variant.refit.target == "stream" and additive):
@@ -167,14 +167,14 @@ def _refitted(
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
     whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
     held = torch.cat(held_rows)
-    shaping, judging = whole.where(~held), whole.where(held)
-    lacking, judged_by = missing[~held], missing[held]
+    fit_routes, held_routes = whole.where(~held), whole.where(held)
+    fit_missing, held_missing = missing[~held], missing[held]
     del routes, wanted, whole, missing  # frees copies of all activations before those in float64 are made
     before = {e: down_projection(layer.experts, e) for e in kept}
-    made = refit_layer(layer.experts, shaping, lacking, before, variant.refit)
-    old, new = held_out_errors(layer.experts, judging, judged_by, before, made)
-    available, needed = float((shaping.weights != 0).sum()) / len(kept), tokens_needed(before)
+    made = refit_layer(layer.experts, fit_routes, fit_missing, before, variant.refit)
+    old, new = held_out_errors(layer.experts, held_routes, held_missing, before, made)
+    available, needed = float((fit_routes.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = available >= needed and clearly_less(new.cpu(), old.cpu())
-    was, now = ((float(squares.sum()) / given) ** 0.5 if given else 0.0 for squares in (old, new))
+    was, now = ((float(squares.sum()) / output_square) ** 0.5 if output_square else 0.0 for squares in (old, new))
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
     return made if better else before

@@ -89,7 +89,8 @@ def choose(
             gone |= set([e for e in order.experts if e // size == group][:away])
         if len(gone) != model.num_experts - left:
             raise UsageError(
-                f"layer {layer}: {counted(len(gone), 'expert')} may go, {model.num_experts - left} must",
+                f"layer {layer}: {counted(model.num_experts - left, 'expert')} must be removed, "
+                f"and only {len(gone)} can be",
                 hint="Protect fewer experts, or remove fewer.",
             )
         keep[layer] = [e for e in range(model.num_experts) if e not in gone]
@@ -142,7 +143,7 @@ def left_by_threshold(
     if options.threshold is None or orders is None or evidence.statistics is None:
         flag = "threshold" if options.threshold is not None else "max_loss_increase"
         raise UsageError(
-            f"{flag_of(flag)} lets measurements decide how many experts go",
+            f"{flag_of(flag)} needs measurements to decide how many experts are removed",
             hint="Pass --stats STATS, or run without --dry-run and with --data FILE."
             if flag == "threshold"
             else "Run without --dry-run and with --data FILE; `moeconv prune MODEL --curve` shows all ratios.",
@@ -155,7 +156,7 @@ def left_by_threshold(
         at = min(counts, key=lambda layer: counts[layer])
         raise UsageError(
             f"--threshold {options.threshold}: no expert of layer {at} has another expert that is so similar to it",
-            hint="Experts of a model trained apart are rarely alike: pass --ratio, or a lower --threshold.",
+            hint="Experts that were trained separately are rarely similar: pass --ratio, or a lower --threshold.",
         )
     return model.num_experts - removed
 

@@ -116,8 +116,8 @@ def replaced(items: list[Item], overlays: Mapping[str, Overlay]) -> list[Item]:
             (spec,) = item.outputs
             if info.shape != spec.shape or info.dtype not in FLOAT_DTYPES:
                 raise InputError(
-                    f"{file.label}: {escape(spec.name)} has shape {list(info.shape)}, the result {list(spec.shape)}",
-                    hint="It was made for another plan.",
+                    f"{file.label}: {escape(spec.name)} has shape {list(info.shape)}; expected {list(spec.shape)}",
+                    hint="The overlay was made for another plan. Make it again for this one.",
                 )
             ref = TensorRef(info.name, info.dtype, info.shape, "", info.start, info.nbytes)
             item = Item((spec,), "copy" if info.dtype == spec.dtype else "cast", (whole(ref, origin=origin),), {},
@@ -126,5 +126,8 @@ def replaced(items: list[Item], overlays: Mapping[str, Overlay]) -> list[Item]:
         made.append(item)
     if unused:
         origin, name = min(unused)
-        raise InputError(f"overlay {origin} holds {escape(name)}, which the result has not", hint="Run it again.")
+        raise InputError(
+            f"the overlay {origin} contains the tensor {escape(name)}, which the pruned model does not have",
+            hint="The overlay was made for another plan. Make it again for this one.",
+        )
     return made

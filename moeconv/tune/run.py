@@ -222,7 +222,7 @@ def _whole(run: TrainingRun) -> JsonObject:
             step=lambda i: task.step(training[next(order)], number=i),
             measure=lambda: task.measure(held, batch_size=job.batch_size),
             score=task.score,
-            note=_reporting(run, "", lambda m: f"{_JUDGED[job.objective]} {task.score(m):.4f}"),
+            note=_reporting(run, "", lambda m: f"{_HELD_OUT[job.objective]} {task.score(m):.4f}"),
             not_finite=lambda: _not_finite_error(job),
         )
         run.put(pieces, outcome.improved)
@@ -230,7 +230,7 @@ def _whole(run: TrainingRun) -> JsonObject:
     loads = [(before.loads[at], after.loads[at]) for at in job.student.moe_layers]
     block = _block(run, [outcome], loads, trained=training, held=held)
     block |= {"loss_before": before.loss, "loss_after": after.loss, "kl_before": before.kl, "kl_after": after.kl}
-    return block | {"warnings": [*job.warnings, *_remarks(outcome, _JUDGED[job.objective])]}
+    return block | {"warnings": [*job.warnings, *_remarks(outcome, _HELD_OUT[job.objective])]}
 
 
 def _not_finite_error(job: Job) -> NotFiniteError:
@@ -278,7 +278,7 @@ def _layerwise(run: TrainingRun) -> JsonObject:
             )  # fmt: skip
             outcome = _fit(run, fit, training=training.size)
         outcomes.append(outcome)
-        warnings += _remarks(outcome, f"layer {filled.block.layer}: {_JUDGED['layerwise']}")
+        warnings += _remarks(outcome, f"layer {filled.block.layer}: {_HELD_OUT['layerwise']}")
     loads = [(o.before.load, o.after.load) for o in outcomes]
     block_json = _block(run, outcomes, loads, trained=training, held=held)
     for row, o in zip(block_json["layers"], outcomes):
@@ -304,7 +304,7 @@ def _fit(run: TrainingRun, fit: LayerTraining, *, training: int) -> Outcome[Laye
         step=lambda i: fit.step(next(order), number=i),
         measure=lambda: fit.measure(batch=size),
         score=lambda measured: measured.error,
-        note=_reporting(run, f"layer {layer}: ", lambda m: f"{_JUDGED['layerwise']} {m.error:.4f}"),
+        note=_reporting(run, f"layer {layer}: ", lambda m: f"{_HELD_OUT['layerwise']} {m.error:.4f}"),
         not_finite=lambda: not_finite(job.student, layer, dtype=torch.float32),
     )
     run.put(pieces, outcome.improved)
@@ -313,7 +313,7 @@ def _fit(run: TrainingRun, fit: LayerTraining, *, training: int) -> Outcome[Laye
 
 # -- reporting ---------------------------------------------------------------------------------------------------------
 
-_JUDGED = {
+_HELD_OUT = {
     "distill": "held-out KL",
     "lm": "held-out loss",
     "balance": "held-out balance loss",
@@ -336,15 +336,15 @@ def _reporting(run: TrainingRun, prefix: str, describe: Callable[[M], str]) -> C
     return note
 
 
-def _remarks(outcome: Outcome[M], judged: str) -> list[str]:
-    """The warnings about a training; `judged` names the figure."""
+def _remarks(outcome: Outcome[M], figure: str) -> list[str]:
+    """The warnings about a training; `figure` names what was measured."""
     remarks = []
     if outcome.diverged_at is not None:
-        remarks.append(f"{judged}: training stopped at step {outcome.diverged_at}, because the loss was not finite")
+        remarks.append(f"{figure}: training stopped at step {outcome.diverged_at}, because the loss was not finite")
     if outcome.stopped_at is not None:
-        remarks.append(f"{judged}: training stopped early at step {outcome.stopped_at}, because it no longer improved")
+        remarks.append(f"{figure}: training stopped early at step {outcome.stopped_at}, because it no longer improved")
     if not outcome.improved:
-        remarks.append(f"{judged} did not improve, so the tensors of the source are kept (try a lower --learning-rate)")
+        remarks.append(f"{figure} did not improve, so the tensors of the source are kept (try a lower --learning-rate)")
     return remarks
 
 

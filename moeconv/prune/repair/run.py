@@ -66,7 +66,7 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
             for part in parts:
                 key = f"expert.{part}"
                 if key not in family.tensors.names or (model.packed_experts and part != "down"):
-                    packed = f"{family.model_type} keeps {part} of all experts in one tensor with others"
+                    packed = f"{family.model_type} stores {part} and another matrix of all experts in one tensor"
                     alone = f"the experts of {family.model_type} have no {part} matrix"
                     raise InputError(packed if model.packed_experts else alone, hint="Leave out --merge.")
                 name = family.name(key, layer=layer, expert=expert)

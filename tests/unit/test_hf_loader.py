@@ -378,7 +378,7 @@ def test_a_config_of_a_later_version_is_refused(checkpoints, tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"]["moeconv"]["scope"] = "all"
     (folder / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(InputError, match="a scope of experts"):
+    with pytest.raises(InputError, match="one of the scopes experts"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -10,7 +10,16 @@ import torch
 from moeconv.families.model import open_model
 from moeconv.quantize.formats import FORMATS
 from moeconv.tensors import read_tensor
-from tests.contract.stock import MOE_CASES, dropped, load, logits, relative_difference, row_of, save_stock
+from tests.contract.stock import (
+    MOE_CASES,
+    dropped,
+    load,
+    logits,
+    relative_difference,
+    row_of,
+    save_stock,
+    skip_where_stock_is_broken,
+)
 
 torch.set_num_threads(1)
 SEPARATE = [case for case in MOE_CASES if not row_of(case).tensors.packed]
@@ -41,6 +50,7 @@ def flags_of(format, scheme):
 @pytest.mark.parametrize("keep", [6, 4])
 @pytest.mark.parametrize("case", list(MOE_CASES))
 def test_pruned_equals_the_unpruned_with_the_dropped_experts_masked(tmp_path, cli, case, keep):
+    skip_where_stock_is_broken(case)
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
     done = cli("prune", source, tmp_path / "pruned", "--keep", keep, "--json")
     assert done.code == 0, done.out
@@ -95,6 +105,7 @@ def _dequantized(source, quantized, folder):
 @pytest.mark.slow(keep=6)
 @pytest.mark.parametrize(("case", "format", "scheme"), KINDS)
 def test_what_transformers_loads_computes_with_the_decoded_weights(tmp_path, cli, case, format, scheme):
+    skip_where_stock_is_broken(case)
     record = FORMATS[format]
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
     done = cli("quantize", source, tmp_path / "packed", *flags_of(format, scheme), "--json")

@@ -130,7 +130,10 @@ def test_wrong_uses_are_usage_errors(tmp_path, cli, flags, words):
     ("change", "words"),
     [
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}, ()),
-        ({"max_position_embeddings": 4096}, ("max_position_embeddings = 4096 (SOURCE: 64)", "only FFNs are taken")),
+        (
+            {"max_position_embeddings": 4096},
+            ("max_position_embeddings = 4096 (SOURCE: 64)", "siblings give only their FFNs"),
+        ),
         ({"torch_dtype": "bfloat16"}, ()),
         ({"rope_scaling": None, "rope_theta": 10000.0, "rope_parameters": None}, ()),
         ({"head_dim": None, "num_key_value_heads": 2, "layer_types": None}, ()),

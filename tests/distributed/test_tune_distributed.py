@@ -33,7 +33,7 @@ for name, (model, parameters) in json.loads(sys.argv[1]).items():
 try:
     tune(model, "refused", **(parameters | {"batch_size": 1}))
 except UsageError as error:
-    assert "less than the 2 processes" in error.message
+    assert "cannot be shared by 2 processes" in error.message
     assert world.end_together(error).exit_code == 2
 """
 COMMON: dict[str, Any] = {"seq_len": 16, "batch_size": 5, "steps": 6, "learning_rate": 3e-3}

@@ -328,7 +328,7 @@ def test_whatever_is_missing_or_misshapen_raises(checkpoints, tmp_path):
         (nf4, without(f"{one}.weight.quant_state.bitsandbytes__nf4"), "quant_state.bitsandbytes__nf4 is missing"),
         (nf4, all_without("__nf4"), "quant_state.bitsandbytes__nf4"),
         (nf4, of_one, "7 of its 8 experts"),
-        (nf4, of_layer, "experts are missing"),
+        (nf4, of_layer, "the experts of this parameter are missing"),
         (nf4, lambda w: w.update({f"{one}.weight.absmax": torch.ones(7)}), "expected F32"),
         (nf4, lambda w: w.update({f"{one}.weight": torch.zeros(9, 1, dtype=torch.uint8)}), "expected U8"),
         (nf4, nested, "absmax is F32 [96], expected U8"),

@@ -275,10 +275,9 @@ def line(one: Found) -> str:
     off = f" ({one.off})" if one.off else ""
     sizes = "" if one.total is None else f"{one.total / 1e9:.2f}" + (f" / {one.active / 1e9:.2f}" if one.active else "")
     told = "; ".join(f"{verb}: {why}" for verb, why in one.refused.items()).replace("|", "/")
-    cells = (
-        one.name + "*" * one.own_names, one.model_type, " ".join(one.took), sizes + off, known, f"{one.tensors:,}" if one.tensors else "",
-        f"{one.slowest:.1f}", f"{one.memory:.0f}", told,
-    )  # fmt: skip
+    count = "" if one.tensors is None else f"{one.tensors:,}"
+    name, took = one.name + "*" * one.own_names, " ".join(one.took)
+    cells = (name, one.model_type, took, sizes + off, known, count, f"{one.slowest:.1f}", f"{one.memory:.0f}", told)
     return f"| {' | '.join(cells)} |"
 
 

@@ -161,6 +161,12 @@ class Checkpoint:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
+    def reworded(self, config: JsonObject, warning: str) -> Checkpoint:
+        """A copy of this checkpoint with another config.json, and with one more `warning`."""
+        other = copy.copy(self)
+        other.warnings, other.config = [*self.warnings, warning], config
+        return other
+
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of tensor `name` from byte `start` of the tensor on."""
         self._open(self.tensors[name].shard).read_into(self.stored_names.get(name, name), view, start=start)

@@ -9,7 +9,7 @@ from moeconv.errors import Unsupported, escape
 from moeconv.families.refused import UNSUPPORTED, WITHOUT_TARGET
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.types import Config
+from moeconv.types import Config, JsonObject
 
 _LIST = "`moeconv families` lists what is supported; `moeconv inspect` and `verify` accept any checkpoint."
 _TEXT_ROOTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -28,8 +28,23 @@ def accepted() -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
+def without_aliases(config: Config) -> tuple[JsonObject, dict[str, str]]:
+    """A config.json whose model_type, and that of the language model in it, are those that transformers has a class
+    for, and {model_type that was replaced: the new one}."""
+    known, result = tables().aliases, dict(config)
+    found: dict[str, str] = {}
+    for key in ("", *_TEXT_ROOTS):
+        part = result if not key else result.get(key)
+        stated = part.get("model_type") if isinstance(part, Mapping) else None
+        if isinstance(part, Mapping) and isinstance(stated, str) and stated in known:
+            found[stated] = known[stated]
+            result |= {"model_type": known[stated]} if not key else {key: {**part, "model_type": known[stated]}}
+    return result, found
+
+
 def find_family(config: Config) -> Family:
     """The row for a config.json. Raises Unsupported for an architecture that no step accepts."""
+    config, _ = without_aliases(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}", hint=_LIST)

@@ -17,7 +17,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
-from moeconv.families.find import find_family
+from moeconv.families.find import find_family, without_aliases
 from moeconv.families.kinds import check_kinds
 from moeconv.families.names import as_loaded, heads
 from moeconv.families.roles import assign_roles
@@ -280,6 +280,7 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     architecture, a missing or unexpected tensor, or a shape that contradicts config.json.
     """
     checkpoint = Checkpoint(path, follow_links=follow_links) if isinstance(path, str | os.PathLike) else path
+    checkpoint = _without_aliases(checkpoint)
     family = find_family(checkpoint.config)
     check.check_foreign(checkpoint)
     checkpoint = as_loaded(checkpoint, family)
@@ -294,6 +295,15 @@ def open_model(path: str | os.PathLike[str] | Checkpoint, *, follow_links: bool 
     check.check_plain(model)
     check.check_stored(model)
     return model
+
+
+def _without_aliases(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the model_types that transformers has classes for."""
+    config, replaced = without_aliases(checkpoint.config)
+    if not replaced:
+        return checkpoint
+    named = " and ".join(f"{old} is {new}" for old, new in replaced.items())
+    return checkpoint.reworded(config, f"{named} in transformers, whose class computes the same: outputs state that")
 
 
 def _with_rule(family: Family, config: Config) -> Family:

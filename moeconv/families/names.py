@@ -3,7 +3,7 @@ of other classes. Other names are refused; the error states which tool made them
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, escape
@@ -30,14 +30,20 @@ _HEADS = ("score.", "v_head.", "value_head.", "classifier.", "qa_outputs.", "rew
 
 
 def module_names(weight: str, family: Family) -> tuple[str, ...]:
-    """The names of the module that holds a tensor: on disk, and those that transformers has for it in memory."""
+    """The names of the module that holds a tensor: on disk, and those of the modules that transformers makes of it."""
     module = weight.rpartition(".")[0]
-    return (module, *(module.replace(old, new) for old, new in family.tensors.in_memory.items() if old in module))
+    names = [module]
+    for old, new in family.tensors.in_memory.items():
+        if any(old in name for name in names):
+            names = [name.replace(old, word) for name in names for word in ((new,) if isinstance(new, str) else new)]
+    return tuple(dict.fromkeys((module, *names)))
 
 
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint with the names that the class of transformers uses: the prefix of the base model is added or
-    removed, as from_pretrained does. Raises InputError for names to which a training tool has added a part."""
+    removed, as from_pretrained does, and the variants of the family's row get the usual names. Raises InputError for
+    names to which a training tool has added a part."""
+    checkpoint = _without_variants(checkpoint, family.tensors.variants)
     base = family.tensors.base_prefix
     usual = (base, "lm_head.", *family.multimodal.beside) if base else ("",)
     doubles = not family.multimodal.beside and base not in family.tensors.in_memory
@@ -53,14 +59,34 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             renamed[name] = name.removeprefix(base)
     if not renamed:
         return checkpoint
-    if twice := next((new for new in renamed.values() if new in checkpoint.tensors), None):
-        raise InputError(
-            f"the checkpoint holds {escape(twice)!r} twice, with and without the prefix {base!r}",
-            hint="Save it again with only one of the two names.",
-        )
+    _check_twice(checkpoint, renamed, f"with and without the prefix {base!r}")
     what = f"{counted(len(renamed), 'tensor has the name', 'tensors have the names')} of a base model"
     how = f"read and written with the prefix {base!r} added or removed, as transformers does"
     return checkpoint.renamed(renamed, f"{what}: {how}")
+
+
+def _without_variants(checkpoint: Checkpoint, variants: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with the usual names in place of those that begin with one of `variants`."""
+    renamed: dict[str, str] = {}
+    for name in checkpoint.tensors if variants else ():
+        for beginning, usual in variants.items():
+            if name.startswith(beginning):
+                renamed[name] = usual + name.removeprefix(beginning)
+    if not renamed:
+        return checkpoint
+    _check_twice(checkpoint, renamed, "under two names")
+    old, new = next(iter(renamed.items()))
+    what = f"{counted(len(renamed), 'tensor has a name', 'tensors have names')} of an export of transformers"
+    return checkpoint.renamed(renamed, f"{what}: read and written with the hub's, {new} in place of {old}")
+
+
+def _check_twice(checkpoint: Checkpoint, renamed: Mapping[str, str], how: str) -> None:
+    """Raises InputError if a tensor is there under its old and its new name."""
+    if twice := next((new for new in renamed.values() if new in checkpoint.tensors), None):
+        raise InputError(
+            f"the checkpoint holds {escape(twice)!r} twice, {how}",
+            hint="Save it again with only one of the two names.",
+        )
 
 
 def _second_words(family: Family) -> set[str]:

@@ -66,8 +66,11 @@ class Tensors:
     prefix: str = "model."
     # the base model's prefix, which from_pretrained adds or removes as needed; "" if it does neither
     base_prefix: str = "model."
-    # part of a module's name on disk -> its name in transformers' modules in memory
-    in_memory: Mapping[str, str] = field(default_factory=dict)
+    # beginning of names that only some exports have, and that transformers loads -> the usual beginning
+    variants: Mapping[str, str] = field(default_factory=dict)
+    # part of a module's name on disk -> its name in transformers' modules in memory, or the names of the modules that
+    # it is split into; the rules apply in order
+    in_memory: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     # keys that stay in float32 whatever the model's dtype
     float32: frozenset[str] = frozenset()
     # config key that adds tensors if it is true -> their keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -32,6 +32,7 @@ class Tables:
     moe: Mapping[str, Family]  # by model_type
     wrapped: Mapping[str, Mapping[str, Family]]  # model_type of a multimodal model -> that of its text model -> row
     pairs: tuple[Pair, ...]
+    aliases: Mapping[str, str]  # model_type that only remote code has -> that of the family with the same class
 
     @property
     def families(self) -> Mapping[str, Family]:
@@ -69,10 +70,12 @@ def _merged(vendors: Sequence[Vendor]) -> Tables:
     wrappers = _by_name("multimodal family", (wrapper for vendor in vendors for wrapper in vendor.wrappers))
     pairs = tuple(pair for vendor in vendors for pair in vendor.pairs)
     _check_pairs(pairs, dense, moe)
+    aliases = {alias: name for vendor in vendors for alias, name in vendor.aliases.items()}
+    _check_aliases(aliases, {**dense, **moe, **wrappers})
     wrapped = {
         name: {text.model_type: wrapper.row(text) for text in wrapper.texts} for name, wrapper in wrappers.items()
     }
-    return Tables(dense, moe, wrapped, pairs)
+    return Tables(dense, moe, wrapped, pairs, aliases)
 
 
 def _by_name(what: str, found: Iterable[Row]) -> dict[str, Row]:
@@ -82,6 +85,14 @@ def _by_name(what: str, found: Iterable[Row]) -> dict[str, Row]:
             raise ValueError(f"two rows describe the {what} {row.model_type}")
         result[row.model_type] = row
     return result
+
+
+def _check_aliases(aliases: Mapping[str, str], known: Collection[str]) -> None:
+    """Raises ValueError for an alias that has a row of its own, and for an alias of a family without a row."""
+    for alias, name in aliases.items():
+        if alias in known or name not in known:
+            why = "but has a row itself" if alias in known else "which has no row"
+            raise ValueError(f"{alias} is an alias of {name}, {why}")
 
 
 def _check_pairs(pairs: Sequence[Pair], dense: Mapping[str, Family], moe: Mapping[str, Family]) -> None:

@@ -29,8 +29,10 @@ class Wrapper:
     root: str = "text_config"
     # whether the output head is tied to the embedding if neither config states it
     tied: bool = False
-    # part of a module's name on disk -> its name in transformers' modules in memory
-    in_memory: Mapping[str, str] = field(default_factory=dict)
+    # beginning of names that only some exports have, and that transformers loads -> the usual beginning
+    variants: Mapping[str, str] = field(default_factory=dict)
+    # part of a module's name on disk -> its name or names in transformers' modules in memory
+    in_memory: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     # serving engines whose list of models has the family
     runs: frozenset[str] = frozenset()
 
@@ -43,6 +45,7 @@ class Wrapper:
             layouts=tuple(ExpertLayout(self._names(way.tensors), way.packed) for way in text.tensors.layouts),
             prefix=self.prefix,
             base_prefix="model." if self.prefix.startswith("model.") else "",
+            variants=self.variants,
             in_memory={**self.in_memory, **text.tensors.in_memory},
         )
         return replace(
@@ -71,10 +74,12 @@ class Vendor:
     """The rows of one vendor.
 
     A pair is in the file of its target; another package may add pairs between families of moeconv. `wrappers` are
-    multimodal models that contain one of the language models.
+    multimodal models that contain one of the language models. `aliases` maps a model_type whose class is a copy of that
+    of another family, in names and in computation, to the model_type of the latter, which outputs state.
     """
 
     dense: tuple[Family, ...] = ()
     moe: tuple[Family, ...] = ()
     pairs: tuple[Pair, ...] = ()
     wrappers: tuple[Wrapper, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)

@@ -14,9 +14,12 @@ import os
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -231,7 +234,9 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
 
     path = model.checkpoint.path
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        with TemporaryDirectory() as directory:  # the file of the checkpoint may state an alias of the family
+            (Path(directory) / "config.json").write_text(json.dumps(model.checkpoint.config))
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # the weights are decoded before they are loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moeconv.families.registry import tables
@@ -466,6 +468,15 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_token_id": 2,
         },
     ),
+    "kimi_k25": (
+        "kimi_k25",
+        {
+            "text_config": MOE_CASES["deepseek_v3"][1] | {"n_group": 1},
+            "vision_config": _VISION | {"pos_emb_height": 4, "pos_emb_width": 4, "pos_emb_time": 1},
+            "projection_hidden_size": 32,
+            "tie_word_embeddings": False,
+        },
+    ),
     "aria": ("aria", {"text_config": MOE_CASES["aria_text"][1], "vision_config": _VISION}),
     "internvl": (
         "internvl",
@@ -517,7 +528,29 @@ def save_stock(path: Path, model_type: str, config: dict[str, Any], *, dtype: to
             norm = "norm" in ".".join(name.split(".")[-2:]) or name.endswith("scale")
             parameter.copy_(torch.randn_like(parameter) * (0.1 if norm else 0.08) + norm)
     model.to(dtype).save_pretrained(path, max_shard_size="200KB")
+    if variants := _variants(model_type):
+        name_as_on_the_hub(path, variants)
     return path
+
+
+def _variants(model_type: str) -> Mapping[str, str]:
+    rows = tables().wrapped.get(model_type) or {model_type: tables().families.get(model_type)}
+    row = next(iter(rows.values()))
+    return row.tensors.variants if row is not None else {}
+
+
+def name_as_on_the_hub(path: Path, names: Mapping[str, str]) -> None:
+    """Give the tensors of a checkpoint the hub's names; `names` maps the beginnings of others to the hub's."""
+
+    def renamed(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
+
+    for file in path.glob("*.safetensors"):
+        save_file({renamed(name): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    if (index := path / "model.safetensors.index.json").exists():
+        stated = json.loads(index.read_text())
+        stated["weight_map"] = {renamed(name): file for name, file in stated["weight_map"].items()}
+        index.write_text(json.dumps(stated))
 
 
 def load(path: Path, *, dtype: torch.dtype = torch.float32, experts: str = "eager") -> Any:

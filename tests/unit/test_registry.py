@@ -51,3 +51,9 @@ def test_a_pair_is_in_the_file_of_its_target():
     for name, vendor in VENDORS.items():
         own = {row.model_type for row in vendor.moe}
         assert {pair.target for pair in vendor.pairs} <= own, name
+
+
+@pytest.mark.parametrize(("aliases", "what"), [({"llama": "mistral"}, "has a row itself"), ({"new": "none"}, "no row")])
+def test_an_alias_must_be_of_a_known_family_and_not_one_itself(aliases, what):
+    with pytest.raises(ValueError, match=what):
+        registry._merged([*VENDORS.values(), Vendor(aliases=aliases)])

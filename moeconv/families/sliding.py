@@ -120,6 +120,16 @@ def _read_full_at_the_end(config: Config, layers: int) -> Pattern:
     return Pattern(found, config.get("sliding_window") if any(found) else None)
 
 
+def _read_between_the_ends(config: Config, layers: int) -> Pattern:
+    """Flint: full attention in the first two layers, in every fourth layer after them, and in the last one."""
+    return typed(lambda i, _config: i > 1 and i % 4 != 1 and i != layers - 1).read(config, layers)
+
+
+def _read_sixth_and_last(config: Config, layers: int) -> Pattern:
+    """Beam: full attention in every sixth layer and in the last one."""
+    return typed(lambda i, _config: (i + 1) % 6 != 0 and i != layers - 1).read(config, layers)
+
+
 def _read_switched_types(config: Config, layers: int) -> Pattern:
     """SmolLM3: the layers without rotary embeddings have a window, unless layer_types lists the layers."""
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
@@ -165,8 +175,11 @@ LAYER_TYPES_ALTERNATING = Sliding(_read_layer_types_alternating, _write_layer_ty
 ALL_LAYERS = typed(lambda _i, _config: True)
 ALL_BUT_EVERY_FOURTH = typed(lambda i, _config: i % 4 != 0, idle=4096)
 ALL_BUT_LAST_OF_FOUR = typed(lambda i, config: (i + 1) % _every(config) != 0, idle=4096)
+ALL_BUT_LAST_OF_FIVE = typed(lambda i, _config: (i + 1) % 5 != 0, idle=4096)
 EVERY_SECOND = typed(lambda i, _config: i % 2 == 0, idle=4096)
 FULL_AT_THE_END = Sliding(_read_full_at_the_end, typed(lambda _i, _config: False, idle=512).write)
+BETWEEN_THE_ENDS = Sliding(_read_between_the_ends, typed(lambda _i, _config: False, idle=4096).write)
+ALL_BUT_SIXTH_AND_LAST = Sliding(_read_sixth_and_last, BETWEEN_THE_ENDS.write)
 SWITCHED_TYPES = Sliding(_read_switched_types, _write_never)
 ALL_BUT_LAST_OF_SIX = typed(lambda i, _config: i != 0 and (i + 1) % 6 != 0, idle=4096)  # the first is full too
 ALL_BUT_GLOBAL = typed(lambda i, config: (i + 1) % (config.get("global_attn_every_n_layers") or 4) != 0, idle=4096)

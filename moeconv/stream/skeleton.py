@@ -244,7 +244,8 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
         auto, images = auto_class(model.family), model.family.multimodal.beside
         classes: Stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if images else MODEL_FOR_CAUSAL_LM_MAPPING
         stock = classes[type(config)]
-        inside: list[Stock] = [MODEL_MAPPING[type(config.get_text_config())]] if images else []
+        text = type(config.get_text_config())
+        inside: list[Stock] = [MODEL_MAPPING[text]] if images and text in MODEL_MAPPING else []
         free = model.family.kind == "moe" and stock._can_set_experts_implementation()  # noqa: SLF001 (no public name)
         fast = all(c._supports_sdpa for c in (stock, *inside))  # noqa: SLF001 (no public name)
         # Both implementations are given, so that config.json cannot ask for a kernel from the hub.

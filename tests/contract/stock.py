@@ -408,6 +408,33 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax_m2": ("minimax_m2", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "head_dim": 16}),
     "laguna": ("laguna", _SPARSE | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
     "mimo_v2_flash": ("mimo_v2_flash", _SPARSE | {"n_routed_experts": 8, "v_head_dim": 16, "sliding_window": 5}),
+    "kolibri1": (
+        "kolibri1",
+        _MOE
+        | _MIXED
+        | {"num_experts": 8, "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+        | {"norm_topk_prob": True},
+    ),
+    "flint": (
+        "flint",
+        _SPARSE | _MIXED | {"num_experts": 8, "shared_expert_intermediate_size": 48, "mlp_only_layers": [0]},
+    ),
+    "lara_mini": (
+        "lara_mini",
+        _MOE
+        | _LINEAR
+        | {"num_experts": 8, "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+        | {"sliding_window": 5, "layer_types": ["linear_attention", "sliding_attention", "full_attention"]},
+    ),
+    "beam": (
+        "beam",
+        _SPARSE
+        | _MIXED
+        | {"num_experts": 8, "n_group": 2, "topk_group": 1, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "sarvam_moe": ("sarvam_moe", _SPARSE | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "sarvam_moe-bias": ("sarvam_moe", _SPARSE | {"n_routed_experts": 8, "attention_bias": True}),
+    "sarvam_mla": ("sarvam_mla", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1, "q_lora_rank": None}),
 }
 _GEMMA4 = _MOE | {
     "num_hidden_layers": 3, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24, "intermediate_size": 48,
@@ -486,6 +513,21 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+_OCR_TEXT = {k: v for k, v in _SPARSE.items() if k != "head_dim"} | {
+    "n_routed_experts": 8, "mlp_layer_types": ["dense", "sparse", "sparse"],
+}  # fmt: skip
+_OCR_SAM = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32, "image_size": 64,
+            "patch_size": 16, "output_channels": 16, "downsample_channels": [16, 32]}  # fmt: skip
+WRAPPED_CASES["deepseek_ocr2"] = (
+    "deepseek_ocr2",
+    {
+        "text_config": _OCR_TEXT,
+        "vision_config": {"sam_config": _OCR_SAM, "encoder_config": _VISION | {"num_key_value_heads": 2}},
+    },
+)
+WRAPPED_CASES["unlimited_ocr"] = (
+    "unlimited_ocr", {"text_config": _OCR_TEXT, "vision_config": {"sam_config": _OCR_SAM, "encoder_config": _VISION}}
+)  # fmt: skip
 WRAPPED_CASES["internvl-gpt_oss"] = (
     "internvl",
     WRAPPED_CASES["internvl"][1] | {"text_config": MOE_CASES["gpt_oss"][1] | {"model_type": "gpt_oss"}},

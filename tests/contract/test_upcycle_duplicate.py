@@ -27,7 +27,7 @@ def _double(source, out, **parameters):
 _REFUSED = {
     "deepseek_v3": "groups", "exaone_moe": "groups", "glm4_moe": "groups",
     "glm4_moe_lite": "groups", "llama4": "sigmoid", "phimoe": "unequal", "glm4v_moe": "groups",
-    "llama4-vision": "sigmoid",
+    "llama4-vision": "sigmoid", "beam": "groups",
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
     """The tensors of `Tokens`, for the tokens `at` of a batch."""
     assert batch.router_logits is not None and batch.top_k_index is not None and batch.top_k_weights is not None
     scale = torch.linalg.vector_norm(batch.residual[at].double(), dim=-1)
-    return batch.ffn_input[at], batch.router_logits[at], batch.top_k_index[at], batch.top_k_weights[at], scale
+    return batch.expert_input[at], batch.router_logits[at], batch.top_k_index[at], batch.top_k_weights[at], scale
 
 
 @contextmanager
@@ -145,7 +145,7 @@ class _Sums:
         self.entropy, self.tokens = self._zeros(num_sources), self._zeros(num_sources)
         self.pairs, self.logits = self._zeros(num_experts, num_experts), self._zeros(num_experts)
         self.logit_products = self._zeros(num_experts, num_experts)
-        self.out = self._zeros(num_experts, self.router_weight.shape[-1])
+        self.out = self._zeros(num_experts, layer.expert_dimension)
         self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the current batch: token, slot, ||f||
 
     def _zeros(self, *shape: int) -> Tensor:

@@ -72,10 +72,12 @@ def check_complete(model: Model) -> None:
     family, moe = model.family, frozenset(model.moe_layers)
     _check_beside(model)
     there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
+    on = (keys for switch, keys in family.tensors.switched.items() if model.value(switch))
+    optional = family.tensors.optional.difference(*on)
     for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
         belongs = _belongs(model, role, moe)
         present = (role.key, role.layer, role.expert) in there
-        if belongs and not present and role.key not in family.tensors.optional:
+        if belongs and not present and role.key not in optional:
             raise InputError(
                 f"tensor {escape(name)!r} is missing from the checkpoint",
                 hint=f"{_TOGETHER}, or a shard is missing.",

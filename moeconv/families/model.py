@@ -161,6 +161,11 @@ class Model:
     def hidden_size(self) -> int:
         return settings.count(self.config, ("hidden_size",), limit=MAX_WIDTH)
 
+    @cached_property
+    def expert_dimension(self) -> int:
+        """The width of what an expert reads and writes: the hidden size, or that of the latent space of its layer."""
+        return check.Shapes(self)(Role("expert.down", expert=0))[0]  # type: ignore[index]
+
     @property
     def dtype(self) -> str:
         """The floating-point dtype, as safetensors names it, of most of the model's bytes; "BF16" if there is none."""

@@ -82,9 +82,8 @@ def _mtp_count(checkpoint: Checkpoint, family: Family, config: Config) -> int:
     if not family.prediction.names:
         return 0
     if family.prediction.prefix:
-        return sum(
-            f"{family.prediction.prefix}{family.prediction.layers}{i}.input_layernorm.weight" in checkpoint.tensors
-            for i in range(settings.MAX_MTP)
-        )
+        before = family.prediction.prefix + family.prediction.layers
+        numbers = {n.removeprefix(before).partition(".")[0] for n in checkpoint.tensors if n.startswith(before)}
+        return next((i for i in range(settings.MAX_MTP) if str(i) not in numbers), settings.MAX_MTP)
     count = family.config.value("num_nextn_predict_layers", config) or 0
     return min(count, settings.MAX_MTP)

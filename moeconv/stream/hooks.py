@@ -89,6 +89,8 @@ def captured(
     def on_ffn(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
         seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)
         seen.setdefault("residual", seen["ffn_input"])  # for families whose norm is behind the FFN
+        seen.setdefault("expert_input", seen["ffn_input"])
+        seen.setdefault("expert_output", seen["ffn_output"])
 
     def on_router(_module: nn.Module, _args: object, out: object) -> None:
         if on_input:
@@ -97,8 +99,9 @@ def captured(
             out = out[1]
         seen["router_logits"] = flat(out)
 
-    def on_experts(_module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        _, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
+    def on_experts(_module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor], out: Tensor) -> None:
+        given, seen["top_k_index"], seen["top_k_weights"] = (*args, *kwargs.values())[:3]
+        seen["expert_input"], seen["expert_output"] = flat(given), flat(out)
 
     handles = [ffn.register_forward_hook(on_ffn, with_kwargs=True)]
     if norm is not None:
@@ -106,7 +109,7 @@ def captured(
     if router is not None and experts is not None:
         handles.append(router.register_forward_hook(on_router))
         if not on_input:
-            handles.append(experts.register_forward_pre_hook(on_experts, with_kwargs=True))
+            handles.append(experts.register_forward_hook(on_experts, with_kwargs=True))
     try:
         yield seen
     finally:

@@ -23,8 +23,10 @@ class Batch:
 
     `inputs` and `outputs` [b, S, H] are the residual stream before and after the layer. `residual` [T, H] is the input
     of the norm before the FFN (or of the FFN, in families without such a norm). `ffn_input` and `ffn_output` [T, H] are
-    the input and output of the FFN block, including a shared expert. Only of MoE layers: `router_logits` [T, E],
-    `top_k_index` int64 [T, k], and `top_k_weights` [T, k], the weights that the model really gives its experts.
+    the input and output of the FFN block, including a shared expert. `expert_input` and `expert_output` [T, D] are
+    those of the routed experts alone, where D is not H in a family whose experts compute in a latent space; in a dense
+    layer they are those of the FFN. Only of MoE layers: `router_logits` [T, E], `top_k_index` int64 [T, k], and
+    `top_k_weights` [T, k], the weights that the model really gives its experts.
     """
 
     rows: slice
@@ -33,6 +35,8 @@ class Batch:
     residual: Tensor
     ffn_input: Tensor
     ffn_output: Tensor
+    expert_input: Tensor
+    expert_output: Tensor
     router_logits: Tensor | None = None
     top_k_index: Tensor | None = None
     top_k_weights: Tensor | None = None
@@ -62,6 +66,11 @@ class Layer:
         args, kwargs = self._stream.arguments(len(hidden), self.index)
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    @property
+    def expert_dimension(self) -> int:
+        """The width D of what an expert reads and writes."""
+        return self._stream.model.expert_dimension
 
     @property
     def biases(self) -> list[Tensor]:

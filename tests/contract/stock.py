@@ -356,6 +356,17 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "routed_scaling_factor": 1.5,
         },
     ),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        _SPARSE
+        | _NEMOTRON_H
+        | {
+            "n_routed_experts": 8,
+            "moe_shared_expert_intermediate_size": 48,
+            "moe_latent_size": 32,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        },
+    ),
     "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "deepseek_v2-groups": (
         "deepseek_v2",

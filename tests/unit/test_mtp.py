@@ -171,3 +171,35 @@ def test_a_dense_one_passes_every_step_as_it_is(tmp_path: Path, cli, case: str) 
         after = load_file(tmp_path / out / "model.safetensors")
         assert all(torch.equal(after[name], tensor) for name, tensor in added.items())
     assert cli("verify", source, "--load").code == 0
+
+
+def test_a_step_of_two_blocks_is_cut_with_the_model_and_its_latent_space_is_kept(tmp_path: Path, cli) -> None:
+    """Nemotron-3: a block of attention and a block of experts predict one token together."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES["nemotron_h-latent"], dtype=torch.bfloat16)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    for new, old in ((0, 2), (1, 3)):  # the last blocks of attention and of experts
+        before = f"backbone.layers.{old}."
+        tensors |= {f"mtp.layers.{new}.{n.removeprefix(before)}": t.clone() for n, t in tensors.items() if before in n}
+    for name in ("0.enorm", "0.hnorm", "1.final_layernorm"):
+        tensors[f"mtp.layers.{name}.weight"] = torch.ones(HIDDEN).bfloat16()
+    tensors["mtp.layers.0.eh_proj.weight"] = torch.ones(HIDDEN, 2 * HIDDEN).bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    tiny.edit_json(source / "config.json", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
+    found = cli("inspect", source, "--json").json
+    assert found["mtp_layers"] == [4, 5] and counted_apart(source, found)
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    kept, after = done.json["prune"]["keep"]["3"], load_file(tmp_path / "out" / "model.safetensors")
+    mixer = "mtp.layers.1.mixer."
+    assert torch.equal(after[mixer + "gate.weight"], tensors[mixer + "gate.weight"][kept])
+    for name in ("fc1_latent_proj.weight", "fc2_latent_proj.weight"):
+        assert torch.equal(after[mixer + name], tensors[mixer + name])
+    assert torch.equal(after[mixer + "experts.3.up_proj.weight"], tensors[f"{mixer}experts.{kept[3]}.up_proj.weight"])
+    del tensors["backbone.layers.1.mixer.fc1_latent_proj.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="fc1_latent_proj"):
+        open_model(source)

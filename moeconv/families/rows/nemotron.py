@@ -19,7 +19,18 @@ from moeconv.families.blocks import (
 )
 from moeconv.families.expert_blocks import GROUPED, ONE_SHARED_EXPERT, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
-from moeconv.families.records import LIST, WHOLE, WORD, Attention, ConfigKeys, Elsewhere, Experts, Layers, Tensors
+from moeconv.families.records import (
+    LIST,
+    WHOLE,
+    WORD,
+    Attention,
+    ConfigKeys,
+    Elsewhere,
+    Experts,
+    Layers,
+    Prediction,
+    Tensors,
+)
 from moeconv.families.shapes import Size, config_key
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -31,6 +42,7 @@ NEMOTRON_H_SIZES: Mapping[str, Size] = {
     "mamba_groups": config_key("n_groups"),
     "mamba_state": config_key("ssm_state_size"),
     "mamba_kernel": config_key("conv_kernel"),
+    "latent": lambda get, _place: get("moe_latent_size") or get("hidden_size"),
 }
 NEMOTRON = dense_row(
     "nemotron",
@@ -82,7 +94,23 @@ NEMOTRON_H_WORDS = {
     "rms_norm_eps": "layer_norm_epsilon",
     "hidden_act": "mlp_hidden_act",
 }
-NEMOTRON_H_WHERE = HYBRID_WHERE | {"ffn": frozenset({"mlp"})}
+NEMOTRON_H_WHERE = HYBRID_WHERE | {"ffn": frozenset({"mlp"}), "latent": frozenset({"moe"})}
+# where experts compute in a smaller space, one matrix per layer leads there and one leads back
+_LATENT = {"latent.down": _MIXER + "fc1_latent_proj.weight", "latent.up": _MIXER + "fc2_latent_proj.weight"}
+_LATENT_SHAPES = {
+    "latent.down": "latent, hidden", "latent.up": "hidden, latent", "expert.up": "expert, latent",
+    "expert.down": "latent, expert",
+}  # fmt: skip
+# one prediction step is a block of attention and a block of experts; "mtp." replaces "backbone."
+_NEMOTRON_MTP = Prediction(
+    {
+        "mtp.norm_embedding": _NEMOTRON + "enorm.weight",
+        "mtp.norm_hidden": _NEMOTRON + "hnorm.weight",
+        "mtp.project": _NEMOTRON + "eh_proj.weight",
+        "mtp.norm": _NEMOTRON + "final_layernorm.weight",
+    },
+    prefix="mtp.",
+)
 _KINDS_BY_LETTER = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
 
@@ -122,9 +150,14 @@ NEMOTRON_H_MOE = moe_row(
         NEMOTRON_H_BLOCK
         | {"router.weight": _MIXER + "gate.weight", "router.correction": _MIXER + "gate.e_score_correction_bias"}
         | {f"expert.{p}": _MIXER + "experts.{E}." + f"{p}_proj.weight" for p in ("up", "down")}
-        | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")},
+        | {f"shared.{p}": _MIXER + f"shared_experts.{p}_proj.weight" for p in ("up", "down")}
+        | _LATENT,
+        optional=frozenset(_LATENT),
+        switched={"moe_latent_size": tuple(_LATENT)},
+        prefix="backbone.",
         base_prefix="backbone.",
         in_memory={"backbone.": "model."},
+        shapes=_LATENT_SHAPES,
         sizes=NEMOTRON_H_SIZES,
     ),
     attention=Attention(rope="none"),
@@ -136,6 +169,7 @@ NEMOTRON_H_MOE = moe_row(
         placement=placement.of_kinds(nemotron_h_kinds),
         routing=GROUPED,
     ),
+    prediction=_NEMOTRON_MTP,
     elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 

@@ -55,8 +55,8 @@ def merge(stream: LayerStream, read: TokenData, groups: Groups, saliency: Mappin
 
 
 def _inputs(layer: Layer) -> Tensor:
-    """Compute a layer, and return an evenly spaced sample of the inputs of its FFN, [n, H]."""
-    parts = [batch.ffn_input for batch in layer.batches()]
+    """Compute a layer, and return an evenly spaced sample of the inputs of its experts, [n, D]."""
+    parts = [batch.expert_input for batch in layer.batches()]
     step = max(1, sum(map(len, parts)) // _TOKENS)
     return torch.cat([part[::step] for part in parts])[:_TOKENS]
 

@@ -18,7 +18,7 @@ from moeconv.data.heldout import clearly_less, held_out
 from moeconv.errors import InputError
 from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, held_out_errors, refit_layer, tokens_needed
 from moeconv.stream.experts import down_projection, with_down
-from moeconv.stream.layer import Layer
+from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
@@ -132,7 +132,8 @@ def _refitted(
 ) -> dict[int, Tensor]:
     """The new down projections of the kept experts. The target is the residual stream of the unpruned model after the
     layer, so that each layer also corrects the errors of the layers before it. If the family does not simply add the
-    FFN to the stream, the target is the output of the whole layer on the same inputs. Returns the old down projections
+    experts' outputs to the stream, the target is the output of the whole FFN, or of the experts in their latent space,
+    on the same inputs. Returns the old down projections
     if the new ones are not clearly better on the held-out tokens, or if there are too few tokens for a fit."""
     assert variant.refit is not None and layer.experts is not None
     routes: list[Routes] = []
@@ -140,28 +141,32 @@ def _refitted(
     rows: list[Tensor] = []
     held_rows: list[Tensor] = []
     output_square = 0.0  # squared norm of the pruned FFN's output on held-out tokens
-    additive = True
+    additive, latent = True, layer.expert_dimension != stream.model.hidden_size
+
+    def made(batch: Batch) -> Tensor:
+        return batch.expert_output if latent else batch.ffn_output
+
     with masked(stream, layer, kept, top_k=variant.top_k):
         for batch in layer.batches(advance=False, hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
             if not wanted:
                 added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
-                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm())
-            of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.ffn_input.device)
+                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not latent
+            of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)
             held_here = tokens.held[batch.rows].flatten().to(of.device)
             rows.append(of)
             held_rows.append(held_here[of])
-            output_square += float(batch.ffn_output[held_here].double().square().sum())
+            output_square += float(made(batch)[held_here].double().square().sum())
             weights = batch.top_k_weights[of] * stream.model.routed_share
-            routes.append(Routes(batch.ffn_input[of], batch.top_k_index[of], weights))
+            routes.append(Routes(batch.expert_input[of], batch.top_k_index[of], weights))
             if variant.refit.target == "stream" and additive:
                 after = stream.hidden[batch.rows].to(batch.outputs.device)
                 wanted.append((after - batch.outputs).flatten(0, 1))
             else:
-                wanted.append(-batch.ffn_output)
+                wanted.append(-made(batch))
     if not (variant.refit.target == "stream" and additive):
         for i, batch in enumerate(layer.batches(advance=False, hidden=variant.hidden)):
-            wanted[i] = wanted[i] + batch.ffn_output
+            wanted[i] = wanted[i] + made(batch)
     missing = torch.cat([values[of] for values, of in zip(wanted, rows)])
     if not bool(torch.isfinite(missing).all()):
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
@@ -171,10 +176,10 @@ def _refitted(
     fit_missing, held_missing = missing[~held], missing[held]
     del routes, wanted, whole, missing  # frees copies of all activations before those in float64 are made
     before = {e: down_projection(layer.experts, e) for e in kept}
-    made = refit_layer(layer.experts, fit_routes, fit_missing, before, variant.refit)
-    old, new = held_out_errors(layer.experts, held_routes, held_missing, before, made)
+    fitted = refit_layer(layer.experts, fit_routes, fit_missing, before, variant.refit)
+    old, new = held_out_errors(layer.experts, held_routes, held_missing, before, fitted)
     available, needed = float((fit_routes.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = available >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = ((float(squares.sum()) / output_square) ** 0.5 if output_square else 0.0 for squares in (old, new))
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
-    return made if better else before
+    return fitted if better else before

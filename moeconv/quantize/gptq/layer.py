@@ -93,7 +93,7 @@ class LayerCodes:
         gates = group(down=False)
         downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
         held = seen.held.nonzero().flatten()
-        wanted = allocate((len(held), self.model.hidden_size), torch.float32, self.stream.max_memory)
+        wanted = allocate((len(held), self.model.expert_dimension), torch.float32, self.stream.max_memory)
         for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, held), strict=True):
             part.copy_(made)
         self._round()
@@ -126,7 +126,7 @@ class LayerCodes:
         """The number of tokens per expert that are needed to choose codes. The experts share the second moment of the
         layer's tokens, so an expert needs only its share of them."""
         share = self.model.top_k / self.model.num_experts
-        return math.ceil(_TOKENS_PER_COLUMN * self.model.hidden_size * share)
+        return math.ceil(_TOKENS_PER_COLUMN * self.model.expert_dimension * share)
 
     def _each(self, groups: Sequence[Group], code: Callable[[Group], _Chosen]) -> list[Mapping[str, Tensor]]:
         """Code the groups, several at a time, and put the resulting weights into the experts in the order of the
@@ -231,11 +231,11 @@ class LayerCodes:
     def _expert_inputs(self) -> ExpertInputs:
         """Compute the layer once, unquantized, and return the inputs of its experts."""
         tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
-        inputs = allocate((tokens, self.model.hidden_size), torch.float32, self.stream.max_memory)
+        inputs = allocate((tokens, self.model.expert_dimension), torch.float32, self.stream.max_memory)
         index, weights = [], []
         for batch in self.layer.batches(advance=False):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
-            inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.ffn_input)
+            inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.expert_input)
             index.append(batch.top_k_index.cpu())
             weights.append(batch.top_k_weights.float().cpu())
         held = torch.from_numpy(heldout.held_out(*self.stream.windows.shape)).flatten()

@@ -80,9 +80,9 @@ def gptq_workload(
         )
     windows = -(-tokens // seq_len)
     held = max(tokens // heldout.EVERY, seq_len) if windows >= heldout.EVERY else -(-tokens // heldout.SHARE)
-    row = 4 * view.hidden_size
+    row = 4 * view.expert_dimension
     # the wanted outputs for the held-out tokens, and the float64 moment of the pool
-    results = max((layer.packed for layer in layers.values()), default=0) + held * row + 2 * row * view.hidden_size
+    results = max((layer.packed for layer in layers.values()), default=0) + held * row + 2 * row * view.expert_dimension
     results += TENSOR_BYTES * sum(layer.tensors for layer in layers.values())
     share = min(tokens, tokens * view.top_k // max(1, view.num_experts))
     works = [_work(view, kind, rows, jobs, tokens, share) for m in layers.values() for kind, rows in m.rows.items()]
@@ -106,7 +106,7 @@ def _work(
     together = max(1, min(experts_per_call(out), CODED_BYTES // each, len(rows)))
     group = max(together * each, most)
     if down:
-        hidden, pairs = view.hidden_size, together * (share + POOLED)
+        hidden, pairs = view.expert_dimension, together * (share + POOLED)
         group += min(pair_rows(hidden, width), pairs) * pair_bytes(hidden, width)
         most += min(pair_rows(hidden, width), share + POOLED) * pair_bytes(hidden, width)
     return min(jobs, -(-len(rows) // together)) * group, most

@@ -71,6 +71,16 @@ MLA_CONFIG: JsonObject = {
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
     "attention_bias": False,
 }  # fmt: skip
+# the indexer of sparse attention, which chooses the tokens that latent attention reads
+INDEXER = {
+    "indexer.q": LAYER + "self_attn.indexer.wq_b.weight",
+    "indexer.k": LAYER + "self_attn.indexer.wk.weight",
+    "indexer.k_norm": LAYER + "self_attn.indexer.k_norm.weight",
+    "indexer.k_norm_bias": LAYER + "self_attn.indexer.k_norm.bias",
+    "indexer.weights": LAYER + "self_attn.indexer.weights_proj.weight",
+}
+INDEXER_CONFIG: JsonObject = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
+MLA_LOW_RANK = {key: name for key, name in MLA.items() if key != "attention.q_whole"}
 WITHOUT_QKVO = {k: v for k, v in BLOCK.items() if not k.startswith("attention.")}
 FULL_LAYERS = frozenset({"full_attention", "attention", "sliding_attention"})
 UNGATED_FFN = {k: v for k, v in (DENSE_FFN | FFN_BIAS).items() if ".gate" not in k}

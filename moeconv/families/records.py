@@ -175,6 +175,9 @@ class Layers:
     kinds: Callable[[Get, int], list[str]] | None = None
     # group of keys -> the kinds of layers that have it; a group that is not listed is in every layer
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    # (argument with which the class gives a layer what the layer before it returned beside the hidden states, kinds of
+    # layers that read it): a model with such layers cannot be run layer by layer
+    passed_on: tuple[str, frozenset[str]] | None = None
     # neurons of a dense FFN
     ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
 

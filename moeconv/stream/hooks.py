@@ -13,7 +13,7 @@ Calls = list[Arguments]  # one entry per layer
 
 @contextmanager
 def replaced(
-    layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[object, ...], dict[str, object]], Tensor]
+    layers: nn.ModuleList, forward: Callable[[int, Tensor, tuple[object, ...], dict[str, object]], object]
 ) -> Iterator[None]:
     """Inside the block, the forward of every layer is `forward(index, hidden, args, kwargs)`. It is set on the layer's
     object, where it hides the method of the class, and removed afterwards."""
@@ -30,18 +30,21 @@ class _AllLayersCalled(Exception):
     """Ends a forward pass after the last layer was called: nothing behind the layers has to be computed."""
 
 
-def record_calls(decoder: nn.Module, layers: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Calls]:
+def record_calls(
+    decoder: nn.Module, layers: nn.ModuleList, ids: Tensor, *, returned: Callable[[Tensor], object]
+) -> tuple[Tensor, Calls]:
     """Run the stock decoder over ids [b, S] without computing its layers. Returns the first layer's inputs [b, S, H]
-    and the other arguments of every layer (masks, positions, rotary embeddings), which the stock code makes itself."""
+    and the other arguments of every layer (masks, positions, rotary embeddings), which the stock code makes itself.
+    `returned` makes what a layer of the class returns of hidden states."""
     first: list[Tensor] = []
     calls: Calls = []
 
-    def record(index: int, hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    def record(index: int, hidden: Tensor, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         first.append(hidden)
         calls.append((args, kwargs))
         if index + 1 == len(layers):
             raise _AllLayersCalled
-        return hidden
+        return returned(hidden)
 
     with replaced(layers, record):
         with suppress(_AllLayersCalled):

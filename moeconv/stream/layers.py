@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from moeconv.errors import InputError, UsageError
+from moeconv.errors import InputError, Unsupported, UsageError
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.memory import configure_malloc
@@ -65,6 +65,7 @@ class LayerStream:
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
         self.windows = torch.as_tensor(windows, dtype=torch.int64)
+        _check_passed_on(model)
         self.skeleton = Skeleton(model, dtype=self.dtype, device=self.device, experts=experts)
         self._names: dict[int | None, list[str]] = {}
         for name, layer in plain_names(model):
@@ -157,8 +158,12 @@ class LayerStream:
             release_memory()
 
     def _tail(self, hidden: Tensor) -> Tensor:
-        with replaced(self.skeleton.layers, lambda _index, _given, _args, _kwargs: hidden):
+        with replaced(self.skeleton.layers, lambda _index, _given, _args, _kwargs: self._returned(hidden)):
             return self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
+
+    def _returned(self, hidden: Tensor) -> object:
+        """What a layer of the class returns of hidden states: them alone, or also what it passes on."""
+        return hidden if self.model.family.layers.passed_on is None else (hidden, None)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -207,7 +212,7 @@ class LayerStream:
         hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self.max_memory)
         for rows in self.rows():
             ids = self.windows[rows].to(self.device)
-            first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids)
+            first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids, returned=self._returned)
             hidden[rows].copy_(first)
             # Windows have no padding, so masks and positions depend only on the shape of the batch: keep one per shape.
             kept = self._calls.setdefault(len(first), calls)
@@ -269,6 +274,17 @@ def stream_within(
     )  # fmt: skip
     stream.placement = found
     return stream
+
+
+def _check_passed_on(model: Model) -> None:
+    """Raises Unsupported for a model whose layers read more from other layers than the hidden states."""
+    name, readers = model.family.layers.passed_on or ("", frozenset())
+    found = [i for i, kind in enumerate(model.layer_kinds or ()) if kind in readers]
+    if found:
+        raise Unsupported(
+            f"layer {found[0]} reads {name} of an earlier layer, so that the model cannot be run layer by layer",
+            hint="Commands that run no model take it: prune by weights or by --stats, and quantize without --data.",
+        )
 
 
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:

@@ -234,6 +234,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str | None, str]] = {
 }
 _SPARSE = _MOE | {"intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
 _LATENT = {k: v for k, v in _SPARSE.items() if k != "head_dim"} | _MLA
+_INDEXER = {"index_topk": 7, "index_head_dim": 16, "index_n_heads": 4}
 _GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
@@ -259,6 +260,11 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         _SPARSE | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
     ),
     "deepseek_v3": ("deepseek_v3", _LATENT | _GROUPS | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "deepseek_v32": (
+        "deepseek_v32",
+        _LATENT | _GROUPS | _INDEXER | {"n_routed_experts": 8, "first_k_dense_replace": 1},
+    ),
+    "glm_moe_dsa": ("glm_moe_dsa", _LATENT | _INDEXER | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "mellum": ("mellum", _SPARSE | _MIXED | {"num_experts": 8}),
     "hy_v3": ("hy_v3", _SPARSE | {"num_experts": 8}),
     "granitemoe": ("granitemoe", _MOE | _MULTIPLIED | {"intermediate_size": 32, "num_local_experts": 8}),

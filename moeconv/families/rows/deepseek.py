@@ -1,9 +1,19 @@
-"""DeepSeek: V2 and V3, with latent attention."""
+"""DeepSeek: V2 and V3, with latent attention, and V3.2, with sparse attention too."""
 
 from __future__ import annotations
 
 from moeconv.families import folds, placement
-from moeconv.families.blocks import DENSE_FFN, FFN_BIAS, MLA, MLA_CONFIG, MLA_OPTIONAL, WITHOUT_QKVO
+from moeconv.families.blocks import (
+    DENSE_FFN,
+    FFN_BIAS,
+    INDEXER,
+    INDEXER_CONFIG,
+    MLA,
+    MLA_CONFIG,
+    MLA_LOW_RANK,
+    MLA_OPTIONAL,
+    WITHOUT_QKVO,
+)
 from moeconv.families.expert_blocks import (
     CORRECTION,
     EVERY_ENGINE,
@@ -100,10 +110,47 @@ DEEPSEEK_V3 = moe_row(
     elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
 )
 
+DEEPSEEK_V32 = moe_row(
+    "deepseek_v32",
+    "DeepseekV32ForCausalLM",
+    config=ConfigKeys(
+        MLA_CONFIG
+        | INDEXER_CONFIG
+        | {
+            "num_key_value_heads": 128,
+            "max_position_embeddings": 163840,
+            "moe_intermediate_size": 2048,
+            "mlp_layer_types": None,
+            "first_k_dense_replace": 3,
+            "layer_types": None,
+            "num_nextn_predict_layers": None,
+            "mlp_bias": False,
+            **SIGMOID,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+        }
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA_LOW_RANK | INDEXER | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        float32=frozenset({"router.correction"}),
+        shapes=LATENT,
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.WORDS_OR_FIRST_K,
+        routing=GROUPED,
+    ),
+    prediction=MTP,
+    elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
+)
+
 _MINICPM = dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base", "head_dim"))
 
 VENDOR = Vendor(
-    moe=(DEEPSEEK_V2, DEEPSEEK_V3),
+    moe=(DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32),
     pairs=(
         Pair(
             "youtu",

@@ -1,9 +1,10 @@
-"""Z.ai: GLM, GLM-4.5, GLM-4.7-Flash, and GLM-4.5V."""
+"""Z.ai: GLM, GLM-4.5, GLM-4.7-Flash, GLM-4.5V, and GLM-5."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from moeconv.errors import InputError
 from moeconv.families import placement
 from moeconv.families.blocks import (
     BLOCK,
@@ -34,10 +35,13 @@ from moeconv.families.expert_blocks import (
     leading_dense,
     moe_row,
 )
-from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Prediction, Tensors
+from moeconv.families.placement import Get
+from moeconv.families.records import LIST, Attention, ConfigKeys, Elsewhere, Experts, Layers, Prediction, Tensors
+from moeconv.families.rows.deepseek import DEEPSEEK_V32
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
+from moeconv.units import counted
 
 GLM = dense_row(
     "glm",
@@ -139,11 +143,60 @@ GLM4V_MOE_TEXT = replace(
     prediction=Prediction(),
 )
 
+# layers that run their own indexer, and layers that read the tokens which the last such layer chose
+_OWN, _SHARED = "indexed_attention", "shared_indexed_attention"
+
+
+def _indexers(get: Get, layers: int) -> list[str]:
+    """The kind of each layer, as GlmMoeDsaConfig derives it. Raises InputError for a list of another length."""
+    words: object = get("indexer_types")
+    if words is None and (pattern := get("index_topk_pattern")) is not None:
+        words = [{"F": "full", "S": "shared"}.get(word, word) for word in pattern]
+    if words is None:
+        every, first = max(get("index_topk_freq"), 1), get("index_skip_topk_offset")
+        words = ["shared" if max(i - first + 1, 0) % every else "full" for i in range(layers)]
+    if not isinstance(words, list) or len(words) != layers or not set(words) <= {"full", "shared"}:
+        raise InputError(
+            f"config.json: indexer_types must be a list of {counted(layers, 'word')}, each full or shared",
+            hint="Correct config.json, or download it again.",
+        )
+    return [_SHARED if word == "shared" else _OWN for word in words]
+
+
+GLM_MOE_DSA = replace(
+    DEEPSEEK_V32,
+    model_type="glm_moe_dsa",
+    architecture="GlmMoeDsaForCausalLM",
+    config=ConfigKeys(
+        {
+            **DEEPSEEK_V32.config.defaults,
+            "num_key_value_heads": 64,
+            "max_position_embeddings": 202752,
+            "rms_norm_eps": 1e-5,
+            "q_lora_rank": 2048,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "n_group": 1,
+            "topk_group": 1,
+            "index_n_heads": 32,
+            "indexer_types": None,
+            "index_topk_freq": 1,
+            "index_skip_topk_offset": 2,
+        },
+        kinds={"indexer_types": LIST},
+    ),
+    layers=Layers(
+        kinds=_indexers,
+        where={"indexer": frozenset({_OWN})},
+        passed_on=("prev_topk_indices", frozenset({_SHARED})),
+    ),
+)
+
 _GLM4 = ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0}
 
 VENDOR = Vendor(
     dense=(GLM,),
-    moe=(GLM4_MOE, GLM4_MOE_LITE),
+    moe=(GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA),
     pairs=(
         Pair(
             "llama",

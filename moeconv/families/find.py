@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moeconv.errors import Unsupported, escape
 from moeconv.families.refused import UNSUPPORTED, WITHOUT_TARGET
@@ -50,7 +51,7 @@ def find_family(config: Config) -> Family:
         raise Unsupported(f"unknown architecture: model_type {escape(model_type)!r}", hint=_LIST)
     known = tables()
     if model_type in known.wrapped:
-        return _find_wrapped(known.wrapped[model_type], model_type, config)
+        return _find_wrapped(known.wrapped[model_type], known.wrapped_dense[model_type], config)
     if model_type in known.families:
         plain = known.dense.get(model_type)
         whole = known.families[model_type]
@@ -67,8 +68,8 @@ def find_family(config: Config) -> Family:
         raise Unsupported(
             f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and moeconv does "
             "not know which of its tensors are the language model and how that runs alone",
-            hint="The supported multimodal models contain a Mixture-of-Experts "
-            f"({', '.join(sorted(known.wrapped))}). For others, give the language model as a separate checkpoint.",
+            hint="`moeconv families` lists the supported multimodal models. For others, give the language model as a "
+            "separate checkpoint.",
         )
     if config.get("is_encoder_decoder") is True:
         raise Unsupported(
@@ -95,19 +96,25 @@ def _language_model(config: Config) -> str:
     return f"{escape(name)}, a {kind} language model" if name else f"a {kind} language model"
 
 
-def _find_wrapped(rows: Mapping[str, Family], model_type: str, config: Config) -> Family:
-    """The row of a multimodal model, by the language model in it."""
-    root = next(iter(rows.values())).multimodal.root
+def _find_wrapped(rows: Mapping[str, Family], dense: Mapping[str, Family], config: Config) -> Family:
+    """The row of a multimodal model, by the language model in it. `rows` are those of the multimodal family by the
+    model_type of the language model, and `dense` its dense rows."""
+    first = next(iter(rows.values()))
+    model_type, root = first.model_type, first.multimodal.root
     nested = config.get(root)
+    if nested is None and tables().wrappers[model_type].flat:
+        return replace(first, multimodal=replace(first.multimodal, root=""))
     text = nested.get("model_type") if isinstance(nested, dict) else None
     if text is None and len(rows) == 1:
-        return next(iter(rows.values()))
+        text = next(iter(rows))
     if not isinstance(text, str) or text not in rows:
         raise Unsupported(
             f"{model_type} around {escape(text)!r} (config.json: {root}.model_type) is not known",
             hint=f"Known in {model_type}: {', '.join(sorted(rows))}.",
         )
-    return rows[text]
+    plain, whole = dense.get(text), rows[text]
+    stated = nested if isinstance(nested, dict) else {}
+    return plain if plain is not None and plain is not whole and _is_plain(plain, whole, stated) else whole
 
 
 def _is_plain(plain: Family, family: Family, config: Config) -> bool:

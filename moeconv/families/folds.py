@@ -119,6 +119,8 @@ def _align_rope(draft: Draft, params: JsonObject, *, head: int, size: int, sprea
     if family.attention.rope == target.attention.rope == "per_layer":
         draft.config |= rope.both_wordings(params)
         return
+    if not target.attention.sections:
+        params = {key: value for key, value in params.items() if key not in rope.SECTIONS}
     longest = draft.get("max_position_embeddings")
     if spreads:
         params = rope.spread(params, head=head, size=size, longest=longest)

@@ -6,44 +6,82 @@ rotary parameters and sliding windows) is not repeated in a pair, which lists on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from moeconv.errors import InputError, closest, escape
+from moeconv.errors import InputError, UsageError, closest, escape
 from moeconv.families.refused import IMPOSSIBLE
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family, Pair
 
 
-def find_pair(source: Family, to: str | None, *, shared: bool = False) -> Pair:
+def find_pair(source: Family, to: str | None, *, shared: bool = False, text_only: bool = False) -> Pair:
     """The row of the pair of `source` and the target `to`; None stands for the default target.
 
-    With `shared`, the default target is one that has a shared expert. Raises InputError, with the possible targets, if
-    there is no such pair.
+    With `shared`, the default target is one that has a shared expert. With `text_only`, the language model of a
+    multimodal source becomes a model of its own. Raises InputError, with the possible targets, if there is no such
+    pair, and UsageError for `text_only` with a source that is not multimodal.
     """
+    if text_only and not source.multimodal.beside:
+        raise UsageError(f"--text-only: {source.model_type} is a language model alone", hint="Leave --text-only out.")
     if source.kind != "dense":
         raise InputError(
             f"{source.model_type} is already a Mixture-of-Experts family",
             hint="upcycle takes a dense checkpoint; see `moeconv families`.",
         )
-    mine = [pair for pair in tables().pairs if pair.source == source.model_type]
-    found = _default(mine, shared=shared) if to is None else next((p for p in mine if p.target == to), None)
+    mine = [pair for pair in tables().pairs if pair.source == _language_model(source)]
+    can = _targets(source, text_only=text_only)
+    able = [pair for pair in mine if pair.target in can]
+    if not able and mine and not text_only:
+        raise _no_wrapper(source, mine)
+    found = _default(able, can, shared=shared) if to is None else next((p for p in able if p.target == to), None)
     if found is None:
-        raise _why_none(source, to, mine)
+        raise _why_none(source, to, able)
     return found
 
 
-def _default(mine: Sequence[Pair], *, shared: bool) -> Pair | None:
-    """The default of a source's pairs.
+def find_conversion(
+    source: Family, to: str | None, *, shared: bool = False, text_only: bool = False
+) -> tuple[Pair, Family]:
+    """`find_pair`, and the row of its target: inside the multimodal model that the source becomes, or alone."""
+    pair = find_pair(source, to, shared=shared, text_only=text_only)
+    return pair, _targets(source, text_only=text_only)[pair.target]
+
+
+def _language_model(source: Family) -> str:
+    return source.multimodal.text or source.model_type
+
+
+def _targets(source: Family, *, text_only: bool) -> Mapping[str, Family]:
+    """The rows with experts that a source may become, by the model_type of the language model."""
+    if not source.multimodal.beside or text_only:
+        return tables().moe
+    inside = tables().wrapped.get(source.multimodal.becomes, {})
+    return {name: row for name, row in inside.items() if row.kind == "moe"}
+
+
+def _no_wrapper(source: Family, mine: Sequence[Pair]) -> InputError:
+    alone = next((p.target for p in mine if p.default and p.target in tables().moe), "")
+    text = _language_model(source)
+    return InputError(
+        f"no multimodal model of transformers is {source.model_type} with a Mixture-of-Experts that computes what "
+        f"{text} computes",
+        hint=f"--text-only writes the language model alone, as {alone}, without the tensors of images or sound."
+        if alone
+        else "`moeconv families` lists the conversions.",
+    )
+
+
+def _default(able: Sequence[Pair], can: Mapping[str, Family], *, shared: bool) -> Pair | None:
+    """The default of a source's pairs whose targets are in `can`.
 
     With `shared` it is the pair marked `with_shared`, or else the first one, among those whose target has a shared
     expert.
     """
-    usual = next((pair for pair in mine if pair.default), None)
-    moe = tables().moe
-    if usual is None or not shared or moe[usual.target].experts.shared_width:
+    usual = next((pair for pair in able if pair.default), None)
+    if usual is None or not shared or can[usual.target].experts.shared_width:
         return usual
-    able = [pair for pair in mine if moe[pair.target].experts.shared_width]
-    return next((pair for pair in able if pair.with_shared), able[0] if able else usual)
+    sharing = [pair for pair in able if can[pair.target].experts.shared_width]
+    return next((pair for pair in sharing if pair.with_shared), sharing[0] if sharing else usual)
 
 
 def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputError:

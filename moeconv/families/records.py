@@ -163,6 +163,9 @@ class Attention:
     rope: str = "plain"
     # the share of a head that rotates if config.json does not state it; None: the family rotates the whole head
     partial: float | None = None
+    # whether config.json may divide the pairs of a head between the positions in time, height and width
+    # (mrope_section), which are equal in text
+    sections: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +274,12 @@ class Multimodal:
     root: str = ""
     # prefix of the names of tensors that every command copies unchanged -> their group, one of BESIDE
     beside: Mapping[str, str] = field(default_factory=dict)
+    # model_type of the language model alone
+    text: str = ""
+    # model_type of the multimodal model with experts that `upcycle` makes of a dense one; "" if there is none
+    becomes: str = ""
+    # key of config.json with the config of a part beside the language model -> its model_type in this family
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

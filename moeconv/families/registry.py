@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -30,7 +31,10 @@ class Tables:
 
     dense: Mapping[str, Family]  # by model_type
     moe: Mapping[str, Family]  # by model_type
-    wrapped: Mapping[str, Mapping[str, Family]]  # model_type of a multimodal model -> that of its text model -> row
+    # model_type of a multimodal model -> that of its text model -> row; if there are two, the one with experts
+    wrapped: Mapping[str, Mapping[str, Family]]
+    wrapped_dense: Mapping[str, Mapping[str, Family]]  # the dense rows among them, and those beside them
+    wrappers: Mapping[str, Wrapper]  # by model_type
     pairs: tuple[Pair, ...]
     aliases: Mapping[str, str]  # model_type that only remote code has -> that of the family with the same class
 
@@ -69,13 +73,20 @@ def _merged(vendors: Sequence[Vendor]) -> Tables:
     moe = _by_name("Mixture-of-Experts family", (row for vendor in vendors for row in vendor.moe))
     wrappers = _by_name("multimodal family", (wrapper for vendor in vendors for wrapper in vendor.wrappers))
     pairs = tuple(pair for vendor in vendors for pair in vendor.pairs)
-    _check_pairs(pairs, dense, moe)
+    texts = [text for wrapper in wrappers.values() for text in wrapper.texts]
+    inside = {kind: {text.model_type for text in texts if text.kind == kind} for kind in ("dense", "moe")}
     aliases = {alias: name for vendor in vendors for alias, name in vendor.aliases.items()}
     _check_aliases(aliases, {**dense, **moe, **wrappers})
-    wrapped = {
-        name: {text.model_type: wrapper.row(text) for text in wrapper.texts} for name, wrapper in wrappers.items()
+    _check_pairs(pairs, sources=dense.keys() | inside["dense"], alone=moe.keys(), inside=inside["moe"])
+    by_kind = {
+        kind: {
+            name: {text.model_type: wrapper.row(text) for text in wrapper.texts if text.kind == kind}
+            for name, wrapper in wrappers.items()
+        }
+        for kind in ("dense", "moe")
     }
-    return Tables(dense, moe, wrapped, pairs, aliases)
+    wrapped = {name: {**by_kind["dense"][name], **by_kind["moe"][name]} for name in wrappers}
+    return Tables(dense, moe, wrapped, by_kind["dense"], wrappers, pairs, aliases)
 
 
 def _by_name(what: str, found: Iterable[Row]) -> dict[str, Row]:
@@ -95,17 +106,24 @@ def _check_aliases(aliases: Mapping[str, str], known: Collection[str]) -> None:
             raise ValueError(f"{alias} is an alias of {name}, {why}")
 
 
-def _check_pairs(pairs: Sequence[Pair], dense: Mapping[str, Family], moe: Mapping[str, Family]) -> None:
-    """Raises ValueError for a pair of a family without a row, a duplicate pair, or a second default of a source."""
+def _check_pairs(
+    pairs: Sequence[Pair], *, sources: AbstractSet[str], alone: AbstractSet[str], inside: AbstractSet[str]
+) -> None:
+    """Raises ValueError for a pair of a family without a row, a duplicate pair, or a second default of a source.
+
+    A source may have one default among the targets that exist `alone`, and one among those that exist only `inside`
+    multimodal models.
+    """
     seen: set[tuple[str, str]] = set()
-    defaults: set[str] = set()
+    defaults: set[tuple[str, bool]] = set()
     for pair in pairs:
         name = f"the conversion of {pair.source} to {pair.target}"
-        if pair.source not in dense or pair.target not in moe:
+        if pair.source not in sources or pair.target not in alone | inside:
             raise ValueError(f"{name} is of a family that has no row")
         if (pair.source, pair.target) in seen:
             raise ValueError(f"two rows describe {name}")
-        if pair.default and pair.source in defaults:
+        default = (pair.source, pair.target in alone)
+        if pair.default and default in defaults:
             raise ValueError(f"{name} is a second default for {pair.source}")
         seen.add((pair.source, pair.target))
-        defaults |= {pair.source} if pair.default else set()
+        defaults |= {default} if pair.default else set()

@@ -27,7 +27,9 @@ KEYS = frozenset({
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_pct", "layer_rope_theta",
     "no_rope_layers", "no_rope_layer_interval", "original_max_position_embeddings",
 })  # fmt: skip
-_OLD_WORDS = {"su": "longrope"}
+_OLD_WORDS = {"su": "longrope", "mrope": "default"}
+# keys that divide the pairs of a head between the positions in time, height and width, which are equal in text
+SECTIONS = ("mrope_section", "mrope_interleaved")
 _STILL = 1e30  # divided by this, a frequency is so low that no position is rotated
 
 

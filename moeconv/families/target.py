@@ -16,10 +16,11 @@ from moeconv.families.head import head_warnings, untied
 from moeconv.families.model import Model
 from moeconv.families.node import concat
 from moeconv.families.node import source as source_node
-from moeconv.families.registry import tables
 from moeconv.families.shapes import head_dim
-from moeconv.families.spec import Family, Pair
+from moeconv.families.spec import BESIDE, Family, Pair
+from moeconv.families.written import written_config
 from moeconv.types import Config, JsonObject
+from moeconv.units import counted
 
 # Keys of config.json that describe the file or text generation, not what a layer computes: they are copied.
 CARRIED = frozenset({
@@ -37,13 +38,15 @@ TRAINING = frozenset({
 _TARGETS = "See `moeconv families` for other targets (--to)."
 
 
-def draft_target(model: Model, pair: Pair) -> Draft:
+def draft_target(model: Model, pair: Pair, target: Family) -> Draft:
     """The target's config (without the counts and sizes of experts) and the expressions of its tensors.
+
+    Of a multimodal model it is the config of the language model alone; `whole_config` adds the rest.
 
     Raises InputError if the target cannot compute exactly what the source computes.
     """
-    target = tables().moe[pair.target]
     config, warnings = _target_config(model, pair, target)
+    warnings += _prediction_warnings(model)
     draft = Draft(
         source=model.family,
         target=target,
@@ -73,10 +76,37 @@ def _join(draft: Draft) -> None:
             draft.tensors[whole] = concat(*(draft.tensors.pop(part) for part in parts))
 
 
+def whole_config(model: Model, target: Family, text: Config, *, dtype: str | None) -> JsonObject:
+    """The config.json of a target whose language model has the config `text`, under the key names of its row.
+
+    A target that is a language model alone has no other settings. `dtype` is torch's name of the output's dtype.
+    """
+    written = target.config.write({}, text)
+    root = target.multimodal.root
+    if not root:
+        return written_config(written, target)
+    outer = model.carried_config | {"model_type": target.model_type, "architectures": [target.architecture]}
+    outer["tie_word_embeddings"] = text["tie_word_embeddings"]
+    for key, kind in target.multimodal.parts.items():
+        if isinstance(outer.get(key), dict):
+            outer[key] = {**outer[key], "model_type": kind}
+    written = {key: value for key, value in written.items() if key not in ("architectures", "auto_map")}
+    return written_config({**outer, root: {**written, "model_type": target.multimodal.text}}, target, dtype=dtype)
+
+
+def _prediction_warnings(model: Model) -> list[str]:
+    count = len(model.prediction_layers)
+    text = "left out, since no class of transformers runs them; serving engines use them for speculative decoding"
+    return [f"{counted(count, 'multi-token-prediction layer')} of the source: {text}"] if count else []
+
+
 def _source_keys(model: Model) -> list[str]:
-    """The keys of the matrices that the checkpoint has in any layer; a fused tensor counts as its parts."""
+    """The keys of the matrices that the language model has in any of its own layers; a fused tensor counts as its
+    parts."""
     keys: dict[str, None] = {}
-    for role in model.roles.values():
+    for name, role in model.roles.items():
+        if role.group in BESIDE or model.family.predicts(name, layers=model.num_layers):
+            continue
         for key in model.family.tensors.fused.get(role.key, (role.key,)):
             keys[key] = None
     return list(keys)
@@ -101,7 +131,7 @@ def _target_config(model: Model, pair: Pair, target: Family) -> tuple[JsonObject
     defaults for what is still missing, and last the values with which the pair makes the target compute what the source
     does. Defaults are written out because other runtimes assume other values than transformers for missing keys.
     """
-    if model.config.get("quantization_config"):
+    if model.quantization or model.config.get("quantization_config"):
         raise InputError("the source is quantized", hint="Upcycle the unquantized checkpoint, then `moeconv quantize`.")
     result, warnings = _taken_over(model, pair, target)
     result |= _sizes_of_heads(model, target, result)
@@ -124,7 +154,7 @@ def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, l
     family = model.family
     result: JsonObject = {}
     warnings: list[str] = []
-    given = _without_nulls(model.config)
+    given = _without_nulls(_settings(model))
     # what config.json leaves out counts as the source's default, since the target's class may assume another value
     for key in dict.fromkeys(family.config.defaults) | given:
         word = pair.rename.get(key, key)
@@ -148,6 +178,18 @@ def _taken_over(model: Model, pair: Pair, target: Family) -> tuple[JsonObject, l
         if key in given or (value is not None and key not in rope.KEYS):
             result[word] = copy.deepcopy(value)
     return result, warnings
+
+
+def _settings(model: Model) -> Config:
+    """What config.json states about the language model. Of a multimodal model, settings that describe the file are
+    often outside the language model's part; keys of other parts are not the language model's."""
+    outer = model.checkpoint.config
+    if model.family.multimodal.root:
+        return {**{key: outer[key] for key in CARRIED if key in outer}, **model.config}
+    if model.family.multimodal.beside:
+        return {key: value for key, value in model.config.items() if key in model.family.config.defaults or key in
+                CARRIED}  # fmt: skip
+    return model.config
 
 
 def _is_window_key(key: str, family: Family) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moeconv.families.records import Elsewhere, ExpertLayout, Multimodal
 from moeconv.families.spec import Family, Pair
@@ -29,6 +30,12 @@ class Wrapper:
     root: str = "text_config"
     # whether the output head is tied to the embedding if neither config states it
     tied: bool = False
+    # model_type of the multimodal model with experts that `upcycle` makes of a dense one; "" if there is none
+    becomes: str = ""
+    # key of config.json with the config of a part beside the language model -> its model_type in this family
+    parts: Mapping[str, str] = field(default_factory=dict)
+    # whether older files have the language model's settings at the top of config.json
+    flat: bool = False
     # beginning of names that only some exports have, and that transformers loads -> the usual beginning
     variants: Mapping[str, str] = field(default_factory=dict)
     # part of a module's name on disk -> its name or names in transformers' modules in memory
@@ -55,7 +62,7 @@ class Wrapper:
             tensors=tensors,
             config=replace(text.config, defaults={**text.config.defaults, "tie_word_embeddings": self.tied}),
             prediction=replace(text.prediction, names=self._names(text.prediction.names)),
-            multimodal=Multimodal(self.root, self.beside),
+            multimodal=Multimodal(self.root, self.beside, text.model_type, self.becomes, self.parts),
             elsewhere=Elsewhere(runs=self.runs),
         )
 
@@ -67,6 +74,17 @@ class Wrapper:
             if name.startswith(old):
                 return new + name.removeprefix(old)
         raise ValueError(name)
+
+
+# the layout that LLaVA established: the language model, its head, the tower and the projector are side by side
+TOWER_AND_PROJECTOR = {"vision_tower.": "vision", "multi_modal_projector.": "vision"}
+LLAVA_NAMES: Mapping[str, Any] = {
+    "prefix": "language_model.model.",
+    "head": "language_model.lm_head.",
+    "in_memory": {
+        "language_model.model.": "model.language_model.", **{name: f"model.{name}" for name in TOWER_AND_PROJECTOR}
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class UpcycleOptions:
         reads="model",
     )  # fmt: skip
     to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
+    text_only: bool = option(
+        False, "Of a multimodal SOURCE, write the language model alone, without the tensors of images or sound."
+    )
     layers: str = option(
         "all",
         "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N for the N layers that it costs "

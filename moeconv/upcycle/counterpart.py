@@ -16,7 +16,7 @@ from moeconv.types import Config, JsonObject
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Method
 
-_KEPT = ("granularity", "shared_experts", "router_std", "clustering")
+_KEPT = ("granularity", "shared_experts", "router_std", "clustering", "text_only")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ def counterpart(plan: Plan) -> ExactCounterpart | None:
     if "copies" in block:  # an upcycle of a Mixture-of-Experts: top-k follows from the experts
         return ExactCounterpart(parameters, plan.config)
     method = METHODS[options.method]
-    parameters |= {name: made[name] for name in _KEPT if made[name] != getattr(UpcycleOptions(), name)}
+    usual = asdict(UpcycleOptions())
+    parameters |= {name: made[name] for name in _KEPT if made.get(name, usual[name]) != usual[name]}
     parameters |= dict(method.idle)
     parameters |= {"to": block["to"], "top_k": block["top_k"], "layers": ",".join(map(str, block["moe_layers"]))}
     parameters["method"] = method.undrawn or options.method

@@ -10,8 +10,9 @@ from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model
 from moeconv.families.node import Node, fill
-from moeconv.families.spec import Family
+from moeconv.families.spec import BESIDE, Family
 from moeconv.options import UpcycleOptions
+from moeconv.plan.build import carry
 from moeconv.plan.plan import Item
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.ffn_items import OTHER_TARGETS, FfnItems
@@ -65,6 +66,7 @@ class Assembly:
             made += ffn.mixture(layer) if layer in self.chosen else ffn.dense(layer)
         for key in self._target.tensors.names:
             made += self._missing(key)
+        made += self._beside()
         made.sort(key=lambda pair: pair[0])
         self._note_dropped([item for _, item in made])
         return [item for _, item in made]
@@ -105,6 +107,21 @@ class Assembly:
         if found:
             group = key.partition(".")[0]
             count[group] = count.get(group, 0) + found
+
+    def _beside(self) -> Iterator[Placed]:
+        """The tensors outside the language model, as they are, where the target has them too. Raises InputError for one
+        that the target has no place for."""
+        starts = tuple(self._target.multimodal.beside)
+        for name, role in self.model.roles.items():
+            if role.group not in BESIDE or not starts:
+                continue
+            if not name.startswith(starts):
+                raise InputError(
+                    f"{self._target.model_type} has no place for tensor {escape(name)!r}",
+                    hint="--text-only writes the language model alone.",
+                )
+            ref = self.model.checkpoint.tensors[name]
+            yield self._sources.position_of(name), carry(ref, role=role.key)
 
     # -- tensors outside the FFN ---------------------------------------------------------------------------------------
 

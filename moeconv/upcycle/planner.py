@@ -14,11 +14,10 @@ from moeconv.errors import InputError, UsageError
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model, open_model
 from moeconv.families.node import fill
-from moeconv.families.pairs import find_pair
-from moeconv.families.registry import tables
+from moeconv.families.pairs import find_conversion
 from moeconv.families.spec import Family, Pair
-from moeconv.families.target import draft_target
-from moeconv.families.written import other_values_elsewhere, written_config
+from moeconv.families.target import draft_target, whole_config
+from moeconv.families.written import other_values_elsewhere
 from moeconv.options import (
     EXPERTS,
     TOP_K,
@@ -82,7 +81,7 @@ def upcycle_plan(
 ) -> Plan:  # fmt: skip
     """`plan_upcycle` with the parameters as option groups."""
     check_reads(options)
-    if model.family.kind == "moe" and options.to in (None, model.family.model_type):
+    if model.family.kind == "moe" and options.to in (None, model.family.model_type) and not options.text_only:
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:
@@ -91,8 +90,8 @@ def upcycle_plan(
     splits = METHODS[options.method].partition
     if splits:
         options = split_options(model, options)
-    pair = find_pair(model.family, options.to, shared=options.shared_experts is not None)
-    target = tables().moe[pair.target]
+    shared = options.shared_experts is not None
+    pair, target = find_conversion(model.family, options.to, shared=shared, text_only=options.text_only)
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
     cut = _counted(cut, options, len(siblings))
     options = replace(options, experts=cut.experts, top_k=cut.top_k)
@@ -104,7 +103,7 @@ def upcycle_plan(
     dtype = parse_dtype(common.dtype)
     if splits:
         _check_router_rows(options, target, dtype or model.dtype)
-    draft = _draft(model, pair, options, cut, layers, dtype)
+    draft = _draft(model, pair, target, options, cut, layers, dtype)
     draft.warnings += about_siblings + _size_warnings(model, options, target, cut, dtype or model.dtype)
     assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed, tuple(siblings))
     items = assembly.items()
@@ -124,7 +123,7 @@ def upcycle_plan(
         command="upcycle",
         parameters=made | (split_parameters(partition) if shape else {}),
         identity=model.identity,
-        config=written_config(target.config.write({}, draft.config), target),
+        config=whole_config(model, target, draft.config, dtype=TORCH_NAMES[dtype] if dtype else None),
         shards=arrange(items, common, target),
         params_total=total,
         params_active=active,
@@ -157,10 +156,11 @@ def _check_router_rows(options: UpcycleOptions, target: Family, dtype: str) -> N
 
 
 def _draft(
-    model: Model, pair: Pair, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...], dtype: str | None
-) -> Draft:
+    model: Model, pair: Pair, target: Family, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...],
+    dtype: str | None,
+) -> Draft:  # fmt: skip
     """The config and the tensors of the target, with the sizes of the experts and the dtype filled in."""
-    draft = draft_target(model, pair)
+    draft = draft_target(model, pair, target)
     draft.config |= _sizes(model, draft, options, cut, layers)
     if cut.idle and draft.target.experts.routed_norm:
         # the experts start at zero, and a norm with another weight would scale up the first small values that they
@@ -232,7 +232,9 @@ def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
 
 def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Model]) -> dict[str, object]:
     """The parameters that the plan's id depends on; siblings have their identities there, not their paths."""
-    return parameters_of(options, common) | {"experts_from": [sibling.identity for sibling in siblings]}
+    made = parameters_of(options, common) | {"experts_from": [sibling.identity for sibling in siblings]}
+    # a flag that is not set does not change the ids of plans that were made before the flag existed
+    return {key: value for key, value in made.items() if key != "text_only" or value}
 
 
 def _made_with(model: Model, overlay: SafetensorsFile | None) -> JsonObject | None:

@@ -86,6 +86,10 @@ class Sources:
         stored = (self._refs[self._stored_key(leaf), layer] for leaf in node.leaves() if leaf.op == "source")
         return min((self._position[ref.name] for ref in stored), default=0)
 
+    def position_of(self, name: str) -> int:
+        """The position of a tensor in the source's files."""
+        return self._position[name]
+
     def dtype(self, key: str, node: Node, layer: int | None) -> str:
         """The dtype of the first tensor that the expression for `key` reads, by the source's own tensor also where it
         reads a sibling's. Raises InputError where it computes with a dtype that is not a float."""

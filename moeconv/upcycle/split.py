@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.pairs import find_pair
-from moeconv.families.registry import tables
+from moeconv.families.pairs import find_conversion
 from moeconv.options import UpcycleOptions, parse_index, parse_layers
 from moeconv.plan.partition import ROUTER_SCALE, Partition
 from moeconv.types import JsonObject
@@ -46,9 +45,9 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
         )
     shared = options.shared_experts
     if shared is None:
-        pair = find_pair(model.family, options.to, shared=True)
+        _, target = find_conversion(model.family, options.to, shared=True, text_only=options.text_only)
         even = model.ffn_width % (counts(options)[0] + 1) == 0
-        shared = "1" if tables().moe[pair.target].experts.shared_width and even else "none"
+        shared = "1" if target.experts.shared_width and even else "none"
     held = 0 if shared in ("none", "0") else parse_index(shared)
     if held is None:
         raise UsageError(
@@ -64,7 +63,8 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
 def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
     """The sizes for these options, which `split_options` has filled in. Raises InputError where data would choose
     layers that the target cannot leave dense."""
-    target = tables().moe[find_pair(model.family, options.to, shared=options.shared_experts is not None).target]
+    shared = options.shared_experts is not None
+    _, target = find_conversion(model.family, options.to, shared=shared, text_only=options.text_only)
     cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
     best = auto_layers(options.layers, layers=model.num_layers)
     if best is not None and target.experts.placement.can != "any layer" and best < model.num_layers:

@@ -163,12 +163,80 @@ CASES: dict[str, Case] = {
                            "final_logit_softcapping": 30.0, "tie_word_embeddings": False},
         (),
     ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text",
+        {k: v for k, v in (_HEAD | _GEMMA4_DENSE).items() if k != "hidden_size_per_layer_input"},
+        (),
+    ),
     # its class zeroes the padding row of whatever it loads
     "youtu": ("youtu", _DENSE | _MLA | {"pad_token_id": None}, ()),
     "minicpm3": ("minicpm3", _DENSE | _MLA | {"scale_emb": 3, "dim_model_base": 16, "scale_depth": 1.4}, ()),
     "stablelm": ("stablelm", _DENSE | {"use_qkv_bias": True, **_PARTIAL}, ()),
     "jais2": ("jais2", _HEAD | {"mlp_bias": False, "attention_bias": True}, ()),
     "nemotron": ("nemotron", _HEAD | _PARTIAL, ()),
+}  # fmt: skip
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 16, "patch_size": 4}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": 4,
+    "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
+}  # fmt: skip
+# the class looks these up in the embeddings, and takes them out of the text
+_GEMMA4_TOKENS = {"image_token_id": 0, "video_token_id": 1, "audio_token_id": 2}
+
+
+def _llava(text: str, config: dict[str, Any], **vision: Any) -> dict[str, Any]:
+    return {"text_config": config | {"model_type": text}, "vision_config": _VISION | vision}
+
+
+_CLIP, _PIXTRAL = {"model_type": "clip_vision_model"}, {"model_type": "pixtral", "head_dim": 16}
+_GRID: dict[str, Any] = {"image_grid_pinpoints": [[16, 16]]}
+# name -> (model_type, config, the language model that --to makes inside a multimodal model; "" if there is none)
+WRAPPED_DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3_5": (
+        "qwen3_5",
+        {"text_config": CASES["qwen3_5_text"][1], "vision_config": _QWEN_VISION | {"num_position_embeddings": 16}},
+        "qwen3_5_moe_text",
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"text_config": _HEAD | _MROPE,
+         "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+        "qwen3_vl_moe_text",
+    ),
+    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": _DENSE | _MROPE, "vision_config": _QWEN_VISION}, ""),
+    "qwen2_vl": (
+        "qwen2_vl",
+        {"text_config": _DENSE | _MROPE, "vision_config": _QWEN_VISION | {"embed_dim": 32, "hidden_size": HIDDEN}},
+        "",
+    ),
+    "gemma4": (
+        "gemma4",
+        {"text_config": CASES["gemma4_text"][1], "audio_config": None, **_GEMMA4_TOKENS,
+         "vision_config": _VISION | {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16}},
+        "gemma4_text",
+    ),
+    "gemma4_unified": (
+        "gemma4_unified",
+        {"text_config": CASES["gemma4_unified_text"][1],
+         "audio_config": None, **_GEMMA4_TOKENS, "vision_config": {"patch_size": 4, "mm_embed_dim": 32}},
+        "",
+    ),
+    "mistral3": (
+        "mistral3", _llava("ministral3", CASES["ministral3"][1], **_PIXTRAL) | {"spatial_merge_size": 2}, "mixtral",
+    ),
+    "mistral3-mistral": (
+        "mistral3",
+        _llava("mistral", CASES["mistral"][1], **_PIXTRAL) | {"spatial_merge_size": 2, "tie_word_embeddings": False},
+        "mixtral",
+    ),
+    "llava": ("llava", _llava("llama", _DENSE, **_CLIP), "mixtral"),
+    "llava_next": ("llava_next", _llava("mistral", CASES["mistral"][1], **_CLIP) | _GRID, "mixtral"),
+    "llava_onevision": (
+        "llava_onevision", _llava("qwen2", _DENSE, model_type="siglip_vision_model") | _GRID, "qwen2_moe",
+    ),
+    "internvl": ("internvl", _llava("qwen3", _HEAD, image_size=[16, 16], patch_size=[4, 4]), "qwen3_moe"),
 }  # fmt: skip
 DENSE_CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (kind, config) for name, (kind, config, _) in CASES.items()}
 # Features that the target cannot express: (model_type, config, --to, word that the refusal names)
@@ -460,13 +528,6 @@ _GEMMA4 = _MOE | {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
 MOE_CASES["gemma4"] = ("gemma4_text", _GEMMA4)
-_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-           "image_size": 16, "patch_size": 4}  # fmt: skip
-_QWEN_VISION = {
-    "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": HIDDEN, "patch_size": 4,
-    "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3,
-}  # fmt: skip
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 # expert widths unlike half the hidden size, so that a transposed tensor is seen to be one
 WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4-vision": (
@@ -506,10 +567,7 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": _GEMMA4,
             "vision_config": _VISION | {"num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 16},
             "audio_config": None,
-            # the class looks these up in the embeddings, and takes them out of the text
-            "image_token_id": 0,
-            "video_token_id": 1,
-            "audio_token_id": 2,
+            **_GEMMA4_TOKENS,
         },
     ),
     "kimi_k25": (
@@ -549,6 +607,9 @@ WRAPPED_CASES["internvl-gpt_oss"] = (
     "internvl",
     WRAPPED_CASES["internvl"][1] | {"text_config": MOE_CASES["gpt_oss"][1] | {"model_type": "gpt_oss"}},
 )
+WRAPPED_CASES["mistral3"] = (
+    "mistral3", _llava("mixtral", MOE_CASES["mixtral"][1], **_PIXTRAL) | {"spatial_merge_size": 2},
+)  # fmt: skip
 MOE_CASES |= WRAPPED_CASES
 
 

@@ -27,7 +27,8 @@ EVERY_PAIR = [
 
 def test_every_pair_is_converted_below():
     covered = {(pair.source, pair.target) for _, pair in (p.values for p in EVERY_PAIR)}
-    assert covered == {(p.source, p.target) for p in tables().pairs}
+    # the others are inside multimodal models: test_wrapped_dense.py
+    assert covered == {(p.source, p.target) for p in tables().pairs if p.source in tables().dense}
     assert len(covered) >= 40
 
 

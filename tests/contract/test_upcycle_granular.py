@@ -44,7 +44,8 @@ def _difference(dense, case, pair, out, **parameters):
 
 
 def test_every_pair_but_those_of_unequal_weights_is_cut_below():
-    assert len(CAN) == len(tables().pairs) - sum(p.target == "phimoe" for p in tables().pairs)
+    pairs = [pair for pair in tables().pairs if pair.source in tables().dense]  # the others are inside wrappers
+    assert len(CAN) == len(pairs) - sum(p.target == "phimoe" for p in pairs)
     assert len(SHARED) >= 25
 
 

@@ -300,9 +300,9 @@ def test_a_model_without_a_language_models_head(tmp_path: Path, head: str | None
 @pytest.mark.parametrize(
     ("config", "says", "hint"),
     [
-        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "around a dense language model", "contain a Mixture-of"),
+        ({"model_type": "idefics", "vision_config": {}}, "around a dense language model", "lists the supported"),
         (
-            {"model_type": "llava", "vision_config": {}, "text_config": {"model_type": "llama"}},
+            {"model_type": "idefics3", "vision_config": {}, "text_config": {"model_type": "llama"}},
             "around llama, a dense language model", "as a separate checkpoint",
         ),
         (

@@ -19,7 +19,12 @@ from moeconv.upcycle.planner import plan_upcycle
 FAMILIES = dict(tables().moe)
 ROWS = {
     **FAMILIES,
-    **{f"{outer}/{text}": row for outer, rows in tables().wrapped.items() for text, row in rows.items()},
+    **{
+        f"{outer}/{text}": row
+        for outer, rows in tables().wrapped.items()
+        for text, row in rows.items()
+        if row.kind == "moe"
+    },
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}}
 # what a config that transformers 5 saved always has

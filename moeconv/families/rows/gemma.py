@@ -118,6 +118,24 @@ GEMMA4 = dense_row(
     elsewhere=_GEMMA4_ELSEWHERE,
     is_dense=lambda get: get("enable_moe_block") is False,
 )
+# the same language model without the settings that only Gemma 4's others have
+_UNIFIED = {
+    "vocab_size_per_layer_input", "hidden_size_per_layer_input", "enable_moe_block", "num_experts", "top_k_experts",
+    "moe_intermediate_size",
+}  # fmt: skip
+GEMMA4_UNIFIED = replace(
+    GEMMA4,
+    model_type="gemma4_unified_text",
+    architecture="Gemma4UnifiedForCausalLM",
+    config=replace(
+        _GEMMA4_CONFIG,
+        defaults={key: value for key, value in GEMMA4.config.defaults.items() if key not in _UNIFIED}
+        | {"max_position_embeddings": 262144, "sliding_window": 1024, "use_bidirectional_attention": "vision"},
+        only={key: rule for key, rule in _GEMMA4_CONFIG.only.items() if key not in _UNIFIED},
+    ),
+    elsewhere=Elsewhere(),
+    is_dense=None,
+)
 # the dense FFN beside the experts is treated as a shared expert that has its own norms
 GEMMA4_TEXT = moe_row(
     "gemma4_text",
@@ -156,34 +174,43 @@ GEMMA4_TEXT = moe_row(
 )
 
 VENDOR = Vendor(
-    dense=(GEMMA, GEMMA4),
+    dense=(GEMMA, GEMMA4, GEMMA4_UNIFIED),
     moe=(GEMMA4_TEXT,),
-    pairs=(
+    pairs=tuple(
         Pair(
-            "gemma4_text",
+            source,
             "gemma4_text",
             default=True,
             note="zero dense branch of 128 neurons, or the whole FFN in it (--shared-experts full)",
-            config={"intermediate_size": 128},
+            config={"intermediate_size": 128} | beside,
             folds=(folds.second_branch,),
             tolerance=1e-3,
             unless="its FFNs give outputs whose variance is not well above rms_norm_eps, as those of tiny random "
             "models",
-        ),
+        )
+        for source, beside in (("gemma4_text", {}), ("gemma4_unified_text", {"hidden_size_per_layer_input": 0}))
     ),
     wrappers=(
         Wrapper(
             "gemma4",
             "Gemma4ForConditionalGeneration",
-            (GEMMA4_TEXT,),
+            (GEMMA4, GEMMA4_TEXT),
             {
                 "model.vision_tower.": "vision",
                 "model.embed_vision.": "vision",
                 "model.audio_tower.": "audio",
                 "model.embed_audio.": "audio",
             },
+            becomes="gemma4",
             tied=True,
             runs=frozenset({"vllm", "llama.cpp"}),
+        ),
+        Wrapper(
+            "gemma4_unified",
+            "Gemma4UnifiedForConditionalGeneration",
+            (GEMMA4_UNIFIED,),
+            {"model.vision_embedder.": "vision", "model.embed_vision.": "vision", "model.embed_audio.": "audio"},
+            tied=True,
         ),
     ),
 )

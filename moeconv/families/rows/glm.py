@@ -135,6 +135,7 @@ GLM4_MOE_LITE = moe_row(
 GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
     model_type="glm4v_moe_text",
+    attention=Attention(partial=0.5, sections=True),
     tensors=replace(GLM4_MOE.tensors, names={k: v for k, v in GLM4_MOE.tensors.names.items() if k not in QK_NORM}),
     config=ConfigKeys(
         {k: v for k, v in GLM4_MOE.config.defaults.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, FFN_BIAS, NO_BIAS, dense_row
 from moeconv.families.records import ConfigKeys, Tensors
 from moeconv.families.rows.gpt_oss import GPT_OSS
-from moeconv.families.rows.qwen import QWEN3_MOE
-from moeconv.families.vendor import Vendor, Wrapper
+from moeconv.families.rows.llama import LLAMA
+from moeconv.families.rows.mistral import MIXTRAL
+from moeconv.families.rows.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from moeconv.families.vendor import LLAVA_NAMES, TOWER_AND_PROJECTOR, Vendor, Wrapper
 
 INTERNLM3 = dense_row(
     "internlm3",
@@ -27,21 +29,18 @@ INTERNLM3 = dense_row(
     tensors=Tensors(BLOCK | ATTENTION_BIAS | DENSE_FFN | FFN_BIAS),
 )
 
-_VISION = {"vision_tower.": "vision", "multi_modal_projector.": "vision"}
-
 VENDOR = Vendor(
     dense=(INTERNLM3,),
     wrappers=(
         Wrapper(
             "internvl",
             "InternVLForConditionalGeneration",
-            (QWEN3_MOE, GPT_OSS),
-            _VISION,
-            prefix="language_model.model.",
-            head="language_model.lm_head.",
+            (LLAMA, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_OSS),
+            TOWER_AND_PROJECTOR,
+            becomes="internvl",
             tied=True,
             runs=frozenset({"vllm"}),
-            in_memory={"language_model.model.": "model.language_model.", **{name: f"model.{name}" for name in _VISION}},
+            **LLAVA_NAMES,
         ),
     ),
 )

@@ -8,7 +8,7 @@ from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, SPARSE_BLO
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
-from moeconv.families.vendor import Vendor
+from moeconv.families.vendor import LLAVA_NAMES, TOWER_AND_PROJECTOR, Vendor, Wrapper
 
 MISTRAL = dense_row(
     "mistral",
@@ -86,6 +86,17 @@ _MULTIPLIERS = dict.fromkeys(
 
 VENDOR = Vendor(
     dense=(MISTRAL, MINISTRAL, MINISTRAL3),
+    wrappers=(
+        Wrapper(
+            "mistral3",
+            "Mistral3ForConditionalGeneration",
+            (MISTRAL, MINISTRAL3, MIXTRAL),
+            TOWER_AND_PROJECTOR,
+            becomes="mistral3",
+            tied=True,
+            **LLAVA_NAMES,
+        ),
+    ),
     moe=(MIXTRAL,),
     pairs=(
         Pair("llama", "mixtral", default=True),

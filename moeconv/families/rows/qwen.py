@@ -98,6 +98,28 @@ QWEN3_MOE = moe_row(
     ),
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
+# the language models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL rotate text as Qwen2 and Qwen3 do
+QWEN2_VL_TEXT = replace(
+    QWEN2,
+    model_type="qwen2_vl_text",
+    config=ConfigKeys(
+        dict(QWEN2.config.defaults)
+        | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80}
+    ),
+    attention=Attention(sliding=LAYER_TYPES, sections=True),
+)
+# as some versions of transformers saved them
+_LATER_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
+QWEN2_5_VL_TEXT = replace(QWEN2_VL_TEXT, model_type="qwen2_5_vl_text")
+QWEN3_VL_TEXT = replace(
+    QWEN3,
+    model_type="qwen3_vl_text",
+    config=ConfigKeys(
+        {key: value for key, value in QWEN3.config.defaults.items() if key not in _QWEN_SLIDING}
+        | {"max_position_embeddings": 128000, "rope_theta": 500000.0}
+    ),
+    attention=Attention(sections=True),
+)
 _TRANSPOSED = ExpertLayout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
 # router weights are renormalised whatever config.json contains; transformers 5 saves experts untransposed, the hub's
 # checkpoints have them transposed
@@ -123,7 +145,7 @@ QWEN3_VL_MOE_TEXT = replace(
             "moe_intermediate_size": 1408,
         }
     ),
-    attention=Attention(),
+    attention=Attention(sections=True),
     experts=replace(QWEN3_MOE.experts, routing=Routing("softmax", "always")),
 )
 
@@ -147,13 +169,36 @@ VENDOR = Vendor(
         Pair("ministral", "qwen2_moe", default=True, note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": False}),
         Pair("cwm", "qwen2_moe", default=True, note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": False}),
         Pair("qwen3", "qwen3_moe", default=True, config=_QWEN),
+        Pair("qwen2_vl_text", "qwen2_moe", default=True, note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": True}),
+        Pair(
+            "qwen2_5_vl_text", "qwen2_moe", default=True, note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": True}
+        ),
+        Pair("qwen3_vl_text", "qwen3_moe", default=True, config=_QWEN),
+        Pair("qwen3_vl_text", "qwen3_vl_moe_text", default=True, config={"decoder_sparse_step": 1}),
     ),
     wrappers=(
+        *(
+            Wrapper(
+                name, architecture, (text,), {"visual.": "vision"}, prefix="model.", flat=True, variants=_LATER_NAMES
+            )
+            for name, architecture, text in (
+                ("qwen2_vl", "Qwen2VLForConditionalGeneration", QWEN2_VL_TEXT),
+                ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", QWEN2_5_VL_TEXT),
+            )
+        ),
+        Wrapper(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            (QWEN3_VL_TEXT,),
+            {"model.visual.": "vision"},
+            becomes="qwen3_vl_moe",
+        ),
         Wrapper(
             "qwen3_vl_moe",
             "Qwen3VLMoeForConditionalGeneration",
             (QWEN3_VL_MOE_TEXT,),
             {"model.visual.": "vision"},
+            parts={"vision_config": "qwen3_vl_moe_vision"},
             runs=frozenset({"vllm", "sglang"}),
         ),
     ),

@@ -64,8 +64,9 @@ QWEN3_5 = dense_row(
     "Qwen3_5ForCausalLM",
     config=ConfigKeys(QWEN3_5_CONFIG | {"num_key_value_heads": 4}),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN, shapes=GATED_QUERY),
-    attention=Attention(partial=0.25),
+    attention=Attention(partial=0.25, sections=True),
     layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
+    prediction=QWEN_MTP,
 )
 QWEN3_5_MOE = moe_row(
     "qwen3_5_moe_text",
@@ -85,7 +86,7 @@ QWEN3_5_MOE = moe_row(
         layouts=(SEPARATE, STACKED),
         shapes=GATED_QUERY,
     ),
-    attention=Attention(partial=0.25),
+    attention=Attention(partial=0.25, sections=True),
     layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
     experts=Experts(
         count=("num_experts",),
@@ -158,10 +159,18 @@ VENDOR = Vendor(
     ),
     wrappers=(
         Wrapper(
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            (QWEN3_5,),
+            {"model.visual.": "vision"},
+            becomes="qwen3_5_moe",
+        ),
+        Wrapper(
             "qwen3_5_moe",
             "Qwen3_5MoeForConditionalGeneration",
             (QWEN3_5_MOE,),
             {"model.visual.": "vision"},
+            parts={"vision_config": "qwen3_5_moe_vision"},
             runs=frozenset({"vllm", "sglang"}),
         ),
     ),

@@ -1,0 +1,23 @@
+"""LLaVA and the models with its layout, whose class makes any language model of transformers that config.json names."""
+
+from __future__ import annotations
+
+from moeconv.families.rows.llama import LLAMA
+from moeconv.families.rows.mistral import MISTRAL, MIXTRAL
+from moeconv.families.rows.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from moeconv.families.vendor import LLAVA_NAMES, TOWER_AND_PROJECTOR, Vendor, Wrapper
+
+_TEXTS = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
+_NEXT = {**TOWER_AND_PROJECTOR, "image_newline": "vision"}
+
+VENDOR = Vendor(
+    wrappers=tuple(
+        Wrapper(name, architecture, _TEXTS, beside, becomes=name, **LLAVA_NAMES)
+        for name, architecture, beside in (
+            ("llava", "LlavaForConditionalGeneration", TOWER_AND_PROJECTOR),
+            ("vipllava", "VipLlavaForConditionalGeneration", TOWER_AND_PROJECTOR),
+            ("llava_next", "LlavaNextForConditionalGeneration", _NEXT),
+            ("llava_onevision", "LlavaOnevisionForConditionalGeneration", _NEXT),
+        )
+    )
+)

@@ -81,6 +81,11 @@ TOWER_AND_PROJECTOR = {"vision_tower.": "vision", "multi_modal_projector.": "vis
 LLAVA_NAMES: Mapping[str, Any] = {
     "prefix": "language_model.model.",
     "head": "language_model.lm_head.",
+    # as some versions of transformers saved them
+    "variants": {
+        "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+        "model.image_newline": "image_newline", **{f"model.{name}": name for name in TOWER_AND_PROJECTOR},
+    },
     "in_memory": {
         "language_model.model.": "model.language_model.", **{name: f"model.{name}" for name in TOWER_AND_PROJECTOR}
     },

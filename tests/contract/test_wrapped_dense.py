@@ -153,3 +153,23 @@ def test_prediction_layers_of_a_dense_model_are_left_out_with_a_warning(tmp_path
     assert any("1 multi-token-prediction layer " in text for text in done.json["warnings"])
     assert not [name for name in _tensors(tmp_path / "moe") if name.startswith("mtp.")]
     load(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("case", ["qwen2_5_vl", "llava_next"])
+def test_names_of_later_exports_are_read_as_the_hub_s(tmp_path, cli, case):
+    """Some versions of transformers saved the names that the modules have in memory."""
+    source = _save(tmp_path / "dense", case)
+    before = logits(load(source))
+    changed = {new: old for old, new in tables().wrappers[WRAPPED_DENSE[case][0]].variants.items()}
+    starts = sorted(changed, key=len, reverse=True)
+    tensors = {}
+    for name, tensor in _tensors(source).items():
+        start = next((s for s in starts if name.startswith(s)), "")
+        tensors[changed[start] + name.removeprefix(start) if start else name] = tensor.clone()
+    assert sum(name.startswith("model.") for name in tensors) > 10
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(tensors, source / "model.safetensors")
+    done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--text-only", "--no-check", "--json")
+    assert done.code == 0, done.out
+    assert relative_difference(before, logits(load(tmp_path / "moe"))) <= 1e-5

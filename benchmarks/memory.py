@@ -40,6 +40,12 @@ COMMANDS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def heads_of(width: int) -> tuple[int, int]:
+    """(attention heads, heads of keys and values: about a quarter)."""
+    heads = max(1, width // HEAD)
+    return heads, next(n for n in range(max(1, heads // 4), 0, -1) if heads % n == 0)
+
+
 def write_model(path: Path, form: str, *, width: int, inner: int, experts: int, layers: int) -> None:
     """A Qwen3-MoE of random weights, one layer's tensors in memory at a time. Runs in a process of its own."""
     import numpy as np
@@ -49,7 +55,8 @@ def write_model(path: Path, form: str, *, width: int, inner: int, experts: int, 
     from moeconv.checkpoint.writer import ShardWriter
     from moeconv.plan.kernels.arrays import from_float
 
-    kv = max(1, width // HEAD // 4) * HEAD
+    heads, kv = heads_of(width)
+    heads, kv = heads * HEAD, kv * HEAD
     draw = np.random.Generator(np.random.SFC64(0))
     tensors: list[tuple[str, str, tuple[int, ...]]] = []
 
@@ -69,9 +76,9 @@ def write_model(path: Path, form: str, *, width: int, inner: int, experts: int, 
     plain("model.embed_tokens", VOCABULARY, width)
     for layer in range(layers):
         at = f"model.layers.{layer}"
-        for name, rows in (("q", width), ("k", kv), ("v", kv)):
+        for name, rows in (("q", heads), ("k", kv), ("v", kv)):
             plain(f"{at}.self_attn.{name}_proj", rows, width)
-        plain(f"{at}.self_attn.o_proj", width, width)
+        plain(f"{at}.self_attn.o_proj", width, heads)
         for name, size in (("self_attn.q_norm", HEAD), ("self_attn.k_norm", HEAD), ("input_layernorm", width),
                            ("post_attention_layernorm", width)):  # fmt: skip
             plain(f"{at}.{name}", size)
@@ -103,7 +110,7 @@ def write_model(path: Path, form: str, *, width: int, inner: int, experts: int, 
     config: dict[str, Any] = {
         "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": VOCABULARY,
         "hidden_size": width, "intermediate_size": 3 * width, "moe_intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": width // HEAD, "num_key_value_heads": kv // HEAD,
+        "num_hidden_layers": layers, "num_attention_heads": heads // HEAD, "num_key_value_heads": kv // HEAD,
         "head_dim": HEAD, "num_experts": experts, "num_experts_per_tok": TOP_K, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 4096, "dtype": "bfloat16",

@@ -24,12 +24,13 @@ class ErrorLayer(TypedDict):
 
 
 class CodesLayer(TypedDict):
-    """Output error of one layer on held-out tokens, with the written codes, with round-to-nearest, and with GPTQ."""
+    """Output error of one layer on held-out tokens, with the written codes, with round-to-nearest, and with GPTQ
+    (None: there are too few tokens to choose codes by)."""
 
     layer: int
     output_rms: float
     output_rms_rtn: float
-    output_rms_gptq: float
+    output_rms_gptq: float | None
     kept: bool
     fewest_tokens: int
     tokens_per_expert: float

@@ -6,6 +6,7 @@ from __future__ import annotations
 from moeconv.families.model import Model
 from moeconv.stream.need import WorkloadFields
 
+_REFITTED = 4  # activations in a refit: the inputs of the experts, what the layer lacks in float32 and in float64
 _BYTES = 8 + 4  # per refitted weight: its change in float64, and the old weight, which the new one replaces
 
 
@@ -13,8 +14,8 @@ def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> Worklo
     """The workload of running pruned `variants` beside the model, one variant after the other. At most `refitted`
     experts of a layer are refitted (0: none).
 
-    `flows` counts the activations of the model and of the variants. A refit adds the inputs of the experts and the
-    missing part of the layer's output, both in float32 and in float64.
+    `flows` counts the activations of the model and of the variants, which can be in a file. What a refit adds is in
+    memory.
     """
     flows = 1 + variants
     if not refitted:
@@ -27,4 +28,4 @@ def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> Worklo
         ),
         default=0,
     )
-    return {"flows": flows + 4, "results": refitted * weights * _BYTES}
+    return {"flows": flows, "resident": _REFITTED, "results": refitted * weights * _BYTES}

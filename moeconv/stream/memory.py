@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeconv.errors import OutputError, escape
 
-MAPPED = 1 << 24  # malloc returns larger blocks to the system at once; smaller ones reuse the same pages
+MAPPED = 1 << 22  # malloc returns larger blocks to the system at once; smaller ones reuse the same pages
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, limit: int | None) -> Tensor:

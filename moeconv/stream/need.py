@@ -23,6 +23,7 @@ class WorkloadFields(TypedDict, total=False):
     """The fields of `Workload` that depend on what is done with the stream."""
 
     flows: int
+    resident: int
     sample: int
     judged: bool
     copies: int
@@ -37,7 +38,6 @@ SAMPLE_ROWS = 256  # sampled tokens whose outputs of all experts are held at a t
 SAMPLE_BYTES = 1 << 26  # of those outputs; at least an eighth of a byte per weight of the experts
 PRODUCT_ROWS = 32  # of those tokens, over which the cosines are summed in float32
 _PROCESS = 430_000_000  # bytes of Python, torch and the classes of transformers
-_CONVERTED = 2  # copies of a group while it is decoded, stacked and fused, beside the widened one
 _COPIES = 8  # of a batch's hidden states: around the attention, and before and after the experts
 _SKEW = 3  # the busiest group is assumed to get this many times its even share of the tokens
 _SKETCH = 64  # dimensions of the sampled outputs
@@ -48,7 +48,8 @@ class Workload:
     """What is run: `tokens` tokens in windows of `seq_len` and batches of `batch_size` windows, in numbers of `width`
     bytes.
 
-    `flows` is how many activations [tokens, H] are held; `sample` how many tokens go through all experts, whose figures
+    `flows` is how many activations [tokens, H] are held, which can also be in a file, and `resident` how many more of
+    them one layer needs in memory in any case; `sample` how many tokens go through all experts, whose figures
     are kept to the end; `judged` whether the logits of a window are scored; `copies` how many widened copies of a
     layer's experts exist at the same time (0: the experts stay as they are stored). `results` is the bytes of what is
     found for a layer; `work`, for widened experts, those of what it is computed with: (as a rule, at the least).
@@ -59,6 +60,7 @@ class Workload:
     batch_size: int
     width: int = 4
     flows: int = 1
+    resident: int = 0
     sample: int = 0
     judged: bool = False
     copies: int = 0
@@ -129,14 +131,15 @@ def need_of(model: Model, run: Workload) -> Need:
     vocabulary = max((numel for numel, _ in ends.embeddings), default=0)
     stored = max((nbytes for _, nbytes in ends.embeddings), default=0)
     logits = 3 * run.seq_len * (vocabulary // hidden) * width if run.judged else 0
-    kept = run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers) + run.results
+    activations = run.tokens * hidden * width
+    kept = run.resident * activations + run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers) + run.results
     held = [_experts(size, run, experts, batch, model.top_k, hidden) for size in inside]
     return Need(
         ends=vocabulary * width + max(stored, logits),
         layer=max((size.others * width for size in inside), default=0),
         held=max((h for h, _ in held), default=0),
         read=max((r for _, r in held), default=0),
-        activations=run.flows * run.tokens * hidden * width,
+        activations=run.flows * activations,
         kept=kept,
     )
 
@@ -225,6 +228,12 @@ def _sample(run: Workload, experts: int, hidden: int, weights: int) -> int:
     return held * experts * hidden + 3 * run.sample * experts * min(hidden, _SKETCH) * 4
 
 
+def _decoded(group: int, stored: int, weights: int) -> int:
+    """Bytes of a group of widened experts of `group` bytes while one parameter of them (at most two thirds: gate and
+    up) is decoded, stacked and fused, two copies at a time. Forms of less than a byte per weight decode to 16 bits."""
+    return 4 * group // 3 // (1 if stored >= weights else 2)
+
+
 def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, hidden: int) -> tuple[int, int]:
     """Bytes of a layer's experts and of what is computed in the layer: (with the experts held in memory, with the
     experts read when they are needed)."""
@@ -248,5 +257,6 @@ def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, 
     group = max(1, GROUP_BYTES // (alone * run.width)) * alone * run.width
     pairs = GROUP_ROWS if run.sample else _SKEW * batch * top_k * group // wide  # of the busiest group
     work = max(sample, values + min(pairs, batch * top_k) * each)
-    decoded = _CONVERTED * group if stored < 2 * size.experts else 0
-    return stored + group + decoded + work, (1 + _CONVERTED) * group + stored * group // wide + work
+    decoded = _decoded(group, stored, size.experts)
+    in_memory = decoded if stored < 2 * size.experts else 0
+    return stored + group + in_memory + work, group + decoded + stored * group // wide + work

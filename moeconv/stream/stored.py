@@ -99,7 +99,7 @@ class StoredExperts:
             parts = (
                 self.names.read(self.model, first, stop) if held is None else self.names.cut(held, start, first, stop)
             )
-            found = {leaf: self._widened(leaf, value) for leaf, value in self.converted(parts, stop - first).items()}
+            found = {leaf: self._widened(leaf, value) for leaf, value in self.leaves(parts, stop - first)}
         for expert in self.down.keys() & set(range(first, stop)):
             into = found["down_proj"][expert - first]
             (into.T if getattr(self.stock, "is_transposed", False) else into).copy_(self.down[expert])
@@ -114,10 +114,15 @@ class StoredExperts:
             held = self.buffers[leaf] = torch.empty(shape, dtype=self.dtypes[leaf], device=value.device)
         return held[: len(value)].copy_(value)
 
-    def converted(self, parts: Parts, count: int) -> dict[str, Tensor]:
-        """The parameters of the stock module, made from the stored tensors of `count` experts. Empties `parts`."""
-        tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in list(parts)}
-        return converted(self.skeleton, self.stock, tensors, count)
+    def leaves(self, parts: Parts, count: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield (parameter, value) of the stock module, made from the stored tensors of `count` experts. Empties
+        `parts`. Only what one parameter is made of is decoded at the same time."""
+        of_parameter: dict[str, list[str]] = {}
+        for name in parts:
+            of_parameter.setdefault(self.skeleton.place(name), []).append(name)
+        for names in of_parameter.values():
+            tensors = {name: decode_read(self.model, name, parts.pop(name)) for name in names}
+            yield from converted(self.skeleton, self.stock, tensors, count).items()
 
     def module(self, first: int, stop: int) -> nn.Module:
         """A stock module that holds only the experts `first` to `stop`, numbered from 0. It is valid until the next
@@ -194,7 +199,7 @@ def place(skeleton: Skeleton, experts: nn.Module, names: ExpertNames, *, in_plac
     wide = sum(p[0].numel() * p.dtype.itemsize for p in leaves.values())  # bytes of one widened expert
     size = max(1, GROUP_BYTES // max(1, wide))
     stored = StoredExperts(experts, skeleton.model, skeleton, names, size, dtypes)
-    one = stored.converted(names.read(skeleton.model, 0, 1), 1)
+    one = dict(stored.leaves(names.read(skeleton.model, 0, 1), 1))
     if {leaf: value.shape for leaf, value in one.items()} != {n: (1, *p.shape[1:]) for n, p in leaves.items()}:
         return False
     floats = _plain_floats(skeleton.model, names)
@@ -235,6 +240,6 @@ def _fuse(
     device = stored.skeleton.device
     fused = {leaf: torch.empty(p.shape, dtype=dtypes[leaf], device=device) for leaf, p in leaves.items()}
     for first, stop in stored.groups():
-        for leaf, value in stored.converted(stored.names.read(stored.model, first, stop), stop - first).items():
+        for leaf, value in stored.leaves(stored.names.read(stored.model, first, stop), stop - first):
             fused[leaf][first:stop].copy_(value)
     return fused

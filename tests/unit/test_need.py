@@ -19,6 +19,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.plan.memory import free_memory
+from moeconv.prune.need import pruned_workload
 from moeconv.quantize.gptq.need import TENSOR_BYTES, codes_bytes, gptq_workload
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import need
@@ -60,8 +61,20 @@ def test_a_layer_counts_as_it_is_stored(tmp_path: Path) -> None:
     one = experts // 64 * 2  # widened
     group = need.GROUP_BYTES // one * one
     assert placed.held - stored.held == pytest.approx(5 * experts - group, rel=0.02)
-    assert stored.held - stored.read == experts - group // 2 - 2 * group, "what is read is decoded and joined anew"
+    assert stored.held - stored.read == experts - group // 2 - 4 * group // 3, "what is read is joined anew"
     assert stored.activations == 64 * 256 * 4
+
+
+def test_what_a_refit_adds_is_in_memory_in_any_case(tmp_path: Path) -> None:
+    """Its copies of all activations are never in a file, so that the least memory grows with the tokens."""
+    model = open_model(tiny.make_moe(tmp_path / "moe", "qwen3_moe", hidden=32))
+    plain, refit = (
+        [need_of(model, Workload(tokens, 16, 1, **pruned_workload(model, refitted=n))) for tokens in (64, 6400)]
+        for n in (0, 2)
+    )
+    assert plain[0].least == plain[1].least
+    assert refit[1].least - refit[0].least == 4 * (6400 - 64) * 32 * 4
+    assert refit[1].activations == plain[1].activations == 2 * 6400 * 32 * 4
 
 
 def test_codes_are_chosen_with_the_experts_in_memory_once(tmp_path: Path) -> None:

@@ -167,14 +167,17 @@ def _refitted(
     if not (variant.refit.target == "stream" and additive):
         for i, batch in enumerate(layer.batches(advance=False, hidden=variant.hidden)):
             wanted[i] = wanted[i] + made(batch)
-    missing = torch.cat([values[of] for values, of in zip(wanted, rows)])
+    missing = torch.cat([wanted[i][of] for i, of in enumerate(rows)])
+    wanted.clear()  # every copy of all activations is freed before the next one is made
     if not bool(torch.isfinite(missing).all()):
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
-    whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
     held = torch.cat(held_rows)
-    fit_routes, held_routes = whole.where(~held), whole.where(held)
     fit_missing, held_missing = missing[~held], missing[held]
-    del routes, wanted, whole, missing  # frees copies of all activations before those in float64 are made
+    del missing
+    whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
+    routes.clear()
+    fit_routes, held_routes = whole.where(~held), whole.where(held)
+    del whole
     before = {e: down_projection(layer.experts, e) for e in kept}
     fitted = refit_layer(layer.experts, fit_routes, fit_missing, before, variant.refit)
     old, new = held_out_errors(layer.experts, held_routes, held_missing, before, fitted)

@@ -84,36 +84,34 @@ class LayerCodes:
     def run(self, put: Put) -> CodesLayer:
         """Choose the codes of all experts and pass them to `put`. Then compute the layer with the chosen weights, so
         that the next layer reads the activations of the quantized model. The layer keeps round-to-nearest if the chosen
-        codes are not clearly better on held-out tokens, and if there are too few tokens to choose codes by.
+        codes are not clearly better on held-out tokens. With too few tokens to choose codes by, it chooses none.
 
         Raises InputError for weights that are not finite.
         """
         seen = self._expert_inputs()
-        group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
-        gates = group(down=False)
-        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
         held = seen.held.nonzero().flatten()
         wanted = allocate((len(held), self.model.expert_dimension), torch.float32, self.stream.max_memory)
         for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, held), strict=True):
             part.copy_(made)
         self._round()
         nearest = self._squares(seen, held, wanted)
-        packed = self._each(gates, partial(self._code_gate_up, seen, self._pooled(seen)))
-        packed += self._each(downs, partial(self._code_down, seen))
-        chosen = self._squares(seen, held, wanted)
         counts = [len(s.rows) for s in seen.tokens.values()]
         tokens, needed = sum(counts) / len(counts), self._tokens_needed()
-        kept = tokens >= needed and heldout.clearly_less(chosen, nearest)
-        if not kept:
-            self._round()
+        packed: list[Mapping[str, Tensor]] = []
+        reached, baseline, kept = None, _relative(nearest, wanted), False
+        if tokens >= needed:
+            packed = self._coded(seen)
+            chosen = self._squares(seen, held, wanted)
+            reached, kept = _relative(chosen, wanted), heldout.clearly_less(chosen, nearest)
+            if not kept:
+                self._round()
         for parts in packed if kept else (nearest_on_disk(item, self.model.checkpoint) for item in self.items):
             put(parts)
         for _ in self.layer.batches():  # computes the inputs of the next layer
             pass
-        reached, baseline = _relative(chosen, wanted), _relative(nearest, wanted)
         return {
             "layer": self.layer.index,
-            "output_rms": reached if kept else baseline,
+            "output_rms": reached if kept and reached is not None else baseline,
             "output_rms_rtn": baseline,
             "output_rms_gptq": reached,
             "kept": kept,
@@ -121,6 +119,14 @@ class LayerCodes:
             "tokens_per_expert": tokens,
             "tokens_needed": needed,
         }
+
+    def _coded(self, seen: ExpertInputs) -> list[Mapping[str, Tensor]]:
+        """Choose the codes of all experts and put the resulting weights into them. Returns the tensors to write."""
+        group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
+        gates = group(down=False)
+        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
+        packed = self._each(gates, partial(self._code_gate_up, seen, self._pooled(seen)))
+        return packed + self._each(downs, partial(self._code_down, seen))
 
     def _tokens_needed(self) -> int:
         """The number of tokens per expert that are needed to choose codes. The experts share the second moment of the

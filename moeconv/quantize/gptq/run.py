@@ -57,8 +57,8 @@ def choose_codes(
 
     In the result, `output_rms` is the relative error of the layer's FFN against the unquantized one, for the same
     inputs, on tokens that chose no codes; `output_rms_rtn` is that error with round-to-nearest and `output_rms_gptq`
-    with the chosen codes. A layer whose chosen codes are not clearly better, or that has too few tokens, gets what
-    round-to-nearest writes, and its `kept` is False.
+    with the chosen codes. A layer whose chosen codes are not clearly better gets what round-to-nearest writes, and its
+    `kept` is False. In a layer with too few tokens, no codes are chosen, and `output_rms_gptq` is None.
 
     Raises UsageError for a wrong damping or size, InputError for unusable data and for weights or activations that are
     not finite.

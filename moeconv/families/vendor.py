@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moeconv.families.records import Elsewhere, ExpertLayout, Multimodal
+from moeconv.families.records import ExpertLayout, Multimodal
 from moeconv.families.spec import Family, Pair
 
 
@@ -63,7 +63,7 @@ class Wrapper:
             config=replace(text.config, defaults={**text.config.defaults, "tie_word_embeddings": self.tied}),
             prediction=replace(text.prediction, names=self._names(text.prediction.names)),
             multimodal=Multimodal(self.root, self.beside, text.model_type, self.becomes, self.parts),
-            elsewhere=Elsewhere(runs=self.runs),
+            elsewhere=replace(text.elsewhere, runs=self.runs, runs_not=frozenset()),
         )
 
     def _names(self, names: Mapping[str, str]) -> dict[str, str]:

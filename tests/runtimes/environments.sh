@@ -16,7 +16,8 @@ for runtime in "$@"; do
     case $runtime in
     transformers4)
         "$python" -m venv "$root/transformers4"
-        "$root/transformers4/bin/pip" install -q torch==2.13.0 transformers==4.57.6 numpy accelerate
+        "$root/transformers4/bin/pip" install -q torch==2.13.0 transformers==4.57.6 numpy accelerate \
+            bitsandbytes==0.50.2 compressed-tensors==0.20.0
         "$root/transformers4/bin/python" -c 'import transformers'
         ;;
     llama.cpp)

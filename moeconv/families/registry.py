@@ -36,7 +36,7 @@ class Tables:
     wrapped_dense: Mapping[str, Mapping[str, Family]]  # the dense rows among them, and those beside them
     wrappers: Mapping[str, Wrapper]  # by model_type
     pairs: tuple[Pair, ...]
-    aliases: Mapping[str, str]  # model_type that only remote code has -> that of the family with the same class
+    aliases: Mapping[str, str]  # another model_type of a family -> that of its row
 
     @property
     def families(self) -> Mapping[str, Family]:
@@ -76,7 +76,7 @@ def _merged(vendors: Sequence[Vendor]) -> Tables:
     texts = [text for wrapper in wrappers.values() for text in wrapper.texts]
     inside = {kind: {text.model_type for text in texts if text.kind == kind} for kind in ("dense", "moe")}
     aliases = {alias: name for vendor in vendors for alias, name in vendor.aliases.items()}
-    _check_aliases(aliases, {**dense, **moe, **wrappers})
+    _check_aliases(aliases, dense.keys() | moe.keys() | wrappers.keys() | inside["dense"] | inside["moe"])
     _check_pairs(pairs, sources=dense.keys() | inside["dense"], alone=moe.keys(), inside=inside["moe"])
     by_kind = {
         kind: {

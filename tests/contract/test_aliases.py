@@ -63,13 +63,17 @@ def test_an_alias_is_streamed_and_quantized(tmp_path, cli):
     assert cli("verify", tmp_path / "packed", "--source", source, "--json").code == 0
 
 
-def test_an_alias_inside_a_wrapper_is_replaced_there(tmp_path, cli):
-    source = save_stock(tmp_path / "moe", *MOE_CASES["kimi_k25"], dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("case", "alias", "usual"),
+    [("kimi_k25", "kimi_k2", "deepseek_v3"), ("glm4v_moe", "Glm4vMoe_text", "glm4v_moe_text")],  # as version 4 saves it
+)
+def test_an_alias_inside_a_wrapper_is_replaced_there(tmp_path, cli, case, alias, usual):
+    source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
     text = json.loads((source / "config.json").read_text())["text_config"]
-    edit_json(source / "config.json", text_config=text | {"model_type": "kimi_k2"})
+    edit_json(source / "config.json", text_config=text | {"model_type": alias})
     assert cli("prune", source, tmp_path / "out", "--keep", 4, "--json").code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["model_type"], config["text_config"]["model_type"]) == ("kimi_k25", "deepseek_v3")
+    assert (config["model_type"], config["text_config"]["model_type"]) == (case, usual)
     assert logits(load(tmp_path / "out")).isfinite().all()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,3 +203,12 @@ def test_a_class_is_named_as_every_reader_knows_it():
     written = written_config(_config(row, architectures=["PhimoeForCausalLM"]), row)
     assert written["architectures"] == ["PhiMoEForCausalLM"]
     assert written["original_max_position_embeddings"] == row.config.value("max_position_embeddings", written)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "/" in name])
+def test_a_multimodal_model_has_the_keys_that_readers_of_its_language_model_need(name):
+    text = next((row for row in tables().families.values() if row.model_type == name.partition("/")[2]), None)
+    if text is not None:  # the language models of some wrappers do not exist alone
+        assert (
+            replace(ROWS[name].elsewhere, runs=text.elsewhere.runs, runs_not=text.elsewhere.runs_not) == text.elsewhere
+        )

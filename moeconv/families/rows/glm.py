@@ -197,6 +197,7 @@ _GLM4 = ONE_SHARED_EXPERT | {"num_nextn_predict_layers": 0}
 
 VENDOR = Vendor(
     dense=(GLM,),
+    aliases={"Glm4vMoe_text": "glm4v_moe_text"},  # as transformers 4 saves it
     moe=(GLM4_MOE, GLM4_MOE_LITE, GLM_MOE_DSA),
     pairs=(
         Pair(

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeconv.checkpoint.header import TensorInfo, tensor_nbytes
+from moeconv.checkpoint.header import TensorRef, tensor_nbytes
 from moeconv.errors import InputError, escape
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class GgufHead:
     count: int
     stacks: tuple[Stack, ...]
 
-    def serialise(self) -> tuple[bytes, dict[str, TensorInfo], int]:
+    def serialise(self) -> tuple[bytes, dict[str, TensorRef], int]:
         """(bytes before the data, place of each part in the file by its name, size of the file in bytes)."""
         data = bytearray(_MAGIC + struct.pack("<IQQ", _VERSION, len(self.stacks), self.count) + self.metadata)
         position = 0
@@ -65,9 +65,8 @@ class GgufHead:
             shape = stack.shape if len(stack.parts) == 1 else stack.shape[1:]
             start = len(data) + offset
             for part in stack.parts:
-                end = start + tensor_nbytes(stack.dtype, shape)
-                infos[part] = TensorInfo(part, stack.dtype, shape, start, end)
-                start = end
+                infos[part] = TensorRef(part, stack.dtype, shape, "", start, tensor_nbytes(stack.dtype, shape))
+                start = infos[part].end
         return bytes(data), infos, len(data) + position
 
 

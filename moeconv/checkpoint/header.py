@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 
 from moeconv.checkpoint.strictjson import MAX_VALUES, Limits, duplicate, parse_items
@@ -36,18 +38,19 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of one file. `start` and `end` are absolute byte offsets in the file."""
+class TensorRef:
+    """The place of a tensor: `start` and `end` are absolute byte offsets in the file `shard`."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    shard: str
     start: int
-    end: int
+    nbytes: int
 
     @property
-    def nbytes(self) -> int:
-        return self.end - self.start
+    def end(self) -> int:
+        return self.start + self.nbytes
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -66,11 +69,43 @@ def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
+# the same for shapes that a model repeats for every layer and expert
+repeated_nbytes = lru_cache(maxsize=4096)(tensor_nbytes)
+
+
 def _is_size(n: object) -> bool:
     return type(n) is int and 0 <= n <= MAX_SIZE
 
 
-def _tensor_info(name: str, entry: object, base: int, file: str) -> TensorInfo:
+_SIZE = "(?:0|[1-9][0-9]{0,17})"
+# an entry as the safetensors library writes it; every other form is parsed as JSON
+_USUAL = re.compile(
+    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+)","shape":\['
+    rf"((?:{_SIZE}(?:,{_SIZE}){{0,{MAX_RANK - 1}}})?)\],"
+    rf'"data_offsets":\[({_SIZE}),({_SIZE})\]\}}'
+)
+
+
+class _Usual:
+    """Reads the entries that `_USUAL` matches. Equal shapes are checked once and share one tuple."""
+
+    def __init__(self, base: int, file: str, shard: str) -> None:
+        self.base, self.file, self.shard = base, file, shard
+        self.known: dict[tuple[str, str], tuple[str, tuple[int, ...], int]] = {}
+
+    def __call__(self, entry: re.Match[str]) -> TensorRef:
+        name, dtype, sizes, first, last = entry.groups()
+        start, end, known = int(first), int(last), self.known.get((dtype, sizes))
+        if known is None or end - start != known[2]:  # a new shape, or an error to describe
+            shape = [int(n) for n in sizes.split(",")] if sizes else []
+            stated = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+            ref = _tensor_ref(name, stated, self.base, self.file, self.shard)
+            self.known[dtype, sizes] = (ref.dtype, ref.shape, ref.nbytes)
+            return ref
+        return TensorRef(name, known[0], known[1], self.shard, self.base + start, known[2])
+
+
+def _tensor_ref(name: str, entry: object, base: int, file: str, shard: str) -> TensorRef:
     def fail(why: str) -> InputError:
         return InputError(f"{file}: tensor {escape(name)!r}: {why}", hint="The header is damaged; download it again.")
 
@@ -92,7 +127,7 @@ def _tensor_info(name: str, entry: object, base: int, file: str) -> TensorInfo:
         raise fail(str(error)) from None
     if end - start != expected:
         raise fail(f"shape {shape} of {dtype} takes {expected} bytes, data_offsets span {end - start}")
-    return TensorInfo(name, dtype, tuple(shape), base + start, base + end)
+    return TensorRef(name, dtype, tuple(shape), shard, base + start, expected)
 
 
 def header_limits(file_size: int) -> Limits:
@@ -126,84 +161,52 @@ def header_length(prefix: bytes, *, file_size: int, file: str) -> int:
     return length
 
 
-def parse_header(data: bytes | bytearray, *, file_size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def parse_header(
+    data: bytes | bytearray, *, file_size: int, file: str, shard: str = ""
+) -> tuple[dict[str, TensorRef], dict[str, str]]:
     """Parse the JSON of a header (without the length). Returns the tensors in file order, and the metadata.
 
-    Raises InputError unless each tensor's number of bytes matches its shape, and the tensors fill the file without gaps
-    or overlaps.
+    `file` names the file in errors, `shard` in the tensors. Raises InputError unless each tensor's number of bytes
+    matches its shape, and the tensors fill the file without gaps or overlaps.
     """
     what, base = f"{file}: header", 8 + len(data)
     metadata: dict[str, str] | None = None
-    found: dict[str, TensorInfo] = {}
-    for name, entry in parse_items(data, what=what, limits=header_limits(file_size)):
+    found: dict[str, TensorRef] = {}
+    usual = _Usual(base, file, shard)
+    for name, entry in parse_items(data, what=what, limits=header_limits(file_size), usual=_USUAL):
         if name in found or (name == "__metadata__" and metadata is not None):
             raise InputError(f"{what}: not valid JSON ({duplicate(name)})", hint="Download it again.")
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
                 raise InputError(f"{file}: __metadata__ must map strings to strings", hint="Download it again.")
             metadata = entry
+        elif isinstance(entry, re.Match):
+            found[name] = usual(entry)
         else:
-            found[name] = _tensor_info(name, entry, base, file)
-    infos = sorted(found.values(), key=lambda t: (t.start, t.end))
+            found[name] = _tensor_ref(name, entry, base, file, shard)
+    refs = sorted(found.values(), key=lambda t: (t.start, t.nbytes))
     position = base
-    for info in infos:
-        if info.start != position:
-            kind = "overlaps its neighbour" if info.start < position else "leaves a gap before it"
-            raise InputError(f"{file}: tensor {escape(info.name)!r} {kind}", hint="The header is damaged or hostile.")
-        position = info.end
+    for ref in refs:
+        if ref.start != position:
+            kind = "overlaps its neighbour" if ref.start < position else "leaves a gap before it"
+            raise InputError(f"{file}: tensor {escape(ref.name)!r} {kind}", hint="The header is damaged or hostile.")
+        position += ref.nbytes
     if position != file_size:
         raise InputError(
             f"{file}: tensors end at byte {position}, the file has {file_size}",
             hint="The file is truncated or has trailing bytes; download it again.",
         )
-    return {info.name: info for info in infos}, metadata or {}
+    return {ref.name: ref for ref in refs}, metadata or {}
 
 
 def serialise_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, TensorInfo]]:
+) -> tuple[bytes, dict[str, TensorRef]]:
     """The header's bytes (length included) for tensors in the given order, and the place of each tensor in the file.
 
     The JSON is padded with spaces so that the data starts at a multiple of 8 bytes.
     """
-    entries, _ = _entries(tensors, metadata)
-    text = _padded(entries)
-    base = 8 + len(text)
-    infos = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            infos[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), base + start, base + stop)
-    return struct.pack("<Q", len(text)) + text, infos
-
-
-def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int, int, int]:
-    """The size of the file that `serialise_header` lays out.
-
-    Returns (bytes of the header's JSON, values in it as `Limits` counts them, bytes of the file).
-    """
-    entries, end = _entries(tensors, None)
-    text = _padded(entries)
-    return len(text), sum(text.count(mark) for mark in (b",", b"{", b"[")), 8 + len(text) + end
-
-
-def entry_cost(name: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """An upper bound of the (bytes, values) that a tensor takes in a header."""
-    values = max(len(shape), 1) + 6 + name.count(",") + name.count("{") + name.count("[")
-    # 88 bytes are enough for the keys of an entry and two offsets of any length
-    return json_length(name) + len(dtype) + sum([len(str(n)) + 1 for n in shape]) + 88, values
-
-
-def json_length(text: str) -> int:
-    """Number of characters of a string in JSON, quotes and escapes included."""
-    return len(encode_basestring_ascii(text))
-
-
-def _entries(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> tuple[JsonObject, int]:
-    """The header as a JSON object, and the end of the last tensor, in bytes from the beginning of the data."""
-    entries: JsonObject = {"__metadata__": dict(metadata or {"format": "pt"})}
+    entries: JsonObject = {"__metadata__": dict(metadata or _METADATA)}
     position = 0
     for name, dtype, shape in tensors:
         if name in entries:
@@ -211,9 +214,79 @@ def _entries(
         end = position + tensor_nbytes(dtype, shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (position, end)}
         position = end
-    return entries, position
+    text = _text(entries).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    base, refs = 8 + len(text), {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            refs[name] = TensorRef(name, entry["dtype"], tuple(entry["shape"]), "", base + start, end - start)
+    return struct.pack("<Q", len(text)) + text, refs
 
 
-def _padded(entries: JsonObject) -> bytes:
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % _ALIGN)
+def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int, int, int]:
+    """The size of the file that `serialise_header` lays out, computed without making its header.
+
+    Returns (bytes of the header's JSON, values in it as `Limits` counts them, bytes of the file). Raises ValueError for
+    a name that appears twice.
+    """
+    names: list[str] = []
+    length, values, end, digits = *_EMPTY, 0, 1
+    for name, dtype, shape in tensors:
+        names.append(name)
+        entry = _entry_cost(dtype, shape)
+        end += entry[2]
+        length += entry[0] + digits
+        digits = len(str(end))  # an end is written twice: it is the next tensor's start
+        length += digits
+        values += entry[1]
+    if len(set(names)) != len(names):
+        raise ValueError(f"tensor {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    of_names = _names_cost(names)
+    length += of_names[0]
+    length += -length % _ALIGN
+    return length, values + of_names[1], 8 + length + end
+
+
+def most_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int, int]:
+    """An upper bound of the (bytes, values) that tensors add to a header, in whatever order they are."""
+    names: list[str] = []
+    length = values = 0
+    for name, dtype, shape in tensors:
+        names.append(name)
+        entry = _entry_cost(dtype, shape)
+        length += entry[0] + 2 * _LONGEST_OFFSET
+        values += entry[1]
+    of_names = _names_cost(names)
+    return length + of_names[0], values + of_names[1]
+
+
+def json_length(text: str) -> int:
+    """Number of characters of a string in JSON, quotes and escapes included."""
+    return len(encode_basestring_ascii(text))
+
+
+def _names_cost(names: Sequence[str]) -> tuple[int, int]:
+    """The (bytes, values) of names in a header, with their quotes."""
+    joined = "".join(names)
+    return json_length(joined) + 2 * len(names) - 2, sum(joined.count(mark) for mark in ",{[")
+
+
+@lru_cache(maxsize=4096)
+def _entry_cost(dtype: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """What a tensor adds to a header besides its name and the digits of its offsets, and to the file.
+
+    Returns (bytes of JSON, values, bytes of the tensor).
+    """
+    entry = _text({"dtype": dtype, "shape": shape, "data_offsets": ["", ""]})
+    length = len(entry) - len('""""') + len(",:")
+    return length, max(len(shape), 1) + 6, tensor_nbytes(dtype, shape)
+
+
+def _text(entries: JsonObject) -> str:
+    return json.dumps(entries, separators=(",", ":"))
+
+
+_METADATA = {"format": "pt"}
+_EMPTY = len(_text({"__metadata__": _METADATA})), 2  # (bytes, values) of a header without tensors
+_LONGEST_OFFSET = len(str(MAX_SIZE))

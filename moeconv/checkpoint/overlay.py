@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moeconv.checkpoint.artifact import read_metadata_json
-from moeconv.checkpoint.header import TensorInfo
+from moeconv.checkpoint.header import TensorRef
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
@@ -41,7 +41,7 @@ class Overlay:
         self._of = {name: file for file in self.files for name in file.tensors}
         if len(self._of) != sum(len(file.tensors) for file in self.files):
             raise InputError(f"{self.label} holds a tensor in two files", hint="Make the overlay again.")
-        self.tensors: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._of.items()}
+        self.tensors: dict[str, TensorRef] = {name: file.tensors[name] for name, file in self._of.items()}
 
     @property
     def metadata(self) -> dict[str, str]:

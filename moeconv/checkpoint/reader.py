@@ -56,8 +56,9 @@ class Checkpoint:
             raise refusal(self.path, self._entries(), lacks=f": {CONFIG_NAME} is missing")
         config_path = confined(self.path, self._root, CONFIG_NAME, what="moeconv")
         self.config: JsonObject = read_json_object(config_path, what=escape(config_path), constants=True)
-        self._weight_map = self._read_index()
-        self.tensors: Mapping[str, TensorRef] = self._read_headers()
+        weight_map = self._read_index()
+        self.shards: tuple[str, ...] = (SINGLE_NAME,) if weight_map is None else tuple(sorted(set(weight_map.values())))
+        self.tensors: Mapping[str, TensorRef] = self._read_headers(weight_map)
 
     @property
     def follows_links(self) -> bool:
@@ -105,28 +106,25 @@ class Checkpoint:
                 size += entry.stat().st_size if entry.name.endswith(".safetensors") else 0
         return size
 
-    def _read_headers(self) -> dict[str, TensorRef]:
-        self.shards: tuple[str, ...] = (
-            (SINGLE_NAME,) if self._weight_map is None else tuple(sorted(set(self._weight_map.values())))
-        )
+    def _read_headers(self, weight_map: Mapping[str, str] | None) -> dict[str, TensorRef]:
         tensors: dict[str, TensorRef] = {}
         for shard in self.shards:
-            file = self._open(shard)
-            for info in file.tensors.values():
-                if self._weight_map is not None and self._weight_map.get(info.name) != shard:
-                    indexed = self._weight_map.get(info.name)
-                    where = f"places it in {escape(indexed)}" if indexed else "does not name it"
-                    raise InputError(
-                        f"{escape(shard)} holds tensor {escape(info.name)!r}, but the index {where}",
-                        hint="Index and shards are of different versions; download the checkpoint again.",
-                    )
-                tensors[info.name] = TensorRef(info.name, info.dtype, info.shape, shard, info.start, info.nbytes)
-        if self._weight_map is not None:
-            lost = [name for name in self._weight_map if name not in tensors]
+            found = self._open(shard).tensors
+            wrong = [] if weight_map is None else [name for name in found if weight_map.get(name) != shard]
+            if weight_map is not None and wrong:
+                indexed = weight_map.get(wrong[0])
+                where = f"places it in {escape(indexed)}" if indexed else "does not name it"
+                raise InputError(
+                    f"{escape(shard)} holds tensor {escape(wrong[0])!r}, but the index {where}",
+                    hint="Index and shards are of different versions; download the checkpoint again.",
+                )
+            tensors.update(found)
+        if weight_map is not None:
+            lost = [name for name in weight_map if name not in tensors]
             if lost:
                 raise InputError(
                     f"the index names tensor {escape(lost[0])!r} ({len(lost)} in all), but "
-                    f"{escape(self._weight_map[lost[0]])} does not hold it",
+                    f"{escape(weight_map[lost[0]])} does not hold it",
                     hint="Index and shards are of different versions; download the checkpoint again.",
                 )
         stray = [e.name for e in self._entries() if e.name.endswith(".safetensors") and e.name not in self.shards]

@@ -1,4 +1,4 @@
-"""One safetensors file, and where a tensor is stored in it.
+"""One safetensors file.
 
 Reads with pread, so nothing that was read stays in this process's memory.
 """
@@ -9,25 +9,13 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.checkpoint.header import TensorInfo, header_length, parse_header
+from moeconv.checkpoint.header import TensorRef as TensorRef  # re-exported: the usual place to import it from
+from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.errors import InputError, escape
 
 _JOIN_BYTES = 1 << 22  # ranges that are closer together are announced to the system as one
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """The place of a tensor: `start` is the absolute byte offset in shard `shard`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: str
-    start: int
-    nbytes: int
 
 
 class SafetensorsFile:
@@ -46,8 +34,8 @@ class SafetensorsFile:
             self._header = header_length(os.pread(fd, 8, 0), file_size=self.size, file=self.label)
             header = bytearray(self._header)
             self._fill(fd, 8, memoryview(header))
-        parsed = parse_header(header, file_size=self.size, file=self.label)
-        self.tensors: dict[str, TensorInfo] = parsed[0]
+        parsed = parse_header(header, file_size=self.size, file=self.label, shard=label or path.name)
+        self.tensors: dict[str, TensorRef] = parsed[0]
         self._metadata: dict[str, str] = parsed[1]
 
     @property

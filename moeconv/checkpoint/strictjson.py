@@ -47,12 +47,14 @@ def index_limits(backing: int) -> Limits:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
-    result: JsonObject = {}
     seen: dict[str, str] = {}  # an index repeats a few file names: share one string per name
-    for key, value in pairs:
-        if key in result:
-            raise duplicate(key)
-        result[key] = seen.setdefault(value, value) if type(value) is str else value
+    result = {key: seen.setdefault(value, value) if type(value) is str else value for key, value in pairs}
+    if len(result) < len(pairs):
+        before: set[str] = set()
+        for key, _ in pairs:
+            if key in before:
+                raise duplicate(key)
+            before.add(key)
     return result
 
 
@@ -119,11 +121,16 @@ def parse_json(
         ) from None
 
 
-def parse_items(data: bytes | bytearray, *, what: str, limits: Limits) -> Iterator[tuple[str, Any]]:
+def parse_items(
+    data: bytes | bytearray, *, what: str, limits: Limits, usual: re.Pattern[str] | None = None
+) -> Iterator[tuple[str, Any]]:
     """The (key, value) members of a JSON object one after the other, parsed as strictly as by `parse_json`.
 
     No member is kept here, so that an object with a million small members takes no more memory than its text. Therefore
-    the caller must check for duplicate keys. Raises InputError for invalid JSON, LimitError beyond `limits`.
+    the caller must check for duplicate keys. A member that `usual` matches is not parsed: its value is the match, whose
+    first group is the key. The pattern must match valid JSON only, and no backslash.
+
+    Raises InputError for invalid JSON, LimitError beyond `limits`.
     """
     _check_cost(data, limits=limits, what=what)
     try:
@@ -138,14 +145,18 @@ def parse_items(data: bytes | bytearray, *, what: str, limits: Limits) -> Iterat
             _end(text, at + 1)
             return
         while True:
-            _expect(text, at, '"', "property name enclosed in double quotes")
-            key, at = scanstring(text, at + 1, True)
-            at = _skip(text, at)
-            _expect(text, at, ":", "':' delimiter")
-            value, at = _value(text, _skip(text, at + 1))
-            if escapes:
-                _check_characters([key, value])
-            yield key, value
+            if usual is not None and (match := usual.match(text, at)):
+                yield match[1], match
+                at = match.end()
+            else:
+                _expect(text, at, '"', "property name enclosed in double quotes")
+                key, at = scanstring(text, at + 1, True)
+                at = _skip(text, at)
+                _expect(text, at, ":", "':' delimiter")
+                value, at = _value(text, _skip(text, at + 1))
+                if escapes:
+                    _check_characters([key, value])
+                yield key, value
             at = _skip(text, at)
             if text[at : at + 1] == "}":
                 _end(text, at + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.blocks import BlockFile, create
 from moeconv.checkpoint.gguf import GgufHead
-from moeconv.checkpoint.header import TensorInfo, header_limits, serialise_header
+from moeconv.checkpoint.header import TensorRef, header_limits, serialise_header
 from moeconv.errors import OutputError, escape
 
 
@@ -103,7 +103,7 @@ def _check_header(path: Path, header: bytes, size: int) -> None:
         )
 
 
-def _gaps(infos: Iterable[TensorInfo], size: int) -> dict[int, int]:
+def _gaps(infos: Iterable[TensorRef], size: int) -> dict[int, int]:
     """{end of a tensor: bytes of padding between it and the next tensor}, with 0 where there is no padding."""
     ordered = sorted(infos, key=lambda info: (info.start, info.end))
     following = [*(info.start for info in ordered[1:]), size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
@@ -71,26 +71,33 @@ def check_complete(model: Model) -> None:
     layer."""
     family, moe = model.family, frozenset(model.moe_layers)
     _check_beside(model)
-    there = {(r.key, r.layer, r.expert) for r in model.roles.values()}
+    there: dict[tuple[str, int | None], set[int | None]] = {}
+    for role in model.roles.values():
+        there.setdefault((role.key, role.layer), set()).add(role.expert)
     on = (keys for switch, keys in family.tensors.switched.items() if model.value(switch))
     optional = family.tensors.optional.difference(*on)
-    for name, role in family.expand(layers=model.num_layers, experts=model.num_experts):
-        belongs = _belongs(model, role, moe)
-        present = (role.key, role.layer, role.expert) in there
-        if belongs and not present and role.key not in optional:
+    for key, layer, experts in family.places(layers=model.num_layers, experts=model.num_experts):
+        role, expected, present = Role(key, layer), set(experts), there.get((key, layer), set())
+        if not _belongs(model, role, moe):
+            if found := expected & present:
+                raise InputError(
+                    f"tensor {escape(_first(family, role, found))!r} exists, although config.json makes layer {layer} "
+                    f"{_kind_of_layer(model, role)}",
+                    hint=f"{_TOGETHER}.",
+                )
+        elif key not in optional and not expected <= present:
             raise InputError(
-                f"tensor {escape(name)!r} is missing from the checkpoint",
+                f"tensor {escape(_first(family, role, expected - present))!r} is missing from the checkpoint",
                 hint=f"{_TOGETHER}, or a shard is missing.",
             )
-        if present and not belongs:
-            raise InputError(
-                f"tensor {escape(name)!r} exists, although config.json makes layer {role.layer} "
-                f"{_kind_of_layer(model, role)}",
-                hint=f"{_TOGETHER}.",
-            )
     tied = bool(model.value("tie_word_embeddings"))
-    if not tied and ("embedding.lm_head", None, None) not in there:
+    if not tied and ("embedding.lm_head", None) not in there:
         raise InputError("lm_head.weight is missing, and the embeddings are not tied", hint=why_no_head(model.dropped))
+
+
+def _first(family: Family, role: Role, experts: Iterable[int | None]) -> str:
+    """The name of the tensor of a role, for the first of `experts`."""
+    return family.name(role.key, layer=role.layer, expert=min(experts, key=lambda expert: expert or 0))
 
 
 def _check_beside(model: Model) -> None:

@@ -49,10 +49,11 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     doubles = not family.multimodal.beside and base not in family.tensors.in_memory
     renamed: dict[str, str] = {}
     inside = _second_words(family)
-    for name in checkpoint.tensors:
-        _check_tool(name)
-        if not base:
-            continue
+    text = "\n".join(checkpoint.tensors)  # to search all names at once: a large model has a hundred thousand
+    if any(word in text for word in (*_ADDED, *_ADAPTERS)):
+        for name in checkpoint.tensors:
+            _check_tool(name)
+    for name in checkpoint.tensors if base else ():
         if not name.startswith(usual) and name.partition(".")[0] in inside:
             renamed[name] = base + name
         elif doubles and name.startswith((base + base, f"{base}lm_head.")):

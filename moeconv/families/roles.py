@@ -22,15 +22,16 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
     layers = settings.layer_count(family, settings.text_config(checkpoint.config, family))
     useless = {t.replace("{L}", str(layer)) for t in family.tensors.dropped for layer in range(layers)}
     quantized = packed.quantization(checkpoint.config) is not None
+    beside = family.multimodal.beside
     roles: dict[str, Role] = {}
     dropped: list[str] = []
     for name, ref in checkpoint.tensors.items():
         role = _role_of(name, ref.dtype, known) if quantized else known.get(name)
-        beside = next((group for start, group in family.multimodal.beside.items() if name.startswith(start)), None)
         if role is not None:
             roles[name] = role
-        elif beside is not None:
-            roles[name] = Role(f"{beside}.{name}")
+        elif name.startswith(tuple(beside)):
+            group = next(group for start, group in beside.items() if name.startswith(start))
+            roles[name] = Role(f"{group}.{name}")
         elif name in useless or is_head(name):
             dropped.append(name)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -104,13 +104,19 @@ class Family:
             return 0
         return (1 if role.key.endswith("_row") else 0) if role.group == "router" else None
 
-    def expand(self, *, layers: int, experts: int) -> Iterator[tuple[str, Role]]:
-        """Every name that a checkpoint of this size may hold, with its role."""
+    def places(self, *, layers: int, experts: int) -> Iterator[tuple[str, int | None, Sequence[int | None]]]:
+        """Every (key, layer, its experts) of a checkpoint of this size; None for a tensor outside layers or experts."""
+        numbers = range(experts)
         for key, template in self.tensors.names.items():
             for layer in range(layers) if "{L}" in template else (None,):
-                at_layer = template.replace("{L}", str(layer))
-                for expert in range(experts) if "{E}" in template else (None,):
-                    yield at_layer.replace("{E}", str(expert)), Role(key, layer, expert)
+                yield key, layer, numbers if "{E}" in template else (None,)
+
+    def expand(self, *, layers: int, experts: int) -> Iterator[tuple[str, Role]]:
+        """Every name that a checkpoint of this size may hold, with its role."""
+        for key, layer, numbers in self.places(layers=layers, experts=experts):
+            at_layer = self.tensors.names[key].replace("{L}", str(layer))
+            for expert in numbers:
+                yield at_layer.replace("{E}", str(expert)), Role(key, layer, expert)
 
     def expand_mtp(self, *, first: int, count: int, experts: int) -> Iterator[tuple[str, Role]]:
         """Every name that `count` multi-token-prediction layers may hold; `first` is the number of the first one."""

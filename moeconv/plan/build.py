@@ -90,7 +90,7 @@ def _active(
 ) -> tuple[int, int]:  # fmt: skip
     total = experts = beside = 0
     for name, group, params in counted:
-        if family.predicts(name, layers=layers):
+        if not params or family.predicts(name, layers=layers):  # scales and the like count with their codes
             continue
         total += params
         experts += params if group == "expert" else 0

@@ -119,7 +119,7 @@ def _cut(item: Item, maker: Item) -> Item:
 
 def _rows(ref: Input, first: int, count: int) -> Input:
     size = ref.nbytes // ref.shape[0]
-    return replace(ref, shape=(count, *ref.shape[1:]), start=ref.start + first * size, nbytes=count * size)
+    return ref._replace(shape=(count, *ref.shape[1:]), start=ref.start + first * size, nbytes=count * size)
 
 
 def _range(ref: Input, maker: Item) -> Input | None:
@@ -127,6 +127,6 @@ def _range(ref: Input, maker: Item) -> Input | None:
     start = ref.start
     for source in maker.inputs if maker.kernel == "copy" else ():
         if start >= 0 and start + ref.nbytes <= source.nbytes:
-            return replace(source, dtype=ref.dtype, shape=ref.shape, start=source.start + start, nbytes=ref.nbytes)
+            return source._replace(dtype=ref.dtype, shape=ref.shape, start=source.start + start, nbytes=ref.nbytes)
         start -= source.nbytes
     return None

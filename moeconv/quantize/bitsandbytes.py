@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError
@@ -80,7 +79,7 @@ def _slices(
     numel = math.prod(ref.shape[1:])
     items = []
     for expert in range(experts):
-        part = replace(rows(ref, expert, 1), shape=ref.shape[1:])
+        part = rows(ref, expert, 1)._replace(shape=ref.shape[1:])
         specs = [
             TensorSpec(ref.name + suffix, dtype, shape, role, 0 if suffix else numel, expert, experts)
             for suffix, _, dtype, shape in each

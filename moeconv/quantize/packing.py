@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -15,11 +16,35 @@ from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all
 from moeconv.plan.overlay import from_overlay
-from moeconv.plan.plan import Item
+from moeconv.plan.plan import Input, Item, TensorSpec
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """The item that packs a weight. Those of equal weights, of which a large model has some hundred thousand, differ
+    from it in names alone. `outputs` are (what follows the stem of the weight's name, the other fields)."""
+
+    item: Item
+    outputs: Sequence[tuple[str, tuple[Any, ...]]]
+
+    def of(self, ref: TensorRef) -> Item:
+        """The item that packs the equal weight `ref`."""
+        stem, item = ref.name.removesuffix(".weight"), self.item
+        outputs = tuple([TensorSpec(stem + suffix, *rest) for suffix, rest in self.outputs])
+        return Item(outputs, item.kernel, (Input(ref.name, *item.inputs[0][1:]),), item.params, item.changed)
+
+
+def _pattern(ref: TensorRef, made: Sequence[Item]) -> _Pattern | None:
+    """The pattern of the items that pack `ref`; None if it is not one item whose outputs are named after the weight."""
+    stem, item = ref.name.removesuffix(".weight"), made[0]
+    alone = len(made) == 1 and [n.tensor for n in item.inputs] == [ref.name]
+    if not alone or not all(spec.name.startswith(stem) for spec in item.outputs):
+        return None
+    return _Pattern(item, [(spec.name[len(stem) :], spec[1:]) for spec in item.outputs])
 
 
 @dataclass(frozen=True)
@@ -55,11 +80,20 @@ class Packing:
     def items(self) -> list[Item]:
         """The items of the output: every tensor of the source, with `weights` packed in their place."""
         chosen = {r.name for r in self.weights}
+        known: dict[tuple[object, ...], _Pattern | None] = {}
+
+        def make(ref: TensorRef) -> list[Item]:
+            scheme = self.at(ref)
+            like = (ref.dtype, ref.shape, self.model.roles[ref.name].key, scheme)
+            if like not in known:
+                known[like] = _pattern(ref, self.make(ref, scheme))
+            pattern = known[like]
+            return self.make(ref, scheme) if pattern is None else [pattern.of(ref)]
 
         def packed(ref: TensorRef) -> list[Item] | None:
             if ref.name not in chosen:
                 return None
-            made = self.make(ref, self.at(ref))
+            made = make(ref)
             return made if self.overlay is None else [i for item in made for i in from_overlay(item, self.overlay)]
 
         return carry_all(self.model, dtype=self.dtype, replace=packed)

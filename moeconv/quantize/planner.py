@@ -68,12 +68,12 @@ def quantize_plan(
     _check_source(model)
     _check_layout(model, format, options.method)
     left_out = _left_out(model, format)
-    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in set(left_out)]
+    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in left_out]
     if not model.moe_layers:
         raise InputError("config.json has no Mixture-of-Experts layer", hint="There are no experts to quantize.")
     _check_weights(model, weights)
     _check_nesting(options, format, info)
-    widths = [ref.shape[1] for ref in weights]
+    widths = list(dict.fromkeys(ref.shape[1] for ref in weights))
     group = choose_group(format, info, options.group_size, widths)
     scheme = Scheme(info.name, info.bits, group, options.double_quant)
     for ref in weights:
@@ -123,11 +123,11 @@ def quantize_plan(
     )
 
 
-def _left_out(model: Model, format: Format) -> tuple[str, ...]:
+def _left_out(model: Model, format: Format) -> dict[str, None]:
     """The tensors that a GGUF file leaves out: those of multi-token prediction, since llama.cpp predicts one token."""
     if format.shard is None:
-        return ()
-    return tuple(name for name, role in model.roles.items() if role.layer in model.prediction_layers)
+        return {}
+    return {name: None for name, role in model.roles.items() if role.layer in model.prediction_layers}
 
 
 def _evidence(

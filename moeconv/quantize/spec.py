@@ -78,7 +78,8 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A layout on disk. `make(ref, scheme, role)` plans one weight; `config(scheme, ignore, dtype, scope)` returns the
+    """A layout on disk. `make(ref, scheme, role)` plans one weight; of the weight's name, only the names of the tensors
+    may depend on it. `config(scheme, ignore, dtype, scope)` returns the
     quantization_config. A format that writes one file of another kind has `shard(model, weights, scheme, dtype)`
     instead.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace as replace_fields
 from typing import Any
 
-from moeconv.checkpoint.header import FLOAT_DTYPES, TensorInfo
+from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.overlay import Overlay, provenance
 from moeconv.checkpoint.safetensors_file import SafetensorsFile, TensorRef
 from moeconv.errors import InputError, escape
@@ -65,7 +65,7 @@ def overlay_plan(model: Model, overlay: Overlay | SafetensorsFile, common: PlanO
         role = model.roles[ref.name]
         return [
             carry(
-                _ref(replaced[ref.name]), role=role.key, dtype=dtype, params=model.numel(ref), changed=role.group,
+                replaced[ref.name], role=role.key, dtype=dtype, params=model.numel(ref), changed=role.group,
                 origin=ORIGIN,
             )
         ]  # fmt: skip
@@ -111,10 +111,6 @@ def _check(model: Model, overlay: Overlay | SafetensorsFile) -> None:
                 f"in the model {ref.dtype} {list(ref.shape)}",
                 hint="Run `moeconv tune` again.",
             )
-
-
-def _ref(info: TensorInfo) -> TensorRef:
-    return TensorRef(info.name, info.dtype, info.shape, "", info.start, info.nbytes)
 
 
 def _config(model: Model, dtype: str | None) -> JsonObject:

@@ -14,6 +14,7 @@ from tiny import make_dense, make_moe
 
 from moeconv.checkpoint.header import header_length, parse_header
 from moeconv.checkpoint.reader import INDEX_NAME, Checkpoint
+from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import open_model
 from moeconv.inspect.run import inspect
@@ -76,7 +77,7 @@ class Folder:
             lambda: plan_quantize(model, group_size="32"),
         ):  # fmt: skip
             try:
-                json.dumps(plan().to_json(), allow_nan=False)
+                parse_json(b"".join(plan().canonical()), what="plan")
             except MoeconvError as error:
                 _typed(error, 2, 3)
 

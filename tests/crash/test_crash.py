@@ -469,7 +469,7 @@ def test_another_origin_beside_the_source_starts_anew(tmp_path, monkeypatch):
     plan = plan_upcycle(model, experts=2, shard_size=SIZE)
     name = "model.layers.0.mlp.up_proj.weight"
     items = [
-        dataclasses.replace(i, inputs=tuple(dataclasses.replace(n, origin="source:1") for n in i.inputs))
+        dataclasses.replace(i, inputs=tuple(n._replace(origin="source:1") for n in i.inputs))
         if any(n.tensor == name for n in i.inputs) else i
         for s in plan.shards for i in s.items
     ]  # fmt: skip

@@ -362,7 +362,7 @@ def use(path: Path) -> None:
         lambda: plan_quantize(model, format="bitsandbytes"),
     ):  # fmt: skip
         try:
-            json.dumps(plan().to_json(), allow_nan=False)
+            parse_json(b"".join(plan().canonical()), what="plan")
         except MoeconvError as error:
             assert error.exit_code in (2, 3) and error.message
 

@@ -210,3 +210,39 @@ def test_read_json_object(tmp_path):
     with pytest.raises(InputError, match="Infinity is not JSON"):
         read_json_object(file, what="x")
     assert read_json_object(file, what="x", constants=True) == {"a": [0.0, math.inf], "b": math.inf}
+
+
+def test_entries_in_any_form_are_read_alike():
+    """The form that the safetensors library writes has a path of its own; other valid JSON gives the same tensors."""
+    usual = (
+        b'{"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"U8","shape":[],"data_offsets":[8,9]}}'
+    )
+
+    def read(text: bytes) -> list[tuple[object, ...]]:
+        tensors, metadata = parse_header(text, file_size=8 + len(text) + 9, file="f")
+        assert metadata == {"format": "pt"}
+        return [(name, r.name, r.dtype, r.shape, r.start - 8 - len(text), r.nbytes) for name, r in tensors.items()]
+
+    assert read(usual) == [("a", "a", "F32", (2, 1), 0, 8), ("b", "b", "U8", (), 8, 1)]
+    assert read(json.dumps(json.loads(usual), indent=1).encode()) == read(usual)
+    assert read(usual.replace(b'"a"', b'"\\u0061"')) == read(usual)
+    assert read(usual.replace(b'"dtype":"F32","shape":[2,1]', b'"shape":[2,1],"dtype":"F32"')) == read(usual)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b'{"a":{"dtype":"F32","shape":[02],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"b":{"dtype":"U8","shape":[0],"data_offsets":[8,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[0],"data_offsets":[8,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,7]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[8,9]}}',
+        b'{"a":{"dtype":"X32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"__metadata__":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ],
+)
+def test_entries_in_the_usual_form_are_checked_as_strictly(wrong):
+    with pytest.raises(InputError):
+        parse_header(wrong, file_size=8 + len(wrong) + 8, file="f")

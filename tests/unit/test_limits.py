@@ -15,11 +15,12 @@ import tiny
 
 from moeconv.checkpoint.header import (
     LIBRARY_HEADER_BYTES,
-    entry_cost,
     file_cost,
     header_limits,
+    most_cost,
     parse_header,
     serialise_header,
+    tensor_nbytes,
 )
 from moeconv.checkpoint.overlay import Overlay, writing_overlay
 from moeconv.checkpoint.reader import INDEX_NAME, Checkpoint
@@ -114,8 +115,13 @@ def test_entries_take_what_is_counted_for_them():
         for shape in ((), (1,), (2**40, 3, 5)):
             header, values, _ = file_cost([(name, "F8_E4M3FNUZ", shape)])
             empty = file_cost([])
-            cost = entry_cost(name, "F8_E4M3FNUZ", shape)
+            cost = most_cost([(name, "F8_E4M3FNUZ", shape)])
             assert header - empty[0] <= cost[0] + 8 and values - empty[1] <= cost[1]
+            layout = [(f"{i}{name}", "F8_E4M3FNUZ", shape) for i in range(12)]
+            text = serialise_header(layout)[0]
+            size = len(text) + sum(tensor_nbytes(dtype, shape) for _, dtype, shape in layout)
+            marks = sum(text[8:].count(mark) for mark in (b",", b"{", b"["))
+            assert file_cost(layout) == (len(text) - 8, marks, size)
 
 
 @pytest.mark.slow

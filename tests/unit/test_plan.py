@@ -13,6 +13,7 @@ from tiny import decode, edit_json, encode, hashes, make_dense, make_moe, read_t
 from moeconv.checkpoint.header import DTYPE_BITS
 from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
+from moeconv.checkpoint.strictjson import canonical_json, parse_json
 from moeconv.errors import CheckError, InputError, OutputError, UsageError
 from moeconv.families.model import open_model
 from moeconv.plan import execute as execute_module
@@ -92,7 +93,8 @@ def test_the_id_depends_on_the_work_and_on_nothing_else(model, tmp_path):
     assert dataclasses.replace(plan, warnings=("x",), block={}).plan_id == plan.plan_id
     edit_json(model.checkpoint.path / "config.json", eos_token_id=3)
     assert plan_upcycle(open_model(model.checkpoint.path)).plan_id != plan.plan_id
-    json.dumps(plan.to_json(), allow_nan=False)
+    text = b"".join(plan.canonical())
+    assert canonical_json(parse_json(text, what="plan")) == text
 
 
 def test_largest_item_counts_what_a_kernel_holds():

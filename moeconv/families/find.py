@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moeconv.errors import Unsupported, escape
-from moeconv.families.refused import UNSUPPORTED, WITHOUT_TARGET
+from moeconv.families.refused import UNSUPPORTED, WITHOUT_ROW, WITHOUT_TARGET
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.types import Config, JsonObject
@@ -71,6 +71,8 @@ def find_family(config: Config) -> Family:
             hint="`moeconv families` lists the supported multimodal models. For others, give the language model as a "
             "separate checkpoint.",
         )
+    if model_type in WITHOUT_ROW:
+        raise Unsupported(f"{model_type} is not supported: {WITHOUT_ROW[model_type]}", hint=_LIST)
     if config.get("is_encoder_decoder") is True:
         raise Unsupported(
             f"{escape(model_type)} is an encoder-decoder model, but moeconv supports only decoders",

@@ -29,20 +29,115 @@ WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(("gemma2", "vaultgemma"), "it caps attention scores (softcap), which no MoE family does"),
     "nanochat": "its FFN has no gate and it caps its logits (softcap), which no MoE family combines",
     **dict.fromkeys(
-        ("starcoder2", "gpt2", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "gptj", "mpt"),
+        (
+            "starcoder2",
+            "gpt2",
+            "gpt-sw3",
+            "gpt_neo",
+            "gpt_neox",
+            "gpt_neox_japanese",
+            "gpt_bigcode",
+            "opt",
+            "bloom",
+            "falcon",
+            "phi",
+            "gptj",
+            "mpt",
+            "biogpt",
+            "codegen",
+            "ctrl",
+            "openai-gpt",
+            "persimmon",
+            "xglm",
+        ),
         "it has LayerNorms and an FFN without a gate, which no MoE family has together",
     ),
-    "apertus": "its activation has trained parameters, which no MoE family has",
+    **dict.fromkeys(
+        ("apertus", "apertus1p5", "apertus1p5_text"), "its activation has trained parameters, which no MoE family has"
+    ),
+    "cpmant": "its attention scores have a trained bias of the distance, which no MoE family has",
+    "dory": "it normalises the residual stream after every block, which no MoE family does",
+    "modernbert-decoder": "it normalises its embeddings and its first attention has no norm, unlike any MoE family",
+    "cohere_compass_text": "its full layers rotate by other parameters than its sliding ones, unlike cohere2_moe",
+    **dict.fromkeys(("muse_glimmer", "muse_glimmer_text"), _SANDWICH),
+    **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), f"its language model is a GLM-4: {_SANDWICH}"),
+    "shieldgemma2": f"its language model is a Gemma 3: {_SANDWICH}",
+    "exaone4_5": "its language model is EXAONE 4: no MoE family has post-norms and per-head query and key norms",
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo"),
+        "its language model is an OPT, whose LayerNorms and FFN without a gate no MoE family has together",
+    ),
+    "fuyu": "its language model is a Persimmon, whose LayerNorms and FFN without a gate no MoE family has together",
     "bitnet": "its norms inside attention and FFN have no place in an MoE family",
     "diffllama": "differential attention is in no MoE family",
 }
-# model_type of a multimodal Mixture-of-Experts that moeconv does not accept -> why
+_ENCODER_DECODER = "it is an encoder-decoder model, but moeconv supports only decoders"
+_BERT = "it is an encoder with a head for causal text, with LayerNorms and an FFN without a gate"
+_RECURRENT = "its layers are recurrent, with states that no MoE family has"
+_DRAFT = "it drafts tokens from the hidden states of another model, so that no text measures it alone"
 _TALKER = (
     "its talker is a second Mixture-of-Experts that reads what the thinker computes, so text cannot measure its experts"
 )
-UNSUPPORTED = {
-    "ernie4_5_vl_moe": "its text experts and vision experts share one count in config.json and one numbering on disk, "
-    "and text cannot measure the vision experts",
-    "qwen3_omni_moe": _TALKER,
-    "qwen3_omni_moe_thinker": _TALKER,
-}
+_BLOCKS = "its layers read the outputs of all blocks before them, so that it cannot be run layer by layer"
+_NOT_TEXT = "what it reads or writes is not text alone"
+# reason -> model_types of transformers that moeconv does not accept for that reason
+_REASONS: dict[str, tuple[str, ...]] = {
+    # Mixtures-of-Experts
+    "its text experts and vision experts share one count in config.json and one numbering on disk, and text cannot "
+    "measure the vision experts": ("ernie4_5_vl_moe",),
+    _TALKER: ("qwen3_omni_moe", "qwen3_omni_moe_thinker"),
+    "its attention has experts too, and config.json has one count and one top-k for both": ("jetmoe",),
+    "its router chooses among the experts and one that skips the layer, and passes a state on to the next router":
+        ("zaya",),
+    "its experts are single neurons that two halves of a key select, so that their number is a square": ("doge",),
+    "it is an encoder-decoder Mixture-of-Experts, but moeconv supports only decoders":
+        ("nllb-moe", "switch_transformers"),
+    "it classifies tokens with attention in both directions, and is no language model": ("openai_privacy_filter",),
+    "it denoises blocks of tokens, and the loss of a text says nothing about that": ("diffusion_gemma",),
+    "its router scores the shared experts together with the routed ones, in one matrix":
+        ("inkling_mm_model", "inkling_text"),
+    _BLOCKS: ("inkling2", "inkling2_text"),
+    f"it runs its layers in loops, and {_BLOCKS.removeprefix('its ')}": ("inkling2_loop", "inkling2_loop_text"),
+    "its experts are of a network that finds the joints of people in images": ("vitpose_backbone",),
+    # dense language models
+    _ENCODER_DECODER: (
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "florence2", "marian", "mbart", "mvp", "pegasus",
+        "plbart", "prophetnet", "t5gemma2", "udop", "vision-encoder-decoder",
+    ),
+    _BERT: (
+        "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert",
+        "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl",
+        "xmod",
+    ),
+    _RECURRENT: ("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"),
+    "all its attention layers share one block of weights, so that an FFN is not of one layer": ("zamba", "zamba2"),
+    "it runs its layers in loops, so that an expert would be of several layers": ("hrm_text",),
+    "it reads bytes in patches, with attention between two levels": ("blt",),
+    "its layers are reversible, and its attention sorts tokens by hashes": ("reformer",),
+    "its attention runs two streams with relative positions": ("xlnet",),
+    _DRAFT: ("gemma4_assistant", "gemma4_unified_assistant"),
+    # models of images, audio and actions
+    _NOT_TEXT: (
+        "blip", "chameleon", "cosmos3_edge", "cosmos3_omni", "emu3", "evolla", "git", "idefics", "janus", "kosmos-2",
+        "kosmos-2.5", "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "pi0", "pix2struct",
+        "pp_formulanet", "qwen2_5_omni_thinker", "trocr", "whisper",
+    ),
+}  # fmt: skip
+# model_type that moeconv does not accept -> why
+UNSUPPORTED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names}
+# multimodal models of transformers around dense language models, whose tensors no row describes
+_INSIDE = (
+    "aya_vision", "cohere2_vision", "cohere_compass", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm", "got_ocr2",
+    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "lfm2_vl",
+    "lfm3_vl", "lighton_ocr", "llava_next_video", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "molmo2", "ovis2",
+    "paddleocr_vl", "paligemma", "perception_lm", "phi4_multimodal", "pp_chart2table", "qianfan_ocr", "smolvlm",
+    "video_llama_3", "video_llava",
+)  # fmt: skip
+WITHOUT_ROW: dict[str, str] = dict.fromkeys(
+    _INSIDE, "it is a multimodal model around a dense language model, and no row states which of its tensors those are"
+)
+
+
+def refusals() -> dict[str, str]:
+    """Every model_type that is refused by name -> why."""
+    return {**WITHOUT_TARGET, **UNSUPPORTED, **WITHOUT_ROW}

@@ -300,7 +300,7 @@ def test_a_model_without_a_language_models_head(tmp_path: Path, head: str | None
 @pytest.mark.parametrize(
     ("config", "says", "hint"),
     [
-        ({"model_type": "idefics", "vision_config": {}}, "around a dense language model", "lists the supported"),
+        ({"model_type": "idefics2", "vision_config": {}}, "around a dense language model", "lists the supported"),
         (
             {"model_type": "idefics3", "vision_config": {}, "text_config": {"model_type": "llama"}},
             "around llama, a dense language model", "as a separate checkpoint",
@@ -314,7 +314,9 @@ def test_a_model_without_a_language_models_head(tmp_path: Path, head: str | None
         ({"model_type": "gemma2"}, "softcap", ""),
         ({"model_type": "qwen3_omni_moe"}, "talker", ""),
         ({"model_type": "mixtrall"}, "unknown architecture", "Did you mean mixtral?"),
-        ({"model_type": "bert"}, "unknown architecture", "moeconv families"),
+        ({"model_type": "bert"}, "an encoder with a head", "moeconv families"),
+        ({"model_type": "got_ocr2"}, "around a dense language model", "moeconv families"),
+        ({"model_type": "xyz"}, "unknown architecture", "moeconv families"),
     ],
 )  # fmt: skip
 def test_the_reason_is_given_and_no_list(config: dict[str, object], says: str, hint: str) -> None:

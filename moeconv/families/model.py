@@ -45,13 +45,15 @@ class Model:
         References to remote code that a class of transformers replaces are removed. If the head of another class (a
         classifier, for example) is left out, `architectures` names the language model's class.
         """
-        config = without_code(self.checkpoint.config)[0]
+        config = dict(self.checkpoint.config)
+        if self.family.remote is None:
+            config = without_code(config)[0]
         return config | ({"architectures": [self.family.architecture]} if heads(self.dropped) else {})
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """The warnings that every command gives that reads the model."""
-        found = without_code(self.checkpoint.config)[1]
+        found = without_code(self.checkpoint.config)[1] if self.family.remote is None else []
         own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
         lost = heads(self.dropped)
         other = "left out as transformers' language model leaves it out, the head of another class"

@@ -283,6 +283,15 @@ class Multimodal:
 
 
 @dataclass(frozen=True, slots=True)
+class Remote:
+    """The class of a family is code in its checkpoints. Outputs keep it, because no other class reads them."""
+
+    # model_type of transformers whose class computes the same from the same tensors, and reads the same config keys
+    # when those that config.json leaves out are stated with the row's defaults; "" if there is none
+    like: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Elsewhere:
     """What readers of config.json other than transformers 5 need in it, and which serving engines run the family.
 

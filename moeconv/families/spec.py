@@ -15,6 +15,7 @@ from moeconv.families.records import (
     Layers,
     Multimodal,
     Prediction,
+    Remote,
     Tensors,
 )
 from moeconv.types import Config
@@ -72,6 +73,8 @@ class Family:
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
     # for a model_type with a dense row and a row with experts: whether a config belongs to the dense row
     is_dense: Callable[[Get], bool] | None = None
+    # for a family whose class is code in its checkpoints
+    remote: Remote | None = None
 
     def name(self, key: str, *, layer: int | None = None, expert: int | None = None) -> str:
         """The tensor's name on disk. Raises KeyError for a key that the family does not have."""

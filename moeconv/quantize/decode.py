@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from moeconv.checkpoint.companions import without_code
 from moeconv.families import packed
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
@@ -32,7 +31,7 @@ def plan_decode(model: Model) -> Plan:
         elif weight not in done:
             done.add(weight)
             items.append(_decoded(model, weight, role.key, dtype))
-    config, _ = without_code(packed.with_quantization(with_head(model), lambda _: None))
+    config = packed.with_quantization(with_head(model), lambda _: None)
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )

@@ -199,6 +199,12 @@ def _code_of_loader(model: Model, format: Format, config: JsonObject) -> dict[st
             f"--format {format.name} does not need --self-contained",
             hint="Leave it out: stock runtimes load the result.",
         )
+    if model.family.remote is not None:
+        raise InputError(
+            f"--self-contained needs a class of transformers, and that of {model.family.model_type} is code in the "
+            "checkpoint",
+            hint="Leave it out.",
+        )
     if model.family.multimodal.beside:
         raise InputError(
             f"--self-contained does not support multimodal models such as {model.family.model_type}",

@@ -49,6 +49,8 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     loads |= {runtime: "unknown" for runtime, word in found.items() if word == "refused" and loads[runtime] != "no"}
     if family.tensors.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
+    if family.remote is not None:
+        loads |= {"transformers": "unknown"}  # its own class, which is code in the checkpoint, was never run
     if family.multimodal.beside:
         loads |= {runtime: "unknown" for runtime, word in loads.items() if runtime != "transformers" and word != "no"}
     return loads

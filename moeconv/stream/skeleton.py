@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.remote import stock_config
 from moeconv.families.spec import Family
 from moeconv.stream.silence import transformers_silenced
 
@@ -232,10 +233,10 @@ def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
     )
     from transformers.initialization import no_init_weights
 
-    path = model.checkpoint.path
+    path, stated = model.checkpoint.path, stock_config(model.family, model.checkpoint.config)
     try:
         with TemporaryDirectory() as directory:  # the file of the checkpoint may state an alias of the family
-            (Path(directory) / "config.json").write_text(json.dumps(model.checkpoint.config))
+            (Path(directory) / "config.json").write_text(json.dumps(stated))
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             if hasattr(part, "quantization_config"):

@@ -8,10 +8,11 @@ import torch
 from typing_extensions import TypedDict
 
 from moeconv.checkpoint.reader import Checkpoint
-from moeconv.errors import escape, first_line
+from moeconv.errors import InputError, Unsupported, escape, first_line
 from moeconv.families.find import find_family
 from moeconv.families.model import Model
 from moeconv.families.packed import quantization
+from moeconv.families.remote import stock_config
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import Loaded, Skeleton, auto_class
@@ -35,9 +36,11 @@ def load_strict(path: str | os.PathLike[str]) -> StrictLoad:
     """Load the whole model with its Auto class, and run it on a few tokens with the defaults of transformers.
 
     A checkpoint that moeconv packed is loaded with `moeconv.hf` registered. Raises InputError only if the directory is
-    not a checkpoint; whatever transformers raises is a problem in the result.
+    not a checkpoint, and Unsupported for a family whose class is code in it; whatever transformers raises is a problem
+    in the result.
     """
     checkpoint = Checkpoint(path)
+    _check_remote(checkpoint)
     stated = quantization(checkpoint.config)
     try:
         if stated is not None and "moeconv" in stated:
@@ -67,6 +70,20 @@ def load_strict(path: str | os.PathLike[str]) -> StrictLoad:
         "unexpected": unexpected,
         "mismatched": mismatched,
     }
+
+
+def _check_remote(checkpoint: Checkpoint) -> None:
+    """Raises Unsupported for a family whose class is code in the checkpoint."""
+    try:
+        family = find_family(checkpoint.config)
+    except InputError:
+        return  # transformers will say what it makes of it
+    if family.remote is not None:
+        stock_config(family, checkpoint.config)
+        raise Unsupported(
+            f"transformers loads {family.model_type} only with the code of the checkpoint, which moeconv never runs",
+            hint="Verify it without --load. `moeconv evaluate` runs a class of transformers that computes the same.",
+        )
 
 
 def strict_problems(model: Model) -> list[str]:

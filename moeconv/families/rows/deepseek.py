@@ -1,9 +1,11 @@
-"""DeepSeek: V2 and V3, with latent attention, and V3.2, with sparse attention too."""
+"""DeepSeek: the 16B of 2024, V2 and V3, with latent attention, and V3.2, with sparse attention too."""
 
 from __future__ import annotations
 
 from moeconv.families import folds, placement
 from moeconv.families.blocks import (
+    ATTENTION_BIAS,
+    BLOCK,
     DENSE_FFN,
     FFN_BIAS,
     INDEXER,
@@ -29,7 +31,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
-from moeconv.families.records import WHOLE, ConfigKeys, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.records import WHOLE, ConfigKeys, Elsewhere, Experts, Remote, Routing, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
@@ -146,11 +148,45 @@ DEEPSEEK_V32 = moe_row(
     prediction=MTP,
     elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"moe_layer_freq": 1}, runs=EVERY_ENGINE),
 )
+# the 16B of 2024: plain attention, and a class that is code in its checkpoints
+DEEPSEEK = moe_row(
+    "deepseek",
+    "DeepseekForCausalLM",
+    config=ConfigKeys(
+        {
+            "attention_bias": False,
+            "moe_intermediate_size": 1407,
+            "first_k_dense_replace": 0,
+            "moe_layer_freq": 1,
+            "n_shared_experts": None,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+        },
+        only={
+            "moe_layer_freq": ((1,), "only some of the later layers would have experts"),
+            "scoring_func": (("softmax",), "the router would weigh the experts in another way"),
+        },
+    ),
+    tensors=Tensors(
+        BLOCK | ATTENTION_BIAS | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
+        optional=frozenset(SHARED_EXPERTS),
+        switched={"n_shared_experts": tuple(SHARED_EXPERTS)},
+    ),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=Routing("softmax", "norm_topk_prob", float32=True),
+    ),
+    elsewhere=Elsewhere(runs=EVERY_ENGINE),
+    remote=Remote(),
+)
 
 _MINICPM = dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base", "head_dim"))
 
 VENDOR = Vendor(
-    moe=(DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32),
+    moe=(DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32),
     pairs=(
         Pair(
             "youtu",

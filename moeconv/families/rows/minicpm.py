@@ -1,9 +1,10 @@
-"""OpenBMB: MiniCPM3, with latent attention."""
+"""OpenBMB: MiniCPM3, with latent attention, and MiniCPM-MoE, whose class is code in its checkpoints."""
 
 from __future__ import annotations
 
-from moeconv.families.blocks import DENSE_FFN, MLA, MLA_CONFIG, NO_BIAS, WITHOUT_QKVO, dense_row
-from moeconv.families.records import ConfigKeys, Tensors
+from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, MLA, MLA_CONFIG, NO_BIAS, WITHOUT_QKVO, dense_row
+from moeconv.families.expert_blocks import MLP_ROUTER, W_NAMES, moe_row
+from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Remote, Routing, Tensors
 from moeconv.families.shapes import LATENT
 from moeconv.families.vendor import Vendor
 
@@ -38,6 +39,32 @@ MINICPM3 = dense_row(
     ),
 )
 
+# as the class of vLLM (minicpm) reads it
+MINICPM_MOE = moe_row(
+    "minicpm",
+    "MiniCPMForCausalLM",
+    config=ConfigKeys(
+        {
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "scale_emb": 1.0,
+            "scale_depth": 1.0,
+            "dim_model_base": 1.0,
+            "num_experts": 0,
+            "num_experts_per_tok": 2,
+        }
+    ),
+    tensors=Tensors(
+        BLOCK
+        | MLP_ROUTER
+        | {f"expert.{part}": LAYER + "mlp.experts.{E}." + f"{name}.weight" for part, name in W_NAMES.items()}
+    ),
+    experts=Experts(count=("num_experts",), routing=Routing("softmax", "always")),
+    elsewhere=Elsewhere(runs=frozenset({"vllm"})),
+    remote=Remote(),
+)
+
 VENDOR = Vendor(
+    moe=(MINICPM_MOE,),
     dense=(MINICPM3,),
 )

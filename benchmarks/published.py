@@ -150,7 +150,10 @@ def of_row(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
     bare: Any = SimpleNamespace(config=config, tensors={})
     model = Model(bare, family, {}, ())
     expected, moe = Shapes(model), frozenset(model.moe_layers)
-    left_out = family.tensors.optional - {"embedding.lm_head" if not model.value("tie_word_embeddings") else ""}
+    on = {key for switch, keys in family.tensors.switched.items() if model.value(switch) for key in keys}
+    if not model.value("tie_word_embeddings"):
+        on.add("embedding.lm_head")
+    left_out = family.tensors.optional - on
     return [
         (name, "BF16", expected(role) or ())
         for name, role in family.expand(layers=model.num_layers, experts=model.num_experts)

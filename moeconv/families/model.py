@@ -323,19 +323,19 @@ def _with_rule(family: Family, config: Config) -> Family:
 
 
 def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
-    """The row with the layout that the experts have on disk, recognised by the names and shapes in one layer."""
+    """The row with the layout that the experts have on disk: most names and shapes in one layer belong to it."""
     if not family.tensors.layouts:
         return family
     quantized = packed.quantization(checkpoint.config) is not None
-    for form in family.forms():
+
+    def belong(form: Family) -> int:
         model = Model(checkpoint, form, {}, ())
-        layer = next(iter(model.moe_layers), None)
-        expected = check.Shapes(model)
+        layer, expected = next(iter(model.moe_layers), None), check.Shapes(model)
+        found = 0
         for key in (key for key in form.tensors.names if key.startswith("expert.")):
             apart = 0 if "{E}" in form.tensors.names[key] else None
             ref = checkpoint.tensors.get(form.name(key, layer=layer, expert=0))
-            if ref is None or not (quantized or ref.shape == expected(Role(key, layer, apart))):
-                break
-        else:
-            return form
-    return family
+            found += ref is not None and (quantized or ref.shape == expected(Role(key, layer, apart)))
+        return found
+
+    return max(family.forms(), key=belong)

@@ -20,6 +20,7 @@ _EAGER = 'it runs with experts_implementation="eager"'
 def check_widths(model: Model, options: UpcycleOptions, target: Family, cut: Cut, dtype: str) -> list[str]:
     """A warning where already the source's sizes do not fit the kernels. Raises UsageError where the source's sizes do
     fit and those of the `cut` do not; `options` are the options that it was made with."""
+    _check_orientation(target, cut, model.hidden_size)
     why = why_not(target, width=cut.width, hidden=model.hidden_size, dtype=dtype)
     if why is None:
         return []
@@ -29,6 +30,18 @@ def check_widths(model: Model, options: UpcycleOptions, target: Family, cut: Cut
     near = list(_near(model.ffn_width, options, cut, unit))
     hint = f"The nearest that run: {', '.join(near)}." if near else "Leave out the option that cuts the FFN."
     raise UsageError(why, hint=hint)
+
+
+def _check_orientation(target: Family, cut: Cut, hidden: int) -> None:
+    """Raises UsageError where the class takes an expert's matrices transposed or not, and both shapes are the same."""
+    for key, layout in target.tensors.packed.items():
+        either = any(form.tensors.packed[key].transposed != layout.transposed for form in target.forms())
+        if either and cut.width * len(layout.parts) == hidden:
+            raise UsageError(
+                f"experts of {cut.width} neurons at hidden_size {hidden} have square matrices in {target.model_type}: "
+                "transformers 5 then reads as they are what the hub and all other runtimes have transposed",
+                hint="Choose another --granularity, or number of slices, or leave them out.",
+            )
 
 
 def _near(ffn: int, options: UpcycleOptions, cut: Cut, unit: int) -> Iterator[str]:

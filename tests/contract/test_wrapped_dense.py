@@ -173,3 +173,15 @@ def test_names_of_later_exports_are_read_as_the_hub_s(tmp_path, cli, case):
     done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--text-only", "--no-check", "--json")
     assert done.code == 0, done.out
     assert relative_difference(before, logits(load(tmp_path / "moe"))) <= 1e-5
+
+
+def test_stacked_experts_are_transposed_as_on_the_hub(tmp_path, cli):
+    """All readers but transformers 5, which takes both, know that layout alone."""
+    source = _save(tmp_path / "dense", "qwen3_vl")
+    assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--no-check", "--json").code == 0
+    tensors = _tensors(tmp_path / "moe")
+    name = "model.language_model.layers.0.mlp.experts."
+    assert tensors[name + "gate_up_proj"].shape == (4, 64, 192) and tensors[name + "down_proj"].shape == (4, 96, 64)
+    square = ("--granularity", 3, "--no-check", "--dry-run", "--json")  # 2 * 32 neurons at a hidden size of 64
+    refused = cli("upcycle", source, tmp_path / "out", "--experts", 6, *square)
+    assert refused.code == 2 and "square matrices" in refused.json["error"]["message"], refused.out

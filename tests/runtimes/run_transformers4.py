@@ -37,7 +37,7 @@ def run(path: str, ids: list[list[int]]) -> tuple[torch.Tensor, str | None]:
 def saved(config: dict) -> dict:
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    except (ValueError, AttributeError):  # keys of nested configs that its class refuses; what is written lacks them
+    except (ValueError, AttributeError, KeyError):  # nested keys or a language model that its class refuses
         return config
     return json.loads(made.to_json_string(use_diff=True))
 

@@ -28,7 +28,17 @@ import moeconv.hf  # noqa: F401
 from moeconv.families.registry import tables
 from moeconv.plan.meter import SilentMeter
 from moeconv.recipe.run import run_step
-from tests.contract.stock import BROKEN, CASES, MOE_CASES, load, release, row_of, save_stock, transformers
+from tests.contract.stock import (
+    BROKEN,
+    CASES,
+    MOE_CASES,
+    WRAPPED_DENSE,
+    load,
+    release,
+    row_of,
+    save_stock,
+    transformers,
+)
 
 Case = tuple[str, dict[str, Any]]
 VARIABLE = "MOECONV_TRANSFORMERS4_PYTHON"
@@ -39,7 +49,12 @@ NOT_THERE = {
     "qwen3_vl_moe": "transformers 5 saves its experts as [E, out, in], version 4 and the hub have [E, in, out]",
 }
 # what its class refuses in so many words
-REFUSED_THERE = {"llama-head-dim -> qwen2_moe": "hidden_size must be divisible by num_heads"}
+REFUSED_THERE = {
+    "llama-head-dim -> qwen2_moe": "hidden_size must be divisible by num_heads",
+    # what lies beside the language model keeps the names with which transformers 5 saved the source
+    "llava": "vision_tower.embeddings", "llava_next": "vision_tower.embeddings",
+    "llava_onevision": "unexpected keyword argument 'logits_to_keep'",  # its class around Qwen2-MoE
+}  # fmt: skip
 KEPT = ("model_type", "architectures", "dtype", "tie_word_embeddings", "rope_parameters")
 SETTINGS = {"jamba": {"use_mamba_kernels": False}}  # the kernels of its class want a GPU
 LIMIT = 1e-5  # of the logits' spread
@@ -157,6 +172,23 @@ def test_upcycled_models_of_every_pair(tmp_path, known):
     refused = {name for name in wrong if name.partition(",")[0] in REFUSED_THERE}
     assert wrong.keys() - refused == warned
     assert all(REFUSED_THERE[name.partition(",")[0]] in wrong[name] for name in refused)
+
+
+def test_upcycled_language_models_of_multimodal_models(tmp_path, known):
+    """Inside their wrapper where that is a family with experts, and alone."""
+    cases = {case: (kind, config) for case, (kind, config, _) in WRAPPED_DENSE.items() if kind in known}
+    models = {}
+    for case, wording, source in _worded(tmp_path, cases, known):
+        for alone in (True, False) if WRAPPED_DENSE[case][2] else (True,):
+            name = f"{case}{' alone' if alone else ''}, {wording}"
+            out = tmp_path / name
+            values = {"experts": 4, "no_check": True, "text_only": alone}
+            made = run_step("upcycle", values, str(source), str(out), meter=SilentMeter())
+            if made["upcycle"]["to"] in known:
+                models[name] = out
+    assert len(models) > 20
+    wrong = _compare(models, tmp_path)
+    assert not [name for name, why in wrong.items() if REFUSED_THERE.get(name.partition(",")[0], "-") not in why]
 
 
 QUANTIZED = {

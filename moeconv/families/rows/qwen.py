@@ -122,14 +122,14 @@ QWEN3_VL_TEXT = replace(
 )
 _TRANSPOSED = ExpertLayout(STACKED_NAMES, {key: replace(way, transposed=True) for key, way in STACKED.packed.items()})
 # router weights are renormalised whatever config.json contains; transformers 5 saves experts untransposed, the hub's
-# checkpoints have them transposed
+# checkpoints have them transposed, and every other reader knows the latter alone
 QWEN3_VL_MOE_TEXT = replace(
     QWEN3_MOE,
     model_type="qwen3_vl_moe_text",
     tensors=replace(
         QWEN3_MOE.tensors,
         names={k: v for k, v in QWEN3_MOE.tensors.names.items() if k not in MLP_EXPERTS} | STACKED_NAMES,
-        packed=STACKED.packed,
+        packed=_TRANSPOSED.packed,
         layouts=(STACKED, _TRANSPOSED),
     ),
     config=ConfigKeys(

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from moeconv.checkpoint.companions import PATTERNS, TEMPLATES, asks_for_code
+from moeconv.checkpoint.paths import HUB_NAME
 from moeconv.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, UsageError, escape, first_line
 
-_HUB = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SMALL = ("*.json", "README.md", *PATTERNS)
 _FOLDERS = "*/*"  # files in folders: the weights in other formats, or copies of them
@@ -35,7 +35,7 @@ def resolve(model: str) -> str:
     """
     if not model.startswith("hf://"):
         return model
-    match = _HUB.match(model)
+    match = HUB_NAME.match(model)
     if not match:
         raise UsageError(f"{escape(model)} is not hf://OWNER/NAME[@REVISION]", hint="Example: hf://Qwen/Qwen3-0.6B.")
     from huggingface_hub import snapshot_download

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moeconv.errors import InputError, escape
 
+HUB_NAME = re.compile(r"^hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?$")
 _HUB_CACHE = re.compile(r"models--([\w.-]+)--([\w.-]+)$")
 
 _following: ContextVar[bool] = ContextVar("following", default=False)
@@ -70,6 +71,12 @@ def confined(directory: Path, root: Path | None, name: str, *, what: str) -> Pat
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{escape(name)} is not a regular file", hint="The checkpoint is damaged or hostile.")
     return path
+
+
+def on_hub(name: str) -> str:
+    """How to write a name such as meta-llama/Llama-3.2-1B so that it is taken from the hub."""
+    found = f"hf://{name}"
+    return found if HUB_NAME.match(found) and not name.startswith(".") else "hf://OWNER/NAME"
 
 
 def hub_name(path: Path) -> str | None:

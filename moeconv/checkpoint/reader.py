@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from moeconv.checkpoint.paths import allowed_root, confined, hub_name, links_are_followed
+from moeconv.checkpoint.paths import allowed_root, confined, hub_name, links_are_followed, on_hub
 from moeconv.checkpoint.safetensors_file import SafetensorsFile, TensorRef
 from moeconv.checkpoint.strangers import refusal
 from moeconv.checkpoint.strictjson import canonical_json, index_limits, read_json_object
@@ -44,7 +44,7 @@ class Checkpoint:
         if not os.path.exists(path):  # False also for a name that no file system can hold
             raise InputError(
                 f"{escape(path)} does not exist",
-                hint="Give a local checkpoint directory, or hf://OWNER/NAME for the hub.",
+                hint=f"Give a local checkpoint directory, or {on_hub(os.fspath(path))} for the hub.",
             )
         if not os.path.isdir(path):
             raise InputError(f"{escape(path)} is not a directory", hint="Give the directory that holds config.json.")

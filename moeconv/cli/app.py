@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import inspect
 import os
 import signal
 import sys
 import traceback
 import types
-import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
 from moeconv import __version__
 from moeconv.checkpoint.paths import follow_links
-from moeconv.cli.commands import VERBS, Positional, Verb
+from moeconv.cli.commands import VERBS, Verb
+from moeconv.cli.examples import PAGES, epilog
+from moeconv.cli.parameters import PRINTING, function_of
 from moeconv.cli.progress import make_meter
 from moeconv.cli.sink import Sink, debug, open_streams
 from moeconv.cli.stdin import model_from_stdin
 from moeconv.errors import Interrupted, MoeconvError, UsageError, escape
-from moeconv.options import choices_of, flag_of, help_of, reads_of
+from moeconv.options import reads_of
 from moeconv.plan.memory import configure_collector
 from moeconv.plan.meter import SilentMeter
 from moeconv.requests import request
@@ -32,87 +31,18 @@ from moeconv.world import World, current, end_together, first, join, launched
 
 _SINK = Sink()
 _LOST_PEER = ("gloo", "NCCL", "Connection", "TCPStore")  # words in the error of a collective whose peer has died
-_OUTPUT_FLAGS = (
-    ("json", Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]),
-    ("quiet", Annotated[bool, typer.Option("--quiet", "-q", help="Print only the output path.")]),
-    ("verbose", Annotated[bool, typer.Option("--verbose", "-v", help="Identities, hashes and sizes on stderr.")]),
-)
-
-
-class _Parameter(NamedTuple):
-    """A parameter of the function that typer sees. `annotation` is a type with typer's metadata, as in source code."""
-
-    name: str
-    annotation: object
-    default: object
-
-
-def _annotation(kind: object, name: str, help: str, choices: Sequence[str] = ()) -> object:
-    """The typer annotation of an option of type `kind` whose flag has one form."""
-    if typing.get_origin(kind) in (tuple, list):
-        kind = list[str]
-    text = f"{help} One of: {', '.join(choices)}." if choices else help
-    return Annotated[kind, typer.Option(flag_of(name), help=text)]
-
-
-def _switch(kind: object, name: str, help: str) -> object:
-    """The typer annotation of a bool that is not off by default: its flag also has the form --no-."""
-    spelled = f"{flag_of(name)}/--no-{name.replace('_', '-')}"
-    return Annotated[kind, typer.Option(spelled, help=help)]
-
-
-def _flag_parameters(verb: Verb, *, whole: bool) -> list[_Parameter]:
-    """Every flag of a command. With `whole` its help includes the words of the registries, which must be loaded."""
-    flags: list[_Parameter] = []
-    for group in verb.groups:
-        hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            help, choices = (help_of(field), choices_of(field)) if whole else (field.metadata["help"], ())
-            default = list(field.default) if isinstance(field.default, tuple) else field.default
-            if field.default is True or hints[field.name] == (bool | None):
-                annotation = _switch(hints[field.name], field.name, help)
-            else:
-                annotation = _annotation(hints[field.name], field.name, help, choices)
-            flags.append(_Parameter(field.name, annotation, default))
-    return flags
-
-
-def _argument(positional: Positional) -> _Parameter:
-    argument = typer.Argument(help=positional.help, metavar=positional.name.upper())
-    if positional.required:
-        return _Parameter(positional.name, Annotated[str, argument], inspect.Parameter.empty)
-    return _Parameter(positional.name, Annotated[str | None, argument], None)
-
-
-def _command(verb: Verb, *, whole: bool) -> types.FunctionType:
-    """The function that typer sees: its signature is made of the command's parameters. `whole` as for the flags."""
-    parameters = [_argument(p) for p in verb.positionals] + _flag_parameters(verb, whole=whole)
-    parameters += [_Parameter(name, kind, False) for name, kind in _OUTPUT_FLAGS]
-
-    def command(**values: object) -> int:
-        return _call(verb, values)
-
-    command.__name__, command.__doc__ = verb.name, verb.help
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(p.name, inspect.Parameter.KEYWORD_ONLY, annotation=p.annotation, default=p.default)
-            for p in parameters
-        ]
-    )
-    return typing.cast(types.FunctionType, command)
 
 
 def _call(verb: Verb, values: dict[str, object]) -> int:
     """Run a command and print its result. Returns the exit code."""
-    json, quiet, verbose = (bool(values.pop(name)) for name, _ in _OUTPUT_FLAGS)
+    json, quiet, verbose = (bool(values.pop(name)) for name in PRINTING)
     _SINK.mode = "json" if json else "quiet" if quiet else "human"
     _join_processes(verb, launched())
     _SINK.verbose = verbose
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     _read_stdin(verb, values)
     _guard(verb, values)
-    meter = SilentMeter() if _SINK.silent else make_meter()
+    meter = SilentMeter() if _SINK.silent or quiet else make_meter()
     try:
         with follow_links(bool(values.get("follow_links"))):
             result = verb.run(request(verb.request, values), meter)
@@ -168,23 +98,40 @@ def _guard(verb: Verb, values: Mapping[str, object]) -> None:
         guard(path, reads)
 
 
+_HELP = frozenset({"--help", "-h", "help"})
+
+
 def build_app(arguments: Sequence[str] = ()) -> typer.Typer:
     """The typer app with every command. The registries, which have the choices of options and other words of help
     texts, are loaded only if `arguments` ask for the help of a command."""
-    asks = "--help" in arguments
+    asks = not _HELP.isdisjoint(arguments)
     app = typer.Typer(
-        name="moeconv", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+        name="moeconv", add_completion=True, pretty_exceptions_enable=False, epilog=f"Manual: {PAGES}index.md",
+        context_settings={"help_option_names": ["-h", "--help"]},
         help="Convert dense checkpoints to Mixture-of-Experts, tune, prune and quantize them.",
     )  # fmt: skip
 
     @app.callback(invoke_without_command=True)
-    def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    def main(
+        context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+    ) -> None:
         if version:
             print(f"moeconv {__version__}")
-            raise typer.Exit()
+        elif context.invoked_subcommand is None:
+            print(context.get_help())
+
+    @app.command("help", help="The help of a command.")
+    def show_help(
+        context: typer.Context,
+        command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="Its name (default: all).")] = None,
+    ) -> None:
+        assert context.parent is not None
+        words = ["--help"] if command is None else [command, "--help"]
+        context.parent.command.main(args=words, prog_name="moeconv", standalone_mode=False)
 
     for verb in VERBS:
-        app.command(verb.name, help=verb.help)(_command(verb, whole=asks and verb.name in arguments))
+        made = function_of(verb, _call, whole=asks and verb.name in arguments)
+        app.command(verb.name, help=verb.help, epilog=epilog(verb.name))(made)
     return app
 
 

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from moeconv.options.build import check_names, from_keywords, parameters_of
 from moeconv.options.calibrate import CalibrateOptions, MergeOptions
-from moeconv.options.declare import Reads, choices_of, flag_of, help_of, option, reads_of
+from moeconv.options.declare import (
+    PANELS,
+    Panel,
+    Reads,
+    choices_of,
+    flag_of,
+    help_of,
+    metavar_of,
+    option,
+    panel_of,
+    reads_of,
+)
 from moeconv.options.defaults import (
     EVALUATE_SEQ_LEN,
     EXPERTS,
@@ -47,6 +58,7 @@ __all__ = [
     "LEAST_SAMPLE",
     "LOOKS",
     "NEURON_TOKENS",
+    "PANELS",
     "SAMPLE_TOKENS",
     "SCOPES",
     "SEQ_LEN",
@@ -60,6 +72,7 @@ __all__ = [
     "EvaluateOptions",
     "MeasureOptions",
     "MergeOptions",
+    "Panel",
     "PlanOptions",
     "PruneOptions",
     "QuantizeOptions",
@@ -79,7 +92,9 @@ __all__ = [
     "flag_of",
     "from_keywords",
     "help_of",
+    "metavar_of",
     "option",
+    "panel_of",
     "parameters_of",
     "parse_index",
     "parse_layers",

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from moeconv.errors import UsageError, did_you_mean, escape
-from moeconv.options.declare import choices_of, flag_of
+from moeconv.options.declare import choices_of, flag_of, recognised
 from moeconv.types import JsonObject
 
 T = TypeVar("T")
 
 
 def from_keywords(group: type[T], values: Mapping[str, object]) -> T:
-    """The option group with those `values` that have the names of its fields.
+    """The option group with those `values` that have the names of its fields, and aliases replaced by what they stand
+    for.
 
     Raises UsageError for a value that is not among the choices of its option.
     """
-    names = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
-    made = group(**{k: v for k, v in values.items() if k in names})
-    for f in dataclasses.fields(group):  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(group)}  # type: ignore[arg-type]
+    made = group(**{k: recognised(fields[k], v) for k, v in values.items() if k in fields})
+    for f in fields.values():
         value = getattr(made, f.name)
         if value is not None and (choices := choices_of(f)) and value not in choices:
             raise UsageError(

@@ -13,7 +13,9 @@ class PruneOptions:
 
     keep: int | None = option(None, "Experts to keep in every layer.")
     ratio: float | None = option(None, "Share of the experts to remove, such as 0.5.")
-    max_bytes: str | None = option(None, "Largest size of the result, such as 20GB; removes as few as fit.")
+    max_bytes: str | None = option(
+        None, "Largest size of the result, such as 20GB; removes as few as fit.", metavar="SIZE"
+    )
     max_loss_increase: float | None = option(
         None, "Remove as many experts as possible while the loss on --data rises by at most this (nats per token)."
     )
@@ -51,6 +53,8 @@ class PruneOptions:
         None, "For each data source, keep the experts that make up this share of its saliency, such as 0.5."
     )
     target: tuple[str, ...] = option(
-        (), "Runtime that must run the result: transformers, vllm, sglang or llama.cpp; repeatable."
+        (), "Runtime that must run the result: transformers, vllm, sglang or llama.cpp; repeatable.", metavar="RUNTIME"
     )
-    protect: str | None = option(None, "Experts to keep, as LAYER:EXPERT pairs such as 0:3,5:1 or *:0.")
+    protect: str | None = option(
+        None, "Experts to keep, as LAYER:EXPERT pairs such as 0:3,5:1 or *:0.", metavar="PAIRS"
+    )

@@ -17,16 +17,18 @@ class QuantizeOptions:
     format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
     scheme: str | None = option(
         None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
-        choices="moeconv.quantize.formats:scheme_words",
+        choices="moeconv.quantize.formats:scheme_words", aliases="moeconv.quantize.formats:scheme_aliases",
     )  # fmt: skip
     bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)
-    group_size: str = option("auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS)
+    group_size: str = option(
+        "auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS, metavar="N"
+    )
     method: str = option(
         "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error, gptq uses --data.",
         choices=("rtn", "mse", "gptq"),
     )  # fmt: skip
     average_bits: float | None = option(None, "mixed: bits per expert weight, scales included, such as 5.")
-    max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.")
+    max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.", metavar="SIZE")
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
@@ -35,7 +37,7 @@ class QuantizeOptions:
         "experts", "Weights to pack; the router, embeddings, norms and lm_head are never packed.", choices=SCOPES
     )
     target: tuple[str, ...] = option(
-        (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable."
+        (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable.", metavar="RUNTIME"
     )
     self_contained: bool = option(
         False, "{self_contained}: write the loader's code beside the weights, for trust_remote_code=True without "

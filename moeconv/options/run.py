@@ -11,8 +11,8 @@ from moeconv.options.declare import option
 class RunOptions:
     """Options of `moeconv run` only."""
 
-    set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.")
-    dry_run: bool = option(False, "Print the steps and sizes, write nothing.")
+    set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.", metavar="KEY=VALUE")
+    dry_run: bool = option(False, "Print the steps and sizes, write nothing.", panel="Running")
 
 
 @dataclass(frozen=True)

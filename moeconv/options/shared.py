@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from moeconv.options.declare import option
+from moeconv.options.declare import Panel, option
 from moeconv.options.defaults import EVALUATE_SEQ_LEN, SEQ_LEN, TOKENS
 
 
 @dataclass(frozen=True)
 class ReadOptions:
     """How checkpoints are read."""
+
+    PANEL: ClassVar[Panel] = "Running"
 
     follow_links: bool = option(
         False, "Let files of a checkpoint be links that leave its directory, as old downloads with --local-dir have."
@@ -21,13 +24,15 @@ class ReadOptions:
 class PlanOptions:
     """Options that determine the content of a written checkpoint, and so the id of its plan."""
 
-    seed: int = option(0, "Seed of every random draw.")
+    PANEL: ClassVar[Panel] = "Output"
+
+    seed: int = option(0, "Seed of every random draw.", panel="Running")
     dtype: str | None = option(
         None,
         "Dtype of the weights that are written (default: the source's).",
         choices=("bfloat16", "float16", "float32"),
     )
-    shard_size: str = option("5GB", "Largest size of an output shard.")
+    shard_size: str = option("5GB", "Largest size of an output shard.", metavar="SIZE")
     shard_by: str = option(
         "size",
         "How tensors are grouped into shards: in order up to the size, one shard per layer, or one per expert.",
@@ -39,6 +44,8 @@ class PlanOptions:
 class WriteOptions:
     """How a checkpoint is written; these options do not change its content."""
 
+    PANEL: ClassVar[Panel] = "Running"
+
     dry_run: bool = option(False, "Stop after the plan: print what would be written, and write nothing.")
     no_check: bool = option(False, "Skip the check of the written model against the source.")
     strict: bool = option(False, "Refuse what would otherwise be a warning (NaN in a source tensor).")
@@ -47,16 +54,19 @@ class WriteOptions:
         None,
         "Write only share I of N of the shards, given as I/N with I from 0; the share that finishes last "
         "completes OUT.",
+        metavar="I/N",
     )
     overwrite: bool = option(
         False, "Replace an existing OUT when the new directory is complete. OUT must be empty, an output of "
-        "moeconv, or a single checkpoint with nothing else in it."
+        "moeconv, or a single checkpoint with nothing else in it.", panel="Output",
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DryOptions:
     """Whether a command that only measures runs anything."""
+
+    PANEL: ClassVar[Panel] = "Running"
 
     dry_run: bool = option(False, "Print how much memory the command will take, and stop: run nothing, write nothing.")
 
@@ -65,24 +75,33 @@ class DryOptions:
 class MeasureOptions:
     """How a model is run."""
 
+    PANEL: ClassVar[Panel] = "Running"
+
     device: str = option("auto", "Device to compute on.", choices=("auto", "cpu", "cuda"))
-    max_memory: str | None = option(None, "Most memory to use, such as 16GB (default: what is free).")
+    max_memory: str | None = option(None, "Most memory to use, such as 16GB (default: what is free).", metavar="SIZE")
     batch_size: int = option(8, "Sequences per forward pass.")
     seq_len: int | None = option(
-        None, f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's)."
+        None,
+        f"Tokens per sequence (default: {SEQ_LEN}, evaluate: {EVALUATE_SEQ_LEN}; at most the model's).",
+        panel="Data",
     )
     tokens: int | None = option(
         None, f"Tokens to use, sampled with the seed (default: {TOKENS}; evaluate: all; tune by distill or lm: as many "
-        "as its steps take)."
+        "as its steps take).", panel="Data",
     )  # fmt: skip
     text_field: str = option(
-        "text", "Name of the record field that holds the text (default: text, otherwise messages or conversations)."
+        "text",
+        "Name of the record field that holds the text (default: text, otherwise messages or conversations).",
+        metavar="NAME",
+        panel="Data",
     )
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """The text on which a model is run."""
+
+    PANEL: ClassVar[Panel] = "Data"
 
     data: tuple[str, ...] = option(
         (), "A file of text, JSON, JSON lines, CSV or Parquet; a directory; - for standard input; or "
@@ -94,6 +113,8 @@ class DataOptions:
 class StatisticsOptions:
     """Which statistics --stats accepts."""
 
+    PANEL: ClassVar[Panel] = "Data"
+
     stats_of_twin: bool = option(
         False,
         "Accept --stats of the same model in another dtype or quantization; statistics of another model are refused.",
@@ -104,11 +125,15 @@ class StatisticsOptions:
 class ArtifactOptions:
     """How a single output file is written."""
 
+    PANEL: ClassVar[Panel] = "Output"
+
     overwrite: bool = option(False, "Replace the file, of the same kind, when the new one is complete.")
 
 
 @dataclass(frozen=True)
 class SeedOptions:
     """The seed of a command without PlanOptions."""
+
+    PANEL: ClassVar[Panel] = "Running"
 
     seed: int = option(0, "Seed of every random draw.")

@@ -16,7 +16,9 @@ class TuneOptions:
     teacher: str | None = option(
         None, "The dense source, or the model before it was edited (required by layerwise and distill).", reads="model"
     )
-    train: str = option("router", "Parts to train, separated by commas: router, experts, shared, norms.")
+    train: str = option(
+        "router", "Parts to train, separated by commas: router, experts, shared, norms.", metavar="PARTS"
+    )
     steps: int = option(100, "Optimiser steps (per layer with layerwise).")
     learning_rate: float | None = option(
         None, "Peak learning rate of everything that trains (default: by width, objective and --train)."

@@ -29,7 +29,10 @@ class UpcycleOptions:
         (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts.",
         reads="model",
     )  # fmt: skip
-    to: str | None = option(None, "Target family (default: the one that most runtimes serve).")
+    to: str | None = option(
+        None, "Target family (default: the one that most runtimes serve).",
+        aliases="moeconv.families.pairs:target_aliases", metavar="FAMILY",
+    )  # fmt: skip
     text_only: bool = option(
         False, "Of a multimodal SOURCE, write the language model alone, without the tensors of images or sound."
     )
@@ -37,6 +40,7 @@ class UpcycleOptions:
         "all",
         "Layers to convert: all, or numbers and ranges such as 0,2,8-15; split: auto:N for the N layers that it costs "
         "least.",
+        metavar="LIST",
     )
     granularity: int | None = option(
         None,
@@ -45,6 +49,7 @@ class UpcycleOptions:
     shared_experts: str | None = option(
         None, "Part of the FFN that an always-on expert holds: full (all of it; routed experts then start by adding "
         "nothing), a share of its neurons such as 0.25, or a number of --granularity pieces (default: none).",
+        metavar="PART",
     )  # fmt: skip
     router: str = option(
         "random", "Rows of the router: random; hidden (the mean of the router's inputs, one --data per "

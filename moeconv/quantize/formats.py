@@ -34,6 +34,11 @@ def scheme_words() -> tuple[str, ...]:
     return (*dict.fromkeys(names), MIXED)
 
 
+def scheme_aliases() -> dict[str, str]:
+    """Other words for schemes -> the scheme."""
+    return {alias: info.name for f in FORMATS.values() for info in f.schemes for alias in info.aliases}
+
+
 def help_words() -> dict[str, str]:
     """The parts of help texts that depend on the formats."""
     nesting = {f.name: [info.name for info in f.schemes if info.nests] for f in FORMATS.values()}

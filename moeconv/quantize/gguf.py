@@ -104,9 +104,9 @@ _RUN: dict[str, dict[str, str]] = {"transformers": {}, "llama.cpp": {}}  # every
 GGUF = Format(
     "gguf",
     (
-        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4, measured=_RUN),
-        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05, measured=_RUN),
-        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, measured=_RUN),
+        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4, aliases=("q4_k_m", "q4_k_s"), measured=_RUN),
+        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05, aliases=("q8",), measured=_RUN),
+        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, aliases=("q4",), measured=_RUN),
     ),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",

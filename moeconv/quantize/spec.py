@@ -41,7 +41,7 @@ class SchemeInfo:
     `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
     where the layout has no choice. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
     to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
-    it.
+    it. `aliases` are other words for it that --scheme understands.
     """
 
     name: str
@@ -52,6 +52,7 @@ class SchemeInfo:
     groups: tuple[int | None, ...] = ()
     errors: Mapping[int | None, float] = field(default_factory=dict)
     nests: bool = False
+    aliases: tuple[str, ...] = ()
     measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 

@@ -71,16 +71,14 @@ def _no_wrapper(source: Family, mine: Sequence[Pair]) -> InputError:
     )
 
 
-def _default(able: Sequence[Pair], can: Mapping[str, Family], *, shared: bool) -> Pair | None:
-    """The default of a source's pairs whose targets are in `can`.
 def target_aliases() -> dict[str, str]:
     """Other words for the families that pairs write -> model_type: the name of the class, with and without its end."""
     moe = {pair.target: tables().moe[pair.target].architecture for pair in tables().pairs}
     return {word: name for name, c in moe.items() for word in (name, c, c.removesuffix("ForCausalLM"))}
 
 
-def _default(mine: Sequence[Pair], *, shared: bool) -> Pair | None:
-    """The default of a source's pairs.
+def _default(able: Sequence[Pair], can: Mapping[str, Family], *, shared: bool) -> Pair | None:
+    """The default of a source's pairs whose targets are in `can`.
 
     With `shared` it is the pair marked `with_shared`, or else the first one, among those whose target has a shared
     expert.

@@ -73,8 +73,10 @@ def _no_wrapper(source: Family, mine: Sequence[Pair]) -> InputError:
 
 def target_aliases() -> dict[str, str]:
     """Other words for the families that pairs write -> model_type: the name of the class, with and without its end."""
-    moe = {pair.target: tables().moe[pair.target].architecture for pair in tables().pairs}
-    return {word: name for name, c in moe.items() for word in (name, c, c.removesuffix("ForCausalLM"))}
+    found = {pair.target: pair.target for pair in tables().pairs}
+    for name, row in ((name, tables().moe[name]) for name in found.copy() if name in tables().moe):
+        found |= dict.fromkeys((row.architecture, row.architecture.removesuffix("ForCausalLM")), name)
+    return found
 
 
 def _default(able: Sequence[Pair], can: Mapping[str, Family], *, shared: bool) -> Pair | None:

@@ -76,12 +76,6 @@ def calibrate(
     if sample_tokens is not None and sample_tokens < 1:
         raise UsageError("--sample-tokens must be at least 1")
     model = open_model(model_path)
-    if model.family.experts.routing is not None and model.family.experts.routing.on_input:
-        raise InputError(
-            f"the router of {model.family.model_type} multiplies the inputs of the experts, so that the output of an "
-            "expert depends on its weight, and none of the statistics is defined",
-            hint="Prune by the weights, with `moeconv prune` without --data. `moeconv evaluate` works on this model.",
-        )
     check_statistics_target(
         path, reads=[("the model", model_path), *reads_of({"data": data}, DataOptions)], overwrite=overwrite
     )

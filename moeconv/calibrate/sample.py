@@ -6,8 +6,9 @@ over the tokens, are those of the full outputs to about a percent, and their siz
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,27 +41,31 @@ class Tokens:
     total: int
 
 
-def on_all_experts(experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Run `hidden` [n, H] through every expert. Returns (the cosines of the outputs of every two experts, summed over
-    the tokens, float64 [E, E]; the outputs times `matrix` [H, P], float32 [n, E, P]). A zero output has the cosine
-    0."""
+def on_all_experts(
+    experts: nn.Module, hidden: Tensor, matrix: Tensor, *, num_experts: int, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run `hidden` [n, H] through every expert, multiplied by `weights` [n, E] if they are given. Returns (the cosines
+    of the outputs of every two experts, summed over the tokens, float64 [E, E]; the outputs times `matrix` [H, P],
+    float32 [n, E, P]). A zero output has the cosine 0."""
     total = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=hidden.device)
     projected = torch.empty(len(hidden), num_experts, matrix.shape[1], device=hidden.device)
     by = matrix.to(hidden.device, torch.float32)
     every = torch.arange(num_experts, device=hidden.device)
-    weights = sum(p.numel() for p in experts.parameters())
-    count, width = sample_room(num_experts, hidden.shape[1], weights)
+    count, width = sample_room(num_experts, hidden.shape[1], sum(p.numel() for p in experts.parameters()))
     step = PRODUCT_ROWS * width // 4  # outputs in float16 are widened part by part
     room = torch.empty(
         num_experts * min(count, len(hidden)), hidden.shape[1], device=hidden.device,
         dtype=torch.float32 if width == 4 else torch.float16,
     )  # fmt: skip
-    for chunk, sketch in zip(hidden.split(count), projected.split(count)):
+    by_input = weights.split(count) if weights is not None else itertools.repeat(None)
+    for chunk, sketch, factors in zip(hidden.split(count), projected.split(count), by_input):
         release_memory()
         token = torch.arange(len(chunk), device=hidden.device).repeat(num_experts)
         made = torch.empty(len(token), matrix.shape[1], device=hidden.device)
         units = room[: len(token)]
-        for rows, block in pair_outputs(experts, chunk, token, every.repeat_interleave(len(chunk))):
+        on_input = None if factors is None else factors.T.reshape(-1)
+        pairs = pair_outputs(experts, chunk, token, every.repeat_interleave(len(chunk)), weights=on_input)
+        for rows, block in pairs:
             made[rows] = block.float() @ by
             units[rows] = nn.functional.normalize(block.float(), dim=-1, eps=1e-30)
         sketch.copy_(made.view(num_experts, len(chunk), -1).transpose(0, 1))
@@ -140,10 +145,12 @@ def _factor(
     """The factor between the stock weights `stock` [T, k] of the experts `index` and those of the rule (the routed
     scaling factor). None if the choice or the weights do not follow the rule. In 16 bits, logits of many tokens are
     equal or nearly equal, and the stock code may then choose any of these experts."""
-    mine = weights_of(rule, logits, index)
+    mine = weights_of(replace(rule, on_input=False), logits, index)
     if not mine.sum() > 0 or not np.isfinite(stock).all():
         return None
     factor = float(np.median(stock.sum(1) / np.maximum(mine.sum(1), 1e-20)))
     error = np.abs(stock - factor * mine).max(1) / np.maximum(np.abs(stock).max(1), 1e-20)
     fits = (error < max(_CLOSE, 4 * rounding)) & explains(rule, logits, index, bias=bias, rounding=rounding)
-    return factor if fits.mean() >= _AGREE else None
+    if rule.on_input:  # its weights are in the outputs already, computed without a factor
+        factor = 1.0 if abs(factor - 1) < max(_CLOSE, 4 * rounding) else np.nan
+    return factor if fits.mean() >= _AGREE and np.isfinite(factor) else None

@@ -17,7 +17,7 @@ from moeconv.calibrate.artifact import PER_SOURCE
 from moeconv.calibrate.routing import router_entropy
 from moeconv.calibrate.sample import Tokens, on_all_experts, projection, sample_fields
 from moeconv.errors import InputError
-from moeconv.families.rule import Rule
+from moeconv.families.rule import Rule, input_weights
 from moeconv.randomness import generator
 from moeconv.stream.experts import pair_outputs
 from moeconv.stream.layer import Batch, Layer
@@ -47,7 +47,7 @@ def layer_statistics(
     sample: list[tuple[Tensor, ...]] = []
     chosen: Tensor | None = None
     places, taken = torch.empty(0, dtype=torch.int64), 0
-    with each_expert(layer.experts, sums.on_pairs):
+    with each_expert(layer.experts, sums.on_pairs, router=layer.router, on_input=layer.top_k_on_input):
         for batch in layer.batches(advance=hidden is None, hidden=hidden):
             length = batch.inputs.shape[1]
             if chosen is None:
@@ -65,7 +65,9 @@ def layer_statistics(
     del sample
     release_memory()  # the working memory of the batches, before that of the sample is allocated
     matrix = projection(x.shape[1], layer=layer.index)
-    similar, outputs = on_all_experts(layer.experts, x, matrix, num_experts=num_experts)
+    similar, outputs = on_all_experts(
+        layer.experts, x, matrix, num_experts=num_experts, weights=_of_inputs(rule, logits) if rule else None
+    )
     fields["output_cosine"] = np.clip(summed(similar).cpu().numpy() / max(1, taken), -1, 1)
     fields |= sample_fields(outputs, tokens, layer.biases, rule, scale=layer.scale)
     for name, values in fields.items():
@@ -84,10 +86,34 @@ def _picked(batch: Batch, at: Tensor) -> tuple[Tensor, ...]:
     return batch.expert_input[at], batch.router_logits[at], batch.top_k_index[at], batch.top_k_weights[at], scale
 
 
+def _of_inputs(rule: Rule, logits: Tensor) -> Tensor | None:
+    """The factors [T, E] of every expert's input, where the weights multiply the inputs."""
+    if not rule.on_input:
+        return None
+    return torch.from_numpy(input_weights(rule, logits.double().cpu().numpy())).to(logits.device, logits.dtype)
+
+
 @contextmanager
-def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
-    """Inside the block, `on_pairs` gets the unweighted output of every expert. The experts module returns the same as
-    before."""
+def each_expert(
+    experts: nn.Module, on_pairs: OnPairs, *, router: nn.Module | None = None, on_input: int = 0
+) -> Iterator[None]:
+    """Inside the block, `on_pairs` gets the output of every expert: the unweighted one, or that for the weighted input
+    where the weights of the `router` multiply the inputs, `on_input` experts per token. The experts module returns the
+    same as before."""
+    index: list[Tensor] = []
+
+    def on_router(_module: nn.Module, _arguments: object, out: tuple[Tensor, Tensor]) -> None:
+        index[:] = [out[0].topk(on_input, dim=-1).indices]
+
+    def forward_each(hidden: Tensor) -> Tensor:  # [E * T, H], each row multiplied by its weight
+        (chosen,) = index
+        expert, order = chosen.reshape(-1).sort(stable=True)
+        token, slot = order // on_input, order % on_input
+        place, total = expert * len(chosen) + token, torch.zeros_like(hidden)
+        for rows, output in pair_outputs(experts, hidden, place, expert):
+            on_pairs(expert[rows], token[rows], slot[rows], output)
+            total[place[rows]] = output
+        return total
 
     def forward(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         flat, k = hidden.reshape(-1, hidden.shape[-1]), top_k_index.shape[-1]  # some families pass [b, S, H]
@@ -99,13 +125,17 @@ def each_expert(experts: nn.Module, on_pairs: OnPairs) -> Iterator[None]:
             total.index_add_(0, token[rows], (output * weights[rows]).to(total.dtype))
         return total.view(hidden.shape)
 
-    experts.forward = forward
+    assert router is not None or not on_input
+    hooks = [router.register_forward_hook(on_router)] if router is not None and on_input else []
+    experts.forward = forward_each if on_input else forward
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         del experts.forward
         if (stored := stored_in(experts)) is not None:
-            experts.forward = stored.forward
+            stored.attach()
 
 
 def _cosine(one: Tensor, other: Tensor) -> Tensor:
@@ -146,6 +176,7 @@ class _Sums:
         self.pairs, self.logits = self._zeros(num_experts, num_experts), self._zeros(num_experts)
         self.logit_products = self._zeros(num_experts, num_experts)
         self.out = self._zeros(num_experts, layer.expert_dimension)
+        self.on_input = layer.top_k_on_input > 0
         self.norms: list[tuple[Tensor, Tensor, Tensor]] = []  # of the current batch: token, slot, ||f||
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -169,7 +200,7 @@ class _Sums:
         moved = 1 - _cosine(batch.residual, batch.outputs.flatten(0, 1))
         of_token = self.source[batch.rows].to(index.device).repeat_interleave(batch.inputs.shape[1])  # [T]
         key = (of_token[:, None] * experts + index).reshape(-1)
-        product = g * norm
+        product = norm if self.on_input else g * norm
         each = (torch.ones_like(g), g, g * g, norm, norm * norm, product, product * product, product * moved[:, None])
         for name, value in zip(PER_SOURCE, each):
             self.per_source[name].index_add_(0, key, value.reshape(-1))

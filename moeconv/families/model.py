@@ -192,6 +192,11 @@ class Model:
         rule = self.family.experts.routing.renormalise if self.family.experts.routing else "never"
         return rule == "always" if rule in ("always", "never") else bool(self.value(rule))
 
+    @property
+    def weighs_inputs(self) -> bool:
+        """Whether the routing weights multiply the experts' inputs instead of their outputs."""
+        return self.family.experts.routing is not None and self.family.experts.routing.on_input
+
     @cached_property
     def groups(self) -> tuple[int, int]:
         """(number of groups of experts, number of groups that a token may use); (1, 1) for a router without groups.

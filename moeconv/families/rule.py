@@ -18,7 +18,8 @@ class Rule:
     """The parameters of a routing rule.
 
     `score` is as in Routing. Experts form `groups` groups of equal size, of which a token uses the best `top_groups`. A
-    group's score is the sum of the `group_best` highest scores (with the correction bias) of its experts.
+    group's score is the sum of the `group_best` highest scores (with the correction bias) of its experts. With
+    `on_input`, a score multiplies the input of an expert, and the outputs are added with the weight 1.
     """
 
     score: str
@@ -27,19 +28,20 @@ class Rule:
     groups: int = 1
     top_groups: int = 1
     group_best: int = 2
+    on_input: bool = False
 
 
 def has_numbers(model: Model) -> bool:
     """Whether `route` implements the model's rule."""
     routing = model.family.experts.routing
-    return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid") and not routing.on_input
+    return routing is not None and routing.score in ("softmax", "softmax_topk", "sigmoid")
 
 
 def rule_of(model: Model) -> Rule:
     """The rule of a Mixture-of-Experts model for which `has_numbers` is true."""
     routing = model.family.experts.routing
     assert routing is not None
-    return Rule(routing.score, model.renormalises, model.top_k, *model.groups, routing.best_of_group)
+    return Rule(routing.score, model.renormalises, model.top_k, *model.groups, routing.best_of_group, routing.on_input)
 
 
 def route(
@@ -68,6 +70,12 @@ def weights_of(rule: Rule, logits: np.ndarray, chosen: np.ndarray) -> np.ndarray
     `logits` are [T, E].
     """
     return _weighed(rule, np.take_along_axis(_scores(rule, logits.astype(np.float64)), chosen, 1))
+
+
+def input_weights(rule: Rule, logits: np.ndarray) -> np.ndarray:
+    """The factors [T, E] of every expert's input for `logits` [T, E]: 1 unless the weights multiply the inputs. They do
+    not depend on the choice, because no family normalises such weights."""
+    return _scores(rule, logits.astype(np.float64)) if rule.on_input else np.ones(logits.shape)
 
 
 def explains(rule: Rule, logits: np.ndarray, chosen: np.ndarray, *, bias: np.ndarray, rounding: float) -> np.ndarray:
@@ -108,6 +116,8 @@ def _scores(rule: Rule, logits: np.ndarray) -> np.ndarray:
 
 
 def _weighed(rule: Rule, scores: np.ndarray) -> np.ndarray:
+    if rule.on_input:
+        return (scores > 0).astype(np.float64)
     if rule.renormalise or rule.score == "softmax_topk":
         scores = scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-20)
     return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,31 +11,24 @@ from torch import Tensor, nn
 from moeconv.errors import InputError
 from moeconv.stream.need import GROUP_ROWS, PAIR_ROWS
 from moeconv.stream.products import OnProducts
-from moeconv.stream.stored import class_forward, stored_in
-
-
-def one_expert(forward: Callable[..., Tensor], hidden: Tensor, expert: int, *, like: Tensor | None = None) -> Tensor:
-    """The output [n, H] of one expert for `hidden` [n, H], from the stock module's `forward`. `like` is a tensor of the
-    dtype that the module expects of its weights."""
-    index = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
-    ones = torch.ones(len(hidden), 1, dtype=like.dtype if like is not None else hidden.dtype, device=hidden.device)
-    return forward(hidden, index, ones).reshape(hidden.shape)
+from moeconv.stream.stored import is_transposed, stored_in, takes_index, unweighted
 
 
 def pair_outputs(
-    experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, *, dtype: torch.dtype | None = None
-) -> Iterator[tuple[slice, Tensor]]:
+    experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, *, dtype: torch.dtype | None = None,
+    weights: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Yield (rows, unweighted outputs [m, H]) for (token, expert) pairs, block by block in their order. `token` int64
     [n] are rows of `hidden` [T, H]; `expert` int64 [n] must be in ascending order. `dtype` is the dtype of the routing
-    weights that the module expects."""
+    weights that the module expects. With `weights` [n], these multiply the experts' inputs."""
     step = PAIR_ROWS if stored_in(experts) is None else GROUP_ROWS
     for module, first, rows in _modules(experts, expert):
-        forward = class_forward(module)
         for start in range(rows.start, rows.stop, step):
             block = slice(start, min(start + step, rows.stop))
             given = hidden[token[block]]
-            ones = torch.ones(len(given), 1, dtype=dtype or hidden.dtype, device=hidden.device)
-            yield block, forward(given, expert[block, None] - first, ones).reshape(given.shape)
+            if weights is not None:
+                given = given * weights[block, None]
+            yield block, unweighted(module, given, expert[block] - first, dtype=dtype)
 
 
 def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, int, slice]]:
@@ -59,11 +52,11 @@ def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor
 
     def keep_input(factors: Sequence[Tensor], product: Tensor) -> Tensor:
         nonlocal last
-        last = factors[0]
+        last = factors[0].flatten(0, -2)
         return product
 
     with OnProducts(keep_input):
-        output = one_expert(class_forward(module), hidden, at)
+        output = unweighted(module, hidden, torch.full((len(hidden),), at, device=hidden.device))
     width = _down(module, at).shape[1]
     if last is None or last.shape != (len(hidden), width):
         raise InputError(
@@ -71,6 +64,14 @@ def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor
             hint="Leave out --refit and --merge.",
         )
     return last.detach(), output
+
+
+def weighted_activations(experts: nn.Module, hidden: Tensor, expert: int, weights: Tensor) -> Tensor:
+    """The input [n, I] of an expert's down projection for `hidden` [n, H], in float64, so multiplied by the routing
+    `weights` [n] that its product with the down projection is what the expert adds to the layer's output."""
+    if takes_index(experts):
+        return activations(experts, hidden, expert)[0].double() * weights[:, None].double()
+    return activations(experts, hidden * weights[:, None].to(hidden.dtype), expert)[0].double()
 
 
 def down_projection(experts: nn.Module, expert: int) -> Tensor:
@@ -92,7 +93,7 @@ def _down(experts: nn.Module, expert: int) -> Tensor:
             hint="Leave out --refit and --merge.",
         )
     down = experts.down_proj[expert]  # type: ignore[index]
-    return down.T if getattr(experts, "is_transposed", False) else down
+    return down.T if is_transposed(experts) else down
 
 
 @contextmanager

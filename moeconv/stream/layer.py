@@ -47,7 +47,8 @@ class Layer:
     """A decoder layer with its weights loaded. `router` and `experts` are None in a dense layer.
 
     `norm` is the norm before the FFN, None in families without one there. `experts(x [T, H], top_k_index [T, k],
-    top_k_weights [T, k])` is the stock experts module: in every family `experts(x, e, 1)` is the output of expert e.
+    top_k_weights [T, k])` is the stock experts module: `experts(x, e, 1)` is the output of expert e. Where the weights
+    multiply the inputs, it is called with the weighted tokens of every expert, [E * T, H].
     """
 
     index: int
@@ -71,6 +72,12 @@ class Layer:
     def expert_dimension(self) -> int:
         """The width D of what an expert reads and writes."""
         return self._stream.model.expert_dimension
+
+    @property
+    def top_k_on_input(self) -> int:
+        """The number of experts per token of a router whose weights multiply the experts' inputs; 0 for all others."""
+        model = self._stream.model
+        return model.top_k if model.weighs_inputs else 0
 
     @property
     def biases(self) -> list[Tensor]:
@@ -102,12 +109,10 @@ class Layer:
         flow = self._stream.hidden if hidden is None else hidden
         for rows in self._stream.rows():
             inputs = flow[rows].to(self._stream.device)
-            model = self._stream.model
-            on_input = model.top_k if model.family.experts.routing and model.family.experts.routing.on_input else 0
             parts = (self.norm, self.ffn, self.router, self.experts)
-            with torch.no_grad(), captured(*parts, on_input=on_input) as seen:
+            with torch.no_grad(), captured(*parts, on_input=self.top_k_on_input) as seen:
                 outputs = self.run(inputs)
-            check_finite(model, outputs, layer=self.index)
+            check_finite(self._stream.model, outputs, layer=self.index)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 flow[rows].copy_(outputs)

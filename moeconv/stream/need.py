@@ -134,11 +134,13 @@ def need_of(model: Model, run: Workload) -> Need:
     activations = run.tokens * hidden * width
     kept = run.resident * activations + run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers) + run.results
     held = [_experts(size, run, experts, batch, model.top_k, hidden) for size in inside]
+    # where the weights multiply the inputs, the stock code repeats the tokens for every expert
+    repeated = 3 * experts * batch * hidden * width if model.weighs_inputs else 0
     return Need(
         ends=vocabulary * width + max(stored, logits),
         layer=max((size.others * width for size in inside), default=0),
-        held=max((h for h, _ in held), default=0),
-        read=max((r for _, r in held), default=0),
+        held=max((h for h, _ in held), default=0) + repeated,
+        read=max((r for _, r in held), default=0) + repeated,
         activations=run.flows * activations,
         kept=kept,
     )

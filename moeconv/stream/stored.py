@@ -102,7 +102,7 @@ class StoredExperts:
             found = {leaf: self._widened(leaf, value) for leaf, value in self.leaves(parts, stop - first)}
         for expert in self.down.keys() & set(range(first, stop)):
             into = found["down_proj"][expert - first]
-            (into.T if getattr(self.stock, "is_transposed", False) else into).copy_(self.down[expert])
+            (into.T if is_transposed(self.stock) else into).copy_(self.down[expert])
         return found
 
     def _widened(self, leaf: str, value: Tensor) -> Tensor:
@@ -142,6 +142,21 @@ class StoredExperts:
             total.index_add_(0, token, class_forward(self.module(first, stop))(*given).to(total.dtype))
         return total.view(hidden.shape)
 
+    def forward_each(self, hidden: Tensor) -> Tensor:
+        """The output [E * T, H] of a stock module that takes all T tokens for every expert, each multiplied by its
+        routing weight. Rows of zeros are the tokens of other experts, and are not computed."""
+        every = hidden.view(len(self.names), -1, hidden.shape[-1])
+        rows = (every != 0).any(-1).flatten().nonzero().flatten()
+        total, expert = torch.zeros_like(hidden), rows // every.shape[1]
+        for first, stop, part in self.pairs(expert):
+            total[rows[part]] = unweighted(self.module(first, stop), hidden[rows[part]], expert[part] - first)
+        return total
+
+    def attach(self) -> None:
+        """Let the stock module compute with these weights."""
+        forward = self.forward if takes_index(self.stock) else self.forward_each
+        vars(self.stock).update(stored=self, forward=forward)
+
     def pairs(self, expert: Tensor) -> Iterator[tuple[int, int, slice]]:
         """Yield (first, stop, rows) for every group of experts that occurs in `expert` int64 [n], which must be
         ascending."""
@@ -173,6 +188,37 @@ def module_of(stock: nn.Module, weights: Mapping[str, Tensor], *, of: int) -> nn
     vars(part).update(counts, _parameters=held)
     vars(part).pop("forward", None)
     return part
+
+
+def _arguments(experts: nn.Module) -> int:
+    """How many arguments the forward of a stock experts module takes."""
+    return len(inspect.signature(type(experts).forward).parameters) - 1
+
+
+def takes_index(experts: nn.Module) -> bool:
+    """Whether a stock experts module takes the index of the experts and their weights, and not the hidden states of
+    every expert, which are multiplied by the weights already."""
+    return _arguments(experts) > 1
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether the parameters of a stock experts module are [in, out]. A module that takes the hidden states of every
+    expert multiplies them from the left by batched products, and has no attribute that says so."""
+    return bool(getattr(experts, "is_transposed", not takes_index(experts)))
+
+
+def unweighted(module: nn.Module, hidden: Tensor, expert: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The output [n, H] of one expert per row of `hidden` [n, H], from the code of the stock module. `expert` int64 [n]
+    are numbers of the module's experts. `dtype` is the dtype of the routing weights that the module expects."""
+    if takes_index(module):
+        ones = torch.ones(len(hidden), 1, dtype=dtype or hidden.dtype, device=hidden.device)
+        return class_forward(module)(hidden, expert[:, None], ones).reshape(hidden.shape)
+    made, whole = torch.empty_like(hidden), own_parameters(module)
+    of = len(next(iter(whole.values())))
+    for e in expert.unique().tolist():
+        one = module_of(module, {leaf: p.detach()[e : e + 1] for leaf, p in whole.items()}, of=of)
+        made[expert == e] = class_forward(one)(hidden[expert == e])
+    return made
 
 
 def class_forward(experts: nn.Module) -> Callable[..., Tensor]:
@@ -213,17 +259,16 @@ def place(skeleton: Skeleton, experts: nn.Module, names: ExpertNames, *, in_plac
         stored.fused = _fuse(stored, leaves, {leaf: value.dtype for leaf, value in one.items()})
     elif held:
         stored.raw = {first: names.read(skeleton.model, first, stop) for first, stop in stored.groups()}
-    vars(experts).update(stored=stored, forward=stored.forward)
+    stored.attach()
     return True
 
 
 def _separable(model: Model, experts: nn.Module, leaves: Mapping[str, nn.Parameter], count: int) -> bool:
     """Whether a stock module of `count` experts can run on a few of them: its parameters have one entry per expert, and
-    its forward takes the hidden states, the index and the weights, which multiply the experts' outputs."""
-    routing = model.family.experts.routing
-    takes = inspect.signature(type(experts).forward).parameters
+    its forward takes the hidden states, the index and the weights, which multiply the experts' outputs; or, where the
+    weights multiply the inputs, the hidden states of every expert."""
     by_expert = all("." not in leaf and p.shape[:1] == (count,) for leaf, p in leaves.items())
-    return by_expert and len(takes) == 4 and not (routing and routing.on_input)
+    return by_expert and _arguments(experts) == (1 if model.weighs_inputs else 3)
 
 
 def _plain_floats(model: Model, names: ExpertNames) -> bool:

@@ -11,7 +11,7 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.families.model import open_model
 from moeconv.families.rule import route, rule_of
 from moeconv.stream.layers import LayerStream
-from tests.contract.stock import MOE_CASES, load, row_of, save_stock, skip_where_stock_is_broken
+from tests.contract.stock import MOE_CASES, load, save_stock, skip_where_stock_is_broken
 
 torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def test_logits_and_routing_are_the_stock_models(tmp_path, case):
 
 
 @pytest.mark.slow(keep=5)
-@pytest.mark.parametrize("case", [case for case in MOE_CASES if not row_of(case).experts.routing.on_input])
+@pytest.mark.parametrize("case", MOE_CASES)
 def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
     """The experts' outputs times the weights of the batch are the routed part of the FFN's output."""
     path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from moeconv.prune.repair.pruned import Variant, pruned_pass
 from moeconv.prune.repair.refit import Refit
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import stored
-from moeconv.stream.experts import activations, down_projection, one_expert, pair_outputs, with_down
+from moeconv.stream.experts import activations, down_projection, pair_outputs, with_down
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.need import sample_room
 from tests.contract.stock import MOE_CASES, save_stock
@@ -39,6 +40,11 @@ def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "GROUP_BYTES", 1)
 
 
+def one_expert(forward: Callable[..., torch.Tensor], x: torch.Tensor, expert: int) -> torch.Tensor:
+    """The output of one expert."""
+    return forward(x, torch.full((len(x), 1), expert), torch.ones(len(x), 1))
+
+
 def passed(path: Path, **keywords: Any) -> tuple[torch.Tensor, int]:
     """The final activations, and how many layers kept their experts as stored."""
     stream, count = LayerStream(open_model(path), IDS, dtype=torch.float32, **keywords), 0
@@ -47,10 +53,10 @@ def passed(path: Path, **keywords: Any) -> tuple[torch.Tensor, int]:
     return stream.hidden, count
 
 
-LAYOUTS = {  # per expert, packed, transposed with biases, without a gate, in groups; dbrx and llama4 do not come apart
+LAYOUTS = {  # per expert, packed, transposed with biases, without a gate, in groups; dbrx does not come apart
     "mixtral": 3, "granitemoe": 3, "gpt_oss": 3, "aria_text": 3, "nemotron_h": 2, "deepseek_v3": 2, "qwen3_5_moe": 3,
     "qwen3_vl_moe": 3,
-    "dbrx": 0, "llama4": 0,
+    "dbrx": 0, "llama4": 2,
 }  # fmt: skip
 
 
@@ -62,7 +68,10 @@ def test_every_layout_bit_for_bit(tmp_path: Path, case: str, experts: str, one_a
     expected, none = passed(path, experts=experts, in_place=True)
     found, count = passed(path, experts=experts)
     assert (none, count) == (0, LAYOUTS[case])
-    assert torch.equal(found, expected)
+    if case == "llama4":  # its class multiplies matrices of all tokens for every expert, most of them zeros
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(found, expected)
 
 
 def fp8(path: Path) -> Path:

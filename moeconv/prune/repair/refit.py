@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moeconv.stream.experts import activations
+from moeconv.stream.experts import weighted_activations
 
 _ROWS = 8192  # tokens whose activations are in memory at a time
 _TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit follows the text and does not generalise
@@ -59,7 +59,7 @@ def refit_layer(
             rows, weights = rows[used], weights[used]
             if not len(rows):
                 continue
-            inner = _inner(experts, routes.hidden[rows], e) * weights[:, None].double()  # [n, I]
+            inner = _inner(experts, routes.hidden[rows], e, weights)  # [n, I]
             gram = inner.T @ inner
             ridge = refit.strength * float(gram.diagonal().mean())
             if not ridge > 0:
@@ -100,11 +100,12 @@ def held_out_errors(
     for e, weight in after.items():
         rows, slot = (routes.index == e).nonzero(as_tuple=True)
         if len(rows):
-            inner = _inner(experts, routes.hidden[rows], e) * routes.weights[rows, slot][:, None].double()
+            inner = _inner(experts, routes.hidden[rows], e, routes.weights[rows, slot])
             left[rows] -= inner @ (weight.double() - before[e].double()).T
     return missing.double().square().sum(1), left.square().sum(1)
 
 
-def _inner(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
-    """The inputs of an expert's down_proj, float64 [n, I]."""
-    return torch.cat([activations(experts, part, expert)[0].double() for part in hidden.split(_ROWS)])
+def _inner(experts: nn.Module, hidden: Tensor, expert: int, weights: Tensor) -> Tensor:
+    """The inputs of an expert's down_proj, with the routing weights [n], float64 [n, I]."""
+    parts = zip(hidden.split(_ROWS), weights.split(_ROWS))
+    return torch.cat([weighted_activations(experts, part, expert, by) for part, by in parts])

@@ -100,8 +100,9 @@ def rewritten(path: Path, change, quantization: dict) -> Path:
     (path / "model.safetensors.index.json").unlink(missing_ok=True)
     made = {}
     for name, tensor in tensors.items():
-        parts = change(tensor) if ".experts." in name else {"weight": tensor}
-        made |= {name.removesuffix("weight") + part: t.contiguous() for part, t in parts.items()}
+        parts = change(tensor) if ".experts." in name else {"": tensor}
+        stem = name.removesuffix("weight") if ".experts." in name else name
+        made |= {stem + part: t.contiguous() for part, t in parts.items()}
     save_file(made, path / "model.safetensors", metadata={"format": "pt"})
     edit_json(path / "config.json", quantization_config=quantization)
     return path

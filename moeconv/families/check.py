@@ -23,6 +23,8 @@ from moeconv.types import Config
 if TYPE_CHECKING:
     from moeconv.families.model import Model
 
+# group of keys -> whether only layers with experts have it, or only dense ones
+_SPARSE = {"expert": True, "router": True, "shared": True, "ffn": False}
 _TOGETHER = "config.json and the shards do not belong together"
 
 
@@ -109,20 +111,25 @@ def _check_beside(model: Model) -> None:
 
 
 def _mixed_kind(model: Model, role: Role) -> str | None:
-    """The kind of the tensor's layer, in a family where only layers of some kinds have the tensor's group."""
-    if model.layer_kinds is None or role.layer is None or role.group not in model.family.layers.where:
+    """The kind of the tensor's layer, in a family where only layers of some kinds have the tensor."""
+    if model.layer_kinds is None or role.layer is None or _where(model, role) is None:
         return None
     return model.layer_kinds[role.layer]
 
 
+def _where(model: Model, role: Role) -> frozenset[str] | None:
+    """The kinds of layers that have the tensor; None if it does not depend on the kind."""
+    where = model.family.layers.where
+    return where.get(role.key, where.get(role.group))
+
+
 def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
-    """Whether the tensor's layer should have tensors of its group."""
-    kind = _mixed_kind(model, role)
-    if kind is not None:
-        return kind in model.family.layers.where[role.group]
-    if role.group == "ffn":
-        return role.layer not in moe
-    return role.group not in ("expert", "router", "shared") or role.layer in moe
+    """Whether the tensor's layer should have this tensor."""
+    kind, where = _mixed_kind(model, role), _where(model, role)
+    if kind is not None and where is not None:
+        return kind in where
+    sparse = model.family.experts.only.get(role.key, _SPARSE.get(role.group))
+    return sparse is None or sparse == (role.layer in moe)
 
 
 def _kind_of_layer(model: Model, role: Role) -> str:

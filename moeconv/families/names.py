@@ -68,17 +68,24 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 def _without_variants(checkpoint: Checkpoint, variants: Mapping[str, str]) -> Checkpoint:
     """The checkpoint with the usual names in place of those that begin with one of `variants`."""
-    renamed: dict[str, str] = {}
-    for name in checkpoint.tensors if variants else ():
-        for beginning, usual in variants.items():
-            if name.startswith(beginning):
-                renamed[name] = usual + name.removeprefix(beginning)
+    named = ((name, usual_name(name, variants)) for name in checkpoint.tensors if variants)
+    renamed = {name: usual for name, usual in named if usual != name}
     if not renamed:
         return checkpoint
     _check_twice(checkpoint, renamed, "under two names")
     old, new = next(iter(renamed.items()))
     what = f"{counted(len(renamed), 'tensor has a name', 'tensors have names')} of an export of transformers"
     return checkpoint.renamed(renamed, f"{what}: read and written with the hub's, {new} in place of {old}")
+
+
+def usual_name(name: str, variants: Mapping[str, str]) -> str:
+    """The usual name of a tensor, by {beginning of a name, with {L} for the number of a layer: the usual one}."""
+    for beginning, usual in variants.items():
+        before, numbered, _ = beginning.partition("{L}")
+        layer = name.removeprefix(before).partition(".")[0] if numbered and name.startswith(before) else ""
+        if name.startswith(old := beginning.replace("{L}", layer)):
+            return usual.replace("{L}", layer) + name.removeprefix(old)
+    return name
 
 
 def _check_twice(checkpoint: Checkpoint, renamed: Mapping[str, str], how: str) -> None:

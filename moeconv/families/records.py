@@ -176,7 +176,7 @@ class Layers:
     count: Callable[[Get], Any] = lambda get: get("num_hidden_layers")
     # the kind of each layer, in a family that mixes kinds (attention, convolution, ...)
     kinds: Callable[[Get, int], list[str]] | None = None
-    # group of keys -> the kinds of layers that have it; a group that is not listed is in every layer
+    # group of keys, or key -> the kinds of layers that have it; what is not listed is in every layer
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
     # (argument with which the class gives a layer what the layer before it returned beside the hidden states, kinds of
     # layers that read it): a model with such layers cannot be run layer by layer
@@ -236,6 +236,9 @@ class Experts:
     shared_weight: float = 1.0
     # (config key, value): at this value, routed and shared outputs are averaged instead of added
     averaged: tuple[str, str] | None = None
+    # key that, though it is in none of the groups expert, router, shared and ffn, only layers of one kind have ->
+    # whether these are the layers with experts, or the dense ones
+    only: Mapping[str, bool] = field(default_factory=dict)
     # how config.json states which layers have experts
     placement: Placement = EVERY
     # how logits become weights; None in a dense row
@@ -313,6 +316,8 @@ class Elsewhere:
     fixed: Config = field(default_factory=dict)
     # whether every other reader uses the window in all layers or in none, whatever layer_types contains
     one_window: bool = False
+    # formats of packed weights that transformers does not load for this family
+    not_loaded: frozenset[str] = frozenset()
     # serving engines whose list of models (2026) has the family
     runs: frozenset[str] = frozenset()
     # serving engines that are known not to run the family; for an engine in neither set it is unknown

@@ -47,6 +47,7 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     if loads["vllm"] == "ok" and found.get("vllm") is None and not _softmax_alone(family):
         loads["vllm"] = "unknown"  # its CPU backend refuses others of this kind, measured; on a GPU not run
     loads |= {runtime: "unknown" for runtime, word in found.items() if word == "refused" and loads[runtime] != "no"}
+    loads |= {"transformers": "no"} if format.name in family.elsewhere.not_loaded else {}
     if family.tensors.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
     if family.remote is not None:

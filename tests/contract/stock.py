@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from moeconv.families.names import usual_name
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.versions import release
@@ -333,6 +334,24 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         _LATENT | _GROUPS | _INDEXER | {"n_routed_experts": 8, "first_k_dense_replace": 1},
     ),
     "glm_moe_dsa": ("glm_moe_dsa", _LATENT | _INDEXER | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
+    "axk1": ("axk1", _LATENT | _GROUPS | {"n_routed_experts": 8}),
+    "axk2": ("axk2", _LATENT | _INDEXER | {"n_routed_experts": 8, "gated_norm_rank": 6}),
+    "axk2-groups": (
+        "axk2",
+        _LATENT | _INDEXER | {"n_routed_experts": 8, "gated_norm_rank": 6, "n_group": 2, "topk_group": 1},
+    ),
+    "minimax": ("minimax", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "head_dim": 16, "block_size": 8}),
+    "kimi_linear": (
+        "kimi_linear",
+        _LATENT
+        | {
+            "q_lora_rank": None,
+            "num_experts": 8,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "mellum": ("mellum", _SPARSE | _MIXED | {"num_experts": 8}),
     "hy_v3": ("hy_v3", _SPARSE | {"num_experts": 8}),
     "granitemoe": ("granitemoe", _MOE | _MULTIPLIED | {"intermediate_size": 32, "num_local_experts": 8}),
@@ -579,6 +598,13 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "mistral3-mistral4": (
+        "mistral3",
+        {
+            "text_config": _LATENT | {"model_type": "mistral4", "n_routed_experts": 8, "first_k_dense_replace": 1},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
+        },
+    ),
     "aria": ("aria", {"text_config": MOE_CASES["aria_text"][1], "vision_config": _VISION}),
     "internvl": (
         "internvl",
@@ -661,15 +687,11 @@ def _variants(model_type: str) -> Mapping[str, str]:
 
 def name_as_on_the_hub(path: Path, names: Mapping[str, str]) -> None:
     """Give the tensors of a checkpoint the hub's names; `names` maps the beginnings of others to the hub's."""
-
-    def renamed(name: str) -> str:
-        return next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
-
     for file in path.glob("*.safetensors"):
-        save_file({renamed(name): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        save_file({usual_name(name, names): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     if (index := path / "model.safetensors.index.json").exists():
         stated = json.loads(index.read_text())
-        stated["weight_map"] = {renamed(name): file for name, file in stated["weight_map"].items()}
+        stated["weight_map"] = {usual_name(name, names): file for name, file in stated["weight_map"].items()}
         index.write_text(json.dumps(stated))
 
 

@@ -424,3 +424,11 @@ def test_a_kernel_that_is_not_there_is_named(model, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"the kernel no_such_package.kernels:pack cannot be loaded: No module"):
         execute(plan_quantize(model, format=name), source=model.checkpoint, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_format_that_transformers_does_not_load_of_a_family_is_refused_as_its_target():
+    family, format = tables().families["kimi_linear"], FORMATS["compressed-tensors"]
+    assert loads_of(format, "int4", family)["transformers"] == "no"
+    assert loads_of(format, "int4", tables().families["deepseek_v3"])["transformers"] == "dequantized"
+    with pytest.raises(UsageError, match="--target transformers cannot load"):
+        check_targets(format, "int4", ["transformers"], family=family)

@@ -1,11 +1,25 @@
-"""Mistral AI: Mistral, Ministral, and Mixtral."""
+"""Mistral AI: Mistral, Ministral, Mixtral, and Mistral 4."""
 
 from __future__ import annotations
 
-from moeconv.families import folds, sliding
-from moeconv.families.blocks import BLOCK, DENSE_FFN, dense_row
-from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, SPARSE_BLOCK, moe_row
+from dataclasses import replace
+
+from moeconv.families import folds, placement, sliding
+from moeconv.families.blocks import BLOCK, DENSE_FFN, MLA, MLA_CONFIG, MLA_OPTIONAL, WITHOUT_QKVO, dense_row
+from moeconv.families.expert_blocks import (
+    EVERY_ENGINE,
+    GATE_UP_PACKED,
+    GROUPED,
+    MLP_ROUTER,
+    ROUTER_LOSS,
+    SHARED_EXPERTS,
+    SIGMOID,
+    SPARSE_BLOCK,
+    STACKED_NAMES,
+    moe_row,
+)
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.shapes import LATENT
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import LLAVA_NAMES, TOWER_AND_PROJECTOR, Vendor, Wrapper
@@ -59,6 +73,50 @@ MINISTRAL3 = dense_row(
     ),
     attention=Attention(sliding=WINDOW_KEY),
 )
+MISTRAL4 = moe_row(
+    "mistral4",
+    "Mistral4ForCausalLM",
+    config=ConfigKeys(
+        MLA_CONFIG
+        | {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 1048576,
+            "q_lora_rank": 1024,
+            "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64,
+            "rope_interleave": True,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 0,
+            **SIGMOID,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 128.0,
+                "original_max_position_embeddings": 8192,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "partial_rotary_factor": 0.5,
+            },
+        }
+    ),
+    tensors=Tensors(
+        WITHOUT_QKVO | MLA | MLP_ROUTER | STACKED_NAMES | SHARED_EXPERTS | DENSE_FFN,
+        optional=MLA_OPTIONAL,
+        packed=GATE_UP_PACKED,
+        shapes=LATENT,
+    ),
+    attention=Attention(partial=0.5),
+    experts=Experts(
+        count=("n_routed_experts",),
+        width="moe_intermediate_size",
+        shared_width=("moe_intermediate_size", "n_shared_experts"),
+        placement=placement.FIRST_K,
+        routing=replace(GROUPED, score="softmax", float32=False),
+    ),
+)
 MIXTRAL = moe_row(
     "mixtral",
     "MixtralForCausalLM",
@@ -90,7 +148,7 @@ VENDOR = Vendor(
         Wrapper(
             "mistral3",
             "Mistral3ForConditionalGeneration",
-            (MISTRAL, MINISTRAL3, MIXTRAL),
+            (MISTRAL, MINISTRAL3, MISTRAL4, MIXTRAL),
             TOWER_AND_PROJECTOR,
             becomes="mistral3",
             tied=True,

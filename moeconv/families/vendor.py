@@ -40,6 +40,8 @@ class Wrapper:
     variants: Mapping[str, str] = field(default_factory=dict)
     # part of a module's name on disk -> its name or names in transformers' modules in memory
     in_memory: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    # formats of packed weights that transformers does not load for this family
+    not_loaded: frozenset[str] = frozenset()
     # serving engines whose list of models has the family
     runs: frozenset[str] = frozenset()
 
@@ -63,7 +65,12 @@ class Wrapper:
             config=replace(text.config, defaults={**text.config.defaults, "tie_word_embeddings": self.tied}),
             prediction=replace(text.prediction, names=self._names(text.prediction.names)),
             multimodal=Multimodal(self.root, self.beside, text.model_type, self.becomes, self.parts),
-            elsewhere=replace(text.elsewhere, runs=self.runs, runs_not=frozenset()),
+            elsewhere=replace(
+                text.elsewhere,
+                runs=self.runs,
+                runs_not=frozenset(),
+                not_loaded=text.elsewhere.not_loaded | self.not_loaded,
+            ),
         )
 
     def _names(self, names: Mapping[str, str]) -> dict[str, str]:

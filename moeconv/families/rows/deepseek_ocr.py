@@ -77,6 +77,8 @@ VENDOR = Vendor(
                 ".qkv_proj": (".q_proj", ".k_proj", ".v_proj"),
                 **_LANGUAGE_MODEL,
             },
+            # transformers splits the fused projections of the vision tower, but not while it reads packed weights
+            not_loaded=frozenset({"compressed-tensors"}),
         ),
     ),
 )

@@ -13,7 +13,7 @@ from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import auto_class
-from tests.contract.stock import MOE_CASES, save_stock
+from tests.contract.stock import MOE_CASES, load, logits, save_stock
 
 Rename = Callable[[str, str], str]
 CHANGES: dict[str, Rename] = {
@@ -56,3 +56,19 @@ def test_taken_where_transformers_takes_them(tmp_path: Path, case: str, base: st
         ours = False
     assert ours or not theirs, "transformers takes what is refused here"
     assert theirs or not ours, "taken here, and transformers starts with random weights"
+
+
+def test_the_language_model_of_a_wrapper_under_the_wrapper_s_names_is_read_as_transformers_reads_it(tmp_path, cli):
+    """Pruned Qwen3.5 on the hub: config.json is that of the language model, the names are those of the whole."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_5_moe"], dtype=torch.float32)
+    before = logits(load(source))
+    files = sorted(source.glob("*.safetensors"))
+    renamed = {n.replace("model.", "model.language_model.", 1): t for f in files for n, t in load_file(f).items()}
+    for file in (*files, source / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(before, logits(load(source)))  # transformers reads both
+    done = cli("prune", source, tmp_path / "out", "--keep", 6, "--json")
+    assert done.code == 0, done.out
+    assert any("model.language_model." in warning for warning in done.json["warnings"]), done.json["warnings"]
+    assert logits(load(tmp_path / "out")).isfinite().all()

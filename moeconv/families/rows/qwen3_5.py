@@ -84,6 +84,8 @@ QWEN3_5_MOE = moe_row(
         BLOCK | QKV_BIAS | O_BIAS | QK_NORM | LINEAR_ATTENTION | MLP_ROUTER | MLP_EXPERTS | SHARED_EXPERT | SHARED_GATE,
         # the hub's checkpoints stack the experts of the model's layers, and only some those of the prediction layers
         layouts=(SEPARATE, STACKED),
+        # a tool that edits the language model alone may keep the names that it has in the multimodal model
+        variants={"model.language_model.": "model."},
         shapes=GATED_QUERY,
     ),
     attention=Attention(partial=0.25, sections=True),

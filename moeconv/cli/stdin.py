@@ -24,9 +24,13 @@ def model_from_stdin(data: bytes) -> str:
     if "error" in value:
         message = value["error"].get("message", "") if isinstance(value["error"], dict) else ""
         raise InputError(f"the previous step failed: {escape(message)}", hint="Correct that step first.")
-    output = value.get("output")
+    if value.get("ok") is False or value.get("passed") is False:
+        raise InputError("the check before this step did not pass", hint="See its messages above.")
+    output = value.get("output") or value.get("path")  # what a step wrote, or the model that it looked at
     if not isinstance(output, str) or not output:
-        raise InputError("the JSON on standard input has no `output`", hint="Pipe in a step that writes a checkpoint.")
+        raise InputError(
+            "the JSON on standard input has neither `output` nor `path`", hint="Pipe in a step that names a checkpoint."
+        )
     if value.get("dry_run"):
         raise InputError("the previous step was a dry run, which wrote no checkpoint", hint="Run it without --dry-run.")
     return output

@@ -43,6 +43,7 @@ class NotFinite(TypedDict):
 class Evaluated(TypedDict):
     """What `moeconv evaluate` prints; a figure that is NaN or infinite is null."""
 
+    path: str
     tokens: int
     loss: float | None
     perplexity: float | None

@@ -22,6 +22,7 @@ class Loads(TypedDict):
 class Verified(TypedDict):
     """What `moeconv verify` prints."""
 
+    path: str
     ok: bool
     problems: list[str]
     checked: Checked

@@ -107,6 +107,7 @@ def evaluate(
     gates = judge(limits, figures)
     loss, reference_loss = total.mean("loss"), total.mean("reference_loss")
     return {
+        "path": str(models[0].checkpoint.path),
         "tokens": total.tokens,
         "loss": finite(loss),
         "perplexity": _perplexity(loss),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from moeconv.checkpoint.companions import is_companion_name
 from moeconv.checkpoint.hashes import file_sha256
 from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
+from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.contract import Verified
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
@@ -21,10 +23,14 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> Verif
     """The JSON object of `moeconv verify`.
 
     With `source`, every tensor that the last step left unchanged is compared with that checkpoint. With `load`,
-    transformers loads the model strictly and runs it. Raises InputError if the checkpoint cannot be opened at all.
+    transformers loads the model strictly and runs it. Raises InputError if the checkpoint cannot be opened and has no
+    manifest, which states what it was.
     """
     problems: list[str] = []
-    checkpoint = Checkpoint(path)
+    try:
+        checkpoint = Checkpoint(path)
+    except InputError as error:
+        return _unopened(path, error, only_bytes=source is None and not load)
     model: Model | None = None
     unknown: list[str] = []
     try:
@@ -47,6 +53,7 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> Verif
         loads = bool(found["ok"]) and not damaged
         problems += [f"transformers: {escape(p)}" for p in found["problems"]]
     return {
+        "path": path,
         "ok": not problems,
         "problems": problems,
         "checked": {
@@ -84,21 +91,50 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return [f"{MANIFEST_NAME} lists no files"]
+    problems = _check_files(checkpoint.path, files)
+    return problems + [f"{escape(shard)} is not in the manifest" for shard in checkpoint.shards if shard not in files]
+
+
+def _check_files(folder: Path, files: Mapping[str, object]) -> list[str]:
+    """Hashes the `files` of a manifest again: {name: its entry}."""
     problems = []
     for name, entry in sorted(files.items()):
         plain = name not in ("", ".", "..") and ("/" not in name or is_companion_name(name))
         if not isinstance(entry, dict) or not plain:
             problems.append(f"{MANIFEST_NAME}: the entry {escape(name)!r} is not valid")
             continue
-        path = checkpoint.path / name
+        path = folder / name
         if not os.path.isfile(path):
             problems.append(f"{escape(name)} is missing")
         elif (found := _hash(path)) != entry.get("sha256"):
             problems.append(f"{escape(name)} has changed since it was written (sha256 {found[:12]}...)")
-    for shard in checkpoint.shards:
-        if shard not in files:
-            problems.append(f"{escape(shard)} is not in the manifest")
     return problems
+
+
+def _unopened(path: str, error: InputError, *, only_bytes: bool) -> Verified:
+    """The verdict on an output of moeconv that does not open: GGUF, of which the bytes are checked, or a damaged
+    checkpoint. Raises `error` where no manifest states what the directory held, and for GGUF where more than the bytes
+    is asked for."""
+    try:
+        files = read_json_object(Path(path) / MANIFEST_NAME, what=MANIFEST_NAME).get("files")
+    except InputError:
+        raise error from None
+    if not isinstance(files, dict):
+        raise error
+    gguf = [name for name in files if name.endswith(".gguf")]
+    if gguf and not only_bytes:
+        raise error
+    problems = _check_files(Path(path), files)
+    present = [Path(path) / name for name in files if os.path.isfile(Path(path) / name)]
+    return {
+        "path": path,
+        "ok": bool(gguf) and not problems,
+        "problems": problems if gguf else [error.message, *problems],
+        "checked": {"shards": len(gguf), "tensors": 0, "bytes": sum(file.stat().st_size for file in present)},
+        "manifest": True,
+        "loads": {"transformers": None},
+        "warnings": ["the bytes of GGUF files were checked against the manifest, and not their structure"] * bool(gguf),
+    }
 
 
 def _hash(path: Path) -> str:

@@ -497,8 +497,9 @@ def test_statistics_that_are_none(refused, tmp_path, out):
         ("", 3, "standard input is empty"), ("\n \n", 3, "standard input is empty"),
         ("{", 3, "neither a path nor JSON"), ('{"a":' * 50000, 3, "neither a path nor JSON"),
         ('{"error": {"code": 3, "message": "m\\u001b[2J"}}', 3, "the previous step failed: m\\x1b[2J"),
-        ('{"error": 5}', 3, "the previous step failed"), ('{"output": 5}', 3, "has no `output`"),
-        ("{}", 3, "has no `output`"), ('{"output": "x", "dry_run": true}', 3, "a dry run"),
+        ('{"error": 5}', 3, "the previous step failed"), ('{"output": 5}', 3, "neither `output` nor `path`"),
+        ('{"ok": false, "path": "x"}', 3, "did not pass"), ('{"passed": false, "path": "x"}', 3, "did not pass"),
+        ("{}", 3, "neither `output` nor `path`"), ('{"output": "x", "dry_run": true}', 3, "a dry run"),
         ("/nowhere", 3, "does not exist"),
     ],
 )  # fmt: skip

@@ -145,6 +145,8 @@ class RunRequest:
 class FamiliesRequest:
     """`moeconv families`."""
 
+    families: o.FamiliesOptions
+
 
 @dataclass(frozen=True)
 class FormatsRequest:

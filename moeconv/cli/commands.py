@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moeconv import options as o
 from moeconv import requests as r
-from moeconv.cli import tables
+from moeconv.cli import listings, tables
 from moeconv.errors import CheckError
 from moeconv.plan.meter import Meter
 from moeconv.units import counted
@@ -146,10 +146,11 @@ def _demo(request: r.DemoRequest, meter: Meter) -> Result:
     return {"output": str(DEMO_DATA)} if request.demo.where else run_demo(request.dir, meter=meter)
 
 
-def _families(_request: r.FamiliesRequest, _meter: Meter) -> Result:
+def _families(request: r.FamiliesRequest, _meter: Meter) -> Result:
     from moeconv.families.listing import families
+    from moeconv.quantize.listing import formats_of
 
-    return families()
+    return dict(families(formats_of, model=request.families.model))
 
 
 def _formats(_request: r.FormatsRequest, _meter: Meter) -> Result:
@@ -186,10 +187,10 @@ VERBS: tuple[Verb, ...] = (
          (MODEL, Positional("out", "HTML file to write.", writes=True)), r.ReportRequest, _report, tables.reported),
     Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file.", reads="file"),), r.RunRequest,
          _run_recipe, tables.steps_table),
-    Verb("families", "The supported families and conversions.", (), r.FamiliesRequest, _families,
-         tables.family_table),
+    Verb("families", "The supported families, what can be done with each, and the conversions.", (), r.FamiliesRequest,
+         _families, listings.family_table),
     Verb("formats", "The quantization formats and the runtimes that load them.", (), r.FormatsRequest, _formats,
-         tables.format_table),
+         listings.format_table),
     Verb("schema", "The JSON Schema of what commands print with --json.",
          (Positional("command", "One command (default: all).", required=False),), r.SchemaRequest, _schema,
          tables.json_text),

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
         Calibrated,
         Curve,
         Evaluated,
-        Families,
         Foreseen,
-        Formats,
         Inspected,
         PruneBlock,
         Pruned,
@@ -306,37 +304,6 @@ def reported(result: ReportResult) -> list[Table]:
         layers = [[r["layer"], _number(r["entropy"], 3), _number(r["max_over_mean"], 2), r["dead"]] for r in rows]
         tables.append(grid(["layer", "router entropy", "max/mean load", "dead experts"], layers))
     return tables
-
-
-def family_table(result: Families) -> list[Table]:
-    """Conversions."""
-    rows = [
-        [p["from"], p["to"], "exact" if p["exact"] else "near", "yes" if p["default"] else "", p["note"]]
-        for p in result["pairs"]
-    ]
-    around = (f"{name} ({', '.join(inside)})" for name, inside in result["multimodal"].items())
-    lists = {"dense": ", ".join(result["dense"]), "MoE": ", ".join(result["moe"]), "multimodal": ", ".join(around)}
-    return [pairs(lists), grid(["from", "to", "", "default", "note"], rows)]
-
-
-def format_table(result: Formats) -> list[Table]:
-    """Formats, the runtimes that load them, and which of these were run, with notes about some."""
-    runtimes = list(result["formats"][0]["loads"])
-    rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
-    formats = dict.fromkeys(f["format"] for f in result["formats"])
-    known = (_how_known(result, format, runtime) for format in formats for runtime in runtimes)
-    return [
-        grid(["format", "bits", *runtimes], rows),
-        grid(["format", "runtime", "run with", "note"], [row for row in known if any(row[2:])]),
-    ]
-
-
-def _how_known(result: Formats, format: str, runtime: str) -> list[str]:
-    """A row: what of a format was run with a runtime, in which version, and what one should know of it."""
-    of = [f for f in result["formats"] if f["format"] == format]
-    run = {f["scheme"]: version for f in of if (version := f["measured"][runtime])}
-    schemes = f" ({', '.join(run)})" if len(run) < len(of) else ""
-    return [format, runtime, next(iter(run.values())) + schemes if run else "", of[0]["notes"].get(runtime, "")]
 
 
 def steps_table(result: JsonObject) -> list[Table]:

@@ -11,7 +11,7 @@ from moeconv.contract.calibrated import Calibrated, Load, NeuronLayer, SourceTok
 from moeconv.contract.evaluated import Evaluated, Gate, NotFinite, Perplexity, SourceLoss
 from moeconv.contract.failed import ErrorFields, Failed
 from moeconv.contract.inspected import Inspected, Quantization, RoleCounts
-from moeconv.contract.listed import Families, FamilyPair, FormatRow, Formats, Schemas
+from moeconv.contract.listed import Families, FamilyPair, FamilySource, FormatRow, Formats, Schemas
 from moeconv.contract.pruned import Cost, Curve, CurveRow, DistillFigures, PruneBlock, Pruned, RefitFigures, RefitLayer
 from moeconv.contract.quantized import (
     Between,
@@ -61,6 +61,7 @@ __all__ = [
     "Failed",
     "Families",
     "FamilyPair",
+    "FamilySource",
     "Foreseen",
     "FormatRow",
     "Formats",

@@ -7,13 +7,33 @@ from typing_extensions import TypedDict
 FamilyPair = TypedDict("FamilyPair", {"from": str, "to": str, "exact": bool, "default": bool, "note": str})
 
 
+class FamilySource(TypedDict):
+    """What can be done with checkpoints of a model_type.
+
+    `text` is the model_type of the language model in a multimodal model, `alias_of` that of the family whose class it
+    shares; null for others. `targets` are what `upcycle` makes of it, the default first. `runtimes` states for each
+    engine how it runs the result of the verbs, which for a dense model is one of the first target: same, differs or
+    refused (measured, in comparison with transformers), listed (in the engine's list of models), no, or unknown.
+    """
+
+    model_type: str
+    kind: str
+    text: str | None
+    alias_of: str | None
+    verbs: list[str]
+    targets: list[str]
+    formats: list[str]
+    runtimes: dict[str, str]
+
+
 class Families(TypedDict):
-    """What `moeconv families` prints."""
+    """What `moeconv families` prints. With --model, each key has only what concerns that model."""
 
     dense: list[str]
     moe: list[str]
     multimodal: dict[str, list[str]]
     pairs: list[FamilyPair]
+    sources: list[FamilySource]
 
 
 class FormatRow(TypedDict):

@@ -107,6 +107,19 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
 }  # fmt: skip
 
 
+# model_types in the list of models of mlx-lm 0.32, which was not run
+LISTED: Mapping[str, frozenset[str]] = {
+    "mlx": frozenset({
+        "afmoe", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "gemma4",
+        "gemma4_text", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe",
+        "granitemoehybrid", "jamba", "kimi_k25", "kimi_linear", "laguna", "lfm2_moe", "llama4", "llama4_text",
+        "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral3", "mistral4",
+        "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+        "qwen3_vl_moe", "solar_open", "step3p5",
+    }),
+}  # fmt: skip
+
+
 def how_known(model_type: str, target: str) -> str:
     """ "measured" if the engine was run with the family, "listed" if only its public list of models was read."""
     return "measured" if target == "transformers" or model_type in MEASURED.get(target, {}) else "listed"

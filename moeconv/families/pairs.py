@@ -47,6 +47,17 @@ def find_conversion(
     return pair, _targets(source, text_only=text_only)[pair.target]
 
 
+def possible(source: Family) -> list[Family]:
+    """The rows that a dense source may become, the default first; of a multimodal source, those of its language model
+    alone (--text-only) come last."""
+    pairs = sorted((p for p in tables().pairs if p.source == _language_model(source)), key=lambda p: not p.default)
+    found: list[Family] = []
+    for text_only in (False, True) if source.multimodal.beside else (False,):
+        can = _targets(source, text_only=text_only)
+        found += [can[pair.target] for pair in pairs if pair.target in can]
+    return found
+
+
 def _language_model(source: Family) -> str:
     return source.multimodal.text or source.model_type
 

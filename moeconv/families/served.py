@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
-from moeconv.families.measured import doubts
+from moeconv.families.measured import LISTED, MEASURED, doubts
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 
 TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+ENGINES = ("vllm", "sglang", "llama.cpp", "mlx")  # of the table of `moeconv families`
 
 
 def served(model_type: str, target: str) -> str:
@@ -21,6 +22,18 @@ def served(model_type: str, target: str) -> str:
     if family is None:
         return "unknown"
     return "ok" if target in family.elsewhere.runs else "no" if target in family.elsewhere.runs_not else "unknown"
+
+
+def evidence(model_type: str, engine: str) -> str:
+    """How an engine runs the family, in one word: "same", "differs" or "refused" where it was measured, else "listed",
+    "no" or "unknown"."""
+    measured = MEASURED.get(engine, {}).get(model_type)
+    if measured is not None:
+        return measured.found
+    if engine in LISTED:
+        return "listed" if model_type in LISTED[engine] else "no"
+    found = served(model_type, engine)
+    return "listed" if found == "ok" else found
 
 
 def _row(model_type: str) -> Family | None:

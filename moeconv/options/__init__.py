@@ -35,7 +35,7 @@ from moeconv.options.defaults import (
 from moeconv.options.evaluate import EvaluateOptions, SampleOptions
 from moeconv.options.prune import PruneOptions
 from moeconv.options.quantize import QuantizeOptions
-from moeconv.options.read_only import ReportOptions, VerifyOptions
+from moeconv.options.read_only import FamiliesOptions, ReportOptions, VerifyOptions
 from moeconv.options.run import DemoOptions, RunOptions
 from moeconv.options.shared import (
     ArtifactOptions,
@@ -70,6 +70,7 @@ __all__ = [
     "DemoOptions",
     "DryOptions",
     "EvaluateOptions",
+    "FamiliesOptions",
     "MeasureOptions",
     "MergeOptions",
     "Panel",

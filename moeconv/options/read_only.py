@@ -1,4 +1,4 @@
-"""The options of `moeconv verify` and `moeconv report`, which only read checkpoints."""
+"""The options of `moeconv verify`, `moeconv report` and `moeconv families`, which write no checkpoint."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ class ReportOptions:
     results: tuple[str, ...] = option((), "JSON that a command printed with --json; repeatable.", reads="file")
     reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
     title: str | None = option(None, "Title of the page (default: the directory's name).")
+
+
+@dataclass(frozen=True)
+class FamiliesOptions:
+    """Options of `moeconv families` only."""
+
+    model: str | None = option(None, "Only the family of this model: a hub name, such as Kimi-K2, or a model_type.")

@@ -14,7 +14,7 @@ from moeconv.families.spec import Role
 from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_metadata import metadata
-from moeconv.quantize.llama_cpp import FLOAT32, LlamaCpp, find_row, tensor_name
+from moeconv.quantize.llama_cpp import FLOAT32, LLAMA_CPP, LlamaCpp, find_row, tensor_name
 from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
 
 FILE_NAME = "model.gguf"
@@ -115,4 +115,5 @@ GGUF = Format(
     },
     kernels=(Kernel("gguf"),),
     shard=gguf_shard,
+    takes=lambda family: family.model_type in LLAMA_CPP,
 )

@@ -1,10 +1,12 @@
-"""The JSON of `moeconv formats`: the quantization formats, and the runtimes that load them."""
+"""The JSON of `moeconv formats`: the quantization formats, and the runtimes that load them. And which formats can store
+a family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from moeconv.contract import FormatRow, Formats
+from moeconv.families.spec import Family
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.targets import every_runtime, versions
 
@@ -24,3 +26,11 @@ def formats() -> Formats:
                  "loads": every_runtime(loads), "measured": versions(measured), "notes": dict(f.notes)}
             )  # fmt: skip
     return {"formats": rows}
+
+
+def formats_of(family: Family) -> list[str]:
+    """The formats that can store a Mixture-of-Experts family, by its row. A checkpoint may have settings that one of
+    them cannot store."""
+    apart = any(not form.tensors.packed for form in family.forms())
+    flat = any(layout.flat for layout in family.tensors.packed.values())
+    return [f.name for f in FORMATS.values() if f.takes(family) and (apart or (f.stack is not None and not flat))]

@@ -13,6 +13,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.names import module_names
+from moeconv.families.served import check_served
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
@@ -64,7 +65,7 @@ def quantize_plan(
     info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
-    )
+    ) + check_served(model.family.model_type, options.target)
     _check_source(model)
     _check_layout(model, format, options.method)
     left_out = _left_out(model, format)

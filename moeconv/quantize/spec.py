@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
+from moeconv.families.spec import Family
 from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.types import JsonObject
@@ -95,6 +96,7 @@ class Format:
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
+    takes: Callable[[Family], bool] = lambda _: True  # whether it can store a family, by its row
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed
     # the schemes that --scheme mixed chooses from, those with fewer bits first; () where bits cannot differ by layer
     mixes: tuple[str, ...] = ()

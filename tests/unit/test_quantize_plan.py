@@ -10,7 +10,7 @@ import pytest
 from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
-from moeconv.families.measured import RUNTIMES
+from moeconv.families.measured import MEASURED, RUNTIMES, Finding
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.families.served import check_served
@@ -188,6 +188,14 @@ def test_targets_that_load_it_pass_and_unproven_ones_warn(model):
     assert "not proven" in warning and "GPU" in warning
 
 
+def test_a_target_is_told_about_with_the_family_too(model, monkeypatch):
+    """Not only whether an engine loads the format: also how it runs the family (families/measured.py)."""
+    assert "sglang lists mixtral; it was not measured here" in plan_quantize(model, target=("sglang",)).warnings
+    monkeypatch.setitem(MEASURED["vllm"], "mixtral", Finding("differs", "the cause"))
+    warnings = plan_quantize(model, target=("vllm",)).warnings
+    assert any("vllm lists mixtral, but when it was measured" in text and "the cause" in text for text in warnings)
+
+
 # -- choices -----------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +347,7 @@ def test_every_scheme_says_who_loads_it():
             assert set(loads) <= set(TARGETS) and set(loads.values()) <= words
             assert set(measured) <= set(RUNTIMES)
             for runtime, families in measured.items():
-                assert set(families) <= set(tables().families), runtime
+                assert set(families) <= {*tables().families, *tables().wrapped}, runtime
                 assert set(families.values()) <= {"same", "differs", "refused"}
         assert set(format.notes) <= set(TARGETS)
         assert bool(format.mixed) == bool(format.mixes), "who loads bits by layer is known where they can be chosen"

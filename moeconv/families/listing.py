@@ -89,13 +89,17 @@ def _source(row: Family, formats_of: FormatsOf) -> FamilySource:
     targets = list(dict.fromkeys(target.model_type for target in possible(row))) if row.kind == "dense" else []
     formats = list(formats_of(row)) if row.kind == "moe" else []
     made = next(iter(targets), "") if row.kind == "dense" else row.model_type
-    verbs = {"upcycle": targets, "prune": row.kind == "moe", "quantize": formats, "tune": row.kind == "moe"}
+    runs = row.remote is None or bool(row.remote.like)
+    verbs = {
+        "upcycle": targets, "prune": row.kind == "moe", "quantize": formats, "tune": row.kind == "moe" and runs,
+        "calibrate": runs, "evaluate": runs,
+    }  # fmt: skip
     return {
         "model_type": row.model_type,
         "kind": row.kind,
         "text": row.multimodal.text or None,
         "alias_of": None,
-        "verbs": [*(verb for verb, can in verbs.items() if can), "calibrate", "evaluate"],
+        "verbs": [verb for verb, can in verbs.items() if can],
         "targets": targets,
         "formats": formats,
         "runtimes": {engine: evidence(made, engine) for engine in ENGINES},

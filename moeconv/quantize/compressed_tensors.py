@@ -103,13 +103,13 @@ COMPRESSED_TENSORS = Format(
         SchemeInfo(
             "int4", 4, "I32", _LOADS, limit=0.4, aliases=("w4a16",), groups=(128, 64, 32),
             errors={32: 0.0946**2, 64: 0.1031**2, 128: 0.1108**2},
-            measured={"vllm": _INT4_IN_VLLM},
+            measured={"transformers": {}, "vllm": _INT4_IN_VLLM},
         ),
         SchemeInfo(
             "int8", 8, "I32", _LOADS | {"vllm": "unknown"},  # refused by its CPU backend, measured
             limit=0.05, aliases=("w8a16",), groups=(128, 64, 32, None),
             errors={32: 0.0055**2, 64: 0.0060**2, 128: 0.0065**2, None: 0.0091**2},
-            measured={"vllm": _INT8_IN_VLLM},
+            measured={"transformers": {}, "vllm": _INT8_IN_VLLM},
         ),
     ),
     notes={

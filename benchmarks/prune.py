@@ -89,9 +89,9 @@ def keep_sets(model: Model, evidence: Evidence, left: int) -> dict[str, dict[int
 
 
 def refitted(_bench: Bench, model: Model, read: TokenData, keep: Mapping[int, Sequence[int]], refit: Refit) -> Any:
-    """{layer: {expert: down}} on the calibration data."""
+    """{layer: (experts, down projections)} on the calibration data."""
     made: dict[int, Any] = {}
-    variant = Variant(keep=dict(keep), refit=refit, on_layer=lambda at, experts: made.update({at: dict(experts)}))
+    variant = Variant(keep=dict(keep), refit=refit, on_layer=lambda at, *downs: made.update({at: downs}))
     pruned_pass(LayerStream(model, read.windows), [variant])
     return made
 

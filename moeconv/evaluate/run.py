@@ -157,9 +157,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _pass(model: Model, windows: np.ndarray, settings: _Settings, *, loads: list[Load]) -> LayerStream:
     """Run all layers of the model, up to its final hidden states. The routing load of each MoE layer is appended to
     `loads`."""
-    # grouped_mm is the default of transformers for experts: the loss is that of the code that users run
+    # the default implementation of the experts, where it can run: the loss is that of the code that users run
     stream = stream_within(
-        model, windows, experts="grouped_mm", what="evaluate", judged=True, flows=settings.flows, dtype=settings.dtype,
+        model, windows, what="evaluate", judged=True, flows=settings.flows, dtype=settings.dtype,
         device=settings.device, batch_size=settings.batch_size, budget=settings.budget, meter=settings.meter,
     )  # fmt: skip
     for layer in stream.layers():

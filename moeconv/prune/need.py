@@ -6,8 +6,9 @@ from __future__ import annotations
 from moeconv.families.model import Model
 from moeconv.stream.need import WorkloadFields
 
-_REFITTED = 4  # activations in a refit: the inputs of the experts, what the layer lacks in float32 and in float64
-_BYTES = 8 + 4  # per refitted weight: its change in float64, and the old weight, which the new one replaces
+_REFITTED = 4  # activations in a refit: the inputs of the experts, what the layer lacks, and copies of it
+REFIT_BYTES = 1 << 29  # of experts that are refitted at the same time; at least one expert
+_BYTES = 4 + 4 + 4  # per refitted weight: its change, the old weight and the new one
 
 
 def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> WorkloadFields:
@@ -28,4 +29,14 @@ def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> Worklo
         ),
         default=0,
     )
-    return {"flows": flows, "resident": _REFITTED, "results": refitted * weights * _BYTES}
+    hidden = model.expert_dimension
+    inner = max(1, weights // hidden)
+    block = min(REFIT_BYTES, refitted * fitted_bytes(hidden, inner))
+    work = max(block, fitted_bytes(hidden, inner))
+    return {"flows": flows, "resident": _REFITTED, "results": refitted * weights * _BYTES + work}
+
+
+def fitted_bytes(hidden: int, inner: int) -> int:
+    """The bytes for the refit of one expert's down projection [hidden, inner]: its Gram matrix and the factor of it in
+    float64, and the vectors of conjugate gradients."""
+    return inner * (16 * inner + 20 * hidden)

@@ -1,8 +1,8 @@
-"""The outputs, activations and down projections of the experts of a stock module, in any layout and storage."""
+"""The outputs and down projections of the experts of a stock module, and what these read, in any layout and storage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moeconv.errors import InputError
 from moeconv.stream.need import GROUP_ROWS, PAIR_ROWS
-from moeconv.stream.products import OnProducts
+from moeconv.stream.products import OnProducts, StableSorts
 from moeconv.stream.stored import is_transposed, stored_in, takes_index, unweighted
 
 
@@ -42,79 +42,113 @@ def _modules(experts: nn.Module, expert: Tensor) -> Iterator[tuple[nn.Module, in
         yield stored.module(first, stop), first, rows
 
 
-def activations(experts: nn.Module, hidden: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """(the input [n, I] of an expert's down projection, the expert's output [n, H]) for `hidden` [n, H].
+def down_inputs(
+    experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, *, weights: Tensor | None = None,
+    rows_at_once: int = PAIR_ROWS,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """Yield (rows, inputs [m, I] of the down projections) for (token, expert) pairs as `pair_outputs` takes them, on
+    the device of the experts. The stock module computes them, so that gates, activations and biases are its own.
 
-    Raises InputError where the last product of the stock code is not the one with the down projection.
+    Raises InputError where the stock code has no product with the down projections.
     """
-    module, at = _alone(experts, expert)
-    last: Tensor | None = None
+    step = rows_at_once if stored_in(experts) is None else GROUP_ROWS
+    for module, first, rows in _modules(experts, expert):
+        down = _down(module)
+        for start in range(rows.start, rows.stop, step):
+            block = slice(start, min(start + step, rows.stop))
+            given, chosen = (x.to(down.device) for x in (hidden[token[block]], expert[block] - first))
+            if weights is not None:
+                given = given * weights[block, None].to(given.dtype)
+            with multiplied_by(down) as found:
+                unweighted(module, given, chosen)
+            if sum(map(len, found)) != len(given):
+                raise InputError(
+                    "the experts of this family do not end in a product with down_proj, so that its input cannot be "
+                    "read",
+                    hint="Leave out --refit and --merge.",
+                )
+            yield block, torch.cat(found)
 
-    def keep_input(factors: Sequence[Tensor], product: Tensor) -> Tensor:
-        nonlocal last
-        last = factors[0].flatten(0, -2)
+
+@contextmanager
+def multiplied_by(weight: Tensor) -> Iterator[list[Tensor]]:
+    """Collects the other factor of every product with `weight`, or a part of it, inside the block. The stock code
+    computes one expert after the other, or sorts the pairs by expert for one product of all. Pairs of one expert stay
+    in their order."""
+    place, found = weight.untyped_storage().data_ptr(), list[Tensor]()
+
+    def collect(factors: Sequence[Tensor], product: Tensor) -> Tensor:
+        if len(factors) > 1 and factors[1].untyped_storage().data_ptr() == place:
+            found.append(factors[0].detach().flatten(0, -2))
         return product
 
-    with OnProducts(keep_input):
-        output = unweighted(module, hidden, torch.full((len(hidden),), at, device=hidden.device))
-    width = _down(module, at).shape[1]
-    if last is None or last.shape != (len(hidden), width):
-        raise InputError(
-            "the experts of this family do not end in a product with down_proj, so that its input cannot be read",
-            hint="Leave out --refit and --merge.",
-        )
-    return last.detach(), output
+    with OnProducts(collect), StableSorts():
+        yield found
 
 
-def weighted_activations(experts: nn.Module, hidden: Tensor, expert: int, weights: Tensor) -> Tensor:
-    """The input [n, I] of an expert's down projection for `hidden` [n, H], in float64, so multiplied by the routing
-    `weights` [n] that its product with the down projection is what the expert adds to the layer's output."""
+def weighted_inputs(experts: nn.Module, hidden: Tensor, token: Tensor, expert: Tensor, weights: Tensor) -> Tensor:
+    """The inputs [n, I] of the down projections in float32, so multiplied by the routing `weights` [n] that the product
+    with the down projection is what the expert adds to the layer's output."""
+    by = weights.float()
     if takes_index(experts):
-        return activations(experts, hidden, expert)[0].double() * weights[:, None].double()
-    return activations(experts, hidden * weights[:, None].to(hidden.dtype), expert)[0].double()
+        return torch.cat([made.float() for _, made in down_inputs(experts, hidden, token, expert)]) * by[:, None]
+    return torch.cat([made.float() for _, made in down_inputs(experts, hidden, token, expert, weights=by)])
 
 
-def down_projection(experts: nn.Module, expert: int) -> Tensor:
-    """A copy of an expert's down projection, [H, I]. Raises InputError if the class of transformers has none."""
-    return _down(*_alone(experts, expert)).clone()
+def activations(experts: nn.Module, hidden: Tensor, expert: int) -> Tensor:
+    """The input [n, I] of the down projection of one expert for `hidden` [n, H]. Raises what `down_inputs` raises."""
+    every = torch.arange(len(hidden), device=hidden.device)
+    return torch.cat([made for _, made in down_inputs(experts, hidden, every, torch.full_like(every, expert))])
 
 
-def _alone(experts: nn.Module, expert: int) -> tuple[nn.Module, int]:
-    """(a module that holds the weights of an expert, the number of the expert in it)."""
+def down_projections(experts: nn.Module, which: Sequence[int]) -> Tensor:
+    """A copy of the down projections of these experts, in ascending order: [n, H, I]. Raises InputError if the class of
+    transformers has none."""
     stored = stored_in(experts)
-    return (experts, expert) if stored is None else (stored.module(expert, expert + 1), 0)
+    if stored is None:
+        return _turned(experts, _down(experts).detach()[list(which)])
+    parts = []
+    for first, stop in stored.groups():
+        if here := [e - first for e in which if first <= e < stop]:
+            module = stored.module(first, stop)
+            parts.append(_turned(module, _down(module).detach()[here]))
+    return torch.cat(parts)
 
 
-def _down(experts: nn.Module, expert: int) -> Tensor:
-    """A view [H, I]."""
+def _down(experts: nn.Module) -> Tensor:
+    """The down projections of all experts as the stock module holds them, [E, H, I] or [E, I, H]."""
     if not hasattr(experts, "down_proj"):
         raise InputError(
             f"the class {type(experts).__name__} of transformers has no down_proj, which a refit or a merge changes",
             hint="Leave out --refit and --merge.",
         )
-    down = experts.down_proj[expert]  # type: ignore[index]
-    return down.T if is_transposed(experts) else down
+    down: Tensor = experts.down_proj  # type: ignore[assignment]
+    return down
+
+
+def _turned(experts: nn.Module, down: Tensor) -> Tensor:
+    """Down projections [n, H, I] as a stock module holds them, and back."""
+    return down.mT if is_transposed(experts) else down
 
 
 @contextmanager
-def with_down(experts: nn.Module, replaced: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside the block, the down projections of these experts are replaced by the given ones, {expert: [H, I]}."""
+def with_down(experts: nn.Module, which: Sequence[int], values: Tensor) -> Iterator[None]:
+    """Inside the block, the down projections of the experts `which`, in ascending order, are `values` [n, H, I]."""
     stored = stored_in(experts)
     if stored is not None:
         before = stored.down
-        stored.down = before | dict(replaced)
+        stored.down = (list(which), _turned(experts, values))
         try:
             yield
         finally:
             stored.down = before
         return
-    kept = {e: _down(experts, e).clone() for e in replaced}
+    down, at = _down(experts), list(which)
+    kept = down.detach()[at]
     with torch.no_grad():
-        for e, values in replaced.items():
-            _down(experts, e).copy_(values)
+        down[at] = _turned(experts, values).to(down.dtype)
     try:
         yield
     finally:
         with torch.no_grad():
-            for e, values in kept.items():
-                _down(experts, e).copy_(values)
+            down[at] = kept

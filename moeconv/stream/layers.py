@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 
 from moeconv.errors import InputError, Unsupported, UsageError
 from moeconv.families.model import Model
-from moeconv.plan.kernels.stored import TORCH_DTYPES
+from moeconv.families.widths import why_not
+from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES, TORCH_DTYPES
 from moeconv.plan.memory import configure_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
@@ -252,13 +253,14 @@ class LayerStream:
 
 def stream_within(
     model: Model, windows: np.ndarray, *, budget: int | None, what: str, meter: Meter, dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu", batch_size: int = 8, experts: str = "eager", beside: Sequence[Need] = (),
+    device: str | torch.device = "cpu", batch_size: int = 8, beside: Sequence[Need] = (),
     **asks: Unpack[WorkloadFields],
 ) -> LayerStream:  # fmt: skip
     """A stream that takes at most `budget` bytes of memory, or without a budget at most what is free. Where the experts
     and the activations do not fit, they stay on the disk; the stream's `placement` records which of them do.
 
-    `asks` are fields of `need.Workload`. `beside` are the needs of what else the process does, before or after.
+    The experts of a layer are computed all at once where the stock code can (`fast_experts`). `asks` are fields of
+    `need.Workload`. `beside` are the needs of what else the process does, before or after.
     On another device than the CPU the budget is for the activations alone. Raises what `need.choose_placement` raises,
     before anything is read."""
     device = torch.device(device)
@@ -269,8 +271,8 @@ def stream_within(
         found = noted_placement(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held
     stream = LayerStream(
-        model, windows, dtype=dtype, device=device, batch_size=batch_size, experts=experts, max_memory=limit, held=held,
-        in_place=bool(asks.get("copies")), meter=meter,
+        model, windows, dtype=dtype, device=device, batch_size=batch_size, experts=fast_experts(model, dtype),
+        max_memory=limit, held=held, in_place=bool(asks.get("copies")), meter=meter,
     )  # fmt: skip
     stream.placement = found
     return stream
@@ -285,6 +287,16 @@ def _check_passed_on(model: Model) -> None:
             f"layer {found[0]} reads {name} of an earlier layer, so that the model cannot be run layer by layer",
             hint="Commands that run no model take it: prune by weights or by --stats, and quantize without --data.",
         )
+
+
+def fast_experts(model: Model, dtype: torch.dtype) -> str:
+    """The implementation of the experts that computes a model fastest in `dtype`: the default of transformers, which
+    takes all experts of a layer in one product, or where it cannot compute these sizes the loop over the experts."""
+    if not model.num_experts or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "eager"
+    name, hidden = SAFETENSORS_DTYPES[dtype], model.expert_dimension
+    fits = why_not(model.family, width=model.expert_width, hidden=hidden, dtype=name) is None
+    return model.family.experts.implementation if fits else "eager"
 
 
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:

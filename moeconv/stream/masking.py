@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError
-from moeconv.stream.products import LINEAR, OnProducts
+from moeconv.stream.products import OnProducts, is_linear
 
 
 def top_k_places(modules: Iterable[nn.Module], keys: Sequence[str]) -> list[tuple[object, str]]:
@@ -57,7 +57,7 @@ def routed_to(
         return logits.masked_fill(gone, -torch.inf) if logits.shape[-1] == len(gone) else logits
 
     def forward(*args: object, **kwargs: object) -> object:
-        with OnProducts(masked, functions=LINEAR):
+        with OnProducts(masked, among=is_linear):
             return stock(*args, **kwargs)
 
     router.forward = forward

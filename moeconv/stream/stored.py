@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,8 +69,9 @@ class StoredExperts:
     """The weights of one layer's experts, kept apart from their stock module.
 
     Floating-point weights are in `fused` {parameter: [E, ...]}, in their dtype on disk. All others are in `raw` {first
-    expert of a group: stored tensors}, or are read from the disk by `names` at every use. `down` {expert: [H, I]}
-    replaces down projections. `size` is how many experts are widened at the same time.
+    expert of a group: stored tensors}, or are read from the disk by `names` at every use. `down` (ascending experts,
+    [n, ...] as the stock module holds them) replaces down projections. `size` is how many experts are widened at the
+    same time.
     """
 
     stock: nn.Module
@@ -80,7 +82,7 @@ class StoredExperts:
     dtypes: Mapping[str, torch.dtype]
     fused: dict[str, Tensor] = field(default_factory=dict)
     raw: dict[int, Parts] = field(default_factory=dict)
-    down: dict[int, Tensor] = field(default_factory=dict)
+    down: tuple[Sequence[int], Tensor] | None = None
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self) -> Iterator[tuple[int, int]]:
@@ -100,9 +102,10 @@ class StoredExperts:
                 self.names.read(self.model, first, stop) if held is None else self.names.cut(held, start, first, stop)
             )
             found = {leaf: self._widened(leaf, value) for leaf, value in self.leaves(parts, stop - first)}
-        for expert in self.down.keys() & set(range(first, stop)):
-            into = found["down_proj"][expert - first]
-            (into.T if is_transposed(self.stock) else into).copy_(self.down[expert])
+        if self.down is not None:
+            which, values = self.down
+            rows = slice(bisect_left(which, first), bisect_left(which, stop))
+            found["down_proj"][[e - first for e in which[rows]]] = values[rows].to(found["down_proj"].dtype)
         return found
 
     def _widened(self, leaf: str, value: Tensor) -> Tensor:

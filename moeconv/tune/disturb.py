@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError
 from moeconv.randomness import generator
-from moeconv.stream.products import LINEAR, OnProducts
+from moeconv.stream.products import OnProducts, is_linear
 
 
 @dataclass
@@ -92,7 +92,7 @@ def disturbed(
             found = True
             return change(logits)
 
-        with OnProducts(on_product, functions=LINEAR):
+        with OnProducts(on_product, among=is_linear):
             out = forward(*args, **kwargs)
         if not found:
             raise InputError(

@@ -23,7 +23,7 @@ from moeconv.prune.criteria import CRITERIA, Evidence, sample_of
 from moeconv.prune.planner import plan_prune
 from moeconv.prune.repair.pruned import Variant, masked, pruned_pass
 from moeconv.prune.repair.refit import Refit, Routes, refit_layer
-from moeconv.stream.experts import activations, down_projection
+from moeconv.stream.experts import activations, down_projections
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, save_stock
 
@@ -279,9 +279,9 @@ def test_refit_is_the_ridge_solution(tmp_path: Path) -> None:
     batch = next(iter(layer.batches(advance=False, hidden=torch.randn(8, SEQ_LEN, 64))))
     hidden, missing = batch.ffn_input, torch.randn(len(batch.ffn_input), 64)
     index, weights = torch.zeros(len(hidden), 1, dtype=torch.int64), torch.full((len(hidden), 1), 0.7)
-    before = {0: down_projection(layer.experts, 0)}
-    made = refit_layer(layer.experts, Routes(hidden, index, weights), missing, before, Refit(0.1, 3))[0]
-    a = 0.7 * activations(layer.experts, hidden, 0)[0].double()
+    before = down_projections(layer.experts, [0])
+    made = refit_layer(layer.experts, Routes(hidden, index, weights), missing, [0], before, Refit(0.1, 3))[0]
+    a = 0.7 * activations(layer.experts, hidden, 0).double()
     gram = a.T @ a
     want = torch.linalg.solve(gram + 0.1 * gram.diagonal().mean() * torch.eye(len(gram)), a.T @ missing.double())
     assert torch.allclose(made.double(), before[0].double() + want.T, rtol=1e-4, atol=1e-5)

@@ -24,7 +24,7 @@ from moeconv.prune.repair.pruned import Variant, pruned_pass
 from moeconv.prune.repair.refit import Refit
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import stored
-from moeconv.stream.experts import activations, down_projection, pair_outputs, with_down
+from moeconv.stream.experts import activations, down_inputs, down_projections, pair_outputs, with_down
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.need import sample_room
 from tests.contract.stock import MOE_CASES, save_stock
@@ -140,7 +140,7 @@ def test_refit_and_replaced_down_projections(tmp_path: Path, monkeypatch: pytest
         stream = LayerStream(open_model(path), IDS)
         variant = Variant(keep={0: [0, 1, 2, 4], 1: [1, 2, 3, 5]}, refit=Refit())
         seen = made.setdefault(size, [])
-        variant.on_layer = lambda _layer, replaced, seen=seen: seen.extend(replaced.values())
+        variant.on_layer = lambda _layer, _experts, downs, seen=seen: seen.append(downs)
         pruned_pass(stream, [variant])
         seen.append(variant.hidden)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(made[1 << 25], made[1], strict=True))
@@ -152,16 +152,30 @@ def test_one_expert_alone(tmp_path: Path, one_at_a_time: None) -> None:
     twins = [next(LayerStream(open_model(path), IDS, in_place=flag).layers()).experts for flag in (True, False)]
     placed, kept = twins
     assert placed is not None and kept is not None and stored.stored_in(kept) is not None
-    for mine, theirs in zip(activations(placed, x, 3), activations(kept, x, 3)):
-        assert torch.equal(mine, theirs)
-    down = down_projection(kept, 3)
-    assert torch.equal(down, down_projection(placed, 3))
+    assert torch.equal(activations(placed, x, 3), activations(kept, x, 3))
+    down = down_projections(kept, [1, 3])
+    assert torch.equal(down, down_projections(placed, [1, 3]))
     for experts in (placed, kept):
         before = one_expert(experts.forward, x, 3)
-        with with_down(experts, {3: down * 2}):
-            assert torch.equal(down_projection(experts, 3), down * 2)
+        with with_down(experts, [1, 3], down * 2):
+            assert torch.equal(down_projections(experts, [1, 3]), down * 2)
             assert not torch.equal(one_expert(experts.forward, x, 3), before)
         assert torch.equal(one_expert(experts.forward, x, 3), before)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
+def test_inputs_of_down_projections_keep_the_order_of_the_pairs(tmp_path: Path, case: str, experts: str) -> None:
+    """Many pairs per expert: torch's sort, which the stock code uses, does not keep the order of equal values."""
+    path = Path(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32))
+    module = next(LayerStream(open_model(path), IDS, experts=experts).layers()).experts
+    draw = torch.Generator().manual_seed(0)
+    x, expert = torch.randn(3000, 64, generator=draw), torch.randint(0, 8, (3000,), generator=draw).sort().values
+    token = torch.randperm(3000, generator=draw)
+    with torch.no_grad():
+        made = torch.cat([rows for _, rows in down_inputs(module, x, token, expert)])
+        for e in range(8):
+            assert torch.allclose(made[expert == e], activations(module, x[token[expert == e]], e), atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "width", "off"), [(1, 4, 1e-6), (1 << 25, 4, 1e-6), (1, 2, 1e-4)])

@@ -88,7 +88,7 @@ def _matched(
     """order[i]: the neuron of `other` that corresponds to neuron i of `kept`. The assignment (Hungarian algorithm)
     maximises the sum of the cosine of their activations and the cosine of their weights."""
     assert layer.experts is not None
-    one, two = (_units(activations(layer.experts, hidden, e)[0].T) for e in (kept, other))
+    one, two = (_units(activations(layer.experts, hidden, e).T) for e in (kept, other))
     weights = _units(_neurons(mine)) @ _units(_neurons(theirs)).T
     return assignment((one @ two.T + weights).double().cpu().numpy())[1]
 

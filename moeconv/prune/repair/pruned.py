@@ -17,7 +17,7 @@ from torch import Tensor
 from moeconv.data.heldout import clearly_less, held_out
 from moeconv.errors import InputError
 from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, held_out_errors, refit_layer, tokens_needed
-from moeconv.stream.experts import down_projection, with_down
+from moeconv.stream.experts import down_projections, with_down
 from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
@@ -26,7 +26,8 @@ from moeconv.stream.memory import allocate
 _SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
 
 Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer, its inputs in the variant [n, S, H] -> experts to keep
-OnLayer = Callable[[int, Mapping[int, Tensor]], None]  # layer, {expert: new down projection [H, I]}
+OnLayer = Callable[[int, Sequence[int], Tensor], None]  # layer, experts in ascending order, down projections [n, H, I]
+Downs = tuple[Sequence[int], Tensor]  # experts in ascending order, their down projections [n, H, I]
 
 
 @dataclass(eq=False)
@@ -34,18 +35,19 @@ class Variant:
     """One way to prune. `keep` {layer: kept experts} (a layer that is absent keeps all), or `choose`, which decides for
     each layer when the pass reaches it.
 
-    `replace` {layer: {expert: down projection [H, I]}} are weights that were already changed. `scale` {layer: factor}
-    multiplies the down projections of the experts. `refit` computes new down projections, which are used where they are
-    clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with the new
-    down projections of each layer. `top_k` is the number of experts per token, instead of the model's own. After the
-    pass, `hidden` [n, S, H] are the final activations of the variant, and `keep` has an entry for every layer.
+    `replace` {layer: (experts, down projections [n, H, I])} are weights that were already changed. `scale` {layer:
+    factor} multiplies the down projections of the experts. `refit` computes new down projections, which are used where
+    they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
+    the new down projections of each layer. `top_k` is the number of experts per token, instead of the model's own.
+    After the pass, `hidden` [n, S, H] are the final activations of the variant, and `keep` has an entry for every
+    layer.
     """
 
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
     choose: Choose | None = None
     refit: Refit | None = None
     top_k: int | None = None
-    replace: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    replace: Mapping[int, Downs] = field(default_factory=dict)
     scale: Mapping[int, float] = field(default_factory=dict)
     on_layer: OnLayer | None = None
     fitted: list[RefitOutcome] = field(default_factory=list)
@@ -90,14 +92,13 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _To
     if variant.choose is not None:
         variant.keep[layer.index] = list(variant.choose(layer, variant.hidden))
     kept = variant.keep.get(layer.index, range(stream.model.num_experts))
-    replaced = dict(variant.replace.get(layer.index, {}))
+    kept, replaced = sorted(kept), variant.replace.get(layer.index)
     if layer.index in variant.scale and layer.experts is not None:
-        factor = variant.scale[layer.index]
-        replaced = {e: down_projection(layer.experts, e) * factor for e in kept}
+        replaced = kept, down_projections(layer.experts, kept) * variant.scale[layer.index]
     if variant.refit is not None:
-        replaced = _refitted(stream, layer, variant, kept, tokens)
-    if variant.on_layer is not None:
-        variant.on_layer(layer.index, replaced)
+        replaced = kept, _refitted(stream, layer, variant, kept, tokens)
+    if variant.on_layer is not None and replaced is not None:
+        variant.on_layer(layer.index, *replaced)
     with masked(stream, layer, kept, top_k=variant.top_k, replaced=replaced):
         for batch in layer.batches(hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
@@ -106,7 +107,7 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _To
 
 def masked(
     stream: LayerStream, layer: Layer, kept: Sequence[int], *, top_k: int | None = None,
-    replaced: Mapping[int, Tensor] | None = None,
+    replaced: Downs | None = None,
 ) -> ExitStack:  # fmt: skip
     """A context in which the router can choose only the kept experts."""
     assert layer.router is not None and layer.experts is not None
@@ -122,19 +123,17 @@ def masked(
             top_k_keys=stream.model.family.experts.top_k,
         )
     )
-    if replaced:
-        stack.enter_context(with_down(layer.experts, replaced))
+    if replaced is not None:
+        stack.enter_context(with_down(layer.experts, *replaced))
     return stack
 
 
-def _refitted(
-    stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens
-) -> dict[int, Tensor]:
-    """The new down projections of the kept experts. The target is the residual stream of the unpruned model after the
-    layer, so that each layer also corrects the errors of the layers before it. If the family does not simply add the
-    experts' outputs to the stream, the target is the output of the whole FFN, or of the experts in their latent space,
-    on the same inputs. Returns the old down projections
-    if the new ones are not clearly better on the held-out tokens, or if there are too few tokens for a fit."""
+def _refitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens) -> Tensor:
+    """The new down projections [n, H, I] of the kept experts. The target is the residual stream of the unpruned model
+    after the layer, so that each layer also corrects the errors of the layers before it. If the family does not simply
+    add the experts' outputs to the stream, the target is the output of the whole FFN, or of the experts in their latent
+    space, on the same inputs. Returns the old down projections if the new ones are not clearly better on the held-out
+    tokens, or if there are too few tokens for a fit."""
     assert variant.refit is not None and layer.experts is not None
     routes: list[Routes] = []
     wanted: list[Tensor] = []
@@ -178,9 +177,9 @@ def _refitted(
     routes.clear()
     fit_routes, held_routes = whole.where(~held), whole.where(held)
     del whole
-    before = {e: down_projection(layer.experts, e) for e in kept}
-    fitted = refit_layer(layer.experts, fit_routes, fit_missing, before, variant.refit)
-    old, new = held_out_errors(layer.experts, held_routes, held_missing, before, fitted)
+    before = down_projections(layer.experts, kept)
+    fitted = refit_layer(layer.experts, fit_routes, fit_missing, kept, before, variant.refit)
+    old, new = held_out_errors(layer.experts, held_routes, held_missing, kept, fitted.float() - before.float())
     available, needed = float((fit_routes.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = available >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = ((float(squares.sum()) / output_square) ** 0.5 if output_square else 0.0 for squares in (old, new))

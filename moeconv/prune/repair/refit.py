@@ -2,21 +2,25 @@
 layer.
 
 Only down_proj changes, so that every stock runtime loads the result. Minimises sum |missing - sum_e g_e a_e dW_e|^2 +
-lambda * sum_e m_e |dW_e|^2 by block coordinate descent over the experts; m_e is the mean diagonal of the Gram matrix of
-expert e.
+lambda * sum_e m_e |dW_e|^2, where m_e is the mean diagonal of the Gram matrix of expert e, by block coordinate descent.
+A block is as many experts as the memory allows, all of which are computed at once: conjugate gradients whose
+preconditioner is the exact solution of each expert alone. A block of one expert is solved in one step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moeconv.stream.experts import weighted_activations
+from moeconv.prune.need import REFIT_BYTES, fitted_bytes
+from moeconv.prune.repair.pairs import Pairs, applied, chunked, outer
+from moeconv.stream.experts import weighted_inputs
 
-_ROWS = 8192  # tokens whose activations are in memory at a time
+_STEPS = 2  # of conjugate gradients per sweep, in a block of several experts
+_CHUNK_BYTES = 1 << 27  # of the pairs that are computed at a time
 _TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit follows the text and does not generalise
 
 
@@ -45,31 +49,88 @@ class Routes:
 
 
 def refit_layer(
-    experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], refit: Refit
-) -> dict[int, Tensor]:
-    """New down projections {expert: [H, I]} in the dtype of the old ones, `before` {expert: [H, I]}. `missing` [T, H]
-    is the wanted output of the layer minus its output with the old ones."""
-    missing = missing.double()
-    change = {e: torch.zeros(w.shape, dtype=torch.float64, device=w.device) for e, w in before.items()}
-    for _ in range(refit.sweeps):
-        for e in before:
-            rows, slot = (routes.index == e).nonzero(as_tuple=True)
-            weights = routes.weights[rows, slot]
-            used = weights != 0
-            rows, weights = rows[used], weights[used]
-            if not len(rows):
-                continue
-            inner = _inner(experts, routes.hidden[rows], e, weights)  # [n, I]
-            gram = inner.T @ inner
-            ridge = refit.strength * float(gram.diagonal().mean())
-            if not ridge > 0:
-                continue
-            wanted = inner.T @ missing[rows] - ridge * change[e].T
-            gram.diagonal().add_(ridge)
-            step = torch.cholesky_solve(wanted, torch.linalg.cholesky(gram))  # [I, H]
-            change[e] += step.T
-            missing[rows] -= inner @ step
-    return {e: (w.double() + change.pop(e)).to(w.dtype) for e, w in before.items()}
+    experts: nn.Module, routes: Routes, missing: Tensor, which: Sequence[int], before: Tensor, refit: Refit
+) -> Tensor:
+    """New down projections [n, H, I] of the experts `which`, in the dtype of the old ones, `before` [n, H, I].
+    `missing` [T, H] is the wanted output of the layer minus its output with the old ones."""
+    missing = missing.to(torch.float32, copy=True)
+    change = torch.zeros(before.shape, device=before.device)
+    size = _block_size(before)
+    blocks = [slice(first, min(first + size, len(which))) for first in range(0, len(which), size)]
+    sweeps, steps = (1, refit.sweeps) if len(blocks) == 1 else (refit.sweeps, 1)
+    for _ in range(sweeps):
+        for block in blocks:
+            numbers = torch.tensor(list(which[block]), device=before.device)
+            work = _Block(experts, routes, numbers, refit.strength, before.shape[2])
+            work.solve(missing, change[block], steps=steps * (1 if len(numbers) == 1 else _STEPS))
+    return (before.float() + change).to(before.dtype)
+
+
+def _block_size(before: Tensor) -> int:
+    """The number of experts that are refitted at the same time."""
+    _, hidden, inner = before.shape
+    limit = REFIT_BYTES if before.device.type == "cpu" else torch.cuda.mem_get_info(before.device)[0] // 4
+    return max(1, limit // fitted_bytes(hidden, inner))
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The normal equations of the experts `which` int64 [g], whose hidden activations have `inner` columns."""
+
+    experts: nn.Module
+    routes: Routes
+    which: Tensor
+    strength: float
+    inner: int
+
+    def solve(self, missing: Tensor, change: Tensor, *, steps: int) -> None:
+        """Take `steps` steps of conjugate gradients. Updates `change` [g, H, I], and what is `missing` [T, H]."""
+        shape = (len(self.which), self.inner)
+        gram = torch.zeros(*shape, self.inner, dtype=torch.float64, device=change.device)
+        left = torch.zeros(*shape, missing.shape[1], device=change.device)  # minus half the gradient, [g, I, H]
+        for rows, pairs in self._rows():
+            outer(rows.double(), rows.double(), pairs, gram)  # float32 would lose what a weak ridge leaves
+            outer(rows, missing[pairs.token], pairs, left)
+        ridge = self.strength * gram.diagonal(dim1=1, dim2=2).mean(1)
+        some = ridge > 0
+        gram.diagonal(dim1=1, dim2=2).add_(torch.where(some, ridge, 1.0)[:, None])
+        factor = torch.linalg.cholesky(gram).float()
+        del gram
+        ridges = ridge.float()[:, None, None]
+        left -= ridges * change.mT
+        left *= some[:, None, None]  # an expert without tokens does not change
+        search, before = torch.zeros_like(left), torch.ones((), dtype=torch.float64, device=left.device)
+        for step in range(steps):
+            solved = torch.cholesky_solve(left, factor)
+            slope = _dot(left, solved)
+            search = solved if step == 0 else solved.add_(search * (slope / before).float())
+            reach = torch.zeros_like(missing)
+            curved = ridges * search
+            for rows, pairs in self._rows():
+                here = applied(rows, search, pairs)
+                reach.index_add_(0, pairs.token, here)
+                outer(rows, reach[pairs.token], pairs, curved)
+            along = _dot(search, curved)
+            rate = torch.where(along > 0, slope / along, 0.0).float()
+            change += (rate * search).mT
+            missing -= rate * reach
+            left -= rate * curved
+            before = slope
+
+    def _rows(self) -> Iterator[tuple[Tensor, Pairs]]:
+        """Yield (the weighted inputs of the down projections float32 [n, I], their pairs), some tokens at a time."""
+        routes = self.routes
+        each = 4 * routes.index.shape[1] * (self.inner + routes.hidden.shape[1])
+        for pairs in chunked(routes.index, routes.weights, self.which, tokens=max(1, _CHUNK_BYTES // each)):
+            if len(pairs):
+                yield (
+                    weighted_inputs(self.experts, routes.hidden, pairs.token, self.which[pairs.place], pairs.weight),
+                    pairs,
+                )
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum((1, 2)).double().sum()
 
 
 @dataclass(frozen=True)
@@ -85,27 +146,21 @@ class RefitOutcome:
     kept: bool
 
 
-def tokens_needed(before: Mapping[int, Tensor]) -> int:
-    """The number of tokens per expert that a refit of down projections {expert: [H, I]} needs."""
-    return _TOKENS_PER_COLUMN * next(iter(before.values())).shape[1]
+def tokens_needed(before: Tensor) -> int:
+    """The number of tokens per expert that a refit of down projections [n, H, I] needs."""
+    return _TOKENS_PER_COLUMN * before.shape[2]
 
 
 def held_out_errors(
-    experts: nn.Module, routes: Routes, missing: Tensor, before: Mapping[int, Tensor], after: Mapping[int, Tensor]
+    experts: nn.Module, routes: Routes, missing: Tensor, which: Sequence[int], change: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(float64 [T] with the old down projections `before`, float64 [T] with the new ones `after`): for each token, the
-    squared norm of the wanted output of the layer minus its output. `missing` [T, H] is that difference with the old
-    ones."""
-    left = missing.double().clone()
-    for e, weight in after.items():
-        rows, slot = (routes.index == e).nonzero(as_tuple=True)
-        if len(rows):
-            inner = _inner(experts, routes.hidden[rows], e, routes.weights[rows, slot])
-            left[rows] -= inner @ (weight.double() - before[e].double()).T
-    return missing.double().square().sum(1), left.square().sum(1)
-
-
-def _inner(experts: nn.Module, hidden: Tensor, expert: int, weights: Tensor) -> Tensor:
-    """The inputs of an expert's down_proj, with the routing weights [n], float64 [n, I]."""
-    parts = zip(hidden.split(_ROWS), weights.split(_ROWS))
-    return torch.cat([weighted_activations(experts, part, expert, by) for part, by in parts])
+    """(float64 [T] with the old down projections, float64 [T] with `change` [n, H, I] added to them): for each token,
+    the squared norm of the wanted output of the layer minus its output. `missing` [T, H] is that difference with the
+    old ones."""
+    left, numbers = missing.float().clone(), torch.tensor(list(which), device=missing.device)
+    each = 4 * routes.index.shape[1] * sum(change.shape[1:])
+    for pairs in chunked(routes.index, routes.weights, numbers, tokens=max(1, _CHUNK_BYTES // each)):
+        if len(pairs):
+            rows = weighted_inputs(experts, routes.hidden, pairs.token, numbers[pairs.place], pairs.weight)
+            left.index_add_(0, pairs.token, applied(rows, change.float().mT, pairs), alpha=-1)
+    return missing.double().square().sum(1), left.double().square().sum(1)

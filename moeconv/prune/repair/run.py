@@ -48,7 +48,8 @@ def repair(
     tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
     with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
 
-        def write(layer: int, made: Mapping[int, Tensor]) -> None:
+        def write(layer: int, experts: Sequence[int], downs: Tensor) -> None:
+            made = dict(zip(experts, downs))
             for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
                 writer.write(name, to_bytes(tensor))
 

@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from moeconv.errors import InputError
+from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.groups import weight_name
@@ -25,7 +25,7 @@ _COUNTED = 256  # rows that are converted to float64 at a time
 
 class LayerExperts:
     """The experts of one layer. `module` has the parameters [E, ...] in the dtype of the computation. Weights are named
-    as in `view`. `weight_of` returns the source's weight of a name, [out, in] float32. `replaced` are the names of the
+    as in `view`. `weight_of` returns the source's weight of a name, [out, in]. `replaced` are the names of the
     weights that will be replaced."""
 
     def __init__(
@@ -69,15 +69,19 @@ class LayerExperts:
                     ready.setdefault(place, []).append(e)
         for place, experts in ready.items():
             names = [name for e in experts for name in self._names[e][place]]
-            new = {n: self._waiting.pop(n) if n in self._waiting else self._weight_of(n) for n in names}
+            new = {n: self._waiting.pop(n) if n in self._waiting else self._wide(n) for n in names}
             for leaf, value in self._converted(new, len(experts)).items():
                 own_parameters(self.module)[leaf][torch.tensor(experts)] = value.to(self._skeleton.dtype)
+
+    def _wide(self, name: str) -> Tensor:
+        return self._weight_of(name).to(self._skeleton.device, torch.float32)
 
     def source(self, experts: Sequence[int]) -> nn.Module:
         """A module with some of the experts as in the source, numbered from 0 in ascending order."""
         names = [name for e in experts for of_place in self._names[e].values() for name in of_place]
         made = self._converted({name: self._weight_of(name) for name in names}, len(experts))
-        return module_of(self._stock, made, of=len(self._names))
+        wide = {leaf: value.to(self._skeleton.device, self._skeleton.dtype) for leaf, value in made.items()}
+        return module_of(self._stock, wide, of=len(self._names))
 
     def _converted(self, weights: dict[str, Tensor], count: int) -> dict[str, Tensor]:
         with self._lock:
@@ -108,18 +112,16 @@ def experts_of(model: Model, view: Model, stream: LayerStream, layer: Layer, ite
     packs = {weight_name(item): item for item in items}
 
     def weight_of(name: str) -> Tensor:
-        found = source_weight(model, packs[name]) if name in packs else decode_weight(model, name)
-        return found.to(stream.device, torch.float32)
+        return packed_source(model.checkpoint, packs[name]) if name in packs else decode_weight(model, name)
 
     return LayerExperts(view, stream.skeleton, layer.experts, layer=layer.index, replaced=packs, weight_of=weight_of)
 
 
-def source_weight(model: Model, item: Item) -> Tensor:
-    """The weight [out, in] that an item packs, float32. Raises InputError for values that are not finite."""
-    weight = packed_source(model.checkpoint, item).float()
-    if not bool(torch.isfinite(weight).all()):
-        raise InputError(
-            f"tensor {item.inputs[0].tensor!r} holds NaN or infinite values",
-            hint="Repair or replace the source checkpoint.",
-        )
-    return weight
+def check_finite(items: Sequence[Item], weights: Sequence[Tensor]) -> None:
+    """Raises InputError for the first of the `weights` of `items` that holds NaN or infinite values."""
+    for item, weight in zip(items, weights, strict=True):
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                f"tensor {escape(item.inputs[0].tensor)!r} holds NaN or infinite values",
+                hint="Repair or replace the source checkpoint.",
+            )

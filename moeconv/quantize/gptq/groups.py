@@ -78,10 +78,11 @@ def grouped(
 
 def by_matrix(group: Group, values: Tensor) -> dict[str, Tensor]:
     """`values` [E, out, ...] of a group, split into its matrices, by their names in the view."""
+    rows = [last_stage(item).inputs[0].shape[0] for item in group.items[0]]
+    parts = [part.unbind(0) for part in values.split(rows, dim=1)]
     found: dict[str, Tensor] = {}
-    for items, of_expert in zip(group.items, values, strict=True):
-        rows = [last_stage(item).inputs[0].shape[0] for item in items]
-        found |= zip(map(weight_name, items), of_expert.split(rows), strict=True)
+    for items, of_expert in zip(group.items, zip(*parts, strict=True), strict=True):
+        found |= zip(map(weight_name, items), of_expert, strict=True)
     return found
 
 

@@ -19,9 +19,9 @@ from moeconv.contract import CodesLayer
 from moeconv.data import heldout
 from moeconv.families.model import Model
 from moeconv.plan.plan import Item
-from moeconv.quantize.gptq.experts import LayerExperts, source_weight, squared_errors, squared_norms
-from moeconv.quantize.gptq.grids import grid_of, nearest_on_disk, on_disk
-from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of, weight_name
+from moeconv.quantize.gptq.experts import LayerExperts, check_finite, squared_errors, squared_norms
+from moeconv.quantize.gptq.grids import nearest_on_disk, on_disk
+from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of
 from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.levels import Coded, round_to_nearest
 from moeconv.quantize.gptq.moments import ExpertTokens, expert_tokens, moments
@@ -31,6 +31,7 @@ from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
+from moeconv.tensors import packed_source
 
 _TOKENS_PER_COLUMN = 4  # per input column of the experts: with fewer, the codes follow the text and do not generalise
 Put = Callable[[Mapping[str, Tensor]], None]
@@ -93,18 +94,21 @@ class LayerCodes:
         wanted = allocate((len(held), self.model.expert_dimension), torch.float32, self.stream.max_memory)
         for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, held), strict=True):
             part.copy_(made)
-        self._round()
+        group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
+        gates = group(down=False)
+        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
+        self._round((*gates, *downs))
         nearest = self._squares(seen, held, wanted)
         counts = [len(s.rows) for s in seen.tokens.values()]
         tokens, needed = sum(counts) / len(counts), self._tokens_needed()
         packed: list[Mapping[str, Tensor]] = []
         reached, baseline, kept = None, _relative(nearest, wanted), False
         if tokens >= needed:
-            packed = self._coded(seen)
+            packed = self._coded(seen, gates, downs)
             chosen = self._squares(seen, held, wanted)
             reached, kept = _relative(chosen, wanted), heldout.clearly_less(chosen, nearest)
             if not kept:
-                self._round()
+                self._round((*gates, *downs))
         for parts in packed if kept else (nearest_on_disk(item, self.model.checkpoint) for item in self.items):
             put(parts)
         for _ in self.layer.batches():  # computes the inputs of the next layer
@@ -120,11 +124,8 @@ class LayerCodes:
             "tokens_needed": needed,
         }
 
-    def _coded(self, seen: ExpertInputs) -> list[Mapping[str, Tensor]]:
+    def _coded(self, seen: ExpertInputs, gates: Sequence[Group], downs: Sequence[Group]) -> list[Mapping[str, Tensor]]:
         """Choose the codes of all experts and put the resulting weights into them. Returns the tensors to write."""
-        group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
-        gates = group(down=False)
-        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
         packed = self._each(gates, partial(self._code_gate_up, seen, self._pooled(seen)))
         return packed + self._each(downs, partial(self._code_down, seen))
 
@@ -143,13 +144,11 @@ class LayerCodes:
             packed += made.packed
         return packed
 
-    def _round(self) -> None:
-        """Put the weights of round-to-nearest into the experts, expert by expert."""
-        of_experts: dict[int, list[Item]] = {}
-        for item in self.items:
-            of_experts.setdefault(int(role_of(self.view, item).expert or 0), []).append(item)
-        for items in of_experts.values():
-            self.experts.put({weight_name(item): self._nearest(item).decoded() for item in items})
+    def _round(self, groups: Sequence[Group]) -> None:
+        """Put the weights of round-to-nearest into the experts, group by group."""
+        for group in groups:
+            coded = round_to_nearest(self._stacked(group), group.grid, group=group.size)
+            self.experts.put(by_matrix(group, coded.decoded()))
 
     def _squares(self, seen: ExpertInputs, rows: Tensor, wanted: Tensor) -> Tensor:
         """The squared error of the experts' outputs against `wanted` for each of the tokens `rows`: float64 [n]."""
@@ -179,8 +178,8 @@ class LayerCodes:
     ) -> Tensor:
         """The damped second moments of the experts' inputs, including the share of the pool: float64 [E, H, H]."""
         total = moments(take, weights, [len(s.rows) for s in own])
-        for of_expert, s in zip(total, own, strict=True):
-            of_expert.add_(s.rest * pooled)
+        rest = torch.tensor([s.rest for s in own], dtype=total.dtype, device=total.device)
+        total.flatten(1).addr_(rest, pooled.flatten())
         return damped(total, self.damping)
 
     def _code_down(self, seen: ExpertInputs, group: Group) -> _Chosen:
@@ -212,7 +211,8 @@ class LayerCodes:
 
     def _made(self, group: Group, coded: Coded) -> _Chosen:
         """The coded weights of a group by matrix, with their tensors as on disk."""
-        apart = zip(by_matrix(group, coded.levels).values(), by_matrix(group, coded.scales).values(), strict=True)
+        levels, scales = coded.levels.cpu(), coded.scales.cpu()
+        apart = zip(by_matrix(group, levels).values(), by_matrix(group, scales).values(), strict=True)
         items = (item for items in group.items for item in items)
         packed: list[Mapping[str, Tensor]] = [
             on_disk(item, Coded(*of_one)) for item, of_one in zip(items, apart, strict=True)
@@ -220,12 +220,14 @@ class LayerCodes:
         return _Chosen(by_matrix(group, coded.decoded()), packed)
 
     def _stacked(self, group: Group) -> Tensor:
-        """The weights of a group, those of one expert stacked along the rows: [E, out, in]."""
-        return torch.stack([torch.cat([self._weight(item) for item in items]) for items in group.items])
-
-    def _nearest(self, item: Item) -> Coded:
-        grid, group = grid_of(item)
-        return round_to_nearest(self._weight(item), grid, group=group)
+        """The weights of a group in float32, those of one expert stacked along the rows: [E, out, in]. Raises
+        InputError for values that are not finite."""
+        items = [item for of_expert in group.items for item in of_expert]
+        parts = [packed_source(self.model.checkpoint, item) for item in items]
+        rows = torch.cat(parts).to(self.stream.device).float()
+        if not bool(torch.isfinite(rows).all()):
+            check_finite(items, parts)
+        return rows.view(len(group.items), -1, rows.shape[1])
 
     def _pooled(self, seen: ExpertInputs) -> Tensor:
         """The second moment of the pool, float64 [H, H]."""
@@ -256,10 +258,6 @@ class LayerCodes:
         draw = generator((self.seed, "codes", self.layer.index))
         count = min(POOLED, len(free))
         return free[torch.from_numpy(draw.choice(len(free), size=count, replace=False, shuffle=False)).sort().values]
-
-    def _weight(self, item: Item) -> Tensor:
-        """The weight [out, in] that an item packs, float32."""
-        return source_weight(self.model, item).to(self.stream.device)
 
 
 def _rows_of(left: Tensor, right: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -32,16 +32,13 @@ def expert_tokens(
     order = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=max(experts) + 1).tolist()
     rows = (slots // index.shape[1])[order].split(counts)
-    scores = weights.flatten()[slots][order].clamp(min=0).split(counts)
-    return {e: _tokens_of_one(rows[e], scores[e], pooled) for e in experts}
-
-
-def _tokens_of_one(rows: Tensor, scores: Tensor, pooled: int) -> ExpertTokens:
-    own, count = float(scores.sum()), len(rows)
-    share = count / (count + PRIOR) if own > 0 else 0.0
-    return ExpertTokens(
-        rows, scores * (share / own) if own > 0 else torch.zeros_like(scores), (1 - share) / max(1, pooled)
-    )
+    scores, of = weights.flatten()[slots][order].clamp(min=0), chosen[order]
+    count = torch.tensor(counts, dtype=torch.float64)
+    own = torch.zeros_like(count).index_add_(0, of, scores.double())
+    share = torch.where(own > 0, count / (count + PRIOR), 0.0)
+    shares = (scores * (share / own.masked_fill(own <= 0, 1.0))[of]).to(scores.dtype).split(counts)
+    rest = ((1 - share) / max(1, pooled)).tolist()
+    return {e: ExpertTokens(rows[e], shares[e], rest[e]) for e in experts}
 
 
 def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, counts: Sequence[int]) -> Tensor:

@@ -106,7 +106,11 @@ def _check_beside(model: Model) -> None:
     """Raises InputError if a multimodal model has no tensors of a part that its config describes."""
     for start, group in model.family.multimodal.beside.items():
         described = isinstance(model.checkpoint.config.get(f"{group}_config"), dict)
-        if described and not any(name.startswith(start) for name in model.roles):
+        if (
+            described
+            and start not in model.family.multimodal.may_lack
+            and not any(name.startswith(start) for name in model.roles)
+        ):
             raise InputError(f"no tensor of the checkpoint begins with {start}", hint="A shard is missing.")
 
 

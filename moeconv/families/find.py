@@ -103,6 +103,11 @@ def _find_wrapped(rows: Mapping[str, Family], dense: Mapping[str, Family], confi
     model_type of the language model, and `dense` its dense rows."""
     first = next(iter(rows.values()))
     model_type, root = first.model_type, first.multimodal.root
+    older = tables().wrappers[model_type].old_root
+    if older and root not in config and older in config:
+        root = older
+        rows, dense = ({t: replace(r, multimodal=replace(r.multimodal, root=root)) for t, r in some.items()}
+                       for some in (rows, dense))  # fmt: skip
     nested = config.get(root)
     if nested is None and tables().wrappers[model_type].flat:
         return replace(first, multimodal=replace(first.multimodal, root=""))

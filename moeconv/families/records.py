@@ -283,6 +283,8 @@ class Multimodal:
     becomes: str = ""
     # key of config.json with the config of a part beside the language model -> its model_type in this family
     parts: Mapping[str, str] = field(default_factory=dict)
+    # those of the prefixes in `beside` that only some models of the family have
+    may_lack: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,18 @@ class Wrapper:
     texts: tuple[Family, ...]
     # prefix of the names of tensors that every command copies unchanged -> their group, one of BESIDE
     beside: Mapping[str, str]
-    # replaces "model." at the beginning of the language model's names
+    # those of these prefixes that only some models of the family have
+    may_lack: frozenset[str] = frozenset()
+    # replaces "model.", or the prefix that the language model's row has, at the beginning of its names
     prefix: str = "model.language_model."
     # replaces "lm_head." at the beginning of the language model's names
     head: str = "lm_head."
+    # prefix of the names of the multi-token-prediction layers, before that of the language model's row
+    prediction: str = ""
     # key of config.json with the language model's config
     root: str = "text_config"
+    # key that older files have instead, and transformers reads too; "" if there is none
+    old_root: str = ""
     # whether the output head is tied to the embedding if neither config states it
     tied: bool = False
     # model_type of the multimodal model with experts that `upcycle` makes of a dense one; "" if there is none
@@ -49,9 +55,9 @@ class Wrapper:
         """The row of this multimodal family with the language model `text`."""
         tensors = replace(
             text.tensors,
-            names=self._names(text.tensors.names),
-            dropped=tuple(self._name(name) for name in text.tensors.dropped),
-            layouts=tuple(ExpertLayout(self._names(way.tensors), way.packed) for way in text.tensors.layouts),
+            names=self._names(text, text.tensors.names),
+            dropped=tuple(self._name(text, name) for name in text.tensors.dropped),
+            layouts=tuple(ExpertLayout(self._names(text, way.tensors), way.packed) for way in text.tensors.layouts),
             prefix=self.prefix,
             base_prefix="model." if self.prefix.startswith("model.") else "",
             variants=self.variants,
@@ -63,8 +69,12 @@ class Wrapper:
             architecture=self.architecture,
             tensors=tensors,
             config=replace(text.config, defaults={**text.config.defaults, "tie_word_embeddings": self.tied}),
-            prediction=replace(text.prediction, names=self._names(text.prediction.names)),
-            multimodal=Multimodal(self.root, self.beside, text.model_type, self.becomes, self.parts),
+            prediction=replace(
+                text.prediction,
+                names=self._names(text, text.prediction.names),
+                prefix=self.prediction + text.prediction.prefix,
+            ),
+            multimodal=Multimodal(self.root, self.beside, text.model_type, self.becomes, self.parts, self.may_lack),
             elsewhere=replace(
                 text.elsewhere,
                 runs=self.runs,
@@ -73,11 +83,11 @@ class Wrapper:
             ),
         )
 
-    def _names(self, names: Mapping[str, str]) -> dict[str, str]:
-        return {key: self._name(name) for key, name in names.items()}
+    def _names(self, text: Family, names: Mapping[str, str]) -> dict[str, str]:
+        return {key: self._name(text, name) for key, name in names.items()}
 
-    def _name(self, name: str) -> str:
-        for old, new in (("model.", self.prefix), ("lm_head.", self.head)):
+    def _name(self, text: Family, name: str) -> str:
+        for old, new in ((text.tensors.prefix, self.prefix), ("model.", self.prefix), ("lm_head.", self.head)):
             if name.startswith(old):
                 return new + name.removeprefix(old)
         raise ValueError(name)

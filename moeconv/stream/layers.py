@@ -144,7 +144,7 @@ class LayerStream:
         names = [n for n in self._names[None] if tied or n not in embedding]
         self._fill(names, under="")
         self.skeleton.tie()
-        missing = [n for n, p in self.skeleton.module.get_output_embeddings().named_parameters() if p.is_meta]
+        missing = [n for n, p in self.skeleton.head.named_parameters() if p.is_meta]
         if missing:
             raise InputError(
                 "the checkpoint has no output embeddings", hint="A shard is missing: copy the checkpoint again."
@@ -154,7 +154,7 @@ class LayerStream:
                 rows = slice(start, min(start + batch_size, len(self.windows)))
                 yield rows, [self._tail(flow[rows].to(self.device)) for flow in flows]
         finally:
-            for child in (self.skeleton.module.get_output_embeddings(), *self.skeleton.decoder.children()):
+            for child in (self.skeleton.head, *self.skeleton.decoder.children()):
                 self.skeleton.empty(child)
             release_memory()
 

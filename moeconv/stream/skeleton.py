@@ -78,6 +78,14 @@ class Skeleton:
         """Every parameter and persistent buffer by its name in memory; tensors on the meta device, for their shapes."""
         return dict(self.module.state_dict())
 
+    @property
+    def head(self) -> nn.Module:
+        """The output embeddings; some classes around a whole language model do not name its own as theirs."""
+        inside: Stock = getattr(self.module, "language_model", self.module)
+        found = self.module.get_output_embeddings() or inside.get_output_embeddings()
+        assert isinstance(found, nn.Module)
+        return found
+
     def name_of(self, module: nn.Module) -> str:
         return self._names[id(module)]
 

@@ -629,6 +629,17 @@ WRAPPED_CASES["deepseek_ocr2"] = (
 WRAPPED_CASES["unlimited_ocr"] = (
     "unlimited_ocr", {"text_config": _OCR_TEXT, "vision_config": {"sam_config": _OCR_SAM, "encoder_config": _VISION}}
 )  # fmt: skip
+WRAPPED_CASES["nemotron_h_omni"] = (
+    "nemotron_h_omni",
+    {
+        "text_config": MOE_CASES["nemotron_h"][1] | {"model_type": "nemotron_h"},
+        "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16,
+                          "video_temporal_patch_size": 2},
+        "projector_hidden_size": 32,
+        "vision_hidden_size": 16,
+        "image_token_id": 99,
+    },
+)  # fmt: skip
 WRAPPED_CASES["internvl-gpt_oss"] = (
     "internvl",
     WRAPPED_CASES["internvl"][1] | {"text_config": MOE_CASES["gpt_oss"][1] | {"model_type": "gpt_oss"}},

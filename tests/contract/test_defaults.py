@@ -79,7 +79,7 @@ def test_defaults_are_those_of_the_class(name):
     for key in (key for at, key in _compared() if at == name and key not in said):
         ours, theirs = row.config.value(key, said), plain.get(key)
         if key == "tie_word_embeddings" and row.multimodal.root:  # the classes tie by the outer config
-            theirs = plain[key] = CONFIG_MAPPING[row.model_type]().tie_word_embeddings
+            theirs = plain[key] = getattr(CONFIG_MAPPING[row.model_type](), "tie_word_embeddings", False)
         if key not in plain:  # the class does not know it
             neutral = row.config.neutral.get(key, ())
             if ours is not None and key not in TRAINING and ours not in neutral and row.kind == "dense":

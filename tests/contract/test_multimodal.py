@@ -321,3 +321,16 @@ def test_a_tower_that_is_missing_is_named(tmp_path):
     _rewrite(source, {n: t for n, t in _tensors(source).items() if not n.startswith("vision_tower.")})
     with pytest.raises(InputError, match="begins with vision_tower"):
         open_model(source)
+
+
+def test_the_language_model_s_config_is_found_under_its_older_name(tmp_path, cli):
+    """Nemotron Omni on the hub: llm_config, which transformers reads as text_config, stays what it is."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES["nemotron_h_omni"], dtype=torch.float32)
+    stated = json.loads((source / "config.json").read_text())
+    stated["llm_config"] = stated.pop("text_config")
+    (source / "config.json").write_text(json.dumps(stated))
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["llm_config"]["n_routed_experts"] == 4 and "text_config" not in config
+    assert logits(load(tmp_path / "out")).isfinite().all()

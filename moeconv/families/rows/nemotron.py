@@ -33,7 +33,7 @@ from moeconv.families.records import (
 )
 from moeconv.families.shapes import Size, config_key
 from moeconv.families.spec import Pair
-from moeconv.families.vendor import Vendor
+from moeconv.families.vendor import Vendor, Wrapper
 from moeconv.types import JsonObject
 
 NEMOTRON_H_SIZES: Mapping[str, Size] = {
@@ -173,7 +173,36 @@ NEMOTRON_H_MOE = moe_row(
     elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
 )
 
+_LANGUAGE_MODEL = "language_model."
+NEMOTRON_H_OMNI = Wrapper(
+    "nemotron_h_omni",
+    "NemotronH_Omni_Reasoning_V3",
+    (NEMOTRON_H_MOE,),
+    {"vision_model.": "vision", "mlp1.": "vision", "vision_projector.": "vision", "sound_encoder.": "audio",
+     "sound_projection.": "audio"},
+    may_lack=frozenset({"vision_projector."}),
+    prefix=_LANGUAGE_MODEL + "backbone.",
+    head=_LANGUAGE_MODEL + "lm_head.",
+    prediction=_LANGUAGE_MODEL,
+    old_root="llm_config",
+    in_memory={
+        "language_model.backbone.": "language_model.model.",
+        "mlp1.0": "multi_modal_projector.layer_norm", "mlp1.1": "multi_modal_projector.linear_1",
+        "mlp1.3": "multi_modal_projector.linear_2", "vision_projector.vision_final_": "vision_final_",
+        "vision_model.radio_model.model.patch_generator.embedder": "vision_model.embeddings.patch_projection",
+        "vision_model.radio_model.model.patch_generator.video_": "vision_model.embeddings.video_",
+        "vision_model.embeddings.video_embedder": "vision_model.embeddings.video_patch_projection",
+        "vision_model.radio_model.model.blocks.": "vision_model.encoder.layer.",
+        ".attn.qkv": (".attention.q_proj", ".attention.k_proj", ".attention.v_proj"),
+        ".attn.proj": ".attention.o_proj",
+        "sound_encoder.encoder.": "audio_tower.", "sound_projection.norm": "embed_audio.layer_norm",
+        "sound_projection.linear": "embed_audio.linear_",
+    },
+    runs=frozenset({"vllm"}),
+)  # fmt: skip
+
 VENDOR = Vendor(
+    wrappers=(NEMOTRON_H_OMNI,),
     dense=(NEMOTRON, NEMOTRON_H),
     moe=(NEMOTRON_H_MOE,),
     pairs=(

@@ -300,12 +300,14 @@ class Remote:
 class Elsewhere:
     """What readers of config.json other than transformers 5 need in it, and which serving engines run the family.
 
-    Readers: transformers 4.57, vLLM 0.32, SGLang, mlx-lm, and the converter of llama.cpp (2026-10).
+    Readers: transformers 4.57, vLLM 0.32, SGLang, mlx-lm 0.32, and the converter of llama.cpp (2026-10).
     """
 
     # key that some reader needs and transformers 5 does not -> its value: a constant, "=key" for the value of another
     # key, or a function of the config's values; None leaves the key out
     keys: Config = field(default_factory=dict)
+    # keys without which some reader fails, and that are null in the published models
+    nulls: frozenset[str] = frozenset()
     # key of a list -> transformers 5's name of an entry -> transformers 4's name, which both versions read
     old_words: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # key of a nested config -> the keys in it that its class in transformers 4 accepts

@@ -67,7 +67,7 @@ def added(family: Family, values: Config) -> JsonObject:
     for key, value in family.elsewhere.keys.items():
         if values.get(key) is None and (made := _value(value, get)) is not None:
             found[key] = made
-    return found
+    return found | {key: None for key in family.elsewhere.nulls if key not in values}
 
 
 def other_values_elsewhere(family: Family, values: Config) -> list[str]:

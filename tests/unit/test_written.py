@@ -59,8 +59,10 @@ def test_both_wordings_and_every_key_of_other_readers(name):
     for aliases, count in ((row.experts.count, 8), (row.experts.top_k, 2)):
         for alias in aliases:
             assert text[alias] == ([count] * 4 if alias in row.elsewhere.per_layer else count)
-    for key in row.elsewhere.keys:
-        assert text[key] is not None, key
+    for key, rule in row.elsewhere.keys.items():
+        without = callable(rule) and rule(lambda other: row.config.value(other, text)) is None
+        assert (text.get(key) is None) == without, key
+    assert all(text[key] is None for key in row.elsewhere.nulls)
     if row.attention.rope in ("plain", "mscale") and "rope_theta" not in row.config.words:
         assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 12345.0
         assert text["rope_scaling"] is None  # said, since a class may assume a scaling
@@ -212,3 +214,34 @@ def test_a_multimodal_model_has_the_keys_that_readers_of_its_language_model_need
         assert (
             replace(ROWS[name].elsewhere, runs=text.elsewhere.runs, runs_not=text.elsewhere.runs_not) == text.elsewhere
         )
+
+
+def test_gemma4_states_the_sizes_of_layers_without_a_window_as_every_reader_knows_them():
+    """transformers 5.24 saves them by layer; all others then assume those of the class."""
+    row, words = ROWS["gemma4_text"], ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    each = {"1": {"head_dim": 16, "num_key_value_heads": 1}, "3": {"head_dim": 16, "num_key_value_heads": 1}}
+    written = written_config(_config(row, layer_types=words, per_layer_config=each), row)
+    assert (written["global_head_dim"], written["num_global_key_value_heads"]) == (16, 1)
+    assert written["per_layer_config"] == each
+    apart = each | {"3": {"head_dim": 32}}
+    other = written_config(_config(row, layer_types=words, per_layer_config=apart), row)
+    assert not {"global_head_dim", "num_global_key_value_heads"} & other.keys()
+    same = written_config(_config(row, layer_types=words, per_layer_config={}), row)
+    assert same["global_head_dim"] == same["head_dim"] and "num_global_key_value_heads" not in same
+
+
+@pytest.mark.parametrize(
+    ("full", "interval"), [((1, 3), 2), ((3,), 4), ((0, 3), None), ((1,), None), ((), None), ((0, 1, 2, 3), 1)]
+)
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe_text"])
+def test_an_interval_is_stated_for_regular_layers_alone(name, full, interval):
+    words = ["full_attention" if i in full else "linear_attention" for i in range(4)]
+    assert written_config(_config(ROWS[name], layer_types=words), ROWS[name]).get("full_attention_interval") == interval
+
+
+def test_exaone_says_which_layers_have_experts():
+    row = ROWS["exaone_moe"]
+    written = written_config(_config(row) | {"first_k_dense_replace": 1}, row)
+    assert written["is_moe_layer"] == [False, True, True, True]
+    named = written_config(_config(row) | {"mlp_layer_types": ["sparse", "dense", "dense", "sparse"]}, row)
+    assert named["is_moe_layer"] == [True, False, False, True]

@@ -15,8 +15,15 @@ from moeconv.families.expert_blocks import (
     SHARED_EXPERTS,
     moe_row,
 )
+from moeconv.families.placement import Get
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Tensors
 from moeconv.families.vendor import Vendor
+
+
+def _is_moe_layer(get: Get) -> list[bool]:
+    moe = placement.WORDS_OR_FIRST_K.read(get, get("num_hidden_layers"))
+    return [layer in moe for layer in range(get("num_hidden_layers"))]
+
 
 EXAONE_MOE = moe_row(
     "exaone_moe",
@@ -59,7 +66,7 @@ EXAONE_MOE = moe_row(
         routing=GROUPED,
     ),
     prediction=QWEN_MTP,
-    elsewhere=Elsewhere(keys=NO_AUX_LOSS, runs=EVERY_ENGINE),
+    elsewhere=Elsewhere(keys=NO_AUX_LOSS | {"is_moe_layer": _is_moe_layer}, runs=EVERY_ENGINE),
 )
 
 VENDOR = Vendor(

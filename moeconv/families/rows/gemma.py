@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,29 @@ def _global_kv(get: Get, place: Place) -> Any:
     return _in_layer(get, place, "num_key_value_heads") or apart or get("num_key_value_heads")
 
 
+def _in_full_layers(key: str, otherwise: str = "") -> Callable[[Get], Any]:
+    """The value of a key that per_layer_config gives to every layer without a window, where it gives none to others.
+
+    `otherwise` is the key with the value of layers for which it has none. The value is None if it differs between them.
+    """
+
+    def find(get: Get) -> Any:
+        each, words = get("per_layer_config"), get("layer_types") or []
+        full = [str(i) for i, word in enumerate(words) if word == "full_attention"]
+        if not isinstance(each, dict) or not {str(layer) for layer in each} <= set(full):
+            return None
+        stated = ({str(layer): value for layer, value in each.items()}.get(layer) or {} for layer in full)
+        found = [one.get(key, get(otherwise) if otherwise else None) for one in stated]
+        return found[0] if found and all(value == found[0] for value in found) else None
+
+    return find
+
+
+# every other reader, and transformers before 5.24, knows these keys in place of per_layer_config
+_GLOBAL: JsonObject = {
+    "global_head_dim": _in_full_layers("head_dim", otherwise="head_dim"),
+    "num_global_key_value_heads": _in_full_layers("num_key_value_heads"),
+}
 GEMMA4_SIZES: Mapping[str, Size] = {"head": _global_heads, "v_head": _global_heads, "kv": _global_kv}
 GEMMA = dense_row(
     "gemma",
@@ -106,7 +129,7 @@ _GEMMA4_CONFIG = ConfigKeys(
         "num_kv_shared_layers": ((0,), "the last layers attend to keys and values of layers before them"),
     },
 )
-_GEMMA4_ELSEWHERE = Elsewhere(runs=frozenset({"vllm", "llama.cpp"}))
+_GEMMA4_ELSEWHERE = Elsewhere(keys=_GLOBAL, runs=frozenset({"vllm", "llama.cpp"}))
 _GEMMA4_ATTENTION = Attention(sliding=sliding.FULL_AT_THE_END, rope="own", partial=1.0)
 _GEMMA4_TENSORS = Tensors(GEMMA4_BLOCK | DENSE_FFN, optional=frozenset({"attention.v"}), sizes=GEMMA4_SIZES)
 GEMMA4 = dense_row(
@@ -133,7 +156,7 @@ GEMMA4_UNIFIED = replace(
         | {"max_position_embeddings": 262144, "sliding_window": 1024, "use_bidirectional_attention": "vision"},
         only={key: rule for key, rule in _GEMMA4_CONFIG.only.items() if key not in _UNIFIED},
     ),
-    elsewhere=Elsewhere(),
+    elsewhere=Elsewhere(keys=_GLOBAL),
     is_dense=None,
 )
 # the dense FFN beside the experts is treated as a shared expert that has its own norms

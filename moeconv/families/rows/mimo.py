@@ -120,6 +120,7 @@ MIMO_V2_FLASH = moe_row(
             "hybrid_layer_pattern": _per_layer("layer_types", "sliding_attention"),
             "moe_layer_freq": _per_layer("mlp_layer_types", "sparse"),
         },
+        nulls=frozenset({"n_shared_experts"}),
         # llama.cpp's converter looks for partial_rotary_factor here, where parameters per type of layer lack it
         implied=frozenset({"rope_parameters"}),
         runs=frozenset({"vllm", "llama.cpp"}),

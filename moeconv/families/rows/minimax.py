@@ -43,6 +43,7 @@ MINIMAX_M2 = moe_row(
             "use_qk_norm": True,
             "qk_norm_type": "per_layer",
             "rotary_dim": _rotary_dim,
+            "shared_intermediate_size": 0,
         },
         runs=frozenset({"vllm", "llama.cpp"}),
     ),

@@ -63,8 +63,8 @@ PHIMOE = moe_row(
     tensors=Tensors(
         BLOCK | NORM_BIAS | QKV_BIAS | O_BIAS | SPARSE_BLOCK | {"embedding.lm_head_bias": "lm_head.bias"},
         in_memory={"block_sparse_moe.gate": "mlp.router"},
-        switched={"attention_bias": QKVO_BIAS},
-        inert=ZERO_QKVO_BIAS,
+        switched={"attention_bias": QKVO_BIAS, "lm_head_bias": ("embedding.lm_head_bias",)},
+        inert=ZERO_QKVO_BIAS | {"embedding.lm_head_bias": 0.0},
     ),
     attention=Attention(sliding=WINDOW_KEY, rope="mscale"),
     experts=Experts(
@@ -80,7 +80,10 @@ PHIMOE = moe_row(
     ),
 )
 
-_PHIMOE: JsonObject = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "lm_head_bias": False}
+# llama.cpp and mlx-lm need the biases, as every published model has them
+_PHIMOE: JsonObject = {
+    "router_jitter_noise": 0.0, "input_jitter_noise": 0.0, "attention_bias": True, "lm_head_bias": True,
+}  # fmt: skip
 
 VENDOR = Vendor(
     dense=(PHI3,),

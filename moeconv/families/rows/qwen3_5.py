@@ -58,6 +58,16 @@ def qwen3_5_kinds(get: Get, layers: int) -> list[str]:
     return get("layer_types") or words
 
 
+def _interval(get: Get) -> int | None:
+    """Every how many layers attention is full, where layer_types is as regular as that."""
+    words = get("layer_types") or []
+    full = [i for i, word in enumerate(words) if word == "full_attention"]
+    return full[0] + 1 if full and full == list(range(full[0], len(words), full[0] + 1)) else None
+
+
+# mlx-lm reads this key in place of layer_types
+_INTERVAL: JsonObject = {"full_attention_interval": _interval}
+
 # q contains an output gate beside the queries; norms add 1 in both families, so no offset is needed
 QWEN3_5 = dense_row(
     "qwen3_5_text",
@@ -99,7 +109,7 @@ QWEN3_5_MOE = moe_row(
     ),
     prediction=QWEN_MTP,
     base={key: value for key, value in BASE_CONFIG.items() if key != "intermediate_size"},
-    elsewhere=Elsewhere(runs=frozenset({"llama.cpp"})),
+    elsewhere=Elsewhere(keys=_INTERVAL, runs=frozenset({"llama.cpp"})),
 )
 QWEN3_NEXT = moe_row(
     "qwen3_next",
@@ -143,7 +153,7 @@ QWEN3_NEXT = moe_row(
         routing=Routing("softmax", "norm_topk_prob"),
     ),
     prediction=QWEN_MTP,
-    elsewhere=Elsewhere(runs=EVERY_ENGINE),
+    elsewhere=Elsewhere(keys=_INTERVAL, runs=EVERY_ENGINE),
 )
 
 VENDOR = Vendor(

@@ -45,7 +45,7 @@ SOLAR_OPEN = moe_row(
         shared_width=("moe_intermediate_size", "n_shared_experts"),
         routing=GROUPED,
     ),
-    elsewhere=Elsewhere(runs=frozenset({"vllm", "llama.cpp"})),
+    elsewhere=Elsewhere(keys={"first_k_dense_replace": 0}, runs=frozenset({"vllm", "llama.cpp"})),
 )
 
 VENDOR = Vendor(

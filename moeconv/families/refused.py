@@ -94,6 +94,14 @@ _REASONS: dict[str, tuple[str, ...]] = {
         ("nllb-moe", "switch_transformers"),
     "it classifies tokens with attention in both directions, and is no language model": ("openai_privacy_filter",),
     "it denoises blocks of tokens, and the loss of a text says nothing about that": ("diffusion_gemma",),
+    "its first layers choose experts by the id of the token, from a table that no rule can fill anew, and config.json "
+    "has one count for all layers, so that none can be removed; and several streams run between its layers, not one":
+        ("deepseek_v4",),
+    "several residual streams run between its layers, and moeconv runs layers with one":
+        ("glm5_next", "glm5_next_text"),
+    "its routers also choose experts without weights, which pass their input on, so that they have more rows than the "
+    "layers have experts":
+        ("longcat_flash",),
     "its router scores the shared experts together with the routed ones, in one matrix":
         ("inkling_mm_model", "inkling_text"),
     _BLOCKS: ("inkling2", "inkling2_text"),

@@ -7,7 +7,9 @@ import pkgutil
 
 import pytest
 
+from moeconv.errors import Unsupported
 from moeconv.families import registry, rows
+from moeconv.families.find import find_family
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.families.vendor import Vendor
@@ -57,3 +59,12 @@ def test_a_pair_is_in_the_file_of_its_target():
 def test_an_alias_must_be_of_a_known_family_and_not_one_itself(aliases, what):
     with pytest.raises(ValueError, match=what):
         registry._merged([*VENDORS.values(), Vendor(aliases=aliases)])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("deepseek_v4", "id of the token"), ("glm5_next", "residual streams"), ("longcat_flash", "without weights")],
+)
+def test_experts_that_no_row_describes_are_refused_with_the_reason(model_type, why):
+    with pytest.raises(Unsupported, match=why):
+        find_family({"model_type": model_type, "vision_config": {}})

@@ -2,8 +2,10 @@
 
 It has F64 tensors per MoE layer L, for S data sources, E experts and the hidden size H. `g` is the weight that the
 model really gives an expert, `f` the output of the expert, and `c` = 1 - cos(residual stream before the FFN, after it).
-All sums are over routed tokens only. Where the weights multiply the inputs of the experts (llama4), an expert adds its
-output for the input g x as it is: `f` is that output, in all fields, and ||f|| takes the place of g ||f||.
+`prediction_layers` of the provenance are the multi-token-prediction layers that were measured, numbered on from the
+model's layers. All sums are over routed tokens only. Where the weights multiply the inputs of the experts (llama4), an
+expert adds its output for the input g x as it is: `f` is that output, in all fields, and ||f|| takes the place of
+g ||f||.
 
     layer.L.count              [S, E]  number of tokens routed to the expert
     layer.L.gate_sum, gate_sq_sum, norm_sum, norm_sq_sum, gate_norm_sum, gate_norm_sq_sum, easy_ep_sum
@@ -63,6 +65,11 @@ class Statistics:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self.metadata["layers"])
+
+    @property
+    def prediction_layers(self) -> tuple[int, ...]:
+        """The multi-token-prediction layers that were measured."""
+        return tuple(self.metadata.get("prediction_layers", ()))
 
     def has(self, layer: int, field: str) -> bool:
         """Whether the file holds a field."""

@@ -21,7 +21,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import open_model
 from moeconv.types import JsonObject
 
-_SAME = ("identity", "layers", "num_experts", "top_k", "seq_len", "dtype")
+_SAME = ("identity", "layers", "prediction_layers", "num_experts", "top_k", "seq_len", "dtype")
 _OF_SOURCES = (*PER_SOURCE, "entropy_sum", "tokens")
 _ADDED = ("coactivation", "logit_sum", "logit_product")
 _PART = ("tokens", "sources", "seed", "sample_tokens", "sampled_tokens")
@@ -55,8 +55,9 @@ def merge_statistics(
         one.check_belongs(model)
     warnings = _check(loaded)
     sources = _sources(loaded)
+    layers = (*loaded[0].layers, *loaded[0].prediction_layers)
     places = [[_place(sources, s) for s in one.metadata["sources"]] for one in loaded]
-    fields = {layer: _layer(loaded, layer, places, len(sources)) for layer in loaded[0].layers}
+    fields = {layer: _layer(loaded, layer, places, len(sources)) for layer in layers}
     metadata = _provenance(loaded, sources)
     write_statistics(path, fields, metadata=metadata, overwrite=overwrite)
     result = summary(path, fields, tokens=metadata["tokens"], sources=sources)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moeconv.calibrate.artifact import KIND, write_statistics
-from moeconv.calibrate.need import sample_size
+from moeconv.calibrate.need import sample_size, sampled_fields
 from moeconv.calibrate.neurons import KIND as NEURONS
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
@@ -28,6 +29,7 @@ from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.prediction import prediction_layers
 from moeconv.types import Config, JsonObject
 from moeconv.units import counted
 from moeconv.world import World, current, first
@@ -97,13 +99,15 @@ def calibrate(
     mine, size = deal(len(read.windows), batch_size=batch_size, world=current())
     stream = stream_within(
         model, read.windows[mine], dtype=dtype, device=target, batch_size=size, budget=budget, meter=meter,
-        what="calibrate", sample=min(sample_tokens, read.tokens),
+        what="calibrate", **sampled_fields(model, min(sample_tokens, read.tokens)),
     )  # fmt: skip
     key = run_key(stream, read, seed=seed, sample_tokens=sample_tokens)
     progress = Progress(path, key=key, every=save_every, meter=meter)
     fields = _all_layers(stream, read, mine, progress, seed=seed, sample_tokens=sample_tokens)
+    predicted = [layer for layer in model.mtp_layers if layer in fields]
     if current().leads:
         about = _provenance(stream, read, seed=seed, sample_tokens=sample_tokens)
+        about |= {"prediction_layers": predicted} if predicted else {}
         write_statistics(path, fields, metadata=about, overwrite=overwrite)
     progress.remove()
     result = summary(path, fields, tokens=read.tokens, sources=[source.to_json() for source in read.sources])
@@ -181,22 +185,20 @@ def _all_layers(
     stream: LayerStream, read: TokenData, mine: np.ndarray, progress: Progress, *, seed: int, sample_tokens: int
 ) -> Fields:
     fields = progress.resume(stream)
+    measured = partial(
+        layer_statistics, source=torch.from_numpy(read.source), num_sources=len(read.sources),
+        num_experts=stream.model.num_experts, seed=seed, sample_tokens=sample_tokens, mine=torch.from_numpy(mine),
+        rule=rule_of(stream.model),
+    )  # fmt: skip
     for layer in stream.layers():
         if layer.experts is not None:
-            fields[layer.index] = layer_statistics(
-                layer,
-                source=torch.from_numpy(read.source),
-                num_sources=len(read.sources),
-                num_experts=stream.model.num_experts,
-                seed=seed,
-                sample_tokens=sample_tokens,
-                mine=torch.from_numpy(mine),
-                rule=rule_of(stream.model),
-            )
+            fields[layer.index] = measured(layer)
         else:
             layer.run_all()
         if layer.index + 1 < stream.model.num_layers:
             progress.save(stream, layer.index + 1, fields)
+    for found in prediction_layers(stream):
+        fields[found.number] = measured(found.layer, hidden=found.hidden)
     return fields
 
 

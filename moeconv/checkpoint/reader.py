@@ -157,6 +157,13 @@ class Checkpoint:
         other.stored_names = {new: self.stored_names.get(old, old) for old, new in names.items()}
         return other
 
+    def chosen(self, names: Mapping[str, str]) -> Checkpoint:
+        """A copy of this checkpoint that has only the tensors of `names`, {new name: old name}."""
+        other = copy.copy(self)
+        other.tensors = {new: replace(self.tensors[old], name=new) for new, old in names.items()}
+        other.stored_names = {new: self.stored_names.get(old, old) for new, old in names.items()}
+        return other
+
     # -- reading -------------------------------------------------------------------------------------------------
 
     def reworded(self, config: JsonObject, warning: str) -> Checkpoint:

@@ -114,6 +114,24 @@ class Model:
         layers = {r.layer for r in self.roles.values() if r.layer is not None and r.layer >= self.num_layers}
         return tuple(sorted(layers))
 
+    def place_of_prediction(self, number: int) -> int | None:
+        """The last of the model's own layers that has the same tensors, and the same attention, as the decoder layer in
+        multi-token-prediction layer `number`. None if there is no such layer, or a prediction step is not one layer."""
+        if self.family.prediction.otherwise:
+            return None
+        slides = self.sliding.layers
+        blocks: dict[int | None, set[str]] = {}
+        for role in self.roles.values():
+            if role.key not in self.family.prediction.names:
+                blocks.setdefault(role.layer, set()).add("expert" if role.group == "expert" else role.key)
+        same = (
+            layer
+            for layer in reversed(range(self.num_layers))
+            if blocks.get(layer) == blocks[number]
+            and (bool(slides[layer]) if layer < len(slides) else False) == self.family.prediction.slides
+        )
+        return next(same, None)
+
     @cached_property
     def layer_kinds(self) -> tuple[str, ...] | None:
         """The kind of each layer in a family that mixes kinds (attention, convolution, ...); None in other families."""

@@ -267,6 +267,8 @@ class Prediction:
     layers: str = "layers."
     # whether they have the sizes of layers with a sliding window
     slides: bool = False
+    # why no data runs through them, where a step is not one layer behind a projection of [embedding, hidden states]
+    otherwise: str = ""
 
 
 @dataclass(frozen=True, slots=True)

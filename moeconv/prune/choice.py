@@ -62,6 +62,23 @@ def orders_of(model: Model, evidence: Evidence, options: PruneOptions, *, seed: 
     return {layer: CRITERIA[name].order(evidence, layer, protected[layer]) for layer in model.moe_layers}
 
 
+def predicted_keep(
+    model: Model, evidence: Evidence, options: PruneOptions, left: int, *, criterion: str
+) -> dict[int, list[int]]:
+    """The experts that stay in the multi-token-prediction layers that were measured, by the criterion if it reads
+    statistics alone. What is protected in the last of the model's own layers is protected there too."""
+    needs, found = CRITERIA[criterion].needs, evidence.statistics
+    layers = [layer for layer in model.mtp_layers if layer in getattr(found, "prediction_layers", ())]
+    by_weights = needs.weights is not None or (needs.similarity and evidence.similarity in OF_WEIGHTS)
+    if left == model.num_experts or not layers or not needs.data or by_weights:
+        return {}
+    evidence = replace(evidence, rule=rule_of(model), similarity=options.similarity, num_experts=model.num_experts)
+    fixed = protected_experts(model, options, evidence)[model.moe_layers[-1]]
+    protected = dict.fromkeys(layers, fixed)
+    orders = {layer: CRITERIA[criterion].order(evidence, layer, fixed) for layer in layers}
+    return choose(model, orders, left, evidence=evidence, criterion=criterion, protected=protected)
+
+
 def _measured(criterion: Criterion, evidence: Evidence) -> bool:
     """Whether everything that a criterion needs was measured."""
     needs = criterion.needs

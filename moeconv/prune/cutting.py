@@ -23,9 +23,9 @@ Keep = Mapping[int, Sequence[int]]
 
 
 def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
-    """`keep`, extended to the multi-token-prediction layers. They are not measured, so they keep the experts of the
-    last layer, whose output they read."""
-    return dict(keep) | dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]])
+    """`keep`, extended to the multi-token-prediction layers that it lacks, because they were not measured. They keep
+    the experts of the last layer, whose output they read."""
+    return dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]]) | dict(keep)
 
 
 def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moeconv.families.model import Model
 from moeconv.options import PruneOptions
@@ -13,6 +13,7 @@ from moeconv.prune.choice import (
     default_criterion,
     left_by_threshold,
     orders_of,
+    predicted_keep,
     protected_experts,
 )
 from moeconv.prune.criteria import Evidence, Order
@@ -28,7 +29,8 @@ class Decision:
 
     `known` is False if nothing was measured; the first experts are then placeholders, which give the same sizes.
     `orders` {layer: order of removal, with scores} are those of the criterion, if it decided alone. `groups` {layer:
-    {kept: absorbed}} are the experts that a merge averages.
+    {kept: absorbed}} are the experts that a merge averages. `predicted` are the experts that stay in the
+    multi-token-prediction layers that were measured.
     """
 
     left: int
@@ -37,6 +39,7 @@ class Decision:
     criterion: str
     orders: Mapping[int, Order] | None = None
     groups: Groups | None = None
+    predicted: Keep = field(default_factory=dict)
 
 
 def decide(
@@ -52,14 +55,16 @@ def decide(
     if keep is not None:
         left = len(next(iter(keep.values()), ())) if left is None else left
         _check(model, options, evidence, left)
-        return Decision(left, checked_keep(model, keep, left), True, name)
+        predicted = predicted_keep(model, evidence, options, left, criterion=name)
+        return Decision(left, checked_keep(model, keep, left), True, name, predicted=predicted)
     orders = orders_of(model, evidence, options, seed=seed) if left != model.num_experts else None
     if left is None:
         left = left_by_threshold(model, options, evidence, orders)
     protected = _check(model, options, evidence, left)
     if orders is not None:
         chosen: Keep = choose(model, orders, left, evidence=evidence, criterion=name, protected=protected)
-        return Decision(left, chosen, True, name, orders)
+        predicted = predicted_keep(model, evidence, options, left, criterion=name)
+        return Decision(left, chosen, True, name, orders, predicted=predicted)
     return Decision(left, {layer: list(range(left)) for layer in model.moe_layers}, left == model.num_experts, name)
 
 

@@ -61,7 +61,7 @@ def prune_plan(
     overlays: Mapping[str, Overlay] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a decision. `evidence` is what the decision was made on."""
-    keep, left, orders = decision.keep, decision.left, decision.orders
+    keep, left, orders = {**decision.keep, **decision.predicted}, decision.left, decision.orders
     prunes = left < model.num_experts
     scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
     items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype)), scales)
@@ -99,7 +99,7 @@ def prune_plan(
         warnings=(
             *model.warnings,
             *head_warnings(model),
-            *_warnings(model, decision.criterion if prunes else "", options, scales, left),
+            *_warnings(model, decision, options, scales),
         ),
         dropped=model.dropped,
         promise=_promise(model, keep),
@@ -146,9 +146,9 @@ def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = Non
     return written_config(config, model.family, changes=changes, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
-def _warnings(
-    model: Model, criterion: str | None, options: PruneOptions, scales: Mapping[int, float], left: int
-) -> list[str]:
+def _warnings(model: Model, decision: Decision, options: PruneOptions, scales: Mapping[int, float]) -> list[str]:
+    left = decision.left
+    criterion = decision.criterion if left < model.num_experts else ""
     warnings = check_served(model.family.model_type, options.target)
     lost = [ranks for ranks in _RANKS if model.num_experts % ranks == 0 and left % ranks]
     if lost:
@@ -156,11 +156,14 @@ def _warnings(
             f"{counted(left, 'expert')} cannot be divided equally among {' or '.join(map(str, lost))} devices, as "
             f"{model.num_experts} can: expert parallelism needs equal shares"
         )
-    if model.mtp_layers:
+    blind = [layer for layer in model.mtp_layers if layer not in decision.predicted]
+    if blind:
+        runs = all(model.place_of_prediction(layer) is not None for layer in blind)
+        other = model.family.prediction.otherwise or "their block is not one of the model's layers"
+        why = "no data ran through them" if runs else other
         warnings.append(
-            f"multi-token-prediction layers {list(model.mtp_layers)} keep the experts with the same numbers as "
-            f"layer {model.moe_layers[-1]}, because no data runs through them: drafted tokens may be accepted less "
-            f"often"
+            f"multi-token-prediction layers {blind} keep the experts with the same numbers as layer "
+            f"{model.moe_layers[-1]}, because {why}: drafted tokens may be accepted less often"
         )
     if criterion and CRITERIA[criterion].warning:
         warnings.append(CRITERIA[criterion].warning)

@@ -228,6 +228,12 @@ class LayerStream:
         release_memory()
         return hidden
 
+    def loaded(self, index: int) -> Layer:
+        """A layer with its weights loaded, out of turn. The caller frees it."""
+        layer = self._layer(index, self.skeleton.layers[index])
+        self._fill_layer(layer)
+        return layer
+
     def _layer(self, index: int, module: nn.Module) -> Layer:
         """The modules of a layer, found through its tensors: the module that holds a tensor is its owner, in any
         family."""

@@ -193,6 +193,7 @@ def test_a_step_of_two_blocks_is_cut_with_the_model_and_its_latent_space_is_kept
     assert found["mtp_layers"] == [4, 5] and counted_apart(source, found)
     done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
     assert done.code == 0, done.out
+    assert any("because a prediction step is two blocks" in w for w in done.json["warnings"])
     kept, after = done.json["prune"]["keep"]["3"], load_file(tmp_path / "out" / "model.safetensors")
     mixer = "mtp.layers.1.mixer."
     assert torch.equal(after[mixer + "gate.weight"], tensors[mixer + "gate.weight"][kept])

@@ -110,6 +110,7 @@ _NEMOTRON_MTP = Prediction(
         "mtp.norm": _NEMOTRON + "final_layernorm.weight",
     },
     prefix="mtp.",
+    otherwise="a prediction step is two blocks, one of attention and one of experts",
 )
 _KINDS_BY_LETTER = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 

@@ -51,6 +51,7 @@ NORM_BIAS = {
     f"norm.{part}_bias": BLOCK[f"norm.{part}"].replace(".weight", ".bias") for part in ("attention", "ffn", "final")
 }
 FUSED_QKV: dict[str, tuple[str, ...]] = {"attention.qkv": ("attention.q", "attention.k", "attention.v")}
+FUSED_QKV_BIAS = {f"{key}_bias": tuple(f"{part}_bias" for part in parts) for key, parts in FUSED_QKV.items()}
 FUSED_FFN: dict[str, tuple[str, ...]] = {"ffn.gate_up": ("ffn.gate", "ffn.up")}
 FFN_GATE_UP = {"ffn.gate_up": LAYER + "mlp.gate_up_proj.weight", "ffn.down": LAYER + "mlp.down_proj.weight"}
 MULTIPLIERS: JsonObject = {
@@ -119,4 +120,4 @@ def dense_row(
 def completed(tensors: Tensors) -> Tensors:
     """`tensors`, with biases and the output head optional, and with the rotary buffers of old exports ignored."""
     optional = {"embedding.lm_head", *(key for key in tensors.names if key.endswith("_bias"))}
-    return replace(tensors, optional=tensors.optional | optional, dropped=ROTARY_BUFFERS)
+    return replace(tensors, optional=tensors.optional | optional, dropped=(*tensors.dropped, *ROTARY_BUFFERS))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moeconv.errors import InputError
 from moeconv.families import rope
-from moeconv.families.node import Node, add, centre, fill, rotary, scale, scale_rows, source
+from moeconv.families.node import Node, add, centre, fill, rotary, scale, scale_rows, source, unit_rows
 from moeconv.families.placement import Get
 from moeconv.families.shapes import head_dim
 from moeconv.families.spec import Family
@@ -174,6 +174,24 @@ def minicpm_multipliers(draft: Draft) -> None:
     _embedding(draft, get("scale_emb"))
     draft.scale(["norm.final"], get("dim_model_base") / get("hidden_size"))
     draft.scale(_RESIDUAL, get("scale_depth") / math.sqrt(draft.layers))
+
+
+def minicpm_as_multipliers(draft: Draft) -> None:
+    """Write MiniCPM's scale_emb, scale_depth and dim_model_base as the multipliers of Granite."""
+    get = draft.get
+    draft.config |= {
+        "embedding_multiplier": float(get("scale_emb")),
+        "logits_scaling": get("hidden_size") / get("dim_model_base"),
+        "residual_multiplier": get("scale_depth") / math.sqrt(draft.layers),
+        "attention_multiplier": head_dim(get) ** -0.5,
+    }
+
+
+def unit_head(draft: Draft) -> None:
+    """Divide the rows of the output head by their lengths, as Baichuan 2 does whenever it runs."""
+    if draft.get("normalised_head"):
+        untied_head(draft)
+        draft.change(["embedding.lm_head"], unit_rows)
 
 
 def neutral_multipliers(draft: Draft) -> None:

@@ -54,7 +54,8 @@ class Model:
     def warnings(self) -> tuple[str, ...]:
         """The warnings that every command gives that reads the model."""
         found = without_code(self.checkpoint.config)[1] if self.family.remote is None else []
-        own = f"auto_map of config.json is left out: transformers has {self.family.model_type} itself"
+        has = f"transformers has {self.family.model_type} itself"
+        own = f"auto_map of config.json is left out: {'the result has a stock class' if self.family.runs_as else has}"
         lost = heads(self.dropped)
         other = "left out as transformers' language model leaves it out, the head of another class"
         return (

@@ -102,6 +102,11 @@ def centre(node: Node, axis: int) -> Node:
     return Node("centre", (node,), {"axis": axis})
 
 
+def unit_rows(node: Node) -> Node:
+    """The node with every row divided by its length (torch's `normalize`)."""
+    return Node("unit_rows", (node,), {})
+
+
 def concat(*nodes: Node) -> Node:
     """The rows of the first node, then those of the second, and so on."""
     return nodes[0] if len(nodes) == 1 else Node("concat", nodes)

@@ -58,6 +58,9 @@ class Tensors:
     dropped: tuple[str, ...] = ()
     # key of a tensor that holds the rows of several matrices -> their keys
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # keys of fused tensors that hold queries, keys and values head by head, each head of keys and values after the
+    # queries that attend to it, instead of one matrix after the other
+    grouped: frozenset[str] = frozenset()
     # key of a tensor that holds all experts of a layer -> how it holds them
     packed: Mapping[str, Packed] = field(default_factory=dict)
     # all layouts of the experts that loaders accept, if there is more than one

@@ -13,6 +13,12 @@ def stock_config(family: Family, config: Config) -> Config:
 
     Raises Unsupported for a family whose computation no class of transformers has.
     """
+    if family.runs_as is not None:
+        raise Unsupported(
+            f"{family.model_type} cannot be run: its class is code in the checkpoint, which moeconv never runs",
+            hint="`moeconv upcycle` writes it as a stock family, which can be run. Methods that measure nothing need "
+            "no run of the source.",
+        )
     if family.remote is None:
         return config
     if not family.remote.like:

@@ -220,10 +220,20 @@ def shared_width(keys: tuple[str, ...], get: Get) -> int:
 
 def fused_rows(key: str, parts: tuple[str, ...], rows: int, get: Get) -> tuple[int, int]:
     """(first row, number of rows) of matrix `key` in the fused tensor of `parts`, which has `rows` rows in total."""
-    if "attention.q" in parts:
+    if parts[0] in ("attention.q", "attention.q_bias"):
         query, value = (get(k) or get("num_attention_heads") for k in ("num_attention_heads", "num_key_value_heads"))
         counts = [query * head_dim(get)] + [value * head_dim(get)] * 2
     else:
         counts = [rows // len(parts)] * len(parts)
     at = parts.index(key)
     return sum(counts[:at]), counts[at]
+
+
+def grouped_rows(key: str, parts: tuple[str, ...], get: Get) -> list[tuple[int, int]]:
+    """The (first, end) rows of matrix `key` in a fused tensor of `parts` (queries, keys, values) that holds, for every
+    head of keys and values, the queries that attend to it, then the keys, then the values."""
+    head, count = head_dim(get), get("num_key_value_heads") or get("num_attention_heads")
+    each = [get("num_attention_heads") // count * head, head, head]
+    at = parts.index(key)
+    starts = (group * sum(each) + sum(each[:at]) for group in range(count))
+    return [(start, start + each[at]) for start in starts]

@@ -71,6 +71,9 @@ class Family:
     multimodal: Multimodal = field(default_factory=Multimodal)
     # what readers other than transformers 5 need, and which engines run it
     elsewhere: Elsewhere = field(default_factory=Elsewhere)
+    # for a family whose class is code in its checkpoints: the exact pair of the dense family of transformers that
+    # computes the same, and runs in its place
+    runs_as: Pair | None = None
     # for a model_type with a dense row and a row with experts: whether a config belongs to the dense row
     is_dense: Callable[[Get], bool] | None = None
     # for a family whose class is code in its checkpoints

@@ -14,9 +14,9 @@ from moeconv.families import rope, sliding
 from moeconv.families.folds import Draft, align_layout
 from moeconv.families.head import head_warnings, untied
 from moeconv.families.model import Model
-from moeconv.families.node import concat
+from moeconv.families.node import Node, concat, cut
 from moeconv.families.node import source as source_node
-from moeconv.families.shapes import head_dim
+from moeconv.families.shapes import grouped_rows, head_dim
 from moeconv.families.spec import BESIDE, Family, Pair
 from moeconv.families.written import written_config
 from moeconv.types import Config, JsonObject
@@ -53,7 +53,7 @@ def draft_target(model: Model, pair: Pair, target: Family) -> Draft:
         get=model.value,
         layers=model.num_layers,
         config=config,
-        tensors={key: source_node(key) for key in _source_keys(model)},
+        tensors={key: _stored(model, key) for key in _source_keys(model)},
         warnings=warnings,
         tied=bool(model.value("tie_word_embeddings")) and not model.own_head,
     )
@@ -67,6 +67,15 @@ def draft_target(model: Model, pair: Pair, target: Family) -> Draft:
     if draft.tied and draft.tensors["embedding.tokens"].op != "source":
         draft.tensors.pop("embedding.lm_head", None)  # a stored copy of the tied head would be the old embedding
     return draft
+
+
+def _stored(model: Model, key: str) -> Node:
+    """The expression that reads a matrix of the source, from the rows of several heads where they lie apart."""
+    whole = model.family.holds(key)
+    if whole not in model.family.tensors.grouped:
+        return source_node(key)
+    ranges = grouped_rows(key, model.family.tensors.fused[whole], model.value)
+    return concat(*(cut(source_node(whole), axis=0, start=start, stop=stop) for start, stop in ranges))
 
 
 def _join(draft: Draft) -> None:

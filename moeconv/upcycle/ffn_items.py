@@ -49,9 +49,18 @@ class FfnItems:
             if key.startswith("ffn.") and self._sources.has(node, layer)
         }
 
+    def _joined(self, parts: dict[str, Node]) -> dict[str, Node]:
+        """The parts of a dense FFN, with those in one expression that the target stores in one tensor."""
+        joined = dict(parts)
+        for whole, keys in self._target.tensors.fused.items():
+            words = [key.partition(".")[2] for key in keys]
+            if whole.startswith("ffn.") and all(word in joined for word in words):
+                joined[whole.partition(".")[2]] = concat(*(joined.pop(word) for word in words))
+        return joined
+
     def dense(self, layer: int) -> Iterator[Placed]:
         """The items of a layer that stays dense."""
-        for part, node in self._parts(layer).items():
+        for part, node in self._joined(self._parts(layer)).items():
             key = f"ffn.{part}"
             if not self._target.has(key):
                 raise InputError(

@@ -78,7 +78,7 @@ def _check_remote(checkpoint: Checkpoint) -> None:
         family = find_family(checkpoint.config)
     except InputError:
         return  # transformers will say what it makes of it
-    if family.remote is not None:
+    if family.remote is not None or family.runs_as is not None:
         stock_config(family, checkpoint.config)
         raise Unsupported(
             f"transformers loads {family.model_type} only with the code of the checkpoint, which moeconv never runs",

@@ -53,6 +53,8 @@ _GEMMA4_DENSE = {
 }  # fmt: skip
 _BIASED = _DENSE | {"attention_bias": True}
 
+# the pairs whose source has a class of its own; the others: test_wrapped_dense.py, test_remote_code.py
+STOCK_PAIRS = [p for p in tables().pairs if p.source in tables().dense and not tables().dense[p.source].runs_as]
 # name of the case -> (model_type, config, targets; none named: every pair of the source)
 Case = tuple[str, dict[str, Any], tuple[str, ...]]
 CASES: dict[str, Case] = {

@@ -26,7 +26,7 @@ ROWS: dict[str, tuple[str, Family]] = {
     f"{row.model_type} ({row.kind})": (row.model_type, row)
     for table in (tables().dense, tables().moe)
     for row in table.values()
-    if row.remote is None
+    if row.remote is None and row.runs_as is None  # the classes of the others are code in their checkpoints
 } | {f"{outer}/{text}": (text, row) for outer, rows in tables().wrapped.items() for text, row in rows.items()}
 # what a checkpoint must say; head counts that no class has for a default, so that nothing is right by chance
 SIZES = {"vocab_size": 160, "hidden_size": 336, "num_hidden_layers": 6, "num_attention_heads": 12,

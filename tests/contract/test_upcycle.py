@@ -14,7 +14,7 @@ from moeconv.options import ReadOptions
 from moeconv.requests import InspectRequest
 from moeconv.stream.layers import LayerStream
 from moeconv.tensors import read_tensor
-from tests.contract.stock import CASES, DENSE_CASES, REFUSED, load, logits, relative_difference, save_stock
+from tests.contract.stock import CASES, DENSE_CASES, REFUSED, STOCK_PAIRS, load, logits, relative_difference, save_stock
 
 torch.set_num_threads(1)
 EVERY_PAIR = [
@@ -27,8 +27,7 @@ EVERY_PAIR = [
 
 def test_every_pair_is_converted_below():
     covered = {(pair.source, pair.target) for _, pair in (p.values for p in EVERY_PAIR)}
-    # the others are inside multimodal models: test_wrapped_dense.py
-    assert covered == {(p.source, p.target) for p in tables().pairs if p.source in tables().dense}
+    assert covered == {(p.source, p.target) for p in STOCK_PAIRS}
     assert len(covered) >= 40
 
 

@@ -310,7 +310,7 @@ def test_a_model_without_a_language_models_head(tmp_path: Path, head: str | None
             "around a Mixture-of-Experts language model", "",
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder", "moeconv families"),
-        ({"model_type": "bailing_moe", "auto_map": {"AutoConfig": "x.Y"}}, "code in the checkpoint", ""),
+        ({"model_type": "telechat", "auto_map": {"AutoConfig": "x.Y"}}, "code in the checkpoint", ""),
         ({"model_type": "gemma2"}, "softcap", ""),
         ({"model_type": "qwen3_omni_moe"}, "talker", ""),
         ({"model_type": "mixtrall"}, "unknown architecture", "Did you mean mixtral?"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moeconv.families import placement, sliding
-from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, QK_NORM
+from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, NO_BIAS, QK_NORM, dense_row
 from moeconv.families.expert_blocks import (
     EVERY_ENGINE,
     GROUPED,
@@ -17,6 +17,7 @@ from moeconv.families.expert_blocks import (
 )
 from moeconv.families.placement import Get
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Tensors
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 
@@ -25,6 +26,45 @@ def _is_moe_layer(get: Get) -> list[bool]:
     return [layer in moe for layer in range(get("num_hidden_layers"))]
 
 
+_H = "transformer.h.{L}."
+# Llama's block with the names of GPT-2. Its config class is new in transformers 5.24, and code in older checkpoints
+EXAONE = dense_row(
+    "exaone",
+    "ExaoneForCausalLM",
+    config=ConfigKeys(
+        {
+            "head_dim": None,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "rope_theta": 500000.0,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embed_dropout": 0.0,
+        },
+        neutral=NO_BIAS | {"embed_dropout": (0.0, 0)},
+        words={"num_hidden_layers": "num_layers", "hidden_act": "activation_function",
+               "rms_norm_eps": "layer_norm_epsilon"},
+    ),
+    tensors=Tensors(
+        {
+            "embedding.tokens": "transformer.wte.weight",
+            "embedding.lm_head": "lm_head.weight",
+            "norm.final": "transformer.ln_f.weight",
+            "norm.attention": _H + "ln_1.weight",
+            "norm.ffn": _H + "ln_2.weight",
+            "attention.o": _H + "attn.attention.out_proj.weight",
+            "ffn.gate": _H + "mlp.c_fc_0.weight",
+            "ffn.up": _H + "mlp.c_fc_1.weight",
+            "ffn.down": _H + "mlp.c_proj.weight",
+        }
+        | {f"attention.{part}": _H + f"attn.attention.{part}_proj.weight" for part in "qkv"},
+        prefix="transformer.",
+        base_prefix="",
+        dropped=(_H + "attn.attention.rotary.inv_freq",),
+    ),
+    runs_as=Pair("exaone", "llama"),
+)  # fmt: skip
 EXAONE_MOE = moe_row(
     "exaone_moe",
     "ExaoneMoeForCausalLM",
@@ -70,5 +110,6 @@ EXAONE_MOE = moe_row(
 )
 
 VENDOR = Vendor(
+    dense=(EXAONE,),
     moe=(EXAONE_MOE,),
 )

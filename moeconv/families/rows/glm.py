@@ -217,6 +217,14 @@ VENDOR = Vendor(
             note=f"rotary order; {ZERO_SHARED_FULL}",
             config=_GLM4 | {"use_qk_norm": False},
         ),
+        Pair(
+            "chatglm",
+            "glm4_moe",
+            default=True,
+            note=f"rotary order; {ZERO_SHARED_FULL}",
+            config=_GLM4 | {"use_qk_norm": False},
+            rename={"rope_ratio": None},
+        ),
         Pair("phi3", "glm4_moe", note=ZERO_SHARED_FULL, config=_GLM4 | {"use_qk_norm": False, "attention_bias": False}),
     ),
     wrappers=(

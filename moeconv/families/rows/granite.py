@@ -22,6 +22,7 @@ from moeconv.families.blocks import (
 from moeconv.families.expert_blocks import EVERY_ENGINE, GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
 from moeconv.families.placement import Get
 from moeconv.families.records import LIST, WORD, Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.rows.minicpm import MINICPM_MULTIPLIERS
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 from moeconv.types import JsonObject
@@ -241,6 +242,14 @@ VENDOR = Vendor(
             rename=dict.fromkeys(("attn_layer_indices", "num_logits_to_keep", "z_loss_coefficient")),
             folds=(folds.neutral_multipliers,),
         ),
+        Pair(
+            "minicpm",
+            "granitemoe",
+            default=True,
+            rename=MINICPM_MULTIPLIERS,
+            folds=(folds.minicpm_as_multipliers,),
+        ),
+        Pair("internlm2", "granitemoe", rename={"bias": "attention_bias"}, folds=(folds.neutral_multipliers,)),
         Pair("granite_swa", "granitemoe_swa", default=True, config=_NO_SHARED),
         Pair("hyperclovax", "granitemoe", default=True, note="without post norms", folds=(folds.logits_times,)),
         Pair("llama", "granitemoe", folds=(folds.neutral_multipliers,)),

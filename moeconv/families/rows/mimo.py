@@ -1,8 +1,9 @@
-"""Xiaomi: MiMo-V2-Flash."""
+"""Xiaomi: MiMo and MiMo-V2-Flash."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from moeconv.families import placement, sliding
@@ -19,7 +20,10 @@ from moeconv.families.expert_blocks import (
 )
 from moeconv.families.placement import Get
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Prediction, Tensors
+from moeconv.families.rows.qwen import QWEN2
+from moeconv.families.settings import MAX_MTP
 from moeconv.families.shapes import Place, Size, config_key
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 
@@ -127,6 +131,29 @@ MIMO_V2_FLASH = moe_row(
     ),
 )
 
+# the class is code in the checkpoints: Qwen2's block, and prediction layers with the prefix "model.mtp_layers."
+MIMO = replace(
+    QWEN2,
+    model_type="mimo",
+    architecture="MiMoForCausalLM",
+    config=ConfigKeys(
+        {**QWEN2.config.defaults, "head_dim": None, "attention_bias": True, "use_mrope": False,
+         "num_nextn_predict_layers": 0},
+        neutral={"attention_bias": (True,), "use_mrope": (False,), "num_nextn_predict_layers": tuple(range(MAX_MTP))},
+    ),
+    prediction=Prediction(
+        {
+            "mtp.norm_embedding": LAYER + "token_layernorm.weight",
+            "mtp.norm_hidden": LAYER + "hidden_layernorm.weight",
+            "mtp.project": LAYER + "input_proj.weight",
+            "mtp.norm": LAYER + "final_layernorm.weight",
+        },
+        prefix="model.mtp_",
+    ),
+    runs_as=Pair("mimo", "qwen2"),
+)  # fmt: skip
+
 VENDOR = Vendor(
+    dense=(MIMO,),
     moe=(MIMO_V2_FLASH,),
 )

@@ -1,11 +1,13 @@
-"""OpenBMB: MiniCPM3, with latent attention, and MiniCPM-MoE, whose class is code in its checkpoints."""
+"""OpenBMB: MiniCPM3 with latent attention, and MiniCPM and MiniCPM-MoE, whose class is code in their checkpoints."""
 
 from __future__ import annotations
 
+from moeconv.families import folds
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, MLA, MLA_CONFIG, NO_BIAS, WITHOUT_QKVO, dense_row
 from moeconv.families.expert_blocks import MLP_ROUTER, W_NAMES, moe_row
 from moeconv.families.records import ConfigKeys, Elsewhere, Experts, Remote, Routing, Tensors
 from moeconv.families.shapes import LATENT
+from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor
 
 MINICPM3 = dense_row(
@@ -63,8 +65,28 @@ MINICPM_MOE = moe_row(
     elsewhere=Elsewhere(runs=frozenset({"vllm"})),
     remote=Remote(),
 )
+# the class is code in the checkpoints: Llama's block with multipliers
+MINICPM_MULTIPLIERS = dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base"))  # keys whose values folds work in
+MINICPM = dense_row(
+    "minicpm",
+    "MiniCPMForCausalLM",
+    config=ConfigKeys(
+        {
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "scale_emb": 1.0,
+            "scale_depth": 1.0,
+            "dim_model_base": 1.0,
+            "pretraining_tp": 1,
+            "num_experts": 0,
+        },
+        neutral=NO_BIAS | {"pretraining_tp": (1, None), "num_experts": (0, None)},
+    ),
+    is_dense=lambda get: not get("num_experts"),
+    runs_as=Pair("minicpm", "granite", rename=MINICPM_MULTIPLIERS, folds=(folds.minicpm_as_multipliers,)),
+)
 
 VENDOR = Vendor(
     moe=(MINICPM_MOE,),
-    dense=(MINICPM3,),
+    dense=(MINICPM, MINICPM3),
 )

@@ -19,6 +19,8 @@ from moeconv.families.expert_blocks import (
     moe_row,
 )
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Routing, Tensors
+from moeconv.families.rows.baichuan import BAICHUAN_OWN
+from moeconv.families.rows.minicpm import MINICPM_MULTIPLIERS
 from moeconv.families.shapes import LATENT
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.spec import Pair
@@ -184,6 +186,23 @@ VENDOR = Vendor(
             folds=(folds.below_long_context,),
         ),
         Pair("internlm3", "mixtral", default=True),
+        Pair("internlm2", "mixtral", default=True, note="fused tensors are split"),
+        Pair("exaone", "mixtral", default=True),
+        Pair(
+            "baichuan",
+            "mixtral",
+            default=True,
+            note="fused tensors are split; the output head of Baichuan 2 with rows of length 1",
+            rename=BAICHUAN_OWN,
+            folds=(folds.unit_head,),
+        ),
+        Pair(
+            "minicpm",
+            "mixtral",
+            note="multipliers folded into weights",
+            rename=MINICPM_MULTIPLIERS,
+            folds=(folds.minicpm_multipliers,),
+        ),
         Pair("iquestcoder", "mixtral", default=True),
         Pair("glm", "mixtral", note="without biases; rotary order, partial rotary through longrope factors"),
         Pair("ernie4_5", "mixtral", note="rotary order"),

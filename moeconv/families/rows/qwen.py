@@ -159,6 +159,13 @@ VENDOR = Vendor(
         Pair("llama", "qwen2_moe", note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": False}),
         Pair("qwen2", "qwen2_moe", default=True, note=ZERO_SHARED_128, config=_QWEN2_MOE | {"qkv_bias": True}),
         Pair(
+            "mimo",
+            "qwen2_moe",
+            default=True,
+            note=f"without prediction layers; {ZERO_SHARED_128}",
+            config=_QWEN2_MOE | {"qkv_bias": True},
+        ),
+        Pair(
             "seed_oss",
             "qwen2_moe",
             default=True,

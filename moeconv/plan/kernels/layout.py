@@ -22,7 +22,8 @@ from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}
-_ARITHMETIC = ("scale", "scale_rows", "add", "centre")
+_ARITHMETIC = ("scale", "scale_rows", "add", "centre", "unit_rows")
+_SHORTEST = 1e-12  # the length by which torch's normalize divides shorter rows
 _EDITS: dict[str, Kernel] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
 
 Tree = Sequence[Any]  # [op, params, children]: JSON whose types differ by position
@@ -50,6 +51,12 @@ def compute(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec
     if done != len(result):
         raise ValueError(f"{done} bytes computed for {len(result)}")
     return [result]
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    """The length of each row, float64 [n, 1]."""
+    lengths: np.ndarray = np.sqrt(np.square(rows, dtype=np.float64).sum(1, keepdims=True))
+    return lengths
 
 
 class _Evaluation:
@@ -90,6 +97,8 @@ class _Evaluation:
             return lambda x, _row: (x * np.float64(params["by"])).astype(x.dtype)
         if op == "add":
             return lambda x, _row: (x + np.float64(params["what"])).astype(x.dtype)
+        if op == "unit_rows":
+            return lambda x, _row: (x / np.maximum(_lengths(x), _SHORTEST)).astype(x.dtype)
         if op == "scale_rows":
 
             def scaled(x: np.ndarray, row: int) -> np.ndarray:

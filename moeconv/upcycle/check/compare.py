@@ -29,6 +29,7 @@ from moeconv.errors import InputError, MoeconvError
 from moeconv.families.model import Model, open_model
 from moeconv.types import JsonObject
 from moeconv.upcycle.counterpart import ExactCounterpart, Forced
+from moeconv.upcycle.stock import stock_model
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +77,24 @@ def equivalence(
     """
     import torch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
+    original, staged = open_model(source_dir), open_model(staged_dir)
+    with stock_model(original) as source:
+        return _compare(
+            original, source, staged, tokens=tokens, seed=seed, dtype=getattr(torch, dtype), against=against
+        )
+
+
+def _compare(
+    original: Model, source: Model, staged: Model, *, tokens: int, seed: int, dtype: torch.dtype,
+    against: JsonObject | None,
+) -> JsonObject:  # fmt: skip
+    """`equivalence` of opened models: `source` runs in the place of `original`."""
     from moeconv.randomness import generator
     from moeconv.verify.default_run import streamed_problem
     from moeconv.verify.load import strict_problems
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    source, staged = open_model(source_dir), open_model(staged_dir)
     try:
         problems = strict_problems(staged)
     except Exception:
@@ -100,7 +112,7 @@ def equivalence(
         [max(2, tokens // 2), *(model.value("max_position_embeddings") or tokens for model in (source, staged))]
     )
     ids = generator((seed, "equivalence")).integers(0, vocabulary, (2, length), dtype=np.int64)
-    logits = partial(_logits, ids=ids, dtype=getattr(torch, dtype))
+    logits = partial(_logits, ids=ids, dtype=dtype)
     with _of_source():
         expected = logits(source)
     result: JsonObject = {**_difference(expected, logits(staged))}
@@ -110,13 +122,19 @@ def equivalence(
         dense = logits(source, all_on=True) if _can_switch(source) else expected
         everything = _difference(dense, logits(staged, all_on=True))
     if against is not None:
-        result["counterpart"] = _against(source, staged, against, expected, logits)
+        result["counterpart"] = _against(original, staged, against, expected, logits)
     problem = streamed_problem(staged)
     if problem is not None:
         with _of_source():
             if own := streamed_problem(source):
                 raise InputError(own)
-    about = {"tokens": int(ids.size), "strict_load": True, "problems": [], "dtype": dtype, "top_k": staged.top_k}
+    about = {
+        "tokens": int(ids.size),
+        "strict_load": True,
+        "problems": [],
+        "dtype": str(dtype).removeprefix("torch."),
+        "top_k": staged.top_k,
+    }
     return {**result, **about, "all_on": everything, "default_run": problem}
 
 
@@ -136,8 +154,7 @@ def first_layer_runs(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with _of_source():
-        source = open_model(source_dir)
+    with _of_source(), stock_model(open_model(source_dir)) as source:
         if problems := strict_problems(source):
             raise InputError("; ".join(problems[:3]))
         stream = LayerStream(source, np.zeros((1, 2), np.int64), dtype=getattr(torch, dtype), batch_size=1)

@@ -74,9 +74,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise InputError(
-            "--format gguf needs the gguf package", hint="Install it: pip install 'moeconv[gguf]'"
-        ) from None
+        raise InputError("--format gguf needs the gguf package", hint="Install it: pip install gguf") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     return gguf
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.families.model import Model
 from moeconv.families.packed import weight_of
-from moeconv.families.spec import BESIDE, Role
+from moeconv.families.spec import BESIDE, UNCHANGED, Role
 from moeconv.plan.kernels.chain import between
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.stored import to_tensor
@@ -58,8 +58,11 @@ def read_parts(model: Model, name: str) -> dict[str, Tensor]:
 
 
 def decode_read(model: Model, name: str, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """The float tensor from what `read_parts` gave for plain name `name`."""
-    stored = model.stored.get(name)
+    """The float tensor from what `read_parts` gave for plain name `name`; a tensor that every command copies unchanged
+    may hold whole numbers."""
+    stored, role = model.stored.get(name), model.roles.get(name)
+    if role is not None and role.group in UNCHANGED and not parts["weight"].is_floating_point():
+        return parts["weight"]
     return decode_parts(parts, name=name, how=None if stored is None else stored.how, dtype=dtype)
 
 

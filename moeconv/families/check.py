@@ -17,7 +17,7 @@ from moeconv.families.packed import quantization as checkpoint_quantization
 from moeconv.families.records import Packed
 from moeconv.families.settings import MAX_WIDTH, whole
 from moeconv.families.shapes import Place, shape_of
-from moeconv.families.spec import BESIDE, Family, Role
+from moeconv.families.spec import UNCHANGED, Family, Role
 from moeconv.types import Config
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ def _where(model: Model, role: Role) -> frozenset[str] | None:
 
 def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
     """Whether the tensor's layer should have this tensor."""
+    listed = model.family.layers.listed.get(role.group)
+    if listed is not None:
+        return role.layer in listed(model.value)
     kind, where = _mixed_kind(model, role), _where(model, role)
     if kind is not None and where is not None:
         return kind in where
@@ -138,6 +141,8 @@ def _belongs(model: Model, role: Role, moe: frozenset[int]) -> bool:
 
 def _kind_of_layer(model: Model, role: Role) -> str:
     """The kind of the tensor's layer according to config.json, in words for an error."""
+    if role.group in model.family.layers.listed:
+        return f"one without {role.key}"
     usual = "Mixture-of-Experts" if role.layer in model.moe_layers else "dense"
     return _mixed_kind(model, role) or usual
 
@@ -164,7 +169,7 @@ def check_plain(model: Model) -> None:
     config.json."""
     expected = Shapes(model)
     for name, role in model.roles.items():
-        if role.part or role.group in BESIDE:
+        if role.part or role.group in UNCHANGED:
             continue
         ref = model.checkpoint.tensors[name]
         if ref.dtype not in FLOAT_DTYPES:

@@ -188,6 +188,12 @@ class Model:
         return check.Shapes(self)(Role("expert.down", expert=0))[0]  # type: ignore[index]
 
     @property
+    def residual_size(self) -> int:
+        """Width of the hidden states between layers: several residual streams, in a family that has them."""
+        key = self.family.layers.streams
+        return self.hidden_size * (settings.whole(self.value(key), key, limit=MAX_WIDTH) if key else 1)
+
+    @property
     def dtype(self) -> str:
         """The floating-point dtype, as safetensors names it, of most of the model's bytes; "BF16" if there is none."""
         count: dict[str, int] = {}

@@ -6,7 +6,7 @@ the same layout, so a conversion looks up the source's key in the target's table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class Tensors:
     optional: frozenset[str] = frozenset()
     # names of tensors that old exports contain and no loader reads
     dropped: tuple[str, ...] = ()
+    # beginning of the names of tensors in a layer that every command copies unchanged -> their group, one of UNCHANGED
+    unchanged: Mapping[str, str] = field(default_factory=dict)
     # key of a tensor that holds the rows of several matrices -> their keys
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # keys of fused tensors that hold queries, keys and values head by head, each head of keys and values after the
@@ -184,6 +186,10 @@ class Layers:
     # (argument with which the class gives a layer what the layer before it returned beside the hidden states, kinds of
     # layers that read it): a model with such layers cannot be run layer by layer
     passed_on: tuple[str, frozenset[str]] | None = None
+    # config key of the number of residual streams of the width hidden_size; "" if the family has one
+    streams: str = ""
+    # group of keys -> the numbers of the layers that have it, where config.json lists them
+    listed: Mapping[str, Callable[[Get], Collection[int]]] = field(default_factory=dict)
     # neurons of a dense FFN
     ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
 

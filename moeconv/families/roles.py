@@ -27,6 +27,8 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
     dropped: list[str] = []
     for name, ref in checkpoint.tensors.items():
         role = _role_of(name, ref.dtype, known) if quantized else known.get(name)
+        if role is None:
+            role = _unchanged(name, family, layers)
         if role is not None:
             roles[name] = role
         elif name.startswith(tuple(beside)):
@@ -40,6 +42,16 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
                 hint="The checkpoint has another architecture or version than its config.json states.",
             )
     return roles, tuple(dropped)
+
+
+def _unchanged(name: str, family: Family, layers: int) -> Role | None:
+    """The role of a tensor of a layer that every command copies unchanged; None for other names."""
+    for template, group in family.tensors.unchanged.items():
+        before, after = template.split("{L}")
+        number, found, rest = name.removeprefix(before).partition(after)
+        if name.startswith(before) and found and number.isdecimal() and int(number) < layers:
+            return Role(f"{group}.{rest}", int(number))
+    return None
 
 
 def _role_of(name: str, dtype: str, known: Mapping[str, Role]) -> Role | None:

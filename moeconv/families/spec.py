@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 FFN_PARTS = ("gate", "up", "down")
 BESIDE = frozenset({"vision", "audio"})  # groups of tensors outside the language model, which text does not use
+# groups of tensors that every command copies unchanged, whatever their number and dtype: those, and lookup tables that
+# are split into as many tensors as config.json states
+UNCHANGED = BESIDE | {"lookup"}
 
 
 @dataclass(frozen=True, slots=True)

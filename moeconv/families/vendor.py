@@ -56,6 +56,7 @@ class Wrapper:
         tensors = replace(
             text.tensors,
             names=self._names(text, text.tensors.names),
+            unchanged={self._name(text, name): group for name, group in text.tensors.unchanged.items()},
             dropped=tuple(self._name(text, name) for name in text.tensors.dropped),
             layouts=tuple(ExpertLayout(self._names(text, way.tensors), way.packed) for way in text.tensors.layouts),
             prefix=self.prefix,

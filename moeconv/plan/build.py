@@ -9,7 +9,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import BESIDE, Family
+from moeconv.families.spec import UNCHANGED, Family
 from moeconv.plan.plan import Input, Item, TensorSpec
 
 # --dtype, which is named as in torch -> the dtype as safetensors names it
@@ -94,13 +94,14 @@ def _active(
             continue
         total += params
         experts += params if group == "expert" else 0
-        beside += params if group in BESIDE else 0
+        beside += params if group in UNCHANGED else 0
     return total, total - experts - beside + (experts * top_k // num_experts if num_experts else 0)
 
 
 def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef], Iterable[Item] | None]) -> list[Item]:
     """The items for every source tensor, in the order of the files: those that `replace` returns for it, or the tensor
-    itself where that is None. Tensors outside the language model keep their dtype."""
+    itself where that is None. Tensors outside the language model and lookup tables keep
+    their dtype."""
     items: list[Item] = []
     refs = model.checkpoint.tensors
     for name in refs:
@@ -109,7 +110,7 @@ def carry_all(model: Model, *, dtype: str | None, replace: Callable[[TensorRef],
         made = replace(refs[name])
         if made is None:
             role = model.roles[name]
-            to = None if role.group in BESIDE else dtype
+            to = None if role.group in UNCHANGED else dtype
             made = [carry(refs[name], role=role.key, dtype=to, params=model.numel(refs[name]))]
         items.extend(made)
     return items

@@ -69,6 +69,20 @@ def distinct_tensors(calls: Calls) -> list[Tensor]:
     return list(found.values())
 
 
+def with_shared(value: object, kept: object) -> object:
+    """`value`, with the tensors of `kept` where the two hold equal ones at the same place, so that each is kept once.
+
+    `value` and `kept` are arguments that the same code gave to layers: nested tuples, lists and dictionaries.
+    """
+    if isinstance(value, Tensor):
+        return kept if isinstance(kept, Tensor) and kept.shape == value.shape and kept.equal(value) else value
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return {key: with_shared(part, kept.get(key)) for key, part in value.items()}
+    if isinstance(value, (tuple, list)) and isinstance(kept, (tuple, list)) and len(value) == len(kept):
+        return type(value)(with_shared(a, b) for a, b in zip(value, kept, strict=True))
+    return value
+
+
 @contextmanager
 def captured(
     norm: nn.Module | None, ffn: nn.Module, router: nn.Module | None, experts: nn.Module | None, *, on_input: int = 0

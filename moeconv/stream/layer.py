@@ -61,10 +61,10 @@ class Layer:
     advanced: bool = False
     _halfway: bool = False
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The layer's output [b, S, H] for inputs [b, S, H], where b is a batch size of the stream. Gradients are
-        recorded if the caller has them enabled."""
-        args, kwargs = self._stream.arguments(len(hidden), self.index)
+    def run(self, hidden: Tensor, rows: slice) -> Tensor:
+        """The layer's output [b, S, H] for inputs [b, S, H] of the batch `rows` of the stream. Gradients are recorded
+        if the caller has them enabled."""
+        args, kwargs = self._stream.arguments(rows, self.index)
         out = self.module(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
@@ -111,7 +111,7 @@ class Layer:
             inputs = flow[rows].to(self._stream.device)
             parts = (self.norm, self.ffn, self.router, self.experts)
             with torch.no_grad(), captured(*parts, on_input=self.top_k_on_input) as seen:
-                outputs = self.run(inputs)
+                outputs = self.run(inputs, rows)
             check_finite(self._stream.model, outputs, layer=self.index)
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:

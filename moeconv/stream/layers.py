@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES, TORCH_DTYPES
 from moeconv.plan.memory import configure_malloc
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.stream.finite import check_finite
-from moeconv.stream.hooks import Arguments, Calls, distinct_tensors, record_calls, replaced
+from moeconv.stream.hooks import Arguments, Calls, distinct_tensors, record_calls, replaced, with_shared
 from moeconv.stream.layer import Layer
 from moeconv.stream.memory import MAPPED, allocate, release_memory
 from moeconv.stream.need import MemoryPlacement, Need, Workload, WorkloadFields, need_of, noted_placement, together
@@ -72,7 +73,8 @@ class LayerStream:
         for name, layer in plain_names(model):
             self._names.setdefault(layer, []).append(name)
         self._check_ids()
-        self._calls: dict[int, Calls] = {}
+        # by the first window and the number of windows of a batch
+        self._calls: dict[tuple[int, int], Calls] = {}
         self.hidden = self._embed()
         self._next_layer = 0
 
@@ -112,10 +114,10 @@ class LayerStream:
                 self._meter.advance(layer_bytes(self.model, index))
                 self._meter.part_done()
 
-    def arguments(self, rows: int, layer: int) -> Arguments:
-        """The arguments (args, kwargs) with which the stock model calls a layer for a batch of `rows` windows, without
+    def arguments(self, rows: slice, layer: int) -> Arguments:
+        """The arguments (args, kwargs) with which the stock model calls a layer for a batch, one of `rows()`, without
         the hidden states."""
-        return self._calls[rows][layer]
+        return self._calls[rows.start, rows.stop - rows.start][layer]
 
     def router_extras(self, layer: int) -> list[str]:
         """The names on disk of the tensors that a router adds to its scores for the choice."""
@@ -152,15 +154,24 @@ class LayerStream:
         try:
             for start in range(0, len(self.windows), batch_size):
                 rows = slice(start, min(start + batch_size, len(self.windows)))
-                yield rows, [self._tail(flow[rows].to(self.device)) for flow in flows]
+                ids = self.windows[rows].to(self.device)
+                yield rows, [self._tail(flow[rows].to(self.device), ids) for flow in flows]
         finally:
             for child in (self.skeleton.head, *self.skeleton.decoder.children()):
                 self.skeleton.empty(child)
             release_memory()
 
-    def _tail(self, hidden: Tensor) -> Tensor:
+    def _tail(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        embedding = self.skeleton.module.get_input_embeddings()
+        embedding.forward = lambda _ids: hidden.new_zeros((*ids.shape, self.model.hidden_size))  # no layer reads them
+        try:
+            return self._after_layers(hidden, ids)
+        finally:
+            del embedding.forward
+
+    def _after_layers(self, hidden: Tensor, ids: Tensor) -> Tensor:
         with replaced(self.skeleton.layers, lambda _index, _given, _args, _kwargs: self._returned(hidden)):
-            return self.skeleton.module(inputs_embeds=hidden, use_cache=False).logits
+            return self.skeleton.module(input_ids=ids, use_cache=False).logits
 
     def _returned(self, hidden: Tensor) -> object:
         """What a layer of the class returns of hidden states: them alone, or also what it passes on."""
@@ -210,17 +221,22 @@ class LayerStream:
         """The inputs [n, S, H] of the first layer. Also records the arguments of every layer, for each batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
         self._fill(self._embedding_names(), under=self.skeleton.name_of(embedding) + ".")
-        hidden = allocate((*self.windows.shape, self.model.hidden_size), self.dtype, self.max_memory)
+        hidden = allocate((*self.windows.shape, self.model.residual_size), self.dtype, self.max_memory)
+        of_shape: dict[int, Calls] = {}
         for rows in self.rows():
             ids = self.windows[rows].to(self.device)
             first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids, returned=self._returned)
             hidden[rows].copy_(first)
-            # Windows have no padding, so masks and positions depend only on the shape of the batch: keep one per shape.
-            kept = self._calls.setdefault(len(first), calls)
-            if not all(map(torch.equal, distinct_tensors(kept), distinct_tensors(calls))):
+            # Windows have no padding, so masks and positions depend only on the shape of the batch: one is kept per
+            # shape. Some classes also give their layers the tokens, which are small.
+            kept = of_shape.setdefault(len(first), calls)
+            self._calls[rows.start, len(first)] = cast("Calls", with_shared(calls, kept))
+            known = set(map(id, distinct_tensors(kept)))
+            own = [t for t in distinct_tensors(self._calls[rows.start, len(first)]) if id(t) not in known]
+            if any(t.is_floating_point() or t.numel() > ids.numel() for t in own):
                 raise InputError(
-                    f"{self.model.family.model_type} cannot be run layer by layer: the "
-                    "arguments of its layers depend on the tokens",
+                    f"{self.model.family.model_type} cannot be run layer by layer: its layers take more from the "
+                    "embedding of the tokens than the hidden states",
                     hint="The commands that run a model do not support this family; the others do.",
                 )
         check_finite(self.model, hidden, layer=None)

@@ -131,7 +131,7 @@ def need_of(model: Model, run: Workload) -> Need:
     vocabulary = max((numel for numel, _ in ends.embeddings), default=0)
     stored = max((nbytes for _, nbytes in ends.embeddings), default=0)
     logits = 3 * run.seq_len * (vocabulary // hidden) * width if run.judged else 0
-    activations = run.tokens * hidden * width
+    activations = run.tokens * model.residual_size * width
     kept = run.resident * activations + run.sample * experts * (2 * _SKETCH + 4) * len(model.moe_layers) + run.results
     held = [_experts(size, run, experts, batch, model.top_k, hidden) for size in inside]
     # where the weights multiply the inputs, the stock code repeats the tokens for every expert

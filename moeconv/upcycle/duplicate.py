@@ -15,7 +15,7 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
-from moeconv.families.spec import BESIDE, Role, with_expert
+from moeconv.families.spec import UNCHANGED, Role, with_expert
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
 from moeconv.plan.arrange import arrange
@@ -115,7 +115,7 @@ def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[It
     elif role.group in ("expert", "router"):
         yield _repeated(model, ref, role, times, dtype)
     else:
-        kept = role.key in model.family.tensors.float32 or role.group in BESIDE
+        kept = role.key in model.family.tensors.float32 or role.group in UNCHANGED
         yield carry(ref, role=role.key, dtype=None if kept else dtype)
 
 

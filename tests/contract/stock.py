@@ -312,6 +312,14 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+_QWEN4 = (
+    _SPARSE
+    | _LINEAR
+    | {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_experts": 8}
+    | {"shared_expert_intermediate_size": 48, "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [2]}
+    | {"ngram_vocab_size_base": 50, "heads_per_ngram": 2, "split_ngram_parts": 4, "indexer_n_heads": 2}
+    | {"indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
+)
 _QWEN_MOE = _MOE | {"moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True}
 MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _MOE | {"intermediate_size": 96, "num_local_experts": 8}),
@@ -542,6 +550,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sarvam_moe": ("sarvam_moe", _SPARSE | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "sarvam_moe-bias": ("sarvam_moe", _SPARSE | {"n_routed_experts": 8, "attention_bias": True}),
     "sarvam_mla": ("sarvam_mla", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1, "q_lora_rank": None}),
+    "qwen4_exp": ("qwen4_exp_text", _QWEN4),
 }
 _GEMMA4 = _MOE | {
     "num_hidden_layers": 3, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 24, "intermediate_size": 48,
@@ -572,6 +581,10 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": MOE_CASES["qwen3_5_moe"][1],
             "vision_config": _QWEN_VISION | {"num_position_embeddings": 16},
         },
+    ),
+    "qwen4_exp-vision": (
+        "qwen4_exp",
+        {"text_config": _QWEN4, "vision_config": _QWEN_VISION | {"num_position_embeddings": 16}},
     ),
     "glm4v_moe": (
         "glm4v_moe",

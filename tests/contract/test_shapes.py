@@ -13,7 +13,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError
 from moeconv.families.check import Shapes
 from moeconv.families.model import open_model
-from moeconv.families.spec import BESIDE
+from moeconv.families.spec import UNCHANGED
 from tests.contract.stock import DENSE_CASES, MOE_CASES, save_stock
 
 torch.set_num_threads(1)
@@ -35,7 +35,7 @@ def test_every_tensor_has_the_shape_that_config_says_and_a_misshapen_one_is_name
     expected = Shapes(model)
     tried: set[str] = set()
     for name, role in model.roles.items():
-        if role.group in BESIDE:
+        if role.group in UNCHANGED:
             continue
         ref = model.checkpoint.tensors[name]
         assert expected(role) == ref.shape, name

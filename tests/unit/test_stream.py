@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -222,19 +222,32 @@ def test_refusals(tmp_path: Path) -> None:
     assert pick_device("cpu").type == "cpu"
 
 
-def test_layers_that_look_at_the_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["tokens", "embedding"])
+def test_layers_get_the_tokens_of_their_batch_but_no_second_embedding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     from transformers.models.llama.modeling_llama import LlamaModel
 
     stock_forward = LlamaModel.forward
 
     def forward(self: Any, input_ids: Any = None, **keywords: Any) -> Any:
-        return stock_forward(self, input_ids=input_ids, tokens=input_ids, **keywords)
+        given = input_ids if what == "tokens" else self.embed_tokens(input_ids)
+        return stock_forward(self, input_ids=input_ids, extra=given, **keywords)
 
     model = open_model(make(tmp_path / "model", "llama"))
     LayerStream(model, windows(), batch_size=2)
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    with pytest.raises(InputError, match="cannot be run layer by layer"):
-        LayerStream(model, windows(), batch_size=2)
+    if what == "embedding":
+        with pytest.raises(InputError, match="cannot be run layer by layer"):
+            LayerStream(model, windows(), batch_size=2)
+        return
+    stream = LayerStream(model, windows(), batch_size=2)
+    for rows in stream.rows():
+        _, keywords = stream.arguments(rows, 1)
+        assert torch.equal(cast("torch.Tensor", keywords["extra"]), stream.windows[rows])
+    # masks and rotary embeddings are kept once
+    first, last = (stream.arguments(rows, 0)[1] for rows in (slice(0, 2), slice(2, 4)))
+    assert cast("tuple", first["position_embeddings"])[0] is cast("tuple", last["position_embeddings"])[0]
 
 
 def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ QWEN4_EXP = moe_row(
             **dict.fromkeys(_INDEXER, WHOLE),
         },
         derived={"ple_layer_ids": lambda _get: [], "ple_embed_dim": lambda get: get("hidden_size")},
-    ),  # fmt: skip
+    ),
     tensors=Tensors(
         {key: name for key, name in QWEN3_5_MOE.tensors.names.items() if not key.startswith("norm.")}
         | {

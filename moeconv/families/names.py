@@ -34,9 +34,16 @@ def module_names(weight: str, family: Family) -> tuple[str, ...]:
     module = weight.rpartition(".")[0]
     names = [module]
     for old, new in family.tensors.in_memory.items():
-        if any(old in name for name in names):
-            names = [name.replace(old, word) for name in names for word in ((new,) if isinstance(new, str) else new)]
+        words = (new,) if isinstance(new, str) else new
+        if old.startswith("^"):
+            names = [_begun(name, old[1:], word) for name in names for word in words]
+        elif any(old in name for name in names):
+            names = [name.replace(old, word) for name in names for word in words]
     return tuple(dict.fromkeys((module, *names)))
+
+
+def _begun(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:

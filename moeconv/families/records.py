@@ -73,8 +73,8 @@ class Tensors:
     base_prefix: str = "model."
     # beginning of names that only some exports have, and that transformers loads -> the usual beginning
     variants: Mapping[str, str] = field(default_factory=dict)
-    # part of a module's name on disk -> its name in transformers' modules in memory, or the names of the modules that
-    # it is split into; the rules apply in order
+    # part of a module's name on disk (after "^": its beginning) -> its name in transformers' modules in memory, or the
+    # names of the modules that it is split into or that it may be; the rules apply in order
     in_memory: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     # keys that stay in float32 whatever the model's dtype
     float32: frozenset[str] = frozenset()

@@ -221,6 +221,8 @@ class LayerStream:
         """The inputs [n, S, H] of the first layer. Also records the arguments of every layer, for each batch size."""
         embedding = self.skeleton.module.get_input_embeddings()
         self._fill(self._embedding_names(), under=self.skeleton.name_of(embedding) + ".")
+        # trained parameters of the rotary embeddings, which the arguments of the layers contain
+        self._fill([plain_name(n, r) for n, r in self.model.roles.items() if r.group == "rotary"], under="")
         hidden = allocate((*self.windows.shape, self.model.residual_size), self.dtype, self.max_memory)
         of_shape: dict[int, Calls] = {}
         for rows in self.rows():

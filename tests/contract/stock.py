@@ -621,6 +621,14 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
         },
     ),
+    "mistral_large4": (
+        "mistral_large4",
+        {
+            "text_config": {k: v for k, v in (_LATENT | _INDEXER).items() if k != "q_lora_rank"}
+            | {"n_routed_experts": 8, "no_rope_layers": [1, 0, 1]},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 16},
+        },
+    ),
     "aria": ("aria", {"text_config": MOE_CASES["aria_text"][1], "vision_config": _VISION}),
     "internvl": (
         "internvl",

@@ -14,6 +14,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = MOE_CASES["glm_moe_dsa"][1] | {"indexer_types": ["full", "shared", "full"]}
 
 
+# layer 1 reads the keys of layer 0, and layer 2 its own keys at the tokens that layer 1 chose
+BORROWED = MOE_CASES["mistral_large4"][1] | {
+    "text_config": MOE_CASES["mistral_large4"][1]["text_config"]
+    | {"indexer_types": ["full", "full", "shared"], "kv_source_layers": [0, 0, 2], "no_rope_layers": [1, 1, 0]}
+}
+
+
 @pytest.mark.parametrize("stated", ["indexer_types", "index_topk_pattern", "index_topk_freq"])
 def test_layers_without_an_indexer_of_their_own_are_those_of_the_class(tmp_path, stated):
     config = {k: v for k, v in SHARED.items() if k != "indexer_types"} | {"num_hidden_layers": 4}
@@ -28,8 +35,9 @@ def test_layers_without_an_indexer_of_their_own_are_those_of_the_class(tmp_path,
     assert there == ({0, 2} if stated == "index_topk_freq" else {0, 3})
 
 
-def test_it_is_pruned_and_quantized_but_not_run_layer_by_layer(tmp_path, cli):
-    source = save_stock(tmp_path / "moe", "glm_moe_dsa", SHARED, dtype=torch.float32)
+@pytest.mark.parametrize("case", ["glm_moe_dsa", "mistral_large4"])
+def test_it_is_pruned_and_quantized_but_not_run_layer_by_layer(tmp_path, cli, case):
+    source = save_stock(tmp_path / "moe", case, SHARED if case == "glm_moe_dsa" else BORROWED, dtype=torch.float32)
     done = cli("prune", source, tmp_path / "out", "--keep", 6, "--json")
     assert done.code == 0, done.out
     model = load(source)
@@ -41,7 +49,8 @@ def test_it_is_pruned_and_quantized_but_not_run_layer_by_layer(tmp_path, cli):
     refused = cli(
         "calibrate", add_tokenizer(source), tmp_path / "stats", "--data", tmp_path / "text", "--seq-len", 16, "--json"
     )
-    assert refused.code == 3 and "layer 1 reads prev_topk_indices" in refused.json["error"]["message"], refused.out
+    reads = "prev_topk_indices" if case == "glm_moe_dsa" else "tokens or keys"
+    assert refused.code == 3 and f"layer 1 reads {reads}" in refused.json["error"]["message"], refused.out
 
 
 def test_a_list_of_indexers_of_another_length_is_refused(tmp_path, cli):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moeconv.errors import InputError
 from moeconv.families import placement
 from moeconv.families.blocks import (
     BLOCK,
@@ -35,13 +34,13 @@ from moeconv.families.expert_blocks import (
     leading_dense,
     moe_row,
 )
+from moeconv.families.indexers import indexer_types
 from moeconv.families.placement import Get
 from moeconv.families.records import LIST, Attention, ConfigKeys, Elsewhere, Experts, Layers, Prediction, Tensors
 from moeconv.families.rows.deepseek import DEEPSEEK_V32
 from moeconv.families.shapes import LATENT
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
-from moeconv.units import counted
 
 GLM = dense_row(
     "glm",
@@ -149,19 +148,7 @@ _OWN, _SHARED = "indexed_attention", "shared_indexed_attention"
 
 
 def _indexers(get: Get, layers: int) -> list[str]:
-    """The kind of each layer, as GlmMoeDsaConfig derives it. Raises InputError for a list of another length."""
-    words: object = get("indexer_types")
-    if words is None and (pattern := get("index_topk_pattern")) is not None:
-        words = [{"F": "full", "S": "shared"}.get(word, word) for word in pattern]
-    if words is None:
-        every, first = max(get("index_topk_freq"), 1), get("index_skip_topk_offset")
-        words = ["shared" if max(i - first + 1, 0) % every else "full" for i in range(layers)]
-    if not isinstance(words, list) or len(words) != layers or not set(words) <= {"full", "shared"}:
-        raise InputError(
-            f"config.json: indexer_types must be a list of {counted(layers, 'word')}, each full or shared",
-            hint="Correct config.json, or download it again.",
-        )
-    return [_SHARED if word == "shared" else _OWN for word in words]
+    return [_SHARED if word == "shared" else _OWN for word in indexer_types(get, layers)]
 
 
 GLM_MOE_DSA = replace(

@@ -1,0 +1,26 @@
+"""Which layers choose the tokens that sparse attention reads, and which read those that an earlier layer chose."""
+
+from __future__ import annotations
+
+from moeconv.errors import InputError
+from moeconv.families.placement import Get
+from moeconv.units import counted
+
+
+def indexer_types(get: Get, layers: int) -> list[str]:
+    """ "full" or "shared" per layer, as the classes of GLM-5 and Mistral Large 4 derive it.
+
+    Raises InputError for a list of another length or with other words.
+    """
+    words: object = get("indexer_types")
+    if words is None and (pattern := get("index_topk_pattern")) is not None:
+        words = [{"F": "full", "S": "shared"}.get(word, word) for word in pattern]
+    if words is None:
+        every, first = max(get("index_topk_freq"), 1), get("index_skip_topk_offset")
+        words = ["shared" if max(i - first + 1, 0) % every else "full" for i in range(layers)]
+    if not isinstance(words, list) or len(words) != layers or not set(words) <= {"full", "shared"}:
+        raise InputError(
+            f"config.json: indexer_types must be a list of {counted(layers, 'word')}, each full or shared",
+            hint="Correct config.json, or download it again.",
+        )
+    return words

@@ -34,6 +34,22 @@ class RefitFigures(TypedDict):
     layers: list[RefitLayer]
 
 
+class HealLayer(TypedDict):
+    """The healing of one layer: relative errors of its output on held-out tokens, before and after."""
+
+    layer: int
+    error_before: float
+    error_after: float
+    kept: bool
+
+
+class HealFigures(TypedDict):
+    """What --heal measured: the steps per layer, and the layers."""
+
+    steps: int
+    layers: list[HealLayer]
+
+
 class DistillFigures(TypedDict):
     """What --distill measured on held-out text."""
 
@@ -60,6 +76,7 @@ class PruneBlock(TypedDict):
     groups: NotRequired[dict[str, dict[str, list[int]]]]  # with --merge
     measured: NotRequired[Cost]
     refit: NotRequired[RefitFigures]
+    heal: NotRequired[HealFigures]
     distill: NotRequired[DistillFigures]
 
 

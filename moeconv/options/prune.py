@@ -37,6 +37,10 @@ class PruneOptions:
     )
     refit_strength: float = option(0.3, "Ridge of --refit, in units of the mean squared activation.")
     refit_sweeps: int = option(2, "Passes of --refit over the experts of a layer.")
+    heal: int = option(
+        0, "Steps of training per layer, after --refit, of the kept experts and the router, to the output of the "
+        "unpruned layer on --data, such as 100."
+    )  # fmt: skip
     rescale: bool | None = option(
         None, "Fold the least-squares scale into down_proj (default: where the router does not renormalise)."
     )

@@ -78,7 +78,8 @@ def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOption
     the kept experts grow by the share of the removed ones. The factor is the least-squares scale on the token
     sample."""
     wanted = not model.renormalises if options.rescale is None else options.rescale
-    if not wanted or options.refit or options.merge or evidence.statistics is None or model.quantization:
+    repaired = options.refit or options.heal or options.merge
+    if not wanted or repaired or evidence.statistics is None or model.quantization:
         return {}
     evidence = replace(evidence, rule=rule_of(model))
     try:

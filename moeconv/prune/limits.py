@@ -107,7 +107,7 @@ def _check_quantized(model: Model, options: PruneOptions, common: PlanOptions) -
             "--dtype cannot cast a quantized source",
             hint="Leave out --dtype: codes and scales stay as they are stored.",
         )
-    for name in ("refit", "merge", "rescale", "distill"):
+    for name in ("refit", "heal", "merge", "rescale", "distill"):
         if getattr(options, name):
             raise UsageError(
                 f"{flag_of(name)} changes weights, and the weights of this source are quantized",
@@ -132,13 +132,15 @@ def _check_numbers(options: PruneOptions) -> None:
         )
     if not 1 <= options.refit_sweeps <= 100:
         raise UsageError(f"--refit-sweeps {options.refit_sweeps}: expected 1 to 100")
+    if options.heal < 0:
+        raise UsageError(f"--heal {options.heal}: expected a number of steps", hint="100 is usual.")
     if options.distill < 0:
         raise UsageError(f"--distill {options.distill}: expected a number of steps, at least 0")
 
 
 def _check_together(options: PruneOptions) -> None:
     """Raises UsageError for options that do not go together."""
-    for one, other in (("merge", "refit"), ("merge", "sequential")):
+    for one, other in (("merge", "refit"), ("merge", "heal"), ("merge", "sequential")):
         if getattr(options, one) and getattr(options, other):
             raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
     for name in ("refit_strength", "refit_sweeps"):

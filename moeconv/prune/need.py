@@ -7,33 +7,47 @@ from moeconv.families.model import Model
 from moeconv.stream.need import WorkloadFields
 
 _REFITTED = 4  # activations in a refit: the inputs of the experts, what the layer lacks, and copies of it
+_COPIES = 3  # of the experts of a layer that is healed: as loaded, those that train, and what the backward pass keeps
+_TRAINED = 4 * 5  # bytes per trained weight: gradient, two moments, the values before and the best ones
 REFIT_BYTES = 1 << 29  # of experts that are refitted at the same time; at least one expert
 _BYTES = 4 + 4 + 4  # per refitted weight: its change, the old weight and the new one
 
 
-def pruned_workload(model: Model, *, refitted: int, variants: int = 1) -> WorkloadFields:
+def pruned_workload(model: Model, *, refitted: int, healed: int = 0, variants: int = 1) -> WorkloadFields:
     """The workload of running pruned `variants` beside the model, one variant after the other. At most `refitted`
-    experts of a layer are refitted (0: none).
+    experts of a layer are refitted, and `healed` are trained (0: none).
 
     `flows` counts the activations of the model and of the variants, which can be in a file. What a refit adds is in
     memory.
     """
-    flows = 1 + variants
-    if not refitted:
-        return {"flows": flows}
-    weights = max(
-        (
-            model.numel(model.checkpoint.tensors[name]) // (1 if role.expert is not None else model.num_experts)
-            for name, role in model.roles.items()
-            if role.group == "expert" and role.key.endswith(".down")
-        ),
-        default=0,
-    )
+    found: WorkloadFields = {"flows": 1 + variants}
+    if refitted:
+        found = _refit(model, refitted) | found
+    if healed:
+        trained = healed * _each(model, "") * _TRAINED
+        found |= {"copies": _COPIES, "results": found.get("results", 0) + trained}
+    return found
+
+
+def _each(model: Model, key: str) -> int:
+    """The number of weights of one expert in its tensors whose key ends with `key`, in the largest layer."""
+    sizes: dict[int | None, int] = {}
+    for name, role in model.roles.items():
+        if role.group == "expert" and role.key.endswith(key):
+            numel = model.numel(model.checkpoint.tensors[name])
+            shares = model.num_experts if role.expert is None else 1
+            if role.expert in (None, 0):
+                sizes[role.layer] = sizes.get(role.layer, 0) + numel // shares
+    return max(sizes.values(), default=0)
+
+
+def _refit(model: Model, refitted: int) -> WorkloadFields:
+    weights = _each(model, ".down")
     hidden = model.expert_dimension
     inner = max(1, weights // hidden)
     block = min(REFIT_BYTES, refitted * fitted_bytes(hidden, inner))
     work = max(block, fitted_bytes(hidden, inner))
-    return {"flows": flows, "resident": _REFITTED, "results": refitted * weights * _BYTES + work}
+    return {"resident": _REFITTED, "results": refitted * weights * _BYTES + work}
 
 
 def fitted_bytes(hidden: int, inner: int) -> int:

@@ -19,7 +19,7 @@ from moeconv.plan.meter import Meter
 from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.decision import Decision, with_keep
-from moeconv.prune.windows import read_windows, refit_of, stream_of
+from moeconv.prune.windows import heal_of, read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 from moeconv.types import Config
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moeconv.data.windows import TokenData
     from moeconv.stream.layer import Layer
 
-REPAIRS = ("refit", "sequential", "merge", "distill")
+REPAIRS = ("refit", "sequential", "heal", "merge", "distill")
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,35 @@ def repaired(
 ) -> Repaired:  # fmt: skip
     """Run the model once more, so that each layer gets the outputs of the pruned layers before it. The experts are
     chosen on these (--sequential), and refitted to the residual stream of the unpruned model (--refit)."""
+    from moeconv.prune.repair.healed import write_healed
     from moeconv.prune.repair.pruned import Variant, pruned_pass
     from moeconv.prune.repair.run import repair
 
     options, decision = request.prune, before.decision
     read = read_windows(model, request)
-    meter.note("refitting the experts" if options.refit else "choosing experts layer by layer")
+    meter.note(
+        "healing layer by layer" if options.heal
+        else "refitting the experts" if options.refit else "choosing experts layer by layer"
+    )  # fmt: skip
     refitted = decision.left if options.refit else 0
-    stream = stream_of(model, read.windows, request.measure, meter=meter, refitted=refitted)
+    healed = decision.left if options.heal else 0
+    stream = stream_of(model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed)
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
         choose=_chooser(model, evidence, request, decision.left, read) if options.sequential else None,
         refit=refit_of(options) if options.refit else None,
         top_k=options.top_k,
+        heal=heal_of(options, seed=request.plan.seed) if options.heal else None,
     )
     overlays, figures = dict(before.overlays), dict(before.figures)
-    if options.refit:
+    if options.heal:
+        path, settings = folder / "heal", {"method": "heal", "steps": options.heal, "refit": options.refit}
+        write_healed(stream, read, variant, path, left=decision.left, settings=settings)
+        overlays["heal"] = Overlay(path)
+        figures["heal"] = {"steps": options.heal, "layers": [asdict(row) for row in variant.healed]}
+        if options.refit:
+            figures["refit"] = {"layers": [asdict(f) for f in variant.fitted]}
+    elif options.refit:
         path = folder / "refit"
         settings = {"method": "refit", "strength": options.refit_strength, "sweeps": options.refit_sweeps}
         repair(stream, read, variant, path, left=decision.left, settings=settings)
@@ -73,11 +86,18 @@ def repaired(
 
 
 def remarks_on(extra: Config) -> list[str]:
-    """The warnings of a refit: too little text, and layers that keep their old weights."""
+    """The warnings of a refit and of healing: too little text, and layers that keep their old weights."""
     from moeconv.data import heldout
 
     layers = extra.get("refit", {}).get("layers", [])
-    return heldout.remarks_on(layers, what="--refit", kept="the weights that they had", fitted="the refitted ones")
+    found = heldout.remarks_on(layers, what="--refit", kept="the weights that they had", fitted="the refitted ones")
+    back = [row["layer"] for row in extra.get("heal", {}).get("layers", []) if not row["kept"]]
+    if back:
+        found.append(
+            f"--heal: {heldout.layers_in_words(back)} keep the weights that they had, because the trained ones are not "
+            "clearly better on held-out tokens"
+        )
+    return found
 
 
 class _Fields:

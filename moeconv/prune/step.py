@@ -83,8 +83,9 @@ def _dry_run(
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
-        refitted = decision.left if request.prune.refit else 0
-        asked = run_on_data(model, request.measure, pruned_workload(model, refitted=refitted))
+        left = decision.left
+        load = pruned_workload(model, refitted=left * request.prune.refit, healed=left * bool(request.prune.heal))
+        asked = run_on_data(model, request.measure, load)
         planned = planned_memory(need_of(model, asked), asked, request.measure)
         result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     return result
@@ -155,7 +156,7 @@ def _measured(
     elif _measures_top_k(request):
         figures |= cost(model, evidence, request, decision, meter=meter)
     made = Repaired(decision, {}, figures)
-    if options.sequential or options.refit:
+    if options.sequential or options.refit or options.heal:
         made = repaired(model, evidence, request, made, folder, meter=meter)
     if options.merge:
         made = merged(model, evidence, request, made, folder, meter=meter)

@@ -14,6 +14,7 @@ from moeconv.requests import PruneRequest
 
 if TYPE_CHECKING:
     from moeconv.data.windows import TokenData
+    from moeconv.prune.repair.heal import Heal
     from moeconv.prune.repair.refit import Refit
     from moeconv.stream.layers import LayerStream
 
@@ -31,18 +32,21 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
 
 
 def stream_of(
-    model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, variants: int = 1
-) -> LayerStream:
+    model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, healed: int = 0,
+    variants: int = 1,
+) -> LayerStream:  # fmt: skip
     """The stream of the model, beside which the pruned `variants` run, within the memory limit of the user. At most
-    `refitted` experts of a layer are refitted at the same time."""
+    `refitted` experts of a layer are refitted at the same time, and `healed` are trained, in float32."""
+    import torch
+
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model)
-    workload = pruned_workload(model, refitted=refitted, variants=variants)
+    workload = pruned_workload(model, refitted=refitted, healed=healed, variants=variants)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     return stream_within(
         model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,
-        what="running the pruned model beside the model", **workload,
+        what="running the pruned model beside the model", dtype=torch.float32 if healed else None, **workload,
     )  # fmt: skip
 
 
@@ -51,3 +55,10 @@ def refit_of(options: PruneOptions) -> Refit:
     from moeconv.prune.repair.refit import Refit
 
     return Refit(options.refit_strength, options.refit_sweeps)
+
+
+def heal_of(options: PruneOptions, *, seed: int) -> Heal:
+    """The settings of the training of each layer."""
+    from moeconv.prune.repair.heal import Heal
+
+    return Heal(options.heal, seed)

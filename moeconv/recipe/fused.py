@@ -74,7 +74,7 @@ def _after(
 def can_fuse(request: PruneRequest, then: QuantizeRequest) -> bool:
     """Whether a prune and a quantize can be one pass: nothing has to be measured or written between them."""
     first, second = request.prune, then.quantize
-    repairs = first.refit or first.sequential or first.merge or first.distill or first.curve
+    repairs = first.refit or first.heal or first.sequential or first.merge or first.distill or first.curve
     decided = second.method != "gptq" and second.scheme != MIXED and FORMATS[second.format].shard is None
     return decided and not repairs and not any(w.part or w.dry_run for w in (request.write, then.write))
 

@@ -152,6 +152,18 @@ class Skeleton:
                 made |= {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
         return made
 
+    def saved(self, part: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{name on disk: tensor} as transformers saves the parameters {leaf: value} of a part of the model. There may
+        be fewer experts than in the model; they are numbered from 0."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        prefix = self.name_of(part) + "."
+        with torch.no_grad(), transformers_silenced():
+            made: dict[str, Tensor] = revert_weight_conversion(
+                self.module, {prefix + leaf: value for leaf, value in weights.items()}
+            )
+        return made
+
     def fill(self, tensors: dict[str, Tensor], *, under: str, beside: str | None = None) -> None:
         """Load tensors. Afterwards, every parameter whose name starts with `under` must be loaded, except those whose
         names start with `beside`. Empties `tensors`.

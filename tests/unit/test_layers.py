@@ -117,7 +117,7 @@ MEASURING: dict[str, set[str]] = {
     "prune.windows": MEASURE | {"requests"},
     "prune.need": DECIDE | {"stream"},
     "prune.scores": MEASURE | {"evaluate"},
-    "prune.repair": MEASURE,
+    "prune.repair": MEASURE | {"tune"},
     "quantize.step": STEP,
     "quantize.gptq": MEASURE,
     "quantize.proof": DECIDE | {"tensors"},

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moeconv.data.heldout import clearly_less, held_out
 from moeconv.errors import InputError
+from moeconv.prune.repair.heal import Heal, Healed, HealOutcome, LayerData, dtypes_of, heal_layer, kept_alone
 from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, held_out_errors, refit_layer, tokens_needed
 from moeconv.stream.experts import down_projections, with_down
 from moeconv.stream.layer import Batch, Layer
@@ -26,6 +27,7 @@ from moeconv.stream.memory import allocate
 _SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
 
 Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer, its inputs in the variant [n, S, H] -> experts to keep
+OnHealed = Callable[[Layer, Healed], None]  # a layer, what became of it
 OnLayer = Callable[[int, Sequence[int], Tensor], None]  # layer, experts in ascending order, down projections [n, H, I]
 Downs = tuple[Sequence[int], Tensor]  # experts in ascending order, their down projections [n, H, I]
 
@@ -39,8 +41,9 @@ class Variant:
     factor} multiplies the down projections of the experts. `refit` computes new down projections, which are used where
     they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
     the new down projections of each layer. `top_k` is the number of experts per token, instead of the model's own.
-    After the pass, `hidden` [n, S, H] are the final activations of the variant, and `keep` has an entry for every
-    layer.
+    With `heal`, the kept experts and the router of each layer are trained after the refit; `healed` records the
+    results, and `on_healed` is called with every layer. After the pass, `hidden` [n, S, H] are the final activations of
+    the variant, and `keep` has an entry for every layer.
     """
 
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
@@ -50,6 +53,9 @@ class Variant:
     replace: Mapping[int, Downs] = field(default_factory=dict)
     scale: Mapping[int, float] = field(default_factory=dict)
     on_layer: OnLayer | None = None
+    heal: Heal | None = None
+    healed: list[HealOutcome] = field(default_factory=list)
+    on_healed: OnHealed | None = None
     fitted: list[RefitOutcome] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -99,10 +105,24 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _To
         replaced = kept, _refitted(stream, layer, variant, kept, tokens)
     if variant.on_layer is not None and replaced is not None:
         variant.on_layer(layer.index, *replaced)
-    with masked(stream, layer, kept, top_k=variant.top_k, replaced=replaced):
+    with masked(stream, layer, kept, top_k=variant.top_k, replaced=replaced) as stack:
+        if variant.heal is not None:
+            part = stack.enter_context(kept_alone(layer, kept, num_experts=stream.model.num_experts))
+            _heal(stream, layer, variant, part, tokens)
         for batch in layer.batches(hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
             check_routed(batch.top_k_index, batch.top_k_weights, kept, top_k=variant.top_k, layer=layer.index)
+
+
+def _heal(stream: LayerStream, layer: Layer, variant: Variant, part: nn.Module, tokens: _Tokens) -> None:
+    """Train a pruned layer, and report the result."""
+    assert variant.heal is not None and variant.on_healed is not None
+    training = tokens.windows[:, None] & ~tokens.held
+    data = LayerData(variant.hidden, stream.hidden, training, tokens.held)
+    with torch.enable_grad():
+        made = heal_layer(stream, layer, part, data, variant.heal, dtypes_of(stream.model, layer.index))
+    variant.healed.append(made.outcome)
+    variant.on_healed(layer, made)
 
 
 def masked(

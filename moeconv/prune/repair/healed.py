@@ -1,0 +1,79 @@
+"""Writes healed layers to an overlay: every tensor of the kept experts, and the router, as in the pruned checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeconv.checkpoint.artifact import artifact_metadata
+from moeconv.checkpoint.overlay import Layout, writing_overlay
+from moeconv.data.windows import TokenData
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
+from moeconv.prune.repair.heal import Healed, trained
+from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.stream.layer import Layer
+from moeconv.stream.layers import LayerStream
+from moeconv.types import Config
+
+OVERLAY_VERSION = 1
+
+
+def write_healed(
+    stream: LayerStream, read: TokenData, variant: Variant, path: Path, *, left: int, settings: Config
+) -> None:
+    """Run `variant` beside the model, heal every layer, and write the overlay `path`. `left` is the number of experts
+    per layer of the pruned model."""
+    model = stream.model
+    about = artifact_metadata(
+        "overlay", version=OVERLAY_VERSION, identity=model.identity, experts=left,
+        sources=[source.to_json() for source in read.sources], **settings,
+    )  # fmt: skip
+    layouts = {layer: healed_layout(model, layer, left) for layer in model.moe_layers}
+    tensors = [(layer, layout) for layer, of_layer in layouts.items() for layout in of_layer]
+    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
+
+        def write(layer: Layer, healed: Healed) -> None:
+            kept = sorted(variant.keep[layer.index])
+            for name, tensor in on_disk(stream, layer, healed, kept, layouts[layer.index]):
+                writer.write(name, to_bytes(tensor))
+
+        variant.on_healed = write
+        pruned_pass(stream, [variant])
+
+
+def healed_layout(model: Model, layer: int, left: int) -> list[Layout]:
+    """(name, dtype, shape) of the tensors that are written for a layer, of which `left` experts are kept."""
+    found: list[Layout] = []
+    for name, role in trained(model, layer):
+        ref, axis = model.checkpoint.tensors[name], model.family.expert_axis(role)
+        if role.expert is None and axis is not None:
+            size = ref.shape[axis] // model.num_experts * left
+            found.append((name, ref.dtype, (*ref.shape[:axis], size, *ref.shape[axis + 1 :])))
+        elif role.expert is not None and role.expert < left:
+            found.append((name, ref.dtype, ref.shape))
+    return found
+
+
+def on_disk(
+    stream: LayerStream, layer: Layer, healed: Healed, kept: Sequence[int], layout: Sequence[Layout]
+) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of a healed layer as in the pruned checkpoint, in the order of `layout`.
+
+    Raises InputError where transformers does not save the experts as this checkpoint stores them.
+    """
+    assert layer.experts is not None
+    made = stream.skeleton.saved(layer.experts, healed.experts)
+    made[stream.model.router_name(layer.index)] = healed.router[list(kept)]
+    for name, _, shape in layout:
+        if name not in made or made[name].numel() != torch.Size(shape).numel():
+            raise InputError(
+                f"--heal cannot write {escape(name)!r}: transformers saves the experts of "
+                f"{stream.model.family.model_type} in another layout",
+                hint="Leave out --heal. --refit takes this model.",
+            )
+    return [(name, made[name].reshape(shape).to(TORCH_DTYPES[dtype])) for name, dtype, shape in layout]

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ _EXPERTS, _ROUTER, _MOST = 0.25, 0.128, 0.01
 
 @dataclass(frozen=True)
 class Heal:
-    """The settings: optimiser `steps` per layer, and the `seed` of the order of the windows."""
+    """The settings: optimiser `steps` per layer, and the `seed` of the order of the batches."""
 
     steps: int
     seed: int = 0
@@ -113,13 +112,13 @@ def heal_layer(
     pieces = [Piece("router", dtypes["router"], "router", router)]
     pieces += [Piece(leaf, dtypes["experts"], "experts", p) for leaf, p in own_parameters(part).items()]
     norm = _added(data)
-    order = _batches(data, stream.batch_size, seed=heal.seed, layer=layer.index)
+    order = _batches(stream, data, seed=heal.seed, layer=layer.index)
     first, old = _errors(stream, layer, data), [p.parameter.detach().clone() for p in pieces]
 
     def step(_: int) -> bool:
         rows = next(order)
         used = data.training[rows].to(stream.device)
-        off = layer.run(data.inputs[rows].to(stream.device)) - data.wanted[rows].to(stream.device)
+        off = layer.run(data.inputs[rows].to(stream.device), rows) - data.wanted[rows].to(stream.device)
         loss = off.float().square().sum(-1)[used].sum() / (summed(used.sum()) * norm).clamp_min(1e-30)
         loss.backward()
         return bool(loss.isfinite())
@@ -155,16 +154,12 @@ def _added(data: LayerData) -> Tensor:
     return (total / count).float().to(data.inputs.device)
 
 
-def _batches(data: LayerData, size: int, *, seed: int, layer: int) -> Iterator[Tensor]:
-    """Windows int64 [b] in random order, again and again; as many as the stream runs at a time."""
-    windows = data.training.any(1).nonzero().flatten().numpy()
-    draw, size = generator((seed, "heal", layer)), min(size, len(data.inputs))
-    left: np.ndarray = windows[:0]
+def _batches(stream: LayerStream, data: LayerData, *, seed: int, layer: int) -> Iterator[slice]:
+    """The batches of the stream that have tokens for training, in random order, again and again."""
+    every = [rows for rows in stream.rows() if bool(data.training[rows].any())]
+    draw = generator((seed, "heal", layer))
     while True:
-        while len(left) < size:
-            left = np.concatenate([left, draw.permutation(windows)])
-        yield torch.from_numpy(left[:size])
-        left = left[size:]
+        yield from (every[i] for i in draw.permutation(len(every)))
 
 
 @torch.no_grad()
@@ -174,7 +169,7 @@ def _errors(stream: LayerStream, layer: Layer, data: LayerData) -> Tensor:
     for rows in stream.rows():
         held = data.held[rows]
         if bool(held.any()):
-            off = layer.run(data.inputs[rows].to(stream.device)).cpu() - data.wanted[rows]
+            off = layer.run(data.inputs[rows].to(stream.device), rows).cpu() - data.wanted[rows]
             found.append(off[held].double().square().sum(-1))
     return torch.cat(found)
 

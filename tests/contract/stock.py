@@ -471,6 +471,13 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
         },
     ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        # its class reads the width of a linear head from the key into which it writes qk_rope_head_dim
+        _LATENT
+        | _GROUPS
+        | {"num_experts": 8, "first_k_dense_replace": 1, "layer_group_size": 2, "q_lora_rank": None, "head_dim": 8},
+    ),
     "deepseek_v2": ("deepseek_v2", _LATENT | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "deepseek_v2-groups": (
         "deepseek_v2",

@@ -41,6 +41,7 @@ KNOWN = {
     ("granitemoehybrid", "time_step_limit"): "the class's default is infinite, which no JSON holds",
     ("bamba", "time_step_limit"): "the class's default is infinite, which no JSON holds",
     ("nemotron_h", "mtp_layers_block_type"): "says nothing while there is no prediction layer",
+    ("bailing_hybrid", "head_dim"): "the class reads it for its linear heads, and then overwrites it with another",
     ("lfm2", "tie_embedding"): "an older word for tie_word_embeddings, which the class does not keep",
     ("nemotron_h", "layer_types"): "the class's default has no meaning for another number of layers",
 }

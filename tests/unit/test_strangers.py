@@ -329,13 +329,13 @@ def test_the_reason_is_given_and_no_list(config: dict[str, object], says: str, h
 def test_inspect_and_verify_answer_for_what_no_step_takes(tmp_path: Path, cli) -> None:
     source = make_dense(tmp_path / "source", shards=2)
     whole = cli("inspect", source, "--json").json
-    edit_json(source / "config.json", model_type="bailing_hybrid")
+    edit_json(source / "config.json", model_type="unheard_of")
     found = cli("inspect", source, "--json")
     assert found.code == 0 and set(found.json) == set(whole)
     same = ("bytes", "dtypes", "tensors", "shards", "layers")
     assert {k: found.json[k] for k in same} == {k: whole[k] for k in same}
     assert found.json["kind"] is None and found.json["parameters"]["total"] == whole["parameters"]["total"]
-    assert found.json["parameters"]["active"] is None and "bailing_hybrid" in found.json["warnings"][-1]
+    assert found.json["parameters"]["active"] is None and "unheard_of" in found.json["warnings"][-1]
     assert "unknown" in cli("inspect", source).out
     verified = cli("verify", source, "--json")
     assert verified.code == 0 and verified.json["ok"] and "not checked" in verified.json["warnings"][-1]

@@ -246,11 +246,11 @@ class Checkpoint:
         for shard in self.shards:
             file = self._open(shard)
             digest.update(file.header_bytes)
-            for i in range(_SAMPLES_PER_SHARD):
-                start = (file.size - min(file.size, _SAMPLE_BYTES)) * i // (_SAMPLES_PER_SHARD - 1)
-                view = memoryview(bytearray(min(file.size, _SAMPLE_BYTES)))
-                file.read_at(start, view)
-                digest.update(view)
+            size = min(file.size, _SAMPLE_BYTES)
+            samples = memoryview(bytearray(size * _SAMPLES_PER_SHARD))
+            starts = ((file.size - size) * i // (_SAMPLES_PER_SHARD - 1) for i in range(_SAMPLES_PER_SHARD))
+            file.read_all((start, samples[i * size : (i + 1) * size]) for i, start in enumerate(starts))
+            digest.update(samples)
         for name in sorted(whole):
             digest.update(self.read(name))
         return digest.hexdigest()

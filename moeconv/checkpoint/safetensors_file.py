@@ -90,11 +90,16 @@ class SafetensorsFile:
 
     def read_at(self, start: int, view: memoryview) -> None:
         """Fill `view` from absolute offset `start`. Raises InputError if the file has changed since it was opened."""
+        self.read_all([(start, view)])
+
+    def read_all(self, places: Iterable[tuple[int, memoryview]]) -> None:
+        """`read_at` of several places, with the file opened once."""
         with self._opened() as fd:
             status = os.fstat(fd)
             if (status.st_ino, status.st_size, status.st_mtime_ns) != self._status:
                 raise InputError(f"{self.label} changed while it was being read", hint="Run the command again.")
-            self._fill(fd, start, view)
+            for start, view in places:
+                self._fill(fd, start, view)
 
     def advise(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Tell the system that byte ranges [start, end) of the file are read next."""

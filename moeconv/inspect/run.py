@@ -9,7 +9,7 @@ from moeconv.families import packed
 from moeconv.families.head import head_warnings
 from moeconv.families.methods import quantization_method
 from moeconv.families.model import Model, open_model
-from moeconv.plan.build import count_params, count_prediction
+from moeconv.plan.build import PREDICTION, active_of, groups_of
 
 
 def inspect(model: Model | str | os.PathLike[str]) -> Inspected:
@@ -20,21 +20,17 @@ def inspect(model: Model | str | os.PathLike[str]) -> Inspected:
     layers are counted apart. Raises InputError for a directory that `open_model` refuses."""
     if isinstance(model, str | os.PathLike):
         model = open_model(model)
-    refs = model.checkpoint.tensors
+    refs, roles = model.checkpoint.tensors, model.roles
     dtypes: dict[str, int] = {}
     by_role: dict[str, int] = {}
     bytes_by_role: dict[str, int] = {}
-    lookup = 0
-    for name, ref in refs.items():
+    for ref in refs.values():
         dtypes[ref.dtype] = dtypes.get(ref.dtype, 0) + ref.nbytes
-        role = model.roles.get(name)
-        if role is None:
-            continue
-        group = "prediction" if model.family.predicts(name, layers=model.num_layers) else role.group
+    for ref, group in groups_of(model):
         by_role[group] = by_role.get(group, 0) + model.numel(ref)
         bytes_by_role[group] = bytes_by_role.get(group, 0) + ref.nbytes
-        lookup += model.numel(ref) if role.key == "embedding.tokens" else 0
-    total, active = count_params(model)
+    lookup = sum(model.numel(refs[name]) for name, role in roles.items() if role.key == "embedding.tokens")
+    total, active = active_of(by_role, top_k=model.top_k, num_experts=model.num_experts)
     tied = not any(role.key == "embedding.lm_head" for role in model.roles.values())
     return {
         "path": str(model.checkpoint.path),
@@ -52,7 +48,7 @@ def inspect(model: Model | str | os.PathLike[str]) -> Inspected:
             "active": active,
             "experts": by_role.get("expert", 0),
             "router": by_role.get("router", 0),
-            "prediction": count_prediction(model),
+            "prediction": by_role.get(PREDICTION, 0),
         },
         "parameters_by_role": dict(sorted(by_role.items())),
         "bytes_by_role": dict(sorted(bytes_by_role.items())),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -62,18 +62,23 @@ def carry(
     return Item((spec,), kernel, (whole(ref, origin=origin),), {}, changed)
 
 
+PREDICTION = "prediction"  # the group of the tensors of multi-token-prediction layers, where parameters are counted
+
+
+def groups_of(model: Model) -> Iterator[tuple[TensorRef, str]]:
+    """Every tensor that has a role, with the group that it is counted in."""
+    predicts, layers, tensors = model.family.predicts, model.num_layers, model.checkpoint.tensors
+    for name, role in model.roles.items():
+        yield tensors[name], PREDICTION if predicts(name, layers=layers) else role.group
+
+
 def count_params(model: Model) -> tuple[int, int]:
     """(total, active per token) parameters of a checkpoint. Multi-token-prediction layers, which run only for
     speculative decoding, are left out; a tied embedding counts once."""
-    tensors = model.checkpoint.tensors
-    counted = ((name, role.group, model.numel(tensors[name])) for name, role in model.roles.items())
-    return _active(counted, model.family, model.num_layers, top_k=model.top_k, num_experts=model.num_experts)
-
-
-def count_prediction(model: Model) -> int:
-    """The parameters of the multi-token-prediction layers."""
-    names = (name for name in model.roles if model.family.predicts(name, layers=model.num_layers))
-    return sum(model.numel(model.checkpoint.tensors[name]) for name in names)
+    groups: dict[str, int] = {}
+    for ref, group in groups_of(model):
+        groups[group] = groups.get(group, 0) + model.numel(ref)
+    return active_of(groups, top_k=model.top_k, num_experts=model.num_experts)
 
 
 def count_planned(
@@ -81,20 +86,19 @@ def count_planned(
 ) -> tuple[int, int]:  # fmt: skip
     """(total, active per token) parameters of the output of a plan for a `family` with that many `layers`, counted as
     by `count_params`."""
-    counted = ((spec.name, spec.role.partition(".")[0], spec.params) for item in items for spec in item.outputs)
-    return _active(counted, family, layers, top_k=top_k, num_experts=num_experts)
+    groups: dict[str, int] = {}
+    for item in items:
+        for spec in item.outputs:
+            if spec.params:  # scales and the like count with their codes
+                group = PREDICTION if family.predicts(spec.name, layers=layers) else spec.role.partition(".")[0]
+                groups[group] = groups.get(group, 0) + spec.params
+    return active_of(groups, top_k=top_k, num_experts=num_experts)
 
 
-def _active(
-    counted: Iterable[tuple[str, str, int]], family: Family, layers: int, *, top_k: int, num_experts: int
-) -> tuple[int, int]:  # fmt: skip
-    total = experts = beside = 0
-    for name, group, params in counted:
-        if not params or family.predicts(name, layers=layers):  # scales and the like count with their codes
-            continue
-        total += params
-        experts += params if group == "expert" else 0
-        beside += params if group in UNCHANGED else 0
+def active_of(groups: Mapping[str, int], *, top_k: int, num_experts: int) -> tuple[int, int]:
+    """(total, active per token) parameters, from the parameters of each group of tensors."""
+    total = sum(groups.values()) - groups.get(PREDICTION, 0)
+    experts, beside = groups.get("expert", 0), sum(groups.get(group, 0) for group in UNCHANGED)
     return total, total - experts - beside + (experts * top_k // num_experts if num_experts else 0)
 
 

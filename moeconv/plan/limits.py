@@ -7,7 +7,7 @@ from moeconv.checkpoint.strictjson import Limits, index_limits
 from moeconv.errors import OutputError
 from moeconv.plan.plan import Plan
 
-_LINE = 16  # bytes of an index entry besides its two names, or a few more
+_LINE = 18  # bytes of an index entry besides the characters of its two names, or a few more
 
 
 def check_limits(plan: Plan) -> None:
@@ -18,9 +18,17 @@ def check_limits(plan: Plan) -> None:
         length, values, size = shard.cost
         _check(shard.name, length, values, header_limits(size))
     if len(plan.shards) > 1:
-        names = [(spec.name, shard.name) for shard in plan.shards for item in shard.items for spec in item.outputs]
-        length = sum(json_length(name) + len(file) + _LINE for name, file in set(names))
-        _check("the index", length, len(names), index_limits(plan.nbytes))
+        _check("the index", *index_cost(plan), index_limits(plan.nbytes))
+
+
+def index_cost(plan: Plan) -> tuple[int, int]:
+    """(bytes, values) of the index of a plan, or a little more."""
+    length = values = 0
+    for shard in plan.shards:
+        names = [spec.name for item in shard.items for spec in item.outputs if not spec.at]
+        length += json_length("".join(names)) + len(names) * (len(shard.name) + _LINE)
+        values += len(names)
+    return length, values
 
 
 def _check(what: str, length: int, values: int, limits: Limits) -> None:

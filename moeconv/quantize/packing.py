@@ -80,15 +80,17 @@ class Packing:
     def items(self) -> list[Item]:
         """The items of the output: every tensor of the source, with `weights` packed in their place."""
         chosen = {r.name for r in self.weights}
-        known: dict[tuple[object, ...], _Pattern | None] = {}
+        patterns: dict[tuple[object, ...], _Pattern] = {}
 
         def make(ref: TensorRef) -> list[Item]:
             scheme = self.at(ref)
             like = (ref.dtype, ref.shape, self.model.roles[ref.name].key, scheme)
-            if like not in known:
-                known[like] = _pattern(ref, self.make(ref, scheme))
-            pattern = known[like]
-            return self.make(ref, scheme) if pattern is None else [pattern.of(ref)]
+            if pattern := patterns.get(like):
+                return [pattern.of(ref)]
+            made = self.make(ref, scheme)
+            if pattern := _pattern(ref, made):
+                patterns[like] = pattern
+            return made
 
         def packed(ref: TensorRef) -> list[Item] | None:
             if ref.name not in chosen:

@@ -21,6 +21,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, WriteOptions, parameters_of, parse_size
 from moeconv.plan.execute import checked_jobs, companions_of, execute, parse_part, peak_rss_bytes
 from moeconv.plan.flow import ByteSource
+from moeconv.plan.limits import check_limits
 from moeconv.plan.memory import free_memory
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
@@ -60,6 +61,7 @@ def run_plan(
     checked_jobs(write.jobs)
     if write.dry_run:
         check_out(out, model, write)
+        check_limits(plan)
         result["warnings"] += companions_of(plan, model.checkpoint).warnings
         return result
 

@@ -6,6 +6,8 @@ from moeconv.errors import InputError
 from moeconv.families.placement import Get
 from moeconv.units import counted
 
+_LETTERS = {"F": "full", "S": "shared"}
+
 
 def indexer_types(get: Get, layers: int) -> list[str]:
     """ "full" or "shared" per layer, as the classes of GLM-5 and Mistral Large 4 derive it.
@@ -14,13 +16,14 @@ def indexer_types(get: Get, layers: int) -> list[str]:
     """
     words: object = get("indexer_types")
     if words is None and (pattern := get("index_topk_pattern")) is not None:
-        words = [{"F": "full", "S": "shared"}.get(word, word) for word in pattern]
+        words = [_LETTERS.get(str(word), word) for word in pattern] if isinstance(pattern, str | list) else pattern
     if words is None:
-        every, first = max(get("index_topk_freq"), 1), get("index_skip_topk_offset")
+        every, first = max(get("index_topk_freq") or 1, 1), get("index_skip_topk_offset") or 0
         words = ["shared" if max(i - first + 1, 0) % every else "full" for i in range(layers)]
-    if not isinstance(words, list) or len(words) != layers or not set(words) <= {"full", "shared"}:
+    if not isinstance(words, list) or len(words) != layers or not all(word in _LETTERS.values() for word in words):
         raise InputError(
-            f"config.json: indexer_types must be a list of {counted(layers, 'word')}, each full or shared",
+            f"config.json: indexer_types (or index_topk_pattern) must be a list of {counted(layers, 'word')}, each "
+            "full or shared",
             hint="Correct config.json, or download it again.",
         )
     return words

@@ -257,6 +257,8 @@ class Experts:
     # key of the norm of the routed sum alone, in a family that normalises shared and routed outputs separately before
     # it adds them: an FFN cannot be split between the two there, and with a norm of 0 the experts add nothing
     routed_norm: str = ""
+    # whether the block that holds the experts normalises the sum of routed and shared outputs before it returns it
+    normed: bool = False
     # transformers' default implementation of the experts, a key of widths.STRIDES; "eager" if it loops over them
     implementation: str = "grouped_mm"
     # number of modules from the one with the experts' weights up to the one that dispatches tokens to experts

@@ -95,9 +95,9 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "it classifies tokens with attention in both directions, and is no language model": ("openai_privacy_filter",),
     "it denoises blocks of tokens, and the loss of a text says nothing about that": ("diffusion_gemma",),
     "its first layers choose experts by the id of the token, from a table that no rule can fill anew, and config.json "
-    "has one count for all layers, so that none can be removed; and several streams run between its layers, not one":
+    "has one count for all layers, so that none can be removed":
         ("deepseek_v4",),
-    "several residual streams run between its layers, and moeconv runs layers with one":
+    "its layers pass on residual streams in a dimension of their own, and the tokens that attention reads":
         ("glm5_next", "glm5_next_text"),
     "its routers also choose experts without weights, which pass their input on, so that they have more rows than the "
     "layers have experts":

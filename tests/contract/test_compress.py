@@ -192,6 +192,36 @@ def test_experts_that_lie_transposed_to_their_class_are_not_packed(tmp_path, cli
 
 
 @pytest.mark.slow
+def test_refit_does_not_depend_on_a_norm_behind_the_experts(tmp_path, cli):
+    from safetensors.torch import load_file, save_file
+
+    from tests.words import add_tokenizer, text
+
+    kind, config = MOE_CASES["axk1"]
+    (tmp_path / "text").write_text(text(3000))
+    made = []
+    for scale in (1.0, 0.05):
+        source = add_tokenizer(
+            save_stock(tmp_path / f"{scale}", kind, config | {"num_hidden_layers": 2}, dtype=torch.float32)
+        )
+        for file in source.glob("*.safetensors"):
+            scaled = {n: t * scale if "post_mlp_layernorm" in n else t for n, t in load_file(file).items()}
+            save_file(scaled, file, metadata={"format": "pt"})
+        flags = ("--keep", 4, "--refit", "--criterion", "magnitude", "--data", tmp_path / "text", "--seq-len", 32)
+        done = cli("prune", source, tmp_path / f"{scale}-pruned", *flags, "--tokens", 2048, "--json")
+        assert done.code == 0, done.out
+        before, after = open_model(source), open_model(tmp_path / f"{scale}-pruned")
+        kept = done.json["prune"]["keep"]["1"]
+        names = [
+            (after.expert_name("down", layer=1, expert=i), before.expert_name("down", layer=1, expert=e))
+            for i, e in enumerate(kept)
+        ]
+        made.append([read_tensor(after.checkpoint, new) for new, _ in names])
+        assert not torch.equal(made[-1][0], read_tensor(before.checkpoint, names[0][1]))
+    for one, other in zip(*made):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_refit_knows_that_routed_and_shared_outputs_are_averaged(tmp_path, cli):
     """Halved weights that are summed are the same model, so the refitted ones are the same too."""
     from safetensors.torch import load_file, save_file

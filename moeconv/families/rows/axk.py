@@ -65,6 +65,7 @@ AXK1 = moe_row(
         width="moe_intermediate_size",
         shared_width=("moe_intermediate_size", "n_shared_experts"),
         only={"norm.post_ffn": True},
+        normed=True,
         placement=placement.WORDS_OR_FIRST_K,
         routing=GROUPED,
     ),

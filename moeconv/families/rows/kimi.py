@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeconv.errors import InputError, escape
 from moeconv.families import placement
 from moeconv.families.blocks import DENSE_FFN, FULL_LAYERS, LAYER, MLA, MLA_CONFIG, PARTS, WITHOUT_QKVO
 from moeconv.families.expert_blocks import EVERY_ENGINE, GROUPED, SIGMOID, W_NAMES, leading_dense, moe_row
@@ -15,10 +16,17 @@ from moeconv.families.vendor import Vendor, Wrapper
 from moeconv.types import JsonObject
 
 
-def _linear(get: Get, own: str, hub: str) -> Any:
-    """A size of the linear layers: as Moonshot's files state it, else as transformers' do."""
-    stated = get("linear_attn_config") or {}
-    return stated.get(hub, get(own))
+def _linear(get: Get, own: str, hub: str) -> int:
+    """A size of the linear layers: as Moonshot's files state it, else as transformers' do. Raises InputError if it
+    is not a whole number above 0."""
+    value = (get("linear_attn_config") or {}).get(hub, get(own))
+    if type(value) is not int or value <= 0:
+        raise InputError(
+            f"config.json: {hub} of linear_attn_config (or {own}) must be a whole number above 0, found "
+            f"{escape(value)[:80]}",
+            hint="Correct config.json, or download it again.",
+        )
+    return value
 
 
 def _heads(get: Get, _place: Place) -> Any:
@@ -37,7 +45,17 @@ def _kinds(get: Get, layers: int) -> list[str]:
     """The kind of each layer, as KimiLinearConfig derives it; Moonshot's files count layers from 1."""
     stated, words = get("linear_attn_config") or {}, get("layer_types")
     if words is None and {"full_attn_layers", "kda_layers"} <= stated.keys():
-        full = set(stated["full_attn_layers"])
+        full, linear = stated["full_attn_layers"], stated["kda_layers"]
+        if (
+            not isinstance(full, list)
+            or not isinstance(linear, list)
+            or sorted(map(str, full + linear)) != sorted(map(str, range(1, layers + 1)))
+        ):
+            raise InputError(
+                f"config.json: full_attn_layers and kda_layers of linear_attn_config must name each of the layers 1 to "
+                f"{layers} once",
+                hint="Correct config.json, or download it again.",
+            )
         return [_FULL if i + 1 in full else _LINEAR for i in range(layers)]
     if words is None:
         words = [_FULL if i and i % 4 == 0 else _LINEAR for i in range(layers)]

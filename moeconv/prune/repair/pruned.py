@@ -151,26 +151,27 @@ def masked(
 def _refitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens) -> Tensor:
     """The new down projections [n, H, I] of the kept experts. The target is the residual stream of the unpruned model
     after the layer, so that each layer also corrects the errors of the layers before it. If the family does not simply
-    add the experts' outputs to the stream, the target is the output of the whole FFN, or of the experts in their latent
-    space, on the same inputs. Returns the old down projections if the new ones are not clearly better on the held-out
-    tokens, or if there are too few tokens for a fit."""
+    add the experts' outputs to the stream, the target is the output of the whole FFN, or of the experts alone (in their
+    latent space, or before a norm), on the same inputs. Returns the old down projections if the new ones are not
+    clearly better on the held-out tokens, or if there are too few tokens for a fit."""
     assert variant.refit is not None and layer.experts is not None
     routes: list[Routes] = []
     wanted: list[Tensor] = []
     rows: list[Tensor] = []
     held_rows: list[Tensor] = []
     output_square = 0.0  # squared norm of the pruned FFN's output on held-out tokens
-    additive, latent = True, layer.expert_dimension != stream.model.hidden_size
+    additive, family = True, stream.model.family
+    alone = layer.expert_dimension != stream.model.hidden_size or family.experts.normed
 
     def made(batch: Batch) -> Tensor:
-        return batch.expert_output if latent else batch.ffn_output
+        return batch.expert_output if alone else batch.ffn_output
 
     with masked(stream, layer, kept, top_k=variant.top_k):
         for batch in layer.batches(advance=False, hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
             if not wanted:
                 added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
-                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not latent
+                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not alone
             of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)
             held_here = tokens.held[batch.rows].flatten().to(of.device)
             rows.append(of)

@@ -206,8 +206,10 @@ class Model:
     def routed_share(self) -> float:
         """The factor of the routed experts' weighted sum in the FFN's output.
 
-        It is 1/2 where the sum is averaged with the output of shared experts, else 1.
+        It is 1/2 where the sum is averaged with the output of shared experts, and a setting in some families; else 1.
         """
+        if self.family.experts.factor:
+            return float(self.value(self.family.experts.factor))
         rule, width = self.family.experts.averaged, self.family.experts.shared_width
         return 0.5 if rule and self.value(rule[0]) == rule[1] and shared_width(width, self.value) else 1.0
 

@@ -245,6 +245,8 @@ class Experts:
     shared_weight: float = 1.0
     # (config key, value): at this value, routed and shared outputs are averaged instead of added
     averaged: tuple[str, str] | None = None
+    # config key that multiplies the routed experts' sum; "" if there is none, or the weights have the factor
+    factor: str = ""
     # key that, though it is in none of the groups expert, router, shared and ffn, only layers of one kind have ->
     # whether these are the layers with experts, or the dense ones
     only: Mapping[str, bool] = field(default_factory=dict)

@@ -266,6 +266,12 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
             "transformers, so that their codes would not fit the matrices that the class computes with",
             hint="Load the model in transformers 5 and save it, which transposes them; then quantize the saved one.",
         )
+    if "expert.gate" in model.family.tensors.packed:
+        raise InputError(
+            f"{model.family.model_type} keeps the gate matrices of all experts of a layer in one tensor and the up "
+            "matrices in another, which its class in transformers joins; the loader of packed experts cannot do that",
+            hint="`moeconv prune`, `calibrate` and `evaluate` support the model as it is.",
+        )
     if any(layout.flat for layout in model.family.tensors.packed.values()):
         raise InputError(
             f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for the experts. "

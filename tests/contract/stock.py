@@ -660,6 +660,20 @@ WRAPPED_CASES["deepseek_ocr2"] = (
 WRAPPED_CASES["unlimited_ocr"] = (
     "unlimited_ocr", {"text_config": _OCR_TEXT, "vision_config": {"sam_config": _OCR_SAM, "encoder_config": _VISION}}
 )  # fmt: skip
+WRAPPED_CASES["step3p7"] = (
+    "step3p7",
+    {
+        "text_config": _SPARSE
+        | {
+            "num_hidden_layers": 4, "n_routed_experts": 8, "share_expert_dim": 48, "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "num_sliding_attention_heads": 6, "moe_router_scaling_factor": 3.0, "pad_token_id": 0,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "swiglu_limits": [0.0, 0.0, 0.05, 0.0],
+        },
+        "vision_config": {"width": 16, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14},
+        "image_token_id": 99,
+    },
+)  # fmt: skip
 WRAPPED_CASES["nemotron_h_omni"] = (
     "nemotron_h_omni",
     {

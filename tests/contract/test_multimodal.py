@@ -334,3 +334,24 @@ def test_the_language_model_s_config_is_found_under_its_older_name(tmp_path, cli
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["llm_config"]["n_routed_experts"] == 4 and "text_config" not in config
     assert logits(load(tmp_path / "out")).isfinite().all()
+
+
+def test_layers_of_step_that_its_files_describe_in_older_words(tmp_path, cli):
+    """StepFun's own words for counts, layers and heads; routed outputs are multiplied behind the experts."""
+    source = save_stock(tmp_path / "moe", *MOE_CASES["step3p7"], dtype=torch.float32)
+    before, stated = logits(load(source)), json.loads((source / "config.json").read_text())
+    inner = stated["text_config"]
+    for key in ("per_layer_config", "mlp_layer_types", "num_sliding_attention_heads", "query_pre_attn_scalar"):
+        del inner[key]
+    inner |= {"moe_num_experts": inner.pop("n_routed_experts"), "moe_top_k": inner.pop("num_experts_per_tok")}
+    inner |= {"num_attention_groups": inner.pop("num_key_value_heads"), "moe_layers_enum": "1,2,3"}
+    inner |= {"attention_other_setting": {"attention_type": "sliding_attention", "num_attention_heads": 6}}
+    (source / "config.json").write_text(json.dumps(stated))
+    assert torch.equal(before, logits(load(source)))
+    model = open_model(source)
+    assert model.moe_layers == (1, 2, 3) and model.routed_share == 3.0
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    assert logits(load(tmp_path / "out")).isfinite().all()
+    refused = cli("quantize", source, tmp_path / "packed", "--format", "bitsandbytes", "--json")
+    assert refused.code == 3 and "which its class in transformers joins" in refused.json["error"]["message"]

@@ -34,6 +34,7 @@ from moeconv.errors import MoeconvError  # noqa: E402
 from moeconv.families.check import Shapes, _belongs  # noqa: E402
 from moeconv.families.find import find_family  # noqa: E402
 from moeconv.families.model import Model  # noqa: E402
+from moeconv.families.registry import tables  # noqa: E402
 
 # published parameters in billions: total, and active per token (None where none is published), with the vendor's digits
 PUBLISHED: dict[str, tuple[str, str | None]] = {
@@ -172,6 +173,8 @@ def make(script: Path, config: dict[str, Any], path: Path) -> bool | str:
     """
     holes, own = load(script), False
     try:
+        if "text_config" not in config and config.get("model_type") in tables().wrappers:
+            raise ValueError("transformers would take the defaults of its language model")
         tensors = holes.tensors(config)
     except Exception as error:  # transformers does not know the model, or cannot read its config
         try:

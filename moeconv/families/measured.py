@@ -18,6 +18,7 @@ RUNTIMES: Mapping[str, str] = {
 VERSIONS: Mapping[str, str] = {
     "vllm": RUNTIMES["vllm"],
     "llama.cpp": f"{RUNTIMES['llama.cpp']}, with the converter in llama-cpp-python 0.3.36",
+    "mlx": "mlx-lm 0.32.2 on a CPU",
 }
 
 
@@ -76,13 +77,18 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
     "llama.cpp": {
         **dict.fromkeys(
             (
-                "mixtral", "qwen2_moe", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "minimax_m2", "exaone_moe",
+                "mixtral", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "minimax_m2", "exaone_moe",
                 "granitemoe", "granitemoeshared", "granitemoe_swa", "lfm2_moe", "cohere2_moe", "jamba",
                 "dbrx", "hunyuan_v1_moe", "glm4_moe", "hy_v3", "glm4_moe_lite", "solar_open",
             ),
             _SAME,
         ),
         "gpt_oss": _PRUNED,
+        "qwen2_moe": Finding(
+            "same",
+            "where norm_topk_prob is false: it ignores the key, and divides 0 by 0 where the gate of a shared expert is "
+            "zero, so it cannot compute an upcycled model",
+        ),
         "mellum": Finding(
             "same", "where rope_theta of sliding and full layers is equal: it turns both by that of the full layers"
         ),
@@ -104,16 +110,47 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
             "refused", "its converter looks for partial_rotary_factor where transformers 5 has none"
         ),
     },
+    "mlx": {
+        **dict.fromkeys(
+            (
+                "qwen3_next", "deepseek_v32", "olmoe", "granitemoe", "lfm2_moe", "dbrx", "nemotron_h", "glm4_moe_lite",
+                "exaone_moe", "afmoe", "laguna", "minimax_m2", "solar_open", "gemma4_text",
+            ),
+            _SAME,
+        ),
+        "mixtral": Finding(
+            "same",
+            "without sliding_window, rope_scaling and a head_dim of its own, and with silu: it reads none of them",
+        ),
+        "qwen2_moe": Finding(
+            "same",
+            "where norm_topk_prob is false, every layer has experts, and queries, keys and values have biases: it reads "
+            "no key that says otherwise, so it computes no upcycled model",
+        ),
+        "qwen3_moe": Finding("same", "without sliding layers and attention_bias: it reads neither"),
+        "dots1": Finding("same", "without sliding layers and attention_bias: it reads neither"),
+        "mellum": Finding("same", "with a full layer, and without attention_bias"),
+        "glm4_moe": Finding("same", "without rope_scaling, which it does not read, and with a head of its own"),
+        "deepseek_v3": Finding("same", "with a head of its own"),
+        "glm_moe_dsa": Finding("same", "up to index_topk tokens; beyond, it chooses other tokens"),
+        "granitemoehybrid": Finding("same", "without rope_scaling, which it does not read"),
+        "ernie4_5_moe": Finding("same", "where the router's correction bias is zero: it leaves the bias out"),
+        "phimoe": Finding("same", "with silu: it does not read hidden_act"),
+        "jamba": Finding("differs", "it renormalises the weights of the chosen experts"),
+        "mimo_v2_flash": Finding("differs", "its sliding layers see one token less than those of transformers"),
+        "gpt_oss": Finding("refused", "it reads experts in MXFP4 alone"),
+        "deepseek_v2": Finding("refused", "without YaRN, which all published models have"),
+    },
 }  # fmt: skip
 
 
-# model_types in the list of models of mlx-lm 0.32, which was not run
+# model_types in the list of models of mlx-lm 0.32
 LISTED: Mapping[str, frozenset[str]] = {
     "mlx": frozenset({
         "afmoe", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "gemma4",
         "gemma4_text", "gemma4_unified", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe",
         "granitemoehybrid", "jamba", "kimi_k25", "kimi_linear", "laguna", "lfm2_moe", "llama4", "llama4_text",
-        "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral3", "mistral4",
+        "longcat_flash", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mistral3", "mistral4",
         "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
         "qwen3_vl_moe", "solar_open", "step3p5",
     }),

@@ -333,6 +333,8 @@ class Elsewhere:
     implied: frozenset[str] = frozenset()
     # key that only transformers 5 reads -> the value with which every other reader computes
     fixed: Config = field(default_factory=dict)
+    # key that some readers ignore -> (the value with which they compute, the readers in words)
+    ignored: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     # whether every other reader uses the window in all layers or in none, whatever layer_types contains
     one_window: bool = False
     # formats of packed weights that transformers does not load for this family

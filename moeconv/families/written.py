@@ -71,12 +71,18 @@ def added(family: Family, values: Config) -> JsonObject:
 
 
 def other_values_elsewhere(family: Family, values: Config) -> list[str]:
-    """Warnings about settings that only transformers 5 reads."""
+    """Warnings about settings that only transformers 5 reads, and about those that other readers ignore."""
     others = "transformers 4, vLLM, SGLang and llama.cpp compute"
     found = [
         f"{key} = {values[key]} is read by transformers 5 alone: {others} {family.model_type} with {fixed}, so the "
         "result is right in transformers 5 only"
         for key, fixed in family.elsewhere.fixed.items()
+        if values.get(key, fixed) != fixed
+    ]
+    found += [
+        f"{key} = {values[key]} is ignored by {readers}: they compute {family.model_type} with {fixed}, so the result "
+        "is wrong there"
+        for key, (fixed, readers) in family.elsewhere.ignored.items()
         if values.get(key, fixed) != fixed
     ]
     slides = {word == "sliding_attention" for word in values.get("layer_types") or ()}

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [converter] [vllm]
-# [transformers4]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
+# [transformers4] [mlx]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
 # tests/runtimes reads. The versions are those of moeconv/families/measured.py.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4]" >&2
+    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4] [mlx]" >&2
     exit 2
 fi
 root=$1
 shift
-[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4
+[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4 mlx
 python=${PYTHON:-python3}
 
 for runtime in "$@"; do
@@ -19,6 +19,11 @@ for runtime in "$@"; do
         "$root/transformers4/bin/pip" install -q torch==2.13.0 transformers==4.57.6 numpy accelerate \
             bitsandbytes==0.50.2 compressed-tensors==0.20.0
         "$root/transformers4/bin/python" -c 'import transformers'
+        ;;
+    mlx)
+        "$python" -m venv "$root/mlx"
+        "$root/mlx/bin/pip" install -q mlx-lm==0.32.2 mlx-cpu==0.32.4
+        "$root/mlx/bin/python" -c 'import mlx_lm'
         ;;
     llama.cpp)
         "$python" -m venv "$root/llama.cpp"
@@ -64,7 +69,7 @@ PY
         "$root/vllm/bin/python" -c 'import vllm'
         ;;
     *)
-        echo "unknown runtime $runtime; known: llama.cpp converter vllm transformers4" >&2
+        echo "unknown runtime $runtime; known: llama.cpp converter vllm transformers4 mlx" >&2
         exit 2
         ;;
     esac
@@ -74,3 +79,4 @@ echo "export MOECONV_LLAMA_CPP_PYTHON=$root/llama.cpp/bin/python"
 echo "export MOECONV_CONVERTER_PYTHON=$root/converter/bin/python"
 echo "export MOECONV_LLAMA_CPP_SOURCE=$root/converter/llama.cpp"
 echo "export MOECONV_TRANSFORMERS4_PYTHON=$root/transformers4/bin/python"
+echo "export MOECONV_MLX_PYTHON=$root/mlx/bin/python"

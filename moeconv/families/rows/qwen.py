@@ -73,7 +73,9 @@ QWEN2_MOE = moe_row(
         placement=placement.LIST,
         routing=Routing("softmax", "norm_topk_prob"),
     ),
-    elsewhere=Elsewhere(one_window=True, runs=EVERY_ENGINE),
+    elsewhere=Elsewhere(
+        one_window=True, ignored={"norm_topk_prob": (False, "llama.cpp and mlx-lm")}, runs=EVERY_ENGINE
+    ),
 )
 QWEN3_MOE = moe_row(
     "qwen3_moe",
@@ -147,6 +149,7 @@ QWEN3_VL_MOE_TEXT = replace(
     ),
     attention=Attention(sections=True),
     experts=replace(QWEN3_MOE.experts, routing=Routing("softmax", "always")),
+    elsewhere=replace(QWEN3_MOE.elsewhere, keys={"norm_topk_prob": True}),
 )
 
 _QWEN: JsonObject = {"norm_topk_prob": True, "decoder_sparse_step": 1}

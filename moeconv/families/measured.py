@@ -86,8 +86,8 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
         "gpt_oss": _PRUNED,
         "qwen2_moe": Finding(
             "same",
-            "where norm_topk_prob is false: it ignores the key, and divides 0 by 0 where the gate of a shared expert is "
-            "zero, so it cannot compute an upcycled model",
+            "where norm_topk_prob is false: it ignores the key, and divides 0 by 0 where the gate of a shared expert "
+            "is zero, so it cannot compute an upcycled model",
         ),
         "mellum": Finding(
             "same", "where rope_theta of sliding and full layers is equal: it turns both by that of the full layers"
@@ -114,7 +114,7 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
         **dict.fromkeys(
             (
                 "qwen3_next", "deepseek_v32", "olmoe", "granitemoe", "lfm2_moe", "dbrx", "nemotron_h", "glm4_moe_lite",
-                "exaone_moe", "afmoe", "laguna", "minimax_m2", "solar_open", "gemma4_text",
+                "exaone_moe", "afmoe", "laguna", "kimi_linear", "minimax_m2", "solar_open", "gemma4_text",
             ),
             _SAME,
         ),
@@ -124,8 +124,8 @@ MEASURED: Mapping[str, Mapping[str, Finding]] = {
         ),
         "qwen2_moe": Finding(
             "same",
-            "where norm_topk_prob is false, every layer has experts, and queries, keys and values have biases: it reads "
-            "no key that says otherwise, so it computes no upcycled model",
+            "where norm_topk_prob is false, every layer has experts, and queries, keys and values have biases: it "
+            "reads no key that says otherwise, so it computes no upcycled model",
         ),
         "qwen3_moe": Finding("same", "without sliding layers and attention_bias: it reads neither"),
         "dots1": Finding("same", "without sliding layers and attention_bias: it reads neither"),

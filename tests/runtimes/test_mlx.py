@@ -40,6 +40,7 @@ OTHERWISE = {
     "llama4": "Received 13 parameters", "minimax": "positional argument",  # other models of these names
     "qwen3_vl_moe": "Expected shape",  # transformers 5 saves its experts untransposed
     "qwen3_5_moe-vision": "parameters not in model",  # and these as separate tensors, unlike the hub
+    "llama4-vision": "Only 1 expert per token",
     "gemma4-vision": "Expected shape (262144",  # a vocabulary unlike the published one
     "mistral3": "parameters not in model",  # experts inside mistral3
     # upcycled
@@ -85,7 +86,7 @@ def _check(wrong: dict[str, str]) -> None:
     for name, why in wrong.items():
         target = TARGETS_OTHERWISE.get(name.rpartition("-> ")[2], ()) if "->" in name else ()
         said = (UNKNOWN, *target, *([OTHERWISE[name]] if name in OTHERWISE else []))
-        if not any(word in why for word in said): print("BAD", name, why)
+        assert any(word in why for word in said), f"{name}: {why}"
 
 
 def _upcycle(values: dict[str, Any], source: Path, out: Path) -> Path:

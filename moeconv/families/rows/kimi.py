@@ -174,7 +174,8 @@ KIMI_LINEAR = moe_row(
     elsewhere=Elsewhere(
         keys={
             "linear_attn_config": _as_moonshot, "first_k_dense_replace": leading_dense, "moe_layer_freq": 1,
-            "moe_router_activation_func": "sigmoid", "use_grouped_topk": True,
+            "moe_router_activation_func": "sigmoid", "use_grouped_topk": True, "mla_use_nope": True,
+            "rope_theta": 10000.0,  # no layer rotates, and still mlx-lm requires it
         },
         # where it reads them, it takes the plain kernels that it joins into one for packed weights too (5.24)
         not_loaded=frozenset({"compressed-tensors"}),

@@ -60,7 +60,7 @@ def counted_apart(source: Path, found: dict) -> bool:
     return found["flops_per_token"] < 2 * parameters["active"] < 2 * parameters["total"]
 
 
-CASES = ["glm4_moe", "deepseek_v3", "glm4_moe_lite", "qwen3_next"]
+CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -25,7 +25,7 @@ from tests.unit.test_mtp import make
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = np.random.default_rng(0).integers(3, 120, (3, 12))
-CASES = ["glm4_moe", "deepseek_v3", "glm4_moe_lite", "qwen3_next"]
+CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next"]
 # case -> prefixes of the decoder layer and of what is beside it; names of the norms and of the projection
 _NAMES = {
     "qwen3_next": ("mtp.layers.0.", "mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc"),

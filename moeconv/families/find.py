@@ -63,7 +63,7 @@ def find_family(config: Config) -> Family:
             f"{model_type} cannot become a Mixture-of-Experts of any stock family: {WITHOUT_TARGET[model_type]}",
             hint=_LIST,
         )
-    if beside := [key for key in config if key in _BESIDE_TEXT]:
+    if beside := [key for key in config if key in _BESIDE_TEXT and config[key] is not None]:
         text = _language_model(config)
         raise Unsupported(
             f"{escape(model_type)} is a multimodal model ({beside[0]} in config.json) around {text}, and moeconv does "

@@ -41,6 +41,7 @@ WITHOUT_TARGET: dict[str, str] = {
             "bloom",
             "falcon",
             "phi",
+            "phi-msft",
             "gptj",
             "mpt",
             "biogpt",
@@ -55,12 +56,18 @@ WITHOUT_TARGET: dict[str, str] = {
     **dict.fromkeys(
         ("apertus", "apertus1p5", "apertus1p5_text"), "its activation has trained parameters, which no MoE family has"
     ),
+    "falcon_h1": "its layers run attention and a state-space block side by side, which no MoE family does",
+    "lfm3": "its norms after both blocks and the gate of its attention have no place in lfm2_moe, the family beside it",
+    "olmo_hybrid": "it mixes attention with norms after each block and linear attention with norms before, which no "
+    "MoE family does",
     "cpmant": "its attention scores have a trained bias of the distance, which no MoE family has",
     "dory": "it normalises the residual stream after every block, which no MoE family does",
     "modernbert-decoder": "it normalises its embeddings and its first attention has no norm, unlike any MoE family",
     "cohere_compass_text": "its full layers rotate by other parameters than its sliding ones, unlike cohere2_moe",
     **dict.fromkeys(("muse_glimmer", "muse_glimmer_text"), _SANDWICH),
     **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), f"its language model is a GLM-4: {_SANDWICH}"),
+    "aya_vision": "its class leaves out the factor of its language model's logits, so that the language model inside it "
+    "and alone do not compute the same",
     "shieldgemma2": f"its language model is a Gemma 3: {_SANDWICH}",
     "exaone4_5": "its language model is EXAONE 4: no MoE family has post-norms and per-head query and key norms",
     **dict.fromkeys(
@@ -135,11 +142,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
 UNSUPPORTED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names}
 # multimodal models of transformers around dense language models, whose tensors no row describes
 _INSIDE = (
-    "aya_vision", "cohere2_vision", "cohere_compass", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm", "got_ocr2",
-    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "lfm2_vl",
-    "lfm3_vl", "lighton_ocr", "llava_next_video", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "molmo2", "ovis2",
-    "paddleocr_vl", "paligemma", "perception_lm", "phi4_multimodal", "pp_chart2table", "qianfan_ocr", "smolvlm",
-    "video_llama_3", "video_llava",
+    "cohere2_vision", "cohere_compass", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm", "got_ocr2",
+    "granite4_vision", "granite_docling", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2",
+    "lfm3_vl", "lighton_ocr", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "molmo2", "ovis2",
+    "paddleocr_vl", "paligemma", "perception_lm", "phi4_multimodal", "pp_chart2table", "qianfan_ocr",
+    "video_llama_3",
 )  # fmt: skip
 WITHOUT_ROW: dict[str, str] = dict.fromkeys(
     _INSIDE, "it is a multimodal model around a dense language model, and no row states which of its tensors those are"

@@ -237,6 +237,11 @@ WRAPPED_DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "llava": ("llava", _llava("llama", _DENSE, **_CLIP), "mixtral"),
     "llava_next": ("llava_next", _llava("mistral", CASES["mistral"][1], **_CLIP) | _GRID, "mixtral"),
+    "llava_next_video": ("llava_next_video", _llava("llama", _DENSE, **_CLIP) | _GRID, "mixtral"),
+    "video_llava": ("video_llava", _llava("llama", _DENSE, **_CLIP), "mixtral"),
+    "lfm2_vl": ("lfm2_vl", _llava("lfm2", CASES["lfm2"][1], model_type="siglip2_vision_model"), "lfm2_moe"),
+    "idefics3": ("idefics3", {"text_config": _DENSE | {"model_type": "llama"}, "vision_config": _VISION}, "mixtral"),
+    "smolvlm": ("smolvlm", {"text_config": _DENSE | {"model_type": "llama"}, "vision_config": _VISION}, "mixtral"),
     "llava_onevision": (
         "llava_onevision", _llava("qwen2", _DENSE, model_type="siglip_vision_model") | _GRID, "qwen2_moe",
     ),

@@ -298,7 +298,7 @@ def test_what_is_not_done_to_a_multimodal_model_is_refused_with_the_reason(tmp_p
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dense language model": ({"model_type": "paligemma", "text_config": {"model_type": "gemma"}}, "dense"),
     "a wrapper without a row": (
-        {"model_type": "idefics3", "text_config": {"model_type": "qwen3_moe"}},
+        {"model_type": "paligemma", "text_config": {"model_type": "qwen3_moe"}},
         "around qwen3_moe, a Mixture-of-Experts language model, and moeconv does not know which of its tensors",
     ),
     "text and vision experts in one": ({"model_type": "ernie4_5_vl_moe"}, "one count"),

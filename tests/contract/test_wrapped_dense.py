@@ -146,12 +146,15 @@ def test_prediction_layers_of_a_dense_model_are_left_out_with_a_warning(tmp_path
     for file in source.glob("model*"):
         file.unlink()
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, source / "model.safetensors")
-    edit_json(source / "config.json", mtp_num_hidden_layers=1)
+    text = json.loads((source / "config.json").read_text())["text_config"]
+    edit_json(source / "config.json", text_config=text | {"mtp_num_hidden_layers": 1})
     assert cli("inspect", source, "--json").json["parameters"]["prediction"] > 0
     done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--no-check", "--json")
     assert done.code == 0, done.out
     assert any("1 multi-token-prediction layer " in text for text in done.json["warnings"])
     assert not [name for name in _tensors(tmp_path / "moe") if name.startswith("mtp.")]
+    written = json.loads((tmp_path / "moe" / "config.json").read_text())["text_config"]
+    assert not written.get("mtp_num_hidden_layers")
     load(tmp_path / "moe")
 
 

@@ -302,7 +302,7 @@ def test_a_model_without_a_language_models_head(tmp_path: Path, head: str | None
     [
         ({"model_type": "idefics2", "vision_config": {}}, "around a dense language model", "lists the supported"),
         (
-            {"model_type": "idefics3", "vision_config": {}, "text_config": {"model_type": "llama"}},
+            {"model_type": "paligemma", "vision_config": {}, "text_config": {"model_type": "llama"}},
             "around llama, a dense language model", "as a separate checkpoint",
         ),
         (

@@ -29,7 +29,18 @@ from moeconv.families.expert_blocks import (
     moe_row,
 )
 from moeconv.families.placement import Get
-from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
+from moeconv.families.records import (
+    LIST,
+    SWITCH,
+    WHOLE,
+    Attention,
+    ConfigKeys,
+    Elsewhere,
+    Experts,
+    Layers,
+    Routing,
+    Tensors,
+)
 from moeconv.families.shapes import GATED_QUERY
 from moeconv.families.spec import Pair
 from moeconv.families.vendor import Vendor, Wrapper
@@ -68,11 +79,16 @@ def _interval(get: Get) -> int | None:
 # mlx-lm reads this key in place of layer_types
 _INTERVAL: JsonObject = {"full_attention_interval": _interval}
 
+# keys of the prediction layers, which `upcycle` leaves out, and of experts, which the dense class ignores
+_LEFT_OUT = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mlp_only_layers")
 # q contains an output gate beside the queries; norms add 1 in both families, so no offset is needed
 QWEN3_5 = dense_row(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
-    config=ConfigKeys(QWEN3_5_CONFIG | {"num_key_value_heads": 4}),
+    config=ConfigKeys(
+        QWEN3_5_CONFIG | {"num_key_value_heads": 4} | dict.fromkeys(_LEFT_OUT),
+        kinds={"mtp_num_hidden_layers": WHOLE, "mtp_use_dedicated_embeddings": SWITCH, "mlp_only_layers": LIST},
+    ),
     tensors=Tensors(BLOCK | ATTENTION_BIAS | QK_NORM | LINEAR_ATTENTION | DENSE_FFN, shapes=GATED_QUERY),
     attention=Attention(partial=0.25, sections=True),
     layers=Layers(kinds=qwen3_5_kinds, where=QWEN3_5_WHERE),
@@ -166,7 +182,7 @@ VENDOR = Vendor(
             default=True,
             note=ZERO_SHARED_128,
             config={"shared_expert_intermediate_size": 128},
-            rename={"intermediate_size": None},
+            rename={"intermediate_size": None, **dict.fromkeys(_LEFT_OUT)},
         ),
     ),
     wrappers=(

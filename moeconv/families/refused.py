@@ -66,7 +66,7 @@ WITHOUT_TARGET: dict[str, str] = {
     "cohere_compass_text": "its full layers rotate by other parameters than its sliding ones, unlike cohere2_moe",
     **dict.fromkeys(("muse_glimmer", "muse_glimmer_text"), _SANDWICH),
     **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), f"its language model is a GLM-4: {_SANDWICH}"),
-    "aya_vision": "its class leaves out the factor of its language model's logits, so that the language model inside it "
+    "aya_vision": "its class leaves out the factor of its language model's logits, so that the language model inside "
     "and alone do not compute the same",
     "shieldgemma2": f"its language model is a Gemma 3: {_SANDWICH}",
     "exaone4_5": "its language model is EXAONE 4: no MoE family has post-norms and per-head query and key norms",

@@ -67,6 +67,9 @@ def taken(model_type: str) -> str | None:
         rows = known.wrapped[model_type]
         return "; ".join(f"around {text}: {_verbs(text, row.kind)}" for text, row in rows.items())
     found = [row for table in (known.dense, known.moe) if (row := table.get(model_type)) is not None]
+    inside = [outer for outer, rows in known.wrapped.items() if model_type in rows]
+    if not found and inside:
+        return f"inside {', '.join(inside)}: {_verbs(model_type, known.wrapped[inside[0]][model_type].kind)}"
     return "; ".join(_verbs(model_type, row.kind) for row in found) or None
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from moeconv.errors import InputError
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import captured
 from moeconv.stream.memory import release_memory
@@ -113,6 +114,7 @@ class Layer:
             with torch.no_grad(), captured(*parts, on_input=self.top_k_on_input) as seen:
                 outputs = self.run(inputs, rows)
             check_finite(self._stream.model, outputs, layer=self.index)
+            self._check_logits(seen.get("router_logits"))
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
                 flow[rows].copy_(outputs)
@@ -123,6 +125,15 @@ class Layer:
             )  # freed before the next batch, if the caller holds no reference
         if own:
             self.advanced, self._halfway = advance, False
+
+    def _check_logits(self, logits: Tensor | None) -> None:
+        """Raises InputError if the router of the installed transformers does not give one logit per expert."""
+        if logits is not None and logits.shape[-1] != self._stream.model.num_experts:
+            raise InputError(
+                f"the router of {self._stream.model.family.model_type} in the installed transformers gives "
+                f"{logits.shape[-1]} numbers per token, not one for each of {self._stream.model.num_experts} experts",
+                hint="Install a newer transformers: pip install -U transformers.",
+            )
 
     def free(self) -> None:
         """Free the weights when all batches were run, before the next layer is requested."""

@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moeconv.families.names import usual_name
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
-from moeconv.versions import release
+from moeconv.quantize.spec import Format
+from moeconv.versions import OLDEST_PACKED, release
 
 VOCAB, HIDDEN = 128, 64
 _COMMON = {
@@ -716,12 +717,23 @@ def auto_class(model_type: str) -> Any:
 
 # (case, release of transformers) whose own class cannot run, and why; nothing of ours can be compared with it
 BROKEN = {("llama4-vision", (5, 24)): "transformers 5.24 asks the outputs of Llama 4's language model for images"}
+_ROUTERS = "the router of the class gives the logits of the chosen experts alone"
+BROKEN |= {
+    (case, (5, 20)): _ROUTERS for case in ("granitemoe", "granitemoeshared", "granitemoehybrid", "aria_text", "aria")
+}
 
 
 def skip_where_stock_is_broken(case: str) -> None:
     """Skip a test of a case that the installed transformers itself cannot run."""
     if reason := BROKEN.get((case, release(transformers.__version__))):
         pytest.skip(reason)
+
+
+def run_imports(record: Format) -> None:
+    """Import what a user of the format imports; skip the test where the installed transformers is too old for that."""
+    if record.imports and release(transformers.__version__) < OLDEST_PACKED:
+        pytest.skip(f"packed experts need transformers {'.'.join(map(str, OLDEST_PACKED))}")
+    exec(record.imports)
 
 
 def skip_where_unknown(*model_types: str) -> None:

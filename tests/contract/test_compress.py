@@ -17,6 +17,7 @@ from tests.contract.stock import (
     logits,
     relative_difference,
     row_of,
+    run_imports,
     save_stock,
     skip_where_stock_is_broken,
 )
@@ -119,7 +120,7 @@ def test_what_transformers_loads_computes_with_the_decoded_weights(tmp_path, cli
     assert cli("verify", tmp_path / "packed", "--json").json["ok"]
     if word not in ("ok", "dequantized"):
         return
-    exec(record.imports)
+    run_imports(record)
     plain = load(_dequantized(source, tmp_path / "packed", tmp_path / "plain"), dtype=torch.bfloat16)
     packed = load(tmp_path / "packed", dtype=torch.bfloat16)
     plain.config._is_quantized = True  # jamba's class adds a bias at another place then
@@ -149,7 +150,7 @@ def test_scales_of_either_sign_load_in_transformers_as_the_decoded_weights(tmp_p
 @pytest.mark.parametrize(("format", "scheme"), [*nesting(STACKING), *((f, f.names[-1]) for f in STACKING)])
 @pytest.mark.parametrize("case", ["granitemoe", "gpt_oss"])
 def test_codes_of_all_experts_in_one_tensor_are_pruned_as_what_they_decode_to(tmp_path, cli, case, format, scheme):
-    exec(format.imports)
+    run_imports(format)
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
     assert cli("quantize", source, tmp_path / "packed", *flags_of(format.name, scheme), "--json").code == 0
     plain = _dequantized(source, tmp_path / "packed", tmp_path / "plain")

@@ -52,6 +52,7 @@ def test_logits_and_routing_are_the_stock_models(tmp_path, case):
 @pytest.mark.parametrize("case", MOE_CASES)
 def test_statistics_weigh_what_the_layer_really_adds(tmp_path, case):
     """The experts' outputs times the weights of the batch are the routed part of the FFN's output."""
+    skip_where_stock_is_broken(case)
     path = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
     model = open_model(path)
     ids = np.random.default_rng(1).integers(3, 128, (2, 12))

@@ -28,6 +28,7 @@ serve:      ## serve the manual on localhost and rebuild it on changes
 
 refresh:    ## run the commands that the manual shows and insert their output
 	python docs/refresh.py
+	python docs/registry.py
 
 ci:         ## run everything that CI runs, in a fresh environment
 	bash .ci/run

@@ -30,6 +30,7 @@ from moeconv.families.model import Model
 from moeconv.families.remote import stock_config
 from moeconv.families.spec import Family
 from moeconv.stream.silence import transformers_silenced
+from moeconv.types import Config
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -243,21 +244,31 @@ def _has_list(module: nn.Module) -> bool:
     return any(isinstance(child, nn.ModuleList) for child in module.children())
 
 
+def _stock_config(path: Path, stated: Config) -> Stock:
+    """The config object of transformers for a config.json of these values, which may differ from the checkpoint's own
+    in the names of its family."""
+    from transformers import AutoConfig
+
+    given = {"local_files_only": True, "trust_remote_code": False}
+    if json.loads((path / "config.json").read_bytes()) == stated:
+        return AutoConfig.from_pretrained(str(path), **given)
+    with TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(stated))
+        return AutoConfig.from_pretrained(directory, **given)
+
+
 def _build(model: Model, dtype: torch.dtype, experts: str) -> Stock:
     """The stock model on the meta device. Raises InputError if transformers cannot build it from config.json."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         MODEL_MAPPING,
-        AutoConfig,
     )
     from transformers.initialization import no_init_weights
 
     path, stated = model.checkpoint.path, stock_config(model.family, model.checkpoint.config)
     try:
-        with TemporaryDirectory() as directory:  # the file of the checkpoint may state an alias of the family
-            (Path(directory) / "config.json").write_text(json.dumps(stated))
-            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = _stock_config(path, stated)
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # the weights are decoded before they are loaded

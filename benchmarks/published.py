@@ -111,18 +111,19 @@ class Found:
     slowest: float = 0.0
     memory: float = 0.0  # MB, of the command that held the most
     embeddings: int = 0
+    towers: int = 0  # parameters beside the language model
 
     @property
     def off(self) -> str:
         """How the parameters differ from the published ones, in words; "" if they do not.
 
-        Some vendors count the embeddings as active and some do not.
+        Some vendors count the embeddings as active, and the towers of a multimodal model in its total, some do not.
         """
         if self.name not in PUBLISHED or self.total is None or self.active is None:
             return ""
         total, active = PUBLISHED[self.name]
         counted = self.total - self.embeddings if self.name in WITHOUT_EMBEDDINGS else self.total
-        wrong = [] if near(total, counted) else [f"total published as {total}"]
+        wrong = [] if near(total, counted, or_as_few_as=counted - self.towers) else [f"total published as {total}"]
         if active and not near(active, self.active, or_as_few_as=self.active - self.embeddings):
             wrong.append(f"active published as {active}")
         return ", ".join(wrong)
@@ -243,6 +244,7 @@ def look(name: str, config: dict[str, Any], source: Path, own: bool | str) -> Fo
         found.total, found.active = numbers["total"], numbers["active"]
         found.embeddings = inspected["parameters_by_role"].get("embedding", 0)
         found.prediction = numbers["prediction"]
+        found.towers = sum(inspected["parameters_by_role"].get(group, 0) for group in ("vision", "audio"))
     for verb, words in steps(source, source.parent / "out", found.kind):
         note(verb, words)
     return found

@@ -378,3 +378,13 @@ def test_a_plan_on_renamed_tensors_reads_the_right_bytes(tmp_path: Path) -> None
     for item in plan.items():
         for part in item.inputs:
             assert model.checkpoint.read(part.tensor, start=part.start, length=min(part.nbytes, 8))
+
+
+def test_an_empty_key_of_a_multimodal_model_does_not_make_one() -> None:
+    """Phi-2 as it was first published has `img_processor: null`."""
+    with pytest.raises(InputError, match="unknown architecture"):
+        find_family({"model_type": "unheard_of", "img_processor": None})
+    with pytest.raises(InputError, match="is a multimodal model"):
+        find_family({"model_type": "unheard_of", "img_processor": {}})
+    with pytest.raises(InputError, match="FFN without a gate"):
+        find_family({"model_type": "phi-msft", "img_processor": None})

@@ -95,6 +95,12 @@ VENDOR = Vendor(
     moe=(OLMOE, FLEX_OLMO),
     pairs=(
         Pair("olmo2", "flex_olmo", default=True, config={"norm_topk_prob": True}),
-        Pair("olmo3", "flex_olmo", default=True, note="without sliding layers", config={"norm_topk_prob": True}),
+        Pair(
+            "olmo3",
+            "flex_olmo",
+            default=True,
+            note="without sliding layers, which every published OLMo-3 has",
+            config={"norm_topk_prob": True},
+        ),
     ),
 )

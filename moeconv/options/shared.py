@@ -49,7 +49,7 @@ class WriteOptions:
     dry_run: bool = option(False, "Stop after the plan: print what would be written, and write nothing.")
     no_check: bool = option(False, "Skip the check of the written model against the source.")
     strict: bool = option(False, "Refuse what would otherwise be a warning (NaN in a source tensor).")
-    jobs: int | None = option(None, "Workers (default: the processors, at most 4).")
+    jobs: int | None = option(None, "Workers (default: one per processor, as far as memory suffices).")
     part: str | None = option(
         None,
         "Write only share I of N of the shards, given as I/N with I from 0; the share that finishes last "

@@ -33,7 +33,7 @@ from moeconv.errors import CheckError, InputError, Interrupted, LimitError, Outp
 from moeconv.plan.flow import HOLD, ByteSource, Flow, source_crc, write_items
 from moeconv.plan.limits import check_limits
 from moeconv.plan.manifest import json_bytes, manifest_of, small_files
-from moeconv.plan.memory import configure_malloc
+from moeconv.plan.memory import configure_malloc, free_memory, worker_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
@@ -61,18 +61,19 @@ class Result:
     extra: Findings = field(default_factory=dict)
 
 
-def default_jobs() -> int:
-    """The number of workers without --jobs: one per processor that this process may use, at most 4."""
-    return min(4, len(os.sched_getaffinity(0)))
+def default_jobs(each: int = 0) -> int:
+    """The number of workers without --jobs: one per processor that this process may use, as far as the free memory
+    suffices. `each` is the bytes that a worker takes."""
+    room = free_memory() // 2 // each if each else 1 << 30
+    return max(1, min(len(os.sched_getaffinity(0)), room))
 
 
-def checked_jobs(jobs: int | None) -> int:
-    """The number of workers for --jobs. Raises UsageError for a number below 1."""
+def checked_jobs(jobs: int | None, *, each: int = 0) -> int:
+    """The number of workers for --jobs; without it, what `default_jobs` returns. Raises UsageError for a number below
+    1."""
     if jobs is not None and jobs < 1:
-        raise UsageError(
-            f"--jobs {jobs} must be at least 1", hint="Leave --jobs out for one worker per processor, at most 4."
-        )
-    return default_jobs() if jobs is None else jobs
+        raise UsageError(f"--jobs {jobs} must be at least 1", hint="Leave --jobs out for one worker per processor.")
+    return default_jobs(each) if jobs is None else jobs
 
 
 def peak_rss_bytes() -> int:
@@ -133,7 +134,7 @@ def execute(
     out = Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
-    jobs = checked_jobs(jobs)
+    jobs = checked_jobs(jobs, each=worker_bytes(plan))
     companions = companions_of(plan, source)  # an error in them must not come after hours of work
     check_target(out, reads=_read_by(flow), overwrite=overwrite)
     check_limits(plan)

@@ -38,7 +38,12 @@ def memory_bytes(plan: Plan, *, jobs: int) -> int:
     """About the most memory that applying a plan takes, in bytes: the process, and per worker one computed item with
     its temporary buffers."""
     torch = any(needs_torch(item.kernel) for item in plan.items())
-    return _PROCESS + torch * _TORCH + 2 * jobs * plan.largest_item
+    return _PROCESS + torch * _TORCH + jobs * worker_bytes(plan)
+
+
+def worker_bytes(plan: Plan) -> int:
+    """About the most memory that one worker takes, in bytes: a computed item with its temporary buffers."""
+    return 2 * plan.largest_item
 
 
 def free_memory(root: Path = Path("/")) -> int:

@@ -17,7 +17,7 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Item, Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.gptq.need import gptq_workload
+from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.separate import plan_separate
@@ -117,7 +117,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     if options.method != "gptq":
         return run_plan(plan, model, out, write, meter=meter, check=check)
     chosen = _of_run_layers(before, model)
-    jobs = checked_jobs(write.jobs)
+    jobs = checked_jobs(write.jobs, each=CODED_BYTES)
     if write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         asked = run_on_data(model, request.measure, {})

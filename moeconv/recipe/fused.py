@@ -8,7 +8,7 @@ from pathlib import Path
 from moeconv.checkpoint.staging import Measured
 from moeconv.families.model import Model, open_model
 from moeconv.options import WriteOptions
-from moeconv.plan.execute import default_jobs, execute
+from moeconv.plan.execute import execute
 from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Plan
@@ -60,8 +60,7 @@ def _after(
 
     def write(folder: Path) -> None:
         meter.note(f"writing the pruned model beside OUT ({first.nbytes} bytes)")
-        jobs = request.write.jobs or default_jobs()
-        execute(first, source=model.checkpoint, out=folder / _PRUNED, jobs=jobs, overwrite=True)
+        execute(first, source=model.checkpoint, out=folder / _PRUNED, jobs=request.write.jobs, overwrite=True)
 
     pruned = open_model(measured.once("pruned", write, resumes=True)[0] / _PRUNED)
     plan = plan_packing(pruned, request).plan

@@ -10,7 +10,7 @@ from pathlib import Path
 from moeconv.contract import Counts, Ran, StepRow
 from moeconv.families.model import Model
 from moeconv.plan.execute import companions_of, default_jobs
-from moeconv.plan.memory import memory_bytes
+from moeconv.plan.memory import memory_bytes, worker_bytes
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.prune.choice import resolve_criterion
@@ -68,7 +68,7 @@ def _planned_row(step: Step, plan: Plan | None, source: Model, models: dict[str,
     row["output"] = step.to
     row["plan_id"] = None if plan is None else plan.plan_id
     row["largest_item_bytes"] = None if plan is None else plan.largest_item
-    jobs = step.parameters.get("jobs") or default_jobs()
+    jobs = step.parameters.get("jobs") or default_jobs(0 if plan is None else worker_bytes(plan))
     row["memory_bytes"] = None if plan is None else memory_bytes(plan, jobs=jobs)
     return row
 

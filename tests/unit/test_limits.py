@@ -245,3 +245,13 @@ def test_an_overlay_is_a_file_per_layer(tmp_path):
     assert len(Overlay(tmp_path / "o").tensors) == 6 and os.listdir(tmp_path) == ["o"], "the old one is still there"
     with pytest.raises(OutputError, match="exists already"), writing_overlay(tmp_path / "o", tensors, metadata={}):
         pass
+
+
+def test_without_jobs_every_processor_works_unless_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moeconv.plan import execute
+
+    monkeypatch.setattr(execute.os, "sched_getaffinity", lambda _pid: set(range(48)))
+    monkeypatch.setattr(execute, "free_memory", lambda: 64 << 30)
+    assert execute.checked_jobs(None) == 48 and execute.checked_jobs(None, each=1 << 20) == 48
+    assert execute.checked_jobs(None, each=4 << 30) == 8, "half of the free memory, divided by what a worker takes"
+    assert execute.checked_jobs(None, each=100 << 30) == 1 and execute.checked_jobs(3, each=100 << 30) == 3

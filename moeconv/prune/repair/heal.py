@@ -30,7 +30,7 @@ from moeconv.tune.parameters import Piece
 from moeconv.world import summed
 
 # Peak learning rates times the hidden size, as in tune (job.py). Measured on pruned models of hidden size 128 and 256.
-_EXPERTS, _ROUTER, _MOST = 0.25, 0.128, 0.01
+_EXPERTS, _ROUTER, _MOST = 1.0, 0.128, 0.01
 
 
 @dataclass(frozen=True)

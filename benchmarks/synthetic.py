@@ -41,14 +41,14 @@ def sizes(family: Family, hidden: int, width: int, experts: int) -> dict[str, tu
 
 def make(
     out: Path, *, model_type: str, gigabytes: float, shards: int, random: bool, hidden: int = 2048, experts: int = 32,
-    sparse: bool = False,
+    width: int | None = None, sparse: bool = False,
 ) -> None:  # fmt: skip
-    """Write the checkpoint: experts 3/8 as wide as hidden (dense: 11/4), as many layers as the size asks for.
+    """Write the checkpoint: experts of `width` (None: 3/8 of hidden; dense: 11/4), as many layers as the size asks for.
 
     `sparse` leaves holes, which read as zeros, where the weights would be."""
     family = tables().families[model_type]
     moe = family.kind == "moe"
-    width, experts = (hidden * 3 // 8, experts) if moe else (hidden * 11 // 4, 0)
+    width, experts = (width or hidden * 3 // 8, experts) if moe else (hidden * 11 // 4, 0)
     shapes = sizes(family, hidden, width, experts)
     groups = {"embedding", "norm", "attention"} | ({"expert", "router"} if moe else {"ffn"})
     names = {k: n for k, n in family.tensors.names.items() if k in shapes and k.partition(".")[0] in groups}

@@ -184,10 +184,9 @@ def test_how_many_tokens_are_compared(models, monkeypatch, tmp_path):
 def test_how_many_workers(monkeypatch):
     from moeconv.plan.execute import default_jobs
 
-    (most,) = stated("write", "jobs")
     for processors in (1, 3, 64):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=processors: set(range(n)))
-        assert default_jobs() == min(most, processors)
+        assert default_jobs() == processors
 
 
 def test_no_stated_default_is_left_out():

@@ -112,7 +112,7 @@ def _why_none(source: Family, to: str | None, mine: Sequence[Pair]) -> InputErro
     can = ", ".join(pair.target for pair in mine) or "nothing yet"
     moe = tables().moe
     if to not in moe:
-        targets = {pair.target: moe[pair.target] for pair in tables().pairs}  # suggest only families with a pair
+        targets = {p.target: moe[p.target] for p in tables().pairs if p.target in moe}  # only families with a pair
         words = {word: name for name, row in targets.items() for word in (name, row.architecture)}
         close = closest(to, words)
         meant = f"Did you mean {words[close]}? " if close else ""

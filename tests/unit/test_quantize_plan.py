@@ -14,13 +14,15 @@ from moeconv.families.measured import MEASURED, RUNTIMES, Finding
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.families.served import check_served
-from moeconv.plan.build import count_params
+from moeconv.plan.build import count_params, whole
 from moeconv.plan.execute import execute
+from moeconv.plan.plan import Item, TensorSpec
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups
 from moeconv.quantize.listing import formats
+from moeconv.quantize.packing import _pattern
 from moeconv.quantize.planner import plan_quantize
-from moeconv.quantize.spec import Kernel
+from moeconv.quantize.spec import Kernel, Scheme
 from moeconv.quantize.targets import TARGETS, check_targets, loads_of
 
 IN_PLACE = [f for f in FORMATS.values() if f.shard is None]  # gguf has tests of its own
@@ -337,6 +339,19 @@ def test_what_cannot_be_quantized(tmp_path):
     write_shards(flat, tensors)
     with pytest.raises(InputError, match=r"is I8, but config.json has no quantization_config"):
         plan_quantize(open_model(flat))
+
+
+@pytest.mark.parametrize("format", IN_PLACE, ids=lambda f: f.name)
+def test_equal_weights_are_planned_by_one_pattern(model, format):
+    """Plans make the item of one weight, and those of equal weights by changing names: as if each had been made."""
+    weights = [ref for name, ref in model.checkpoint.tensors.items() if ".experts." in name and ".w1." in name]
+    for info in format.schemes:
+        for ref in weights:
+            scheme = Scheme(info.name, info.bits, 32 if info.groups else None, info.nests)
+            pattern = _pattern(weights[0], [format.make(weights[0], scheme, "expert.gate")])
+            assert pattern.of(ref) == format.make(ref, scheme, "expert.gate")
+    elsewhere = Item((TensorSpec("packed.0", "U8", (1,), "expert.gate", 1),), "x", (whole(weights[0]),))
+    assert _pattern(weights[0], [elsewhere]) is None
 
 
 def test_every_scheme_says_who_loads_it():

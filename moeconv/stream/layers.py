@@ -309,7 +309,7 @@ def _check_passed_on(model: Model) -> None:
     if found:
         raise Unsupported(
             f"layer {found[0]} reads {name} of an earlier layer, so that the model cannot be run layer by layer",
-            hint="Commands that run no model take it: prune by weights or by --stats, and quantize without --data.",
+            hint="Commands that run no model take it: prune without --data, and quantize without --data.",
         )
 
 

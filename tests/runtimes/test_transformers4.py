@@ -84,9 +84,12 @@ def known(there) -> set[str]:
 def _moe_cases(known: set[str]) -> dict[str, Case]:
     """The cases of families that transformers 4 knows."""
     broken = {case for case, version in BROKEN if version == release(transformers.__version__)}
-    return {
-        case: made for case, made in MOE_CASES.items() if made[0] in known and case not in {*NOT_THERE, *broken}
-    }  # fmt: skip
+    left_out = {*NOT_THERE, *broken}
+
+    def there(kind: str, config: dict[str, Any]) -> bool:
+        return {kind, config.get("text_config", {}).get("model_type", kind)} <= known
+
+    return {case: made for case, made in MOE_CASES.items() if case not in left_out and there(*made)}
 
 
 def _stated(saved: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:

@@ -277,7 +277,11 @@ def main() -> None:
     shutil.rmtree(source, ignore_errors=True)
     worked = [one for one in every if {"prune", "upcycle", "quantize"} & set(one.took)]
     wrong = [one.name for one in every if one.off]
-    print(f"\n{len(worked)} of {len(every)} are taken by prune, upcycle or quantize; parameters off: {wrong or 'none'}")
+    some = sum(bool(one.took) for one in every)
+    print(
+        f"\n{some} of {len(every)} are taken by some command, {len(worked)} by prune, upcycle or quantize; "
+        f"parameters off: {', '.join(wrong) or 'none'}"
+    )
     raise SystemExit(1 if wrong else 0)
 
 

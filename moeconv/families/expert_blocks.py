@@ -19,6 +19,15 @@ STACKED_NAMES = {"expert.gate_up": _STACK + "gate_up_proj", "expert.down": _STAC
 GATE_UP_PACKED = {"expert.gate_up": Packed(("gate", "up")), "expert.down": Packed(("down",))}
 SEPARATE = ExpertLayout(MLP_EXPERTS)
 STACKED = ExpertLayout(STACKED_NAMES, GATE_UP_PACKED)
+# separate experts below the module that stacks them in memory: the names under which vLLM reads codes
+SEPARATE_PARTS = {f"expert.{p}": "experts.{E}." + f"{p}_proj.weight" for p in ("gate", "up", "down")}
+
+
+def served_below(module: str) -> ExpertLayout:
+    """The layout of separate experts below `module`, a name that ends with a dot."""
+    return ExpertLayout({key: module + name for key, name in SEPARATE_PARTS.items()})
+
+
 MLP_ROUTER = {"router.weight": LAYER + "mlp.gate.weight"}
 SPARSE_BLOCK = {"router.weight": LAYER + "block_sparse_moe.gate.weight"} | {
     f"expert.{p}": LAYER + "block_sparse_moe.experts.{E}." + f"{w}.weight" for p, w in W_NAMES.items()

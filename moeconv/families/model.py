@@ -356,9 +356,12 @@ def _with_rule(family: Family, config: Config) -> Family:
 
 def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
     """The row with the layout that the experts have on disk: most names and shapes in one layer belong to it."""
+    quantized = packed.quantization(checkpoint.config) is not None
+    served = family.served_form
+    if served is not None and _has_experts(checkpoint, served):
+        return served
     if not family.tensors.layouts:
         return family
-    quantized = packed.quantization(checkpoint.config) is not None
 
     def belong(form: Family) -> int:
         model = Model(checkpoint, form, {}, ())
@@ -371,3 +374,10 @@ def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
         return found
 
     return max(family.forms(), key=belong)
+
+
+def _has_experts(checkpoint: Checkpoint, family: Family) -> bool:
+    """Whether the checkpoint has the down projection of a single expert, packed or not, under the name in this row."""
+    layer = next(iter(Model(checkpoint, family, {}, ()).moe_layers), None)
+    name = family.name("expert.down", layer=layer, expert=0)
+    return name in checkpoint.tensors or packed.name_of(name, "packed", stacked=False) in checkpoint.tensors

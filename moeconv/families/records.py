@@ -67,6 +67,8 @@ class Tensors:
     packed: Mapping[str, Packed] = field(default_factory=dict)
     # all layouts of the experts that loaders accept, if there is more than one
     layouts: tuple[ExpertLayout, ...] = ()
+    # the layout with separate experts that serving engines read and no class of transformers reads
+    served: ExpertLayout | None = None
     # prefix of the names of the language model's tensors
     prefix: str = "model."
     # the base model's prefix, which from_pretrained adds or removes as needed; "" if it does neither

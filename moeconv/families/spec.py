@@ -11,6 +11,7 @@ from moeconv.families.records import (
     Attention,
     ConfigKeys,
     Elsewhere,
+    ExpertLayout,
     Experts,
     Layers,
     Multimodal,
@@ -100,11 +101,23 @@ class Family:
 
     def forms(self) -> tuple[Family, ...]:
         """The row once for every layout of its experts on disk; only the row itself if it has one layout."""
+        return tuple(map(self._with, self.tensors.layouts)) or (self,)
+
+    @property
+    def served_form(self) -> Family | None:
+        """The row with the layout of separate experts that serving engines read and transformers does not, if there is
+        one."""
+        return None if self.tensors.served is None else self._with(self.tensors.served)
+
+    @property
+    def only_served(self) -> bool:
+        """Whether this is such a row."""
+        served = self.tensors.served
+        return served is not None and served.tensors.items() <= self.tensors.names.items()
+
+    def _with(self, way: ExpertLayout) -> Family:
         rest = {key: name for key, name in self.tensors.names.items() if not key.startswith("expert.")}
-        return tuple(
-            replace(self, tensors=replace(self.tensors, names=rest | dict(way.tensors), packed=way.packed))
-            for way in self.tensors.layouts
-        ) or (self,)
+        return replace(self, tensors=replace(self.tensors, names=rest | dict(way.tensors), packed=way.packed))
 
     @staticmethod
     def expert_axis(role: Role) -> int | None:

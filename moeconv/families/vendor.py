@@ -58,7 +58,8 @@ class Wrapper:
             names=self._names(text, text.tensors.names),
             unchanged={self._name(text, name): group for name, group in text.tensors.unchanged.items()},
             dropped=tuple(self._name(text, name) for name in text.tensors.dropped),
-            layouts=tuple(ExpertLayout(self._names(text, way.tensors), way.packed) for way in text.tensors.layouts),
+            layouts=tuple(self._layout(text, way) for way in text.tensors.layouts),
+            served=text.tensors.served and self._layout(text, text.tensors.served),
             prefix=self.prefix,
             base_prefix="model." if self.prefix.startswith("model.") else "",
             variants=self.variants,
@@ -83,6 +84,9 @@ class Wrapper:
                 not_loaded=text.elsewhere.not_loaded | self.not_loaded,
             ),
         )
+
+    def _layout(self, text: Family, way: ExpertLayout) -> ExpertLayout:
+        return ExpertLayout(self._names(text, way.tensors), way.packed)
 
     def _names(self, text: Family, names: Mapping[str, str]) -> dict[str, str]:
         return {key: self._name(text, name) for key, name in names.items()}

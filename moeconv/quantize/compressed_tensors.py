@@ -75,7 +75,20 @@ def _remarks(runtime: str, hidden: int) -> list[str]:
 _LOADS = {"transformers": "dequantized", "vllm": "ok", "sglang": "ok", "llama.cpp": "no"}
 # vLLM on a CPU, tests/runtimes/served.py; where it differs, it does so with unpacked weights too
 _INT4_IN_VLLM = {
-    **dict.fromkeys(("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "hunyuan_v1_moe", "mellum"), "same"),
+    **dict.fromkeys(
+        (
+            "mixtral",
+            "qwen3_moe",
+            "qwen2_moe",
+            "olmoe",
+            "hunyuan_v1_moe",
+            "mellum",
+            "granitemoe",
+            "granitemoeshared",
+            "gemma4_text",
+        ),
+        "same",
+    ),
     **dict.fromkeys(("cohere2_moe", "phimoe"), "differs"),
     **dict.fromkeys(
         (
@@ -120,6 +133,7 @@ COMPRESSED_TENSORS = Format(
     kernels=(Kernel("pack_int", fits=True, grid="moeconv.quantize.gptq.grids:INTEGER"),),
     make=_make_packed,
     config=_packed_config,
+    apart=True,
     check=_check_words,
     mixes=("int4", "int8"),
     mixed=_LOADS | {"transformers": "no"},

@@ -33,4 +33,9 @@ def formats_of(family: Family) -> list[str]:
     them cannot store."""
     apart = any(not form.tensors.packed for form in family.forms())
     flat = any(layout.flat for layout in family.tensors.packed.values())
-    return [f.name for f in FORMATS.values() if f.takes(family) and (apart or (f.stack is not None and not flat))]
+    served = family.served_form is not None
+    return [
+        f.name
+        for f in FORMATS.values()
+        if f.takes(family) and (apart or (served and f.apart) or (f.stack is not None and not flat))
+    ]

@@ -66,6 +66,8 @@ def quantize_plan(
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
     ) + check_served(model.family.model_type, options.target)
+    if model.family.only_served:
+        warnings = [*warnings, _only_served(model)]
     _check_source(model)
     _check_layout(model, format, options.method)
     left_out = _left_out(model, format)
@@ -121,6 +123,13 @@ def quantize_plan(
         dropped=(*model.dropped, *left_out),
         texts=texts,
         promise=promise,
+    )
+
+
+def _only_served(model: Model) -> str:
+    return (
+        f"the experts are written one by one, as vLLM reads the codes of a {model.family.model_type}; its class in "
+        "transformers stacks them and does not load the result, for which --format bitsandbytes is"
     )
 
 
@@ -248,6 +257,13 @@ def _matrices(model: Model) -> int:
 def _check_layout(model: Model, format: Format, method: str) -> None:
     """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
     pack."""
+    if model.family.only_served and (method == "gptq" or not format.apart):
+        what = "--method gptq" if method == "gptq" else f"--format {format.name}"
+        raise InputError(
+            f"the class of {model.family.model_type} in transformers stacks the experts of a layer, so that {what} "
+            "cannot be used for experts in separate tensors",
+            hint="Use --method rtn or mse, with --format compressed-tensors, which vLLM reads.",
+        )
     if not model.packed_experts:
         return
     # transformers loads codes per expert, see separate.py
@@ -299,6 +315,17 @@ def _ignored(model: Model, quantized: set[str]) -> list[str]:
         matrix = role is not None and name.endswith(".weight") and len(ref.shape) == 2
         if matrix and name not in quantized and name != model.family.name("embedding.tokens"):
             names += module_names(name, model.family)  # transformers has its own names for some modules
+    names += _shared_values(model)
     if "lm_head" not in names:
         names.append("lm_head")
     return names
+
+
+def _shared_values(model: Model) -> list[str]:
+    """The modules of values in layers whose keys are the values too (gemma4). vLLM fuses queries, keys and values, and
+    refuses a fused module unless all three are in the list."""
+    keys, values = ({r.layer for r in model.roles.values() if r.key == f"attention.{part}"} for part in "kv")
+    lacking = sorted(layer for layer in keys - values if layer is not None)
+    if not model.family.has("attention.v"):
+        return []
+    return [m for at in lacking for m in module_names(model.family.name("attention.v", layer=at), model.family)]

@@ -18,10 +18,12 @@ from moeconv.plan.build import carry_all, count_planned, rows
 from moeconv.plan.plan import Item, Plan, TensorSpec
 
 
-def plan_separate(model: Model) -> Plan | None:
+def plan_separate(model: Model, *, served: bool = False) -> Plan | None:
     """Plan the same model with one tensor per matrix of an expert. None where the experts are separate already, and
-    where the family has no such layout."""
+    where the family has no such layout. `served`: the layout may be one that only serving engines read."""
     form = next((form for form in model.family.forms() if not form.tensors.packed), None)
+    if form is None and served and not any(way.transposed for way in model.family.tensors.packed.values()):
+        form = model.family.served_form
     if not model.packed_experts or form is None or model.quantization:
         return None
     names = {(role.key, role.layer, role.expert): name for name, role in _names(model, form)}

@@ -95,6 +95,8 @@ class Format:
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
+    # whether engines read its codes per expert in families whose class in transformers stacks the experts
+    apart: bool = False
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
     takes: Callable[[Family], bool] = lambda _: True  # whether it can store a family, by its row
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed

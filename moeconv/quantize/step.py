@@ -49,7 +49,7 @@ def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | N
     if model.quantization and request.quantize.requantize:
         before.append(plan_decode(model))
         view = planned_model(before[-1], companions=where)
-    if (apart := plan_separate(view)) is not None:
+    if (apart := plan_separate(view, served=FORMATS[request.quantize.format].apart)) is not None:
         before.append(apart)
         view = planned_model(apart, companions=where)
     plan = quantize_plan(

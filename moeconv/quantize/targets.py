@@ -50,6 +50,8 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     loads |= {"transformers": "no"} if format.name in family.elsewhere.not_loaded else {}
     if family.tensors.packed and format.stack is not None:
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
+    if family.only_served:
+        loads |= {"transformers": "no"}  # its class stacks the experts, and no conversion of transformers does
     if family.remote is not None:
         loads |= {"transformers": "unknown"}  # its own class, which is code in the checkpoint, was never run
     if family.multimodal.beside:

@@ -56,6 +56,7 @@ class Skeleton:
         self, model: Model, *, dtype: torch.dtype, device: str | torch.device = "cpu", experts: str = "eager"
     ) -> None:
         self.model, self.dtype, self.device = model, dtype, torch.device(device)
+        _check_class(model)
         with transformers_silenced():
             self.module = _build(model, dtype, experts)
             self._mapping = _mapping(self.module)
@@ -238,6 +239,16 @@ def auto_class(family: Family) -> Stock:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if family.multimodal.beside else AutoModelForCausalLM
+
+
+def _check_class(model: Model) -> None:
+    """Raises InputError for experts in a layout that transformers does not read."""
+    if model.family.only_served:
+        raise InputError(
+            f"the experts of this {model.family.model_type} are in separate tensors, as serving engines read them; its "
+            "class in transformers stacks them and cannot load these",
+            hint="Run the command on the source of this checkpoint, whose experts are stacked.",
+        )
 
 
 def _has_list(module: nn.Module) -> bool:

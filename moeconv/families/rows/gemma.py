@@ -8,7 +8,7 @@ from typing import Any
 
 from moeconv.families import folds, placement, sliding
 from moeconv.families.blocks import ATTENTION_BIAS, BLOCK, DENSE_FFN, LAYER, NO_BIAS, QK_NORM, dense_row
-from moeconv.families.expert_blocks import GATE_UP_PACKED, moe_row
+from moeconv.families.expert_blocks import GATE_UP_PACKED, moe_row, served_below
 from moeconv.families.placement import Get
 from moeconv.families.records import (
     NUMBER,
@@ -180,6 +180,7 @@ GEMMA4_TEXT = moe_row(
         }
         | {key.replace("ffn.", "shared."): name for key, name in DENSE_FFN.items()},
         packed=GATE_UP_PACKED,
+        served=served_below(LAYER),
         inert={"router.scale": 1.0, "norm.post_shared": 1.0, "norm.post_experts": 1.0},
     ),
     attention=_GEMMA4_ATTENTION,

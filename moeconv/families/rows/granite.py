@@ -19,7 +19,14 @@ from moeconv.families.blocks import (
     SINKS,
     dense_row,
 )
-from moeconv.families.expert_blocks import EVERY_ENGINE, GATE_UP_PACKED, ROUTER_LOSS, ZERO_SHARED_128, moe_row
+from moeconv.families.expert_blocks import (
+    EVERY_ENGINE,
+    GATE_UP_PACKED,
+    ROUTER_LOSS,
+    ZERO_SHARED_128,
+    moe_row,
+    served_below,
+)
 from moeconv.families.placement import Get
 from moeconv.families.records import LIST, WORD, Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.rows.minicpm import MINICPM_MULTIPLIERS
@@ -132,6 +139,7 @@ _GRANITE_EXPERTS = {
     "expert.gate_up": _GRANITE_BLOCK + "input_linear.weight",
     "expert.down": _GRANITE_BLOCK + "output_linear.weight",
 }
+_GRANITE_SERVED = served_below(_GRANITE_BLOCK)
 _GRANITE_SHARED = {
     "shared.gate_up": LAYER + "shared_mlp.input_linear.weight",
     "shared.down": LAYER + "shared_mlp.output_linear.weight",
@@ -142,7 +150,7 @@ GRANITEMOE = moe_row(
     "granitemoe",
     "GraniteMoeForCausalLM",
     config=ConfigKeys(_GRANITE_CONFIG),
-    tensors=Tensors(BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS, packed=GATE_UP_PACKED),
+    tensors=Tensors(BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS, packed=GATE_UP_PACKED, served=_GRANITE_SERVED),
     experts=Experts(count=("num_local_experts",), routing=Routing("softmax_topk", "always")),
     elsewhere=Elsewhere(runs=EVERY_ENGINE),
 )
@@ -154,6 +162,7 @@ GRANITEMOESHARED = moe_row(
         BLOCK | QKV_BIAS | O_BIAS | _GRANITE_EXPERTS | _GRANITE_SHARED,
         optional=frozenset(_GRANITE_SHARED),
         packed=GATE_UP_PACKED,
+        served=_GRANITE_SERVED,
         fused=_FUSED_SHARED,
     ),
     experts=Experts(
@@ -172,6 +181,7 @@ GRANITEMOEHYBRID = moe_row(
     tensors=Tensors(
         BLOCK | QKV_BIAS | O_BIAS | MAMBA | _GRANITE_EXPERTS | _GRANITE_SHARED,
         packed=GATE_UP_PACKED,
+        served=_GRANITE_SERVED,
         fused=_FUSED_SHARED,
     ),
     layers=Layers(kinds=hybrid_kinds, where=HYBRID_WHERE),

@@ -11,6 +11,7 @@ from moeconv.families.expert_blocks import (
     MLP_EXPERTS,
     MLP_ROUTER,
     ROUTER_LOSS,
+    SEPARATE,
     SHARED_EXPERT,
     SHARED_GATE,
     STACKED,
@@ -133,6 +134,7 @@ QWEN3_VL_MOE_TEXT = replace(
         names={k: v for k, v in QWEN3_MOE.tensors.names.items() if k not in MLP_EXPERTS} | STACKED_NAMES,
         packed=_TRANSPOSED.packed,
         layouts=(STACKED, _TRANSPOSED),
+        served=SEPARATE,
     ),
     config=ConfigKeys(
         {

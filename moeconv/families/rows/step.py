@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moeconv.errors import InputError
 from moeconv.families import placement, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, PARTS, QK_NORM
 from moeconv.families.expert_blocks import MTP, moe_row
@@ -37,6 +38,10 @@ def _moe_layers(get: Get, layers: int) -> tuple[int, ...]:
         return placement.WORDS.read(lambda key: words if key == "mlp_layer_types" else get(key), layers)
     if isinstance(stated, str):
         stated = [int(number) for number in stated.split(",") if number.strip().isdigit()]
+    if stated is not None and not (isinstance(stated, list) and all(type(number) is int for number in stated)):
+        raise InputError(
+            "config.json: moe_layers_enum must be numbers of layers, with commas between them", hint="Correct it."
+        )
     chosen = set(range(_FIRST, layers)) if stated is None else set(stated)
     return tuple(i for i in range(layers) if i in chosen)
 
@@ -87,7 +92,8 @@ STEP3P5 = moe_row(
             "output_router_logits": False,
         },
         kinds={
-            "num_attention_groups": WHOLE, "num_sliding_attention_heads": WHOLE, "attention_other_setting": OBJECT,
+            "num_attention_groups": WHOLE, "num_key_value_heads": WHOLE, "num_sliding_attention_heads": WHOLE,
+            "attention_other_setting": OBJECT,
             "swiglu_limits": LIST, "swiglu_limits_shared": LIST,
         },
         derived={

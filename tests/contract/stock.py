@@ -326,6 +326,13 @@ _QWEN4 = (
     | {"ngram_vocab_size_base": 50, "heads_per_ngram": 2, "split_ngram_parts": 4, "indexer_n_heads": 2}
     | {"indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
 )
+# the first layer reads all tokens, and the indexers of the others choose fewer blocks than the tests' texts have
+_MINIMAX_M3 = _MOE | {
+    "num_local_experts": 8, "intermediate_size": 32, "dense_intermediate_size": 96, "shared_intermediate_size": 48,
+    "head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 2,
+    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}  # fmt: skip
 _QWEN_MOE = _MOE | {"moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True}
 MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _MOE | {"intermediate_size": 96, "num_local_experts": 8}),
@@ -534,6 +541,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "minimax_m2": ("minimax_m2", _MOE | {"num_local_experts": 8, "intermediate_size": 32, "head_dim": 16}),
+    "minimax_m3": ("minimax_m3_vl_text", _MINIMAX_M3),
     "laguna": ("laguna", _SPARSE | {"num_experts": 8, "shared_expert_intermediate_size": 32}),
     "mimo_v2_flash": ("mimo_v2_flash", _SPARSE | {"n_routed_experts": 8, "v_head_dim": 16, "sliding_window": 5}),
     "kolibri1": (
@@ -680,6 +688,16 @@ WRAPPED_CASES["step3p7"] = (
         "image_token_id": 99,
     },
 )  # fmt: skip
+WRAPPED_CASES["minimax_m3_vl"] = (
+    "minimax_m3_vl",
+    {
+        "text_config": _MINIMAX_M3,
+        "vision_config": _VISION,
+        "projector_hidden_size": 32,
+        "image_token_index": 99,
+        "video_token_index": 98,
+    },
+)
 WRAPPED_CASES["nemotron_h_omni"] = (
     "nemotron_h_omni",
     {

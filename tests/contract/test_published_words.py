@@ -52,6 +52,63 @@ def test_wrong_linear_layers_are_refused(tmp_path, cli, wrong):
     assert refused.code == 3, refused.out
 
 
+M3_OWN = ("layer_types", "mlp_layer_types", *(f"index_{key}" for key in (
+    "n_heads", "head_dim", "block_size", "topk_blocks", "local_blocks")))  # fmt: skip
+M3_PUBLISHED = {
+    "moe_layer_freq": [0, 1, 1],
+    "sparse_attention_config": {
+        "use_sparse_attention": True, "sparse_num_index_heads": 2, "sparse_index_dim": 16, "sparse_block_size": 4,
+        "sparse_topk_blocks": 2, "sparse_local_block": 1, "sparse_score_type": "max", "sparse_init_block": 0,
+        "sparse_disable_index_value": [0, 1, 1], "sparse_attention_freq": [0, 1, 1],
+    },
+}  # fmt: skip
+
+
+def _edit_text_config(path, *, drop=(), **values):
+    text = json.loads((path / "config.json").read_text())["text_config"]
+    edit_json(path / "config.json", text_config={k: v for k, v in text.items() if k not in drop} | values)
+
+
+def test_minimax_m3_in_its_own_words_is_the_same_model(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["minimax_m3_vl"], dtype=torch.float32)
+    expected, kinds = logits(load(source)), open_model(source).layer_kinds
+    _edit_text_config(source, drop=M3_OWN, hidden_act="swigluoai", **M3_PUBLISHED)
+    model = open_model(source)
+    assert model.layer_kinds == kinds and model.moe_layers == (1, 2)
+    assert torch.equal(logits(load(source)), expected)
+    assert cli("prune", source, tmp_path / "out", "--keep", 4, "--json").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert config["num_local_experts"] == 4 and config["hidden_act"] == "swigluoai"
+    assert logits(load(tmp_path / "out")).isfinite().all()
+
+
+def test_minimax_m3_gets_the_words_that_vllm_needs(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["minimax_m3_vl"], dtype=torch.float32)
+    assert cli("prune", source, tmp_path / "out", "--keep", 4, "--json").code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert {key: config[key] for key in M3_PUBLISHED} == M3_PUBLISHED
+    assert config["partial_rotary_factor"] == 1.0 and "hidden_act" not in config  # vLLM assumes a half, and swigluoai
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"moe_layer_freq": [1]}, "moe_layer_freq"),
+        ({"sparse_attention_config": {"sparse_attention_freq": 1}}, "sparse_attention_freq"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+        (
+            {"sparse_attention_config": M3_PUBLISHED["sparse_attention_config"] | {"sparse_index_dim": "16"}},
+            "sparse_index_dim",
+        ),
+    ],
+)
+def test_wrong_words_of_minimax_m3_are_refused(tmp_path, cli, wrong, named):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["minimax_m3_vl"], dtype=torch.float32)
+    _edit_text_config(source, drop=M3_OWN, **M3_PUBLISHED | wrong)
+    refused = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert refused.code == 3 and named in refused.json["error"]["message"], refused.out
+
+
 @pytest.mark.parametrize(
     "wrong", [{"indexer_types": [1, 2, 3]}, {"index_topk_pattern": 5}, {"index_topk_pattern": "FX"}]
 )

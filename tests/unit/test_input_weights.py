@@ -49,9 +49,9 @@ def reference(path: Path) -> list[dict[str, np.ndarray]]:
             x = arguments[0].reshape(-1, 64)
             logits = x @ block.router.weight.T
             scaled = torch.sigmoid(logits.float()).double()[:, :, None] * x[:, None]  # the class weighs in float32
-            gate, up = torch.einsum("teh,ehi->tei", scaled, block.experts.gate_up_proj).chunk(2, -1)
+            gate, up = torch.einsum("nea,eab->neb", scaled, block.experts.gate_up_proj).chunk(2, -1)
             hidden = up * torch.nn.functional.silu(gate)
-            seen.update(logits=logits, outputs=torch.einsum("tei,eih->teh", hidden, block.experts.down_proj))
+            seen.update(logits=logits, outputs=torch.einsum("nei,eia->nea", hidden, block.experts.down_proj))
 
         layer.feed_forward.register_forward_hook(compute)
     with torch.no_grad():

@@ -29,7 +29,8 @@ from moeconv.tune.optimise import Outcome, Schedule, optimise
 from moeconv.tune.parameters import Piece
 from moeconv.world import summed
 
-# Peak learning rates times the hidden size, as in tune (job.py). Measured on pruned models of hidden size 128 and 256.
+# Peak learning rates times the hidden size, as in tune (job.py). Measured on one model only: a Qwen3-MoE of 12 M
+# parameters (hidden size 256) with half of its experts removed, seed 0 (docs/benchmarks.md).
 _EXPERTS, _ROUTER, _MOST = 1.0, 0.128, 0.01
 
 

@@ -27,8 +27,8 @@ _TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit follows the 
 @dataclass(frozen=True)
 class Refit:
     """The settings of a refit. `strength`: the ridge, in units of the mean squared activation. `sweeps`: passes over
-    the experts. `target`: "stream" (the residual stream of the unpruned model) or "layer" (the output of the whole
-    layer on the inputs of the pruned model)."""
+    the experts; where they are one block, pairs of steps of conjugate gradients. `target`: "stream" (the residual
+    stream of the unpruned model) or "layer" (the output of the whole layer on the inputs of the pruned model)."""
 
     strength: float = 0.3
     sweeps: int = 2

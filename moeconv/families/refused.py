@@ -108,8 +108,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
         ("glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
     "it normalises the output of each expert, so that what an expert adds does not follow from its weights alone":
         ("muse_spark", "muse_spark_text"),
-    "its layers have attention of two sizes, its vision tower has experts of its own, and no row describes both":
-        ("dots3_note", "dots3_note_text"),
     "its routers also choose experts without weights, which pass their input on, so that they have more rows than the "
     "layers have experts":
         ("longcat_flash",),

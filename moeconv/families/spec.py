@@ -165,6 +165,8 @@ class Family:
             return False
         if self.prediction.prefix:
             return name.startswith(self.prediction.prefix)
+        if name in self.prediction.names.values():
+            return True
         numbered = next(template for template in self.prediction.names.values() if "{L}" in template)
         before = numbered.partition("{L}")[0]
         number = name.removeprefix(before).partition(".")[0] if name.startswith(before) else ""

@@ -333,6 +333,13 @@ _MINIMAX_M3 = _MOE | {
     "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }  # fmt: skip
+# layers with a window have more heads, of other sizes
+_DOTS3 = _LATENT | _GROUPS | _INDEXER | {
+    "head_dim": 20, "n_routed_experts": 8, "shared_experts_intermediate_size": 48, "sliding_window": 5,
+    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"], "swa_num_attention_heads": 6,
+    "swa_num_key_value_heads": 6, "swa_q_lora_rank": 20, "swa_kv_lora_rank": 18, "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 10,
+}  # fmt: skip
 _QWEN_MOE = _MOE | {"moe_intermediate_size": 32, "intermediate_size": 96, "norm_topk_prob": True}
 MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _MOE | {"intermediate_size": 96, "num_local_experts": 8}),
@@ -352,6 +359,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "dots1",
         _SPARSE | {"n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
     ),
+    "dots3_note_text": ("dots3_note_text", _DOTS3),
     "deepseek_v3": ("deepseek_v3", _LATENT | _GROUPS | {"n_routed_experts": 8, "first_k_dense_replace": 1}),
     "deepseek_v32": (
         "deepseek_v32",
@@ -698,6 +706,22 @@ WRAPPED_CASES["minimax_m3_vl"] = (
         "video_token_index": 98,
     },
 )
+WRAPPED_CASES["dots3_note"] = (
+    "dots3_note",
+    {
+        "text_config": _DOTS3 | {"n_group": 1},
+        "vision_config": {
+            "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "patch_size": 4, "moe_intermediate_size": 16, "pyramid_num_routed": [-1, 4], "adapter_in_dim": 24,
+            "adapter_out_dim": HIDDEN},
+        "audio_config": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "feature_size": 16, "downsample_hidden_size": 8, "adapter_input_size": 16, "adapter_out_dim": HIDDEN,
+            "whisper_config": {"d_model": 16, "encoder_attention_heads": 2, "encoder_layers": 1,
+                               "encoder_ffn_dim": 32, "num_mel_bins": 16}},
+        "image_token_id": 97, "video_token_id": 98, "audio_token_id": 99,
+    },
+)  # fmt: skip
 WRAPPED_CASES["nemotron_h_omni"] = (
     "nemotron_h_omni",
     {

@@ -33,7 +33,8 @@ SIZES = {"vocab_size": 160, "hidden_size": 336, "num_hidden_layers": 6, "num_att
          "intermediate_size": 96}  # fmt: skip
 # sizes that the class checks against another
 _MAMBA = {"mamba_n_heads": 12, "mamba_expand": 2, "mamba_d_head": 56}
-BESIDE = {"granitemoehybrid": _MAMBA, "bamba": _MAMBA, "beam": {"num_attention_heads": 16}}
+BESIDE = {"granitemoehybrid": _MAMBA, "bamba": _MAMBA, "beam": {"num_attention_heads": 16},
+          "dots3_note_text": {"num_attention_heads": 128}}  # fmt: skip
 # rows and keys whose default is not compared, and why
 KNOWN = {
     ("nemotron", "num_key_value_heads"): "the class leaves it null, which its attention cannot compute with",
@@ -108,7 +109,9 @@ def test_rotary_parameters_are_those_of_the_class(name):
     ours = read_rope(
         {"rope_parameters": assumed}, theta=row.config.defaults["rope_theta"], partial=row.attention.partial
     )
-    for kind, each in theirs.items() if "full_attention" in theirs else [("full_attention", theirs)]:
+    for kind, each in (
+        theirs.items() if theirs.keys() & {"full_attention", "sliding_attention"} else [("full_attention", theirs)]
+    ):
         if each is None:  # layers of this kind do not rotate
             assert assumed[kind] is None
             continue

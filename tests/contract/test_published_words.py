@@ -117,3 +117,43 @@ def test_wrong_indexers_are_refused(tmp_path, cli, wrong):
     edit_json(source / "config.json", **{"indexer_types": None} | wrong)
     refused = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
     assert refused.code == 3 and "indexer_types" in refused.json["error"]["message"], refused.out
+
+
+# what save_pretrained of dots3-note writes in place of the published words, which are at the top of config.json
+_DOTS3_OWN = (
+    "layer_types", "mlp_layer_types", "per_layer_config", "sliding_window", "shared_experts_intermediate_size",
+    "rope_parameters",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [{}, {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}])
+def test_dots3_note_in_the_published_words_is_the_same_model(tmp_path, cli, words):
+    kind, config = MOE_CASES["dots3_note"]
+    source = save_stock(tmp_path / "moe", kind, config, dtype=torch.float32)
+    expected, kinds = logits(load(source)), open_model(source).layer_kinds
+    stated = json.loads((source / "config.json").read_text())
+    text = {k: v for k, v in stated.pop("text_config").items() if k not in _DOTS3_OWN}
+    text |= {k: v for k, v in config["text_config"].items() if k.startswith("swa_")} | words
+    text |= {"sliding_window_size": 5, "moe_shared_expert_intermediate_size": 48, "moe_layer_freq": [0, 1, 1]}
+    stated |= text | {"model_type": kind, "architectures": ["Dots3NoteForCausalLM"]}
+    (source / "config.json").write_text(json.dumps(stated))
+    model = open_model(source)
+    assert (model.layer_kinds, model.moe_layers, model.shared_width) == (kinds, (1, 2), 48)
+    assert torch.equal(logits(load(source)), expected)
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["n_routed_experts"] == 4 and "text_config" not in config
+    assert logits(load(tmp_path / "out")).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"layer_types": ["full_attention"]}, {"layer_types": [1, 2, 3]}, {"use_dsa": False},
+              {"mlp_layer_types": None, "moe_layer_freq": [1]}, {"mlp_layer_types": None, "moe_layer_freq": "1"},
+              {"per_layer_config": {"2": {"num_attention_heads": 5}}}, {"per_layer_config": {"2": 5}}], ids=str,
+)  # fmt: skip
+def test_wrong_layers_of_dots3_note_are_refused(tmp_path, cli, wrong):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["dots3_note_text"], dtype=torch.float32)
+    edit_json(source / "config.json", **wrong)
+    refused = cli("inspect", source, "--json")
+    assert refused.code == 3, refused.out

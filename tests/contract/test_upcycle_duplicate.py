@@ -26,7 +26,7 @@ def _double(source, out, **parameters):
 # cases whose routers cannot tell copies from experts, by a word of the refusal
 _REFUSED = {
     "axk1": "groups", "axk2-groups": "groups", "deepseek_v3": "groups", "deepseek_v32": "groups",
-    "exaone_moe": "groups", "glm4_moe": "groups",
+    "dots3_note_text": "groups", "exaone_moe": "groups", "glm4_moe": "groups",
     "glm4_moe_lite": "groups", "llama4": "sigmoid", "phimoe": "unequal", "glm4v_moe": "groups",
     "llama4-vision": "sigmoid", "beam": "groups",
 }  # fmt: skip

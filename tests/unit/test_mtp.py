@@ -43,7 +43,8 @@ def make(path: Path, case: str, **changes: object) -> tuple[Path, str]:
         value = torch.randn(tensors[name].shape, generator=draw).to(tensors[name].dtype)
         tensors[prefix + name.removeprefix(like)] = value
     for name, shape in extra.items():
-        tensors[(prefix if extra is _TAIL else "mtp.") + name] = torch.randn(shape, generator=draw).bfloat16()
+        apart = "model.mtp." if case == "dots3_note_text" and name.startswith("embed") else prefix
+        tensors[(apart if extra is _TAIL else "mtp.") + name] = torch.randn(shape, generator=draw).bfloat16()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     tiny.edit_json(path / "config.json", num_nextn_predict_layers=1)
     return path, prefix
@@ -60,7 +61,7 @@ def counted_apart(source: Path, found: dict) -> bool:
     return found["flops_per_token"] < 2 * parameters["active"] < 2 * parameters["total"]
 
 
-CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next"]
+CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next", "dots3_note_text"]
 
 
 @pytest.mark.parametrize("case", CASES)

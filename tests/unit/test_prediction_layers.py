@@ -25,7 +25,7 @@ from tests.unit.test_mtp import make
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = np.random.default_rng(0).integers(3, 120, (3, 12))
-CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next"]
+CASES = ["glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "qwen3_next", "dots3_note_text"]
 # case -> prefixes of the decoder layer and of what is beside it; names of the norms and of the projection
 _NAMES = {
     "qwen3_next": ("mtp.layers.0.", "mtp.", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc"),
@@ -50,7 +50,8 @@ def reference(path: Path, case: str) -> dict[str, torch.Tensor]:
     ids, seen = torch.tensor(IDS), {}
     with torch.no_grad():
         hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1]  # behind the final norm
-        tokens = tensors.get(beside + "embed_tokens.weight", tensors["model.embed_tokens.weight"]).double()
+        of_layer = "model.mtp." if case == "dots3_note_text" else beside
+        tokens = tensors.get(of_layer + "embed_tokens.weight", tensors["model.embed_tokens.weight"]).double()
         embedded = rms(tokens[ids[:, 1:]], tensors[f"{beside}{of_embedding}.weight"], case, eps=eps)
         joined = torch.cat([embedded, rms(hidden, tensors[f"{beside}{of_hidden}.weight"], case, eps=eps)], -1)
         inputs = joined @ tensors[f"{beside}{project}.weight"].double().T

@@ -300,7 +300,13 @@ VENDOR = Vendor(
             {"vision_tower.": "vision", "multi_modal_projector.": "vision", "patch_merge_mlp.": "vision"},
             prefix="language_model.model.",
             head="language_model.lm_head.",
-            runs=frozenset({"vllm"}),
+            runs=frozenset({"vllm", "sglang"}),
+            # as transformers 5.20 saves what is no block of experts
+            variants={
+                f"language_model.{_BLOCK_SPARSE}{part}_proj.": f"language_model.{LAYER}mlp.{part}_proj."
+                for part in PARTS
+            }
+            | {_TOWER + "encoder.layers.{L}.block_sparse_moe.": _TOWER + "encoder.layers.{L}.mlp."},
             in_memory={
                 "language_model.model.": "model.language_model.",
                 "language_model.lm_head": "lm_head",

@@ -28,9 +28,9 @@ def make(path: Path, case: str) -> Path:
     return add_tokenizer(Path(save_stock(path, *MOE_CASES[case], dtype=torch.float32)))
 
 
-def windows(folder: Path, model: Path) -> Any:
-    (folder / "text").write_text(text(1200, seed=1))
-    return load_tokens([str(folder / "text")], model, tokens=1024, seq_len=32, seed=0)
+def windows(folder: Path, model: Path, *, tokens: int = 1024) -> Any:
+    (folder / "text").write_text(text(max(1200, tokens * 5), seed=1))
+    return load_tokens([str(folder / "text")], model, tokens=tokens, seq_len=32, seed=0)
 
 
 @pytest.mark.slow(keep=2)
@@ -72,11 +72,11 @@ def test_a_layer_that_does_not_gain_keeps_its_refit_bit_for_bit(
 
 def test_refit_and_heal_end_closer_to_the_unpruned_model(tmp_path: Path) -> None:
     path = make(tmp_path / "model", "qwen3_moe")
-    model, read = open_model(path), windows(tmp_path, path)
+    model, read = open_model(path), windows(tmp_path, path, tokens=4096)
     keep = {layer: [0, 3, 5, 7] for layer in model.moe_layers}
     stream = LayerStream(model, read.windows, experts="grouped_mm", in_place=True)
     variants = [
-        Variant(keep=dict(keep), refit=Refit(), heal=heal, on_healed=lambda *_: None) for heal in (None, Heal(20))
+        Variant(keep=dict(keep), refit=Refit(), heal=heal, on_healed=lambda *_: None) for heal in (None, Heal(60))
     ]
     pruned_pass(stream, variants)
     off = [float((v.hidden - stream.hidden).square().mean()) for v in variants]

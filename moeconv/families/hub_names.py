@@ -37,7 +37,7 @@ HUB_NAMES: tuple[tuple[str, str], ...] = (
     ("phi-[12]*", "phi"),
     ("granite-4*", "granitemoehybrid"), ("granite-3*-a*m*", "granitemoe"), ("granite-*", "granite"),
     ("lfm2-vl*", "lfm2_vl"), ("lfm2*-a*b*", "lfm2_moe"), ("lfm2*", "lfm2"),
-    ("dots.llm1*", "dots1"), ("*jamba*", "jamba"), ("nemotron-[3h]*", "nemotron_h"),
+    ("dots.llm1*", "dots1"), ("dots3-note*", "dots3_note"), ("*jamba*", "jamba"), ("nemotron-[3h]*", "nemotron_h"),
     ("nvidia-nemotron-*", "nemotron_h"), ("nemotron-*-minitron*", "nemotron"), ("minitron-*", "nemotron"),
     ("trinity-*", "afmoe"), ("afm-4.5b*", "arcee"), ("mimo-v2*", "mimo_v2_flash"), ("mimo-7b*", "mimo"),
     ("seed-oss*", "seed_oss"), ("stablelm-*", "stablelm"), ("*command-r7b*", "cohere2"), ("*command-a*", "cohere2"),

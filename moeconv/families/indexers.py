@@ -20,10 +20,14 @@ def indexer_types(get: Get, layers: int) -> list[str]:
     if words is None:
         every, first = max(get("index_topk_freq") or 1, 1), get("index_skip_topk_offset") or 0
         words = ["shared" if max(i - first + 1, 0) % every else "full" for i in range(layers)]
+    return checked_types(words, layers, "indexer_types (or index_topk_pattern)")
+
+
+def checked_types(words: object, layers: int, key: str) -> list[str]:
+    """`words`, the value of config key `key`. Raises InputError unless they are "full" or "shared" per layer."""
     if not isinstance(words, list) or len(words) != layers or not all(word in _LETTERS.values() for word in words):
         raise InputError(
-            f"config.json: indexer_types (or index_topk_pattern) must be a list of {counted(layers, 'word')}, each "
-            "full or shared",
+            f"config.json: {key} must be a list of {counted(layers, 'word')}, each full or shared",
             hint="Correct config.json, or download it again.",
         )
     return words

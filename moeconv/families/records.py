@@ -190,6 +190,11 @@ class Layers:
     passed_on: tuple[str, frozenset[str]] | None = None
     # config key of the number of residual streams of the width hidden_size; "" if the family has one
     streams: str = ""
+    # whether the class gives its layers the streams in a dimension of their own, [B, S, streams, H], instead of one
+    # after the other, [B, S, streams * H]
+    streams_apart: bool = False
+    # key of a tensor of the module that reads the residual streams before the FFN; "" if the norm there reads them
+    mixer: str = ""
     # group of keys -> the numbers of the layers that have it, where config.json lists them
     listed: Mapping[str, Callable[[Get], Collection[int]]] = field(default_factory=dict)
     # neurons of a dense FFN

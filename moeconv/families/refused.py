@@ -104,8 +104,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "its first layers choose experts by the id of the token, from a table that no rule can fill anew, and config.json "
     "has one count for all layers, so that none can be removed":
         ("deepseek_v4",),
-    "its layers pass on residual streams in a dimension of their own, and the tokens that attention reads":
-        ("glm5_next", "glm5_next_text", "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+    "its layers mix residual streams and pool the keys of an indexer, and no row describes the tensors of both":
+        ("glm5_next", "glm5_next_text"),
     "it normalises the output of each expert, so that what an expert adds does not follow from its weights alone":
         ("muse_spark", "muse_spark_text"),
     "its routers also choose experts without weights, which pass their input on, so that they have more rows than the "

@@ -101,7 +101,10 @@ def captured(
         return tensor.reshape(-1, tensor.shape[-1])
 
     def on_norm(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-        seen.setdefault("residual", flat(args or tuple(kwargs.values())))
+        given = (*args, *kwargs.values())[0]
+        assert isinstance(given, Tensor)
+        # residual streams may be in a dimension of their own
+        seen.setdefault("residual", flat(given.flatten(2) if given.ndim > 2 else given))
 
     def on_ffn(_module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], out: object) -> None:
         seen["ffn_input"], seen["ffn_output"] = flat(args or tuple(kwargs.values())), flat(out)

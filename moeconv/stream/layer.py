@@ -23,10 +23,11 @@ class Batch:
     """One forward pass of one layer over the windows `rows`: b windows of S tokens, T = b * S tokens in all.
 
     `inputs` and `outputs` [b, S, H] are the residual stream before and after the layer. `residual` [T, H] is the input
-    of the norm before the FFN (or of the FFN, in families without such a norm). `ffn_input` and `ffn_output` [T, H] are
-    the input and output of the FFN block, including a shared expert. `expert_input` and `expert_output` [T, D] are
-    those of the routed experts alone, where D is not H in a family whose experts compute in a latent space; in a dense
-    layer they are those of the FFN. Only of MoE layers: `router_logits` [T, E], `top_k_index` int64 [T, k], and
+    of the norm before the FFN (or of the FFN, in families without such a norm). Where a family has several residual
+    streams, the H of these three is the width of all. `ffn_input` and `ffn_output` [T, H] are the input and output of
+    the FFN block, including a shared expert. `expert_input` and `expert_output` [T, D] are those of the routed experts
+    alone, where D is not H in a family whose experts compute in a latent space; in a dense layer they are those of the
+    FFN. Only of MoE layers: `router_logits` [T, E], `top_k_index` int64 [T, k], and
     `top_k_weights` [T, k], the weights that the model really gives its experts.
     """
 
@@ -47,9 +48,10 @@ class Batch:
 class Layer:
     """A decoder layer with its weights loaded. `router` and `experts` are None in a dense layer.
 
-    `norm` is the norm before the FFN, None in families without one there. `experts(x [T, H], top_k_index [T, k],
-    top_k_weights [T, k])` is the stock experts module: `experts(x, e, 1)` is the output of expert e. Where the weights
-    multiply the inputs, it is called with the weighted tokens of every expert, [E * T, H].
+    `norm` is the norm before the FFN, or the module before it that mixes several residual streams; None in families
+    without one there. `experts(x [T, H], top_k_index [T, k], top_k_weights [T, k])` is the stock experts module:
+    `experts(x, e, 1)` is the output of expert e. Where the weights multiply the inputs, it is called with the weighted
+    tokens of every expert, [E * T, H].
     """
 
     index: int
@@ -66,8 +68,8 @@ class Layer:
         """The layer's output [b, S, H] for inputs [b, S, H] of the batch `rows` of the stream. Gradients are recorded
         if the caller has them enabled."""
         args, kwargs = self._stream.arguments(rows, self.index)
-        out = self.module(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        out = self.module(self._stream.as_given(hidden), *args, **kwargs)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
 
     @property
     def expert_dimension(self) -> int:

@@ -170,8 +170,16 @@ class LayerStream:
             del embedding.forward
 
     def _after_layers(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        with replaced(self.skeleton.layers, lambda _index, _given, _args, _kwargs: self._returned(hidden)):
+        with replaced(
+            self.skeleton.layers, lambda _index, _given, _args, _kwargs: self._returned(self.as_given(hidden))
+        ):
             return self.skeleton.module(input_ids=ids, use_cache=False).logits
+
+    def as_given(self, hidden: Tensor) -> Tensor:
+        """Hidden states [b, S, H] as the class gives them to its layers: some have the residual streams in a dimension
+        of their own, [b, S, streams, hidden_size]."""
+        apart = self.model.family.layers.streams_apart
+        return hidden.unflatten(-1, (-1, self.model.hidden_size)) if apart else hidden
 
     def _returned(self, hidden: Tensor) -> object:
         """What a layer of the class returns of hidden states: them alone, or also what it passes on."""
@@ -228,7 +236,7 @@ class LayerStream:
         for rows in self.rows():
             ids = self.windows[rows].to(self.device)
             first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids, returned=self._returned)
-            hidden[rows].copy_(first)
+            hidden[rows].copy_(first.flatten(2))
             # Windows have no padding, so masks and positions depend only on the shape of the batch: one is kept per
             # shape. Some classes also give their layers the tokens, which are small.
             kept = of_shape.setdefault(len(first), calls)
@@ -256,12 +264,13 @@ class LayerStream:
         """The modules of a layer, found through its tensors: the module that holds a tensor is its owner, in any
         family."""
         first: dict[str, str] = {}
+        before = self.model.family.layers.mixer or "norm.ffn"
         for name, role in self.model.roles.items():
             if role.layer == index:
                 first.setdefault(
-                    role.key if role.key in ("norm.ffn", "router.weight") else role.group, plain_name(name, role)
+                    role.key if role.key in (before, "router.weight") else role.group, plain_name(name, role)
                 )
-        norm = self.skeleton.owner(first["norm.ffn"]) if "norm.ffn" in first else None
+        norm = self.skeleton.owner(first[before]) if before in first else None
         if index not in self.model.moe_layers:
             # of a layer without an FFN, the whole layer is observed
             ffn = self.skeleton.parent(self.skeleton.owner(first["ffn"])) if "ffn" in first else module

@@ -318,6 +318,12 @@ _LINEAR = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
 }  # fmt: skip
+_HY_V4 = (
+    _LATENT
+    | _INDEXER
+    | {"n_routed_experts": 8, "routed_scaling_factor": 1.5, "hc_mult": 2, "swiglu_limit": 0.05}
+    | {"indexer_types": ["full", "full", "full"]}
+)
 _QWEN4 = (
     _SPARSE
     | _LINEAR
@@ -386,6 +392,7 @@ MOE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mellum": ("mellum", _SPARSE | _MIXED | {"num_experts": 8}),
     "hy_v3": ("hy_v3", _SPARSE | {"num_experts": 8}),
+    "hy_v4": ("hy_v4", _HY_V4),
     "granitemoe": ("granitemoe", _MOE | _MULTIPLIED | {"intermediate_size": 32, "num_local_experts": 8}),
     "granitemoeshared": (
         "granitemoeshared",
@@ -614,6 +621,14 @@ WRAPPED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen4_exp-vision": (
         "qwen4_exp",
         {"text_config": _QWEN4, "vision_config": _QWEN_VISION | {"num_position_embeddings": 16}},
+    ),
+    "hy_v4_vl": (
+        "hy_v4_vl",
+        {
+            "text_config": _HY_V4
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+            "vision_config": _VISION | {"out_hidden_size": HIDDEN, "max_image_size": 16},
+        },
     ),
     "glm4v_moe": (
         "glm4v_moe",

@@ -252,3 +252,17 @@ def test_refit_knows_that_routed_and_shared_outputs_are_averaged(tmp_path, cli):
         made[word] = logits(load(source)), logits(load(tmp_path / f"{word}-pruned"))
     assert relative_difference(made["average"][0], made["sum"][0]) <= 1e-5
     assert relative_difference(made["average"][1], made["sum"][1]) <= 1e-3
+
+
+@pytest.mark.parametrize("case", ["hy_v4", "qwen4_exp"])
+def test_refit_of_experts_before_a_mixer_of_several_residual_streams(tmp_path, cli, case):
+    """What the experts add is weighed per stream, so the refit corrects the output of the FFN."""
+    from tests.words import add_tokenizer, text
+
+    (tmp_path / "text").write_text(text(3000))
+    source = add_tokenizer(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32))
+    flags = ("--keep", 4, "--refit", "--data", tmp_path / "text", "--seq-len", 32, "--tokens", 2048)
+    done = cli("prune", source, tmp_path / "out", *flags, "--json")
+    assert done.code == 0, done.out
+    layers = done.json["prune"]["refit"]["layers"]
+    assert layers and all(0 < layer["error_after"] < layer["error_before"] for layer in layers)

@@ -148,6 +148,8 @@ def test_layers_without_a_list_are_those_of_the_class(name, window):
             found = row.attention.sliding.read({**row.config.defaults, **said}, layers)
             assert (found.window if any(found.layers) else None) == (theirs["sliding_window"] or None)
         if row.layers.kinds and words is not None:
+            indexers = theirs.get("indexer_types") or ["full"] * layers
+            words = [f"shared_{word}" if own == "shared" else word for word, own in zip(words, indexers)]
             assert row.layers.kinds(get, layers) == words
         if row.kind == "moe" and (kinds := theirs.get("mlp_layer_types")) is not None:
             assert row.experts.placement.read(get, layers) == tuple(

@@ -35,21 +35,29 @@ def test_layers_without_an_indexer_of_their_own_are_those_of_the_class(tmp_path,
     assert there == ({0, 2} if stated == "index_topk_freq" else {0, 3})
 
 
-@pytest.mark.parametrize("case", ["glm_moe_dsa", "mistral_large4"])
+SOURCES = {
+    "glm_moe_dsa": SHARED,
+    "hy_v4": MOE_CASES["hy_v4"][1] | {"indexer_types": ["full", "shared", "full"]},
+    "mistral_large4": BORROWED,
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
 def test_it_is_pruned_and_quantized_but_not_run_layer_by_layer(tmp_path, cli, case):
-    source = save_stock(tmp_path / "moe", case, SHARED if case == "glm_moe_dsa" else BORROWED, dtype=torch.float32)
+    source = save_stock(tmp_path / "moe", case, SOURCES[case], dtype=torch.float32)
     done = cli("prune", source, tmp_path / "out", "--keep", 6, "--json")
     assert done.code == 0, done.out
     model = load(source)
     with dropped(model, open_model(source), done.json["prune"]["keep"]):
         masked = logits(model)
     assert relative_difference(masked, logits(load(tmp_path / "out"))) <= 1e-5
-    assert cli("quantize", source, tmp_path / "packed", "--json").code == 0
+    flags = ("--format", "bitsandbytes") if open_model(source).family.tensors.packed else ()
+    assert cli("quantize", source, tmp_path / "packed", *flags, "--json").code == 0
     (tmp_path / "text").write_text(text(200))
     refused = cli(
         "calibrate", add_tokenizer(source), tmp_path / "stats", "--data", tmp_path / "text", "--seq-len", 16, "--json"
     )
-    reads = "prev_topk_indices" if case == "glm_moe_dsa" else "tokens or keys"
+    reads = "tokens or keys" if case == "mistral_large4" else "prev_topk_indices"
     assert refused.code == 3 and f"layer 1 reads {reads}" in refused.json["error"]["message"], refused.out
 
 

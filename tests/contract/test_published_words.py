@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moeconv.families.model import open_model
 from tests.contract.stock import MOE_CASES, load, logits, save_stock
@@ -157,3 +159,39 @@ def test_wrong_layers_of_dots3_note_are_refused(tmp_path, cli, wrong):
     edit_json(source / "config.json", **wrong)
     refused = cli("inspect", source, "--json")
     assert refused.code == 3, refused.out
+
+
+# parts of names that save_pretrained writes -> those of the published checkpoints
+HY_V4_NAMES = {
+    r"hc_pre\.(hc_(attn|mlp)_layer)\.": r"\1.hc_pre.", r"hc_pre\.hc_head\.": "hc_head.",
+    r"mlp\.(shared_experts\.)?linear_gate": r"mlp.\1gate_proj",
+}  # fmt: skip
+# a published prediction layer has these instead of the mixers of the residual streams
+HY_V4_STEP = {
+    "enorm.weight": (64,),
+    "hnorm.weight": (64,),
+    "eh_proj.weight": (64, 128),
+    "final_layernorm.weight": (64,),
+}
+
+
+def test_hy_v4_with_tencents_names_and_a_prediction_layer_is_the_same_model(tmp_path, cli):
+    source = save_stock(tmp_path / "moe", *MOE_CASES["hy_v4"], dtype=torch.float32)
+    expected = logits(load(source))
+    tensors = {n: t for file in source.glob("*.safetensors") for n, t in load_file(file).items()}
+    for file in source.glob("model*"):
+        file.unlink()
+    for old, new in HY_V4_NAMES.items():
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    step, last = "model.mtp_layers.0.", "model.layers.2."
+    tensors |= {n.replace(last, step): t.clone() for n, t in tensors.items() if n.startswith(last) and ".hc_" not in n}
+    tensors |= {step + name: torch.ones(shape) for name, shape in HY_V4_STEP.items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(load(source)), expected)
+    assert len([name for name in tensors if name.startswith(step)]) == 27
+    done = cli("prune", source, tmp_path / "out", "--keep", 4, "--json")
+    assert done.code == 0, done.out
+    pruned = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert pruned.keys() == tensors.keys()
+    assert len(pruned[step + "mlp.experts.down_proj"]) == len(pruned[last + "mlp.experts.down_proj"]) == 4
+    assert logits(load(tmp_path / "out")).isfinite().all()

@@ -63,7 +63,7 @@ def test_an_alias_must_be_of_a_known_family_and_not_one_itself(aliases, what):
 
 @pytest.mark.parametrize(
     ("model_type", "why"),
-    [("deepseek_v4", "id of the token"), ("glm5_next", "residual streams in"), ("longcat_flash", "without weights")],
+    [("deepseek_v4", "id of the token"), ("glm5_next", "mix residual streams"), ("longcat_flash", "without weights")],
 )
 def test_experts_that_no_row_describes_are_refused_with_the_reason(model_type, why):
     with pytest.raises(Unsupported, match=why):

@@ -160,8 +160,9 @@ def _refitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequenc
     rows: list[Tensor] = []
     held_rows: list[Tensor] = []
     output_square = 0.0  # squared norm of the pruned FFN's output on held-out tokens
-    additive, family = True, stream.model.family
+    additive, family = False, stream.model.family
     alone = layer.expert_dimension != stream.model.hidden_size or family.experts.normed
+    one_stream = stream.model.residual_size == stream.model.hidden_size
 
     def made(batch: Batch) -> Tensor:
         return batch.expert_output if alone else batch.ffn_output
@@ -169,7 +170,7 @@ def _refitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequenc
     with masked(stream, layer, kept, top_k=variant.top_k):
         for batch in layer.batches(advance=False, hidden=variant.hidden):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
-            if not wanted:
+            if not wanted and one_stream:
                 added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
                 additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not alone
             of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)

@@ -169,6 +169,9 @@ def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, 
     assert seen["num_experts"] == 4
     assert seen["parameters"]["experts"] == 4 * (dense + biases)
     done = cli("quantize", tmp_path / "moe", tmp_path / "out", "--json")
+    if target == "granitemoe":  # vLLM loads it with separate names
+        assert done.code == 0 and any("stacks them and does not load" in text for text in done.json["warnings"])
+        return
     assert done.code == 3
     assert "one tensor" in done.json["error"]["message"]
     assert not (tmp_path / "out").exists()

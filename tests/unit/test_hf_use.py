@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from packed import experts_of, load, make, stacked, tokens
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -224,6 +223,6 @@ def test_self_contained_checkpoints_take_every_experts_implementation_and_decode
 
 def test_a_transformers_that_cannot_build_packed_experts_is_named(monkeypatch):
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, moeconv.hf.METHOD)
-    monkeypatch.setattr(transformers, "__version__", "5.20.2")
+    monkeypatch.setattr("moeconv.hf.quantizer.transformers.__version__", "5.20.2")
     with pytest.raises(ImportError, match=r"need transformers 5\.23 or newer, and this is 5\.20\.2"):
         moeconv.hf.register()

@@ -47,5 +47,6 @@ VENDOR = Vendor(
                 ("smolvlm", "SmolVLMForConditionalGeneration"),
             )
         ),
-    )
+    ),
+    aliases={"lfm2-vl": "lfm2_vl"},  # as transformers 4 saves it
 )

@@ -53,6 +53,8 @@ REFUSED_THERE = {
     "llama-head-dim -> qwen2_moe": "hidden_size must be divisible by num_heads",
     # what lies beside the language model keeps the names with which transformers 5 saved the source
     "llava": "vision_tower.embeddings", "llava_next": "vision_tower.embeddings",
+    "llava_next_video": "vision_tower.embeddings",
+    "video_llava": "Unrecognized configuration class",  # AutoModelForImageTextToText of version 4 does not list it
     "llava_onevision": "unexpected keyword argument 'logits_to_keep'",  # its class around Qwen2-MoE
 }  # fmt: skip
 KEPT = ("model_type", "architectures", "dtype", "tie_word_embeddings", "rope_parameters")

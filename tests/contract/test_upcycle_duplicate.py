@@ -28,7 +28,7 @@ _REFUSED = {
     "axk1": "groups", "axk2-groups": "groups", "deepseek_v3": "groups", "deepseek_v32": "groups",
     "dots3_note_text": "groups", "exaone_moe": "groups", "glm4_moe": "groups",
     "glm4_moe_lite": "groups", "llama4": "sigmoid", "phimoe": "unequal", "glm4v_moe": "groups",
-    "llama4-vision": "sigmoid", "beam": "groups",
+    "llama4-vision": "sigmoid", "beam": "groups", "bailing_hybrid": "groups",
 }  # fmt: skip
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from moeconv.errors import InputError
+from moeconv.families.per_layer import one_per_layer
 from moeconv.families.placement import Get
-from moeconv.units import counted
 
 _LETTERS = {"F": "full", "S": "shared"}
 
@@ -25,9 +24,4 @@ def indexer_types(get: Get, layers: int) -> list[str]:
 
 def checked_types(words: object, layers: int, key: str) -> list[str]:
     """`words`, the value of config key `key`. Raises InputError unless they are "full" or "shared" per layer."""
-    if not isinstance(words, list) or len(words) != layers or not all(word in _LETTERS.values() for word in words):
-        raise InputError(
-            f"config.json: {key} must be a list of {counted(layers, 'word')}, each full or shared",
-            hint="Correct config.json, or download it again.",
-        )
-    return words
+    return one_per_layer(words, layers, key, allowed=tuple(_LETTERS.values()))

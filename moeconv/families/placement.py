@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import InputError
+from moeconv.families.per_layer import one_per_layer
 from moeconv.types import Config
-from moeconv.units import counted
 
 Get = Callable[[str], Any]  # a config key's value, the class's default included
 
@@ -73,10 +73,7 @@ def _words(missing: Callable[[int], str]) -> Placement:
         words = get("mlp_layer_types")
         if words is None:
             words = [missing(i) for i in range(layers)]
-        if not isinstance(words, list) or len(words) != layers:
-            raise InputError(
-                f"config.json: mlp_layer_types must be a list of {counted(layers, 'word')}", hint="Correct it."
-            )
+        words = one_per_layer(words, layers, "mlp_layer_types")
         return tuple(i for i in range(layers) if words[i] == "sparse")
 
     def write(moe: Sequence[int], layers: int, _get: Get) -> Config | None:

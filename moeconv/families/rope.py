@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 from moeconv.errors import InputError, escape
+from moeconv.families.per_layer import one_per_layer
 from moeconv.families.placement import Get
 from moeconv.types import Config, JsonObject
 
@@ -77,9 +78,7 @@ def rotating(get: Get, layers: int) -> list[bool]:
     if listed is None:
         every = get("no_rope_layer_interval")
         return [not every or (i + 1) % every != 0 for i in range(layers)]
-    if not isinstance(listed, list) or len(listed) != layers:
-        raise InputError(f"config.json: no_rope_layers must be a list of {layers} numbers", hint="Correct it.")
-    return [bool(word) for word in listed]
+    return [bool(word) for word in one_per_layer(listed, layers, "no_rope_layers", noun="number")]
 
 
 def spread(params: Config, *, head: int, size: int, longest: int) -> JsonObject:

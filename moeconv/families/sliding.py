@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moeconv.errors import InputError, escape
+from moeconv.families.per_layer import one_per_layer
 from moeconv.types import Config, JsonObject
-from moeconv.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +158,8 @@ def check_keys(config: Config, layers: int) -> None:
         if (needed or value is not None) and (type(value) is not int or value < 0):
             raise InputError(f"config.json: {key} must be a whole number, found {escape(value)}", hint="Correct it.")
     types = config.get("layer_types")
-    if types is not None and (not isinstance(types, list) or len(types) != layers):
-        raise InputError(f"config.json: layer_types must be a list of {counted(layers, 'word')}", hint="Correct it.")
+    if types is not None:
+        one_per_layer(types, layers, "layer_types")
 
 
 def _every(config: Config) -> int:

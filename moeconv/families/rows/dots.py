@@ -33,6 +33,7 @@ from moeconv.families.expert_blocks import (
     ZERO_SHARED_FULL,
     moe_row,
 )
+from moeconv.families.per_layer import one_per_layer
 from moeconv.families.placement import Get, Placement
 from moeconv.families.records import (
     OBJECT,
@@ -101,12 +102,7 @@ def _kinds(get: Get, layers: int) -> list[str]:
         full = _FULL if indexed is False else _INDEXED
         slide = get("use_sliding_window") is not False
         words = [_SLIDING if slide and i > 1 and i % 4 != 1 else full for i in range(layers)]
-    if not isinstance(words, list) or len(words) != layers or not {*map(str, words)} <= {_FULL, _INDEXED, _SLIDING}:
-        raise InputError(
-            f"config.json: layer_types must be a list of {counted(layers, 'word')}, each {_INDEXED}, {_FULL} or "
-            f"{_SLIDING}",
-            hint="Correct config.json, or download it again.",
-        )
+    words = one_per_layer(words, layers, "layer_types", allowed=(_INDEXED, _FULL, _SLIDING))
     if indexed is None:
         return words
     old, new = (_FULL, _INDEXED) if indexed else (_INDEXED, _FULL)

@@ -17,13 +17,13 @@ from moeconv.families.expert_blocks import (
     STACKED_NAMES,
     moe_row,
 )
+from moeconv.families.per_layer import one_per_layer
 from moeconv.families.placement import Get, Placement
 from moeconv.families.records import LIST, OBJECT, Attention, ConfigKeys, Elsewhere, Experts, Layers, Routing, Tensors
 from moeconv.families.shapes import WHOLE_ROW_NORMS, Size, config_key
 from moeconv.families.sliding import WINDOW_KEY
 from moeconv.families.vendor import Vendor, Wrapper
 from moeconv.types import JsonObject
-from moeconv.units import counted
 
 _FACTORS = ("alpha", "beta")  # of the residual stream, and of what is added to it
 
@@ -131,9 +131,7 @@ _INDEX_KEYS = {
 
 
 def _flags(value: object, key: str, layers: int) -> list[bool]:
-    if not isinstance(value, list) or len(value) != layers:
-        raise InputError(f"config.json: {key} must be a list of {counted(layers, 'number')}", hint="Correct it.")
-    return [bool(flag) for flag in value]
+    return [bool(flag) for flag in one_per_layer(value, layers, key, noun="number")]
 
 
 def _m3_kinds(get: Get, layers: int) -> list[str]:
@@ -141,9 +139,7 @@ def _m3_kinds(get: Get, layers: int) -> list[str]:
     words, flags = get("layer_types"), (get("sparse_attention_config") or {}).get("sparse_attention_freq")
     if words is None and flags is not None:
         words = [_SPARSE if flag else "full_attention" for flag in _flags(flags, "sparse_attention_freq", layers)]
-    if words is not None and (not isinstance(words, list) or len(words) != layers):
-        raise InputError(f"config.json: layer_types must be a list of {counted(layers, 'word')}", hint="Correct it.")
-    return ["full_attention"] * layers if words is None else words
+    return ["full_attention"] * layers if words is None else one_per_layer(words, layers, "layer_types")
 
 
 def _m3_moe(get: Get, layers: int) -> tuple[int, ...]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moeconv.errors import InputError
 from moeconv.families import placement
 from moeconv.families.blocks import INDEXER_CONFIG, LAYER, MLA_CONFIG
 from moeconv.families.expert_blocks import GROUPED, SIGMOID, W_NAMES, moe_row
 from moeconv.families.indexers import indexer_types
+from moeconv.families.per_layer import one_per_layer
 from moeconv.families.placement import Get
 from moeconv.families.records import LIST, NUMBER, Attention, ConfigKeys, Experts, Layers, Tensors
 from moeconv.families.rope import rotating
 from moeconv.families.shapes import LATENT, Place
 from moeconv.families.vendor import Vendor, Wrapper
-from moeconv.units import counted
 
 # which layers compute keys and values of their own, and which choose the tokens that they read
 _ALONE, _LISTENS, _BORROWS, _BOTH = (
@@ -30,10 +29,7 @@ def _kinds(get: Get, layers: int) -> list[str]:
     sources = get("kv_source_layers")
     if sources is None:
         sources = list(range(layers))
-    if not isinstance(sources, list) or len(sources) != layers:
-        raise InputError(
-            f"config.json: kv_source_layers must be a list of {counted(layers, 'number')}", hint="Correct config.json."
-        )
+    sources = one_per_layer(sources, layers, "kv_source_layers", noun="number")
     own = {(True, "full"): _ALONE, (True, "shared"): _LISTENS, (False, "full"): _BORROWS, (False, "shared"): _BOTH}
     return [own[source == i, word] for i, (source, word) in enumerate(zip(sources, indexer_types(get, layers)))]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.prune.need import REFIT_BYTES, fitted_bytes
-from moeconv.prune.repair.pairs import Pairs, applied, chunked, outer
+from moeconv.prune.repair.routed_pairs import Pairs, applied, chunked, outer
 from moeconv.stream.experts import weighted_inputs
 
 _STEPS = 2  # of conjugate gradients per sweep, in a block of several experts

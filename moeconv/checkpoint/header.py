@@ -231,14 +231,15 @@ def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int,
     a name that appears twice.
     """
     names: list[str] = []
-    length, values, end, digits = *_EMPTY, 0, 1
+    length, values, end, digits, longer = *_EMPTY, 0, 1, 10
     for name, dtype, shape in tensors:
         names.append(name)
         entry = _entry_cost(dtype, shape)
         end += entry[2]
         length += entry[0] + digits
-        digits = len(str(end))  # an end is written twice: it is the next tensor's start
-        length += digits
+        while end >= longer:
+            digits, longer = digits + 1, longer * 10
+        length += digits  # an end is written twice: it is the next tensor's start
         values += entry[1]
     if len(set(names)) != len(names):
         raise ValueError(f"tensor {next(n for n in names if names.count(n) > 1)!r} appears twice")

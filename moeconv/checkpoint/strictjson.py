@@ -148,6 +148,9 @@ def parse_items(
             if usual is not None and (match := usual.match(text, at)):
                 yield match[1], match
                 at = match.end()
+                if text[at : at + 2] == ',"':  # the usual separator
+                    at += 1
+                    continue
             else:
                 _expect(text, at, '"', "property name enclosed in double quotes")
                 key, at = scanstring(text, at + 1, True)

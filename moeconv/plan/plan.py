@@ -223,18 +223,12 @@ def _item_json(item: Item, known: dict[int, str]) -> str:
     params = known.get(id(item.params))
     if params is None:
         params = known[id(item.params)] = canonical_json(dict(item.params)).decode()
-    inputs = ",".join(
-        [f"[{_text(n.origin)},{_text(n.tensor)},{n.start},{n.nbytes},{_sizes(n.shape)}]" for n in item.inputs]
-    )
-    outputs = ",".join(
-        [
-            f'[{_text(o.name)},"{o.dtype}",{_sizes(o.shape)},{o.at},{o.of}]'
-            if o.of
-            else f'[{_text(o.name)},"{o.dtype}",{_sizes(o.shape)}]'
-            for o in item.outputs
-        ]
-    )
-    return f"[{_text(item.kernel)},[{inputs}],{params},[{outputs}]]"
+    inputs = [f"[{_text(n.origin)},{_text(n.tensor)},{n.start},{n.nbytes},{_sizes(n.shape)}]" for n in item.inputs]
+    outputs = [
+        f'[{_text(name)},"{dtype}",{_sizes(shape)}{f",{at},{of}" if of else ""}]'
+        for name, dtype, shape, _, _, at, of in item.outputs
+    ]
+    return f"[{_text(item.kernel)},[{','.join(inputs)}],{params},[{','.join(outputs)}]]"
 
 
 _text = encode_basestring_ascii
@@ -257,29 +251,33 @@ def pack_shards(
     """
     if shard_size < 1:
         raise UsageError("--shard-size must be at least 1 byte", hint="Try --shard-size 5GB.")
-    groups: dict[Hashable, list[Item]] = {}
-    for item in items:
-        groups.setdefault(group_of(item) if group_of else None, []).append(item)
-    bins = [packed for group in groups.values() for packed in _fill(group, shard_size)] or [[]]
+    groups: dict[Hashable, list[list[Item]]] = {}
+    for unit in _units(items):
+        groups.setdefault(group_of(unit[0]) if group_of else None, []).append(unit)
+    by_size = [_in_order(units, _size, (shard_size,)) for units in groups.values()]
+    shards = _named(by_size)
+    if any(cost > most for shard in shards for cost, most in zip(shard.cost, _HEADER)):  # it takes very many tensors
+        most = (shard_size, *_HEADER)
+        shards = _named(
+            _in_order(units, lambda unit: (*_size(unit), *_header_cost(unit)), most) for units in groups.values()
+        )
+    return shards
+
+
+_HEADER = (PLAN_HEADER, PLAN_VALUES)
+
+
+def _named(groups: Iterable[list[list[Item]]]) -> tuple[Shard, ...]:
+    """The files of the groups, by the names that every loader knows."""
+    bins = [packed for group in groups for packed in group] or [[]]
     if len(bins) == 1:
         return (Shard("model.safetensors", tuple(bins[0])),)
     total = len(bins)
     return tuple(Shard(f"model-{i:05d}-of-{total:05d}.safetensors", tuple(b)) for i, b in enumerate(bins, start=1))
 
 
-def _fill(items: Sequence[Item], shard_size: int) -> list[list[Item]]:
-    """Fills files in order by size; by the limits of their headers too where a header would be beyond them, which
-    takes very many tensors."""
-    units = _units(items)
-    bins = _in_order(units, lambda unit: (sum([item.nbytes for item in unit]),), (shard_size,))
-    if any(cost > most for one in bins for cost, most in zip(_header_cost(one), _HEADER, strict=True)):
-        bins = _in_order(
-            units, lambda unit: (sum([item.nbytes for item in unit]), *_header_cost(unit)), (shard_size, *_HEADER)
-        )
-    return bins
-
-
-_HEADER = (PLAN_HEADER, PLAN_VALUES)
+def _size(items: Iterable[Item]) -> tuple[int]:
+    return (sum([item.nbytes for item in items]),)
 
 
 def _header_cost(items: Iterable[Item]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.head import with_head
 from moeconv.families.model import Model
+from moeconv.families.spec import Role
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
@@ -21,6 +22,8 @@ from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
+
+_tuple = tuple.__new__  # makes a named tuple without the call in Python that its class makes
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class _Pattern:
     def of(self, ref: TensorRef) -> Item:
         """The item that packs the equal weight `ref`."""
         stem, item = ref.name.removesuffix(".weight"), self.item
-        outputs = tuple([TensorSpec(stem + suffix, *rest) for suffix, rest in self.outputs])
+        outputs = tuple([_tuple(TensorSpec, (stem + suffix, *rest)) for suffix, rest in self.outputs])
         return Item(outputs, item.kernel, (Input(ref.name, *item.inputs[0][1:]),), item.params, item.changed)
 
 
@@ -63,8 +66,10 @@ class Packing:
 
     def at(self, ref: TensorRef) -> Scheme:
         """The scheme of one weight."""
-        layer = self.model.roles[ref.name].layer
-        return self.scheme if layer is None else self.by_layer.get(layer, self.scheme)
+        return self._of(self.model.roles[ref.name])
+
+    def _of(self, role: Role) -> Scheme:
+        return self.scheme if role.layer is None else self.by_layer.get(role.layer, self.scheme)
 
     def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
         """The items that pack one weight; one item per expert for a tensor of all experts of a layer."""
@@ -83,8 +88,9 @@ class Packing:
         patterns: dict[tuple[object, ...], _Pattern] = {}
 
         def make(ref: TensorRef) -> list[Item]:
-            scheme = self.at(ref)
-            like = (ref.dtype, ref.shape, self.model.roles[ref.name].key, scheme)
+            role = self.model.roles[ref.name]
+            scheme = self._of(role)
+            like = (ref.dtype, ref.shape, role.key, scheme)
             if pattern := patterns.get(like):
                 return [pattern.of(ref)]
             made = self.make(ref, scheme)

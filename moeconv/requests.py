@@ -142,6 +142,14 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
+class RecipesRequest:
+    """`moeconv recipes`; `name` is None to list them, `dest` is None for the working directory."""
+
+    name: str | None
+    dest: str | None
+
+
+@dataclass(frozen=True)
 class FamiliesRequest:
     """`moeconv families`."""
 

@@ -140,6 +140,12 @@ def _run_recipe(request: r.RunRequest, meter: Meter) -> Result:
     return run_recipe(request.recipe, settings=request.run.set, dry_run=request.run.dry_run, meter=meter)
 
 
+def _recipes(request: r.RecipesRequest, _meter: Meter) -> Result:
+    from moeconv.recipe.shipped import recipes
+
+    return recipes(request.name, request.dest)
+
+
 def _demo(request: r.DemoRequest, meter: Meter) -> Result:
     from moeconv.demo import DEMO_DATA, run_demo
 
@@ -187,6 +193,10 @@ VERBS: tuple[Verb, ...] = (
          (MODEL, Positional("out", "HTML file to write.", writes=True)), r.ReportRequest, _report, tables.reported),
     Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file.", reads="file"),), r.RunRequest,
          _run_recipe, tables.steps_table),
+    Verb("recipes", "The recipes that ship with moeconv: list them, or copy one.",
+         (Positional("name", "Name of a recipe to copy (default: list all).", required=False),
+          Positional("dest", "Where to copy it (default: the working directory).", required=False)),
+         r.RecipesRequest, _recipes, listings.recipe_table),
     Verb("families", "The supported families, what can be done with each, and the conversions.", (), r.FamiliesRequest,
          _families, listings.family_table),
     Verb("formats", "The quantization formats and the runtimes that load them.", (), r.FormatsRequest, _formats,

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "verify": ("moe", "moe --source model --load"),
     "report": ("moe report.html", "moe page.html --stats moe.stats --reference model"),
     "run": ("recipe.yaml --dry-run", "recipe.yaml --set experts=4"),
+    "recipes": ("", "dense-to-int4 mine.yaml"),
     "families": ("", "--json"),
     "formats": ("", "--json"),
     "schema": ("", "prune"),

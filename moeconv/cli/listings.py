@@ -1,15 +1,15 @@
-"""The tables of `moeconv families` and `moeconv formats`."""
+"""The tables of `moeconv families`, `moeconv formats` and `moeconv recipes`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from moeconv.cli.tables import grid
+from moeconv.cli.tables import grid, pairs
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moeconv.contract import Families, FamilySource, Formats
+    from moeconv.contract import CopiedRecipe, Families, FamilySource, Formats, ShippedRecipes
 
 
 def family_table(result: Families) -> list[Table]:
@@ -55,3 +55,10 @@ def _how_known(result: Formats, format: str, runtime: str) -> list[str]:
     run = {f["scheme"]: version for f in of if (version := f["measured"][runtime])}
     schemes = f" ({', '.join(run)})" if len(run) < len(of) else ""
     return [format, runtime, next(iter(run.values())) + schemes if run else "", of[0]["notes"].get(runtime, "")]
+
+
+def recipe_table(result: ShippedRecipes | CopiedRecipe) -> list[Table]:
+    """The recipes that ship with moeconv, or what was copied."""
+    if "recipes" not in result:
+        return [pairs({"output": cast("CopiedRecipe", result)["output"]})]
+    return [grid(["recipe", "files", ""], [[r["name"], ", ".join(r["files"]), r["about"]] for r in result["recipes"]])]

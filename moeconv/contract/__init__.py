@@ -23,7 +23,7 @@ from moeconv.contract.quantized import (
     QuantizeBlock,
     Quantized,
 )
-from moeconv.contract.ran import Located, Ran, Reported, StepRow
+from moeconv.contract.ran import CopiedRecipe, Located, Ran, Reported, ShippedRecipe, ShippedRecipes, StepRow
 from moeconv.contract.schema import RESULTS, json_schema, schemas
 from moeconv.contract.shared import Counts, Device, Foreseen, Memory, Written
 from moeconv.contract.tuned import LoadBefore, TuneBlock, Tuned, TunedLayer, TunedTokens, TunePlanned, TunePlannedBlock
@@ -46,6 +46,7 @@ __all__ = [
     "Checked",
     "CodesFigures",
     "CodesLayer",
+    "CopiedRecipe",
     "Cost",
     "Counterpart",
     "Counts",
@@ -90,6 +91,8 @@ __all__ = [
     "RouterFigures",
     "RouterLayer",
     "Schemas",
+    "ShippedRecipe",
+    "ShippedRecipes",
     "SourceLoss",
     "SourceTokens",
     "SplitLayer",

@@ -1,8 +1,10 @@
-"""The JSON of `moeconv run`, `demo` and `report`."""
+"""The JSON of `moeconv run`, `recipes`, `demo` and `report`."""
 
 from __future__ import annotations
 
-from typing_extensions import NotRequired, TypedDict
+from typing import NotRequired
+
+from typing_extensions import TypedDict
 
 
 class StepRow(TypedDict):
@@ -38,6 +40,28 @@ class Ran(TypedDict):
     report: NotRequired[str]
     disk_bytes: NotRequired[int]  # in a dry run
     disk_free_bytes: NotRequired[int]
+
+
+class ShippedRecipe(TypedDict):
+    """A recipe, script or directory of CI files that ships with moeconv."""
+
+    name: str
+    files: list[str]
+    about: str
+
+
+class ShippedRecipes(TypedDict):
+    """What `moeconv recipes` prints."""
+
+    recipes: list[ShippedRecipe]
+
+
+class CopiedRecipe(TypedDict):
+    """What `moeconv recipes NAME` prints."""
+
+    command: str
+    output: str
+    copied: list[str]
 
 
 class Located(TypedDict):

@@ -11,7 +11,7 @@ from moeconv.contract.inspected import Inspected
 from moeconv.contract.listed import Families, Formats, Schemas
 from moeconv.contract.pruned import Curve, Pruned
 from moeconv.contract.quantized import Quantized
-from moeconv.contract.ran import Located, Ran, Reported
+from moeconv.contract.ran import CopiedRecipe, Located, Ran, Reported, ShippedRecipes
 from moeconv.contract.shared import Foreseen
 from moeconv.contract.tuned import Tuned, TunePlanned
 from moeconv.contract.upcycled import Upcycled
@@ -30,6 +30,7 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "verify": (Verified,),
     "report": (Reported,),
     "run": (Ran,),
+    "recipes": (ShippedRecipes, CopiedRecipe),
     "demo": (Ran, Located),
     "families": (Families,),
     "formats": (Formats,),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired, final
 
-from typing_extensions import NotRequired, TypedDict, final
+from typing_extensions import TypedDict
 
 Device = Literal["memory", "disk", "file"]
 

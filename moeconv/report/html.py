@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NotRequired
 
 from markupsafe import Markup
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from moeconv import __version__
 from moeconv.checkpoint.target import starts_with

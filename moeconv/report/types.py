@@ -6,8 +6,9 @@ A number is None if the result that should state it has no finite number there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from moeconv.contract import Inspected
 

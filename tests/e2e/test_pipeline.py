@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "moeconv" / "demo_data"
+PIPELINE = ROOT / "moeconv" / "recipes" / "pipeline.sh"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,11 @@ def environment():
 def test_the_shell_pipeline_runs_every_step_with_json_on_stdout(tmp_path, environment):
     small = environment | {"STEPS": "5", "MAX_LOSS_INCREASE": "6"}
     done = subprocess.run(
-        ["bash", ROOT / "recipes" / "pipeline.sh", tmp_path], env=small, capture_output=True, text=True, check=False
+        ["bash", PIPELINE, tmp_path],
+        env=small,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
@@ -39,7 +44,11 @@ def test_the_shell_pipeline_runs_every_step_with_json_on_stdout(tmp_path, enviro
 def test_a_gate_that_fails_ends_the_shell_pipeline_with_5(tmp_path, environment):
     strict = environment | {"STEPS": "1", "MAX_LOSS_INCREASE": "0.000001"}
     done = subprocess.run(
-        ["bash", ROOT / "recipes" / "pipeline.sh", tmp_path], env=strict, capture_output=True, text=True, check=False
+        ["bash", PIPELINE, tmp_path],
+        env=strict,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 5, done.stderr[-2000:]
     result = json.loads((tmp_path / "7-evaluate.json").read_text())

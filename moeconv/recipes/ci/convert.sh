@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pipeline of a CI job: convert, verify, apply a gate to the loss, write a report. The JSON of every step is kept beside the models.
-#   MODEL=... CALIBRATION=... HELDOUT=... WORK=build MAX_LOSS_INCREASE=0.5 recipes/ci/convert.sh
+#   MODEL=... CALIBRATION=... HELDOUT=... WORK=build MAX_LOSS_INCREASE=0.5 bash ci/convert.sh
 set -euo pipefail
 : "${MODEL:?the dense checkpoint}" "${CALIBRATION:?text to tune and calibrate on}" "${HELDOUT:?text to measure on}"
 work=${WORK:-build}

@@ -1,6 +1,8 @@
 """Train the demo checkpoint: a dense 1.5 M parameter Llama that has read Python's standard library.
 
-python recipes/demo/train.py OUT_DIR [--steps N | --minutes M] [--seed 0]     a killed run goes on where it stopped
+python benchmarks/demo_model/train.py OUT_DIR [--steps N | --minutes M] [--seed 0]
+
+A killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ def write_texts(out: Path, calibration: str, held_out: str) -> None:
         f"heldout.txt holds {', '.join(HELD_OUT)}, the last one cut short;\n"
         "calibration.txt holds a run of lines each of other modules. The lines themselves are unchanged.\n"
         "The model and its tokenizer were trained on that standard library, without the modules of heldout.txt,\n"
-        "by recipes/demo/train.py.\n",
+        "by benchmarks/demo_model/train.py.\n",
         encoding="utf-8",
     )
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # prune-repair.yaml as shell commands for CI: prune a Mixture-of-Experts, repair its router, and fail if the loss rises too much.
-#   recipes/prune-repair.sh MOE OUT CALIBRATION HELDOUT
+#   bash prune-repair.sh MOE OUT CALIBRATION HELDOUT
 set -euo pipefail
 moe=${1:?usage: prune-repair.sh MOE OUT CALIBRATION HELDOUT} out=${2:?OUT} calibration=${3:?CALIBRATION} heldout=${4:?HELDOUT}
 work=$(mktemp -d "$(dirname "$out")/prune-repair.XXXXXX")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The pipeline of dense-to-int4.yaml as shell commands for CI: every step prints one JSON object, and every gate can fail the job.
-#   recipes/pipeline.sh WORK [MODEL CALIBRATION HELDOUT]
+#   bash pipeline.sh WORK [MODEL CALIBRATION HELDOUT]
 set -euo pipefail
 work=${1:?usage: pipeline.sh WORK [MODEL CALIBRATION HELDOUT]}
 demo=$(python -c 'import moeconv, os; print(os.path.join(os.path.dirname(moeconv.__file__), "demo_data"))')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from moeconv.cli.tables import grid, pairs
 
@@ -59,6 +59,7 @@ def _how_known(result: Formats, format: str, runtime: str) -> list[str]:
 
 def recipe_table(result: ShippedRecipes | CopiedRecipe) -> list[Table]:
     """The recipes that ship with moeconv, or what was copied."""
-    if "recipes" not in result:
-        return [pairs({"output": cast("CopiedRecipe", result)["output"]})]
-    return [grid(["recipe", "files", ""], [[r["name"], ", ".join(r["files"]), r["about"]] for r in result["recipes"]])]
+    if "output" in result:
+        return [pairs({"output": result["output"]})]
+    rows = [[r["name"], ", ".join(r["files"]), r["about"]] for r in result["recipes"]]
+    return [grid(["recipe", "files", ""], rows)]

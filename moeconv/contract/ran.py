@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import NotRequired, final
 
 from typing_extensions import TypedDict
 
@@ -50,12 +50,14 @@ class ShippedRecipe(TypedDict):
     about: str
 
 
+@final
 class ShippedRecipes(TypedDict):
     """What `moeconv recipes` prints."""
 
     recipes: list[ShippedRecipe]
 
 
+@final
 class CopiedRecipe(TypedDict):
     """What `moeconv recipes NAME` prints."""
 

@@ -6,7 +6,7 @@ import numpy as np
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 # the mask of the exponent bits, which are all set in infinities and NaN
-_EXPONENT = {
+_EXPONENT: dict[str, tuple[type[np.unsignedinteger], int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),

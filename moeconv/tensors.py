@@ -14,10 +14,11 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.families.model import Model
 from moeconv.families.packed import weight_of
 from moeconv.families.spec import BESIDE, UNCHANGED, Role
+from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.chain import between
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.stored import to_tensor
-from moeconv.plan.plan import Item
+from moeconv.plan.plan import Input, Item
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -69,8 +70,13 @@ def decode_read(model: Model, name: str, parts: Mapping[str, Tensor], dtype: tor
 def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
     """The matrix that a packing item of a plan packs, as its kernel is given it: of the plan's source, decoded or cast
     where the plan does that first."""
-    read = [(ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs]
-    ((ref, data),) = [between(read, item.params)] if item.kernel == "chain" else read
+    read: list[tuple[Input, Buffer]] = [
+        (ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs
+    ]
+    kernel, params = item.kernel, item.params
+    while kernel == "chain":
+        read, kernel, params = [between(read, params)], params["then"]["kernel"], params["then"]["params"]
+    ((ref, data),) = read
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 

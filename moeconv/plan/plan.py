@@ -79,11 +79,12 @@ class Item:
 
     @property
     def held(self) -> int:
-        """The bytes of the tensor between the two kernels of a chain; 0 for other items."""
-        if "between" not in self.params:
-            return 0
-        _, dtype, shape, *_ = self.params["between"]
-        return repeated_nbytes(dtype, tuple(shape))
+        """The bytes of the tensors between the kernels of a chain; 0 for other items."""
+        total, params = 0, self.params
+        while "between" in params:
+            _, dtype, shape, *_ = params["between"]
+            total, params = total + repeated_nbytes(dtype, tuple(shape)), params["then"]["params"]
+        return total
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from moeconv.checkpoint.gguf import GgufHead, Stack
-from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.checkpoint.header import BLOCK_DTYPES, FLOAT_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import Role
-from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_metadata import metadata
-from moeconv.quantize.llama_cpp import FLOAT32, LLAMA_CPP, LlamaCpp, find_row, tensor_name
+from moeconv.quantize.llama_cpp import LLAMA_CPP, Constant, GgufTensor, find_row, is_float32, written
 from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
 
 FILE_NAME = "model.gguf"
@@ -30,29 +27,28 @@ def gguf_shard(
     Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
     row, block = find_row(model), GGUF.scheme(scheme.name).codes
     packed = {ref.name for ref in weights}
-    stacks: dict[str, list[TensorSpec]] = {}
-    items: list[Item] = []
+    if block in FLOAT_DTYPES:
+        dtype = dtype or block  # of all matrices, also those that the scope leaves out
+    stacks: dict[str, list[Item]] = {}
     widened: list[str] = []
     kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
     order = {name: i for i, name in enumerate(kept)}
-    # the experts of a projection are adjacent, since they are one tensor
-    names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
-    for name in names:
+    # in the order of the experts, which are one tensor
+    for name in sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0)):
         ref, role = model.checkpoint.tensors[name], model.roles[name]
-        target = tensor_name(row, role)
-        kind = _dtype(ref, role, block if name in packed else None, dtype)
-        if name in packed and kind != block and target not in stacks:
-            widened.append(f"{target} ({ref.shape[1]} columns)")
-        part = target if role.expert is None else f"{target}#{role.expert}"
-        spec = TensorSpec(part, kind, ref.shape, role.key, math.prod(ref.shape))
-        stacks.setdefault(target, []).append(spec)
-        items.append(_item(model, row, ref, role, spec, packed=name in packed))
+        for tensor in written(model, row, ref, role):
+            kind = _dtype(tensor, block if name in packed else None, dtype)
+            if name in packed and kind != block and tensor.target not in stacks:
+                widened.append(f"{tensor.target} ({tensor.part.shape[-1]} columns)")
+            changed = role.group if name in packed else ""
+            stacks.setdefault(tensor.target, []).append(tensor.item(kind, changed))
+    stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
     data, count, warnings = metadata(model, row, scheme=scheme.name)
-    head = GgufHead(data, count, tuple(_stack(name, specs) for name, specs in stacks.items()))
+    head = GgufHead(data, count, tuple(_stack(name, items) for name, items in stacks.items()))
     if widened:
         more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
         warnings.append(f"stored as {_FALLBACK}, because 256 does not divide their width: {widened[0]}{more}")
-    return Shard(FILE_NAME, tuple(items), head), warnings
+    return Shard(FILE_NAME, tuple(item for items in stacks.values() for item in items), head), warnings
 
 
 def _place(model: Model, name: str, order: dict[str, int]) -> int:
@@ -62,32 +58,30 @@ def _place(model: Model, name: str, order: dict[str, int]) -> int:
     return order[first]
 
 
-def _dtype(ref: TensorRef, role: Role, block: str | None, dtype: str | None) -> str:
-    if block is not None:
-        if ref.shape[-1] % BLOCK_DTYPES[block][0] == 0:
-            return block
-        if ref.shape[-1] % BLOCK_DTYPES[_FALLBACK][0] == 0:
-            return _FALLBACK
-        raise InputError(
-            f"tensor {escape(ref.name)!r} has {ref.shape[-1]} columns, which the blocks of 32 of GGUF do not divide",
-            hint="Use --format bitsandbytes.",
-        )
-    wide = len(ref.shape) == 1 or role.key.startswith(FLOAT32)
-    return "F32" if wide else dtype or ref.dtype
+def _dtype(tensor: GgufTensor, block: str | None, dtype: str | None) -> str:
+    """The dtype of a tensor: `block` where it is packed and its width allows that, else `dtype` or the source's."""
+    if is_float32(tensor.target, tensor.part.shape):
+        return "F32"
+    if block is None or block in FLOAT_DTYPES:
+        return block or dtype or tensor.source.dtype
+    columns = tensor.part.shape[-1]
+    if columns % BLOCK_DTYPES[block][0] == 0:
+        return block
+    if columns % BLOCK_DTYPES[_FALLBACK][0] == 0:
+        return _FALLBACK
+    raise InputError(
+        f"tensor {escape(tensor.source.tensor)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
+        hint="Use --format bitsandbytes.",
+    )
 
 
-def _item(model: Model, row: LlamaCpp, ref: TensorRef, role: Role, spec: TensorSpec, *, packed: bool) -> Item:
-    heads = 0
-    if row.interleaved and role.key.removesuffix("_bias") in ("attention.q", "attention.k"):
-        count = model.value("num_attention_heads")
-        heads = count if role.key.startswith("attention.q") else model.value("num_key_value_heads") or count
-    changed = role.group if packed else ""
-    if spec.dtype == ref.dtype and not heads:
-        return Item((spec,), "copy", (whole(ref),), {}, changed)
-    return Item((spec,), "gguf", (whole(ref),), {"heads": heads}, changed)
+def _constant(constant: Constant) -> Item:
+    spec = TensorSpec(constant.name, "F32", (len(constant.values),), "constant", 0)
+    return Item((spec,), "constant", (), {"values": list(constant.values)})
 
 
-def _stack(name: str, specs: list[TensorSpec]) -> Stack:
+def _stack(name: str, items: list[Item]) -> Stack:
+    specs = [item.outputs[0] for item in items]
     shape = specs[0].shape if "#" not in specs[0].name else (len(specs), *specs[0].shape)
     if any((s.dtype, s.shape) != (specs[0].dtype, specs[0].shape) for s in specs):
         raise InputError(
@@ -107,6 +101,9 @@ GGUF = Format(
         SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4, aliases=("q4_k_m", "q4_k_s"), measured=_RUN),
         SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05, aliases=("q8",), measured=_RUN),
         SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, aliases=("q4",), measured=_RUN),
+        SchemeInfo("f32", 32, "F32", _LOADS, limit=1e-6, measured=_RUN),
+        SchemeInfo("f16", 16, "F16", _LOADS, limit=1e-2, measured=_RUN),
+        SchemeInfo("bf16", 16, "BF16", _LOADS, limit=1e-2, measured=_RUN),
     ),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",
@@ -115,5 +112,6 @@ GGUF = Format(
     },
     kernels=(Kernel("gguf"),),
     shard=gguf_shard,
+    dense=True,
     takes=lambda family: family.model_type in LLAMA_CPP,
 )

@@ -6,21 +6,22 @@ import logging
 import math
 import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from moeconv.checkpoint.card import source_metadata
 from moeconv.checkpoint.strictjson import read_json_object
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError
 from moeconv.families.model import Model
-from moeconv.families.rope import read_rope
-from moeconv.families.shapes import head_dim
 from moeconv.quantize.gguf_tokenizer import add_tokenizer
 from moeconv.quantize.llama_cpp import LlamaCpp
+from moeconv.quantize.llama_cpp.numbers import hyperparameters
+from moeconv.quantize.llama_cpp.record import Value
 from moeconv.types import JsonObject
 
-_FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k": 14}  # llama.cpp's llama_ftype
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "bf16": 32}  # llama.cpp's llama_ftype
 _SETTINGS = "generation_config.json"
 # key of generation_config.json -> llama.cpp's name for the setting, and its type
 _SAMPLING: dict[str, tuple[str, type]] = {
@@ -30,9 +31,6 @@ _SAMPLING: dict[str, tuple[str, type]] = {
     "temperature": ("temp", float),
     "repetition_penalty": ("penalty_repeat", float),
 }
-
-
-Value = bool | int | float | str
 
 
 class KeyWriter(Protocol):
@@ -46,6 +44,8 @@ class KeyWriter(Protocol):
 
     def add_string(self, key: str, val: str) -> None: ...
 
+    def add_array(self, key: str, val: Sequence[Any]) -> None: ...
+
 
 def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, list[str]]:
     """(encoded key-value pairs, their number, warnings). Raises InputError for a tokenizer that llama.cpp is not known
@@ -56,7 +56,7 @@ def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, l
         writer = gguf.GGUFWriter(path, row.arch)
         for key, value in _general(gguf, model).items():
             _add(writer, f"general.{key}", value)
-        for key, value in _numbers(model, row).items():
+        for key, value in hyperparameters(model, row).items():
             _add(writer, f"{row.arch}.{key}", value)
         writer.add_file_type(_FILE_TYPES[scheme])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -99,43 +99,6 @@ def _general(gguf: ModuleType, model: Model) -> dict[str, Value]:
     return found
 
 
-def _numbers(model: Model, row: LlamaCpp) -> dict[str, Value]:
-    """The hyperparameters by llama.cpp's keys, without the architecture in front."""
-    value, family = model.value, model.family
-    heads = value("num_attention_heads")
-    width = head_dim(value)
-    rope = read_rope({**family.config.defaults, **model.config}, theta=10000.0, partial=family.attention.partial)
-    if rope["rope_type"] not in ("default", "linear"):
-        raise InputError(
-            f"GGUF is not written for rotary embeddings of type {escape(rope['rope_type'])}",
-            hint="Choose another --format.",
-        )
-    partial = rope.get("partial_rotary_factor") or 1.0
-    numbers: dict[str, Value] = {
-        "block_count": model.num_layers,
-        "context_length": value("max_position_embeddings"),
-        "embedding_length": model.hidden_size,
-        "feed_forward_length": value("intermediate_size"),
-        "attention.head_count": heads,
-        "attention.head_count_kv": value("num_key_value_heads") or heads,
-        "attention.key_length": width,
-        "attention.value_length": width,
-        "attention.layer_norm_rms_epsilon": float(value("rms_norm_eps")),
-        "rope.freq_base": float(rope["rope_theta"]),
-        "rope.dimension_count": int(width * partial),
-        "vocab_size": value("vocab_size"),
-        "expert_count": model.num_experts,
-        "expert_used_count": model.top_k,
-    }
-    if rope["rope_type"] == "linear":
-        numbers |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    for key, source in row.numbers.items():
-        found = value(source)
-        if found is not None:
-            numbers[key] = float(found) if key == "expert_weights_scale" else found
-    return numbers | dict(row.fixed)
-
-
 def _add(writer: KeyWriter, key: str, value: Value) -> None:
     """Write a value under the GGUF type of its Python type."""
     match value:
@@ -147,5 +110,7 @@ def _add(writer: KeyWriter, key: str, value: Value) -> None:
             writer.add_float32(key, value)
         case str():
             writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
         case _:
             raise TypeError(f"{key}: {type(value).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 from moeconv.checkpoint.overlay import Overlay, provenance
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -24,7 +25,7 @@ from moeconv.quantize.methods import check_method
 from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
-from moeconv.quantize.scope import in_scope
+from moeconv.quantize.scope import in_scope, scope_of
 from moeconv.quantize.spec import MIXED, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 from moeconv.types import JsonObject
@@ -66,14 +67,14 @@ def quantize_plan(
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
     ) + check_served(model.family.model_type, options.target)
-    if model.family.only_served:
+    if model.family.only_served and format.shard is None:
         warnings = [*warnings, _only_served(model)]
-    _check_source(model)
-    _check_layout(model, format, options.method)
+    _check_source(model, format)
+    if format.shard is None:  # a file of its own stores experts in its own way
+        _check_layout(model, format, options.method)
     left_out = _left_out(model, format)
+    options = replace(options, scope=scope_of(model, options.scope))
     weights = [ref for ref in in_scope(model, options.scope) if ref.name not in left_out]
-    if not model.moe_layers:
-        raise InputError("config.json has no Mixture-of-Experts layer", hint="There are no experts to quantize.")
     _check_weights(model, weights)
     _check_nesting(options, format, info)
     widths = list(dict.fromkeys(ref.shape[1] for ref in weights))
@@ -99,7 +100,7 @@ def quantize_plan(
                 f"the multi-token-prediction layers {list(model.prediction_layers)} "
                 f"({counted(len(left_out), 'tensor')}) are left out, since llama.cpp does not run them"
             )
-        promise = _promise(model, weights, 1, layers=len(model.moe_layers))
+        promise = _promise(model, shard)
     else:
         shards = arrange(packing.items(), common, model.family)
         config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
@@ -169,18 +170,23 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
     return block
 
 
-def _check_source(model: Model) -> None:
-    """Raises InputError for a source that is quantized already, and for one without experts."""
+def _check_source(model: Model, format: Format) -> None:
+    """Raises InputError for a source that is quantized already, and for one without experts where the format is for
+    experts."""
     if model.quantization:
         stored = model.quantization.get("quant_method")
         raise InputError(
             f"the source is quantized already ({escape(stored)})",
             hint="Quantize the checkpoint that it was made from, or pass --requantize to decode the source first.",
         )
+    if format.dense:
+        return
     if model.family.kind != "moe":
         raise InputError(
             f"{model.family.model_type} has no experts to quantize", hint="Make it an MoE first: moeconv upcycle."
         )
+    if not model.moe_layers:
+        raise InputError("config.json has no Mixture-of-Experts layer", hint="There are no experts to quantize.")
 
 
 def _check_nesting(options: QuantizeOptions, format: Format, info: SchemeInfo) -> None:
@@ -241,17 +247,20 @@ def _made_with(model: Model, overlay: Overlay) -> dict[str, object]:
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
-def _promise(model: Model, weights: list[TensorRef], parts: int, *, layers: int) -> dict[str, int]:
-    """The number of tensors that are written per role. Those of the experts are counted from the geometry of `layers`,
-    and not from the tensors that were found."""
-    groups = [model.roles[ref.name].group for ref in weights]
-    counts = {group: groups.count(group) * parts for group in sorted(set(groups))}
-    return counts | {"expert": layers * model.num_experts * _matrices(model) * parts}
+def _promise(model: Model, shard: Shard) -> dict[str, int]:
+    """The number of tensors that a file of one shard packs, per role. Those of the experts are counted from the
+    geometry of the layers, and not from the tensors that were found."""
+    groups = [item.changed for item in shard.items if item.changed]
+    counts = {group: groups.count(group) for group in sorted(set(groups))}
+    experts = len(model.moe_layers) * model.num_experts * _matrices(model)
+    return counts | ({"expert": experts} if experts else {})
 
 
 def _matrices(model: Model) -> int:
     """The number of matrices that an expert has in the family's own tensors, such as gate, up and down."""
-    return sum(key.startswith("expert.") and "{E}" in name for key, name in model.family.tensors.names.items())
+    tensors = model.family.tensors
+    stacked = sum(len(way.parts) for way in tensors.packed.values() if not way.parts[0].endswith("_bias"))
+    return stacked or sum(key.startswith("expert.") and "{E}" in name for key, name in tensors.names.items())
 
 
 def _check_layout(model: Model, format: Format, method: str) -> None:

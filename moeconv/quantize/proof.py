@@ -88,11 +88,11 @@ def _count(plan: Plan, staged: Path) -> dict[str, int]:
     if plan.gguf:
         from moeconv.checkpoint.gguf import written_tensors
 
-        groups = {spec.name.partition("#")[0]: item.changed for item, spec in _packed(plan)}
+        groups = {spec.name.partition("#")[0]: (item.changed, "#" in spec.name) for item, spec in _packed(plan)}
         for name, dtype, shape in written_tensors(staged / plan.shards[0].name):
-            if dtype in BLOCK_DTYPES:
-                group = groups.get(name, name)
-                counts[group] = counts.get(group, 0) + (shape[0] if len(shape) == 3 else 1)
+            if dtype in BLOCK_DTYPES or name in groups:
+                group, stacked = groups.get(name, (name, False))
+                counts[group] = counts.get(group, 0) + (shape[0] if stacked else 1)
         return counts
     model = open_model(staged)
     for name, role in model.roles.items():
@@ -120,16 +120,9 @@ def _plain(name: str) -> str:
 
 def _source_weight(source: Model, item: Item) -> Weight:
     """The matrix that the item packs, in float32."""
-    import torch
-
-    from moeconv.plan.kernels.ggml import interleave
     from moeconv.tensors import packed_source
 
-    weight = packed_source(source.checkpoint, item).float()
-    then = item.params["then"]["params"] if item.kernel == "chain" else item.params
-    if heads := then.get("heads"):
-        return torch.from_numpy(interleave(weight.numpy(), heads))
-    return weight
+    return packed_source(source.checkpoint, item).float()
 
 
 def _decoder(staged: Path) -> Decoder:
@@ -169,6 +162,7 @@ def _gguf_decoder(shard: Shard, staged: Path) -> Decoder:
 
     from moeconv.checkpoint.gguf import open_gguf
     from moeconv.plan.kernels.pack.ggml import decode as decode_blocks
+    from moeconv.plan.kernels.stored import to_tensor
 
     tensors = {tensor.name: tensor for tensor in open_gguf(staged / shard.name).tensors}
 
@@ -176,6 +170,8 @@ def _gguf_decoder(shard: Shard, staged: Path) -> Decoder:
         name, _, expert = spec.name.partition("#")
         start = int(expert or 0) * spec.nbytes
         data = tensors[name].data.reshape(-1).view("u1")[start : start + spec.nbytes]
+        if spec.dtype not in BLOCK_DTYPES:
+            return to_tensor(bytearray(data), spec.dtype, spec.shape).float()
         return torch.from_numpy(decode_blocks(data.data, spec.dtype, spec.shape))
 
     return decode

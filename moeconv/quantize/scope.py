@@ -14,6 +14,11 @@ GROUPS = {
 }
 
 
+def scope_of(model: Model, scope: str) -> str:
+    """The scope that is meant: all linear weights of a model without experts."""
+    return scope if model.moe_layers else "all-linear"
+
+
 def in_scope(model: Model, scope: str) -> list[TensorRef]:
     """The weights that a scope packs, in file order."""
     chosen = []

@@ -95,6 +95,7 @@ class Format:
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
     shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
+    dense: bool = False  # whether it stores models without experts
     # whether engines read its codes per expert in families whose class in transformers stacks the experts
     apart: bool = False
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor

@@ -168,7 +168,7 @@ def dequantized(source: Path, packed: Path, out: Path, parameters: dict[str, Any
     out.mkdir()
     if parameters.get("format") == "gguf":
         from moeconv.checkpoint.gguf import open_gguf
-        from moeconv.quantize.llama_cpp import find_row, tensor_name
+        from moeconv.quantize.llama_cpp import find_row, written
 
         stored = {tensor.name: tensor for tensor in open_gguf(packed / "model.gguf").tensors}
         row, weights = find_row(model), {}
@@ -176,7 +176,8 @@ def dequantized(source: Path, packed: Path, out: Path, parameters: dict[str, Any
             if role.group != "expert":
                 weights[name] = read_tensor(model.checkpoint, name).float()
                 continue
-            tensor = stored[tensor_name(row, role)]
+            (made,) = written(model, row, model.checkpoint.tensors[name], role)
+            tensor = stored[made.target]
             shape = tuple(int(n) for n in reversed(tensor.shape))
             whole = ggml.decode(tensor.data.tobytes(), tensor.tensor_type.name, shape)
             weights[name] = torch.from_numpy(whole[role.expert].copy())

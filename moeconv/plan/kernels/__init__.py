@@ -20,6 +20,7 @@ Kernel = Callable[[Sequence[tuple[Input, Buffer]], Sequence[TensorSpec], Params]
 _WHERE = {
     "cast": "moeconv.plan.kernels.elementwise:cast",
     "fill": "moeconv.plan.kernels.elementwise:fill",
+    "constant": "moeconv.plan.kernels.elementwise:constant",
     "compute": "moeconv.plan.kernels.layout:compute",
     "draw_normal": "moeconv.plan.kernels.draw:draw_normal",
     "add_noise": "moeconv.plan.kernels.draw:add_noise",

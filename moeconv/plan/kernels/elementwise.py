@@ -1,4 +1,4 @@
-"""Kernels that work element by element: cast to another float dtype, and fill with a constant."""
+"""Kernels that work element by element: cast to another float dtype, fill with a constant, and stated values."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def cast(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], 
 def fill(_inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
     """A tensor of the constant params["value"]."""
     return [from_float(np.full(spec.shape, params["value"], np.float32), spec.dtype) for spec in outputs]
+
+
+def constant(_inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """A tensor of the numbers params["values"]."""
+    (spec,) = outputs
+    return [from_float(np.array(params["values"], np.float32).reshape(spec.shape), spec.dtype)]

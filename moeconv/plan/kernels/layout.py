@@ -22,7 +22,7 @@ from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}
-_ARITHMETIC = ("scale", "scale_rows", "add", "centre", "unit_rows")
+_ARITHMETIC = ("scale", "scale_rows", "add", "negative_exp", "centre", "unit_rows")
 _SHORTEST = 1e-12  # the length by which torch's normalize divides shorter rows
 _EDITS: dict[str, Kernel] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
 
@@ -38,7 +38,7 @@ def compute(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec
     tree = params["tree"]
     done = size = 0
     previous: Tree | None = None
-    for piece in tree[2] if tree[0] == "concat" else [tree]:
+    for piece in tree[2] if tree[0] == "concat" and not tree[1].get("axis") else [tree]:
         if piece == previous:  # copies of one expert are computed once
             result[done : done + size] = result[done - size : done]
             done += size
@@ -97,6 +97,8 @@ class _Evaluation:
             return lambda x, _row: (x * np.float64(params["by"])).astype(x.dtype)
         if op == "add":
             return lambda x, _row: (x + np.float64(params["what"])).astype(x.dtype)
+        if op == "negative_exp":
+            return lambda x, _row: (-np.exp(x.astype(np.float64))).astype(x.dtype)
         if op == "unit_rows":
             return lambda x, _row: (x / np.maximum(_lengths(x), _SHORTEST)).astype(x.dtype)
         if op == "scale_rows":
@@ -181,8 +183,8 @@ def _rotary(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
 
 
 def _cut(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
-    where = slice(params["start"], params["stop"])
-    return of[0][where] if params["axis"] == 0 else of[0][:, where]
+    where = [slice(None)] * params["axis"] + [slice(params["start"], params["stop"])]
+    return of[0][tuple(where)]
 
 
 def _deal(of: Sequence[np.ndarray], params: Params) -> np.ndarray:
@@ -200,9 +202,11 @@ def _taken(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
 
 
 _MOVES: dict[str, Callable[[Sequence[np.ndarray], Params], np.ndarray]] = {
-    "concat": lambda of, _params: np.concatenate(of),
+    "concat": lambda of, params: np.concatenate(of, params.get("axis", 0)),
     "interleave": lambda of, _params: np.stack(of, 1).reshape(-1, *of[0].shape[1:]),
     "transpose": lambda of, _params: of[0].T,
+    "reshape": lambda of, params: of[0].reshape(params["shape"]),
+    "permute": lambda of, params: of[0].transpose(params["axes"]),
     "rotary": _rotary,
     "cut": _cut,
     "deal": _deal,

@@ -86,6 +86,7 @@ _TALKER = (
     "its talker is a second Mixture-of-Experts that reads what the thinker computes, so text cannot measure its experts"
 )
 _BLOCKS = "its layers read the outputs of all blocks before them, so that it cannot be run layer by layer"
+_CROSS = "its language model has layers of attention to images or proteins between the others, which no MoE family has"
 _NOT_TEXT = "what it reads or writes is not text alone"
 # reason -> model_types of transformers that moeconv does not accept for that reason
 _REASONS: dict[str, tuple[str, ...]] = {
@@ -134,9 +135,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "its attention runs two streams with relative positions": ("xlnet",),
     _DRAFT: ("gemma4_assistant", "gemma4_unified_assistant"),
     # models of images, audio and actions
+    _CROSS: ("evolla", "idefics", "mllama"),
     _NOT_TEXT: (
-        "blip", "chameleon", "cosmos3_edge", "cosmos3_omni", "emu3", "evolla", "git", "idefics", "janus", "kosmos-2",
-        "kosmos-2.5", "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "pi0", "pix2struct",
+        "blip", "chameleon", "cosmos3_edge", "cosmos3_omni", "emu3", "git", "janus", "kosmos-2",
+        "kosmos-2.5", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "pi0", "pix2struct",
         "pp_formulanet", "qwen2_5_omni_thinker", "trocr", "whisper",
     ),
 }  # fmt: skip

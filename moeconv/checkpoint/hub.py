@@ -18,6 +18,7 @@ from moeconv.errors import InputError, UsageError, escape, first_line
 
 _SHARD = re.compile(r"[\w.-]+\.safetensors")
 _SMALL = ("*.json", "README.md", *PATTERNS)
+ADAPTER_NAME = "adapter_model.safetensors"  # the factors of a LoRA adapter, as the peft library names them
 _FOLDERS = "*/*"  # files in folders: the weights in other formats, or copies of them
 
 
@@ -62,7 +63,7 @@ def resolve(model: str) -> str:
 def _shards(path: Path) -> list[str]:
     """The shards that the index names. Invalid names are skipped here: opening the checkpoint reports them."""
     if not (path / INDEX_NAME).exists():
-        return [SINGLE_NAME]
+        return [SINGLE_NAME, ADAPTER_NAME]
     weight_map = read_json_object(path / INDEX_NAME, what=INDEX_NAME).get("weight_map")
     named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     return sorted(name for name in named if _SHARD.fullmatch(name)) or [SINGLE_NAME]

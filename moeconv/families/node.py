@@ -1,7 +1,7 @@
 """Expressions that compute a target tensor from source tensors: pure data, which a plan compiles into one item.
 
 Operations that only move values (`concat`, `rotary`, `transpose`, `interleave`) keep their bits. Arithmetic (`scale`,
-`add`, `centre`) is done in float32 and rounded once, at the end.
+`add`, `centre`, `low_rank`) is done in float32 and rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ def centre(node: Node, axis: int) -> Node:
 def unit_rows(node: Node) -> Node:
     """The node with every row divided by its length (torch's `normalize`)."""
     return Node("unit_rows", (node,), {})
+
+
+def low_rank(node: Node, left: Node, right: Node, by: float) -> Node:
+    """The node [out, in] plus `by` times the product of `left` [out, r] and `right` [r, in]."""
+    return Node("low_rank", (node, left, right), {"by": by})
 
 
 def concat(*nodes: Node) -> Node:

@@ -26,9 +26,12 @@ class UpcycleOptions:
         choices="moeconv.upcycle.methods:METHODS",
     )
     experts_from: tuple[str, ...] = option(
-        (), "A sibling of SOURCE whose FFNs become the next expert; repeatable, in the order of the experts.",
-        reads="model",
+        (), "A sibling of SOURCE, or a LoRA adapter for it, whose FFNs become the next expert; repeatable, in order of "
+        "the experts.", reads="model",
     )  # fmt: skip
+    ffn_only: bool = option(
+        False, "Of LoRA adapters in --experts-from that change other modules too, take the FFNs alone."
+    )
     to: str | None = option(
         None, "Target family (default: the one that most runtimes serve).",
         aliases="moeconv.families.pairs:target_aliases", metavar="FAMILY",

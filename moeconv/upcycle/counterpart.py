@@ -16,7 +16,7 @@ from moeconv.types import Config, JsonObject
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Method
 
-_KEPT = ("granularity", "shared_experts", "router_std", "clustering", "text_only")
+_KEPT = ("granularity", "shared_experts", "router_std", "clustering", "text_only", "ffn_only")
 
 
 @dataclass(frozen=True, slots=True)

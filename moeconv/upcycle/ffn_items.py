@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.errors import InputError, escape
-from moeconv.families.node import Node, concat, fill, from_origin, interleave, measured, scale, transpose
+from moeconv.families.node import Node, concat, fill, interleave, measured, scale, transpose
 from moeconv.families.records import Packed
 from moeconv.families.spec import Family
 from moeconv.options import UpcycleOptions
 from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Matrix
-from moeconv.upcycle.sources import UNPACKED, Sources, sibling_origin
+from moeconv.upcycle.sources import UNPACKED, Sources
 from moeconv.upcycle.target_tensors import Placed, TargetTensors
 
 OTHER_TARGETS = "See `moeconv families` for other targets (--to)."
@@ -130,7 +130,7 @@ class FfnItems:
         cut, siblings = self._cut, self._sources.siblings
         method, rule = METHODS[self.options.method], self._target.experts.routing
         if siblings and expert is not None:
-            node = from_origin(node, sibling_origin(expert // cut.pieces % len(siblings)))
+            node = self._sources.of_sibling(node, expert // cut.pieces % len(siblings), layer)
         matrix = Matrix(self.tensors.with_shape(f"ffn.{part}", node), part, layer, expert, self.seed, cut)
         chosen = method.select(matrix, self.options)
         if expert is None:

@@ -16,6 +16,7 @@ from moeconv.plan.build import carry
 from moeconv.plan.plan import Item
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.ffn_items import OTHER_TARGETS, FfnItems
+from moeconv.upcycle.siblings import Sibling
 from moeconv.upcycle.sources import Sources
 from moeconv.upcycle.target_tensors import Placed, TargetTensors
 
@@ -34,7 +35,7 @@ class Assembly:
     chosen: frozenset[int]
     dtype: str | None
     seed: int
-    siblings: tuple[Model, ...] = ()
+    siblings: tuple[Sibling, ...] = ()
     dropped: list[str] = field(default_factory=list)
 
     @cached_property

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moeconv.checkpoint.overlay import provenance
-from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.contract import UpcycleBlock
 from moeconv.errors import InputError, UsageError
 from moeconv.families.folds import Draft
-from moeconv.families.model import Model, open_model
+from moeconv.families.model import Model
 from moeconv.families.node import fill
 from moeconv.families.pairs import find_conversion
 from moeconv.families.spec import Family, Pair
@@ -30,6 +29,7 @@ from moeconv.options import (
 )
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype
+from moeconv.plan.flow import ByteSource
 from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.partition import Partition
@@ -40,7 +40,7 @@ from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import plan_duplicate
 from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS, check_reads
-from moeconv.upcycle.siblings import check_siblings
+from moeconv.upcycle.siblings import Sibling, bytes_of, check_siblings, open_siblings
 from moeconv.upcycle.sources import sibling_origin
 from moeconv.upcycle.split import (
     SplitShape,
@@ -53,11 +53,12 @@ from moeconv.upcycle.split import (
 )
 from moeconv.upcycle.widths import check_widths
 
+_LATER = ("text_only", "ffn_only")  # flags that are newer than the ids of plans
 _NEGLIGIBLE = 0.03  # share of the active parameters that is not worth a warning
 
 
 def plan_upcycle(
-    model: Model, *, siblings: Sequence[Model] = (), overlay: SafetensorsFile | None = None,
+    model: Model, *, siblings: Sequence[Sibling] = (), overlay: SafetensorsFile | None = None,
     partition: Partition | None = None, **parameters: object,
 ) -> Plan:  # fmt: skip
     """Plan the conversion of a dense model, or the duplication of the experts of one that has some. The parameters are
@@ -76,7 +77,7 @@ def plan_upcycle(
 
 
 def upcycle_plan(
-    model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Model] = (),
+    model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Sibling] = (),
     overlay: SafetensorsFile | None = None, partition: Partition | None = None,
 ) -> Plan:  # fmt: skip
     """`plan_upcycle` with the parameters as option groups."""
@@ -85,7 +86,7 @@ def upcycle_plan(
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:
-        siblings = [open_model(path) for path in options.experts_from]
+        siblings = open_siblings(model, options.experts_from, ffn_only=options.ffn_only)
     options, about_siblings = _with_siblings(model, options, siblings)
     splits = METHODS[options.method].partition
     if splits:
@@ -176,9 +177,9 @@ def _size_warnings(model: Model, options: UpcycleOptions, target: Family, cut: C
     return check_widths(model, options, target, cut, dtype) + _ties(options, target, cut, dtype)
 
 
-def origins_of(siblings: Sequence[Model]) -> dict[str, Checkpoint]:
+def origins_of(siblings: Sequence[Sibling]) -> dict[str, ByteSource]:
     """The byte sources of a plan with siblings, for the argument `origins` of `execute`."""
-    return {sibling_origin(i): sibling.checkpoint for i, sibling in enumerate(siblings)}
+    return {sibling_origin(i): bytes_of(sibling) for i, sibling in enumerate(siblings)}
 
 
 def router_rows(plan: Plan) -> tuple[dict[int, str], int]:
@@ -195,7 +196,7 @@ def router_rows(plan: Plan) -> tuple[dict[int, str], int]:
 
 
 def _with_siblings(
-    model: Model, options: UpcycleOptions, siblings: Sequence[Model]
+    model: Model, options: UpcycleOptions, siblings: Sequence[Sibling]
 ) -> tuple[UpcycleOptions, list[str]]:
     """The options with the method for siblings, and warnings about the siblings."""
     method = METHODS[options.method]
@@ -230,11 +231,11 @@ def _counted(cut: Cut, options: UpcycleOptions, siblings: int) -> Cut:
     return replace(cut, experts=experts, top_k=top_k)
 
 
-def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Model]) -> dict[str, object]:
+def _parameters(options: UpcycleOptions, common: PlanOptions, siblings: Sequence[Sibling]) -> dict[str, object]:
     """The parameters that the plan's id depends on; siblings have their identities there, not their paths."""
     made = parameters_of(options, common) | {"experts_from": [sibling.identity for sibling in siblings]}
     # a flag that is not set does not change the ids of plans that were made before the flag existed
-    return {key: value for key, value in made.items() if key != "text_only" or value}
+    return {key: value for key, value in made.items() if value or key not in _LATER}
 
 
 def _made_with(model: Model, overlay: SafetensorsFile | None) -> JsonObject | None:

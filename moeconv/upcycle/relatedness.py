@@ -11,6 +11,7 @@ from moeconv.checkpoint.strictjson import parse_json
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.kernels.arrays import to_float32
+from moeconv.upcycle.siblings import Sibling, checkpoints
 
 _SAMPLE = 1 << 16  # bytes of one FFN matrix that are compared
 _SAME_WORDS = 0.9  # the share of the smaller vocabulary that both must have
@@ -18,13 +19,13 @@ _NAMED = 3  # tokens that a warning lists
 _RELATED = 0.3  # the cosine of fine-tunes of one base is near 1, that of unrelated models near 0
 
 
-def check_related(model: Model, siblings: Sequence[Model]) -> list[str]:
+def check_related(model: Model, siblings: Sequence[Sibling]) -> list[str]:
     """Warnings about siblings whose weights are not related to the source's, or whose vocabulary differs a little.
 
     Raises InputError where a sibling's tokenizer.json gives other ids to the same tokens.
     """
     ours, warnings = _vocabulary(model), []
-    for sibling in siblings:
+    for sibling in checkpoints(siblings):  # an adapter has no tokens, and names its base
         where, theirs = escape(sibling.checkpoint.path), _vocabulary(sibling)
         if ours is not None and theirs is not None and ours != theirs:
             warnings.append(_compare_vocabularies(where, ours, theirs))

@@ -7,16 +7,51 @@ value of every number that a layer computes with, under whichever keys its confi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.hub import resolve
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.meaning import OUTSIDE_THE_LAYERS, meaning
-from moeconv.families.model import Model
+from moeconv.families.model import Model, open_model
+from moeconv.plan.flow import ByteSource
+from moeconv.upcycle.adapter import Adapter, is_adapter, open_adapter
+
+Sibling: TypeAlias = Model | Adapter
 
 _HINT = "Siblings must be fine-tunes of one base, whose layers compute with the same numbers."
 
 
-def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
+def open_siblings(model: Model, paths: Sequence[str], *, ffn_only: bool = False) -> list[Sibling]:
+    """The siblings behind the values of --experts-from: checkpoints, or LoRA adapters of `model`.
+
+    Raises InputError for what is damaged, and for an adapter that does not fit the model."""
+    found: list[Sibling] = []
+    for path in map(resolve, paths):
+        adapted = is_adapter(Path(path))
+        found.append(open_adapter(Path(path), model, ffn_only=ffn_only) if adapted else open_model(path))
+    if ffn_only and not any(isinstance(sibling, Adapter) for sibling in found):
+        raise UsageError("--ffn-only is for LoRA adapters in --experts-from", hint="Leave it out.")
+    return found
+
+
+def checkpoints(siblings: Sequence[Sibling]) -> list[Model]:
+    """The siblings that are checkpoints of their own."""
+    return [sibling for sibling in siblings if isinstance(sibling, Model)]
+
+
+def place_of(sibling: Sibling) -> Path:
+    """The directory of a sibling."""
+    return sibling.path if isinstance(sibling, Adapter) else Path(sibling.checkpoint.path)
+
+
+def bytes_of(sibling: Sibling) -> ByteSource:
+    """What the plan reads of a sibling."""
+    return sibling if isinstance(sibling, Adapter) else sibling.checkpoint
+
+
+def check_siblings(model: Model, siblings: Sequence[Sibling]) -> list[str]:
     """Warnings about siblings whose FFNs can be experts of `model`. Raises UsageError for a single sibling, InputError
     for a sibling that does not fit."""
     if len(siblings) < 2:
@@ -25,14 +60,14 @@ def check_siblings(model: Model, siblings: Sequence[Model]) -> list[str]:
             hint="Repeat --experts-from. To make SOURCE's own FFN an expert, name SOURCE too.",
         )
     warnings: list[str] = []
-    for sibling in siblings:
+    for sibling in checkpoints(siblings):
         warnings += _check_config(model, sibling)
         _check_tensors(model, sibling)
-        warnings += sibling.warnings
-    names = [str(sibling.checkpoint.path.resolve()) for sibling in siblings]
+    warnings += [text for sibling in siblings for text in sibling.warnings]
+    names = [str(place_of(sibling).resolve()) for sibling in siblings]
     if len(set(names)) < len(names):
         warnings.append("--experts-from names a checkpoint more than once, so that some experts are identical")
-    if theirs := {sibling.dtype for sibling in siblings} - {model.dtype}:
+    if theirs := {sibling.dtype for sibling in checkpoints(siblings)} - {model.dtype}:
         warnings.append(f"siblings in {', '.join(sorted(theirs))} are converted to the dtype of SOURCE ({model.dtype})")
     return warnings
 

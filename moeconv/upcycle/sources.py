@@ -15,10 +15,12 @@ from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError
 from moeconv.families.model import Model
-from moeconv.families.node import Node
+from moeconv.families.node import Node, from_origin, low_rank, measured
 from moeconv.families.shapes import fused_rows
 from moeconv.plan.build import rows, whole
 from moeconv.plan.plan import Input
+from moeconv.upcycle.adapter import Adapter
+from moeconv.upcycle.siblings import Sibling
 
 UNPACKED = "Upcycle the unquantized checkpoint, then `moeconv quantize`."
 
@@ -32,10 +34,10 @@ def sibling_origin(index: int) -> str:
 
 @dataclass(frozen=True)
 class Sources:
-    """The source and its siblings, which have the source's layout."""
+    """The source and its siblings, which have the source's layout or are adapters of it."""
 
     model: Model
-    siblings: Sequence[Model] = ()
+    siblings: Sequence[Sibling] = ()
 
     @cached_property
     def _refs(self) -> _Refs:
@@ -43,7 +45,8 @@ class Sources:
 
     @cached_property
     def _sibling_refs(self) -> dict[str, _Refs]:
-        return {sibling_origin(i): _refs_of(sibling) for i, sibling in enumerate(self.siblings)}
+        models = ((i, sibling) for i, sibling in enumerate(self.siblings) if isinstance(sibling, Model))
+        return {sibling_origin(i): _refs_of(sibling) for i, sibling in models}
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -63,6 +66,23 @@ class Sources:
         """Whether a layer has every tensor that the expression reads."""
         return all(leaf.op != "source" or (self._stored_key(leaf), layer) in self._refs for leaf in node.leaves())
 
+    def of_sibling(self, node: Node, index: int, layer: int) -> Node:
+        """The expression over the tensors of a sibling. For an adapter, those are the source's plus its products."""
+        sibling, origin = self.siblings[index], sibling_origin(index)
+        if not isinstance(sibling, Adapter):
+            return from_origin(node, origin)
+        if node.of:
+            return Node(node.op, tuple(self.of_sibling(child, index, layer) for child in node.of), node.params)
+        factors = sibling.factors.get((self._stored_key(node), layer)) if node.op == "source" else None
+        if factors is None:
+            return node
+        first, count = self._rows(node, self.ref(node, layer))
+        width = factors.b.shape[1]
+        a = measured(factors.a.name, dtype=factors.a.dtype, shape=factors.a.shape, origin=origin)
+        shape = (count, width)
+        b = measured(factors.b.name, dtype=factors.b.dtype, shape=shape, first=first * width, origin=origin)
+        return low_rank(node, b, a, factors.by)
+
     def changes(self, node: Node) -> bool:
         """Whether the expression is more than one stored tensor as it is: it computes, or takes a fused one apart."""
         return node.op != "source" or not self.model.family.has(node.params["key"])
@@ -71,14 +91,19 @@ class Sources:
         """The bytes behind a leaf `source` or `read`."""
         if leaf.op == "read":
             return _measured(leaf)
-        ref, stored = self.ref(leaf, layer), self._stored_key(leaf)
-        key, origin = leaf.params["key"], leaf.params.get("origin", "source")
+        ref, origin = self.ref(leaf, layer), leaf.params.get("origin", "source")
+        first, count = self._rows(leaf, ref)
+        return whole(ref, origin=origin) if count == ref.shape[0] else rows(ref, first, count, origin=origin)
+
+    def _rows(self, leaf: Node, ref: TensorRef) -> tuple[int, int]:
+        """(first, count) of the rows of the stored tensor that a leaf `source` stands for."""
+        key, stored = leaf.params["key"], self._stored_key(leaf)
         first, count = 0, ref.shape[0]
         if stored != key:
             first, count = fused_rows(key, self.model.family.tensors.fused[stored], ref.shape[0], self.model.value)
         if (chosen := leaf.params.get("rows")) is not None:
             first, count = first + chosen[0], chosen[1] - chosen[0]
-        return whole(ref, origin=origin) if count == ref.shape[0] else rows(ref, first, count, origin=origin)
+        return first, count
 
     def position(self, node: Node, layer: int | None) -> int:
         """The position in the source's files of the first tensor that the expression reads; 0 for one that reads

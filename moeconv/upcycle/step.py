@@ -23,6 +23,7 @@ from moeconv.types import JsonObject
 from moeconv.upcycle.check.step import NOT_CHECKED, check_source, equivalence
 from moeconv.upcycle.methods import METHODS, partitioning, which
 from moeconv.upcycle.relatedness import check_related
+from moeconv.upcycle.siblings import open_siblings
 
 _ROUTER = "router.safetensors"
 
@@ -33,7 +34,7 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
 
     options, out, write = request.upcycle, request.out, request.write
     model = open_resolved(request.source)
-    siblings = [open_resolved(path) for path in options.experts_from]
+    siblings = open_siblings(model, options.experts_from, ffn_only=options.ffn_only)
     splits = METHODS[options.method].partition
     if splits and options.router != "random":
         raise UsageError(

@@ -87,7 +87,7 @@ class TargetTensors:
 
 def _rounds(node: Node) -> bool:
     """Whether an expression's values may need more bits than the source's. Movements and powers of two never do."""
-    if node.op in ("add", "centre", "unit_rows"):
+    if node.op in ("add", "centre", "unit_rows", "low_rank"):
         return True
     if node.op in ("scale", "scale_rows") and math.frexp(node.params["by"])[0] not in (0.5, -0.5):
         return True

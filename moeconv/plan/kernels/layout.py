@@ -22,7 +22,7 @@ from moeconv.randomness import generator
 
 _BLOCK = 1 << 18  # elements in float32 at a time
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64, "I32": np.int32, "I64": np.int64}
-_ARITHMETIC = ("scale", "scale_rows", "add", "negative_exp", "centre", "unit_rows")
+_ARITHMETIC = ("scale", "scale_rows", "add", "negative_exp", "centre", "unit_rows", "low_rank")
 _SHORTEST = 1e-12  # the length by which torch's normalize divides shorter rows
 _EDITS: dict[str, Kernel] = {"add_noise": add_noise, "redraw_neurons": redraw_neurons}
 
@@ -101,6 +101,9 @@ class _Evaluation:
             return lambda x, _row: (-np.exp(x.astype(np.float64))).astype(x.dtype)
         if op == "unit_rows":
             return lambda x, _row: (x / np.maximum(_lengths(x), _SHORTEST)).astype(x.dtype)
+        if op == "low_rank":
+            left, right = (np.concatenate(list(self.blocks(child))).astype(np.float64) for child in of[1:])
+            return lambda x, row: (x + params["by"] * (left[row : row + len(x)] @ right)).astype(x.dtype)
         if op == "scale_rows":
 
             def scaled(x: np.ndarray, row: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
-from moeconv.families.model import Model, open_model
+from moeconv.families.model import Model
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.kernels.arrays import to_float32
 from moeconv.plan.partition import ORIGIN as PARTITION
@@ -24,6 +24,7 @@ from moeconv.plan.partition import load_partition
 from moeconv.plan.planned import planned_model
 from moeconv.upcycle.counterpart import Drift, ExactCounterpart
 from moeconv.upcycle.planner import origins_of, plan_upcycle
+from moeconv.upcycle.siblings import open_siblings
 
 # relative and absolute distance of a value from the float32 value that it was rounded from: twice half an ulp
 _ROUNDING = {"BF16": (2.0**-8, 1e-38), "F16": (2.0**-10, 1e-7), "F32": (1e-6, 1e-37), "F64": (1e-6, 1e-37)}
@@ -60,7 +61,7 @@ def make_counterpart(
     run = planned_model(plan, companions=folder, origins=origins)
     if not exact.siblings:
         return CounterpartModels(run, run)
-    opened = [open_model(path) for path in siblings]
+    opened = open_siblings(source, siblings, ffn_only=exact.parameters.get("ffn_only", False))
     other = plan_upcycle(source, siblings=opened, **exact.parameters)
     return CounterpartModels(run, planned_model(other, companions=folder, origins=origins | origins_of(opened)))
 

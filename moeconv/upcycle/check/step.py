@@ -20,6 +20,7 @@ from moeconv.plan.memory import free_memory
 from moeconv.plan.plan import Plan
 from moeconv.types import JsonObject
 from moeconv.upcycle.counterpart import counterpart
+from moeconv.upcycle.siblings import Sibling, checkpoints, place_of
 
 EXACT_RELATIVE = 1e-5  # of the spread of the logits
 NOT_CHECKED = {"checked": False, "max_abs_logit_diff": None, "relative": None, "tokens": 0}
@@ -29,7 +30,7 @@ _LAYERS_HELD = 2.5  # a layer in the compared dtype, the bytes of the next one, 
 
 
 def equivalence(
-    model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Model] = (), partition: Path | None = None
+    model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Sibling] = (), partition: Path | None = None
 ) -> JsonObject:
     """{equivalence, warnings}: `equivalence` is the contract's block of that name. Where memory does not suffice for
     the check, a warning says so.
@@ -83,15 +84,15 @@ def _links(*models: Model) -> list[str]:
 
 
 def _measured(
-    model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Model], partition: Path | None
+    model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Sibling], partition: Path | None
 ) -> JsonObject:
     """The JSON object that the child process prints."""
     command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), str(staged)]
-    command += ["--dtype", dtype, "--tokens", str(_TOKENS), *_links(model, *siblings)]
+    command += ["--dtype", dtype, "--tokens", str(_TOKENS), *_links(model, *checkpoints(siblings))]
     request = ""
     if (exact := counterpart(plan)) is not None:
         command.append("--against")
-        paths = [str(sibling.checkpoint.path) for sibling in siblings]
+        paths = [str(place_of(sibling)) for sibling in siblings]
         request = json.dumps(
             {"counterpart": exact.to_json(), "siblings": paths, "partition": str(partition) if partition else None}
         )

@@ -1,0 +1,179 @@
+"""A LoRA adapter of SOURCE as a sibling: its FFNs are those of SOURCE plus the adapter's low-rank products.
+
+The layout is that of the `peft` library: adapter_config.json beside adapter_model.safetensors, with two factors per
+module, A [r, in] and B [out, r]. The module's weight becomes W + s B A, where s is lora_alpha / r, or
+lora_alpha / sqrt(r) with use_rslora (arXiv 2106.09685 and 2312.03732).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeconv.checkpoint.header import FLOAT_DTYPES
+from moeconv.checkpoint.hub import ADAPTER_NAME
+from moeconv.checkpoint.safetensors_file import SafetensorsFile, TensorRef
+from moeconv.checkpoint.strictjson import canonical_json, read_json_object
+from moeconv.errors import InputError, escape
+from moeconv.families.model import Model
+from moeconv.types import JsonObject
+from moeconv.units import counted
+
+CONFIG_NAME, FILE_NAME = "adapter_config.json", ADAPTER_NAME
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+# key of adapter_config.json -> the values with which the weight is W + s B A
+_PLAIN: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    # the other ways to start change the weights of the base too
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The factors of one module, `a` [r, in] and `b` [out, r], and the factor `by` of their product."""
+
+    a: TensorRef
+    b: TensorRef
+    by: float
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter whose modules were found in SOURCE. `factors` are by the key and the layer of the stored tensor that
+    they change. It is a source of bytes for its own tensors."""
+
+    path: Path
+    file: SafetensorsFile
+    factors: Mapping[tuple[str, int | None], LowRank]
+    identity: str
+    warnings: list[str] = field(default_factory=list)
+
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
+        """Fill `view` with the bytes of a factor from byte `start` of it on."""
+        self.file.read_into(name, view, start=start)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter and not a model."""
+    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+
+
+def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter:
+    """The adapter in a directory. With `ffn_only`, its factors for other modules than FFNs are left out, with a
+    warning.
+
+    Raises InputError for an adapter that is damaged, is no plain LoRA, does not fit `model`, or changes more than its
+    FFNs.
+    """
+    where, config = escape(path), read_json_object(path / CONFIG_NAME, what=CONFIG_NAME)
+    for key, values in _PLAIN.items():
+        if not any(config.get(key) is value or config.get(key) == value for value in values):
+            raise InputError(
+                f"{where}: {CONFIG_NAME} has {key} = {escape(config.get(key))}, with which an adapter is more than a "
+                "low-rank product per weight",
+                hint="Merge it into the base with peft (merge_and_unload), save that model, and name its directory.",
+            )
+    if not (path / FILE_NAME).is_file():
+        raise InputError(f"{where} has no {FILE_NAME}", hint="Save the adapter with safe_serialization=True.")
+    file = SafetensorsFile(path / FILE_NAME, label=FILE_NAME)
+    factors: dict[tuple[str, int | None], LowRank] = {}
+    outside: list[str] = []
+    for module, pair in _pairs(file, where).items():
+        role = model.roles.get(f"{module}.weight")
+        if role is None:
+            raise InputError(
+                f"{where} changes {escape(module)!r}, which SOURCE does not have",
+                hint="Give the adapter's own base as SOURCE.",
+            )
+        if role.group != "ffn":
+            outside.append(module)
+            continue
+        weight = model.checkpoint.tensors[f"{module}.weight"]
+        factors[role.key, role.layer] = _checked(config, module, pair, weight, where)
+    if outside and not ffn_only:
+        raise InputError(
+            f"{where} changes {counted(len(outside), 'module')} outside the FFNs ({escape(outside[0])} for one), which "
+            "all experts of the result share",
+            hint="Pass --ffn-only to take its FFNs alone.",
+        )
+    if not factors:
+        raise InputError(f"{where} changes no FFN", hint="Train an adapter with the FFN's matrices as targets.")
+    warnings = (
+        [f"{where}: its factors for {counted(len(outside), 'module')} outside the FFNs are left out"] if outside else []
+    )
+    return Adapter(path, file, factors, _identity(config, path / FILE_NAME), warnings)
+
+
+def _pairs(file: SafetensorsFile, where: str) -> dict[str, dict[str, TensorRef]]:
+    """The factors "A" and "B" of every module."""
+    pairs: dict[str, dict[str, TensorRef]] = {}
+    for name, ref in file.tensors.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            raise InputError(
+                f"{where}: tensor {escape(name)!r} is no factor of a LoRA adapter",
+                hint="Merge the adapter into the base with peft, and name that model's directory.",
+            )
+        pairs.setdefault(match[1], {})[match[2]] = ref
+    for module, pair in pairs.items():
+        if len(pair) < 2:
+            raise InputError(f"{where}: {escape(module)} has only one of its two factors", hint="The file is damaged.")
+    return pairs
+
+
+def _checked(config: JsonObject, module: str, pair: Mapping[str, TensorRef], weight: TensorRef, where: str) -> LowRank:
+    a, b = pair["A"], pair["B"]
+    rank, alpha = _setting(config, "rank_pattern", "r", module), _setting(config, "alpha_pattern", "lora_alpha", module)
+    if rank is None or alpha is None or rank < 1:
+        raise InputError(f"{where}: {CONFIG_NAME} needs numbers as r and lora_alpha", hint="The file is damaged.")
+    want = (int(rank), weight.shape[-1]), (weight.shape[0], int(rank))
+    if (a.shape, b.shape) != want or not {a.dtype, b.dtype} <= set(FLOAT_DTYPES):
+        raise InputError(
+            f"{where}: the factors of {escape(module)} are {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}, "
+            f"where SOURCE and r = {int(rank)} need {list(want[0])} and {list(want[1])} floats",
+            hint="Give the adapter's own base as SOURCE.",
+        )
+    return LowRank(a, b, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _setting(config: JsonObject, patterns: str, usual: str, module: str) -> float | None:
+    """The number that applies to a module. As in peft, the first pattern that ends the module's name counts."""
+    for pattern, value in _rules(config.get(patterns)):
+        if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
+            return value
+    number = config.get(usual)
+    return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+
+
+def _rules(value: object) -> Iterator[tuple[str, float]]:
+    for pattern, number in value.items() if isinstance(value, dict) else ():
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            raise InputError(f"{CONFIG_NAME}: {escape(pattern)} has no number", hint="The file is damaged.")
+        try:
+            re.compile(pattern)
+        except re.error:
+            raise InputError(
+                f"{CONFIG_NAME}: {escape(pattern)} is no pattern of names", hint="The file is damaged."
+            ) from None
+        yield pattern, float(number)
+
+
+def _identity(config: JsonObject, path: Path) -> str:
+    digest = hashlib.sha256(canonical_json(config))
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ Reads with pread, so nothing that was read stays in this process's memory.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -44,6 +45,15 @@ class SafetensorsFile:
         data = bytearray(self._header)
         self.read_at(8, memoryview(data))
         return bytes(data)
+
+    def sha256(self) -> str:
+        """The hash of the whole file, in hex."""
+        digest, block = hashlib.sha256(), bytearray(_JOIN_BYTES)
+        for start in range(0, self.size, len(block)):
+            part = memoryview(block)[: min(len(block), self.size - start)]
+            self.read_at(start, part)
+            digest.update(part)
+        return digest.hexdigest()
 
     @property
     def metadata(self) -> dict[str, str]:

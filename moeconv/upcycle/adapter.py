@@ -53,17 +53,13 @@ class LowRank:
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter whose modules were found in SOURCE. `factors` are by the key and the layer of the stored tensor that
-    they change. It is a source of bytes for its own tensors."""
+    they change."""
 
     path: Path
     file: SafetensorsFile
     factors: Mapping[tuple[str, int | None], LowRank]
     identity: str
     warnings: list[str] = field(default_factory=list)
-
-    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
-        """Fill `view` with the bytes of a factor from byte `start` of it on."""
-        self.file.read_into(name, view, start=start)
 
 
 def is_adapter(path: Path) -> bool:
@@ -111,10 +107,9 @@ def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter
         )
     if not factors:
         raise InputError(f"{where} changes no FFN", hint="Train an adapter with the FFN's matrices as targets.")
-    warnings = (
-        [f"{where}: its factors for {counted(len(outside), 'module')} outside the FFNs are left out"] if outside else []
-    )
-    return Adapter(path, file, factors, _identity(config, path / FILE_NAME), warnings)
+    left = f"{where}: its factors for {counted(len(outside), 'module')} outside the FFNs are left out"
+    identity = hashlib.sha256(canonical_json(config) + file.sha256().encode()).hexdigest()
+    return Adapter(path, file, factors, identity, [left] if outside else [])
 
 
 def _pairs(file: SafetensorsFile, where: str) -> dict[str, dict[str, TensorRef]]:
@@ -169,11 +164,3 @@ def _rules(value: object) -> Iterator[tuple[str, float]]:
                 f"{CONFIG_NAME}: {escape(pattern)} is no pattern of names", hint="The file is damaged."
             ) from None
         yield pattern, float(number)
-
-
-def _identity(config: JsonObject, path: Path) -> str:
-    digest = hashlib.sha256(canonical_json(config))
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -48,7 +48,7 @@ def place_of(sibling: Sibling) -> Path:
 
 def bytes_of(sibling: Sibling) -> ByteSource:
     """What the plan reads of a sibling."""
-    return sibling if isinstance(sibling, Adapter) else sibling.checkpoint
+    return sibling.file if isinstance(sibling, Adapter) else sibling.checkpoint
 
 
 def check_siblings(model: Model, siblings: Sequence[Sibling]) -> list[str]:

@@ -28,6 +28,7 @@ from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.phases import phase
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 from moeconv.stream.prediction import prediction_layers
 from moeconv.types import Config, JsonObject
@@ -35,6 +36,7 @@ from moeconv.units import counted
 from moeconv.world import World, current, first
 
 
+@phase("calibrate")
 def calibrate(
     model_path: str | os.PathLike[str],
     stats_path: str | os.PathLike[str],
@@ -89,7 +91,7 @@ def calibrate(
         )
     )
     read = read if judge_every is None else split_windows(read, every=judge_every)[0]
-    start_meter(meter, model)
+    start_meter(meter, model, tokens=read.windows.size)
     if not model.moe_layers:
         return _dense(
             model, read, path, dtype=dtype, device=target, batch_size=batch_size, max_memory=budget, meter=meter,

@@ -64,46 +64,10 @@ SOURCE = Positional("source", "Dense checkpoint: directory, hf://OWNER/NAME, or 
 OUT = Positional("out", "Directory to write; it must not exist yet (see --overwrite).", writes=True)
 
 
-def _inspect(request: r.InspectRequest, _meter: Meter) -> Result:
-    from moeconv.inspect.step import inspect
+def _step(request: object, meter: Meter) -> Result:
+    from moeconv.steps import run_request
 
-    return inspect(request)
-
-
-def _upcycle(request: r.UpcycleRequest, meter: Meter) -> Result:
-    from moeconv.upcycle.step import upcycle
-
-    return upcycle(request, meter=meter)
-
-
-def _calibrate(request: r.CalibrateRequest, meter: Meter) -> Result:
-    from moeconv.calibrate.step import calibrate
-
-    return calibrate(request, meter=meter)
-
-
-def _tune(request: r.TuneRequest, meter: Meter) -> Result:
-    from moeconv.tune.step import tune
-
-    return tune(request, meter=meter)
-
-
-def _prune(request: r.PruneRequest, meter: Meter) -> Result:
-    from moeconv.prune.step import prune
-
-    return prune(request, meter=meter)
-
-
-def _quantize(request: r.QuantizeRequest, meter: Meter) -> Result:
-    from moeconv.quantize.step import quantize
-
-    return quantize(request, meter=meter)
-
-
-def _evaluate(request: r.EvaluateRequest, meter: Meter) -> Result:
-    from moeconv.evaluate.step import evaluate
-
-    return evaluate(request, meter=meter)
+    return run_request(request, meter)
 
 
 def _gates_failed(result: Result) -> CheckError | None:
@@ -112,32 +76,10 @@ def _gates_failed(result: Result) -> CheckError | None:
     return failure(result)
 
 
-def _verify(request: r.VerifyRequest, _meter: Meter) -> Result:
-    from moeconv.verify.step import verify
-
-    return verify(request)
-
-
 def _problems(result: Verified) -> CheckError | None:
     return (
         None if result["ok"] else CheckError(f"{counted(len(result['problems']), 'problem')}: {result['problems'][0]}")
     )
-
-
-def _report(request: r.ReportRequest, _meter: Meter) -> Result:
-    from moeconv.report.step import load_results, report
-
-    asked = request.report
-    return report(
-        request.model, request.out, stats=asked.stats, results=load_results(asked.results), reference=asked.reference,
-        title=asked.title, overwrite=request.artifact.overwrite,
-    )  # fmt: skip
-
-
-def _run_recipe(request: r.RunRequest, meter: Meter) -> Result:
-    from moeconv.recipe.run import run_recipe
-
-    return run_recipe(request.recipe, settings=request.run.set, dry_run=request.run.dry_run, meter=meter)
 
 
 def _recipes(request: r.RecipesRequest, _meter: Meter) -> Result:
@@ -172,27 +114,27 @@ def _schema(request: r.SchemaRequest, _meter: Meter) -> Result:
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), r.InspectRequest, _inspect,
+    Verb("inspect", "What a checkpoint is: sizes, experts, dtypes, quantization.", (MODEL,), r.InspectRequest, _step,
          tables.inspected),
-    Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT), r.UpcycleRequest, _upcycle,
+    Verb("upcycle", "Turn a dense checkpoint's FFNs into experts.", (SOURCE, OUT), r.UpcycleRequest, _step,
          tables.written),
     Verb("calibrate", "Run data through a model and keep statistics per expert.",
          (MODEL, Positional("stats", "Statistics file to write (.safetensors).", writes=True)), r.CalibrateRequest,
-         _calibrate, tables.calibrated, distributed=True),
-    Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT), r.TuneRequest, _tune,
+         _step, tables.calibrated, distributed=True),
+    Verb("tune", "Train the router briefly, against a teacher or on text.", (MODEL, OUT), r.TuneRequest, _step,
          tables.written, distributed=True),
     Verb("prune", "Remove redundant experts.",
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
-                            required=False, writes=True)), r.PruneRequest, _prune, tables.pruned),
-    Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), r.QuantizeRequest, _quantize, tables.written),
+                            required=False, writes=True)), r.PruneRequest, _step, tables.pruned),
+    Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), r.QuantizeRequest, _step, tables.written),
     Verb("evaluate", "Loss on text, alone or against a reference, with gates for CI.", (MODEL,), r.EvaluateRequest,
-         _evaluate, tables.evaluated, _gates_failed),
+         _step, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),
-         r.VerifyRequest, _verify, tables.verified, _problems),
+         r.VerifyRequest, _step, tables.verified, _problems),
     Verb("report", "One HTML page: what was done, sizes, loads, similarities, losses.",
-         (MODEL, Positional("out", "HTML file to write.", writes=True)), r.ReportRequest, _report, tables.reported),
+         (MODEL, Positional("out", "HTML file to write.", writes=True)), r.ReportRequest, _step, tables.reported),
     Verb("run", "Run a recipe of steps.", (Positional("recipe", "YAML file.", reads="file"),), r.RunRequest,
-         _run_recipe, tables.steps_table),
+         _step, tables.steps_table),
     Verb("recipes", "The recipes that ship with moeconv: list them, or copy one.",
          (Positional("name", "Name of a recipe to copy (default: list all).", required=False),
           Positional("dest", "Where to copy it (default: the working directory).", required=False)),

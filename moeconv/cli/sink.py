@@ -76,6 +76,9 @@ class Sink:
         for key in ("plan_id", "identity", "tensors", "seconds", "peak_rss_bytes"):
             if key in value:
                 print_error_line(f"{key}: {value[key]}")
+        phases = value.get("phases")
+        for name, seconds in phases.items() if isinstance(phases, Mapping) else ():
+            print_error_line(f"  {name}: {seconds}")
         files = value.get("files")
         for name, digest in sorted(files.items()) if isinstance(files, Mapping) else ():
             print_error_line(f"sha256 {digest}  {escape(name)}")

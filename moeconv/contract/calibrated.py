@@ -49,4 +49,5 @@ class Calibrated(TypedDict):
     sources: list[SourceTokens]
     layers: list[Load | NeuronLayer]
     seconds: NotRequired[float]
+    phases: NotRequired[dict[str, float]]
     warnings: NotRequired[list[str]]

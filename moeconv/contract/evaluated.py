@@ -60,3 +60,5 @@ class Evaluated(TypedDict):
     passed: bool
     gates: dict[str, Gate]
     not_finite: NotFinite | None
+    seconds: NotRequired[float]
+    phases: NotRequired[dict[str, float]]

@@ -113,3 +113,5 @@ class Curve(TypedDict):
     curve: list[CurveRow]
     warnings: list[str]
     removal_order: dict[str, list[int]]
+    seconds: NotRequired[float]
+    phases: NotRequired[dict[str, float]]

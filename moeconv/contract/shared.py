@@ -50,7 +50,8 @@ class Written(TypedDict):
     bytes: int
     parameters: Counts
     changed: dict[str, int]
-    seconds: float
+    seconds: float  # of the whole command; 0 in a dry run
+    phases: NotRequired[dict[str, float]]  # the seconds of each phase, without --dry-run
     peak_rss_bytes: int
     warnings: list[str]
     files: dict[str, str]

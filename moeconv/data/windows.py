@@ -17,6 +17,7 @@ from moeconv.data.texts import TextSource, read_sources
 from moeconv.data.tokenizer import Tokenizer, load_tokenizer
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
+from moeconv.plan.phases import phase
 from moeconv.randomness import generator
 from moeconv.units import counted
 
@@ -83,6 +84,7 @@ def _part(read: TokenData, chosen: np.ndarray) -> TokenData:
     return TokenData(read.windows[chosen], read.source[chosen], sources)
 
 
+@phase("read data")
 def load_tokens(
     paths: Sequence[str],
     tokenizer_dir: str | os.PathLike[str],

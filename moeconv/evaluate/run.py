@@ -22,6 +22,7 @@ from moeconv.evaluate.score import Score, score_window
 from moeconv.families.model import Model, open_model
 from moeconv.options import EVALUATE_SEQ_LEN, parse_size
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.phases import phase
 from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 
@@ -40,6 +41,7 @@ class _Settings:
     meter: Meter
 
 
+@phase("evaluate")
 def evaluate(
     model_path: str | os.PathLike[str],
     *,
@@ -84,7 +86,7 @@ def evaluate(
     length = min(sequence_length(model, seq_len, default=EVALUATE_SEQ_LEN) for model in models)
     meter.note("reading the data")
     read = load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
-    start_meter(meter, *models)
+    start_meter(meter, *models, tokens=read.windows.size)
     began = time.monotonic()
     layers: list[Load] = []
     problem: NotFiniteError | None = None
@@ -95,7 +97,7 @@ def evaluate(
         seconds = time.monotonic() - began
         other = _pass(models[1], read.windows, settings, loads=[]) if len(models) == 2 else None
         meter.note("computing the losses")
-        scores, tail_seconds = _score(stream, other, read.source, len(read.sources))
+        scores, tail_seconds = _score(stream, other, read.source, len(read.sources), meter=meter)
         rate = read.tokens / (seconds + tail_seconds)
         problem = _tail_problem(models, scores, dtype=stream.dtype)
     except NotFiniteError as error:
@@ -174,7 +176,7 @@ def _pass(model: Model, windows: np.ndarray, settings: _Settings, *, loads: list
 
 
 def _score(
-    stream: LayerStream, other: LayerStream | None, source: np.ndarray, sources: int
+    stream: LayerStream, other: LayerStream | None, source: np.ndarray, sources: int, *, meter: Meter
 ) -> tuple[list[Score], float]:
     """(one Score per data source, the seconds that the model's own output head took). `source` int64 [n] is the data
     source of each window. The logits of the model and of its reference are made window by window."""
@@ -182,6 +184,8 @@ def _score(
     seconds = 0.0
     theirs: Iterator[tuple[slice, Tensor]] = other.logits() if other else iter(())
     mine = stream.logits()
+    count, length = stream.windows.shape
+    meter.start(total_bytes=count, parts=count, unit="sequence", tokens=count * length)
     while True:
         began = time.monotonic()
         item = next(mine, None)
@@ -197,6 +201,8 @@ def _score(
                 hint="Pass a --reference with the same vocabulary.",
             )
         scores[int(source[rows.start])].add(score_window(stream.windows[rows.start], logits[0], reference))
+        meter.advance(1)
+        meter.part_done()
     return scores, seconds
 
 

@@ -9,10 +9,11 @@ from moeconv.errors import Unsupported
 from moeconv.families.model import open_model
 from moeconv.inspect.run import inspect as inspect_model
 from moeconv.inspect.unknown import inspect_unknown
+from moeconv.plan.meter import Meter
 from moeconv.requests import InspectRequest
 
 
-def inspect(request: InspectRequest) -> Inspected:
+def inspect(request: InspectRequest, *, meter: Meter) -> Inspected:  # noqa: ARG001 (headers are read at once)
     """The JSON object of `moeconv inspect`; of an unsupported checkpoint, only what its headers and config.json show.
     Raises InputError for a damaged one."""
     checkpoint = Checkpoint(resolve(request.model))

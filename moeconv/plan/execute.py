@@ -36,6 +36,7 @@ from moeconv.plan.manifest import json_bytes, manifest_of, small_files
 from moeconv.plan.memory import configure_malloc, free_memory, worker_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.overlay import fingerprint
+from moeconv.plan.phases import phase
 from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.promises import check_written
 from moeconv.types import JsonObject
@@ -104,6 +105,7 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     return i, n
 
 
+@phase("write")
 def execute(
     plan: Plan,
     *,
@@ -304,7 +306,8 @@ def _complete(
         extra: Findings = {}
         if check is not None:
             flow.meter.note("checking the staged model against the source")
-            extra = check(directory.staged)
+            with phase("check"):
+                extra = check(directory.staged)
         for name, data in (describe(manifest["steps"], extra) if describe else {}).items():
             write_file(directory.staged / name, data)
         directory.commit()

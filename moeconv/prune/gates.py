@@ -13,6 +13,7 @@ from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
+from moeconv.plan.phases import phase
 from moeconv.prune import choice, cutting, limits
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.decision import Decision
@@ -73,6 +74,7 @@ class KeepScorer:
         return [total(of_variant) for of_variant in scores]
 
 
+@phase("search")
 def smallest(
     model: Model, evidence: Evidence, request: PruneRequest, *, gate: float, meter: Meter
 ) -> tuple[dict[int, list[int]], dict[str, Cost]]:
@@ -113,6 +115,7 @@ def smallest(
     return sets[low], {"measured": figures_of(measured[low])}
 
 
+@phase("cost")
 def cost(
     model: Model, evidence: Evidence, request: PruneRequest, decision: Decision, *, meter: Meter
 ) -> dict[str, Cost]:

@@ -16,6 +16,7 @@ from moeconv.families.model import Model
 from moeconv.options import parameters_of
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import Meter
+from moeconv.plan.phases import phase
 from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
 from moeconv.prune.decision import Decision, with_keep
@@ -41,6 +42,7 @@ class Repaired:
     figures: Config
 
 
+@phase("repair")
 def repaired(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
@@ -154,6 +156,7 @@ class _OneLayer:
         self.moe_layers, self.num_experts, self.family = (layer,), model.num_experts, model.family
 
 
+@phase("merge")
 def merged(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
@@ -173,6 +176,7 @@ def merged(
     return Repaired(with_keep(decision, keep, groups=groups), {"merged": Overlay(path)}, before.figures)
 
 
+@phase("distill")
 def distilled(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip

@@ -41,7 +41,7 @@ def stream_of(
 
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
-    start_meter(meter, model)
+    start_meter(meter, model, tokens=windows.size)
     workload = pruned_workload(model, refitted=refitted, healed=healed, variants=variants)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     return stream_within(

@@ -5,37 +5,30 @@ from __future__ import annotations
 import os
 import time
 
-from moeconv.calibrate.step import calibrate
 from moeconv.checkpoint.paths import follow_links
 from moeconv.contract import Ran, StepRow
 from moeconv.errors import CheckError, escape
 from moeconv.evaluate.gates import failure
-from moeconv.evaluate.step import evaluate
 from moeconv.families.model import open_model
 from moeconv.options import WriteOptions
 from moeconv.plan.meter import Meter
-from moeconv.prune.step import prune
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.step import quantize
 from moeconv.recipe.fused import fuses, prune_and_quantize
 from moeconv.recipe.guard import guard_recipe
 from moeconv.recipe.ledger import kept_or_run, key_of, key_of_fused
 from moeconv.recipe.planned import plan_all
-from moeconv.recipe.read import Asked, Recipe, Step, asked, load_recipe
+from moeconv.recipe.read import Recipe, Step, asked, load_recipe
 from moeconv.recipe.rows import WRITERS, row_of_measurement, row_of_model, row_of_sizes, summary
 from moeconv.report.step import report
 from moeconv.requests import (
-    CalibrateRequest,
     EvaluateRequest,
     PruneRequest,
     QuantizeRequest,
-    TuneRequest,
-    UpcycleRequest,
+    RunRequest,
 )
 from moeconv.runner.run import open_resolved
-from moeconv.tune.step import tune
+from moeconv.steps import run_request, timed
 from moeconv.types import Config, JsonObject
-from moeconv.upcycle.step import upcycle
 
 _WRITE = frozenset(WriteOptions.__dataclass_fields__)
 
@@ -50,6 +43,11 @@ def run_recipe(path: str, *, meter: Meter, settings: tuple[str, ...] = (), dry_r
     # if one step allows links that leave a checkpoint's directory, the whole recipe does: later steps read its output
     with follow_links(any(step.parameters.get("follow_links") for step in recipe.steps)):
         return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)
+
+
+def run_file(request: RunRequest, *, meter: Meter) -> Ran:
+    """`moeconv run`."""
+    return run_recipe(request.recipe, settings=request.run.set, dry_run=request.run.dry_run, meter=meter)
 
 
 def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
@@ -134,7 +132,7 @@ def _evaluation(recipe: Recipe, path: str, meter: Meter) -> JsonObject:
         parameters = {k: v for k, v in parameters.items() if not k.startswith(("max_", "min_")) and k != "reference"}
     request = asked("evaluate", parameters, path)
     assert isinstance(request, EvaluateRequest)
-    result = evaluate(request, meter=meter)
+    result = run_request(request, meter)
     if (failed := failure(result)) is not None:
         raise CheckError(f"{escape(path)}: {failed.message}", hint=failed.hint)
     return result
@@ -145,31 +143,15 @@ def _run_or_keep(step: Step, meter: Meter) -> tuple[JsonObject, bool]:
     changed."""
     request = step.asked
     if isinstance(request, EvaluateRequest):
-        return evaluate(request, meter=meter), False
+        return run_request(request, meter), False
     assert step.to is not None
-    return kept_or_run(step.to, key_of(step), lambda: _run(request, meter))
+    return kept_or_run(step.to, key_of(step), lambda: run_request(request, meter))
 
 
 def run_step(command: str, parameters: Config, *paths: str, meter: Meter) -> JsonObject:
     """Run one step without a recipe, and return its JSON. `paths` are the one that it reads and the one that it
     writes."""
-    return _run(asked(command, parameters, *paths), meter)
-
-
-def _run(request: Asked, meter: Meter) -> JsonObject:
-    match request:
-        case UpcycleRequest():
-            return upcycle(request, meter=meter)
-        case TuneRequest():
-            return tune(request, meter=meter)
-        case PruneRequest():
-            return prune(request, meter=meter)
-        case QuantizeRequest():
-            return quantize(request, meter=meter)
-        case CalibrateRequest():
-            return calibrate(request, meter=meter)
-        case EvaluateRequest():
-            return evaluate(request, meter=meter)
+    return run_request(asked(command, parameters, *paths), meter)
 
 
 def _run_fused(step: Step, then: Step, meter: Meter) -> tuple[JsonObject, bool]:
@@ -180,4 +162,6 @@ def _run_fused(step: Step, then: Step, meter: Meter) -> tuple[JsonObject, bool]:
     first = asked("prune", dict(step.parameters) | written, step.source, then.to)
     second = asked("quantize", dict(then.parameters) | written, step.to, then.to)
     assert isinstance(first, PruneRequest) and isinstance(second, QuantizeRequest)
-    return kept_or_run(then.to, key_of_fused(step, then), lambda: prune_and_quantize(first, second, meter=meter))
+    return kept_or_run(
+        then.to, key_of_fused(step, then), lambda: timed(second, lambda: prune_and_quantize(first, second, meter=meter))
+    )

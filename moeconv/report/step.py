@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from moeconv.checkpoint.target import check_file_target
 from moeconv.errors import escape
+from moeconv.plan.meter import Meter
+from moeconv.requests import ReportRequest
 from moeconv.runner.run import open_resolved
 from moeconv.types import JsonObject
 
@@ -38,6 +40,16 @@ def report(
     page = render(figures, title=escape(title or model.checkpoint.path.resolve().name)).encode()
     replace_file(path, page)
     return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+
+
+def report_page(request: ReportRequest, *, meter: Meter) -> ReportResult:
+    """`moeconv report`."""
+    asked = request.report
+    meter.note("reading what was measured")
+    return report(
+        request.model, request.out, stats=asked.stats, results=load_results(asked.results), reference=asked.reference,
+        title=asked.title, overwrite=request.artifact.overwrite,
+    )  # fmt: skip
 
 
 def check_report_target(path: Path, *, overwrite: bool) -> None:

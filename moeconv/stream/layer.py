@@ -125,6 +125,8 @@ class Layer:
                 outputs,
                 seen,
             )  # freed before the next batch, if the caller holds no reference
+            if own and advance:
+                self._stream.ran(rows)
         if own:
             self.advanced, self._halfway = advance, False
 

@@ -77,6 +77,7 @@ class LayerStream:
         self._calls: dict[tuple[int, int], Calls] = {}
         self.hidden = self._embed()
         self._next_layer = 0
+        self._bytes = self._told = 0  # of the current layer, and how many of them the meter knows of
 
     def skip_to(self, layer: int) -> None:
         """Start at this layer. The caller must have written the inputs of the layer to `hidden`."""
@@ -102,6 +103,7 @@ class LayerStream:
                 if index < first:
                     continue
                 layer = self._layer(index, module)
+                self._bytes = layer_bytes(self.model, index)
                 self._fill_layer(layer)
                 if index + 1 < self.model.num_layers:
                     pool.submit(self.model.checkpoint.advise, self._stored_names(index + 1))
@@ -111,8 +113,15 @@ class LayerStream:
                 self.skeleton.empty(module)
                 release_memory()
                 self._next_layer = index + 1
-                self._meter.advance(layer_bytes(self.model, index))
+                self._meter.advance(self._bytes - self._told)
+                self._bytes = self._told = 0
                 self._meter.part_done()
+
+    def ran(self, rows: slice) -> None:
+        """Report a batch of the current layer, so that the meter moves within layers that take long."""
+        share = self._bytes * (rows.stop - rows.start) // len(self.windows)
+        self._told += share
+        self._meter.advance(share)
 
     def arguments(self, rows: slice, layer: int) -> Arguments:
         """The arguments (args, kwargs) with which the stock model calls a layer for a batch, one of `rows()`, without
@@ -351,7 +360,9 @@ def layer_bytes(model: Model, layer: int) -> int:
     return sum(model.checkpoint.tensors[name].nbytes for name, role in model.roles.items() if role.layer == layer)
 
 
-def start_meter(meter: Meter, *models: Model) -> None:
-    """Announce to the meter the layers of all models that will be run."""
+def start_meter(meter: Meter, *models: Model, tokens: int) -> None:
+    """Announce to the meter the layers of all models that will be run on `tokens` tokens each."""
     total = sum(layer_bytes(model, layer) for model in models for layer in range(model.num_layers))
-    meter.start(total_bytes=total, parts=sum(model.num_layers for model in models), unit="layer")
+    meter.start(
+        total_bytes=total, parts=sum(model.num_layers for model in models), unit="layer", tokens=tokens * len(models)
+    )

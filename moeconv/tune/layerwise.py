@@ -71,9 +71,9 @@ class LayerTraining:
         here = np.flatnonzero(window % world.size == world.rank)
         return here, window[here] // world.size * self.seq_len + rows[here] % self.seq_len
 
-    def step(self, rows: np.ndarray, *, number: int) -> bool:
-        """Compute the gradients of the batch `number`, given as rows of all training tokens. Returns whether the loss
-        is finite."""
+    def step(self, rows: np.ndarray, *, number: int) -> float:
+        """Compute the gradients of the batch `number`, given as rows of all training tokens. Returns the loss
+        of this process's part."""
         here, local = self._mine(rows)
         with self.disturbance.training(number, rows=here, total=len(rows)):
             error, norm, routed = self._run(torch.from_numpy(local))
@@ -87,7 +87,7 @@ class LayerTraining:
         if self.z_loss:
             loss = loss + self.z_loss * losses.z_loss(routed, tokens=len(rows))
         loss.backward()
-        return bool(loss.isfinite())
+        return float(loss.detach())
 
     @torch.no_grad()
     def measure(self, *, batch: int) -> LayerMeasure:

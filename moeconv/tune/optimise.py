@@ -83,17 +83,18 @@ def optimise(
     pieces: Sequence[Piece],
     *,
     schedule: Schedule,
-    step: Callable[[int], bool],
+    step: Callable[[int], float],
     measure: Callable[[], M],
     score: Callable[[M], float],
-    note: Callable[[int, M | None], None],
+    note: Callable[[int, float, M | None], None],
     not_finite: Callable[[], MoeconvError],
 ) -> Outcome[M]:
     """Train the parameters of the pieces, and leave the best values in them (the first ones if none was better).
 
-    `step(i)` computes the gradients and returns whether the loss is finite; training ends if it is not. `measure()`
-    evaluates the held-out data, and `score` turns the result into a number, lower is better. `note` is called after
-    every step and every evaluation. Raises `not_finite()` if the first score is NaN or infinite.
+    `step(i)` computes the gradients and returns the loss; training ends if that is not finite. `measure()` evaluates
+    the held-out data, and `score` turns the result into a number, lower is better. `note` is called after every step
+    and every evaluation, with the number of steps and the last loss. Raises `not_finite()` if the first score is NaN or
+    infinite.
     """
     groups = parameters_by_word(pieces)
     parameters = [p for found in groups.values() for p in found]
@@ -120,16 +121,16 @@ def optimise(
                 group["lr"] = group["peak"] * schedule.rate_at(i)
             for p in parameters:
                 p.grad = None
-            finite = all_agree(step(i))
-            if not finite or not bool(_gather_gradients(parameters, leaves).isfinite()):
+            loss = step(i)
+            if not all_agree(math.isfinite(loss)) or not bool(_gather_gradients(parameters, leaves).isfinite()):
                 best = replace(best, diverged_at=i)
                 break
             optimiser.step()
-            note(i + 1, None)
+            note(i + 1, loss, None)
             if i + 1 not in schedule.evaluations():
                 continue
             measured, rounded = _evaluate(pieces, measure)
-            note(i + 1, measured)
+            note(i + 1, loss, measured)
             if score(measured) < score(best.after):
                 best, best_values, since_best = replace(best, after=measured, improved=True), rounded, 0
                 continue

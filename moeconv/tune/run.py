@@ -34,6 +34,7 @@ from moeconv.options import (
 )
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.phases import phase
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
 from moeconv.stream.layers import pick_device, start_meter
 from moeconv.stream.need import noted_placement
@@ -51,7 +52,7 @@ from moeconv.tune.whole import ModelTraining
 from moeconv.tune.windows import batches, split
 from moeconv.tune.words import tensors_of
 from moeconv.types import JsonObject
-from moeconv.units import counted
+from moeconv.units import counted, human_seconds
 from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
@@ -61,6 +62,7 @@ Put = Callable[[Sequence[Piece], bool], None]
 M = TypeVar("M")
 
 
+@phase("train")
 def tune(
     model_path: str | os.PathLike[str],
     overlay_path: str | os.PathLike[str],
@@ -211,6 +213,7 @@ def _whole(run: TrainingRun) -> JsonObject:
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
     routing = job.student.family.experts.routing
     assert routing is not None
+    run.meter.start(total_bytes=job.schedule.steps, parts=job.schedule.steps, unit="step")
     with run.recording(student.blocks) as take_routed:
         task = ModelTraining(
             student, teacher, routing, take_routed, job.objective, job.balance, job.z_loss, run.device,
@@ -265,7 +268,7 @@ def _layerwise(run: TrainingRun) -> JsonObject:
         )
     mine = [windows[world.rank :: world.size] for windows in (training, held)]
     warnings, outcomes = list(job.warnings), []
-    start_meter(run.meter, job.teacher)
+    start_meter(run.meter, job.teacher, tokens=training.size + held.size)
     layers = each_layer(
         job.student, job.teacher, np.concatenate(mine), batch_size=job.batch_size, device=run.device,
         max_memory=run.max_memory, meter=run.meter, trains_experts="experts" in job.train,
@@ -321,17 +324,23 @@ _HELD_OUT = {
 }
 
 
-def _reporting(run: TrainingRun, prefix: str, describe: Callable[[M], str]) -> Callable[[int, M | None], None]:
-    """A function that reports every evaluation to the meter, and the step at least every `_HEARTBEAT` seconds."""
-    last = time.monotonic()
+def _reporting(run: TrainingRun, prefix: str, describe: Callable[[M], str]) -> Callable[[int, float, M | None], None]:
+    """A function that reports to the meter: the training loss of every step, every evaluation, and the step at least
+    every `_HEARTBEAT` seconds, with the time that is left."""
+    began = last = time.monotonic()
 
-    def note(done: int, measured: M | None) -> None:
+    def note(done: int, loss: float, measured: M | None) -> None:
         nonlocal last
+        run.meter.figure("training loss", loss * current().size)
+        if not prefix and measured is None:  # a model as a whole: the meter counts its steps
+            run.meter.advance(1)
         if measured is None and time.monotonic() - last < _HEARTBEAT:
             return
         last = time.monotonic()
-        tail = "" if measured is None else f"  {describe(measured)}"
-        run.meter.note(f"{prefix}step {done}/{run.job.schedule.steps}{tail}")
+        left = (last - began) / done * (run.job.schedule.steps - done)
+        words = [f"{prefix}step {done}/{run.job.schedule.steps}", f"training loss {loss * current().size:.4f}"]
+        words += [] if measured is None else [describe(measured)]
+        run.meter.note("  ".join([*words, f"eta {human_seconds(left)}"]))
 
     return note
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,8 +53,9 @@ class ModelTraining:
     def tokens(self, windows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(windows, np.int64)).to(self.device)
 
-    def step(self, windows: np.ndarray, *, number: int) -> bool:
-        """Compute the gradients of the batch `number`, int64 [B, S]. Returns whether the loss is finite."""
+    def step(self, windows: np.ndarray, *, number: int) -> float:
+        """Compute the gradients of the batch `number`, int64 [B, S]. Returns the loss of this process's part; NaN where
+        nothing has a gradient."""
         world = current()
         tokens = self.tokens(windows[world.rank :: world.size])
         rows = np.arange(windows.size).reshape(windows.shape)[world.rank :: world.size].reshape(-1)
@@ -70,18 +72,18 @@ class ModelTraining:
         if self.z_loss:
             extra.append(self.z_loss * losses.z_loss(routed, tokens=windows.size))
         grads: list[Tensor | None] = [None] * len(extra)
-        finite = all(bool(x.isfinite()) for x in extra)
+        total = sum(float(x.detach()) for x in extra)
         if self.objective != "balance":
             loss, flat = self._rows(hidden, tokens)
             count = len(flat) * len(windows) // len(tokens)
             value, grad = losses.mean_and_gradient(flat, loss, vocabulary=self.student.vocabulary, count=count)
             extra.append(flat)
             grads.append(grad)
-            finite = finite and bool(np.isfinite(value))
+            total += float(value)
         live = [(x, g) for x, g in zip(extra, grads) if x.requires_grad]
         if live:
             torch.autograd.backward([x for x, _ in live], [g for _, g in live])
-        return finite and bool(live)
+        return total if live else math.nan
 
     def _rows(self, hidden: Tensor, tokens: Tensor) -> tuple[losses.Rows, Tensor]:
         """(the loss of each row, the final hidden states [T, H] that it is computed on)."""

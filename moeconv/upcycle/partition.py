@@ -19,6 +19,7 @@ from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import KIND, VERSION
+from moeconv.plan.phases import phase
 from moeconv.stream.layers import layer_bytes
 from moeconv.stream.memory import release_memory
 from moeconv.stream.skeleton import Skeleton
@@ -29,6 +30,7 @@ _ROWS = 4096  # tokens per forward pass
 
 
 @torch.no_grad()
+@phase("partition")
 def write_partition(
     model: Model,
     statistics: NeuronStatistics,

@@ -21,6 +21,7 @@ from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, parse_size
 from moeconv.plan.kernels.arrays import raw_bytes
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.phases import phase
 from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import pick_device, start_meter, stream_within
@@ -41,6 +42,7 @@ class RouterInputs:
     source: np.ndarray
 
 
+@phase("router")
 def measure_router(
     model: Model,
     path: Path,
@@ -81,7 +83,7 @@ def measure_router(
     chosen = _choose(read, max(_SAMPLE, _PER_EXPERT * experts), seed=seed)
     _check_tokens(kind, experts, data, read, len(chosen))
     budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
-    start_meter(meter, model)
+    start_meter(meter, model, tokens=read.windows.size)
     stream = stream_within(
         model, read.windows, device=pick_device(device), batch_size=batch_size, budget=budget, meter=meter,
         what="finding routers",

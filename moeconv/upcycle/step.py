@@ -16,6 +16,7 @@ from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.partition import ORIGIN as PARTITION
+from moeconv.plan.phases import phase
 from moeconv.plan.plan import Plan
 from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
@@ -70,7 +71,8 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
             plan = upcycle_plan(model, options, request.plan, siblings=siblings, overlay=overlay)
         if not (measured or write.dry_run or write.no_check or write.part):
             check_out(out, model, write)
-            check_source(model, plan)
+            with phase("check"):
+                check_source(model, plan)
         result = run_plan(
             plan, model, out, write, meter=meter, origins=origins, figures=figures,
             check=lambda staged: equivalence(model, staged, plan, siblings=siblings, partition=split_by),

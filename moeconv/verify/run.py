@@ -15,22 +15,26 @@ from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import stated_shape
 from moeconv.inspect.unknown import unsupported_warning
+from moeconv.plan.meter import Meter, SilentMeter
 
 _CHUNK = 1 << 22
 
 
-def verify(path: str, *, source: str | None = None, load: bool = False) -> Verified:
+def verify(
+    path: str, *, source: str | None = None, load: bool = False, meter: Meter | None = None
+) -> Verified:  # fmt: skip
     """The JSON object of `moeconv verify`.
 
     With `source`, every tensor that the last step left unchanged is compared with that checkpoint. With `load`,
     transformers loads the model strictly and runs it. Raises InputError if the checkpoint cannot be opened and has no
     manifest, which states what it was.
     """
+    meter = meter or SilentMeter()
     problems: list[str] = []
     try:
         checkpoint = Checkpoint(path)
     except InputError as error:
-        return _unopened(path, error, only_bytes=source is None and not load)
+        return _unopened(path, error, only_bytes=source is None and not load, meter=meter)
     model: Model | None = None
     unknown: list[str] = []
     try:
@@ -39,13 +43,14 @@ def verify(path: str, *, source: str | None = None, load: bool = False) -> Verif
         unknown.append(f"{unsupported_warning(error)}; its structure was not checked")
     except InputError as error:
         problems.append(error.message)
-    problems += _check_hashes(checkpoint)
+    problems += _check_hashes(checkpoint, meter)
     if model is not None:
         problems += _check_stated_shapes(model)
     if source is not None and model is not None:
         problems += _compare(model, open_model(source))
     loads: bool | None = None
     if load:
+        meter.note("loading the model in transformers")
         from moeconv.verify.load import load_strict
 
         found = load_strict(path)
@@ -83,7 +88,7 @@ def _check_stated_shapes(model: Model) -> list[str]:
     return problems
 
 
-def _check_hashes(checkpoint: Checkpoint) -> list[str]:
+def _check_hashes(checkpoint: Checkpoint, meter: Meter) -> list[str]:
     """Hashes every file of the manifest again, and looks for shards that the manifest does not name."""
     manifest = checkpoint.manifest
     if manifest is None:
@@ -91,27 +96,34 @@ def _check_hashes(checkpoint: Checkpoint) -> list[str]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return [f"{MANIFEST_NAME} lists no files"]
-    problems = _check_files(checkpoint.path, files)
+    problems = _check_files(checkpoint.path, files, meter)
     return problems + [f"{escape(shard)} is not in the manifest" for shard in checkpoint.shards if shard not in files]
 
 
-def _check_files(folder: Path, files: Mapping[str, object]) -> list[str]:
+def _is_plain(name: str) -> bool:
+    """Whether a manifest may name such a file: it lies in the checkpoint's own directory."""
+    return name not in ("", ".", "..") and ("/" not in name or is_companion_name(name))
+
+
+def _check_files(folder: Path, files: Mapping[str, object], meter: Meter) -> list[str]:
     """Hashes the `files` of a manifest again: {name: its entry}."""
     problems = []
+    sizes = {n: (folder / n).stat().st_size for n in files if _is_plain(n) and os.path.isfile(folder / n)}
+    meter.start(total_bytes=sum(sizes.values()), parts=len(sizes), unit="file")
     for name, entry in sorted(files.items()):
-        plain = name not in ("", ".", "..") and ("/" not in name or is_companion_name(name))
-        if not isinstance(entry, dict) or not plain:
+        if not isinstance(entry, dict) or not _is_plain(name):
             problems.append(f"{MANIFEST_NAME}: the entry {escape(name)!r} is not valid")
             continue
         path = folder / name
         if not os.path.isfile(path):
             problems.append(f"{escape(name)} is missing")
-        elif (found := _hash(path)) != entry.get("sha256"):
+        elif (found := _hash(path, meter)) != entry.get("sha256"):
             problems.append(f"{escape(name)} has changed since it was written (sha256 {found[:12]}...)")
+        meter.part_done()
     return problems
 
 
-def _unopened(path: str, error: InputError, *, only_bytes: bool) -> Verified:
+def _unopened(path: str, error: InputError, *, only_bytes: bool, meter: Meter) -> Verified:
     """The verdict on an output of moeconv that does not open: GGUF, of which the bytes are checked, or a damaged
     checkpoint. Raises `error` where no manifest states what the directory held, and for GGUF where more than the bytes
     is asked for."""
@@ -124,7 +136,7 @@ def _unopened(path: str, error: InputError, *, only_bytes: bool) -> Verified:
     gguf = [name for name in files if name.endswith(".gguf")]
     if gguf and not only_bytes:
         raise error
-    problems = _check_files(Path(path), files)
+    problems = _check_files(Path(path), files, meter)
     present = [Path(path) / name for name in files if os.path.isfile(Path(path) / name)]
     return {
         "path": path,
@@ -137,9 +149,9 @@ def _unopened(path: str, error: InputError, *, only_bytes: bool) -> Verified:
     }
 
 
-def _hash(path: Path) -> str:
+def _hash(path: Path, meter: Meter) -> str:
     try:
-        return file_sha256(path)
+        return file_sha256(path, seen=meter.advance)
     except OSError as error:
         raise InputError(f"cannot read {escape(path.name)}: {error.strerror}", hint="Check permissions.") from None
 

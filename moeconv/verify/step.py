@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from moeconv.checkpoint.hub import resolve
 from moeconv.contract import Verified
+from moeconv.plan.meter import Meter
 from moeconv.requests import VerifyRequest
 
 
-def verify(request: VerifyRequest) -> Verified:
+def verify(request: VerifyRequest, *, meter: Meter) -> Verified:
     """Check every byte of a checkpoint against its manifest, and its structure against its family. Raises InputError
     for one that cannot be opened."""
     from moeconv.verify.run import verify as check
 
-    against = request.verify.source
-    return check(resolve(request.model), source=resolve(against) if against else None, load=request.verify.load)
+    source = resolve(request.verify.source) if request.verify.source else None
+    return check(resolve(request.model), source=source, load=request.verify.load, meter=meter)

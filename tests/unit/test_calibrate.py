@@ -169,7 +169,7 @@ def test_the_summary_tells_the_load(tmp_path: Path) -> None:
     heard: list[Any] = []
 
     class Meter:
-        def start(self, *, total_bytes: int, parts: int, unit: str = "shard") -> None:
+        def start(self, *, total_bytes: int, parts: int, unit: str = "shard", tokens: int = 0) -> None:
             heard.append((parts, unit))
 
         def note(self, text: str) -> None: ...

@@ -78,7 +78,8 @@ MAY_KNOW: dict[str, set[str]] = {
     "hf": {"errors", "plan", "versions"},
     "runner": MEASURE | {"report", "requests"},
     "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "upcycle"},
-    "recipe": STEP | {"upcycle", "tune", "prune", "quantize", "evaluate", "report"},
+    "recipe": STEP | {"steps", "upcycle", "tune", "prune", "quantize", "evaluate", "report"},
+    "steps": {"requests", "plan"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP
     | {
@@ -92,6 +93,7 @@ MAY_KNOW: dict[str, set[str]] = {
         "report",
         "recipe",
         "demo",
+        "steps",
         "versions",
     },
     "__main__": {"cli"},

@@ -175,13 +175,13 @@ def falling(scores: list[float], schedule: Schedule) -> Any:
     piece = Piece("x", "F32", "router", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
     told = iter(scores)
 
-    def step(i: int) -> bool:
+    def step(i: int) -> float:
         piece.parameter.grad = -torch.ones(1)  # upwards
-        return True
+        return 0.0
 
     outcome = optimise(
         [piece], schedule=schedule, step=step, measure=lambda: next(told), score=float,
-        note=lambda _done, _measured: None,
+        note=lambda _done, _loss, _measured: None,
         not_finite=lambda: InputError("NaN"),
     )  # fmt: skip
     return outcome, float(piece.parameter.detach())

@@ -116,13 +116,13 @@ def heal_layer(
     order = _batches(stream, data, seed=heal.seed, layer=layer.index)
     first, old = _errors(stream, layer, data), [p.parameter.detach().clone() for p in pieces]
 
-    def step(_: int) -> bool:
+    def step(_: int) -> float:
         rows = next(order)
         used = data.training[rows].to(stream.device)
         off = layer.run(data.inputs[rows].to(stream.device), rows) - data.wanted[rows].to(stream.device)
         loss = off.float().square().sum(-1)[used].sum() / (summed(used.sum()) * norm).clamp_min(1e-30)
         loss.backward()
-        return bool(loss.isfinite())
+        return float(loss.detach())
 
     rates = {"experts": _EXPERTS, "router": _ROUTER}
     outcome: Outcome[Tensor] = optimise(
@@ -131,7 +131,7 @@ def heal_layer(
         step=step,
         measure=lambda: _errors(stream, layer, data),
         score=lambda errors: float(errors.mean()),
-        note=lambda _step, _measured: None,
+        note=lambda _step, _loss, _measured: None,
         not_finite=lambda: not_finite(stream.model, layer.index, dtype=stream.dtype),
     )
     better = outcome.improved and clearly_less(outcome.after.numpy(), first.numpy())

@@ -25,6 +25,7 @@ from moeconv.families.model import Model
 from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.plan.phases import phase
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.experts import experts_of
 from moeconv.quantize.gptq.groups import role_of
@@ -35,6 +36,7 @@ from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_
 VERSION = 1
 
 
+@phase("gptq")
 def choose_codes(
     model: Model,
     items: Sequence[Item],
@@ -73,7 +75,7 @@ def choose_codes(
         data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
-    start_meter(meter, model)
+    start_meter(meter, model, tokens=read.windows.size)
     workload = gptq_workload(view, items, tokens=read.windows.size, seq_len=read.seq_len, jobs=jobs)
     stream = stream_within(
         model, read.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,

@@ -16,7 +16,7 @@ from moeconv.calibrate.need import sample_size, sampled_fields
 from moeconv.calibrate.neurons import KIND as NEURONS
 from moeconv.calibrate.neurons import measure_neurons
 from moeconv.calibrate.routing import load_of_layer
-from moeconv.calibrate.state import EVERY, Fields, Progress, run_key
+from moeconv.calibrate.state import EVERY, Fields, SavedProgress, run_key
 from moeconv.calibrate.statistics import layer_statistics
 from moeconv.calibrate.twin import structure
 from moeconv.checkpoint.artifact import is_artifact
@@ -104,7 +104,7 @@ def calibrate(
         what="calibrate", **sampled_fields(model, min(sample_tokens, read.tokens)),
     )  # fmt: skip
     key = run_key(stream, read, seed=seed, sample_tokens=sample_tokens)
-    progress = Progress(path, key=key, every=save_every, meter=meter)
+    progress = SavedProgress(path, key=key, every=save_every, meter=meter)
     fields = _all_layers(stream, read, mine, progress, seed=seed, sample_tokens=sample_tokens)
     predicted = [layer for layer in model.mtp_layers if layer in fields]
     if current().leads:
@@ -184,7 +184,7 @@ def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]
 
 
 def _all_layers(
-    stream: LayerStream, read: TokenData, mine: np.ndarray, progress: Progress, *, seed: int, sample_tokens: int
+    stream: LayerStream, read: TokenData, mine: np.ndarray, progress: SavedProgress, *, seed: int, sample_tokens: int
 ) -> Fields:
     fields = progress.resume(stream)
     measured = partial(

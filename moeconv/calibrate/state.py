@@ -51,7 +51,7 @@ def run_key(stream: LayerStream, read: TokenData, **settings: int) -> str:
     return hashlib.sha256(canonical_json(state)).hexdigest()
 
 
-class Progress:
+class SavedProgress:
     """Saves the state of a calibration, at most every `every` seconds (0: at every layer, None: never). Each process
     saves its own share of the windows."""
 

@@ -258,12 +258,12 @@ KILLED = """
 import os, signal, sys, torch
 from moeconv.calibrate import run, state
 torch.set_num_threads(1)
-keep = state.Progress.save
+keep = state.SavedProgress.save
 def save(self, stream, passed, fields):
     if passed == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     keep(self, stream, passed, fields)
-state.Progress.save = save
+state.SavedProgress.save = save
 run.calibrate(sys.argv[1], sys.argv[2], data=sys.argv[4:], seq_len=16, batch_size=4, save_every=0)
 """
 

@@ -15,7 +15,7 @@ from moeconv.families.model import Model
 from moeconv.families.packed import weight_of
 from moeconv.families.spec import BESIDE, UNCHANGED, Role
 from moeconv.plan.kernels import Buffer
-from moeconv.plan.kernels.chain import between
+from moeconv.plan.kernels.chain import between, gathered
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.stored import to_tensor
 from moeconv.plan.plan import Input, Item
@@ -74,9 +74,10 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
         (ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs
     ]
     kernel, params = item.kernel, item.params
-    while kernel == "chain":
-        read, kernel, params = [between(read, params)], params["then"]["kernel"], params["then"]["params"]
-    ((ref, data),) = read
+    while kernel in ("chain", "gather"):
+        read = [between(read, params)] if kernel == "chain" else gathered(read, params)
+        kernel, params = params["then"]["kernel"], params["then"]["params"]
+    ref, data = read[0]  # the others are weights that it shares a scale with
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 

@@ -41,6 +41,12 @@ def make_moe(path: Path, family: str = "mixtral", *, experts: int = 4, top_k: in
     return make(path, row, **(counts | keywords))
 
 
+def packable(info: Any, **sizes: int) -> dict[str, int]:
+    """The sizes of a model that a scheme (`quantize.spec.SchemeInfo`) can pack: larger ones where it needs blocks."""
+    blocks = min((size for size in info.groups if size), default=1) > 64
+    return {name: 256 * (1 + i) for i, name in enumerate(sizes)} if blocks else sizes
+
+
 def make(
     path: Path, family: Family, *, layers: int = 2, hidden: int = 32, intermediate: int = 64, vocab: int = 64,
     heads: int = 4, kv_heads: int = 2, shards: int = 1, dtype: str = "BF16", tied: bool = False, seed: int = 0,

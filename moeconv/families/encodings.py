@@ -110,6 +110,14 @@ def _codes8(dtype: str) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
     return parts
 
 
+def _mxfp8(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
+    """compressed-tensors MXFP8: one byte per weight, and exponents."""
+    return {
+        "weight": Part(("F8_E4M3",), (shape,)),
+        "scale": Part(("U8", "F8_E8M0"), _scales(encoding, shape)),
+    }
+
+
 def _fp4(scale_dtypes: tuple[str, ...], *, whole: bool) -> Callable[[Encoding, Shape, bool], dict[str, Part]]:
     """compressed-tensors NVFP4 and MXFP4: two codes per byte; `whole`: one more scale for the whole weight."""
 
@@ -168,6 +176,7 @@ PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "float8-blocks": _codes8("F8_E4M3"),
     "nvfp4": _fp4(("F8_E4M3",), whole=True),
     "mxfp4-rows": _fp4(("U8", "F8_E8M0"), whole=False),
+    "mxfp8-rows": _mxfp8,
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": _mxfp4,

@@ -120,7 +120,7 @@ def _group(group: Config, layout: object) -> Encoding:
         raise _unread(f"compressed-tensors {escape(layout)} of {escape(bits)}-bit {escape(kind)}")
     if weights.get("actorder") in ("group", True):
         raise _unread("compressed-tensors with groups in the order of activations (actorder group)")
-    form = "float8" if kind == "float" and bits == 8 else _FORMS[name]
+    form = "float8" if kind == "float" and name == "naive-quantized" else _FORMS[name]
     return Encoding(form, bits, _grid(weights), zero_points=weights.get("symmetric") is False, static=static)
 
 
@@ -132,6 +132,7 @@ _COMPRESSED: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "naive-quantized": (("int", "float"), (8,)),
     "nvfp4-pack-quantized": (("float",), (4,)),
     "mxfp4-pack-quantized": (("float",), (4,)),
+    "mxfp8-quantized": (("float",), (8,)),
 }
 _FORMS = {
     "pack-quantized": "packed-int",
@@ -140,6 +141,7 @@ _FORMS = {
     "float-quantized": "float8",
     "nvfp4-pack-quantized": "nvfp4",
     "mxfp4-pack-quantized": "mxfp4-rows",
+    "mxfp8-quantized": "mxfp8-rows",
 }
 
 

@@ -68,8 +68,10 @@ def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
         if _whole(item, ref, maker) and (item.kernel == "copy" or maker.kernel != "copy" or len(maker.inputs) > 1):
             return _joined(item, maker)
         traced = _range(ref, maker)
+        if traced is None and len(item.inputs) > 1:
+            return _gathered(item, made)
         if traced is None:
-            return _cut(item, maker) if len(item.inputs) == 1 and maker.kernel == "decode" else None
+            return _cut(item, maker) if maker.kernel == "decode" else None
         inputs.append(traced)
     return replace(item, inputs=tuple(inputs), changed=item.changed or _moved(item, made))
 
@@ -99,6 +101,28 @@ def _chain(item: Item, maker: Item, inputs: Sequence[Input], shape: Sequence[int
         "then": {"kernel": item.kernel, "params": dict(item.params)},
     }
     return Item(item.outputs, "chain", tuple(inputs), params, item.changed or maker.changed)
+
+
+def _gathered(item: Item, made: Mapping[str, Item]) -> Item | None:
+    """An item of several inputs, each of which another kernel makes; None where that is impossible for one of them."""
+    firsts, inputs = [], list[Input]()
+    for ref in item.inputs:
+        one = (
+            _through(replace(item, kernel="gather", inputs=(ref,), params={}), made) if ref.origin == "source" else None
+        )
+        if one is None:
+            return None
+        if one.kernel == "chain":
+            first = {"first": one.params["first"], "between": one.params["between"]}
+        else:  # a range of bytes
+            first = {
+                "first": {"kernel": "copy", "params": {}},
+                "between": [ref.tensor, ref.dtype, list(ref.shape), 0, list(ref.shape)],
+            }
+        firsts.append(first | {"count": len(one.inputs)})
+        inputs += one.inputs
+    params = {"firsts": firsts, "then": {"kernel": item.kernel, "params": dict(item.params)}}
+    return Item(item.outputs, "gather", tuple(inputs), params, item.changed)
 
 
 def _cut(item: Item, maker: Item) -> Item:

@@ -94,7 +94,10 @@ def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[i
     """
     if not info.groups:
         if text != "auto":
-            raise UsageError(f"--format {format.name} does not use --group-size", hint="Leave --group-size out.")
+            what = (
+                f"--scheme {info.name}" if any(other.groups for other in format.schemes) else f"--format {format.name}"
+            )
+            raise UsageError(f"{what} does not use --group-size", hint="Leave --group-size out.")
         return None
     sizes = _sizes((info,))
     if text == "channel":

@@ -7,7 +7,7 @@ import dataclasses
 from moeconv.errors import UsageError
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.spec import Format
+from moeconv.quantize.spec import Format, SchemeInfo
 
 
 def check_method(format: Format, method: str) -> None:
@@ -21,6 +21,16 @@ def check_method(format: Format, method: str) -> None:
         hint=f"Use --method {' or '.join(format.methods)}"
         + (f", or --format {' or '.join(others)}." if others else "."),
     )
+
+
+def check_scheme_method(format: Format, info: SchemeInfo, method: str) -> None:
+    """Raises UsageError for a method that the kernel of a scheme does not have."""
+    if method not in (has := format.methods_of(info)):
+        others = [other.name for other in format.schemes if method in format.methods_of(other)]
+        raise UsageError(
+            f"--scheme {info.name} of {format.name} does not support --method {method}",
+            hint=f"Use --method {' or '.join(has)}, or --scheme {' or '.join(others)}.",
+        )
 
 
 def apply_method(item: Item, method: str, format: Format) -> Item:

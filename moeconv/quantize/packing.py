@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from moeconv.checkpoint.overlay import Overlay
@@ -15,9 +16,10 @@ from moeconv.families.spec import Role
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
-from moeconv.plan.build import TORCH_NAMES, carry_all
+from moeconv.plan.build import TORCH_NAMES, carry_all, whole
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.quantize.joined import joined
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.spec import Format, Scheme
@@ -80,7 +82,15 @@ class Packing:
         else:
             assert self.format.make is not None
             made = [self.format.make(ref, scheme, role.key)]
+            if self.format.scheme(scheme.name).joined:
+                made = [
+                    replace(item, inputs=(*item.inputs, *map(whole, self._joined.get(ref.name, ())))) for item in made
+                ]
         return [apply_method(item, self.method, self.format) for item in made]
+
+    @cached_property
+    def _joined(self) -> Mapping[str, list[TensorRef]]:
+        return joined(self.model, self.weights)
 
     def items(self) -> list[Item]:
         """The items of the output: every tensor of the source, with `weights` packed in their place."""

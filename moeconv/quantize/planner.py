@@ -21,7 +21,7 @@ from moeconv.plan.build import count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
-from moeconv.quantize.methods import check_method
+from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
@@ -64,6 +64,8 @@ def quantize_plan(
     mixed = options.scheme == MIXED
     check_method(format, options.method)
     info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
+    if not mixed:
+        check_scheme_method(format, info, options.method)
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
     ) + check_served(model.family.model_type, options.target)

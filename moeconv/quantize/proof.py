@@ -46,7 +46,7 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
     layers: dict[int | None, list[float]] = {}
     for layer, item, spec in _sample(before or plan, source):
         error = relative_rms(_source_weight(source, item), decode(spec))
-        if not error <= format.limit(8 * spec.nbytes / spec.params):
+        if not error <= format.limit(8 * spec.nbytes / spec.params, spec.dtype):
             raise CheckError(
                 f"{escape(spec.name)} decodes with a relative error of {error:.3f}, which is too large for its bits",
                 hint="The weights may have extreme outliers. Try a smaller --group-size, or 8 bits.",

@@ -17,6 +17,10 @@ from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.types import JsonObject
 
 MIXED = "mixed"  # the value of --scheme for bits that differ by layer
+# the machines that `hardware` names: Nvidia's GPUs by generation (A100 and RTX 30; RTX 40 and L40; H100; B200 and
+# RTX 50), a processor, and Apple's
+HARDWARE = ("ampere", "ada", "h100", "b200", "cpu", "mac")
+GPUS = HARDWARE[:4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,11 @@ class SchemeInfo:
     `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
     where the layout has no choice. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
     to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
-    it. `aliases` are other words for it that --scheme understands.
+    it. `aliases` are other words for it that --scheme understands. `hardware` are the machines, of HARDWARE, on which a
+    runtime computes with it by kernels of its own, and `error` is the relative RMS error of Gaussian weights under
+    round-to-nearest with the largest group that is usual; both are what `moeconv formats --for` shows. `joined`: the
+    weights that an engine joins to one matrix share a scale, so that the item of each reads them all (`joined.py`).
+    `kernel` names the kernel that packs it, where not every kernel of the format can.
     """
 
     name: str
@@ -55,6 +63,10 @@ class SchemeInfo:
     nests: bool = False
     aliases: tuple[str, ...] = ()
     measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    hardware: tuple[str, ...] = ()
+    error: float | None = None
+    joined: bool = False
+    kernel: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +151,16 @@ class Format:
         """The values of --method."""
         return tuple(dict.fromkeys(("rtn", *(method for kernel in self.kernels for method in kernel.methods))))
 
-    def limit(self, bits: float) -> float:
-        """The `limit` of the scheme whose width is nearest to `bits`, the stored bits per weight."""
-        return min(self.schemes, key=lambda scheme: (abs(scheme.bits - bits), -scheme.limit)).limit
+    def methods_of(self, info: SchemeInfo) -> tuple[str, ...]:
+        """The values of --method for one scheme."""
+        kernels = [kernel for kernel in self.kernels if info.kernel in ("", kernel.name)]
+        return tuple(dict.fromkeys(("rtn", *(method for kernel in kernels for method in kernel.methods))))
+
+    def limit(self, bits: float, dtype: str) -> float:
+        """The `limit` of the scheme with codes of this dtype whose width is nearest to `bits`, the stored bits per
+        weight."""
+        of_dtype = [scheme for scheme in self.schemes if scheme.codes == dtype] or self.schemes
+        return min(of_dtype, key=lambda scheme: (abs(scheme.bits - bits), -scheme.limit)).limit
 
 
 def codes(

@@ -225,7 +225,7 @@ def test_on_cuda_the_codes_are_those_of_the_cpu(kind):
     assert float(found / wanted - 1) == pytest.approx(0, abs=1e-3)
 
 
-KINDS = [(f.name, s.name) for f in FORMATS.values() if "gptq" in f.methods for s in f.schemes]
+KINDS = [(f.name, s.name) for f in FORMATS.values() for s in f.schemes if "gptq" in f.methods_of(s)]
 
 
 @pytest.mark.parametrize(("format", "scheme"), KINDS)

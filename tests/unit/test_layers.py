@@ -156,6 +156,7 @@ TORCH_AT_IMPORT = (
     "tensors",
     "plan.kernels.pack",
     "plan.kernels.quantized",
+    "plan.kernels.compressed",
     "plan.kernels.stored",
     "plan.kernels.decode",
 )

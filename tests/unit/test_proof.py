@@ -6,7 +6,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from tiny import decode, edit_json, encode, make_moe, read_tensors, write_shards
+from tiny import decode, edit_json, encode, make_moe, packable, read_tensors, write_shards
 
 from moeconv.errors import CheckError, InputError
 from moeconv.families.model import open_model
@@ -28,7 +28,9 @@ KINDS += [
 
 
 def written(tmp_path, **parameters):
-    model = open_model(make_moe(tmp_path / "m", "qwen2_moe", hidden=64, intermediate=128, layers=3, shards=2))
+    format = FORMATS[parameters.get("format", "compressed-tensors")]
+    sizes = packable(format.scheme(parameters.get("scheme", format.names[0])), hidden=64, intermediate=128)
+    model = open_model(make_moe(tmp_path / "m", "qwen2_moe", layers=3, shards=2, **sizes))
     plan = plan_quantize(model, **parameters)
     execute(plan, source=model.checkpoint, out=tmp_path / "out")
     return model, plan, tmp_path / "out"
@@ -72,7 +74,8 @@ def test_a_role_that_was_skipped_fails(tmp_path):
 @pytest.mark.parametrize("parameters", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(tmp_path, parameters, value):
-    path = make_moe(tmp_path / "m", hidden=64, intermediate=128)
+    info = FORMATS[parameters["format"]].scheme(parameters["scheme"])
+    path = make_moe(tmp_path / "m", **packable(info, hidden=64, intermediate=128))
     tensors = read_tensors(path)
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     dtype, shape, data = tensors[name]

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from tiny import MOE, edit_json, make_dense, make_moe, read_tensors, write_shards
+from tiny import MOE, edit_json, make_dense, make_moe, packable, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.measured import MEASURED, RUNTIMES, Finding
@@ -37,7 +37,9 @@ def model(tmp_path):
 @EVERY_SCHEME
 @pytest.mark.parametrize("family", sorted(MOE))
 def test_experts_are_packed_and_everything_else_is_carried(tmp_path, family, format, scheme):
-    model = open_model(make_moe(tmp_path / "m", family, hidden=64, intermediate=128))
+    model = open_model(
+        make_moe(tmp_path / "m", family, **packable(FORMATS[format].scheme(scheme), hidden=64, intermediate=128))
+    )
     plan = plan_quantize(model, format=format, scheme=scheme)
     packed = {n for n, r in model.roles.items() if r.group == "expert"}
     copied = {s.name for i in plan.items() if i.kernel == "copy" for s in i.outputs}
@@ -66,15 +68,16 @@ EVERY_KIND = pytest.mark.parametrize(
 def test_kernels_make_the_planned_bytes(tmp_path, format, scheme, double_quant, dtype):
     from moeconv.plan.kernels import load_kernel
 
-    model = open_model(make_moe(tmp_path / "m", hidden=96, intermediate=160, layers=1, dtype=dtype))
+    sizes = packable(FORMATS[format].scheme(scheme), hidden=96, intermediate=160)
+    model = open_model(make_moe(tmp_path / "m", layers=1, dtype=dtype, **sizes))
     plan = plan_quantize(model, format=format, scheme=scheme, double_quant=double_quant)
     seen = set()
     for item in plan.items():
         if item.kernel == "copy" or (item.kernel, item.inputs[0].shape) in seen:
             continue
         seen.add((item.kernel, item.inputs[0].shape))
-        data = model.checkpoint.read(item.inputs[0].tensor)
-        made = load_kernel(item.kernel)([(item.inputs[0], data)], item.outputs, item.params)
+        read = [(ref, model.checkpoint.read(ref.tensor)) for ref in item.inputs]
+        made = load_kernel(item.kernel)(read, item.outputs, item.params)
         assert [memoryview(m).nbytes for m in made] == [s.nbytes for s in item.outputs]
     assert len(seen) == 2  # gate and up have one shape, down the other
 
@@ -110,7 +113,13 @@ def test_bitsandbytes_layout(model):
 @EVERY_SCHEME
 def test_loaders_are_told_what_stays_plain(tmp_path, format, scheme):
     model = open_model(
-        make_moe(tmp_path / "m", "qwen2_moe", hidden=64, intermediate=128, layers=3, mlp_only_layers=[1])
+        make_moe(
+            tmp_path / "m",
+            "qwen2_moe",
+            layers=3,
+            mlp_only_layers=[1],
+            **packable(FORMATS[format].scheme(scheme), hidden=64, intermediate=128),
+        )
     )
     plan = plan_quantize(model, format=format, scheme=scheme)
     config = plan.config["quantization_config"]
@@ -275,9 +284,14 @@ def test_a_format_without_4_bits(model, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_a_method_that_a_format_lacks_is_refused_with_what_it_has(model, format, method):
-    schemes = [s.name for s in format.schemes]
+    for info in format.schemes if method in format.methods else ():
+        if method in format.methods_of(info):
+            assert plan_quantize(model, format=format.name, scheme=info.name, method=method).promise
+        else:
+            with pytest.raises(UsageError, match=f"--scheme {info.name} of {format.name} does not support") as caught:
+                plan_quantize(model, format=format.name, scheme=info.name, method=method)
+            assert "or --scheme " in caught.value.hint
     if method in format.methods:
-        assert all(plan_quantize(model, format=format.name, scheme=s, method=method).promise for s in schemes)
         return
     with pytest.raises(UsageError, match=f"--format {format.name} does not support --method {method}") as caught:
         plan_quantize(model, format=format.name, method=method)
@@ -290,7 +304,9 @@ def test_a_method_that_one_kernel_lacks_is_refused(model, monkeypatch, method):
     """A format whose kernels differ: the item's own kernel counts, and one that no record knows has no method."""
     base = next(f for f in IN_PLACE if method in f.methods)
     bare = replace(
-        base, kernels=(*(replace(k, fits=False, grid="") for k in base.kernels), Kernel("other", True, "x:y"))
+        base,
+        kernels=(*(replace(k, fits=False, grid="") for k in base.kernels), Kernel("other", True, "x:y")),
+        schemes=tuple(replace(info, kernel="") for info in base.schemes),
     )
     monkeypatch.setattr(FORMATS, "_records", {**FORMATS, base.name: bare})
     with pytest.raises(UsageError, match=f"--format {base.name} does not support --method {method} for ") as caught:

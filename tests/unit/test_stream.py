@@ -300,7 +300,9 @@ QUANTIZED = [(f.name, s.name) for f in FORMATS.values() if f.shard is None for s
 
 @pytest.mark.parametrize(("format", "scheme"), QUANTIZED)
 def test_packed_experts_stream_as_what_they_decode_to(tmp_path: Path, format: str, scheme: str) -> None:
-    plain = make(tmp_path / "plain", "qwen3_moe", hidden=64, intermediate=128)
+    plain = make(
+        tmp_path / "plain", "qwen3_moe", **tiny.packable(FORMATS[format].scheme(scheme), hidden=64, intermediate=128)
+    )
     source = open_model(plain)
     plan = plan_quantize(source, format=format, scheme=scheme, group_size="auto")
     execute(plan, source=source.checkpoint, out=tmp_path / "packed")

@@ -27,13 +27,21 @@ _WHERE = {
     "redraw_neurons": "moeconv.plan.kernels.draw:redraw_neurons",
     "decode": "moeconv.plan.kernels.quantized:decode_kernel",
     "chain": "moeconv.plan.kernels.chain:chain",
+    "gather": "moeconv.plan.kernels.chain:gather",
     "pack_int": "moeconv.plan.kernels.quantized:pack_int_kernel",
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
     "pack_bnb4_slice": "moeconv.plan.kernels.quantized:pack_bnb4_slice_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
+    "pack_float8": "moeconv.plan.kernels.compressed:pack_float8_kernel",
+    "pack_float8_blocks": "moeconv.plan.kernels.compressed:pack_float8_blocks_kernel",
+    "pack_int8_rows": "moeconv.plan.kernels.compressed:pack_int8_rows_kernel",
+    "pack_mxfp8": "moeconv.plan.kernels.compressed:pack_mxfp8_kernel",
+    "pack_mxfp4": "moeconv.plan.kernels.compressed:pack_mxfp4_kernel",
+    "pack_nvfp4": "moeconv.plan.kernels.compressed:pack_nvfp4_kernel",
+    "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
     "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
 }
-_TORCH = ("moeconv.plan.kernels.quantized",)
+_TORCH = ("moeconv.plan.kernels.quantized", "moeconv.plan.kernels.compressed")
 
 
 def load_kernel(name: str) -> Kernel:

@@ -1,4 +1,4 @@
-"""Two kernels as one, for fused plans: the output of the first kernel stays in memory."""
+"""Two kernels as one, for fused plans: the output of the first kernel, or of several, stays in memory."""
 
 from __future__ import annotations
 
@@ -28,6 +28,22 @@ def between(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> tuple[Inp
     read = TensorSpec(name, dtype, tuple(part), "", 0)
     view = memoryview(data).cast("B")[start : start + read.nbytes]
     return Input(name, dtype, read.shape, 0, read.nbytes), bytearray(view) if view.readonly else view
+
+
+def gather(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> Sequence[Buffer]:
+    """The kernel `then` on the outputs of several first kernels. params: then (kernel and params), and firsts, which
+    has for each of them the number of its inputs `count`, and first and between as in `chain`."""
+    then = params["then"]
+    return load_kernel(then["kernel"])(gathered(inputs, params), outputs, then["params"])
+
+
+def gathered(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> list[tuple[Input, Buffer]]:
+    """The inputs of the second kernel of `gather`."""
+    found, at = [], 0
+    for first in params["firsts"]:
+        found.append(between(inputs[at : at + first["count"]], first))
+        at += first["count"]
+    return found
 
 
 def last_stage(item: Item) -> Item:

@@ -116,6 +116,7 @@ DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "float8-blocks": _float8_blocks,
     "nvfp4": lambda parts, _how, _dtype: floats.unpack_nvfp4(parts["packed"], parts["scale"], parts["global_scale"]),
     "mxfp4-rows": lambda parts, _how, _dtype: floats.unpack_mxfp4_rows(parts["packed"], parts["scale"]),
+    "mxfp8-rows": lambda parts, _how, _dtype: floats.unpack_mxfp8_rows(parts["weight"], parts["scale"]),
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": lambda parts, _how, _dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),

@@ -18,12 +18,14 @@ from moeconv.types import JsonObject
 torch.set_num_threads(1)
 
 
-def _weight(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
+def weight_of(inputs: Sequence[tuple[Input, Buffer]]) -> torch.Tensor:
+    """The only input, as a tensor."""
     ((ref, data),) = inputs
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 
-def _ordered(parts: Mapping[str, torch.Tensor], params: Params) -> list[Buffer]:
+def ordered(parts: Mapping[str, torch.Tensor], params: Params) -> list[Buffer]:
+    """The packed tensors as bytes, in the order of the outputs."""
     return [to_bytes(parts[name]) for name in params["parts"]]
 
 
@@ -44,21 +46,21 @@ def pack_int_kernel(
     """Codes, scales and shape of compressed-tensors. params: parts, bits, group_size; fit: search scales of least
     error."""
     size, fit = params["group_size"], params.get("fit", False)
-    return _ordered(pack_int(_weight(inputs), bits=params["bits"], group_size=size, fit=fit), params)
+    return ordered(pack_int(weight_of(inputs), bits=params["bits"], group_size=size, fit=fit), params)
 
 
 def pack_bnb4_kernel(
     inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
     """4-bit codes, absmax, map and state of bitsandbytes. params: parts, quant_type, block_size, nested."""
-    return _ordered(pack_nf4(_weight(inputs), **_four_bits(params)), params)
+    return ordered(pack_nf4(weight_of(inputs), **_four_bits(params)), params)
 
 
 def pack_bnb4_slice_kernel(
     inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
     """One expert's slice of the tensors that hold the 4-bit codes of all experts. params: those of pack_bnb4."""
-    return _ordered(pack_slice(_weight(inputs), **_four_bits(params)), params)
+    return ordered(pack_slice(weight_of(inputs), **_four_bits(params)), params)
 
 
 def _four_bits(params: Params) -> JsonObject:
@@ -69,4 +71,4 @@ def pack_bnb8_kernel(
     inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
 ) -> list[Buffer]:
     """Row-wise codes and scales of LLM.int8. params: parts."""
-    return _ordered(pack_int8_rowwise(_weight(inputs)), params)
+    return ordered(pack_int8_rowwise(weight_of(inputs)), params)

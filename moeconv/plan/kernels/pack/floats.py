@@ -1,7 +1,7 @@
 """Decoding of weights that other tools have stored in 8-bit and 4-bit floats.
 
-The results are equal, bit by bit, to those of transformers: FP8 with one scale per block, row or tensor, and MXFP4 (OCP
-Microscaling, 2023).
+The results are equal, bit by bit, to those of transformers: FP8 with one scale per block, row or tensor, and MXFP4
+and MXFP8 (OCP Microscaling, 2023).
 """
 
 from __future__ import annotations
@@ -85,6 +85,24 @@ def unpack_mxfp4_rows(packed: Tensor, exponents: Tensor) -> Tensor:
     return _mxfp4(packed.reshape(packed.shape[0], groups, packed.shape[1] // groups), exponents)
 
 
+def unpack_mxfp8_rows(codes: Tensor, exponents: Tensor) -> Tensor:
+    """bfloat16 [out, in] from FP8 codes [out, in] and exponents [out, in / 32] (base 2, with a bias of 127). The result
+    is exact down to the smallest numbers of bfloat16."""
+    powers = _powers()[exponents.view(torch.uint8).int()]
+    return (
+        widened(codes, torch.bfloat16)
+        .view(codes.shape[0], powers.shape[1], -1)
+        .mul_(powers[..., None])
+        .view(codes.shape)
+    )
+
+
+@lru_cache(maxsize=1)
+def _powers() -> Tensor:
+    """2^(exponent - 127) for every exponent, bfloat16; the last one is infinite."""
+    return torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()
+
+
 def unpack_mxfp4(blocks: Tensor, exponents: Tensor) -> Tensor:
     """bfloat16 [E, in, out] from codes [E, out, in / 32, 16] (two per byte, the low nibble first) and their exponents
     [E, out, in / 32] (base 2, with a bias of 127)."""
@@ -103,7 +121,7 @@ def _mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     """bfloat16 [out, in] from codes [out, groups, width / 2] and exponents [out, groups]. It is exact, because a code
     has two significant bits."""
     rows, groups, width = codes.shape
-    powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127).bfloat16()  # the last one is infinite
+    powers = _powers()
     infinite = bool((exponents == 255).any())
     out = torch.empty(rows, groups, 2 * width, dtype=torch.bfloat16)
     for start, stop in row_blocks(rows, groups * width):

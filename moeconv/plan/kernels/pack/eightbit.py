@@ -1,0 +1,80 @@
+"""8-bit floats and integers of compressed-tensors, one byte per weight: FP8 (E4M3) per row, per block or in the groups
+of OCP Microscaling (2023), and INT8 per row.
+
+The quotient of weight and scale is rounded to the dtype of the weight before it is rounded to a code, as in
+compressed-tensors, so that the bytes are those of llm-compressor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moeconv.errors import UsageError
+from moeconv.plan.kernels.pack.common import check_matrix, row_blocks
+from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_of, powers_below
+from moeconv.plan.kernels.pack.peaks import column_peaks, peaks, usable
+
+E4M3_MAX = 448.0
+
+
+def pack_float8(weight: Tensor) -> dict[str, Tensor]:
+    """FP8 codes `weight` float8_e4m3fn [out, in] with one scale per row, `weight_scale` [out, 1] in the dtype of the
+    weight [out, in]. Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it."""
+    check_matrix(weight)
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows, 1, dtype=weight.dtype)
+    for start, stop in row_blocks(rows, columns):
+        x = weight[start:stop]
+        each = scales[start:stop].copy_(usable(peaks(x, group=columns) / E4M3_MAX))
+        codes[start:stop].copy_((x / each).clamp_(-E4M3_MAX, E4M3_MAX))
+    return {"weight": codes, "weight_scale": scales}
+
+
+def pack_float8_blocks(weight: Tensor, *, block: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """FP8 codes `weight` float8_e4m3fn [out, in] with one scale per `block` x `block` weights, `weight_scale` [out /
+    block, in / block]. Scales and quotients are computed in `dtype` (None: that of the weight). Raises as `pack_float8`
+    does, and UsageError where `block` does not divide both sizes."""
+    check_matrix(weight)
+    rows, columns = weight.shape
+    if rows % block or columns % block:
+        raise UsageError(f"blocks of {block} do not divide a matrix of {rows} x {columns}", hint="Pass another block.")
+    dtype = dtype or weight.dtype
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows // block, columns // block, dtype=dtype)
+    for at, each in enumerate(scales):
+        x = weight[at * block : (at + 1) * block].to(dtype)
+        each.copy_(usable(peaks(column_peaks(x)[None], group=block)[0] / E4M3_MAX))
+        quotients = (x.view(block, -1, block) / each[None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+        codes[at * block : (at + 1) * block].copy_(quotients.view(block, columns))
+    return {"weight": codes, "weight_scale": scales}
+
+
+def pack_int8_rows(weight: Tensor) -> dict[str, Tensor]:
+    """Levels `weight` int8 [out, in] in [-128, 127] with one scale per row, max |w| / 127.5: `weight_scale` [out, 1] in
+    the dtype of the weight. Raises as `pack_float8` does."""
+    check_matrix(weight)
+    rows, columns = weight.shape
+    levels = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, 1, dtype=weight.dtype)
+    for start, stop in row_blocks(rows, columns):
+        x = weight[start:stop]
+        each = scales[start:stop].copy_(usable(peaks(x, group=columns) / 127.5))
+        levels[start:stop].copy_((x / each).clamp_(-128, 127).round_())
+    return {"weight": levels, "weight_scale": scales}
+
+
+def pack_mxfp8(weight: Tensor) -> dict[str, Tensor]:
+    """MXFP8: codes `weight` float8_e4m3fn [out, in], and exponents `weight_scale` uint8 [out, in / 32] (base 2, with a
+    bias of 127). Raises as `pack_float8` does."""
+    check_matrix(weight)
+    rows, columns = weight.shape
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
+    for start, stop in row_blocks(rows, columns):
+        x = weight[start:stop]
+        each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=8))
+        quotients = x.float().view(stop - start, -1, MX_GROUP).mul_(powers_below(each)[..., None])
+        codes[start:stop].copy_(quotients.clamp_(-E4M3_MAX, E4M3_MAX).view(stop - start, columns))
+    return {"weight": codes, "weight_scale": exponents}

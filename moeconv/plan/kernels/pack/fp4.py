@@ -1,0 +1,92 @@
+"""4-bit floats (E2M1) of compressed-tensors, two codes per byte: NVFP4 (groups of 16 with FP8 scales, and one scale for
+the whole weight) and MXFP4 (OCP Microscaling, 2023). The bytes are those of llm-compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeconv.plan.kernels.pack.common import check_finite, check_matrix, row_blocks
+from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_of, powers_below
+from moeconv.plan.kernels.pack.peaks import peaks
+
+NVFP4_GROUP = 16
+_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E4M3_MAX = 448.0
+_CUT = 20  # bits of a float32 below its three highest bits of mantissa; all midpoints between levels end there
+
+
+def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """NVFP4: `weight_packed` uint8 [out, in / 2], the low nibble first; `weight_scale` float8_e4m3fn [out, in / 16];
+    and `weight_global_scale` float32 [1], by which the scales are divided. It is that of the largest magnitude in
+    `weight` [out, in] and in the weights `beside` it, which an engine joins with it to one matrix.
+
+    Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it.
+    """
+    check_matrix(weight)
+    rows, columns = weight.shape
+    largest = peaks(weight, group=NVFP4_GROUP)
+    check_finite(largest)
+    whole = global_scale([largest, *(peaks(other, group=other.shape[-1]) for other in beside)])
+    local = (whole * (largest / _LEVELS[-1]).float()).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+    finest = local.float()
+    finest.masked_fill_(finest == 0, 0.125)
+    scales = finest.to(torch.float8_e4m3fn)
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    finest.div_(whole)
+    for start, stop in row_blocks(rows, columns):
+        x = weight[start:stop].float().view(stop - start, -1, NVFP4_GROUP)
+        _to_nibbles(x.div_(finest[start:stop, :, None]), packed[start:stop])
+    return {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": whole}
+
+
+def global_scale(largest: Sequence[Tensor]) -> Tensor:
+    """448 * 6 / max, which maps the largest magnitude of all `largest` to the largest scale and code; float32 [1]. It
+    is computed in the dtype of the weights; 1 where they are zero."""
+    peak = torch.stack([each.max() for each in largest]).max()
+    quotient = _E4M3_MAX * _LEVELS[-1] / peak.clamp(min=torch.finfo(peak.dtype).tiny)
+    return torch.nan_to_num(quotient, posinf=1.0).float().reshape(1)
+
+
+def pack_mxfp4(weight: Tensor) -> dict[str, Tensor]:
+    """MXFP4: `weight_packed` uint8 [out, in / 2], the low nibble first, and exponents `weight_scale` uint8 [out, in /
+    32] (base 2, with a bias of 127). Raises as `pack_nvfp4` does."""
+    check_matrix(weight)
+    rows, columns = weight.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
+    for start, stop in row_blocks(rows, columns):
+        x = weight[start:stop]
+        each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
+        quotients = x.float().view(stop - start, -1, MX_GROUP).mul_(powers_below(each)[..., None])
+        _to_nibbles(quotients, packed[start:stop])
+    return {"weight_packed": packed, "weight_scale": exponents}
+
+
+def _to_nibbles(x: Tensor, packed: Tensor) -> None:
+    """The nearest codes to `x` float32, ties to the even code, in pairs to the bytes of `packed`."""
+    bits = x.view(-1).view(torch.int32).numpy().view(np.uint32)
+    # twice the upper bits, plus one where a lower bit is set: what lies between two midpoints has one key
+    keys = (bits >> _CUT) + ((bits + ((1 << _CUT) - 1)) >> _CUT)
+    codes = torch.index_select(_code_of_key(), 0, torch.from_numpy(keys.view(np.int32)))
+    pairs = codes.view(torch.int16).numpy()  # first | second << 8
+    packed.view(-1).copy_(torch.from_numpy((pairs >> 4) | pairs))  # keeps the low byte: first | second << 4
+
+
+@lru_cache(maxsize=1)
+def _code_of_key() -> Tensor:
+    """The code, uint8 [8192], of every key of `_to_nibbles`."""
+    keys = np.arange(1 << (33 - _CUT), dtype=np.uint32)
+    inside = keys & 1  # between two values whose lower bits are zero: take one of them
+    values = np.abs(((keys >> 1 << _CUT) | inside).view(np.float32))
+    middles = np.array([(low + high) / 2 for low, high in pairwise(_LEVELS)], np.float32)
+    below = np.searchsorted(middles, values, side="left")  # midpoints below the value: a tie goes down
+    tie = (below < len(middles)) & (values == middles[np.minimum(below, len(middles) - 1)])
+    code = below + (tie & (below % 2 == 1))
+    negative = ((keys >> 1 << _CUT) >> 31).astype(bool) & (values > 0)
+    return torch.from_numpy((code | (negative.astype(np.int64) << 3)).astype(np.uint8))

@@ -1,0 +1,70 @@
+"""compressed-tensors, the formats of OCP Microscaling (2023): groups of 32 with a power of two as their scale. MXFP4
+leaves activations as they are; MXFP8 quantizes them while the model runs."""
+
+from __future__ import annotations
+
+from moeconv.checkpoint.safetensors_file import TensorRef
+from moeconv.plan.plan import Item
+from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, numbers
+from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, codes
+
+_GROUP = 32
+_EXPONENTS = {"group_size": _GROUP, "scale_dtype": "torch.uint8"}
+
+
+def _exponents(ref: TensorRef) -> tuple[str, str, str, tuple[int, ...]]:
+    return ".weight_scale", "weight_scale", "U8", (ref.shape[0], ref.shape[1] // _GROUP)
+
+
+def _make4(ref: TensorRef, _: Scheme, role: str) -> Item:
+    packed = (".weight_packed", "weight_packed", "U8", (ref.shape[0], ref.shape[1] // 2))
+    return codes(ref, "pack_mxfp4", [packed, _exponents(ref)], role)
+
+
+def _make8(ref: TensorRef, _: Scheme, role: str) -> Item:
+    return codes(ref, "pack_mxfp8", [(".weight", "weight", "F8_E4M3", ref.shape), _exponents(ref)], role)
+
+
+MXFP4 = CompressedLayout(
+    "mxfp4-pack-quantized",
+    (
+        SchemeInfo(
+            "mxfp4",
+            4,
+            "U8",
+            NOT_RUN,
+            measured={"transformers": {}},
+            limit=0.5,
+            aliases=("mxfp4a16",),
+            groups=(_GROUP,),
+            hardware=GPUS,
+            error=0.115,
+            kernel="pack_mxfp4",
+        ),
+    ),
+    Kernel("pack_mxfp4"),
+    _make4,
+    lambda _: numbers(4, "float", "group", **_EXPONENTS),
+)
+
+MXFP8 = CompressedLayout(
+    "mxfp8-quantized",
+    (
+        SchemeInfo(
+            "mxfp8",
+            8,
+            "F8_E4M3",
+            NOT_LOADED,
+            measured={"transformers": {}},
+            limit=0.12,
+            groups=(_GROUP,),
+            hardware=("b200",),
+            error=0.0264,
+            kernel="pack_mxfp8",
+        ),
+    ),
+    Kernel("pack_mxfp8"),
+    _make8,
+    lambda _: numbers(8, "float", "group", **_EXPONENTS),
+    lambda _: numbers(8, "float", "group", dynamic=True, **_EXPONENTS),
+)

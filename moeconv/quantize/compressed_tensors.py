@@ -65,8 +65,8 @@ COMPRESSED_TENSORS = Format(
     "compressed-tensors",
     tuple(info for layout in LAYOUTS for info in layout.schemes),
     notes={
-        "transformers": "expands to the dtype of the scales in memory",
-        "vllm": "its CPU backend refuses int8, and int4 where routers are not a softmax alone; on a GPU not run",
+        "transformers": "expands to the dtype of the scales in memory; reads nvfp4 without its second scale, silently",
+        "vllm": "its CPU backend has kernels for int4, where routers are a softmax alone, and w8a8; on a GPU not run",
         "sglang": "from its source, not run",
     },
     kernels=tuple(layout.kernel for layout in LAYOUTS),

@@ -18,7 +18,15 @@ from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.stream.layers import LayerStream
-from tests.contract.stock import HIDDEN, VOCAB, load, logits, relative_difference, save_stock
+from tests.contract.stock import (
+    HIDDEN,
+    VOCAB,
+    load,
+    logits,
+    relative_difference,
+    save_stock,
+    skip_where_stock_is_broken,
+)
 
 torch.set_num_threads(1)
 Tensors = dict[str, torch.Tensor]
@@ -207,6 +215,7 @@ def test_the_layout_of_the_hub_computes_what_the_stock_class_does(tmp_path, cli,
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["internlm2", "chatglm", "minicpm"])
 def test_the_result_is_checked_against_the_stock_class(tmp_path, cli, case):
+    skip_where_stock_is_broken({"minicpm": "granitemoe"}.get(case, ""))
     source, _ = save_hub(tmp_path, case)
     method = "drop" if case == "internlm2" else "copy"
     done = cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--method", method, "--json")

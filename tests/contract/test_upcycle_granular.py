@@ -18,7 +18,16 @@ from moeconv.plan.kernels import layout
 from moeconv.upcycle.check import step as equivalence
 from moeconv.upcycle.methods import METHODS, Method
 from moeconv.upcycle.planner import plan_upcycle
-from tests.contract.stock import CASES, DENSE_CASES, STOCK_PAIRS, load, logits, relative_difference, save_stock
+from tests.contract.stock import (
+    CASES,
+    DENSE_CASES,
+    STOCK_PAIRS,
+    load,
+    logits,
+    relative_difference,
+    save_stock,
+    skip_where_stock_is_broken,
+)
 
 torch.set_num_threads(1)
 # one case of each source family, the first that has the pair
@@ -188,6 +197,7 @@ def test_shuffle_permutes_each_copy_alike_in_all_three_matrices(tmp_path, dense)
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "target"), [("llama", "mixtral"), ("llama", "glm4_moe"), ("phi3", "granitemoe")])
 def test_the_check_runs_at_the_chosen_k_and_with_all_experts_on(tmp_path, cli, dense, case, target):
+    skip_where_stock_is_broken(target)
     case = "llama" if target == "granitemoe" else case
     flags = ("--method", "granular", "--granularity", 2, "--experts", 8, "--top-k", 4, "--to", target)
     done = cli("upcycle", dense(case)[0], tmp_path / "moe", *flags, "--json")

@@ -280,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
         # The parent process reads JSON whatever happens here: it has a staged model to commit or to discard.
         known = isinstance(error, MoeconvError)
         text = error.message if isinstance(error, MoeconvError) else f"{type(error).__name__}: {error}"
-        print(json.dumps({"error": text[:1000]} | ({"of": "source"} if isinstance(error, SourceError) else {})))
+        found = {"error": text[:1000]} | ({"of": "source"} if isinstance(error, SourceError) else {})
+        print(json.dumps(found | ({"hint": error.hint} if isinstance(error, MoeconvError) and error.hint else {})))
         if not known and os.environ.get("MOECONV_DEBUG") == "1":
             raise
         return InputError.exit_code

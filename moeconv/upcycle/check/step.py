@@ -50,7 +50,7 @@ def equivalence(
         why = found.get("error") or "; ".join(found["problems"][:3])
         raise CheckError(
             f"transformers cannot run the written model: {escape(why)}",
-            hint="Nothing was written. The source runs; please report it with this message.",
+            hint=f"Nothing was written. {found.get('hint', 'The source runs; please report it with this message.')}",
         )
     _check_exact(plan, found)
     warnings = _check_default_run(plan, found["default_run"])

@@ -33,7 +33,11 @@ DTYPE_BITS: dict[str, int] = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 # dtype of GGUF tensors that no safetensors file has -> (elements per block, bytes per block)
-BLOCK_DTYPES: dict[str, tuple[int, int]] = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_K": (256, 144)}
+BLOCK_DTYPES: dict[str, tuple[int, int]] = {
+    "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17), "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_XS": (256, 136),
+}  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 

@@ -21,4 +21,4 @@ EXPERTS, TOP_K = 8, 2
 LOOKS = 4
 
 
-SCOPES = ("experts", "experts+shared", "all-linear")
+SCOPES = ("experts", "experts+shared", "all-linear", "all")

@@ -33,8 +33,11 @@ class QuantizeOptions:
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
-    scope: str = option(
-        "experts", "Weights to pack; the router, embeddings, norms and lm_head are never packed.", choices=SCOPES
+    scope: str | None = option(
+        None,
+        "Weights to pack (default: experts). The router and norms are never packed, and embeddings and lm_head "
+        "only with all, which is for GGUF.",
+        choices=SCOPES,
     )
     target: tuple[str, ...] = option(
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable.", metavar="RUNTIME"

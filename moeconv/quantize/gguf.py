@@ -2,53 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from moeconv.checkpoint.gguf import GgufHead, Stack
-from moeconv.checkpoint.header import BLOCK_DTYPES, FLOAT_DTYPES
+from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import Role
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_metadata import metadata
-from moeconv.quantize.llama_cpp import LLAMA_CPP, Constant, GgufTensor, find_row, is_float32, written
-from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
+from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
+from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
+from moeconv.quantize.llama_cpp import LLAMA_CPP, Constant, GgufTensor, LlamaCpp, find_row, is_float32, written
+from moeconv.quantize.llama_cpp.numbers import hyperparameters
+from moeconv.quantize.spec import Format, Kernel, Packed, SchemeInfo
 
 FILE_NAME = "model.gguf"
-_FALLBACK = "Q8_0"
 
 
-def gguf_shard(
-    model: Model, weights: Iterable[TensorRef], scheme: Scheme, dtype: str | None
-) -> tuple[Shard, list[str]]:
-    """(the file, warnings about tensors that are stored in another dtype than `scheme`). `dtype` is that of the tensors
-    that are not packed.
+@dataclass(frozen=True)
+class _Made:
+    """A tensor of the file, or an expert's share of it, and the role of the source's tensor that it is made from."""
+
+    tensor: GgufTensor
+    role: Role
+
+    @property
+    def float32(self) -> bool:
+        """Whether llama.cpp needs it in float32."""
+        return is_float32(self.tensor.target, self.tensor.part.shape)
+
+
+def gguf_shard(asked: Packed) -> tuple[Shard, list[str]]:
+    """(the file, warnings about tensors that are stored in another dtype than the scheme's).
 
     Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
-    row, block = find_row(model), GGUF.scheme(scheme.name).codes
-    packed = {ref.name for ref in weights}
-    if block in FLOAT_DTYPES:
-        dtype = dtype or block  # of all matrices, also those that the scope leaves out
+    model, info = asked.model, GGUF.scheme(asked.scheme.name)
+    row = find_row(model)
+    made = _made(model, row)
+    chosen = _whole(asked, row, made) if asked.whole else _packed(asked, made, info)
     stacks: dict[str, list[Item]] = {}
-    widened: list[str] = []
+    for one in made:
+        target = one.tensor.target
+        kind = chosen.get(target) or ("F32" if one.float32 else asked.dtype or one.tensor.source.dtype)
+        changed = one.role.group if target in chosen else ""
+        stacks.setdefault(target, []).append(one.tensor.item(kind, changed))
+    stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
+    file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
+    data, count, warnings = metadata(model, row, file_type=file_type)
+    head = GgufHead(data, count, tuple(_stack(name, items) for name, items in stacks.items()))
+    if not asked.whole:
+        warnings = [*warnings, *_widened(info, stacks, chosen)]
+    return Shard(FILE_NAME, tuple(item for items in stacks.values() for item in items), head), warnings
+
+
+def covered(model: Model) -> list[TensorRef]:
+    """The weights of --scope all: those that llama-quantize quantizes."""
+    tensors = model.checkpoint.tensors
+    names = {one.tensor.source.tensor: None for one in _made(model, find_row(model)) if _is_covered(one)}
+    return [tensors[name] for name in names]
+
+
+def _is_covered(one: _Made) -> bool:
+    return not one.float32 and is_quantized(one.tensor.target, one.tensor.part.shape)
+
+
+def _made(model: Model, row: LlamaCpp) -> list[_Made]:
+    """What the tensors of the source become, in the order of the file. The experts of a projection are in the order of
+    their numbers, since they are one tensor."""
     kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
     order = {name: i for i, name in enumerate(kept)}
-    # in the order of the experts, which are one tensor
-    for name in sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0)):
-        ref, role = model.checkpoint.tensors[name], model.roles[name]
-        for tensor in written(model, row, ref, role):
-            kind = _dtype(tensor, block if name in packed else None, dtype)
-            if name in packed and kind != block and tensor.target not in stacks:
-                widened.append(f"{tensor.target} ({tensor.part.shape[-1]} columns)")
-            changed = role.group if name in packed else ""
-            stacks.setdefault(tensor.target, []).append(tensor.item(kind, changed))
-    stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
-    data, count, warnings = metadata(model, row, scheme=scheme.name)
-    head = GgufHead(data, count, tuple(_stack(name, items) for name, items in stacks.items()))
-    if widened:
-        more = f" and {len(widened) - 1} more" if len(widened) > 1 else ""
-        warnings.append(f"stored as {_FALLBACK}, because 256 does not divide their width: {widened[0]}{more}")
-    return Shard(FILE_NAME, tuple(item for items in stacks.values() for item in items), head), warnings
+    names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
+    pairs = ((model.checkpoint.tensors[name], model.roles[name]) for name in names)
+    return [_Made(tensor, role) for ref, role in pairs for tensor in written(model, row, ref, role)]
+
+
+def _packed(asked: Packed, made: Sequence[_Made], info: SchemeInfo) -> dict[str, str]:
+    """The dtypes of the packed tensors, by their names in the file. Raises InputError for a width that no block format
+    divides."""
+    weights = {ref.name for ref in asked.weights}
+    chosen: dict[str, str] = {}
+    for one in made:
+        source, columns = one.tensor.source.tensor, one.tensor.part.shape[-1]
+        if source not in weights or one.float32:
+            continue
+        kind = fitting(info.codes, columns)
+        if kind == UNUSUAL:
+            raise InputError(
+                f"tensor {escape(source)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
+                hint="Use --format bitsandbytes.",
+            )
+        chosen[one.tensor.target] = kind
+    return chosen
+
+
+def _whole(asked: Packed, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]:
+    """The dtypes of all tensors that the recipe of the scheme quantizes, by their names in the file."""
+    model = asked.model
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in made:
+        shape = one.tensor.part.shape
+        if not one.float32:
+            shapes[one.tensor.target] = shape if one.tensor.expert is None else (model.num_experts, *shape)
+    numbers = hyperparameters(model, row)
+    heads, kv_heads = (_first(numbers[f"attention.{key}"]) for key in ("head_count", "head_count_kv"))
+    facts = Facts(row.arch, model.num_layers, model.num_experts, heads // kv_heads if kv_heads else 0)
+    return assign(recipe_of(asked.scheme.name), shapes, facts)
+
+
+def _first(number: object) -> int:
+    """The number of the first layer, where it differs by layer."""
+    found = number[0] if isinstance(number, list) else number
+    return found if isinstance(found, int) else 0
+
+
+def _widened(info: SchemeInfo, stacks: Iterable[str], chosen: Mapping[str, str]) -> list[str]:
+    """The warning about packed tensors that are stored in another type than was asked for."""
+    other = [name for name in stacks if chosen.get(name, info.codes) != info.codes]
+    if not other:
+        return []
+    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+    size = BLOCK_DTYPES[info.codes][0]
+    return [f"stored as {chosen[other[0]]}, because {size} does not divide their width: {other[0]}{more}"]
 
 
 def _place(model: Model, name: str, order: dict[str, int]) -> int:
@@ -56,23 +133,6 @@ def _place(model: Model, name: str, order: dict[str, int]) -> int:
     role = model.roles[name]
     first = name if role.expert is None else model.family.name(role.key, layer=role.layer, expert=0)
     return order[first]
-
-
-def _dtype(tensor: GgufTensor, block: str | None, dtype: str | None) -> str:
-    """The dtype of a tensor: `block` where it is packed and its width allows that, else `dtype` or the source's."""
-    if is_float32(tensor.target, tensor.part.shape):
-        return "F32"
-    if block is None or block in FLOAT_DTYPES:
-        return block or dtype or tensor.source.dtype
-    columns = tensor.part.shape[-1]
-    if columns % BLOCK_DTYPES[block][0] == 0:
-        return block
-    if columns % BLOCK_DTYPES[_FALLBACK][0] == 0:
-        return _FALLBACK
-    raise InputError(
-        f"tensor {escape(tensor.source.tensor)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
-        hint="Use --format bitsandbytes.",
-    )
 
 
 def _constant(constant: Constant) -> Item:
@@ -90,21 +150,9 @@ def _stack(name: str, items: list[Item]) -> Stack:
     return Stack(name, specs[0].dtype, shape, tuple(s.name for s in specs))
 
 
-# transformers 5.23, measured: a Mixtral's GGUF becomes a dense Llama with random FFNs, without an exception; for
-# Qwen3-MoE it takes the default for the experts' width and refuses.
-_LOADS = {"transformers": "no", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "ok"}
-_RUN: dict[str, dict[str, str]] = {"transformers": {}, "llama.cpp": {}}  # every family that it is written for
-
 GGUF = Format(
     "gguf",
-    (
-        SchemeInfo("q4_k", 4, "Q4_K", _LOADS, limit=0.4, aliases=("q4_k_m", "q4_k_s"), measured=_RUN),
-        SchemeInfo("q8_0", 8, "Q8_0", _LOADS, limit=0.05, aliases=("q8",), measured=_RUN),
-        SchemeInfo("q4_0", 4, "Q4_0", _LOADS, limit=0.4, aliases=("q4",), measured=_RUN),
-        SchemeInfo("f32", 32, "F32", _LOADS, limit=1e-6, measured=_RUN),
-        SchemeInfo("f16", 16, "F16", _LOADS, limit=1e-2, measured=_RUN),
-        SchemeInfo("bf16", 16, "BF16", _LOADS, limit=1e-2, measured=_RUN),
-    ),
+    (*map(scheme_of, TYPES), *recipe_schemes()),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",
         "vllm": "only by a plugin; not run",
@@ -112,6 +160,7 @@ GGUF = Format(
     },
     kernels=(Kernel("gguf"),),
     shard=gguf_shard,
+    covers=covered,
     dense=True,
     takes=lambda family: family.model_type in LLAMA_CPP,
 )

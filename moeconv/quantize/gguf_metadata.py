@@ -21,7 +21,6 @@ from moeconv.quantize.llama_cpp.numbers import hyperparameters
 from moeconv.quantize.llama_cpp.record import Value
 from moeconv.types import JsonObject
 
-_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k": 14, "bf16": 32}  # llama.cpp's llama_ftype
 _SETTINGS = "generation_config.json"
 # key of generation_config.json -> llama.cpp's name for the setting, and its type
 _SAMPLING: dict[str, tuple[str, type]] = {
@@ -47,9 +46,10 @@ class KeyWriter(Protocol):
     def add_array(self, key: str, val: Sequence[Any]) -> None: ...
 
 
-def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, list[str]]:
-    """(encoded key-value pairs, their number, warnings). Raises InputError for a tokenizer that llama.cpp is not known
-    to follow, and for rotary embeddings that GGUF is not written for."""
+def metadata(model: Model, row: LlamaCpp, *, file_type: int) -> tuple[bytes, int, list[str]]:
+    """(encoded key-value pairs, their number, warnings). `file_type` is llama.cpp's number for what most tensors are.
+    Raises InputError for a tokenizer that llama.cpp is not known to follow, and for rotary embeddings that GGUF is not
+    written for."""
     gguf = import_gguf()
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         path = Path(folder) / "head.gguf"
@@ -58,7 +58,7 @@ def metadata(model: Model, row: LlamaCpp, *, scheme: str) -> tuple[bytes, int, l
             _add(writer, f"general.{key}", value)
         for key, value in hyperparameters(model, row).items():
             _add(writer, f"{row.arch}.{key}", value)
-        writer.add_file_type(_FILE_TYPES[scheme])
+        writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         notes = add_tokenizer(gguf, writer, model.checkpoint.path, size=int(model.value("vocab_size")))
         writer.write_header_to_file()

@@ -105,7 +105,7 @@ def _check_mixing(options: QuantizeOptions, format: Format) -> None:
             f"--format {format.name} does not support --scheme mixed",
             hint=f"Use --format {' or '.join(f.name for f in mixing)}.",
         )
-    if options.scope != "experts" or options.double_quant:
+    if options.scope not in (None, "experts") or options.double_quant:
         flag = "--double-quant" if options.double_quant else f"--scope {options.scope}"
         raise UsageError(f"{flag} cannot be combined with --scheme mixed", hint=f"Leave {flag.split()[0]} out.")
     if format.mixed.get("transformers") == "no" and not options.target:

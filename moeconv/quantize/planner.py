@@ -25,8 +25,8 @@ from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
-from moeconv.quantize.scope import in_scope, scope_of
-from moeconv.quantize.spec import MIXED, Format, Scheme, SchemeInfo
+from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
+from moeconv.quantize.spec import MIXED, Format, Packed, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
@@ -66,6 +66,7 @@ def quantize_plan(
     info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
     if not mixed:
         check_scheme_method(format, info, options.method)
+    options = replace(options, scope=choose_scope(model, format, info, options.scope))
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
     ) + check_served(model.family.model_type, options.target)
@@ -75,8 +76,7 @@ def quantize_plan(
     if format.shard is None:  # a file of its own stores experts in its own way
         _check_layout(model, format, options.method)
     left_out = _left_out(model, format)
-    options = replace(options, scope=scope_of(model, options.scope))
-    weights = [ref for ref in in_scope(model, options.scope) if ref.name not in left_out]
+    weights = [ref for ref in in_scope(model, str(options.scope), format) if ref.name not in left_out]
     _check_weights(model, weights)
     _check_nesting(options, format, info)
     widths = list(dict.fromkeys(ref.shape[1] for ref in weights))
@@ -94,7 +94,7 @@ def quantize_plan(
         groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
         packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
     if format.shard is not None:
-        shard, notes = format.shard(model, weights, scheme, dtype)
+        shard, notes = format.shard(Packed(model, weights, scheme, dtype, options.scope == WHOLE))
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
         if left_out:
@@ -105,7 +105,7 @@ def quantize_plan(
         promise = _promise(model, shard)
     else:
         shards = arrange(packing.items(), common, model.family)
-        config = packing.config(_ignored(model, {r.name for r in weights}), scope=options.scope)
+        config = packing.config(_ignored(model, {r.name for r in weights}), scope=str(options.scope))
         promise = packing.parts()
     items = [item for shard in shards for item in shard.items]
     texts = _code_of_loader(model, format, config) if options.self_contained else {}
@@ -163,7 +163,7 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
         "bits_by_layer": {str(layer): s.bits for layer, s in by_layer.items()},
         "scheme_by_layer": {str(layer): s.name for layer, s in by_layer.items()},
         "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
-        "scope": options.scope,
+        "scope": str(options.scope),
         "double_quant": scheme.nested,
         "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed),
     }

@@ -6,7 +6,7 @@ A format is one record in a file of its own, with one line in formats.py or an e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -50,7 +50,8 @@ class SchemeInfo:
     runtime computes with it by kernels of its own, and `error` is the relative RMS error of Gaussian weights under
     round-to-nearest with the largest group that is usual; both are what `moeconv formats --for` shows. `joined`: the
     weights that an engine joins to one matrix share a scale, so that the item of each reads them all (`joined.py`).
-    `kernel` names the kernel that packs it, where not every kernel of the format can.
+    `kernel` names the kernel that packs it, where not every kernel of the format can. `whole`: it decides the type of every
+    tensor, so that --scope all goes without saying.
     """
 
     name: str
@@ -67,6 +68,7 @@ class SchemeInfo:
     error: float | None = None
     joined: bool = False
     kernel: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,23 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
+    decides the type of every tensor. `dtype` is that of the tensors that are not packed."""
+
+    model: Model
+    weights: Sequence[TensorRef]
+    scheme: Scheme
+    dtype: str | None
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """A layout on disk. `make(ref, scheme, role)` plans one weight; of the weight's name, only the names of the tensors
     may depend on it. `config(scheme, ignore, dtype, scope)` returns the
-    quantization_config. A format that writes one file of another kind has `shard(model, weights, scheme, dtype)`
-    instead.
+    quantization_config. A format that writes files of another kind has `shard` instead, which returns the file and
+    warnings, and `covers`, which returns the weights of --scope all.
 
     The items name a kernel of another package as "module:function".
     """
@@ -106,7 +120,8 @@ class Format:
     kernels: tuple[Kernel, ...]  # the kernels that its items name
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
-    shard: Callable[[Model, Iterable[TensorRef], Scheme, str | None], tuple[Shard, list[str]]] | None = None
+    shard: Callable[[Packed], tuple[Shard, list[str]]] | None = None
+    covers: Callable[[Model], list[TensorRef]] | None = None
     dense: bool = False  # whether it stores models without experts
     # whether engines read its codes per expert in families whose class in transformers stacks the experts
     apart: bool = False

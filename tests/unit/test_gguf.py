@@ -113,8 +113,8 @@ def test_widths_that_256_does_not_divide_fall_back_and_say_so(tmp_path):
     path = make(tmp_path / "m")  # gate and up have 64 columns, down 512
     _, plan, reader = write(path, tmp_path / "out", scheme="q4_k")
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
-    assert kinds["blk.0.ffn_down_exps.weight"] == "Q4_K" and kinds["blk.0.ffn_gate_exps.weight"] == "Q8_0"
-    assert any("stored as Q8_0" in w and "ffn_gate_exps" in w for w in plan.warnings)
+    assert kinds["blk.0.ffn_down_exps.weight"] == "Q4_K" and kinds["blk.0.ffn_gate_exps.weight"] == "Q5_0"
+    assert any("stored as Q5_0" in w and "ffn_gate_exps" in w for w in plan.warnings)
 
 
 def encoded(weight: np.ndarray, dtype: str) -> np.ndarray:

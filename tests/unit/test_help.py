@@ -129,7 +129,7 @@ def test_the_examples_run_in_their_order(place, monkeypatch):
 
 @pytest.mark.parametrize(
     ("typed", "scheme"),
-    [("W4A16", "int4"), ("w8a16", "int8"), ("q8", "q8_0"), ("Q8_0", "q8_0"), ("Q4_K_M", "q4_k"), ("NF4", "nf4")],
+    [("W4A16", "int4"), ("w8a16", "int8"), ("q8", "q8_0"), ("Q8_0", "q8_0"), ("Q4_K_M", "q4_k_m"), ("NF4", "nf4")],
 )
 def test_schemes_by_other_words(typed, scheme):
     assert from_keywords(QuantizeOptions, {"scheme": typed}).scheme == scheme

@@ -93,8 +93,8 @@ def test_take_picks_a_groups_values_and_checks_choices():
     assert caught.value.hint == "Did you mean copy?"
     with pytest.raises(UsageError, match="--device gpu"):
         from_keywords(MeasureOptions, {"device": "gpu"})
-    with pytest.raises(UsageError, match="--scheme q3_k"):
-        from_keywords(QuantizeOptions, {"scheme": "q3_k"})
+    with pytest.raises(UsageError, match="--scheme q3_x"):
+        from_keywords(QuantizeOptions, {"scheme": "q3_x"})
 
 
 def test_unknown_parameters_are_named():

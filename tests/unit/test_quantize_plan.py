@@ -318,7 +318,7 @@ def test_a_method_that_one_kernel_lacks_is_refused(model, monkeypatch, method):
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"bits": 3}, "--bits 3"), ({"bits": 8, "scheme": "int4"}, "contradicts"),
+        ({"bits": 7}, "--bits 7 is not a width"), ({"bits": 8, "scheme": "int4"}, "contradicts"),
         ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int3"}, "--scheme int3"),
         ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"format": "awq"}, "--format awq"),
         ({"group_size": "channel"}, "but int8 does"), ({"group_size": "7"}, "--group-size 7"),

@@ -1,4 +1,4 @@
-"""The block formats of ggml: Q8_0 and Q4_0 with the bytes of the `gguf` package, and Q4_K with a search of its own.
+"""The block formats of ggml: Q8_0 and Q4_0 with the bytes of the `gguf` package, the others with searches of their own.
 
 The `gguf` package decodes them.
 """
@@ -11,25 +11,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.plan.kernels.pack import smallblocks, superblocks
 from moeconv.plan.kernels.pack.common import BLOCK, check_finite, check_matrix
 from moeconv.plan.kernels.pack.q4_k import encode_q4_k
 
-_BLOCK = 2 * BLOCK  # Q4_K calls torch twice as often as the other packings
+_FLOOR = 1e-4  # the least importance of a column, in units of the mean
 # trunc(x + copysign(_HALF, x)) rounds to the nearest integer, halves away from zero; with 0.5, 0.49999997 would be
 # rounded up
 _HALF = 0.49999997
 
 
-def encode(weight: Tensor, dtype: str) -> memoryview:
-    """Encode `weight` [rows, columns] of any float dtype to the bytes of Q8_0, Q4_0 or Q4_K, row after row.
+def encode(weight: Tensor, dtype: str, importance: Tensor | None = None) -> memoryview:
+    """Encode `weight` [rows, columns] of any float dtype to the bytes of a block format, row after row.
 
-    Raises InputError for NaN or infinity in the weight, and for values that the format cannot hold.
+    `importance` [columns] has a weight for the squared error of each column, such as the mean square of the input that
+    it multiplies; Q8_0 does not use it. Raises InputError for NaN or infinity in the weight, and for values that the
+    format cannot hold.
     """
     check_matrix(weight)
-    make, size, nbytes = _FORMATS[dtype]
+    if dtype in _PLAIN and (importance is None or dtype not in _SEARCHED):
+        return _encode_plain(weight, dtype)
+    make, blocks, size = _SEARCHED[dtype]
+    elements, nbytes = BLOCK_DTYPES[dtype]
+    rows, columns = weight.shape
+    out = torch.empty(rows * columns // elements, nbytes, dtype=torch.uint8)
+    per_row = columns // elements
+    step = max(1, 2 * BLOCK // max(1, columns))
+    shares = None if importance is None else _shares(importance, blocks, size, step)
+    for first in range(0, rows, step):
+        part = weight[first : first + step]
+        x = part.float().reshape(-1, blocks, size).permute(1, 2, 0).contiguous()
+        w = None if shares is None else shares[..., : x.shape[2]]
+        out[first * per_row : first * per_row + x.shape[2]] = make(x, w).t()
+    return out.numpy().reshape(-1).data
+
+
+def _shares(importance: Tensor, blocks: int, size: int, rows: int) -> Tensor:
+    """The importance in the order of the blocks of `rows` rows [blocks, size, B], with a mean of 1. Columns that never
+    had an input keep a little, so that their weights stay near to the source's."""
+    mean = importance.mean()
+    flat = torch.ones_like(importance) if not mean > 0 else (importance / mean).clamp_(min=_FLOOR)
+    return flat.reshape(-1, blocks, size).permute(1, 2, 0).repeat(1, 1, rows).contiguous()
+
+
+def _encode_plain(weight: Tensor, dtype: str) -> memoryview:
+    """`encode` by the formats that work on blocks as they lie in memory."""
+    make, size, nbytes = _PLAIN[dtype]
     out = torch.empty(weight.numel() // size, nbytes, dtype=torch.uint8)
     flat = weight.reshape(-1)
-    step = _BLOCK // size * size
+    step = 2 * BLOCK // size * size  # Q4_K calls torch twice as often as the packings of safetensors files
     work = torch.empty(4, min(step, len(flat)))  # allocated once, since new pages cost as much as a pass over them
     for first in range(0, len(flat), step):
         part = flat[first : first + step]
@@ -46,7 +77,8 @@ def decode(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> np.n
     kind = GGMLQuantizationType[dtype]
     elements, size = GGML_QUANT_SIZES[kind]
     octets = np.frombuffer(data, np.uint8).reshape(-1, shape[-1] // elements * size)
-    return dequantize(octets, kind).reshape(shape)
+    decoded: np.ndarray = dequantize(octets, kind).reshape(shape)
+    return decoded if decoded.flags.writeable else decoded.copy()  # floats are a view of the file
 
 
 def _q8_0(x: Tensor, out: Tensor, work: Tensor) -> None:
@@ -80,9 +112,25 @@ def _q4_0(x: Tensor, out: Tensor, _work: Tensor) -> None:
     out[:, 2:].copy_(codes[:, :16] | codes[:, 16:] << 4)
 
 
-# dtype -> (encoder of float32 [blocks, elements] into uint8 [blocks, bytes] with scratch memory, elements, bytes)
-_FORMATS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], None], int, int]] = {
+# without importance; dtype -> (encoder of float32 [blocks, elements] into uint8 [blocks, bytes] with scratch memory,
+# elements, bytes)
+_PLAIN: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], None], int, int]] = {
     "Q8_0": (_q8_0, 32, 34),
     "Q4_0": (_q4_0, 32, 18),
     "Q4_K": (encode_q4_k, 256, 144),
+}
+# dtype -> (encoder of float32 [blocks, weights, n] and its importance to uint8 [bytes, n], blocks, weights per block)
+_SEARCHED: dict[str, tuple[Callable[[Tensor, Tensor | None], Tensor], int, int]] = {
+    "Q2_K": (superblocks.q2_k, 16, 16),
+    "Q3_K": (superblocks.q3_k, 16, 16),
+    "Q4_K": (superblocks.q4_k, 8, 32),
+    "Q5_K": (superblocks.q5_k, 8, 32),
+    "Q6_K": (superblocks.q6_k, 16, 16),
+    "IQ4_XS": (superblocks.iq4_xs, 8, 32),
+    "Q4_0": (smallblocks.q4_0, 1, 32),
+    "Q4_1": (smallblocks.q4_1, 1, 32),
+    "Q5_0": (smallblocks.q5_0, 1, 32),
+    "Q5_1": (smallblocks.q5_1, 1, 32),
+    "IQ4_NL": (smallblocks.iq4_nl, 1, 32),
+    "MXFP4": (smallblocks.mxfp4, 1, 32),
 }

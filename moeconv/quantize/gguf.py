@@ -17,7 +17,7 @@ from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
 from moeconv.quantize.llama_cpp import LLAMA_CPP, Constant, GgufTensor, LlamaCpp, find_row, is_float32, written
 from moeconv.quantize.llama_cpp.numbers import hyperparameters
-from moeconv.quantize.spec import Format, Kernel, Packed, SchemeInfo
+from moeconv.quantize.spec import Asked, Format, Kernel, SchemeInfo
 
 FILE_NAME = "model.gguf"
 
@@ -35,7 +35,7 @@ class _Made:
         return is_float32(self.tensor.target, self.tensor.part.shape)
 
 
-def gguf_shard(asked: Packed) -> tuple[Shard, list[str]]:
+def gguf_shard(asked: Asked) -> tuple[Shard, list[str]]:
     """(the file, warnings about tensors that are stored in another dtype than the scheme's).
 
     Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
@@ -79,7 +79,7 @@ def _made(model: Model, row: LlamaCpp) -> list[_Made]:
     return [_Made(tensor, role) for ref, role in pairs for tensor in written(model, row, ref, role)]
 
 
-def _packed(asked: Packed, made: Sequence[_Made], info: SchemeInfo) -> dict[str, str]:
+def _packed(asked: Asked, made: Sequence[_Made], info: SchemeInfo) -> dict[str, str]:
     """The dtypes of the packed tensors, by their names in the file. Raises InputError for a width that no block format
     divides."""
     weights = {ref.name for ref in asked.weights}
@@ -98,7 +98,7 @@ def _packed(asked: Packed, made: Sequence[_Made], info: SchemeInfo) -> dict[str,
     return chosen
 
 
-def _whole(asked: Packed, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]:
+def _whole(asked: Asked, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]:
     """The dtypes of all tensors that the recipe of the scheme quantizes, by their names in the file."""
     model = asked.model
     shapes: dict[str, tuple[int, ...]] = {}

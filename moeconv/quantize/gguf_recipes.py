@@ -33,7 +33,7 @@ EIGHT = 8  # experts, for which some rules differ
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class TypeRule:
     """The type of a part of the model, where all conditions hold.
 
     `part` is one of the parts above, or "values" for all VALUES. `first`: in the first 1/`first` of the layers.
@@ -66,7 +66,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class TypeRecipe:
     """A recipe: its name for --scheme, llama.cpp's number for it, the type of most matrices, and the rules, of which
     the first that holds counts. `experts` is the type of stacked experts where it differs, `output` that of the head.
     """
@@ -74,7 +74,7 @@ class Recipe:
     name: str
     file_type: int
     dtype: str
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[TypeRule, ...] = ()
     experts: str = ""
     output: str = "Q6_K"
     needs_imatrix: bool = False
@@ -97,55 +97,55 @@ def _more_bits(at: int, layers: int) -> bool:
 
 
 # for every recipe, after its own rules: the few values and keys of a model of 8 experts
-_ALWAYS = (Rule("values", "Q8_0", eight=True), Rule("attn_k", "Q8_0", eight=True))
-_OUTPUT_EIGHT = Rule("attn_output", "Q5_K", eight=True)
+_ALWAYS = (TypeRule("values", "Q8_0", eight=True), TypeRule("attn_k", "Q8_0", eight=True))
+_OUTPUT_EIGHT = TypeRule("attn_output", "Q5_K", eight=True)
 
-RECIPES: tuple[Recipe, ...] = (
-    Recipe("q2_k", 10, "Q2_K", (
-        Rule("values", "Q4_K", gqa=4), Rule("values", "Q3_K"), Rule("ffn_down", "Q3_K"), _OUTPUT_EIGHT,
-        Rule("attn_output", "Q3_K"),
+RECIPES: tuple[TypeRecipe, ...] = (
+    TypeRecipe("q2_k", 10, "Q2_K", (
+        TypeRule("values", "Q4_K", gqa=4), TypeRule("values", "Q3_K"), TypeRule("ffn_down", "Q3_K"), _OUTPUT_EIGHT,
+        TypeRule("attn_output", "Q3_K"),
     )),
-    Recipe("q2_k_s", 21, "Q2_K", (Rule("values", "Q4_K", gqa=4), Rule("ffn_down", "Q4_K", first=8)),
+    TypeRecipe("q2_k_s", 21, "Q2_K", (TypeRule("values", "Q4_K", gqa=4), TypeRule("ffn_down", "Q4_K", first=8)),
            needs_imatrix=True),
-    Recipe("q3_k_s", 11, "Q3_K", (_OUTPUT_EIGHT,)),
-    Recipe("q3_k_m", 12, "Q3_K", (
-        Rule("values", "Q5_K", before=2), Rule("values", "Q4_K"), Rule("ffn_down", "Q5_K", first=16),
-        Rule("ffn_down", "Q4_K"), _OUTPUT_EIGHT, Rule("attn_output", "Q4_K"),
+    TypeRecipe("q3_k_s", 11, "Q3_K", (_OUTPUT_EIGHT,)),
+    TypeRecipe("q3_k_m", 12, "Q3_K", (
+        TypeRule("values", "Q5_K", before=2), TypeRule("values", "Q4_K"), TypeRule("ffn_down", "Q5_K", first=16),
+        TypeRule("ffn_down", "Q4_K"), _OUTPUT_EIGHT, TypeRule("attn_output", "Q4_K"),
     )),
-    Recipe("q3_k_l", 13, "Q3_K", (
-        Rule("values", "Q5_K"), Rule("ffn_down", "Q5_K"), Rule("attn_output", "Q5_K", eight=False),
+    TypeRecipe("q3_k_l", 13, "Q3_K", (
+        TypeRule("values", "Q5_K"), TypeRule("ffn_down", "Q5_K"), TypeRule("attn_output", "Q5_K", eight=False),
     )),
-    Recipe("q4_k_s", 14, "Q4_K", (
-        Rule("values", "Q5_K", before=4), Rule("ffn_down", "Q5_K", first=8), _OUTPUT_EIGHT,
+    TypeRecipe("q4_k_s", 14, "Q4_K", (
+        TypeRule("values", "Q5_K", before=4), TypeRule("ffn_down", "Q5_K", first=8), _OUTPUT_EIGHT,
     )),
-    Recipe("q4_k_m", 15, "Q4_K", (
-        Rule("values", "Q6_K", more=True), Rule("ffn_down", "Q6_K", more=True), _OUTPUT_EIGHT,
+    TypeRecipe("q4_k_m", 15, "Q4_K", (
+        TypeRule("values", "Q6_K", more=True), TypeRule("ffn_down", "Q6_K", more=True), _OUTPUT_EIGHT,
     )),
-    Recipe("q5_k_s", 16, "Q5_K"),
-    Recipe("q5_k_m", 17, "Q5_K", (Rule("values", "Q6_K", more=True), Rule("ffn_down", "Q6_K", more=True))),
-    Recipe("q6_k", 18, "Q6_K"),
-    Recipe("q8_0", 7, "Q8_0", output="Q8_0"),
-    Recipe("q4_0", 2, "Q4_0", (Rule("ffn_down", "Q4_1", first=8, imatrix=True),)),
-    Recipe("q4_1", 3, "Q4_1"),
-    Recipe("q5_0", 8, "Q5_0", (Rule("ffn_down", "Q5_1", first=8, imatrix=True),)),
-    Recipe("q5_1", 9, "Q5_1"),
-    Recipe("iq4_nl", 25, "IQ4_NL", (
-        Rule("values", "Q5_K", gqa=4), Rule("ffn_down", "Q5_K", first=8, imatrix=False), _OUTPUT_EIGHT,
+    TypeRecipe("q5_k_s", 16, "Q5_K"),
+    TypeRecipe("q5_k_m", 17, "Q5_K", (TypeRule("values", "Q6_K", more=True), TypeRule("ffn_down", "Q6_K", more=True))),
+    TypeRecipe("q6_k", 18, "Q6_K"),
+    TypeRecipe("q8_0", 7, "Q8_0", output="Q8_0"),
+    TypeRecipe("q4_0", 2, "Q4_0", (TypeRule("ffn_down", "Q4_1", first=8, imatrix=True),)),
+    TypeRecipe("q4_1", 3, "Q4_1"),
+    TypeRecipe("q5_0", 8, "Q5_0", (TypeRule("ffn_down", "Q5_1", first=8, imatrix=True),)),
+    TypeRecipe("q5_1", 9, "Q5_1"),
+    TypeRecipe("iq4_nl", 25, "IQ4_NL", (
+        TypeRule("values", "Q5_K", gqa=4), TypeRule("ffn_down", "Q5_K", first=8, imatrix=False), _OUTPUT_EIGHT,
     )),
-    Recipe("iq4_xs", 30, "IQ4_XS", (
-        Rule("values", "Q5_K", gqa=4), Rule("ffn_down", "Q5_K", first=8, imatrix=False), _OUTPUT_EIGHT,
+    TypeRecipe("iq4_xs", 30, "IQ4_XS", (
+        TypeRule("values", "Q5_K", gqa=4), TypeRule("ffn_down", "Q5_K", first=8, imatrix=False), _OUTPUT_EIGHT,
     )),
-    Recipe("mxfp4", 38, "Q8_0", experts="MXFP4", output="Q8_0"),
-    Recipe("f16", 1, "F16"),
-    Recipe("bf16", 32, "BF16"),
-    Recipe("f32", 0, "F32"),
+    TypeRecipe("mxfp4", 38, "Q8_0", experts="MXFP4", output="Q8_0"),
+    TypeRecipe("f16", 1, "F16"),
+    TypeRecipe("bf16", 32, "BF16"),
+    TypeRecipe("f32", 0, "F32"),
 )  # fmt: skip
-BY_NAME: Mapping[str, Recipe] = {recipe.name: recipe for recipe in RECIPES}
+BY_NAME: Mapping[str, TypeRecipe] = {recipe.name: recipe for recipe in RECIPES}
 # the type of --scheme -> the recipe that llama-quantize makes of that word, with --scope all
 _WORDS = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 
 
-def recipe_of(scheme: str) -> Recipe:
+def recipe_of(scheme: str) -> TypeRecipe:
     """The recipe for a value of --scheme where the whole file is quantized."""
     return BY_NAME[_WORDS.get(scheme, scheme)]
 
@@ -173,7 +173,7 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     )
 
 
-def assign(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], facts: Facts) -> dict[str, str]:
+def assign(recipe: TypeRecipe, shapes: Mapping[str, tuple[int, ...]], facts: Facts) -> dict[str, str]:
     """The dtype of every tensor that the recipe quantizes, by its name. `shapes` has the row-major shape of every
     tensor of the file."""
     chosen: dict[str, str] = {}
@@ -198,7 +198,7 @@ def assign(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], facts: Facts) 
 
 
 def _by_rules(
-    recipe: Recipe, name: str, part: str, at: int, values: int, shape: tuple[int, ...], facts: Facts
+    recipe: TypeRecipe, name: str, part: str, at: int, values: int, shape: tuple[int, ...], facts: Facts
 ) -> str:  # fmt: skip
     if recipe.experts:
         return recipe.experts if len(shape) > 2 else recipe.dtype
@@ -212,7 +212,7 @@ def _by_rules(
     return next((rule.dtype for rule in _ALWAYS if rule.holds(part, at, of, facts)), dtype)
 
 
-def _of_output(recipe: Recipe, columns: int) -> str:
+def _of_output(recipe: TypeRecipe, columns: int) -> str:
     """The type of the head, and of the embedding where it is the head too."""
     dtype = recipe.output if fitting(recipe.dtype, columns) == recipe.dtype else "Q8_0"
     return fitting(dtype, columns)

@@ -26,7 +26,7 @@ from moeconv.quantize.mixed import candidates, check_mixed
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
-from moeconv.quantize.spec import MIXED, Format, Packed, Scheme, SchemeInfo
+from moeconv.quantize.spec import MIXED, Asked, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
@@ -94,7 +94,7 @@ def quantize_plan(
         groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
         packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
     if format.shard is not None:
-        shard, notes = format.shard(Packed(model, weights, scheme, dtype, options.scope == WHOLE))
+        shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE))
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
         if left_out:

@@ -93,7 +93,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class Asked:
     """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
     decides the type of every tensor. `dtype` is that of the tensors that are not packed."""
 
@@ -120,7 +120,7 @@ class Format:
     kernels: tuple[Kernel, ...]  # the kernels that its items name
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
-    shard: Callable[[Packed], tuple[Shard, list[str]]] | None = None
+    shard: Callable[[Asked], tuple[Shard, list[str]]] | None = None
     covers: Callable[[Model], list[TensorRef]] | None = None
     dense: bool = False  # whether it stores models without experts
     # whether engines read its codes per expert in families whose class in transformers stacks the experts

@@ -29,7 +29,7 @@ IQ4 = Table(IQ4_LEVELS)
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Starts:
     """How the scales of a format are searched: the `starts` of a block's scale and of the number that all scales of a
     super-block are multiples of (see blocks.py)."""
 
@@ -100,16 +100,16 @@ def iq4_xs(x: Tensor, w: Tensor | None) -> Tensor:
     return torch.cat([_float16(d), high, low[::2] | low[1::2] << 4, (q[:, 0] | q[:, 1] << 4).view(128, -1)])
 
 
-_Q2 = _Search((2.2, 2.6, 3.0, 3.4, 3.8), (15.0, 14.0, 13.0, 15.4), rounds=2)
-_Q4 = _Search((14.2, 14.6, 15.0, 15.45), (63.0, 62.0))
-_Q5 = _Search((30.2, 30.7, 31.2), (63.0, 62.0))
-_Q3 = _Search((-4.5, -4.1, -3.7, -3.3, -2.9), (-32.0, -31.4, -30.6, 31.0, 30.2))
-_Q6 = _Search((-32.5, -32.0, -31.5, -31.0), (-128.0, -127.0))
-_IQ4 = _Search((-133.0, -127.0, -121.0, -115.0, 113.0), (-32.0, -31.4, 31.0))
+_Q2 = _Starts((2.2, 2.6, 3.0, 3.4, 3.8), (15.0, 14.0, 13.0, 15.4), rounds=2)
+_Q4 = _Starts((14.2, 14.6, 15.0, 15.45), (63.0, 62.0))
+_Q5 = _Starts((30.2, 30.7, 31.2), (63.0, 62.0))
+_Q3 = _Starts((-4.5, -4.1, -3.7, -3.3, -2.9), (-32.0, -31.4, -30.6, 31.0, 30.2))
+_Q6 = _Starts((-32.5, -32.0, -31.5, -31.0), (-128.0, -127.0))
+_IQ4 = _Starts((-133.0, -127.0, -121.0, -115.0, 113.0), (-32.0, -31.4, 31.0))
 
 
 def _multiples(
-    values: Weighted, levels: Levels, integers: Integers, search: _Search, name: str
+    values: Weighted, levels: Levels, integers: Integers, search: _Starts, name: str
 ) -> tuple[Tensor, Tensor]:
     """(scales [S, B] as integers, their unit d [B]) of least squared error of d * scale * level."""
     scale, curvature = symmetric(values, levels, search.starts, search.rounds)
@@ -133,7 +133,7 @@ def _rounded(scale: Tensor, d: Tensor, integers: Integers) -> Tensor:
 
 
 def _with_minimums(
-    x: Tensor, w: Tensor | None, top: int, most: int, search: _Search, name: str
+    x: Tensor, w: Tensor | None, top: int, most: int, search: _Starts, name: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(codes 0..top, scales 0..most [S, B], minimums 0..most, d [B], dmin [B]) of least squared error of d * scale *
     code - dmin * minimum."""

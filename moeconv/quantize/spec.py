@@ -50,8 +50,8 @@ class SchemeInfo:
     runtime computes with it by kernels of its own, and `error` is the relative RMS error of Gaussian weights under
     round-to-nearest with the largest group that is usual; both are what `moeconv formats --for` shows. `joined`: the
     weights that an engine joins to one matrix share a scale, so that the item of each reads them all (`joined.py`).
-    `kernel` names the kernel that packs it, where not every kernel of the format can. `whole`: it decides the type of every
-    tensor, so that --scope all goes without saying.
+    `kernel` names the kernel that packs it, where not every kernel of the format can. `whole`: it decides the
+    type of every tensor, so that --scope all goes without saying.
     """
 
     name: str

@@ -133,6 +133,11 @@ def _upcycle(block: UpcycleBlock) -> dict[str, str]:
 def _prune(block: PruneBlock) -> dict[str, str]:
     by = f", by {block['criterion']}" if block["criterion"] else ""
     rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}
+    if "width_after" in block:
+        rows["width"] = f"{block['width_before']} -> {counted(block['width_after'], 'neuron')} per expert"
+    for tried in block.get("mix", []):
+        word = f"{tried['experts']} x {tried['width']}"
+        rows[f"mix {word}"] = f"{tried['loss_increase']:+.4f} loss" + (", chosen" if tried["chosen"] else "")
     if "top_k_after" in block:
         rows["top-k"] = f"{block['top_k_before']} -> {block['top_k_after']}"
     if "measured" in block:
@@ -145,7 +150,8 @@ def _prune(block: PruneBlock) -> dict[str, str]:
         trained = block["distill"]
         change = f"{_number(trained['kl_before'])} -> {_number(trained['kl_after'])}"
         rows["distilled"] = f"{counted(trained['steps'], 'step')}, held-out KL {change}"
-    for layer, kept in (block.get("keep") or {}).items():
+    pruned = block["experts_after"] < block["experts_before"]
+    for layer, kept in ((block.get("keep") or {}) if pruned else {}).items():
         rows[f"layer {layer}"] = "keeps " + ", ".join(map(str, kept))
     return rows
 

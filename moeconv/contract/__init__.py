@@ -12,7 +12,17 @@ from moeconv.contract.evaluated import Evaluated, Gate, NotFinite, Perplexity, S
 from moeconv.contract.failed import ErrorFields, Failed
 from moeconv.contract.inspected import Inspected, Quantization, RoleCounts
 from moeconv.contract.listed import Families, FamilyPair, FamilySource, FormatRow, Formats, Schemas
-from moeconv.contract.pruned import Cost, Curve, CurveRow, DistillFigures, PruneBlock, Pruned, RefitFigures, RefitLayer
+from moeconv.contract.pruned import (
+    Cost,
+    Curve,
+    CurveRow,
+    DistillFigures,
+    MixRow,
+    PruneBlock,
+    Pruned,
+    RefitFigures,
+    RefitLayer,
+)
 from moeconv.contract.quantized import (
     Between,
     CodesFigures,
@@ -74,6 +84,7 @@ __all__ = [
     "Located",
     "MeanMax",
     "Memory",
+    "MixRow",
     "NeuronLayer",
     "NotFinite",
     "PackingError",

@@ -36,6 +36,34 @@ class RefitFigures(TypedDict):
     layers: list[RefitLayer]
 
 
+class WidthLayer(TypedDict):
+    """A layer whose experts lost neurons: the relative error of its output on held-out tokens, and how many experts had
+    too few tokens of their own (`pooled`)."""
+
+    layer: int
+    error: float
+    tokens_per_expert: float
+    tokens_needed: int
+    pooled: int
+
+
+class WidthFigures(TypedDict):
+    """What was measured while experts lost neurons."""
+
+    layers: list[WidthLayer]
+
+
+class MixRow(TypedDict):
+    """A mix of experts and neurons that --mix tried, and its cost on held-out text in nats per token."""
+
+    experts: int
+    width: int
+    loss_increase: float
+    kl: float
+    tokens: int
+    chosen: bool
+
+
 class HealLayer(TypedDict):
     """The healing of one layer: relative errors of its output on held-out tokens, before and after."""
 
@@ -74,6 +102,11 @@ class PruneBlock(TypedDict):
     stats_of_twin: NotRequired[str]
     top_k_before: NotRequired[int]  # with --top-k
     top_k_after: NotRequired[int]
+    width_before: NotRequired[int]  # with --width, --width-ratio and --mix
+    width_after: NotRequired[int]
+    multiple: NotRequired[int | None]
+    width: NotRequired[WidthFigures]
+    mix: NotRequired[list[MixRow]]  # with --mix
     scale: NotRequired[dict[str, float]]
     groups: NotRequired[dict[str, dict[str, list[int]]]]  # with --merge
     measured: NotRequired[Cost]

@@ -278,10 +278,11 @@ class Shapes:
         layout = self.family.tensors.packed.get(key) if stacked else None
         if layout is not None:
             return self._stacked(layout)
-        parts = [self._matrix(part, layer) for part in self.family.tensors.fused.get(key, (key,))]
+        parts = [self.matrix(part, layer) for part in self.family.tensors.fused.get(key, (key,))]
         return (sum(shape[0] for shape in parts), *parts[0][1:])
 
-    def _matrix(self, key: str, layer: int | None) -> tuple[int, ...]:
+    def matrix(self, key: str, layer: int | None) -> tuple[int, ...]:
+        """The shape of the matrix `key` in a layer, not transposed. Raises KeyError if it does not follow."""
         sliding = self.model.sliding.layers if self.family.tensors.sizes else ()
         slides = layer is not None and (sliding[layer] if layer < len(sliding) else self.family.prediction.slides)
         return shape_of(
@@ -291,7 +292,7 @@ class Shapes:
 
     def _stacked(self, layout: Packed) -> tuple[int, ...]:
         experts = self.model.num_experts
-        parts = [self._matrix(f"expert.{part}", None) for part in layout.parts]
+        parts = [self.matrix(f"expert.{part}", None) for part in layout.parts]
         outside, *inside = (sum(shape[0] for shape in parts), *parts[0][1:])
         one = (outside, *inside)
         one = one[::-1] if layout.transposed else one

@@ -158,12 +158,14 @@ def left_by_threshold(
     """The number of experts left if in every layer only experts with a similar enough stand-in are removed. The layer
     that can remove the fewest decides for all layers."""
     if options.threshold is None or orders is None or evidence.statistics is None:
-        flag = "threshold" if options.threshold is not None else "max_loss_increase"
+        flag = next((n for n in ("threshold", "mix") if getattr(options, n) is not None), "max_loss_increase")
         raise UsageError(
             f"{flag_of(flag)} needs measurements to decide how many experts are removed",
             hint="Pass --stats STATS, or run without --dry-run and with --data FILE."
             if flag == "threshold"
-            else "Run without --dry-run and with --data FILE; `moeconv prune MODEL --curve` shows all ratios.",
+            else "Run without --dry-run and with --data FILE; `moeconv prune MODEL --curve` shows all ratios."
+            if flag == "max_loss_increase"
+            else "Run without --dry-run and with --data FILE, or state the mix: --keep N --width W.",
         )
     evidence = replace(evidence, similarity=options.similarity)
     counts = {layer: stand_ins(evidence, layer, order, options.threshold) for layer, order in orders.items()}

@@ -11,6 +11,7 @@ from moeconv.checkpoint.overlay import Overlay
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.families.packed import SHARED
 from moeconv.families.rule import rule_of
 from moeconv.families.spec import with_expert
@@ -18,6 +19,8 @@ from moeconv.options import PruneOptions
 from moeconv.plan.build import carry, carry_all, pick_rows, whole
 from moeconv.plan.plan import Item, TensorSpec
 from moeconv.prune.criteria import Evidence, sample_of
+from moeconv.prune.narrowing import narrowed_items
+from moeconv.prune.width import asks_width
 
 Keep = Mapping[int, Sequence[int]]
 
@@ -28,15 +31,19 @@ def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
     return dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]]) | dict(keep)
 
 
-def pruned_items(model: Model, keep: Keep, dtype: str | None) -> list[Item]:
+def pruned_items(model: Model, keep: Keep, dtype: str | None, *, narrow: Narrow | None = None) -> list[Item]:
     """The items that write every tensor of the model except those of the removed experts. The kept experts are
-    renumbered."""
+    renumbered. With `narrow`, they lose neurons; which ones is in a file that the run gives as the origin `neurons`."""
     keep = with_mtp(model, keep)
     position = {layer: {e: i for i, e in enumerate(kept)} for layer, kept in keep.items()}
 
     def renewed(ref: TensorRef) -> list[Item] | None:
         role = model.roles[ref.name]
-        if role.group not in ("expert", "router") or role.layer is None:
+        if role.layer is None:
+            return None
+        if narrow is not None and (cut := narrow.cut(role)) is not None:
+            return narrowed_items(ref, role, cut, keep[role.layer] if role.group == "expert" else (0,), dtype=dtype)
+        if role.group not in ("expert", "router"):
             return None
         axis = model.family.expert_axis(role)
         if role.part in SHARED and role.expert is None:
@@ -78,7 +85,7 @@ def scales_of(model: Model, keep: Keep, evidence: Evidence, options: PruneOption
     the kept experts grow by the share of the removed ones. The factor is the least-squares scale on the token
     sample."""
     wanted = not model.renormalises if options.rescale is None else options.rescale
-    repaired = options.refit or options.heal or options.merge
+    repaired = options.refit or options.heal or options.merge or asks_width(options)
     if not wanted or repaired or evidence.statistics is None or model.quantization:
         return {}
     evidence = replace(evidence, rule=rule_of(model))

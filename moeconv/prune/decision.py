@@ -19,6 +19,7 @@ from moeconv.prune.choice import (
 from moeconv.prune.criteria import Evidence, Order
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import check_feasible
+from moeconv.prune.width import Width, asks_width
 
 Groups = Mapping[int, Mapping[int, Sequence[int]]]
 
@@ -30,7 +31,8 @@ class Decision:
     `known` is False if nothing was measured; the first experts are then placeholders, which give the same sizes.
     `orders` {layer: order of removal, with scores} are those of the criterion, if it decided alone. `groups` {layer:
     {kept: absorbed}} are the experts that a merge averages. `predicted` are the experts that stay in the
-    multi-token-prediction layers that were measured.
+    multi-token-prediction layers that were measured. `width` is the number of neurons that every expert keeps; None:
+    all of them.
     """
 
     left: int
@@ -40,6 +42,7 @@ class Decision:
     orders: Mapping[int, Order] | None = None
     groups: Groups | None = None
     predicted: Keep = field(default_factory=dict)
+    width: Width | None = None
 
 
 def decide(
@@ -76,6 +79,6 @@ def with_keep(decision: Decision, keep: Keep, *, groups: Groups | None = None) -
 def _check(model: Model, options: PruneOptions, evidence: Evidence, left: int) -> Mapping[int, frozenset[int]]:
     """Raises UsageError for a number of experts that the router cannot have. Returns the protected experts."""
     protected = protected_experts(model, options, evidence)
-    if left < model.num_experts or options.top_k is None:
+    if left < model.num_experts or not (options.top_k is not None or asks_width(options)):
         check_feasible(model, left, protected, options.top_k or model.top_k)
     return protected

@@ -39,6 +39,7 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
         from moeconv.calibrate.run import calibrate
 
         measures_loss = options.max_loss_increase is not None or options.curve or options.top_k is not None
+        measures_loss = measures_loss or options.mix is not None
         judge_every = HELD_OUT_EVERY if measures_loss else None
         asked = parameters_of(request.data, request.measure, request.calibrate)
 

@@ -43,32 +43,36 @@ class KeepScorer:
         fit: TokenData | None = None
         if not self.options.stats and not whole:
             fit, read = split_windows(read, every=HELD_OUT_EVERY)
-        elif self.options.refit and not whole:
+        elif (self.options.refit or self.options.mix) and not whole:
             # the statistics come from a file, so that one half refits and the other half is measured
             fit, read = split_windows(read, every=2)
         self.windows, self.source, self.names = read.windows, read.source, [s.name for s in read.sources]
         self.fit: np.ndarray | None = None
-        if self.options.refit and fit is not None:
+        if (self.options.refit or self.options.mix) and fit is not None:
             self.windows = np.concatenate([fit.windows, read.windows])
             self.source = np.concatenate([fit.source, read.source])
             self.fit = np.arange(len(self.windows)) < len(fit.windows)
 
-    def scores(self, keeps: Sequence[Mapping[int, Sequence[int]]]) -> list[Score]:
-        """One Score per set of kept experts, over all data sources."""
+    def scores(
+        self, keeps: Sequence[Mapping[int, Sequence[int]]], *, widths: Sequence[int | None] | None = None
+    ) -> list[Score]:
+        """One Score per set of kept experts, over all data sources. `widths` are the neurons that the experts of each
+        set keep; None: all."""
         from moeconv.prune.repair.pruned import Variant
         from moeconv.prune.scores import score_variants, total
 
         refitted = max((len(kept) for keep in keeps for kept in keep.values()), default=0) if self.options.refit else 0
         stream = stream_of(
-            self.model, self.windows, self.measure, meter=self.meter, refitted=refitted, variants=len(keeps)
-        )
+            self.model, self.windows, self.measure, meter=self.meter, refitted=refitted, variants=len(keeps),
+            narrowed=max((len(kept) for keep in keeps for kept in keep.values()), default=0) if widths else 0,
+        )  # fmt: skip
         refit = refit_of(self.options) if self.options.refit else None
         variants = [
             Variant(
-                keep=dict(k), refit=refit, top_k=self.options.top_k,
+                keep=dict(k), refit=refit, width=width, top_k=self.options.top_k,
                 scale=cutting.scales_of(self.model, k, self.evidence, self.options),
             )
-            for k in keeps
+            for k, width in zip(keeps, widths or [None] * len(keeps))
         ]  # fmt: skip
         scores = score_variants(stream, variants, source=self.source, num_sources=len(self.names), fit=self.fit)
         return [total(of_variant) for of_variant in scores]

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.families.served import check_served
 from moeconv.options import PlanOptions, PruneOptions, flag_of, parse_index, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import parse_dtype
 from moeconv.prune.cutting import pruned_items
 from moeconv.prune.named_modules import check_renumbering
+from moeconv.prune.width import asks_width, check_width, chosen_width
 from moeconv.units import counted
 
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
@@ -20,7 +22,7 @@ BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
 
 def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
     """Check everything that can be checked before anything is measured. Returns the number of experts left per layer,
-    or None where measurements decide it (--threshold, --max-loss-increase).
+    or None where measurements decide it (--threshold, --max-loss-increase, --mix).
 
     Raises UsageError for options that cannot be used, InputError for a model that cannot be pruned so."""
     if model.family.kind != "moe":
@@ -38,20 +40,24 @@ def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int
         )
     check_served(model.family.model_type, options.target)
     protected = parse_protect(options.protect, model)
+    check_width(model, options)
     left = budget(model, options, common)
     _check_numbers(options)
     _check_together(options)
     _check_top_k(model, options, left)
-    if left is not None and not (options.top_k is not None and left == model.num_experts):
+    alone = options.top_k is not None or asks_width(options)
+    if left is not None and not (alone and left == model.num_experts):
         check_feasible(model, left, protected, options.top_k or model.top_k)
     return left
 
 
 def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | None:
     """The number of experts left in every layer, from exactly one of --keep, --ratio, --max-bytes, --threshold and
-    --max-loss-increase. It is None for the last two, and all experts for --top-k alone. Raises UsageError."""
+    --max-loss-increase. It is None for the last two and with --mix, and all experts for --top-k or --width alone.
+    Raises UsageError."""
     given = [f for f in BUDGETS if getattr(options, f) is not None]
-    if options.top_k is not None and not given:
+    width = chosen_width(model, options, common)
+    if (options.top_k is not None or width is not None) and not given:
         return model.num_experts
     if len(given) != 1:
         raise UsageError(
@@ -67,6 +73,8 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
     if options.ratio is not None:
         if not 0 < options.ratio < 1:
             raise UsageError(f"--ratio {options.ratio} must lie between 0 and 1", hint="For half: --ratio 0.5.")
+        if options.mix is not None:
+            return None
         removed = round(options.ratio * experts)
         if removed == 0:
             raise UsageError(
@@ -75,10 +83,10 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
             )
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
-    largest = _largest_first(model)
+    largest, narrow = _largest_first(model), None if width is None else Narrow(model, width.after)
     for left in range(experts - 1, 0, -1):
         keep = {layer: sorted(order[:left]) for layer, order in largest.items()}
-        shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype)), common, model.family)
+        shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow), common, model.family)
         if sum(s.nbytes for s in shards) <= limit:
             return left
     raise UsageError(

@@ -11,18 +11,21 @@ _COPIES = 3  # of the experts of a layer that is healed: as loaded, those that t
 _TRAINED = 4 * 5  # bytes per trained weight: gradient, two moments, the values before and the best ones
 REFIT_BYTES = 1 << 29  # of experts that are refitted at the same time; at least one expert
 _BYTES = 4 + 4 + 4  # per refitted weight: its change, the old weight and the new one
+_CUT = 6 * 4  # per weight of experts that lose neurons: as in a refit, and the fits that held-out tokens compare
 
 
-def pruned_workload(model: Model, *, refitted: int, healed: int = 0, variants: int = 1) -> WorkloadFields:
+def pruned_workload(
+    model: Model, *, refitted: int, healed: int = 0, narrowed: int = 0, variants: int = 1
+) -> WorkloadFields:
     """The workload of running pruned `variants` beside the model, one variant after the other. At most `refitted`
-    experts of a layer are refitted, and `healed` are trained (0: none).
+    experts of a layer are refitted, `healed` are trained, and `narrowed` lose neurons (0: none).
 
     `flows` counts the activations of the model and of the variants, which can be in a file. What a refit adds is in
     memory.
     """
     found: WorkloadFields = {"flows": 1 + variants}
-    if refitted:
-        found = _refit(model, refitted) | found
+    if refitted or narrowed:
+        found = _refit(model, max(refitted, narrowed), narrows=narrowed > 0) | found
     if healed:
         trained = healed * _each(model, "") * _TRAINED
         found |= {"copies": _COPIES, "results": found.get("results", 0) + trained}
@@ -41,16 +44,22 @@ def _each(model: Model, key: str) -> int:
     return max(sizes.values(), default=0)
 
 
-def _refit(model: Model, refitted: int) -> WorkloadFields:
+def _refit(model: Model, fitted: int, *, narrows: bool) -> WorkloadFields:
     weights = _each(model, ".down")
     hidden = model.expert_dimension
     inner = max(1, weights // hidden)
-    block = min(REFIT_BYTES, refitted * fitted_bytes(hidden, inner))
-    work = max(block, fitted_bytes(hidden, inner))
-    return {"resident": _REFITTED, "results": refitted * weights * _BYTES + work}
+    of_one = narrowed_bytes(hidden, inner) if narrows else fitted_bytes(hidden, inner)
+    work = max(min(REFIT_BYTES, fitted * of_one), of_one)
+    return {"resident": _REFITTED, "results": fitted * weights * (_CUT if narrows else _BYTES) + work}
 
 
 def fitted_bytes(hidden: int, inner: int) -> int:
     """The bytes for the refit of one expert's down projection [hidden, inner]: its Gram matrix and the factor of it in
     float64, and the vectors of conjugate gradients."""
     return inner * (16 * inner + 20 * hidden)
+
+
+def narrowed_bytes(hidden: int, inner: int) -> int:
+    """The bytes for the choice of the neurons of one expert: its Gram matrix, the inverse of it, the products of the
+    columns and two temporary matrices in float64, what a batch of removals changes, and two fits of [hidden, inner]."""
+    return inner * (5 * 8 * inner + 2 * 8 * hidden + 8 * 8 * 64)

@@ -14,6 +14,7 @@ from typing import Any
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.families.packed import SHARED, with_quantization
 from moeconv.families.served import check_served
 from moeconv.families.written import written_config
@@ -27,6 +28,7 @@ from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_o
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
+from moeconv.prune.width import ORIGIN, chosen_width
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
@@ -46,6 +48,7 @@ def plan_prune(
 
     `keep_experts` {layer: kept ids} overrides criterion and budget. `overlays` {origin: file} hold tensors named as in
     the result that take the place of the sliced ones (refitted, merged, tuned); run the plan with them as `origins`.
+    The one named `neurons` has the neurons that stay.
     `groups` {layer: {kept: absorbed}} go into the block. Raises UsageError for a budget that cannot be met or that
     nothing given decides, InputError for statistics that cannot rank experts.
     """
@@ -53,7 +56,8 @@ def plan_prune(
     options, common = from_keywords(PruneOptions, parameters), from_keywords(PlanOptions, parameters)
     left, evidence = check_prune(model, options, common), evidence or Evidence()
     decision = decide(model, options, evidence, left=left, seed=common.seed, keep=keep_experts)
-    return prune_plan(model, options, common, replace(decision, groups=groups), evidence=evidence, overlays=overlays)
+    decision = replace(decision, groups=groups, width=chosen_width(model, options, common))
+    return prune_plan(model, options, common, decision, evidence=evidence, overlays=overlays)
 
 
 def prune_plan(
@@ -64,8 +68,10 @@ def prune_plan(
     keep, left, orders = {**decision.keep, **decision.predicted}, decision.left, decision.orders
     prunes = left < model.num_experts
     scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
-    items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype)), scales)
-    items = replaced(items, overlays or {})
+    width = decision.width
+    narrow = None if width is None else Narrow(model, width.after)
+    items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow), scales)
+    items = replaced(items, {origin: file for origin, file in (overlays or {}).items() if origin != ORIGIN})
     top_k = options.top_k or model.top_k
     total, active = count_planned(items, model.family, layers=model.num_layers, top_k=top_k, num_experts=left)
     block: JsonObject = {
@@ -75,6 +81,8 @@ def prune_plan(
         "keep": {str(layer): list(kept) for layer, kept in keep.items()} if decision.known else None,
         "scores": {str(layer): list(o.scores) for layer, o in orders.items()} if orders else None,
     }
+    if width is not None:
+        block |= {"width_before": width.before, "width_after": width.after, "multiple": width.multiple}
     measured_on = getattr(evidence.statistics, "metadata", {}).get("identity", model.identity)
     if measured_on != model.identity:
         block["stats_of_twin"] = measured_on
@@ -91,7 +99,7 @@ def prune_plan(
         command="prune",
         parameters=parameters_of(options, common) | _decided_by(evidence, options, block) | prints,
         identity=model.identity,
-        config=_config(model, keep, parse_dtype(common.dtype), options.top_k),
+        config=_config(model, keep, parse_dtype(common.dtype), options.top_k, narrow),
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
@@ -102,7 +110,7 @@ def prune_plan(
             *_warnings(model, decision, options, scales),
         ),
         dropped=model.dropped,
-        promise=_promise(model, keep),
+        promise=_promise(model, keep, narrow),
     )
 
 
@@ -126,23 +134,29 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) ->
     return {"stats": stats, "decided_by": found}
 
 
-def _promise(model: Model, keep: Keep) -> dict[str, int]:
-    """{role: number of tensors that change}: those of the kept experts, and all that have an entry per expert."""
+def _promise(model: Model, keep: Keep, narrow: Narrow | None) -> dict[str, int]:
+    """{role: number of tensors that change}: those of the kept experts, all that have an entry per expert, and those of
+    shared experts and FFNs that change their width with the experts."""
     counts = {"expert": 0, "router": 0}
     stays = {layer: frozenset(kept) for layer, kept in with_mtp(model, keep).items()}
     for role in model.roles.values():
         if role.group in counts and (role.expert is not None or role.part not in SHARED):
             counts[role.group] += role.expert is None or role.layer is None or role.expert in stays[role.layer]
+        elif narrow is not None and narrow.cut(role) is not None:
+            counts[role.group] = counts.get(role.group, 0) + 1
     return counts
 
 
-def _config(model: Model, keep: Keep, dtype: str | None, top_k: int | None = None) -> JsonObject:
+def _config(
+    model: Model, keep: Keep, dtype: str | None, top_k: int | None = None, narrow: Narrow | None = None
+) -> JsonObject:
     """config.json of the pruned model."""
     config = with_quantization(with_head(model), lambda stated: renumbered(model, stated, with_mtp(model, keep)))
     left = len(next(iter(keep.values())))
     changes = dict.fromkeys(model.family.experts.count, left)
     if top_k is not None:
         changes |= dict.fromkeys(model.family.experts.top_k, top_k)
+    changes |= narrow.changes if narrow is not None else {}
     return written_config(config, model.family, changes=changes, dtype=TORCH_NAMES[dtype] if dtype else None)
 
 
@@ -150,6 +164,7 @@ def _warnings(model: Model, decision: Decision, options: PruneOptions, scales: M
     left = decision.left
     criterion = decision.criterion if left < model.num_experts else ""
     warnings = check_served(model.family.model_type, options.target)
+    warnings += [] if decision.width is None else decision.width.remarks
     lost = [ranks for ranks in _RANKS if model.num_experts % ranks == 0 and left % ranks]
     if lost:
         warnings.append(

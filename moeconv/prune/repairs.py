@@ -13,13 +13,16 @@ import numpy as np
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.options import parameters_of
 from moeconv.plan.execute import execute
 from moeconv.plan.meter import Meter
 from moeconv.plan.phases import phase
 from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
+from moeconv.prune.cutting import Keep
 from moeconv.prune.decision import Decision, with_keep
+from moeconv.prune.width import ORIGIN
 from moeconv.prune.windows import heal_of, read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 from moeconv.types import Config
@@ -47,7 +50,8 @@ def repaired(
     model: Model, evidence: Evidence, request: PruneRequest, before: Repaired, folder: Path, *, meter: Meter
 ) -> Repaired:  # fmt: skip
     """Run the model once more, so that each layer gets the outputs of the pruned layers before it. The experts are
-    chosen on these (--sequential), and refitted to the residual stream of the unpruned model (--refit)."""
+    chosen on these (--sequential), lose neurons (--width), and are refitted to the residual stream of the unpruned
+    model (--refit)."""
     from moeconv.prune.repair.healed import write_healed
     from moeconv.prune.repair.pruned import Variant, pruned_pass
     from moeconv.prune.repair.run import repair
@@ -56,35 +60,60 @@ def repaired(
     read = read_windows(model, request)
     meter.note(
         "healing layer by layer" if options.heal
-        else "refitting the experts" if options.refit else "choosing experts layer by layer"
+        else "refitting the experts" if options.refit
+        else "choosing neurons layer by layer" if decision.width else "choosing experts layer by layer"
     )  # fmt: skip
     refitted = decision.left if options.refit else 0
     healed = decision.left if options.heal else 0
-    stream = stream_of(model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed)
+    width, narrow = decision.width, None if decision.width is None else Narrow(model, decision.width.after)
+    stream = stream_of(
+        model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed,
+        narrowed=decision.left if width else 0,
+    )  # fmt: skip
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
         choose=_chooser(model, evidence, request, decision.left, read) if options.sequential else None,
         refit=refit_of(options) if options.refit else None,
+        width=None if width is None else width.after,
         top_k=options.top_k,
         heal=heal_of(options, seed=request.plan.seed) if options.heal else None,
     )
     overlays, figures = dict(before.overlays), dict(before.figures)
     if options.heal:
         path, settings = folder / "heal", {"method": "heal", "steps": options.heal, "refit": options.refit}
-        write_healed(stream, read, variant, path, left=decision.left, settings=settings)
+        write_healed(stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow)
         overlays["heal"] = Overlay(path)
         figures["heal"] = {"steps": options.heal, "layers": [asdict(row) for row in variant.healed]}
         if options.refit:
             figures["refit"] = {"layers": [asdict(f) for f in variant.fitted]}
-    elif options.refit:
-        path = folder / "refit"
-        settings = {"method": "refit", "strength": options.refit_strength, "sweeps": options.refit_sweeps}
-        repair(stream, read, variant, path, left=decision.left, settings=settings)
-        overlays["refit"], figures["refit"] = Overlay(path), {"layers": [asdict(f) for f in variant.fitted]}
+    elif options.refit or narrow is not None:
+        word = "refit" if options.refit else "width"
+        path, settings = folder / word, {"method": word}
+        if options.refit:
+            settings |= {"strength": options.refit_strength, "sweeps": options.refit_sweeps}
+        repair(stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow)
+        overlays[word] = Overlay(path)
+        if options.refit:
+            figures["refit"] = {"layers": [asdict(f) for f in variant.fitted]}
     else:
         pruned_pass(stream, [variant])
+    if narrow is not None:
+        chosen = {layer: neurons.cpu().numpy() for layer, neurons in variant.neurons.items()}
+        overlays |= neurons_of(narrow, variant.keep, folder, chosen=chosen)
+        figures["width"] = {"layers": [asdict(row) for row in variant.narrowed]}
     keep = {layer: sorted(kept) for layer, kept in variant.keep.items()}
     return Repaired(with_keep(decision, keep), overlays, figures)
+
+
+def neurons_of(
+    narrow: Narrow, keep: Keep, folder: Path, *, chosen: Mapping[int, np.ndarray] | None = None
+) -> dict[str, Overlay]:  # fmt: skip
+    """{origin: the file with the neurons that stay}, in the layers `chosen` {layer: [n, W]} those that data decided."""
+    from moeconv.prune.repair.neurons import write_neurons
+
+    path = folder / ORIGIN
+    write_neurons(narrow, {layer: sorted(kept) for layer, kept in keep.items()}, path, chosen=chosen or {})
+    return {ORIGIN: Overlay(path)}
 
 
 def remarks_on(extra: Config) -> list[str]:

@@ -9,16 +9,17 @@ from pathlib import Path
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
-from moeconv.prune import choice, limits, planner
+from moeconv.prune import choice, limits, mix, planner, width
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.curve import curve
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.evidence import covers, evidence_of, gathered, with_criterion
 from moeconv.prune.gates import cost, smallest
 from moeconv.prune.need import pruned_workload
-from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, remarks_on, repaired
+from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, neurons_of, remarks_on, repaired
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import need_of
@@ -52,16 +53,19 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
         request, warnings = with_criterion(model, evidence, request, named=named)
         options = request.prune
         decision, made = None, _Stored()
-        if options.max_loss_increase is None:
+        if options.max_loss_increase is None and options.mix is None:
             decision = decide(model, options, evidence, left=left, seed=request.plan.seed)
-        if _text_options(options) or _measures_top_k(request):
+            decision = replace(decision, width=width.chosen_width(model, options, request.plan))
+        if _text_options(options) or _measures_top_k(request) or width.asks_width(options):
             asked, begun = request, decision
             folder, found = measured.once(
                 "decision", lambda folder: _measured(model, evidence, asked, begun, folder, meter=meter)
             )
             made = _Stored.read(folder, found)
         if made.keep is not None:
+            size = mix.width_of(model, options, request.plan, made.width) if decision is None else decision.width
             decision = decide(model, options, evidence, left=left, seed=request.plan.seed, keep=made.keep)
+            decision = replace(decision, width=size)
         assert decision is not None
         decision = replace(decision, groups=made.groups)
         plan = planner.prune_plan(
@@ -80,11 +84,15 @@ def _dry_run(
     evidence = evidence_of(model, request.prune.stats, request)
     request, _ = with_criterion(model, evidence, request, named=named)
     decision = decide(model, request.prune, evidence, left=left, seed=request.plan.seed)
+    decision = replace(decision, width=width.chosen_width(model, request.prune, request.plan))
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
         left = decision.left
-        load = pruned_workload(model, refitted=left * request.prune.refit, healed=left * bool(request.prune.heal))
+        load = pruned_workload(
+            model, refitted=left * request.prune.refit, healed=left * bool(request.prune.heal),
+            narrowed=left * (decision.width is not None),
+        )  # fmt: skip
         asked = run_on_data(model, request.measure, load)
         planned = planned_memory(need_of(model, asked), asked, request.measure)
         result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
@@ -93,7 +101,7 @@ def _dry_run(
 
 def _text_options(options: PruneOptions) -> list[str]:
     """The names of the given options, other than the criterion, for which the model is run on text."""
-    asked = [name for name in (*REPAIRS, "curve") if getattr(options, name)]
+    asked = [name for name in (*REPAIRS, "mix", "curve") if getattr(options, name)]
     return asked + (["max_loss_increase"] if options.max_loss_increase is not None else [])
 
 
@@ -108,7 +116,8 @@ def _check_data(request: PruneRequest) -> None:
     if on_text and not data and not request.write.dry_run:
         flag = "--" + on_text[0].replace("_", "-")
         raise UsageError(f"{flag} runs the model on text, and there is no --data", hint="Pass --data FILE.")
-    if options.stats and data and not on_text and not _measures_top_k(request):
+    reads = on_text or _measures_top_k(request) or width.asks_width(options)
+    if options.stats and data and not reads:
         raise UsageError(
             "--stats and --data exclude each other",
             hint="Leave out --data: the statistics already contain what was measured on data.",
@@ -128,6 +137,7 @@ class _Stored:
     groups: dict[int, dict[int, list[int]]] | None = None
     overlays: Mapping[str, Overlay] = field(default_factory=dict)
     figures: Config = field(default_factory=dict)
+    width: int | None = None
 
     @classmethod
     def read(cls, folder: Path, found: JsonObject) -> _Stored:
@@ -138,26 +148,45 @@ class _Stored:
             None if groups is None else {int(at): {int(e): g for e, g in of.items()} for at, of in groups.items()},
             {origin: Overlay(folder / name) for origin, name in found["overlays"].items()},
             found["extra"],
+            found["width"],
         )
+
+
+def _searched(
+    model: Model, evidence: Evidence, request: PruneRequest, *, meter: Meter
+) -> tuple[Decision, JsonObject]:  # fmt: skip
+    """The decision that a search on held-out text makes, and its figures."""
+    options, found = request.prune, JsonObject()
+    if options.mix is not None:
+        best = mix.best_mix(model, evidence, request, meter=meter)
+        keep, size, found["mix"] = best.keep, best.width, best.rows
+    else:
+        assert options.max_loss_increase is not None
+        keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
+        size = None
+        found |= cost_of_keep
+    decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
+    return replace(decision, width=size), found
 
 
 def _measured(
     model: Model, evidence: Evidence, request: PruneRequest, decision: Decision | None, folder: Path, *, meter: Meter
 ) -> JsonObject:  # fmt: skip
     """Do everything that needs passes over the model. Returns {keep, groups, overlays {origin: file in `folder`},
-    extra}; `keep` is None where the experts of `decision` did not change."""
+    width, extra}; `keep` is None where the experts of `decision` did not change."""
     options, figures = request.prune, JsonObject()
     begun = decision
     if decision is None:
-        assert options.max_loss_increase is not None
-        keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
-        figures |= cost_of_keep
-        decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
+        decision, of_search = _searched(model, evidence, request, meter=meter)
+        figures |= of_search
     elif _measures_top_k(request):
         figures |= cost(model, evidence, request, decision, meter=meter)
     made = Repaired(decision, {}, figures)
-    if options.sequential or options.refit or options.heal:
+    size = decision.width
+    if options.sequential or options.refit or options.heal or (size is not None and request.data.data):
         made = repaired(model, evidence, request, made, folder, meter=meter)
+    elif size is not None:
+        made = replace(made, overlays=neurons_of(Narrow(model, size.after), decision.keep, folder))
     if options.merge:
         made = merged(model, evidence, request, made, folder, meter=meter)
     if options.distill:
@@ -168,5 +197,6 @@ def _measured(
         "keep": None if chosen is begun else {layer: list(kept) for layer, kept in chosen.keep.items()},
         "groups": chosen.groups,
         "overlays": names,
+        "width": None if chosen.width is None else chosen.width.after,
         "extra": dict(made.figures),
     }

@@ -33,16 +33,17 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
 
 def stream_of(
     model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, healed: int = 0,
-    variants: int = 1,
+    narrowed: int = 0, variants: int = 1,
 ) -> LayerStream:  # fmt: skip
     """The stream of the model, beside which the pruned `variants` run, within the memory limit of the user. At most
-    `refitted` experts of a layer are refitted at the same time, and `healed` are trained, in float32."""
+    `refitted` experts of a layer are refitted at the same time, `healed` are trained, in float32, and `narrowed` lose
+    neurons."""
     import torch
 
     from moeconv.stream.layers import pick_device, start_meter, stream_within
 
     start_meter(meter, model, tokens=windows.size)
-    workload = pruned_workload(model, refitted=refitted, healed=healed, variants=variants)
+    workload = pruned_workload(model, refitted=refitted, healed=healed, narrowed=narrowed, variants=variants)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     return stream_within(
         model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,

@@ -115,6 +115,7 @@ MEASURING: dict[str, set[str]] = {
     "prune.curve": STEP,
     "prune.evidence": STEP,
     "prune.gates": MEASURE | {"requests"},
+    "prune.mix": MEASURE | {"requests"},
     "prune.repairs": STEP | {"tune"},
     "prune.windows": MEASURE | {"requests"},
     "prune.need": DECIDE | {"stream"},

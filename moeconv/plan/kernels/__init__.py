@@ -39,6 +39,7 @@ _WHERE = {
     "pack_mxfp4": "moeconv.plan.kernels.compressed:pack_mxfp4_kernel",
     "pack_nvfp4": "moeconv.plan.kernels.compressed:pack_nvfp4_kernel",
     "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
+    "pick_neurons": "moeconv.plan.kernels.neurons:pick_neurons",
     "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
 }
 _TORCH = ("moeconv.plan.kernels.quantized", "moeconv.plan.kernels.compressed")

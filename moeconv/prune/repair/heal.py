@@ -24,7 +24,7 @@ from moeconv.stream.finite import not_finite
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.skeleton import own_parameters
-from moeconv.stream.stored import class_forward, module_of, takes_index
+from moeconv.stream.stored import class_forward, is_transposed, module_of, takes_index
 from moeconv.tune.optimise import Outcome, Schedule, optimise
 from moeconv.tune.parameters import Piece
 from moeconv.world import summed
@@ -104,10 +104,12 @@ def kept_alone(layer: Layer, kept: Sequence[int], *, num_experts: int) -> Iterat
 
 
 def heal_layer(
-    stream: LayerStream, layer: Layer, part: nn.Module, data: LayerData, heal: Heal, dtypes: Mapping[str, str]
-) -> Healed:
+    stream: LayerStream, layer: Layer, part: nn.Module, data: LayerData, heal: Heal, dtypes: Mapping[str, str], *,
+    trains: Tensor | None = None,
+) -> Healed:  # fmt: skip
     """Train the parameters of `part` and the router of a layer. They keep the values that they had where the new ones
-    are not clearly better on the held-out tokens. `dtypes` are those on disk, of "router" and "experts"."""
+    are not clearly better on the held-out tokens. `dtypes` are those on disk, of "router" and "experts". With `trains`
+    bool [n, I], the columns of all other neurons in the down projections stay as they are."""
     assert layer.router is not None
     router = layer.router.get_parameter("weight")
     pieces = [Piece("router", dtypes["router"], "router", router)]
@@ -122,6 +124,10 @@ def heal_layer(
         off = layer.run(data.inputs[rows].to(stream.device), rows) - data.wanted[rows].to(stream.device)
         loss = off.float().square().sum(-1)[used].sum() / (summed(used.sum()) * norm).clamp_min(1e-30)
         loss.backward()
+        if (only := trains) is not None:
+            gradient = part.get_parameter("down_proj").grad
+            assert gradient is not None
+            gradient.mul_(only[:, :, None] if is_transposed(part) else only[:, None])
         return float(loss.detach())
 
     rates = {"experts": _EXPERTS, "router": _ROUTER}

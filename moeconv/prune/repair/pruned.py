@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.data.heldout import clearly_less, held_out
-from moeconv.errors import InputError
 from moeconv.prune.repair.heal import Heal, Healed, HealOutcome, LayerData, dtypes_of, heal_layer, kept_alone
-from moeconv.prune.repair.refit import Refit, RefitOutcome, Routes, held_out_errors, refit_layer, tokens_needed
+from moeconv.prune.repair.narrow import NarrowOutcome, narrow_layer
+from moeconv.prune.repair.refit import Refit, RefitOutcome, held_out_errors, refit_layer, tokens_needed
+from moeconv.prune.repair.wanted import FitTokens, wanted_of
 from moeconv.stream.experts import down_projections, with_down
-from moeconv.stream.layer import Batch, Layer
+from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
-
-_SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
 
 Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer, its inputs in the variant [n, S, H] -> experts to keep
 OnHealed = Callable[[Layer, Healed], None]  # a layer, what became of it
@@ -40,7 +39,9 @@ class Variant:
     `replace` {layer: (experts, down projections [n, H, I])} are weights that were already changed. `scale` {layer:
     factor} multiplies the down projections of the experts. `refit` computes new down projections, which are used where
     they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
-    the new down projections of each layer. `top_k` is the number of experts per token, instead of the model's own.
+    the new down projections of each layer. With `width`, every expert keeps only that many neurons: `neurons` {layer:
+    [n, width]} are their numbers, and the columns of all others in its down projection become 0; `narrowed` records
+    the result. `top_k` is the number of experts per token, instead of the model's own.
     With `heal`, the kept experts and the router of each layer are trained after the refit; `healed` records the
     results, and `on_healed` is called with every layer. After the pass, `hidden` [n, S, H] are the final activations of
     the variant, and `keep` has an entry for every layer.
@@ -49,6 +50,7 @@ class Variant:
     keep: dict[int, Sequence[int]] = field(default_factory=dict)
     choose: Choose | None = None
     refit: Refit | None = None
+    width: int | None = None
     top_k: int | None = None
     replace: Mapping[int, Downs] = field(default_factory=dict)
     scale: Mapping[int, float] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class Variant:
     healed: list[HealOutcome] = field(default_factory=list)
     on_healed: OnHealed | None = None
     fitted: list[RefitOutcome] = field(default_factory=list)
+    neurons: dict[int, Tensor] = field(default_factory=dict)
+    narrowed: list[NarrowOutcome] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -73,7 +77,7 @@ def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.nda
     seen = np.ones(len(stream.windows), bool) if fit is None else fit
     held = np.zeros(tuple(stream.windows.shape), bool)
     held[seen] = held_out(int(seen.sum()), held.shape[1])
-    tokens = _Tokens(torch.from_numpy(seen), torch.from_numpy(held))
+    tokens = FitTokens(torch.from_numpy(seen), torch.from_numpy(held))
     for layer in stream.layers():
         for _ in layer.batches():
             pass
@@ -85,24 +89,15 @@ def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.nda
                 _pass_layer(stream, layer, variant, tokens)
 
 
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """The tokens of a refit: `windows` bool [n] are those it uses. `held` bool [n, S] are the held-out tokens of these,
-    on which the result is only compared."""
-
-    windows: Tensor
-    held: Tensor
-
-
-def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _Tokens) -> None:
+def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: FitTokens) -> None:
     if variant.choose is not None:
         variant.keep[layer.index] = list(variant.choose(layer, variant.hidden))
     kept = variant.keep.get(layer.index, range(stream.model.num_experts))
     kept, replaced = sorted(kept), variant.replace.get(layer.index)
     if layer.index in variant.scale and layer.experts is not None:
         replaced = kept, down_projections(layer.experts, kept) * variant.scale[layer.index]
-    if variant.refit is not None:
-        replaced = kept, _refitted(stream, layer, variant, kept, tokens)
+    if variant.refit is not None or variant.width is not None:
+        replaced = kept, _fitted(stream, layer, variant, kept, tokens)
     if variant.on_layer is not None and replaced is not None:
         variant.on_layer(layer.index, *replaced)
     with masked(stream, layer, kept, top_k=variant.top_k, replaced=replaced) as stack:
@@ -114,13 +109,18 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: _To
             check_routed(batch.top_k_index, batch.top_k_weights, kept, top_k=variant.top_k, layer=layer.index)
 
 
-def _heal(stream: LayerStream, layer: Layer, variant: Variant, part: nn.Module, tokens: _Tokens) -> None:
+def _heal(stream: LayerStream, layer: Layer, variant: Variant, part: nn.Module, tokens: FitTokens) -> None:
     """Train a pruned layer, and report the result."""
     assert variant.heal is not None and variant.on_healed is not None
     training = tokens.windows[:, None] & ~tokens.held
     data = LayerData(variant.hidden, stream.hidden, training, tokens.held)
     with torch.enable_grad():
-        made = heal_layer(stream, layer, part, data, variant.heal, dtypes_of(stream.model, layer.index))
+        neurons, trains = variant.neurons.get(layer.index), None
+        if neurons is not None:
+            trains = torch.zeros(len(neurons), stream.model.expert_width, dtype=torch.bool, device=neurons.device)
+            trains.scatter_(1, neurons, True)
+        dtypes = dtypes_of(stream.model, layer.index)
+        made = heal_layer(stream, layer, part, data, variant.heal, dtypes, trains=trains)
     variant.healed.append(made.outcome)
     variant.on_healed(layer, made)
 
@@ -148,62 +148,29 @@ def masked(
     return stack
 
 
-def _refitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: _Tokens) -> Tensor:
-    """The new down projections [n, H, I] of the kept experts. The target is the residual stream of the unpruned model
-    after the layer, so that each layer also corrects the errors of the layers before it. If the family does not simply
-    add the experts' outputs to the stream, the target is the output of the whole FFN, or of the experts alone (in their
-    latent space, or before a norm), on the same inputs. Returns the old down projections if the new ones are not
-    clearly better on the held-out tokens, or if there are too few tokens for a fit."""
-    assert variant.refit is not None and layer.experts is not None
-    routes: list[Routes] = []
-    wanted: list[Tensor] = []
-    rows: list[Tensor] = []
-    held_rows: list[Tensor] = []
-    output_square = 0.0  # squared norm of the pruned FFN's output on held-out tokens
-    additive, family = False, stream.model.family
-    alone = layer.expert_dimension != stream.model.hidden_size or family.experts.normed
-    one_stream = stream.model.residual_size == stream.model.hidden_size
-
-    def made(batch: Batch) -> Tensor:
-        return batch.expert_output if alone else batch.ffn_output
-
-    with masked(stream, layer, kept, top_k=variant.top_k):
-        for batch in layer.batches(advance=False, hidden=variant.hidden):
-            assert batch.top_k_index is not None and batch.top_k_weights is not None
-            if not wanted and one_stream:
-                added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
-                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not alone
-            of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)
-            held_here = tokens.held[batch.rows].flatten().to(of.device)
-            rows.append(of)
-            held_rows.append(held_here[of])
-            output_square += float(made(batch)[held_here].double().square().sum())
-            weights = batch.top_k_weights[of] * stream.model.routed_share
-            routes.append(Routes(batch.expert_input[of], batch.top_k_index[of], weights))
-            if variant.refit.target == "stream" and additive:
-                after = stream.hidden[batch.rows].to(batch.outputs.device)
-                wanted.append((after - batch.outputs).flatten(0, 1))
-            else:
-                wanted.append(-made(batch))
-    if not (variant.refit.target == "stream" and additive):
-        for i, batch in enumerate(layer.batches(advance=False, hidden=variant.hidden)):
-            wanted[i] = wanted[i] + made(batch)
-    missing = torch.cat([wanted[i][of] for i, of in enumerate(rows)])
-    wanted.clear()  # every copy of all activations is freed before the next one is made
-    if not bool(torch.isfinite(missing).all()):
-        raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
-    held = torch.cat(held_rows)
-    fit_missing, held_missing = missing[~held], missing[held]
-    del missing
-    whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
-    routes.clear()
-    fit_routes, held_routes = whole.where(~held), whole.where(held)
-    del whole
+def _fitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], tokens: FitTokens) -> Tensor:
+    """The new down projections [n, H, I] of the kept experts, after a refit or with fewer neurons. A refit keeps the
+    old ones where the new ones are not clearly better on the held-out tokens, or if there are too few tokens."""
+    assert layer.experts is not None
+    refit = variant.refit
+    target = "layer" if refit is None else refit.target
+    wanted = wanted_of(
+        stream, layer, variant.hidden, tokens, target=target,
+        masked=lambda: masked(stream, layer, kept, top_k=variant.top_k),
+    )  # fmt: skip
     before = down_projections(layer.experts, kept)
-    fitted = refit_layer(layer.experts, fit_routes, fit_missing, kept, before, variant.refit)
-    old, new = held_out_errors(layer.experts, held_routes, held_missing, kept, fitted.float() - before.float())
-    available, needed = float((fit_routes.weights != 0).sum()) / len(kept), tokens_needed(before)
+    if variant.width is not None:
+        made = narrow_layer(layer.index, layer.experts, wanted, kept, before, variant.width, refit)
+        variant.neurons[layer.index] = made.neurons
+        variant.narrowed.append(made.outcome)
+        variant.fitted += [] if made.fitted is None else [made.fitted]
+        return made.down
+    assert refit is not None
+    fitted = refit_layer(layer.experts, wanted.routes, wanted.missing, kept, before, refit)
+    change = fitted.float() - before.float()
+    old, new = held_out_errors(layer.experts, wanted.held_routes, wanted.held_missing, kept, change)
+    available, needed = float((wanted.routes.weights != 0).sum()) / len(kept), tokens_needed(before)
     better = available >= needed and clearly_less(new.cpu(), old.cpu())
-    was, now = ((float(squares.sum()) / output_square) ** 0.5 if output_square else 0.0 for squares in (old, new))
+    was, now = wanted.relative(old), wanted.relative(new)
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
     return fitted if better else before

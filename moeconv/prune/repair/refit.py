@@ -20,7 +20,7 @@ from moeconv.prune.repair.routed_pairs import Pairs, applied, chunked, outer
 from moeconv.stream.experts import weighted_inputs
 
 _STEPS = 2  # of conjugate gradients per sweep, in a block of several experts
-_CHUNK_BYTES = 1 << 27  # of the pairs that are computed at a time
+CHUNK_BYTES = 1 << 27  # of the pairs that are computed at a time
 _TOKENS_PER_COLUMN = 3  # that an expert needs: with fewer, the fit follows the text and does not generalise
 
 
@@ -49,10 +49,12 @@ class Routes:
 
 
 def refit_layer(
-    experts: nn.Module, routes: Routes, missing: Tensor, which: Sequence[int], before: Tensor, refit: Refit
-) -> Tensor:
+    experts: nn.Module, routes: Routes, missing: Tensor, which: Sequence[int], before: Tensor, refit: Refit,
+    columns: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """New down projections [n, H, I] of the experts `which`, in the dtype of the old ones, `before` [n, H, I].
-    `missing` [T, H] is the wanted output of the layer minus its output with the old ones."""
+    `missing` [T, H] is the wanted output of the layer minus its output with the old ones. With `columns` int64 [n, W],
+    these are the only neurons that the experts have: `before` and the result are [n, H, W]."""
     missing = missing.to(torch.float32, copy=True)
     change = torch.zeros(before.shape, device=before.device)
     size = _block_size(before)
@@ -61,7 +63,8 @@ def refit_layer(
     for _ in range(sweeps):
         for block in blocks:
             numbers = torch.tensor(list(which[block]), device=before.device)
-            work = _Block(experts, routes, numbers, refit.strength, before.shape[2])
+            some = None if columns is None else columns[block]
+            work = _Block(experts, routes, numbers, refit.strength, before.shape[2], some)
             work.solve(missing, change[block], steps=steps * (1 if len(numbers) == 1 else _STEPS))
     return (before.float() + change).to(before.dtype)
 
@@ -82,6 +85,7 @@ class _Block:
     which: Tensor
     strength: float
     inner: int
+    columns: Tensor | None = None
 
     def solve(self, missing: Tensor, change: Tensor, *, steps: int) -> None:
         """Take `steps` steps of conjugate gradients. Updates `change` [g, H, I], and what is `missing` [T, H]."""
@@ -121,12 +125,10 @@ class _Block:
         """Yield (the weighted inputs of the down projections float32 [n, I], their pairs), some tokens at a time."""
         routes = self.routes
         each = 4 * routes.index.shape[1] * (self.inner + routes.hidden.shape[1])
-        for pairs in chunked(routes.index, routes.weights, self.which, tokens=max(1, _CHUNK_BYTES // each)):
+        for pairs in chunked(routes.index, routes.weights, self.which, tokens=max(1, CHUNK_BYTES // each)):
             if len(pairs):
-                yield (
-                    weighted_inputs(self.experts, routes.hidden, pairs.token, self.which[pairs.place], pairs.weight),
-                    pairs,
-                )
+                made = weighted_inputs(self.experts, routes.hidden, pairs.token, self.which[pairs.place], pairs.weight)
+                yield made if self.columns is None else made.gather(1, self.columns[pairs.place]), pairs
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
@@ -157,10 +159,17 @@ def held_out_errors(
     """(float64 [T] with the old down projections, float64 [T] with `change` [n, H, I] added to them): for each token,
     the squared norm of the wanted output of the layer minus its output. `missing` [T, H] is that difference with the
     old ones."""
+    left = after_change(experts, routes, missing, which, change)
+    return missing.double().square().sum(1), left.double().square().sum(1)
+
+
+def after_change(experts: nn.Module, routes: Routes, missing: Tensor, which: Sequence[int], change: Tensor) -> Tensor:
+    """What is `missing` [T, H] in float32 after `change` [n, H, I] was added to the down projections of the experts
+    `which`."""
     left, numbers = missing.float().clone(), torch.tensor(list(which), device=missing.device)
     each = 4 * routes.index.shape[1] * sum(change.shape[1:])
-    for pairs in chunked(routes.index, routes.weights, numbers, tokens=max(1, _CHUNK_BYTES // each)):
+    for pairs in chunked(routes.index, routes.weights, numbers, tokens=max(1, CHUNK_BYTES // each)):
         if len(pairs):
             rows = weighted_inputs(experts, routes.hidden, pairs.token, numbers[pairs.place], pairs.weight)
             left.index_add_(0, pairs.token, applied(rows, change.float().mT, pairs), alpha=-1)
-    return missing.double().square().sum(1), left.double().square().sum(1)
+    return left

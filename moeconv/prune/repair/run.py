@@ -17,7 +17,9 @@ from moeconv.checkpoint.overlay import Layout, writing_overlay
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
+from moeconv.prune.repair.narrow import columns_of
 from moeconv.prune.repair.pruned import Variant, pruned_pass
 from moeconv.stream.layers import LayerStream
 from moeconv.types import Config
@@ -34,13 +36,15 @@ def repair(
     left: int,
     parts: Sequence[str] = ("down",),
     settings: Config | None = None,
+    narrow: Narrow | None = None,
 ) -> None:
     """Run `variant` beside the model, and write its changed experts to the overlay `path`.
 
-    `parts` are the matrices that change; `left` is the number of experts per layer of the pruned model. Raises
+    `parts` are the matrices that change; `left` is the number of experts per layer of the pruned model, and `narrow`
+    its width if the experts lose neurons. Raises
     InputError for a family whose experts cannot be written in this way.
     """
-    names = overlay_names(stream.model, left, parts)
+    names = overlay_names(stream.model, left, parts, narrow=narrow)
     about = artifact_metadata(
         "overlay", version=OVERLAY_VERSION, identity=stream.model.identity, experts=left,
         sources=[source.to_json() for source in read.sources], **dict(settings or {}),
@@ -49,6 +53,8 @@ def repair(
     with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
 
         def write(layer: int, experts: Sequence[int], downs: Tensor) -> None:
+            if (neurons := variant.neurons.get(layer)) is not None:
+                downs = columns_of(downs, neurons)
             made = dict(zip(experts, downs))
             for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
                 writer.write(name, to_bytes(tensor))
@@ -57,8 +63,10 @@ def repair(
         pruned_pass(stream, [variant])
 
 
-def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[int, int, str], Layout]:
-    """{(layer, new expert, part): (name, dtype, shape)} in the order of writing. The expert is -1 if one tensor holds
+def overlay_names(
+    model: Model, left: int, parts: Sequence[str], *, narrow: Narrow | None = None
+) -> dict[tuple[int, int, str], Layout]:
+    """{(layer, new expert, part): (name, dtype, shape)} in the order of writing. The expert is 0 if one tensor holds
     all experts."""
     tensors, family = model.checkpoint.tensors, model.family
     named: dict[tuple[int, int, str], Layout] = {}
@@ -72,8 +80,10 @@ def overlay_names(model: Model, left: int, parts: Sequence[str]) -> dict[tuple[i
                     raise InputError(packed if model.packed_experts else alone, hint="Leave out --merge.")
                 name = family.name(key, layer=layer, expert=expert)
                 ref = tensors[family.name(key, layer=layer, expert=0)]
-                cut = (ref.shape[0] // model.num_experts * left, *ref.shape[1:])
-                shape = cut if model.packed_experts else ref.shape
+                role = model.roles[ref.name]
+                cut = None if narrow is None else narrow.cut(role)
+                whole = ref.shape if cut is None else cut.shape
+                shape = (whole[0] // model.num_experts * left, *whole[1:]) if model.packed_experts else whole
                 named[layer, expert, part] = (name, ref.dtype, shape)
     return named
 

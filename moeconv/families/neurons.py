@@ -1,0 +1,137 @@
+"""A model with another width of its experts: what config.json then states, and how the neurons lie in each tensor.
+
+Which tensors have another size follows from the shapes that the two configs require, so that a family needs no list
+of them: experts, the shared expert or dense FFNs that share the experts' config key, and biases.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from moeconv.families.check import Shapes
+from moeconv.families.model import Model
+from moeconv.families.shapes import shared_width
+from moeconv.families.spec import Role
+from moeconv.families.written import written_config
+from moeconv.types import JsonObject
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronCut:
+    """How the neurons lie in the tensor of one expert or FFN. `dims` is a shape for its bytes in which axis `axis` runs
+    over the neurons; `part` is the axis over the matrices that the tensor holds, if there are several. `new` is the
+    number of neurons in the narrower model, `shape` the shape that the tensor then has on disk."""
+
+    dims: tuple[int, ...]
+    axis: int
+    part: int | None
+    new: int
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of neurons."""
+        return self.dims[self.axis]
+
+    @property
+    def before(self) -> int:
+        return math.prod(self.dims[: self.axis])
+
+    @property
+    def after(self) -> int:
+        return math.prod(self.dims[self.axis + 1 :])
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """The view of a `model` whose routed experts have `width` neurons."""
+
+    model: Model
+    width: int
+
+    @cached_property
+    def changes(self) -> dict[str, int]:
+        """The config keys that change, with their values.
+
+        Where the width of the shared expert is a number of shared experts times the changed width, that number grows,
+        so that the shared expert keeps its neurons. Keys whose default is the changed width are stated.
+        """
+        family, get = self.model.family, self.model.value
+        made = {family.experts.width: self.width}
+        view = self._with(made)
+        for key in {*family.config.defaults, *family.config.derived} - set(made):
+            if view.value(key) != get(key):
+                made[key] = get(key)
+        shared = family.experts.shared_width
+        counts = [key for key in shared if key not in made]
+        before = shared_width(shared, get)
+        if family.experts.width in shared and counts and before:
+            of_one = math.prod(made.get(key, get(key)) for key in shared if key != counts[0])
+            made[counts[0]] = -(-before // of_one)
+        return made
+
+    @cached_property
+    def narrowed(self) -> Model:
+        """The model as it would be with the changed config. Only its config and its shapes are those of the result."""
+        return self._with(self.changes)
+
+    def _with(self, changes: dict[str, int]) -> Model:
+        config: JsonObject = written_config(self.model.checkpoint.config, self.model.family, changes=changes)
+        return replace(self.model, checkpoint=self.model.checkpoint.reworded(config, ""))
+
+    @cached_property
+    def ambiguous(self) -> str | None:
+        """The key of a tensor that would have the same shape in two layouts that loaders tell apart by the shape; None
+        if there is none."""
+        forms = self.model.family.forms()
+        layer = next(iter(self.model.moe_layers), None)
+        for key in {key for form in forms for key in form.tensors.packed}:
+            shapes = [
+                (form.tensors.packed[key].transposed, Shapes(replace(self.narrowed, family=form))(Role(key, layer)))
+                for form in forms
+                if key in form.tensors.packed
+            ]
+            if len({shape for _, shape in shapes}) < len(set(shapes)):
+                return key
+        return None
+
+    @cached_property
+    def _shapes(self) -> tuple[Shapes, Shapes]:
+        return Shapes(self.model), Shapes(self.narrowed)
+
+    def cut(self, role: Role) -> NeuronCut | None:
+        """How the tensor of this role is cut; None for a tensor that keeps its size."""
+        if role.group not in ("expert", "shared", "ffn"):
+            return None
+        old, new = self._shapes
+        tensors = self.model.family.tensors
+        layout = tensors.packed.get(role.key) if role.expert is None else None
+        keys = [f"expert.{part}" for part in layout.parts] if layout else tensors.fused.get(role.key, (role.key,))
+        try:
+            (was, now), *_ = [(old.matrix(key, role.layer), new.matrix(key, role.layer)) for key in keys]
+        except KeyError:
+            return None
+        axis = next((i for i, sizes in enumerate(zip(was, now)) if sizes[0] != sizes[1]), None)
+        if axis is None:
+            return None
+        shape = new(role)
+        assert shape is not None
+        several, size = len(keys) > 1, was[axis]
+        turned = layout is not None and layout.transposed and len(was) == 2
+        interleaved = layout is not None and layout.interleaved
+        # every dimension with what it runs over: the neurons, the matrices (parts), or the rest
+        dims = [("rest", n) for n in was]
+        dims[axis] = ("neurons", size)
+        if several:
+            dims.insert(axis + 1 if interleaved else axis, ("parts", len(keys)))
+        if turned and axis == 0:
+            dims = [*dims[-1:], *dims[:-1]]
+        elif turned:
+            dims = dims[::-1]
+        words = [word for word, _ in dims]
+        return NeuronCut(
+            tuple(n for _, n in dims), words.index("neurons"), words.index("parts") if several else None, now[axis],
+            shape,
+        )  # fmt: skip

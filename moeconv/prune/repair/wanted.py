@@ -1,0 +1,100 @@
+"""What the kept experts of a layer should compute, and on which tokens: the inputs of refits and of width cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeconv.errors import InputError
+from moeconv.prune.repair.refit import Routes
+from moeconv.stream.layer import Batch, Layer
+from moeconv.stream.layers import LayerStream
+
+_SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
+
+
+@dataclass(frozen=True, eq=False)
+class FitTokens:
+    """The tokens of a fit: `windows` bool [n] are those it uses. `held` bool [n, S] are the held-out tokens of these,
+    on which the result is only compared."""
+
+    windows: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The routed tokens of a pruned layer, and for each the wanted output minus the present one: `routes` and `missing`
+    [t, H] for the fit, `held_routes` and `held_missing` those that are held out. `held_square` is the squared norm of
+    the layer's output on the latter."""
+
+    routes: Routes
+    missing: Tensor
+    held_routes: Routes
+    held_missing: Tensor
+    held_square: float
+
+    def relative(self, squares: Tensor) -> float:
+        """The root of the sum of squared errors, relative to the layer's output."""
+        return (float(squares.sum()) / self.held_square) ** 0.5 if self.held_square else 0.0
+
+
+def wanted_of(
+    stream: LayerStream, layer: Layer, hidden: Tensor, tokens: FitTokens, *, target: str,
+    masked: Callable[[], AbstractContextManager[object]],
+) -> Wanted:  # fmt: skip
+    """Run a pruned layer on `hidden` [n, S, H], the activations of the pruned model. `masked()` is a context in which
+    its router chooses only kept experts.
+
+    With `target` "stream", the wanted output is that with which the residual stream of the unpruned model follows, so
+    that each layer also corrects the errors of the layers before it. If the family does not simply add the experts'
+    outputs to the stream, it is the output of the whole FFN, or of the experts alone (in their latent space, or before
+    a norm), on the same inputs. Raises InputError for NaN and infinite values.
+    """
+    routes: list[Routes] = []
+    wanted: list[Tensor] = []
+    rows: list[Tensor] = []
+    held_rows: list[Tensor] = []
+    output_square = 0.0
+    additive, family = False, stream.model.family
+    alone = layer.expert_dimension != stream.model.hidden_size or family.experts.normed
+    one_stream = stream.model.residual_size == stream.model.hidden_size
+
+    def made(batch: Batch) -> Tensor:
+        return batch.expert_output if alone else batch.ffn_output
+
+    with masked():
+        for batch in layer.batches(advance=False, hidden=hidden):
+            assert batch.top_k_index is not None and batch.top_k_weights is not None
+            if not wanted and one_stream:
+                added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
+                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not alone
+            of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)
+            held_here = tokens.held[batch.rows].flatten().to(of.device)
+            rows.append(of)
+            held_rows.append(held_here[of])
+            output_square += float(made(batch)[held_here].double().square().sum())
+            weights = batch.top_k_weights[of] * stream.model.routed_share
+            routes.append(Routes(batch.expert_input[of], batch.top_k_index[of], weights))
+            if target == "stream" and additive:
+                after = stream.hidden[batch.rows].to(batch.outputs.device)
+                wanted.append((after - batch.outputs).flatten(0, 1))
+            else:
+                wanted.append(-made(batch))
+    if not (target == "stream" and additive):
+        for i, batch in enumerate(layer.batches(advance=False, hidden=hidden)):
+            wanted[i] = wanted[i] + made(batch)
+    missing = torch.cat([wanted[i][of] for i, of in enumerate(rows)])
+    wanted.clear()  # every copy of all activations is freed before the next one is made
+    if not bool(torch.isfinite(missing).all()):
+        raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
+    held = torch.cat(held_rows)
+    fit_missing, held_missing = missing[~held], missing[held]
+    del missing
+    whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
+    routes.clear()
+    return Wanted(whole.where(~held), fit_missing, whole.where(held), held_missing, output_square)

@@ -1,0 +1,140 @@
+"""The number of neurons that every expert keeps: --width, --width-ratio, and what they are rounded to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.errors import InputError, UsageError
+from moeconv.families.model import Model
+from moeconv.families.neurons import Narrow
+from moeconv.families.widths import multiple_of, why_not
+from moeconv.options import PlanOptions, PruneOptions, flag_of
+from moeconv.plan.build import parse_dtype
+from moeconv.units import counted
+
+ORIGIN = "neurons"  # what a plan's inputs call the file with the neurons that stay
+_USUAL = 64  # neurons, where experts are wide enough: kernels of serving engines work on tiles of that size
+_STEPS = 8  # steps between no neuron and all, at least, if the user did not ask for a multiple
+
+
+@dataclass(frozen=True)
+class Width:
+    """The neurons of every expert: `before`, `after`, the number that was `asked` for, and of what it is a multiple
+    (None where the user gave the number itself)."""
+
+    before: int
+    after: int
+    asked: float
+    multiple: int | None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What rounding did."""
+        if self.multiple is None or self.asked == self.after:
+            return []
+        return [
+            f"{self.asked:g} of {self.before} neurons were asked for, and {self.after} are kept: a multiple of "
+            f"{self.multiple} (--multiple)"
+        ]
+
+
+def asks_width(options: PruneOptions) -> bool:
+    """Whether the experts lose neurons."""
+    return options.width is not None or options.width_ratio is not None or options.mix is not None
+
+
+def neurons_name(layer: int, group: str) -> str:
+    """The name of the tensor I32 [n, W] with the neurons that the experts (or the shared expert, or the FFN) of a layer
+    keep."""
+    return f"layer.{layer}.{group}"
+
+
+def chosen_width(model: Model, options: PruneOptions, common: PlanOptions) -> Width | None:
+    """The width that the options state; None if they state none, or if it is measured (--mix).
+
+    Raises UsageError for a number that the model cannot have."""
+    if options.width is None and options.width_ratio is None:
+        return None
+    before, unit = model.expert_width, multiple(model, options, common)
+    if options.width is not None:
+        if not 1 <= options.width < before:
+            raise UsageError(
+                f"--width {options.width}: expected 1 to {before - 1}, because every expert has {before} neurons"
+            )
+        why = why_not(model.family, width=options.width, hidden=0, dtype=_dtype(model, common))
+        if why is not None:
+            raise UsageError(why, hint=f"The next smaller width is {options.width // unit * unit}.")
+        _check_layout(model, options.width)
+        return Width(before, options.width, options.width, None)
+    ratio = options.width_ratio
+    assert ratio is not None
+    if not 0 < ratio < 1:
+        raise UsageError(f"--width-ratio {ratio} must lie between 0 and 1", hint="For a quarter: --width-ratio 0.25.")
+    asked = before * (1 - ratio)
+    after = round(asked / unit) * unit
+    if not 0 < after < before:
+        raise UsageError(
+            f"--width-ratio {ratio} of {counted(before, 'neuron')} rounds to {after} neurons, a multiple of {unit}",
+            hint="Pass another ratio, --width, or a smaller --multiple.",
+        )
+    _check_layout(model, after)
+    return Width(before, after, round(asked, 6), unit)
+
+
+def _check_layout(model: Model, width: int) -> None:
+    """Raises UsageError for a width with which a loader cannot see whether matrices are transposed."""
+    if Narrow(model, width).ambiguous is not None:
+        raise UsageError(
+            f"with {counted(width, 'neuron')} per expert, a matrix of {model.family.model_type} would be square, and "
+            "loaders see from its shape whether it is transposed",
+            hint="Pass another width.",
+        )
+
+
+def multiple(model: Model, options: PruneOptions, common: PlanOptions) -> int:
+    """The number of which a chosen width is a multiple: --multiple, else 64, or a smaller power of two where the
+    experts are narrow, but at least what transformers' products of all experts take."""
+    least = multiple_of(model.family, _dtype(model, common))
+    if options.multiple is not None:
+        if options.multiple < 1 or options.multiple % least:
+            raise UsageError(
+                f"--multiple {options.multiple}: expected a multiple of {least}, which transformers needs",
+                hint=f"Pass {-(-max(1, options.multiple) // least) * least}.",
+            )
+        return options.multiple
+    unit = _USUAL
+    while unit > least and unit * _STEPS > model.expert_width:
+        unit //= 2
+    return max(unit, least)
+
+
+def _dtype(model: Model, common: PlanOptions) -> str:
+    return parse_dtype(common.dtype) or model.dtype
+
+
+def check_width(model: Model, options: PruneOptions) -> None:
+    """Raises UsageError for options that do not go with a cut of the width, InputError for a model whose experts cannot
+    be cut."""
+    if options.multiple is not None and options.width_ratio is None and options.mix is None:
+        raise UsageError("--multiple goes with --width-ratio or --mix", hint="--width states the number itself.")
+    given = [name for name in ("width", "width_ratio", "mix") if getattr(options, name) is not None]
+    if not given:
+        return
+    flag = flag_of(given[0])
+    if len(given) > 1:
+        raise UsageError(f"{flag} and {flag_of(given[1])} exclude each other", hint="Pass one of them.")
+    for name in ("merge", "sequential", "curve"):
+        if getattr(options, name):
+            raise UsageError(f"{flag} and {flag_of(name)} exclude each other", hint=f"Leave out {flag_of(name)}.")
+    if options.threshold is not None or options.max_loss_increase is not None:
+        other = "threshold" if options.threshold is not None else "max_loss_increase"
+        raise UsageError(f"{flag} and {flag_of(other)} exclude each other", hint="Pass --keep or --ratio.")
+    if options.mix is not None and options.ratio is None:
+        raise UsageError(
+            "--mix divides a --ratio between experts and neurons, and there is none", hint="For half: --ratio 0.5."
+        )
+    if model.quantization is not None:
+        raise InputError(
+            f"{flag} cuts the matrices of the experts, and those of this model are quantized",
+            hint="Prune the unquantized checkpoint, and quantize the result.",
+        )

@@ -13,7 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "moeconv" / "demo_data"
-RECIPES = sorted((ROOT / "moeconv" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALL = {"steps": 2, "tokens": 2048, "eval_tokens": 2048}
 
 
@@ -37,7 +37,7 @@ def test_a_recipe_runs_with_the_sizes_of_its_dry_run(tmp_path, command, recipe):
 @pytest.mark.slow
 def test_the_shell_twin_of_prune_repair_gates_on_loss(tmp_path, command):
     assert command("upcycle", DEMO / "model", tmp_path / "moe", "--method", "drop", "--no-check").code == 0
-    words = ["bash", ROOT / "moeconv" / "recipes" / "prune-repair.sh", tmp_path / "moe", tmp_path / "out"]
+    words = ["bash", ROOT / "recipes" / "prune-repair.sh", tmp_path / "moe", tmp_path / "out"]
     words += [DEMO / "calibration.txt", DEMO / "heldout.txt"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1",
                                 "TOKENS": "2048", "EVAL_TOKENS": "2048", "STEPS": "2"}  # fmt: skip

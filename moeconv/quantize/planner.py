@@ -254,15 +254,9 @@ def _promise(model: Model, shard: Shard) -> dict[str, int]:
     geometry of the layers, and not from the tensors that were found."""
     groups = [item.changed for item in shard.items if item.changed]
     counts = {group: groups.count(group) for group in sorted(set(groups))}
-    experts = len(model.moe_layers) * model.num_experts * _matrices(model)
+    matrices = {item.outputs[0].role for item in shard.items if item.changed == "expert"}
+    experts = len(model.moe_layers) * model.num_experts * len(matrices)
     return counts | ({"expert": experts} if experts else {})
-
-
-def _matrices(model: Model) -> int:
-    """The number of matrices that an expert has in the family's own tensors, such as gate, up and down."""
-    tensors = model.family.tensors
-    stacked = sum(len(way.parts) for way in tensors.packed.values() if not way.parts[0].endswith("_bias"))
-    return stacked or sum(key.startswith("expert.") and "{E}" in name for key, name in tensors.names.items())
 
 
 def _check_layout(model: Model, format: Format, method: str) -> None:
@@ -310,7 +304,8 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
 def _check_weights(model: Model, weights: list[TensorRef]) -> None:
     """Raises InputError for a weight that is not a matrix of floats, or a stack of such matrices."""
     for ref in weights:
-        matrix = len(ref.shape) == (3 if model.roles[ref.name].key in model.family.tensors.packed else 2)
+        layout = model.family.tensors.packed.get(model.roles[ref.name].key)
+        matrix = len(ref.shape) == (2 if layout is None or layout.flat else 3)
         if ref.dtype not in ("BF16", "F16", "F32") or not matrix:
             raise InputError(
                 f"tensor {escape(ref.name)!r} is {ref.dtype} {list(ref.shape)}, not a matrix of 16 or 32 bit floats",

@@ -1,9 +1,10 @@
 """Greedy tokens and log-probabilities of a GGUF file by llama.cpp, in an environment of its own (environments.sh).
 
-    run_llama_cpp.py < {"model": path, "prompts": [[id]], "length": n, "texts": [], "vocabulary": n}
+    run_llama_cpp.py < {"model": path, "prompts": [[id]], "length": n, "texts": [], "vocabulary": n, "float32": bool}
 
 Prints {"tokens": [[id]], "texts": [[id]], "logprobs": [[[id, float]]]}: the greedy continuation of every prompt, every
-text tokenized, and with `vocabulary` the log-probabilities of all tokens after every prompt.
+text tokenized, and with `vocabulary` the log-probabilities of all tokens after every prompt. `float32`: keys and values
+are cached in float32, and attention is not fused, so that only float32 weights are rounded.
 """
 
 import json
@@ -24,6 +25,10 @@ def main() -> None:
     params.n_parallel = 1
     params.cpuparams.n_threads = 1
     params.warmup = False
+    if job.get("float32"):
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.swa_full = True
     server = xllamacpp.Server(params)
 
     def ask(path: str, body: dict) -> dict:

@@ -182,7 +182,7 @@ def in_llama_cpp(file: Path, plain: Path, asked: list[list[int]]) -> dict[str, f
 def convert(source: Path, out: Path) -> Path:
     """Raises RuntimeError with the last line of llama.cpp's converter where it refuses a checkpoint."""
     folder, python = os.environ["MOECONV_LLAMA_CPP_SOURCE"], os.environ["MOECONV_CONVERTER_PYTHON"]
-    command = [python, str(runtimes.HERE / "run_converter.py"), folder, str(source), str(out)]
+    command = [python, str(runtimes.HERE / "run_converter.py"), folder, "f32", str(source), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE,
                           env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})  # fmt: skip
     if done.returncode:

@@ -6,16 +6,35 @@ from collections.abc import Callable, Mapping
 
 from moeconv.families.placement import Get
 from moeconv.families.shapes import head_dim
-from moeconv.quantize.llama_cpp.expression import Expression
+from moeconv.quantize.llama_cpp.expression import Expression, join
 from moeconv.quantize.llama_cpp.record import Change
 
 
 def interleaved(get: Get, part: Expression) -> Mapping[str, Expression]:
     """The two halves of each head's rows alternate, as llama.cpp's rotary embedding for Llama needs them."""
-    head = head_dim(get)
-    rest = part.shape[1:]
-    turned = part.reshape(-1, 2, head // 2, *rest)
-    return {"": turned.permute(0, 2, 1, *range(3, 3 + len(rest))).reshape(*part.shape)}
+    return {"": _alternating(part.reshape(-1, head_dim(get), *part.shape[1:])).reshape(*part.shape)}
+
+
+def _alternating(heads: Expression) -> Expression:
+    """The halves of the second axis, row by row in turns."""
+    first, rows, *rest = heads.shape
+    turned = heads.reshape(first, 2, rows // 2, *rest)
+    return turned.permute(0, 2, 1, *range(3, 3 + len(rest))).reshape(*heads.shape)
+
+
+def partly_interleaved(share: Callable[[Get], float]) -> Change:
+    """The same where only a share of each head rotates: its first rows."""
+
+    def change(get: Get, part: Expression) -> Mapping[str, Expression]:
+        head = head_dim(get)
+        turning = int(head * share(get))
+        heads = part.reshape(-1, head, *part.shape[1:])
+        if turning == head:
+            return interleaved(get, part)
+        rotated, rest = heads.split(1, (turning, head - turning))
+        return {"": join(1, (_alternating(rotated), rest)).reshape(*part.shape)}
+
+    return change
 
 
 LLAMA_ROTARY: dict[str, Change] = {f"attention.{key}": interleaved for key in ("q", "k", "q_bias", "k_bias")}

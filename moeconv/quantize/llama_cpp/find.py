@@ -47,7 +47,7 @@ def _reason(model: Model, row: LlamaCpp) -> str | None:
         if key in defaults and model.value(key) not in allowed:
             return f"{key} = {escape(model.value(key))}"
     activation = model.value("hidden_act")
-    if activation not in row.activations:
+    if "hidden_act" in defaults and activation not in row.activations:
         return f"hidden_act = {escape(activation)}"
     heads = model.value("num_attention_heads")
     if not row.grouped_query and (model.value("num_key_value_heads") or heads) != heads:
@@ -66,7 +66,8 @@ def _unknown_tensor(model: Model, row: LlamaCpp) -> str | None:
         if role.layer in model.prediction_layers or role.key in row.changes:
             continue
         layout = packed.get(role.key) if role.expert is None else None
-        keys = [role.key] if layout is None else [f"expert.{part}" for part in layout.parts]
+        separate = layout is not None and (len(layout.parts) == 1 or template(row, role.key) is None)
+        keys = [f"expert.{part}" for part in layout.parts] if layout and separate else [role.key]
         if any(template(row, key) is None and key not in row.changes for key in keys):
             return f"{role.key} ({escape(name)})"
     return None

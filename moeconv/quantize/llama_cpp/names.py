@@ -41,7 +41,7 @@ FFN_BIAS = layer({f"ffn.{p}_bias": f"ffn_{p}.bias" for p in ("gate", "up", "down
 NORM_BIAS = layer({"norm.attention_bias": "attn_norm.bias", "norm.ffn_bias": "ffn_norm.bias"}) | {
     "norm.final_bias": "output_norm.bias"
 }
-POST_NORMS = layer({"norm.attention_post": "post_attention_norm.weight", "norm.ffn_post": "post_ffw_norm.weight"})
+POST_NORMS = layer({"norm.post_attention": "post_attention_norm.weight", "norm.post_ffn": "post_ffw_norm.weight"})
 
 # the ends of names of matrices that llama.cpp needs in float32, beside all norms and vectors
 _FLOAT32 = (

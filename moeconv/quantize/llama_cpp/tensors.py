@@ -63,6 +63,11 @@ def written(model: Model, row: LlamaCpp, ref: TensorRef, role: Role) -> Iterator
         return
     count = model.num_experts
     size, shape = ref.nbytes // count, _one_expert(ref, layout, count)
+    if len(layout.parts) > 1 and template(row, role.key) is not None:  # all parts of an expert stay one matrix
+        for expert in range(count):
+            source = Input(ref.name, ref.dtype, shape, expert * size, size)
+            yield from _changed(model, row, source, Expression(shape), role, role.key, expert)
+        return
     for at, part in enumerate(layout.parts):
         for expert in range(count):
             source = Input(ref.name, ref.dtype, shape, expert * size, size)

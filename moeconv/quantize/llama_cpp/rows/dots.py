@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moeconv.quantize.llama_cpp.numbers import SIGMOID, always
+from moeconv.quantize.llama_cpp.numbers import SIGMOID, always, leading_dense
 from moeconv.quantize.llama_cpp.record import LlamaCpp, Number
 
 NO_GROUPS: dict[str, tuple[object, ...]] = {"n_group": (1, None), "topk_group": (1, None)}
@@ -10,7 +10,7 @@ NO_GROUPS: dict[str, tuple[object, ...]] = {"n_group": (1, None), "topk_group": 
 DEEPSEEK_NUMBERS: dict[str, Number] = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_count": "n_shared_experts",
-    "leading_dense_block_count": "first_k_dense_replace",
+    "leading_dense_block_count": leading_dense,
     "expert_weights_scale": "routed_scaling_factor",
     "expert_weights_norm": "norm_topk_prob",
     "expert_group_count": "n_group",

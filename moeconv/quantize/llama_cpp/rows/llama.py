@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moeconv.families.model import Model
+from moeconv.families.rope import rotating
 from moeconv.quantize.llama_cpp.changes import LLAMA_ROTARY
 from moeconv.quantize.llama_cpp.names import FFN_BIAS, O_BIAS, QKV_BIAS
 from moeconv.quantize.llama_cpp.numbers import rotary_factors
@@ -28,7 +29,45 @@ LLAMA = LlamaCpp(
     rope=ROTARY,
 )
 
+_CHUNK, _STEP = 8192, 4
+
+
+def _llama4_settings(model: Model) -> str | None:
+    """The settings that llama.cpp has as numbers in its code, except for models of 128 experts."""
+    config = model.config
+    if model.value("attention_chunk_size") != _CHUNK:
+        return f"chunks of attention other than {_CHUNK} tokens"
+    if rotating(model.value, model.num_layers) != [(at + 1) % _STEP != 0 for at in range(model.num_layers)]:
+        return f"layers without a rotary embedding other than every {_STEP}th"
+    if bool(config.get("use_qk_norm", True)) != (model.num_experts != 128):
+        return "this use_qk_norm"
+    usual = {"attn_temperature_tuning": True, "floor_scale": _CHUNK, "attn_scale": 0.1}
+    tuned = all(config.get(key, value) == value for key, value in usual.items())
+    return None if tuned else "this scaling of attention by the position (floor_scale)"
+
+
+def _every_layer(model: Model) -> str | None:
+    step = model.value("interleave_moe_layer_step")
+    wanted = tuple(range(step - 1, model.num_layers, step)) if step else ()
+    return None if model.moe_layers == wanted else "these layers with experts (moe_layers)"
+
+
+LLAMA4 = LlamaCpp(
+    "llama4",
+    constants=frequencies,
+    needs={"attention_bias": (False,)},
+    checks=(_llama4_settings, _every_layer),
+    numbers={
+        "expert_feed_forward_length": "intermediate_size",
+        "feed_forward_length": "intermediate_size_mlp",
+        "interleave_moe_layer_step": "interleave_moe_layer_step",
+    },
+    rope=frozenset({"default", "llama3"}),
+    dense_layers="any",
+)
+
 ROWS = {
+    "llama4_text": LLAMA4,
     "llama": LLAMA,
     "mistral": LLAMA,
     "ministral": LLAMA,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stock import DENSE_CASES, MOE_CASES, save_stock
+from contract.stock import DENSE_CASES, MOE_CASES, save_stock
 
 _YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,

@@ -20,10 +20,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "contract" / "gguf_converted.json"
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "contract")]
+sys.path.insert(0, str(HERE.parent))
 
 import gguf  # noqa: E402
-from gguf_cases import CASES, make  # noqa: E402
+from contract.gguf_cases import CASES, make  # noqa: E402
 
 from moeconv.families.model import open_model  # noqa: E402
 from moeconv.families.written import added  # noqa: E402
@@ -44,7 +44,7 @@ def described(path: Path) -> dict[str, Any]:
 def for_converter(folder: Path) -> Path:
     """The checkpoint with the keys that readers other than transformers need, as every output of moeconv has them."""
     model = open_model(folder)
-    values = {**model.family.config.defaults, **model.config}
+    values = model.config
     config = json.loads((folder / "config.json").read_text())
     new = {key: value for key, value in added(model.family, values).items() if key not in config}
     (folder / "config.json").write_text(json.dumps(config | new))

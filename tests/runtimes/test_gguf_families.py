@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "contract")]
+sys.path.insert(0, str(Path(__file__).parent))
 
 import agreement as runtimes
 import numpy as np
 import torch
-from gguf_cases import CASES, SIZE, make
-from stock import load
+from contract.gguf_cases import CASES, SIZE, make
+from contract.stock import load
 
 torch.set_num_threads(1)
 gguf = pytest.importorskip("gguf")

@@ -41,16 +41,17 @@ class UpcycleRequest:
 
 @dataclass(frozen=True)
 class CalibrateRequest:
-    """`moeconv calibrate`."""
+    """`moeconv calibrate`; `stats` is None where an importance matrix is written."""
 
     model: str
-    stats: str
+    stats: str | None
     calibrate: o.CalibrateOptions
     data: o.DataOptions
     measure: o.MeasureOptions
     artifact: o.ArtifactOptions
     random: o.SeedOptions
     merge: o.MergeOptions
+    imatrix: o.ImatrixOptions
     dry: o.DryOptions
     read: o.ReadOptions
 

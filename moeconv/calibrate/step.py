@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from moeconv.calibrate.need import run_of
 from moeconv.checkpoint.hub import resolve
 from moeconv.errors import UsageError
@@ -15,10 +17,17 @@ from moeconv.types import JsonObject
 
 def calibrate(request: CalibrateRequest, *, meter: Meter) -> JsonObject:
     """Run data through a model and write its statistics to a file, or add the files of several runs."""
+    imatrix = request.imatrix.imatrix
+    if (request.stats is None) == (imatrix is None):
+        given = "STATS and --imatrix exclude each other" if imatrix else "there is no file to write"
+        raise UsageError(given, hint="Give STATS for statistics, or --imatrix FILE for llama.cpp's importance matrix.")
     if request.merge.merge:
         return _merge(request)
     if request.dry.dry_run:
         return _dry_run(request)
+    if imatrix is not None:
+        return _importance_matrix(request, imatrix, meter)
+    assert request.stats is not None
     from moeconv.calibrate.run import calibrate as measure
 
     return measure(
@@ -31,17 +40,28 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> JsonObject:
     )
 
 
+def _importance_matrix(request: CalibrateRequest, path: str, meter: Meter) -> JsonObject:
+    from moeconv.calibrate.imatrix import write_imatrix
+
+    return write_imatrix(
+        resolve(request.model), Path(path), data=request.data, measure=request.measure, seed=request.random.seed,
+        overwrite=request.artifact.overwrite, meter=meter,
+    )  # fmt: skip
+
+
 def _dry_run(request: CalibrateRequest) -> JsonObject:
     """The memory that the command will take."""
     model = open_resolved(request.model)
     run = run_of(model, request.measure, sample_tokens=request.calibrate.sample_tokens)
-    planned = {"command": "calibrate", "output": request.stats, "dry_run": True}
+    planned = {"command": "calibrate", "output": request.stats or request.imatrix.imatrix, "dry_run": True}
     return planned | planned_memory(need_of(model, run), run, request.measure)
 
 
 def _merge(request: CalibrateRequest) -> JsonObject:
     from moeconv.calibrate.merge import merge_statistics
 
+    if request.stats is None:
+        raise UsageError("--merge adds statistics, and --imatrix has none", hint="Give STATS in place of --imatrix.")
     if request.data.data:
         raise UsageError(
             "--merge and --data exclude each other",

@@ -7,7 +7,7 @@ Layout (ggml's docs/gguf.md): magic, version, counts, key-values, tensor infos, 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ALIGN = 32
 _MAGIC, _VERSION = b"GGUF", 3
+_UINT32, _STRING, _ARRAY = 4, 8, 9  # types of values
 # dtype as in header.py -> ggml_type
 GGML_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12,
@@ -71,6 +72,25 @@ class GgufHead:
                 infos[part] = TensorRef(part, stack.dtype, shape, "", start, tensor_nbytes(stack.dtype, shape))
                 start = infos[part].end
         return bytes(data), infos, len(data) + position
+
+
+def metadata_bytes(values: Mapping[str, str | int | list[str]]) -> tuple[bytes, int]:
+    """(encoded key-value pairs, their number): strings, uint32 numbers and arrays of strings."""
+    data = bytearray()
+    for key, value in values.items():
+        data += _string(key)
+        if isinstance(value, int):
+            data += struct.pack("<II", _UINT32, value)
+        elif isinstance(value, str):
+            data += struct.pack("<I", _STRING) + _string(value)
+        else:
+            data += struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    return bytes(data), len(values)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def padded(size: int) -> int:

@@ -156,8 +156,9 @@ def writing_artifact(
     *,
     metadata: Mapping[str, str],
     overwrite: bool = False,
+    head: GgufHead | None = None,
 ) -> Iterator[ShardWriter]:
-    """A context manager with a ShardWriter for a single artifact file.
+    """A context manager with a ShardWriter for a single artifact file: a safetensors file, or GGUF with `head`.
 
     The file is moved to `path` atomically when the block ends without an exception. Raises OutputError if `path` exists
     and `overwrite` is false.
@@ -165,7 +166,7 @@ def writing_artifact(
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{escape(path)} exists already", hint="Remove it, or pass --overwrite.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = ShardWriter(temporary, tensors, metadata=metadata)
+    writer = ShardWriter(temporary, tensors, metadata=metadata, head=head)
     try:
         yield writer
         writer.finish()

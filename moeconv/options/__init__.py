@@ -7,7 +7,7 @@ themselves or the name of the registry that has them (`choices_of` reads both).
 from __future__ import annotations
 
 from moeconv.options.build import check_names, from_keywords, parameters_of
-from moeconv.options.calibrate import CalibrateOptions, MergeOptions
+from moeconv.options.calibrate import CalibrateOptions, ImatrixOptions, MergeOptions
 from moeconv.options.declare import (
     PANELS,
     Panel,
@@ -71,6 +71,7 @@ __all__ = [
     "DryOptions",
     "EvaluateOptions",
     "FamiliesOptions",
+    "ImatrixOptions",
     "MeasureOptions",
     "MergeOptions",
     "Panel",

@@ -25,3 +25,13 @@ class MergeOptions:
     merge: tuple[str, ...] = option(
         (), "Instead of running data: add these statistics files; repeatable.", reads="file"
     )
+
+
+@dataclass(frozen=True)
+class ImatrixOptions:
+    """Options of `moeconv calibrate` for an importance matrix in place of statistics."""
+
+    imatrix: str | None = option(
+        None, "In place of STATS: write llama.cpp's importance matrix to this file (.gguf).", metavar="FILE",
+        panel="Output",
+    )  # fmt: skip

@@ -33,13 +33,13 @@ def q5_0(x: Tensor, w: Tensor | None) -> Tensor:
 
 def q4_1(x: Tensor, w: Tensor | None) -> Tensor:
     """-> [20, B]."""
-    codes, d, low = _line(Weighted(x, w), 15, (14.2, 14.7, 15.2), "Q4_1")
+    codes, d, low = _line(Weighted(x, w), 15, (13.6, 14.2, 14.6, 15.0, 15.4, 16.0), "Q4_1")
     return torch.cat([_float16(d), _float16(low), _nibbles(codes)])
 
 
 def q5_1(x: Tensor, w: Tensor | None) -> Tensor:
     """-> [24, B]."""
-    codes, d, low = _line(Weighted(x, w), 31, (30.2, 30.7, 31.2), "Q5_1")
+    codes, d, low = _line(Weighted(x, w), 31, (29.5, 30.2, 30.6, 31.0, 31.6, 32.4), "Q5_1")
     return torch.cat([_float16(d), _float16(low), *_five_bits(codes)])
 
 
@@ -100,7 +100,7 @@ def _scale(values: Weighted, levels: Integers, starts: tuple[float, ...], name: 
 
 def _line(values: Weighted, top: int, starts: tuple[float, ...], name: str) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, lowest value) of least squared error of scale * code + lowest value."""
-    line = affine(values, top, starts, free=True)
+    line = affine(values, top, starts, rounds=2, free=True)
     d = half(line.scale.clamp_(min=0), name)
     # the best lowest value for the rounded scale
     low = half((values.wx.sum(1) - d * line.q) / values.total, name)

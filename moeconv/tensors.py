@@ -71,13 +71,14 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
     """The matrix that a packing item of a plan packs, as its kernel is given it: of the plan's source, decoded or cast
     where the plan does that first."""
     read: list[tuple[Input, Buffer]] = [
-        (ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs
+        (ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes) if ref.origin == "source" else b"")
+        for ref in item.inputs
     ]
     kernel, params = item.kernel, item.params
     while kernel in ("chain", "gather"):
         read = [between(read, params)] if kernel == "chain" else gathered(read, params)
         kernel, params = params["then"]["kernel"], params["then"]["params"]
-    ref, data = read[0]  # the others are weights that it shares a scale with
+    ref, data = read[0]  # the others are weights that it shares a scale with, or importance
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 

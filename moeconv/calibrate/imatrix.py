@@ -69,7 +69,7 @@ def write_imatrix(
         data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
         seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
     )  # fmt: skip
-    start_meter(meter, model)
+    start_meter(meter, model, tokens=read.windows.size)
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     stream = stream_within(
         model, read.windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=budget,

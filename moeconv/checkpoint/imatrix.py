@@ -46,7 +46,7 @@ class Imatrix:
         entry = self.entries.get(name)
         if entry is None:
             return False
-        if entry.sums.size != experts * columns:
+        if entry.sums.size != experts * columns or entry.counts.size not in (1, experts):
             raise InputError(
                 f"{self.label}: {escape(name)} has {entry.sums.size} values, and the model {experts * columns}",
                 hint="The importance matrix is of another model. Make it for this one: moeconv calibrate --imatrix.",

@@ -32,6 +32,9 @@ class QuantizeOptions:
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
+    imatrix: str | None = option(
+        None, "gguf: the importance of each column, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
+    )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
     scope: str | None = option(
         None,

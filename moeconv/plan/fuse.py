@@ -107,9 +107,9 @@ def _gathered(item: Item, made: Mapping[str, Item]) -> Item | None:
     """An item of several inputs, each of which another kernel makes; None where that is impossible for one of them."""
     firsts, inputs = [], list[Input]()
     for ref in item.inputs:
-        one = (
-            _through(replace(item, kernel="gather", inputs=(ref,), params={}), made) if ref.origin == "source" else None
-        )
+        one: Item | None = replace(item, kernel="gather", inputs=(ref,), params={})
+        if one is not None and ref.origin == "source":
+            one = _through(one, made)
         if one is None:
             return None
         if one.kernel == "chain":

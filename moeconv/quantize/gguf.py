@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from moeconv.checkpoint.gguf import GgufHead, Stack
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
-from moeconv.errors import InputError, escape
+from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
 from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.quantize.gguf_importance import Columns
 from moeconv.quantize.gguf_metadata import metadata
 from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
@@ -43,18 +44,20 @@ def gguf_shard(asked: Asked) -> tuple[Shard, list[str]]:
     row = find_row(model)
     made = _made(model, row)
     chosen = _whole(asked, row, made) if asked.whole else _packed(asked, made, info)
+    columns = Columns(asked.imatrix, model.num_experts)
     stacks: dict[str, list[Item]] = {}
     for one in made:
         target = one.tensor.target
         kind = chosen.get(target) or ("F32" if one.float32 else asked.dtype or one.tensor.source.dtype)
         changed = one.role.group if target in chosen else ""
-        stacks.setdefault(target, []).append(one.tensor.item(kind, changed))
+        stacks.setdefault(target, []).append(columns.weigh(one.tensor, one.tensor.item(kind, changed)))
     stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
     file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
     data, count, warnings = metadata(model, row, file_type=file_type)
     head = GgufHead(data, count, tuple(_stack(name, items) for name, items in stacks.items()))
     if not asked.whole:
         warnings = [*warnings, *_widened(info, stacks, chosen)]
+    warnings = [*warnings, *columns.warnings()]
     return Shard(FILE_NAME, tuple(item for items in stacks.values() for item in items), head), warnings
 
 
@@ -108,8 +111,16 @@ def _whole(asked: Asked, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]
             shapes[one.tensor.target] = shape if one.tensor.expert is None else (model.num_experts, *shape)
     numbers = hyperparameters(model, row)
     heads, kv_heads = (_first(numbers[f"attention.{key}"]) for key in ("head_count", "head_count_kv"))
-    facts = Facts(row.arch, model.num_layers, model.num_experts, heads // kv_heads if kv_heads else 0)
-    return assign(recipe_of(asked.scheme.name), shapes, facts)
+    facts = Facts(
+        row.arch, model.num_layers, model.num_experts, heads // kv_heads if kv_heads else 0, asked.imatrix is not None
+    )
+    recipe = recipe_of(asked.scheme.name)
+    if recipe.needs_imatrix and asked.imatrix is None:
+        raise UsageError(
+            f"--scheme {recipe.name} needs an importance matrix",
+            hint="Make one: moeconv calibrate MODEL --imatrix FILE --data TEXT; then pass --imatrix FILE.",
+        )
+    return assign(recipe, shapes, facts)
 
 
 def _first(number: object) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
+from moeconv.checkpoint.imatrix import Imatrix, open_imatrix
 from moeconv.checkpoint.overlay import Overlay, provenance
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.contract import QuantizeBlock
@@ -66,6 +67,7 @@ def quantize_plan(
     info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
     if not mixed:
         check_scheme_method(format, info, options.method)
+    imatrix = _imatrix(options, format)
     options = replace(options, scope=choose_scope(model, format, info, options.scope))
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
@@ -94,7 +96,7 @@ def quantize_plan(
         groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
         packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
     if format.shard is not None:
-        shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE))
+        shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE, imatrix))
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
         if left_out:
@@ -115,7 +117,7 @@ def quantize_plan(
     of_twin = {} if stats_of_twin is None else {"stats_of_twin": stats_of_twin}
     return Plan(
         command="quantize",
-        parameters=parameters_of(options, common) | _evidence(model, importance, of_twin, overlay),
+        parameters=_parameters(options, common, imatrix) | _evidence(model, importance, of_twin, overlay),
         identity=model.identity,
         config=config,
         shards=shards,
@@ -127,6 +129,22 @@ def quantize_plan(
         texts=texts,
         promise=promise,
     )
+
+
+def _imatrix(options: QuantizeOptions, format: Format) -> Imatrix | None:
+    """The importance matrix that was asked for. Raises UsageError for a format that has no use for it."""
+    if options.imatrix is None:
+        return None
+    if format.covers is None:
+        raise UsageError(f"--format {format.name} does not use --imatrix", hint="Use --format gguf.")
+    return open_imatrix(options.imatrix)
+
+
+def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix | None) -> JsonObject:
+    """The parameters of the plan, with the content of the importance matrix in place of its path."""
+    found = parameters_of(options, common)
+    del found["imatrix"]
+    return found if imatrix is None else found | {"imatrix": imatrix.sha256}
 
 
 def _only_served(model: Model) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from moeconv.checkpoint.imatrix import Imatrix
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
@@ -95,13 +96,15 @@ class Kernel:
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
-    decides the type of every tensor. `dtype` is that of the tensors that are not packed."""
+    decides the type of every tensor. `dtype` is that of the tensors that are not packed. `imatrix` has the importance
+    of columns."""
 
     model: Model
     weights: Sequence[TensorRef]
     scheme: Scheme
     dtype: str | None
     whole: bool = False
+    imatrix: Imatrix | None = None
 
 
 @dataclass(frozen=True, slots=True)

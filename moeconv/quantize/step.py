@@ -6,17 +6,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moeconv.checkpoint.imatrix import open_imatrix
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.contract import CodesFigures
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.plan.execute import checked_jobs
+from moeconv.plan.flow import ByteSource
 from moeconv.plan.fuse import fuse
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Item, Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.gguf_importance import ORIGIN as IMPORTANCE
 from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
@@ -72,6 +75,12 @@ def _grown(plan: Plan, source: Model) -> list[str]:
     return [f"the result is larger than its source{kind}: {human_bytes(after)} instead of {human_bytes(before)}"]
 
 
+def _origins(request: QuantizeRequest) -> dict[str, ByteSource]:
+    """What the plan reads besides the source: the importance matrix."""
+    path = request.quantize.imatrix
+    return {} if path is None else {IMPORTANCE: open_imatrix(path)}
+
+
 def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float] | None, str | None]:
     """(importance of each layer by --stats, identity of the checkpoint that was measured where it is not this one)."""
     path = request.quantize.stats
@@ -115,7 +124,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
         return prove_packing(plan, model, staged, before=before)
 
     if options.method != "gptq":
-        return run_plan(plan, model, out, write, meter=meter, check=check)
+        return run_plan(plan, model, out, write, meter=meter, check=check, origins=_origins(request))
     chosen = _of_run_layers(before, model)
     jobs = checked_jobs(write.jobs, each=CODED_BYTES)
     if write.dry_run:

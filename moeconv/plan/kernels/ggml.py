@@ -11,8 +11,9 @@ from moeconv.plan.plan import Input, Params, TensorSpec
 
 
 def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], _params: Params) -> list[Buffer]:
-    """Encode a weight."""
-    ((ref, data),), (spec,) = inputs, outputs
+    """Encode a weight; the second input, if there is one, is the importance of its columns in float32."""
+    (ref, data), *importance = inputs
+    (spec,) = outputs
     if spec.dtype not in BLOCK_DTYPES:
         return [from_float(to_float32(data, ref.dtype, ref.shape), spec.dtype)]
     import torch
@@ -21,4 +22,6 @@ def gguf_kernel(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tensor
     from moeconv.plan.kernels.stored import to_tensor
 
     torch.set_num_threads(1)  # items already run in parallel
-    return [encode(to_tensor(memoryview(data), ref.dtype, ref.shape), spec.dtype)]
+    weight = to_tensor(memoryview(data), ref.dtype, ref.shape)
+    columns = [to_tensor(memoryview(part), by.dtype, by.shape) for by, part in importance]
+    return [encode(weight, spec.dtype, *columns)]

@@ -28,9 +28,9 @@ def entries(path):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A model of 8 experts of which four are never chosen, and its importance matrix."""
-    from moeconv.calibrate.imatrix import write_imatrix
     from moeconv.options import DataOptions, MeasureOptions
     from moeconv.plan.meter import SilentMeter
+    from moeconv.quantize.measured_importance import write_imatrix
 
     folder = tmp_path_factory.mktemp("imatrix")
     path = make_moe(folder / "moe", "qwen3_moe", hidden=256, intermediate=256, experts=8, vocab=300)

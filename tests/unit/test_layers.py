@@ -123,8 +123,9 @@ MEASURING: dict[str, set[str]] = {
     "prune.repair": MEASURE | {"tune"},
     "quantize.step": STEP,
     "quantize.gptq": MEASURE,
+    "quantize.measured_importance": MEASURE,
     "quantize.proof": DECIDE | {"tensors"},
-    "calibrate.step": STEP,
+    "calibrate.step": STEP | {"quantize"},
     "tune.step": STEP,
     "evaluate.step": STEP,
     "inspect.step": STEP,
@@ -151,6 +152,7 @@ TRANSFORMERS = (
     "prune.repairs",
     "prune.scores",
     "quantize.gptq",
+    "quantize.measured_importance",
 )
 TORCH_AT_IMPORT = (
     *TRANSFORMERS,

@@ -38,7 +38,7 @@ _NAMED = 8  # experts that a warning names
 
 
 @dataclass(frozen=True)
-class Measured:
+class WeighedMatrix:
     """A matrix of the file whose inputs are measured: its name there, columns, experts (1 for an ordinary matrix), and
     the name on disk of the tensor that it is made from."""
 
@@ -105,7 +105,7 @@ def filled(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return sums, np.where(unused, 1.0, counts)
 
 
-def matrices_of(model: Model, row: LlamaCpp) -> Iterator[Measured]:
+def matrices_of(model: Model, row: LlamaCpp) -> Iterator[WeighedMatrix]:
     """The matrices of the layers, in the order of the file."""
     seen: set[str] = set()
     for name, role in model.roles.items():
@@ -117,12 +117,12 @@ def matrices_of(model: Model, row: LlamaCpp) -> Iterator[Measured]:
                 continue
             seen.add(tensor.target)
             experts = 1 if tensor.expert is None else model.num_experts
-            yield Measured(tensor.target, shape[-1], experts, tensor.key, name)
+            yield WeighedMatrix(tensor.target, shape[-1], experts, tensor.key, name)
 
 
 def layer_sums(
-    stream: LayerStream, layer: Layer, matrices: Sequence[Measured]
-) -> Iterator[tuple[Measured, tuple[np.ndarray, np.ndarray]]]:
+    stream: LayerStream, layer: Layer, matrices: Sequence[WeighedMatrix]
+) -> Iterator[tuple[WeighedMatrix, tuple[np.ndarray, np.ndarray]]]:
     """Run a layer; yield each matrix with the sums of squares of its inputs float64 [experts, columns] and the numbers
     of tokens [experts]. Raises InputError for a matrix whose inputs are not seen."""
     seen: dict[str, _Sum] = {}
@@ -182,19 +182,19 @@ def _on_input(total: _Sum, _module: nn.Module, given: tuple[object, ...]) -> Non
         total.add(given[0])
 
 
-def _input_of(one: Measured) -> str:
+def _input_of(one: WeighedMatrix) -> str:
     """What an expert's matrix reads: the token, or the hidden activations."""
     return "down" if one.key == "expert.down" else "token"
 
 
-def _by_input(routed: Sequence[Measured]) -> dict[str, list[Measured]]:
-    found: dict[str, list[Measured]] = {}
+def _by_input(routed: Sequence[WeighedMatrix]) -> dict[str, list[WeighedMatrix]]:
+    found: dict[str, list[WeighedMatrix]] = {}
     for one in routed:
         found.setdefault(_input_of(one), []).append(one)
     return found
 
 
-def layer_experts(routed: Sequence[Measured]) -> int:
+def layer_experts(routed: Sequence[WeighedMatrix]) -> int:
     """The number of experts of a layer; 0 without."""
     return routed[0].experts if routed else 0
 
@@ -214,7 +214,7 @@ def _add_routed(layer: Layer, batch: Batch, pools: Mapping[str, _Sum]) -> None:
         pools["down"].add_each(made, expert[rows])
 
 
-def _head(matrices: Sequence[Measured], *, datasets: list[str], chunks: int, size: int) -> GgufHead:
+def _head(matrices: Sequence[WeighedMatrix], *, datasets: list[str], chunks: int, size: int) -> GgufHead:
     """The part of the file before the tensors."""
     values: dict[str, str | int | list[str]] = {
         "general.type": "imatrix", "imatrix.datasets": datasets, "imatrix.chunk_count": chunks,

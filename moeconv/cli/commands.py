@@ -127,7 +127,7 @@ VERBS: tuple[Verb, ...] = (
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
                             required=False, writes=True)), r.PruneRequest, _step, tables.pruned),
     Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), r.QuantizeRequest, _step, tables.written),
-    Verb("evaluate", "Loss on text, alone or against a reference, with gates for CI.", (MODEL,), r.EvaluateRequest,
+    Verb("evaluate", "Loss on text and accuracy on tasks, with gates for CI.", (MODEL,), r.EvaluateRequest,
          _step, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),
          r.VerifyRequest, _step, tables.verified, _problems),

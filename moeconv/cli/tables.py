@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         Calibrated,
         Curve,
         Evaluated,
+        Figure,
         Foreseen,
         Inspected,
         PruneBlock,
         Pruned,
         QuantizeBlock,
+        Tasks,
         TuneBlock,
         UpcycleBlock,
         Verified,
@@ -240,21 +242,25 @@ def evaluated(result: Evaluated | Foreseen) -> list[Table]:
     """Loss, comparison with the reference, and gates."""
     if "dry_run" in result:
         return _foreseen(cast("Foreseen", result))
-    reference = result["reference"]
-    rows: dict[str, object] = {
-        "tokens": result["tokens"],
-        "loss": f"{_number(result['loss'])} nats per token, perplexity {_number(result['perplexity'], 3)}",
-    }
+    reference, answered = result["reference"], result.get("tasks")
+    rows: dict[str, object] = {}
+    if result["sources"] or "tasks" not in result:
+        rows["tokens"] = result["tokens"]
+        rows["loss"] = f"{_number(result['loss'])} nats per token, perplexity {_number(result['perplexity'], 3)}"
     if reference:
         rows["reference"] = f"{_number(reference['loss'])} nats, perplexity {_number(reference['perplexity'], 3)}"
         rows["KL"] = f"{_number(result['kl'])} nats"
         rows["same top-1"] = f"{100 * (result['top1_agreement'] or 0):.2f} %"
     if result["tokens_per_second"] is not None:
         rows["speed"] = f"{result['tokens_per_second']:.0f} tokens/s"
+    if answered:
+        rows |= _accuracies(answered)
     tables = [pairs(rows)]
     if result.get("sources"):
         rows_by_source = [[s["name"], s["tokens"], _number(s["loss"])] for s in result["sources"]]
         tables.append(grid(["source", "tokens", "loss"], rows_by_source))
+    if answered:
+        tables.append(_task_table(answered))
     if result.get("gates"):
         gates = [
             [name, _number(g["value"], 5), _number(g["limit"], 5), "passed" if g["passed"] else "FAILED"]
@@ -262,6 +268,32 @@ def evaluated(result: Evaluated | Foreseen) -> list[Table]:
         ]
         tables.append(grid(["gate", "value", "limit", ""], gates))
     return tables
+
+
+def _accuracies(answered: Tasks) -> dict[str, object]:
+    rows: dict[str, object] = {"choices": f"{answered['choices']}, {answered['tokens_per_second']:.0f} tokens/s"}
+    if answered["accuracy"]:
+        rows["mean accuracy"] = _share(answered["accuracy"])
+    if change := answered.get("accuracy_change"):
+        low, high = (_number(change[key], 4) for key in ("low", "high"))
+        rows["change"] = f"{_number(change['value'], 4)} against the reference (95 %: {low} to {high})"
+    return rows
+
+
+def _task_table(answered: Tasks) -> Table:
+    rows: list[list[object]] = []
+    for task in answered["results"]:
+        theirs = task.get("reference", {})
+        for name, figure in task["metrics"].items():
+            other = [_number(theirs[name]["value"], 4)] if name in theirs else []
+            rows.append([task["name"], task["questions"], name, _share(figure), *other])
+    compared = ["reference"] if "reference_accuracy" in answered else []
+    return grid(["task", "questions", "metric", "value", *compared], rows)
+
+
+def _share(figure: Figure) -> str:
+    """A mean with its standard error."""
+    return f"{_number(figure['value'], 4)} ± {_number(figure['stderr'], 4)}"
 
 
 def calibrated(result: Calibrated | Foreseen) -> list[Table]:

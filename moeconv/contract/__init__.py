@@ -8,7 +8,17 @@ A new version may add fields but removes none. The comment at a NotRequired fiel
 from __future__ import annotations
 
 from moeconv.contract.calibrated import Calibrated, Load, NeuronLayer, SourceTokens
-from moeconv.contract.evaluated import Evaluated, Gate, NotFinite, Perplexity, SourceLoss
+from moeconv.contract.evaluated import (
+    Comparison,
+    Evaluated,
+    Figure,
+    Gate,
+    NotFinite,
+    Perplexity,
+    SourceLoss,
+    TaskResult,
+    Tasks,
+)
 from moeconv.contract.failed import ErrorFields, Failed
 from moeconv.contract.inspected import Inspected, Quantization, RoleCounts
 from moeconv.contract.listed import Families, FamilyPair, FamilySource, FormatRow, Formats, Schemas
@@ -56,6 +66,7 @@ __all__ = [
     "Checked",
     "CodesFigures",
     "CodesLayer",
+    "Comparison",
     "CopiedRecipe",
     "Cost",
     "Counterpart",
@@ -73,6 +84,7 @@ __all__ = [
     "Families",
     "FamilyPair",
     "FamilySource",
+    "Figure",
     "Foreseen",
     "FormatRow",
     "Formats",
@@ -108,6 +120,8 @@ __all__ = [
     "SourceTokens",
     "SplitLayer",
     "StepRow",
+    "TaskResult",
+    "Tasks",
     "TuneBlock",
     "TunePlanned",
     "TunePlannedBlock",

@@ -42,6 +42,50 @@ class NotFinite(TypedDict):
     hint: str
 
 
+class Figure(TypedDict):
+    """A mean over questions with its standard error; null where it is NaN, and the error also of a single question."""
+
+    value: float | None
+    stderr: float | None
+
+
+class Comparison(TypedDict):
+    """A mean difference to the reference on the same questions: its standard error, and the interval that has 95 % of
+    the means of resampled questions (paired bootstrap)."""
+
+    value: float | None
+    stderr: float | None
+    low: float | None
+    high: float | None
+
+
+class TaskResult(TypedDict):
+    """What --tasks measured on one request file. `metrics` has accuracy, accuracy_per_char and accuracy_per_token of
+    multiple choice, exact_match of short continuations, and bits_per_byte of the gold text."""
+
+    name: str
+    kind: str  # multiple_choice or continuation
+    questions: int
+    sha256: str
+    metrics: dict[str, Figure]
+    reference: NotRequired[dict[str, Figure]]  # with --reference
+    change: NotRequired[dict[str, Comparison]]
+
+
+class Tasks(TypedDict):
+    """All request files. `accuracy` is the mean over them (accuracy of multiple choice, exact match of continuations),
+    null if there is neither. `tokens` were run; `truncated` choices lost the beginning of their context."""
+
+    results: list[TaskResult]
+    accuracy: Figure | None
+    reference_accuracy: NotRequired[Figure | None]  # with --reference
+    accuracy_change: NotRequired[Comparison | None]
+    choices: int
+    tokens: int
+    truncated: int
+    tokens_per_second: float
+
+
 class Evaluated(TypedDict):
     """What `moeconv evaluate` prints; a figure that is NaN or infinite is null."""
 
@@ -62,3 +106,4 @@ class Evaluated(TypedDict):
     not_finite: NotFinite | None
     seconds: NotRequired[float]
     phases: NotRequired[dict[str, float]]
+    tasks: NotRequired[Tasks | None]  # with --tasks; null where a layer computes NaN

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moeconv.contract import Gate, NotFinite
 from moeconv.errors import CheckError, UsageError
 
-# parameter -> (the figure that it limits, whether the figure must be at least as large as the limit)
-GATES: dict[str, tuple[str, bool]] = {
-    "max_loss_increase": ("loss_increase", False),
-    "max_kl": ("kl", False),
-    "min_agreement": ("top1_agreement", True),
+
+@dataclass(frozen=True)
+class GateRule:
+    """The figure that a parameter limits, whether it must be at least as large as the limit, what measures it (`data`
+    or `tasks`), whether a reference is needed, and whether the limit is a share."""
+
+    figure: str
+    at_least: bool
+    source: str = "data"
+    compares: bool = True
+    share: bool = False
+
+
+GATES: dict[str, GateRule] = {
+    "max_loss_increase": GateRule("loss_increase", at_least=False),
+    "max_kl": GateRule("kl", at_least=False),
+    "min_agreement": GateRule("top1_agreement", at_least=True, share=True),
+    "min_accuracy": GateRule("accuracy", at_least=True, source="tasks", compares=False, share=True),
+    "max_accuracy_drop": GateRule("accuracy_drop", at_least=False, source="tasks", share=True),
 }
 
 
-def check_limits(limits: Mapping[str, float | None], *, has_reference: bool) -> None:
-    """Check the limits before anything runs.
+def check_limits(limits: Mapping[str, float | None], *, has_reference: bool, sources: Container[str]) -> None:
+    """Check the limits before anything runs. `sources` are those of `data` and `tasks` that were given.
 
-    Raises UsageError for a limit that is not a number in its range, and for a limit without a reference.
+    Raises UsageError for a limit that is not a number in its range, and for a limit of what will not be measured.
     """
     for name, limit in limits.items():
-        flag = "--" + name.replace("_", "-")
+        flag, rule = "--" + name.replace("_", "-"), GATES[name]
         if limit is None:
             continue
-        if not math.isfinite(limit) or (name == "min_agreement" and not 0 <= limit <= 1):
-            expected = "a share from 0 to 1" if name == "min_agreement" else "a finite number of nats per token"
+        if not math.isfinite(limit) or (rule.share and not 0 <= limit <= 1):
+            expected = "a share from 0 to 1" if rule.share else "a finite number of nats per token"
             raise UsageError(f"{flag} {limit}: expected {expected}")
-        if not has_reference:
+        if rule.compares and not has_reference:
             raise UsageError(f"{flag} needs a reference model to compare with", hint="Pass --reference MODEL.")
+        if rule.source not in sources:
+            raise UsageError(f"{flag} needs --{rule.source}", hint=f"Pass --{rule.source} FILE.")
 
 
 def judge(limits: Mapping[str, float | None], figures: Mapping[str, float]) -> dict[str, Gate]:
@@ -38,9 +55,9 @@ def judge(limits: Mapping[str, float | None], figures: Mapping[str, float]) -> d
     judged: dict[str, Gate] = {}
     for name, limit in limits.items():
         if limit is not None:
-            figure, at_least = GATES[name]
-            value = figures[figure]
-            passed = value >= limit if at_least else value <= limit  # both are false for NaN
+            rule = GATES[name]
+            value = figures[rule.figure]
+            passed = value >= limit if rule.at_least else value <= limit  # both are false for NaN
             judged[name] = {"limit": limit, "value": finite(value), "passed": passed}
     return judged
 

@@ -1,4 +1,4 @@
-"""`evaluate`: the loss on text, alone or against a reference, computed layer by layer; with gates for CI."""
+"""`evaluate`: the loss on text and the accuracy on tasks, alone or against a reference, layer by layer; with gates."""
 
 from __future__ import annotations
 
@@ -19,37 +19,31 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window
+from moeconv.evaluate.settings import Settings
+from moeconv.evaluate.tasks import accuracy_figures, answer_tasks, longest_of, read_questions
 from moeconv.families.model import Model, open_model
 from moeconv.options import EVALUATE_SEQ_LEN, parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.phases import phase
 from moeconv.stream.finite import NotFiniteError, not_finite
-from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.layers import LayerStream, pick_device, start_meter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How the models are run. `flows` is the number of models whose activations are held at the same time."""
-
-    dtype: torch.dtype | None
-    device: torch.device
-    batch_size: int
-    budget: int | None
-    flows: int
-    meter: Meter
 
 
 @phase("evaluate")
 def evaluate(
     model_path: str | os.PathLike[str],
     *,
-    data: Sequence[str],
+    data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    questions: int | None = None,
     reference: str | os.PathLike[str] | None = None,
     max_loss_increase: float | None = None,
     max_kl: float | None = None,
     min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    max_accuracy_drop: float | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
     batch_size: int = 8,
@@ -60,71 +54,109 @@ def evaluate(
     max_memory: str | int | None = None,
     meter: Meter | None = None,
 ) -> Evaluated:
-    """Measure the loss of a model on text, and return the JSON object of `moeconv evaluate`.
+    """Measure the loss of a model on text, its accuracy on tasks, or both, and return the JSON object of `moeconv
+    evaluate`.
 
     All of `data` is used, or a sample of `tokens` tokens, in sequences of `seq_len` tokens (by default 256, or the
     models' maximum where that is less). The result's `tokens` counts the predicted tokens, which are all but the first
     of each sequence. Losses are in nats per predicted token; `kl` is the mean of KL(reference || model).
+    `tasks` are request files (`data.tasks`), of which the first `questions` are answered; what is longer than `seq_len`
+    tokens (by default the models' maximum) loses its beginning.
 
     A figure that is NaN or infinite is None and fails its gate. `not_finite` {message, hint} then names the first layer
     and tensor that produce such values, and `passed` is False. The caller turns `passed` == False into exit code 5.
     With `dtype` None, the models run in float32 on the CPU, and elsewhere in the checkpoint's own dtype.
 
-    Raises UsageError for a gate without a reference, and InputError for data that cannot be used and for models with
+    Raises UsageError for a gate without what it limits, and InputError for data that cannot be used and for models with
     different tokenizers.
     """
     meter = meter or SilentMeter()
-    limits = {"max_loss_increase": max_loss_increase, "max_kl": max_kl, "min_agreement": min_agreement}
-    check_limits(limits, has_reference=reference is not None)
-    settings = _Settings(
+    limits = {
+        "max_loss_increase": max_loss_increase, "max_kl": max_kl, "min_agreement": min_agreement,
+        "min_accuracy": min_accuracy, "max_accuracy_drop": max_accuracy_drop,
+    }  # fmt: skip
+    given = [name for name, values in (("data", data), ("tasks", tasks)) if values]
+    check_limits(limits, has_reference=reference is not None, sources=given)
+    if not given:
+        raise UsageError("no data was given", hint="Pass --data with text, --tasks with questions, or both.")
+    settings = Settings(
         _dtype(dtype), pick_device(device), batch_size,
-        budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"),
-        flows=1 if reference is None else 2, meter=meter,
+        budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"), meter=meter,
     )  # fmt: skip
     models = [open_model(path) for path in (model_path, reference) if path is not None]
     _check_tokenizers(models)
-    length = min(sequence_length(model, seq_len, default=EVALUATE_SEQ_LEN) for model in models)
-    meter.note("reading the data")
-    read = load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
-    start_meter(meter, *models, tokens=read.windows.size)
-    began = time.monotonic()
-    layers: list[Load] = []
-    problem: NotFiniteError | None = None
-    rate = memory = None
-    try:
-        stream = _pass(models[0], read.windows, settings, loads=layers)
-        memory = stream.placement
-        seconds = time.monotonic() - began
-        other = _pass(models[1], read.windows, settings, loads=[]) if len(models) == 2 else None
-        meter.note("computing the losses")
-        scores, tail_seconds = _score(stream, other, read.source, len(read.sources), meter=meter)
-        rate = read.tokens / (seconds + tail_seconds)
-        problem = _tail_problem(models, scores, dtype=stream.dtype)
-    except NotFiniteError as error:
-        scores, problem = _unknown(read), error
+    asked = read_questions(tasks, models, seq_len, questions, settings) if tasks else None
+    read = _read_data(data, models, tokens, seq_len, seed, text_field, meter) if data else None
+    found = _measure_loss(models, read, settings) if read is not None else _Losses([], [])
+    problem, answered = found.problem, None
+    if asked is not None and problem is None:
+        answered, problem = answer_tasks(models, asked, settings, seed=seed)
     total = Score()
-    for score in scores:
+    for score in found.scores:
         total.add(score)
-    compared, figures = len(models) == 2, _figures(total)
+    compared, figures = len(models) == 2, _figures(total) | accuracy_figures(answered)
     gates = judge(limits, figures)
     loss, reference_loss = total.mean("loss"), total.mean("reference_loss")
-    return {
+    compares = compared and read is not None
+    sources = [] if read is None else read.sources
+    result: Evaluated = {
         "path": str(models[0].checkpoint.path),
         "tokens": total.tokens,
         "loss": finite(loss),
         "perplexity": _perplexity(loss),
-        "sources": [_source(s.name, score, compared=compared) for s, score in zip(read.sources, scores)],
-        "reference": {"loss": finite(reference_loss), "perplexity": _perplexity(reference_loss)} if compared else None,
+        "sources": [_source(s.name, score, compared=compared) for s, score in zip(sources, found.scores)],
+        "reference": {"loss": finite(reference_loss), "perplexity": _perplexity(reference_loss)} if compares else None,
         "kl": finite(figures["kl"]) if compared else None,
         "top1_agreement": finite(figures["top1_agreement"]) if compared else None,
-        "seq_len": read.seq_len,
-        "memory": None if memory is None else memory.to_json(),
-        "tokens_per_second": rate,
-        "layers": layers,
+        "seq_len": longest_of(asked) if read is None else read.seq_len,
+        "memory": None if settings.placed is None else settings.placed.to_json(),
+        "tokens_per_second": found.rate,
+        "layers": found.loads,
         "passed": problem is None and all(gate["passed"] for gate in gates.values()),
         "gates": gates,
         "not_finite": None if problem is None else {"message": problem.message, "hint": problem.hint},
     }
+    if tasks:
+        result["tasks"] = answered
+    return result
+
+
+@dataclass
+class _Losses:
+    """What was measured on text: one Score per source, the routing load of each MoE layer, tokens per second, and what
+    made a loss NaN or infinite."""
+
+    scores: list[Score]
+    loads: list[Load]
+    rate: float | None = None
+    problem: NotFiniteError | None = None
+
+
+def _read_data(
+    data: Sequence[str], models: Sequence[Model], tokens: int | None, seq_len: int | None, seed: int, text_field: str,
+    meter: Meter,
+) -> TokenData:  # fmt: skip
+    length = min(sequence_length(model, seq_len, default=EVALUATE_SEQ_LEN) for model in models)
+    meter.note("reading the data")
+    return load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
+
+
+def _measure_loss(models: Sequence[Model], read: TokenData, settings: Settings) -> _Losses:
+    """The losses of the model, and of its reference where there are two models, on all windows."""
+    start_meter(settings.meter, *models, tokens=read.windows.size)
+    began = time.monotonic()
+    found = _Losses([], [])
+    try:
+        stream = _pass(models[0], read.windows, settings, flows=len(models), loads=found.loads)
+        seconds = time.monotonic() - began
+        other = _pass(models[1], read.windows, settings, flows=2, loads=[]) if len(models) == 2 else None
+        settings.meter.note("computing the losses")
+        found.scores, tail_seconds = _score(stream, other, read.source, len(read.sources), meter=settings.meter)
+        found.rate = read.tokens / (seconds + tail_seconds)
+        found.problem = _tail_problem(models, found.scores, dtype=stream.dtype)
+    except NotFiniteError as error:
+        found.scores, found.problem = _unknown(read), error
+    return found
 
 
 def _check_tokenizers(models: Sequence[Model]) -> None:
@@ -156,14 +188,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _pass(model: Model, windows: np.ndarray, settings: _Settings, *, loads: list[Load]) -> LayerStream:
+def _pass(model: Model, windows: np.ndarray, settings: Settings, *, flows: int, loads: list[Load]) -> LayerStream:
     """Run all layers of the model, up to its final hidden states. The routing load of each MoE layer is appended to
     `loads`."""
-    # the default implementation of the experts, where it can run: the loss is that of the code that users run
-    stream = stream_within(
-        model, windows, what="evaluate", judged=True, flows=settings.flows, dtype=settings.dtype,
-        device=settings.device, batch_size=settings.batch_size, budget=settings.budget, meter=settings.meter,
-    )  # fmt: skip
+    stream = settings.stream(model, windows, flows=flows)
     for layer in stream.layers():
         if layer.experts is None:
             continue

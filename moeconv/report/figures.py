@@ -29,6 +29,7 @@ from moeconv.report.types import (
     PruningFigures,
     PruningLayer,
     SimilarityRow,
+    TaskRow,
     TuningFigures,
     TuningLayer,
     UtilizationRow,
@@ -115,6 +116,21 @@ def _pipeline_row(row: Mapping[str, object]) -> PipelineRow:
     }
 
 
+def _task_rows(task: Mapping[str, object]) -> list[TaskRow]:
+    theirs = mapping(task.get("reference"))
+    return [
+        {
+            "task": escape(task.get("name", "")),
+            "metric": escape(metric),
+            "questions": number(task.get("questions")),
+            "value": number(mapping(figure).get("value")),
+            "stderr": number(mapping(figure).get("stderr")),
+            "reference": number(mapping(theirs.get(metric)).get("value")),
+        }
+        for metric, figure in mapping(task.get("metrics")).items()
+    ]
+
+
 def _evaluation(result: Mapping[str, object]) -> EvaluationFigures:
     reference = mapping(result.get("reference"))
     return {
@@ -129,6 +145,7 @@ def _evaluation(result: Mapping[str, object]) -> EvaluationFigures:
              "reference_loss": number(s.get("reference_loss")), "kl": number(s.get("kl"))}
             for s in rows(result.get("sources"))
         ],
+        "tasks": [row for task in rows(mapping(result.get("tasks")).get("results")) for row in _task_rows(task)],
         "gates": [
             {"name": escape(n), "value": number(g.get("value")), "limit": number(g.get("limit")),
              "passed": g.get("passed") is True}

@@ -58,6 +58,17 @@ class GateRow(TypedDict):
     passed: bool
 
 
+class TaskRow(TypedDict):
+    """One metric of one request file of --tasks."""
+
+    task: str
+    metric: str
+    questions: Number
+    value: Number
+    stderr: Number
+    reference: Number
+
+
 class EvaluationFigures(TypedDict):
     """One result of `moeconv evaluate`."""
 
@@ -68,6 +79,7 @@ class EvaluationFigures(TypedDict):
     agreement: Number
     tokens: Number
     sources: list[SourceRow]
+    tasks: list[TaskRow]
     gates: list[GateRow]
 
 

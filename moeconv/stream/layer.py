@@ -111,7 +111,7 @@ class Layer:
         self._halfway = advance if own else self._halfway
         flow = self._stream.hidden if hidden is None else hidden
         for rows in self._stream.rows():
-            inputs = flow[rows].to(self._stream.device)
+            inputs = self._stream.batch(flow, rows).to(self._stream.device)
             parts = (self.norm, self.ffn, self.router, self.experts)
             with torch.no_grad(), captured(*parts, on_input=self.top_k_on_input) as seen:
                 outputs = self.run(inputs, rows)
@@ -119,7 +119,7 @@ class Layer:
             self._check_logits(seen.get("router_logits"))
             yield Batch(rows=rows, inputs=inputs, outputs=outputs, **seen)
             if advance:
-                flow[rows].copy_(outputs)
+                self._stream.batch(flow, rows).copy_(outputs)
             del (
                 inputs,
                 outputs,

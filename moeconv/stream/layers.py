@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from moeconv.stream.hooks import Arguments, Calls, distinct_tensors, record_call
 from moeconv.stream.layer import Layer
 from moeconv.stream.memory import MAPPED, allocate, release_memory
 from moeconv.stream.need import MemoryPlacement, Need, Workload, WorkloadFields, need_of, noted_placement, together
+from moeconv.stream.ragged import Ragged
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import ExpertNames, names_of, place
 from moeconv.tensors import decode_weight, plain_name, plain_names
@@ -33,7 +35,7 @@ from moeconv.tensors import decode_weight, plain_name, plain_names
 
 class LayerStream:
     """A pass of a model over `windows` int64 [n, S], layer by layer. It holds the activations `hidden` [n, S, H] (on
-    the CPU, in `dtype`) and the weights of one layer.
+    the CPU, in `dtype`) and the weights of one layer. Of `Ragged` sequences, it holds one [tokens, H] for all batches.
 
     Iterate `layers()` once, then `logits()` as often as needed. With `dtype` None, the dtype is float32 on the CPU and
     the checkpoint's own elsewhere. Activations of more than `max_memory` bytes are in an unnamed file that is mapped
@@ -47,7 +49,7 @@ class LayerStream:
     def __init__(
         self,
         model: Model,
-        windows: np.ndarray | Tensor,
+        windows: np.ndarray | Tensor | Ragged,
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -66,7 +68,8 @@ class LayerStream:
         self._meter = meter or SilentMeter()
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
-        self.windows = torch.as_tensor(windows, dtype=torch.int64)
+        self.ragged = windows if isinstance(windows, Ragged) else None
+        self.windows = torch.as_tensor(windows.ids if isinstance(windows, Ragged) else windows, dtype=torch.int64)
         _check_passed_on(model)
         self.skeleton = Skeleton(model, dtype=self.dtype, device=self.device, experts=experts)
         self._names: dict[int | None, list[str]] = {}
@@ -85,8 +88,15 @@ class LayerStream:
 
     def rows(self) -> Iterator[slice]:
         """The batches, as slices of the windows."""
+        if self.ragged is not None:
+            yield from self.ragged.batches
+            return
         for start in range(0, len(self.windows), self.batch_size):
             yield slice(start, min(start + self.batch_size, len(self.windows)))
+
+    def batch(self, values: Tensor, rows: slice) -> Tensor:
+        """The part [b, S, ...] of `values`, laid out as `hidden` or `windows`, that belongs to a batch of `rows()`."""
+        return values[rows] if self.ragged is None else self.ragged.batch(values, rows)
 
     def layers(self) -> Iterator[Layer]:
         """Yield every decoder layer in order; its weights stay loaded until the next layer is requested. A layer that
@@ -119,7 +129,7 @@ class LayerStream:
 
     def ran(self, rows: slice) -> None:
         """Report a batch of the current layer, so that the meter moves within layers that take long."""
-        share = self._bytes * (rows.stop - rows.start) // len(self.windows)
+        share = self._bytes * self.batch(self.windows, rows).numel() // self.windows.numel()
         self._told += share
         self._meter.advance(share)
 
@@ -148,6 +158,16 @@ class LayerStream:
     @torch.no_grad()
     def tails(self, flows: Sequence[Tensor], *, batch_size: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
         """Yield (rows, [logits [b, S, V] per flow]), for several final activations `flows` [n, S, H]."""
+        with self.head_loaded():
+            for start in range(0, len(self.windows), batch_size):
+                rows = slice(start, min(start + batch_size, len(self.windows)))
+                ids = self.windows[rows].to(self.device)
+                yield rows, [self.tail(flow[rows].to(self.device), ids) for flow in flows]
+
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """Inside the block, the final norm and the output head are loaded. Raises ValueError before all layers were
+        run, and InputError where the checkpoint has no head."""
         if self._next_layer != self.model.num_layers:
             raise ValueError("the logits are known only after all layers were run")
         embedding = self._embedding_names()
@@ -161,16 +181,14 @@ class LayerStream:
                 "the checkpoint has no output embeddings", hint="A shard is missing: copy the checkpoint again."
             )
         try:
-            for start in range(0, len(self.windows), batch_size):
-                rows = slice(start, min(start + batch_size, len(self.windows)))
-                ids = self.windows[rows].to(self.device)
-                yield rows, [self._tail(flow[rows].to(self.device), ids) for flow in flows]
+            yield
         finally:
             for child in (self.skeleton.head, *self.skeleton.decoder.children()):
                 self.skeleton.empty(child)
             release_memory()
 
-    def _tail(self, hidden: Tensor, ids: Tensor) -> Tensor:
+    def tail(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The logits [b, S, V] of final hidden states [b, S, H] of the tokens `ids` [b, S], inside `head_loaded`."""
         embedding = self.skeleton.module.get_input_embeddings()
         embedding.forward = lambda _ids: hidden.new_zeros((*ids.shape, self.model.hidden_size))  # no layer reads them
         try:
@@ -198,7 +216,7 @@ class LayerStream:
 
     def _check_ids(self) -> None:
         size = self.skeleton.module.get_input_embeddings().weight.shape[0]
-        if self.windows.ndim != 2 or self.windows.numel() == 0:
+        if self.windows.ndim != (2 if self.ragged is None else 1) or self.windows.numel() == 0:
             raise InputError("there are no tokens to run the model on", hint="Give more text.")
         low, high = int(self.windows.min()), int(self.windows.max())
         if low < 0 or high >= size:
@@ -241,14 +259,14 @@ class LayerStream:
         # trained parameters of the rotary embeddings, which the arguments of the layers contain
         self._fill([plain_name(n, r) for n, r in self.model.roles.items() if r.group == "rotary"], under="")
         hidden = allocate((*self.windows.shape, self.model.residual_size), self.dtype, self.max_memory)
-        of_shape: dict[int, Calls] = {}
+        of_shape: dict[tuple[int, ...], Calls] = {}
         for rows in self.rows():
-            ids = self.windows[rows].to(self.device)
+            ids = self.batch(self.windows, rows).to(self.device)
             first, calls = record_calls(self.skeleton.decoder, self.skeleton.layers, ids, returned=self._returned)
-            hidden[rows].copy_(first.flatten(2))
-            # Windows have no padding, so masks and positions depend only on the shape of the batch: one is kept per
-            # shape. Some classes also give their layers the tokens, which are small.
-            kept = of_shape.setdefault(len(first), calls)
+            self.batch(hidden, rows).copy_(first.flatten(2))
+            # No mask is needed for padding, which is at the end, so masks and positions depend only on the shape of
+            # the batch: one is kept per shape. Some classes also give their layers the tokens, which are small.
+            kept = of_shape.setdefault(tuple(ids.shape), calls)
             self._calls[rows.start, len(first)] = cast("Calls", with_shared(calls, kept))
             known = set(map(id, distinct_tensors(kept)))
             own = [t for t in distinct_tensors(self._calls[rows.start, len(first)]) if id(t) not in known]
@@ -294,9 +312,9 @@ class LayerStream:
 
 
 def stream_within(
-    model: Model, windows: np.ndarray, *, budget: int | None, what: str, meter: Meter, dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu", batch_size: int = 8, beside: Sequence[Need] = (),
-    **asks: Unpack[WorkloadFields],
+    model: Model, windows: np.ndarray | Ragged, *, budget: int | None, what: str, meter: Meter,
+    dtype: torch.dtype | None = None, device: str | torch.device = "cpu", batch_size: int = 8,
+    beside: Sequence[Need] = (), **asks: Unpack[WorkloadFields],
 ) -> LayerStream:  # fmt: skip
     """A stream that takes at most `budget` bytes of memory, or without a budget at most what is free. Where the experts
     and the activations do not fit, they stay on the disk; the stream's `placement` records which of them do.
@@ -309,7 +327,8 @@ def stream_within(
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
     if device.type == "cpu":
         configure_malloc(MAPPED)
-        run = Workload(windows.size, windows.shape[-1], batch_size, dtype.itemsize, **asks)
+        length = windows.longest if isinstance(windows, Ragged) else windows.shape[-1]
+        run = Workload(windows.size, length, batch_size, dtype.itemsize, **asks)
         found = noted_placement(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held
     stream = LayerStream(

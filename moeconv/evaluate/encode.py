@@ -1,0 +1,100 @@
+"""Questions as tokens: the inputs that a model runs on, each once, and the positions whose predictions are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeconv.data.tasks import Task
+from moeconv.data.tokenizer import Tokenizer
+from moeconv.errors import InputError
+from moeconv.stream.ragged import Ragged, pack
+
+_BATCH = 1024  # texts tokenized in one call
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """All choices of all tasks, in order. Choice i owns the targets `bounds[i]` to `bounds[i + 1]`: the token
+    `targets[t]` is predicted at `places[t]`, a position in `inputs.ids`. `truncated` counts the choices whose context
+    lost its beginning."""
+
+    inputs: Ragged
+    bounds: np.ndarray  # int64 [choices + 1]
+    targets: np.ndarray  # int64 [tokens]
+    places: np.ndarray  # int64 [tokens]
+    truncated: int
+
+
+def encode(tasks: Sequence[Task], tokenizer: Tokenizer, *, longest: int, batch_size: int) -> Encoded:
+    """The tokens of all choices. As in lm-evaluation-harness, a context and its choice are tokenized together, spaces
+    at the end of the context belong to the choice, and what is longer than `longest` tokens loses its beginning. An
+    input that is the beginning of another one, as where choices of one token share their context, is run once.
+
+    Raises InputError for a choice that is longer than `longest` alone, and for one that adds no token.
+    """
+    where = [q.where for task in tasks for q in task.questions for _ in q.choices]
+    pairs = [pair for task in tasks for q in task.questions for pair in zip(q.contexts, q.choices, strict=True)]
+    split = [context.rstrip() for context, _ in pairs]
+    front = _front(tokenizer)
+    whole = _tokens(tokenizer, [context + choice for context, choice in pairs])
+    heads = dict(zip(distinct := list(dict.fromkeys(split)), _tokens(tokenizer, distinct), strict=True))
+    inputs: list[list[int]] = []
+    targets: list[list[int]] = []
+    truncated = 0
+    for place, context, ids in zip(where, split, whole, strict=True):
+        start = front or ([] if heads[context] else _start(tokenizer, place))
+        wanted = ids[len(heads[context]) :]
+        if not wanted or len(wanted) > longest:
+            problem = "adds no token to its context" if not wanted else f"has more than {longest} tokens"
+            raise InputError(f"{place}: a choice {problem}", hint="Leave the question out.")
+        tokens = [*start, *ids]
+        truncated += len(tokens) > longest + 1
+        inputs.append(tokens[-(longest + 1) : -1])
+        targets.append(wanted)
+    packed, firsts = _packed(inputs, batch_size)
+    counts = [len(wanted) for wanted in targets]
+    ends = [int(first) + len(ids) for first, ids in zip(firsts, inputs, strict=True)]
+    places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    return Encoded(packed, bounds, np.concatenate(targets).astype(np.int64), places, truncated)
+
+
+def _packed(inputs: Sequence[list[int]], batch_size: int) -> tuple[Ragged, np.ndarray]:
+    """(the inputs that are run, the first position of every input in them)."""
+    order = sorted(range(len(inputs)), key=inputs.__getitem__)
+    run: list[list[int]] = []
+    serves = np.zeros(len(inputs), np.int64)
+    for i in reversed(order):  # in this order an input that others begin with comes directly before one of them
+        if not run or run[-1][: len(inputs[i])] != inputs[i]:
+            run.append(inputs[i])
+        serves[i] = len(run) - 1
+    packed = pack(run, batch_size=batch_size)
+    return packed, packed.places[serves]
+
+
+def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    found: list[list[int]] = []
+    for start in range(0, len(texts), _BATCH):
+        batch = list(texts[start : start + _BATCH])
+        found += tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def _front(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before every text, such as <s>."""
+    bare, full = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return list(full[: next(starts, 0)])
+
+
+def _start(tokenizer: Tokenizer, where: str) -> list[int]:
+    """What an empty context is: the token that begins a text, or the one that ends it."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise InputError(
+            f"{where}: the context is empty, and the tokenizer has no token to begin with", hint="Give a context."
+        )
+    return [token]

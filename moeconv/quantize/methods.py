@@ -1,4 +1,4 @@
-"""What --method changes in a planned packing: nothing (rtn), searched scales (mse), or codes from an overlay (gptq)."""
+"""What --method changes in a planned packing: nothing (rtn), searched scales (mse), or what data chose (BY_DATA)."""
 
 from __future__ import annotations
 

@@ -10,14 +10,37 @@ from collections.abc import Mapping, Sequence
 
 from moeconv.errors import UsageError, escape
 from moeconv.options import QuantizeOptions, parse_size
-from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.formats import FORMATS, scheme_aliases
 from moeconv.quantize.spec import MIXED, Format, Scheme
 
+USUAL = 4  # bits: narrower schemes are offered only where the budget is too small for the others, or by --among
 
-def candidates(format: Format, groups: Sequence[int | None]) -> list[Scheme]:
-    """The schemes that layers choose from. `groups` are the group sizes that divide every width, the largest first. The
-    scheme with the most bits is offered with the largest group alone, the others with every group."""
-    *narrow, wide = (format.scheme(name) for name in format.mixes)
+
+def offered(format: Format, among: str | None) -> list[tuple[str, ...]]:
+    """The sets of schemes that layers choose from, in the order in which they are tried until one fits the budget.
+    Raises UsageError for a scheme in `among` that the format cannot mix."""
+    if among is not None:
+        named = {recognised_scheme(word.strip()) for word in among.split(",")}
+        if unknown := sorted(named - {*format.mixes}):
+            raise UsageError(
+                f"--among {escape(unknown[0])} is not a scheme that --format {format.name} can mix",
+                hint=f"It mixes: {', '.join(format.mixes)}.",
+            )
+        return [tuple(name for name in format.mixes if name in named)]
+    usual = tuple(name for name in format.mixes if format.scheme(name).bits >= USUAL)
+    return list(dict.fromkeys((usual, format.mixes)))
+
+
+def recognised_scheme(word: str) -> str:
+    """The scheme that a word stands for, by its name or by another word for it."""
+    return scheme_aliases().get(word, word)
+
+
+def candidates(format: Format, groups: Sequence[int | None], names: Sequence[str]) -> list[Scheme]:
+    """The schemes that layers choose from, out of those of `names`. `groups` are the group sizes that divide every
+    width, the largest first. The scheme with the most bits is offered with the largest group alone, the others with
+    every group."""
+    *narrow, wide = (format.scheme(name) for name in names)
     return [
         *(Scheme(info.name, info.bits, group) for info in narrow for group in groups),
         Scheme(wide.name, wide.bits, groups[0]),
@@ -83,7 +106,8 @@ def check_mixed(options: QuantizeOptions, format: Format, importance: Mapping[in
 
 def _check_not_mixed(options: QuantizeOptions) -> None:
     """Raises UsageError for an option that only --scheme mixed reads."""
-    for flag, value in (("--average-bits", options.average_bits), ("--max-bytes", options.max_bytes)):
+    mixing = (("--average-bits", options.average_bits), ("--max-bytes", options.max_bytes), ("--among", options.among))
+    for flag, value in mixing:
         if value is not None:
             raise UsageError(f"{flag} needs --scheme mixed", hint="Add --scheme mixed --stats STATS.")
     if options.stats:

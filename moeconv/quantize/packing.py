@@ -111,10 +111,10 @@ class Packing:
         def packed(ref: TensorRef) -> list[Item] | None:
             if ref.name not in chosen:
                 return None
-            made = make(ref)
-            return made if self.overlay is None else [i for item in made for i in from_overlay(item, self.overlay)]
+            return make(ref)
 
-        return carry_all(self.model, dtype=self.dtype, replace=packed)
+        items, overlay = carry_all(self.model, dtype=self.dtype, replace=packed), self.overlay
+        return items if overlay is None else [i for item in items for i in from_overlay(item, overlay)]
 
     def config(self, ignored: Sequence[str], *, scope: str) -> JsonObject:
         """config.json with the quantization_config of the format. `ignored` are the modules that are not packed."""
@@ -156,15 +156,29 @@ class Packing:
 
 def mix(
     packing: Packing,
-    schemes: Sequence[Scheme],
+    offers: Sequence[Sequence[Scheme]],
     importance: Mapping[int, float],
     *,
     options: QuantizeOptions,
     common: PlanOptions,
 ) -> Packing:
-    """The packing with the schemes, out of `schemes`, that have the least sum over the layers of error times importance
-    within the budget. --max-bytes is a budget for the files, to the byte. Raises UsageError where the smallest schemes
-    do not fit."""
+    """The packing with the schemes that have the least sum over the layers of error times importance within the budget,
+    out of the first of the `offers` whose smallest schemes fit it. --max-bytes is a budget for the files, to the byte.
+    Raises UsageError where none fits."""
+    least = 0
+    for schemes in offers:
+        found = _mix(packing, schemes, importance, options=options, common=common)
+        if isinstance(found, Packing):
+            return found
+        least = found
+    raise too_small(options, least, sum(packing.model.numel(ref) for ref in packing.weights))
+
+
+def _mix(
+    packing: Packing, schemes: Sequence[Scheme], importance: Mapping[int, float], *, options: QuantizeOptions,
+    common: PlanOptions,
+) -> Packing | int:  # fmt: skip
+    """`mix` out of `schemes`; where these do not fit, the bytes that the smallest of them take."""
     model = packing.model
     of_layer: dict[int, list[TensorRef]] = {layer: [] for layer in model.moe_layers}
     for ref in packing.weights:
@@ -195,7 +209,7 @@ def mix(
     while True:
         picked = allocate(layers, budget)
         if picked is None:
-            raise too_small(options, least, weights)
+            return least
         found = with_schemes(picked)
         if options.max_bytes is None:
             return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moeconv.checkpoint.imatrix import Imatrix, open_imatrix
@@ -23,11 +23,11 @@ from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
 from moeconv.quantize.methods import check_method, check_scheme_method
-from moeconv.quantize.mixed import candidates, check_mixed
+from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
-from moeconv.quantize.spec import MIXED, Asked, Format, Scheme, SchemeInfo
+from moeconv.quantize.spec import BY_DATA, MIXED, Asked, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_targets, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
@@ -43,7 +43,7 @@ def plan_quantize(
 ) -> Plan:
     """Plan the packing of every expert. The parameters are the fields of QuantizeOptions and PlanOptions.
 
-    `overlay` has codes that data chose (--method gptq), under their names on disk. Run such a plan with
+    `overlay` has codes that data chose (--method gptq, awq or auto), under their names on disk. Run such a plan with
     `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
     (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed. `stats_of_twin` is the identity
     of the checkpoint that the importance was measured on, where that is not this one.
@@ -94,7 +94,9 @@ def quantize_plan(
         _check_no_drafting(model)
     if mixed:
         groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
-        packing = mix(packing, candidates(format, groups), importance or {}, options=options, common=common)
+        offers = [candidates(format, groups, names) for names in offered(format, options.among)]
+        packing = mix(packing, offers, importance or {}, options=options, common=common)
+        warnings = [*warnings, *_doubtful(packing, options, warnings)]
     if format.shard is not None:
         shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE, imatrix))
         shards: tuple[Shard, ...] = (shard,)
@@ -145,6 +147,14 @@ def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix 
     found = parameters_of(options, common)
     del found["imatrix"]
     return found if imatrix is None else found | {"imatrix": imatrix.sha256}
+
+
+def _doubtful(packing: Packing, options: QuantizeOptions, known: Sequence[str]) -> list[str]:
+    """The warnings about targets that were not proven to load the narrow schemes that some layers have."""
+    format, family = packing.format, packing.model.family
+    narrow = dict.fromkeys(s.name for s in packing.by_layer.values() if s.bits < USUAL)
+    found = [w for name in narrow for w in check_targets(format, name, options.target, family=family)]
+    return [warning for warning in found if warning not in known]
 
 
 def _only_served(model: Model) -> str:
@@ -280,8 +290,8 @@ def _promise(model: Model, shard: Shard) -> dict[str, int]:
 def _check_layout(model: Model, format: Format, method: str) -> None:
     """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
     pack."""
-    if model.family.only_served and (method == "gptq" or not format.apart):
-        what = "--method gptq" if method == "gptq" else f"--format {format.name}"
+    if model.family.only_served and (method in BY_DATA or not format.apart):
+        what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
         raise InputError(
             f"the class of {model.family.model_type} in transformers stacks the experts of a layer, so that {what} "
             "cannot be used for experts in separate tensors",
@@ -291,9 +301,9 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
         return
     # transformers loads codes per expert, see separate.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
-    if format.stack is None or method == "gptq" or apart:
+    if format.stack is None or method in BY_DATA or apart:
         stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)
-        what = "--method gptq" if method == "gptq" else f"--format {format.name}"
+        what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
         raise InputError(
             f"{model.family.model_type} keeps all experts of a layer in one tensor, and {what} needs one tensor per "
             "expert, as do the runtimes that read packed weights",

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.checkpoint.overlay import Overlay
 from moeconv.contract import ErrorLayer, PackingError
 from moeconv.errors import CheckError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import CODES, split_part
 from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
 from moeconv.quantize.formats import FORMATS
+from moeconv.quantize.unfold import factors_of
 
 Weight = Any  # a torch Tensor; this module must not import torch when it is imported
 Decoder = Callable[[TensorSpec], Weight]  # from a tensor of codes to the weight that it decodes to
@@ -28,9 +30,12 @@ class PackingProof(TypedDict):
     counted: dict[str, int]
 
 
-def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | None = None) -> PackingProof:
+def prove_packing(
+    plan: Plan, source: Model, staged: Path, *, before: Plan | None = None, folds: Overlay | None = None
+) -> PackingProof:
     """Decode the first and the last matrix of every role in every layer, and compare each with its source in float32.
-    Where codes come from an overlay, `before` is the plan that packs the source itself.
+    Where codes come from an overlay, `before` is the plan that packs the source itself, and `folds` the overlay, for
+    the factors that AWQ moves into the weights.
 
     Raises CheckError when a decoded weight has a larger error than codes of its width can have, and when the number of
     packed weights of a role is not the planned one.
@@ -43,9 +48,11 @@ def prove_packing(plan: Plan, source: Model, staged: Path, *, before: Plan | Non
         raise CheckError(f"the packed weights on disk are {counted}, and the plan has {planned}")
     format = FORMATS[plan.block["format"]]
     decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
+    packed = None if folds is None else factors_of(folds, open_model(staged))
     layers: dict[int | None, list[float]] = {}
     for layer, item, spec in _sample(before or plan, source):
-        error = relative_rms(_source_weight(source, item), decode(spec))
+        weight = _source_weight(source, item)
+        error = relative_rms(weight if packed is None else packed(spec.name, weight), decode(spec))
         if not error <= format.limit(8 * spec.nbytes / spec.params, spec.dtype):
             raise CheckError(
                 f"{escape(spec.name)} decodes with a relative error of {error:.3f}, which is too large for its bits",

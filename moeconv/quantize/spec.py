@@ -22,6 +22,11 @@ MIXED = "mixed"  # the value of --scheme for bits that differ by layer
 # RTX 50), a processor, and Apple's
 HARDWARE = ("ampere", "ada", "h100", "b200", "cpu", "mac")
 GPUS = HARDWARE[:4]
+# the methods that a method of --method tries on each layer, if it is not a method itself
+TRIED = {"auto": ("mse", "awq", "gptq")}
+BY_DATA = ("gptq", "awq", "auto")  # the values of --method that choose codes by --data
+FOLDING = ("awq", "auto")  # those that may change the norms in front of the experts, and what else reads them
+METHODS = ("rtn", "mse", *BY_DATA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +82,9 @@ class Kernel:
     """A kernel that packs, by its name in items, with the values of --method that it supports besides rtn.
 
     `fits`: the kernel has the parameter `fit`, with which it searches scales of least error (mse). `grid` is
-    "module:name" of a `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (gptq); it works on tensors, so
-    it is imported when it is needed. `check(item, method)` raises UsageError for an item that a method cannot be used
-    with. `without` has the reason why the layout does not support a method.
+    "module:name" of a `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (BY_DATA); it works on tensors,
+    so it is imported when it is needed. `check(item, method)` raises UsageError for an item that a method cannot be
+    used with. `without` has the reason why the layout does not support a method.
     """
 
     name: str
@@ -90,7 +95,7 @@ class Kernel:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        return ("rtn", *["mse"] * self.fits, *["gptq"] * bool(self.grid))
+        return ("rtn", *["mse"] * self.fits, *(BY_DATA if self.grid else ()))
 
 
 @dataclass(frozen=True, slots=True)

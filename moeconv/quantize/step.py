@@ -24,6 +24,7 @@ from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.separate import plan_separate
+from moeconv.quantize.spec import BY_DATA, FOLDING, TRIED
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import need_of
@@ -108,33 +109,33 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     model = open_resolved(request.model)
     options, out, write = request.quantize, request.out, request.write
     check_method(FORMATS[options.format], options.method)
-    if (options.method == "gptq") != bool(request.data.data):
-        text = (
-            "--method gptq needs --data"
-            if options.method == "gptq"
-            else f"--method {options.method} does not use --data"
-        )
-        raise UsageError(text, hint="Only gptq chooses codes by data: --method gptq --data FILE.")
+    by_data = options.method in BY_DATA
+    if by_data != bool(request.data.data):
+        text = f"--method {options.method} {'needs' if by_data else 'does not use'} --data"
+        raise UsageError(text, hint=f"{', '.join(BY_DATA)} choose codes by data: --method gptq --data FILE.")
     packing = plan_packing(model, request)
     plan = before = packing.plan
+    folds: Overlay | None = None
 
     def check(staged: Path) -> PackingProof:
         from moeconv.quantize.proof import prove_packing
 
-        return prove_packing(plan, model, staged, before=before)
+        return prove_packing(plan, model, staged, before=before, folds=folds)
 
-    if options.method != "gptq":
+    if not by_data:
         return run_plan(plan, model, out, write, meter=meter, check=check, origins=_origins(request))
     chosen = _of_run_layers(before, model)
     jobs = checked_jobs(write.jobs, each=CODED_BYTES)
     if write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         asked = run_on_data(model, request.measure, {})
-        asks = gptq_workload(packing.view, chosen, tokens=asked.tokens, seq_len=asked.seq_len, jobs=jobs)
+        asks = gptq_workload(
+            packing.view, chosen, tokens=asked.tokens, seq_len=asked.seq_len, jobs=jobs, method=options.method
+        )
         planned = planned_memory(need_of(model, replace(asked, **asks)), asked, request.measure)
         return result | {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     check_out(out, model, write)
-    from moeconv.quantize.gptq.run import choose_codes, remarks_on
+    from moeconv.quantize.gptq.run import beside_of, choose_codes, remarks_on
 
     def measure(folder: Path) -> CodesFigures:
         path = folder / _CODES
@@ -145,6 +146,10 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
             data=request.data,
             measure=request.measure,
             damping=options.damping,
+            method=options.method,
+            beside=beside_of(packing.view, before.items()) if options.method in FOLDING else (),
+            written=planned_model(before, companions=model.checkpoint.path) if options.method in TRIED else None,
+            ordered=options.actorder == "static",
             view=packing.view,
             seed=request.plan.seed,
             jobs=jobs,
@@ -155,10 +160,10 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     with measuring("quantize", model, out, write, *decides, meter=meter) as measured:
         folder, found = measured.once("codes", measure)
         overlay = Overlay(folder / _CODES)
-        plan = plan_packing(model, request, overlay=overlay).plan
+        plan, folds = plan_packing(model, request, overlay=overlay).plan, overlay
         result = run_plan(
             plan, model, out, write, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
         )
     result["quantize"].setdefault("error", {})["output"] = found
-    result["warnings"] += remarks_on(found)
+    result["warnings"] += remarks_on(found, method=options.method)
     return result

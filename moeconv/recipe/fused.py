@@ -15,7 +15,7 @@ from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
 from moeconv.prune.step import prune
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.spec import MIXED
+from moeconv.quantize.spec import BY_DATA, MIXED
 from moeconv.quantize.step import plan_packing
 from moeconv.recipe.guard import read_by
 from moeconv.recipe.read import Recipe
@@ -74,7 +74,7 @@ def can_fuse(request: PruneRequest, then: QuantizeRequest) -> bool:
     """Whether a prune and a quantize can be one pass: nothing has to be measured or written between them."""
     first, second = request.prune, then.quantize
     repairs = first.refit or first.heal or first.sequential or first.merge or first.distill or first.curve
-    decided = second.method != "gptq" and second.scheme != MIXED and FORMATS[second.format].shard is None
+    decided = second.method not in BY_DATA and second.scheme != MIXED and FORMATS[second.format].shard is None
     return decided and not repairs and not any(w.part or w.dry_run for w in (request.write, then.write))
 
 

@@ -29,6 +29,8 @@ STEPS: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "prune by weights": (("prune", "{moe}", "{out}", "--keep", 3, "--criterion", "aimer"), ["weights.aimer"]),
     "tune": (("tune", "{moe}", "{out}", "--objective", "lm", "--steps", 3, *RUN), ["overlay"]),
     "quantize --method gptq": (("quantize", "{moe}", "{out}", "--method", "gptq", *RUN), ["codes"]),
+    "quantize --method awq": (("quantize", "{moe}", "{out}", "--method", "awq", *RUN), ["codes"]),
+    "quantize --method auto": (("quantize", "{moe}", "{out}", "--method", "auto", *RUN), ["codes"]),
     "upcycle --router": (
         ("upcycle", "{dense}", "{out}", "--experts", 3, "--router", "centroid", "--no-check", *RUN), ["router"],
     ),

@@ -366,6 +366,36 @@ def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
     one = quantized(cli, case, tmp_path / "a")["files"]["model.safetensors"]
     assert quantized(cli, case, tmp_path / "b", "--jobs", 1)["files"]["model.safetensors"] == one
     assert quantized(cli, case, tmp_path / "c", "--damping", 10)["files"]["model.safetensors"] != one
+    plain = quantized(cli, case, tmp_path / "d", "--actorder", "none")["files"]
+    assert plain["model.safetensors"] != one
+    # groups and layout do not depend on the order, so that a reader needs no index of groups
+    config = (tmp_path / "d" / "config.json").read_text()
+    assert config == (tmp_path / "a" / "config.json").read_text() and '"actorder": null' in config
+    assert not any("g_idx" in name for name in open_model(tmp_path / "a").checkpoint.tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--format", "bitsandbytes", "--scheme", "int8")])
+def test_auto_keeps_the_method_of_least_error_of_each_layer(cli, case, tmp_path, flags):
+    """On the tokens that are held out, and with what that method alone writes for the first layer."""
+    result = quantized(cli, case, tmp_path / "auto", "--method", "auto", *flags)
+    rows = result["quantize"]["error"]["output"]["layers"]
+    tried = {"rtn", "awq", "gptq"} if flags else {"rtn", "mse", "awq", "gptq"}
+    for row in rows:
+        errors = row["output_rms_by_method"]
+        assert {*errors} == tried and row["output_rms"] == errors[row["method"]] == min(errors.values())
+    alone = {}
+    for method in ("awq", "gptq"):
+        found = quantized(cli, case, tmp_path / method, "--method", method, *flags)
+        alone[method] = found["quantize"]["error"]["output"]["layers"]
+    for method, layers in alone.items():  # the first layer has the same inputs
+        assert layers[0]["output_rms_by_method"][method] == rows[0]["output_rms_by_method"][method]
+        assert rows[0]["output_rms"] <= layers[0]["output_rms"]
+    chosen = rows[0]["method"]
+    written, single = open_model(tmp_path / "auto"), open_model(tmp_path / chosen)
+    for name, role in written.roles.items():
+        if role.layer == rows[0]["layer"]:
+            assert written.checkpoint.read(name) == single.checkpoint.read(name), name
 
 
 @pytest.mark.parametrize(
@@ -375,6 +405,9 @@ def test_same_command_same_bytes_and_damping_counts(cli, case, tmp_path):
         (("--data", "text.txt"), "does not use --data"),
         (("--method", "gptq", "--data", "text.txt", "--damping", 0), "--damping"),
         (("--method", "mse", "--format", "bitsandbytes"), "--method mse"),
+        (("--method", "auto"), "--method auto needs --data"),
+        (("--method", "awq", "--data", "x", "--format", "bitsandbytes"), "--method awq needs rows of whole blocks"),
+        (("--method", "awq", "--data", "x", "--format", "gguf"), "--method awq"),
         (("--method", "gptq", "--data", "x", "--format", "bitsandbytes", "--double-quant"), "--double-quant"),
         (("--method", "gptq", "--data", "x", "--format", "bitsandbytes"), "rows of whole blocks"),
     ],

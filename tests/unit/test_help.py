@@ -53,7 +53,7 @@ def test_a_help_text_shows_options_by_subject_in_one_order(cli):
 def test_few_choices_stand_in_the_place_of_the_value(cli, monkeypatch):
     monkeypatch.setenv("TERMINAL_WIDTH", "160")
     text = flat(cli("quantize", "-h").out)
-    assert "--method [rtn|mse|gptq]" in text and "--max-bytes SIZE" in text and "--data FILE" in text
+    assert "--method [rtn|mse|gptq|awq|auto]" in text and "--max-bytes SIZE" in text and "--data FILE" in text
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ def test_the_shell_completes_choices():
         env=os.environ | {"_MOECONV_COMPLETE": "complete_bash", "COMP_WORDS": "moeconv quantize --method ",
                           "COMP_CWORD": "3"},
     )  # fmt: skip
-    assert found.stdout.split() == ["rtn", "mse", "gptq"]
+    assert found.stdout.split() == ["rtn", "mse", "gptq", "awq", "auto"]
 
 
 def test_every_command_has_two_examples_and_a_page(cli):

@@ -125,6 +125,7 @@ MEASURING: dict[str, set[str]] = {
     "quantize.gptq": MEASURE,
     "quantize.measured_importance": MEASURE,
     "quantize.proof": DECIDE | {"tensors"},
+    "quantize.unfold": DECIDE | {"tensors"},
     "calibrate.step": STEP | {"quantize"},
     "tune.step": STEP,
     "evaluate.step": STEP,

@@ -104,6 +104,21 @@ def test_average_bits(model, format):
     assert found[6.6] == [4, 8, 4, 8]
 
 
+@pytest.mark.parametrize("among", [None, "int2,int3,int4", "w3a16, int2"])
+def test_a_budget_below_four_bits_takes_narrower_schemes(model, among):
+    asked = {"scheme": "mixed", "importance": IMPORTANCE, "among": among, "target": ("vllm",)}
+    plan = plan_quantize(model, average_bits=3, **asked)
+    weights = [i for i in plan.items() if i.changed == "expert"]
+    used = sum(i.nbytes for i in weights) * 8 / sum(s.params for i in weights for s in i.outputs)
+    assert 2.4 < used <= 3 and min(bits(plan)) == 2 and bits(plan)[1] == max(bits(plan)) > 2
+    assert any("vllm was not proven to load compressed-tensors int2" in w for w in plan.warnings)
+    names = {"int2", "int3"} if among == "w3a16, int2" else {"int2", "int3", "int4", "int8"}
+    assert {*plan.block["scheme_by_layer"].values()} <= names
+    assert plan_quantize(model, average_bits=5.3, **(asked | {"among": None})).block["bits_by_layer"] == {
+        "0": 4, "1": 8, "2": 4, "3": 4,
+    }  # fmt: skip
+
+
 def test_groups_of_layers_match_their_experts_and_nothing_else(model):
     plan = plan_quantize(model, scheme="mixed", average_bits=5.3, importance=IMPORTANCE, **VLLM)
     groups = plan.config["quantization_config"]["config_groups"]
@@ -142,7 +157,10 @@ def test_max_bytes_counts_the_files(model):
         ({"average_bits": 5, "format": "gguf"}, "mixed"),
         (VLLM, "either --average-bits or --max-bytes"),
         ({"average_bits": 5, "max_bytes": "1GB", **VLLM}, "either --average-bits or --max-bytes"),
-        ({"average_bits": 3, **VLLM}, "--average-bits 3 is too small: the smallest scheme takes 4."),
+        ({"average_bits": 2, **VLLM}, "--average-bits 2 is too small: the smallest scheme takes 2."),
+        ({"average_bits": 3, "among": "int4,int8", **VLLM}, "is too small: the smallest scheme takes 4."),
+        ({"average_bits": 3, "among": "int3,nf4", **VLLM}, "--among nf4 is not a scheme that"),
+        ({"among": "int4", "scheme": "int4"}, "--among needs --scheme mixed"),
         ({"average_bits": 5, "scope": "all-linear", **VLLM}, "--scope all-linear"),
         ({"average_bits": 5, "scheme": "int4"}, "--average-bits needs --scheme mixed"),
     ],

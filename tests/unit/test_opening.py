@@ -103,7 +103,7 @@ def test_a_kind_of_compressed_tensors_that_is_not_read_is_named(tmp_path: Path) 
     path = tiny.make_moe(tmp_path / "model")
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     for layout, changed, word in (
-        ("pack-quantized", {"num_bits": 3}, "3-bit int"),
+        ("pack-quantized", {"num_bits": 5}, "5-bit int"),
         ("pack-quantized", {"actorder": "group"}, "actorder group"),
         ("marlin-24", {}, "marlin-24"),
         ("pack-quantized", {"strategy": "token"}, "strategy token"),

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from moeconv.errors import InputError, UsageError
 from moeconv.plan.kernels import pack
@@ -63,7 +64,7 @@ def decompressed(packed: dict[str, torch.Tensor], *, bits: int, group: int | Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, 128, None])
 def test_compressed_tensors_decodes_what_we_pack(bits, group, dtype):
     for name, weight in samples((16, 256), dtype).items():
@@ -78,7 +79,7 @@ def test_compressed_tensors_decodes_what_we_pack(bits, group, dtype):
         assert same(decompressed(packed, bits=bits, group=group), ours), name
 
 
-@pytest.mark.parametrize("bits,half,top", [(4, 8, 7.5), (8, 128, 127.5)])
+@pytest.mark.parametrize("bits,half,top", [(2, 2, 1.5), (3, 4, 3.5), (4, 8, 7.5), (8, 128, 127.5)])
 def test_levels_follow_the_written_formula(bits, half, top):
     weight = gauss(8, 64)
     packed = pack.pack_int(weight, bits=bits, group_size=32)
@@ -87,13 +88,13 @@ def test_levels_follow_the_written_formula(bits, half, top):
     assert same(packed["weight_scale"], scale)
     levels = (groups.float() / scale.float().unsqueeze(-1)).round().clamp(-half, half - 1).view(8, 64).to(torch.int8)
     assert same(pack.unpack_words(packed["weight_packed"], bits=bits, columns=64), levels)
-    # little end first, offset by half: spelt out for the first word
-    per_word = 32 // bits
-    word = sum((int(levels[0, i]) + half) << (bits * i) for i in range(per_word))
-    assert int(packed["weight_packed"][0, 0]) & 0xFFFFFFFF == word
+    # little end first, offset by half, across the ends of words: spelt out for the first row
+    row = sum((int(level) + half) << (bits * i) for i, level in enumerate(levels[0]))
+    assert packed["weight_packed"][0].numpy().tobytes() == row.to_bytes(64 * bits // 8, "little")
+    assert same(packed["weight_packed"], pack_to_int32(levels, bits))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_given_scales_are_packed_and_the_steps_compose(bits):
     weight = gauss(12, 128)
     scales = pack.int_scales(weight, bits=bits, group_size=64)
@@ -295,7 +296,7 @@ def test_nan_and_infinity_are_refused():
 def test_what_does_not_fit_is_refused():
     weight = gauss(4, 96)
     for action, words in (
-        (lambda: pack.pack_int(weight, bits=3, group_size=32), "4 or 8 bits"),
+        (lambda: pack.pack_int(weight, bits=5, group_size=32), "2, 3, 4, 8 bits"),
         (lambda: pack.pack_int(weight, bits=4, group_size=64), "does not divide"),
         (lambda: pack.pack_int(gauss(4, 20), bits=4, group_size=10), "whole 32-bit words"),
         (lambda: pack.pack_int(weight.view(2, 2, 96), bits=4, group_size=32), "not a matrix"),

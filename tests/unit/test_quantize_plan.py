@@ -319,7 +319,7 @@ def test_a_method_that_one_kernel_lacks_is_refused(model, monkeypatch, method):
     ("parameters", "says"),
     [
         ({"bits": 7}, "--bits 7 is not a width"), ({"bits": 8, "scheme": "int4"}, "contradicts"),
-        ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int3"}, "--scheme int3"),
+        ({"scheme": "nf4"}, "has no scheme nf4"), ({"scheme": "int5"}, "--scheme int5"),
         ({"scheme": "int4", "format": "bitsandbytes"}, "has no scheme int4"), ({"format": "awq"}, "--format awq"),
         ({"group_size": "channel"}, "but int8 does"), ({"group_size": "7"}, "--group-size 7"),
         ({"format": "bitsandbytes", "group_size": "64"}, "does not use --group-size"),

@@ -33,7 +33,7 @@ WRITERS = {verb.name: verb for verb in VERBS if any(p.writes for p in verb.posit
 # options that hold words, none of which is a path; an option that holds one says so in `reads`
 WORDS = {
     "shard_size", "part", "max_memory", "text_field", "to", "layers", "shared_experts", "max_bytes", "group_size",
-    "target", "train", "protect", "title", "set", "model",  # of families: a name, never a path
+    "among", "target", "train", "protect", "title", "set", "model",  # of families: a name, never a path
 }  # fmt: skip
 
 

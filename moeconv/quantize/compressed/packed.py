@@ -91,6 +91,8 @@ _INT4_IN_VLLM = {
     ),
 }
 _INT8_IN_VLLM = dict.fromkeys(_INT4_IN_VLLM, "refused")
+# vLLM has a kernel for them on Nvidia GPUs with the package humming, by its source; its CPU backend has none
+_NARROW = LOADS | {"vllm": "unknown", "sglang": "unknown"}
 
 PACKED = CompressedLayout(
     _NAME,
@@ -121,6 +123,34 @@ PACKED = CompressedLayout(
             measured={"transformers": {}, "vllm": _INT8_IN_VLLM},
             hardware=GPUS,
             error=0.0065,
+            kernel="pack_int",
+        ),
+        SchemeInfo(
+            "int2",
+            2,
+            "I32",
+            _NARROW,
+            limit=1.2,
+            aliases=("w2a16",),
+            groups=(128, 64, 32),
+            errors={32: 0.4704**2, 64: 0.5094**2, 128: 0.5473**2},
+            measured={"transformers": {}},
+            hardware=GPUS,
+            error=0.5473,
+            kernel="pack_int",
+        ),
+        SchemeInfo(
+            "int3",
+            3,
+            "I32",
+            _NARROW,
+            limit=0.6,
+            aliases=("w3a16",),
+            groups=(128, 64, 32),
+            errors={32: 0.2027**2, 64: 0.2198**2, 128: 0.2365**2},
+            measured={"transformers": {}},
+            hardware=GPUS,
+            error=0.2365,
             kernel="pack_int",
         ),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from threading import Lock
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,17 @@ class LayerExperts:
     def _wide(self, name: str) -> Tensor:
         return self._weight_of(name).to(self._skeleton.device, torch.float32)
 
-    def source(self, experts: Sequence[int]) -> nn.Module:
-        """A module with some of the experts as in the source, numbered from 0 in ascending order."""
-        names = [name for e in experts for of_place in self._names[e].values() for name in of_place]
-        made = self._converted({name: self._weight_of(name) for name in names}, len(experts))
+    def names(self, expert: int) -> list[str]:
+        """The names of an expert's weights."""
+        return [name for of_place in self._names[expert].values() for name in of_place]
+
+    def source(self, experts: Sequence[int], *, times: Mapping[str, float] = MappingProxyType({})) -> nn.Module:
+        """A module with some of the experts as in the source, numbered from 0 in ascending order. The weights that
+        `times` names are multiplied by a factor."""
+        weights = {name: self._weight_of(name) for e in experts for name in self.names(e)}
+        made = self._converted(
+            {name: w * times[name] if name in times else w for name, w in weights.items()}, len(experts)
+        )
         wide = {leaf: value.to(self._skeleton.device, self._skeleton.dtype) for leaf, value in made.items()}
         return module_of(self._stock, wide, of=len(self._names))
 

@@ -1,271 +1,184 @@
-"""Chooses the codes of one layer's experts by data, and compares their error on held-out tokens with round-to-nearest.
-
-The codes of gate and up are chosen first, by the inputs of the expert. The codes of down follow, by the hidden
-activations that the quantized gate and up compute, so that down corrects a part of their error.
-"""
+"""Chooses the codes of one layer's experts by data: by one method or several, of which the one with the least error on
+held-out tokens is kept, compared with round-to-nearest."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from moeconv.contract import CodesLayer
 from moeconv.data import heldout
-from moeconv.families.model import Model
+from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.plan import Item
-from moeconv.quantize.gptq.experts import LayerExperts, check_finite, squared_errors, squared_norms
-from moeconv.quantize.gptq.grids import nearest_on_disk, on_disk
-from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of
-from moeconv.quantize.gptq.hidden import hidden_activations
-from moeconv.quantize.gptq.levels import Coded, round_to_nearest
-from moeconv.quantize.gptq.moments import ExpertTokens, expert_tokens, moments
-from moeconv.quantize.gptq.need import OUTPUT_ROWS, POOLED
-from moeconv.quantize.gptq.solve import damped, gptq, retarget
-from moeconv.randomness import generator
-from moeconv.stream.layer import Layer
-from moeconv.stream.layers import LayerStream
-from moeconv.stream.memory import allocate
-from moeconv.tensors import packed_source
+from moeconv.quantize.gptq.awq import NO_FACTORS, CannotFoldError, Factors, awq_codes
+from moeconv.quantize.gptq.choose import gptq_codes
+from moeconv.quantize.gptq.experts import squared_norms
+from moeconv.quantize.gptq.fold import folded, unchanged
+from moeconv.quantize.gptq.grids import nearest_on_disk
+from moeconv.quantize.gptq.groups import Group, role_of, weight_name
+from moeconv.quantize.gptq.need import exponents_of
+from moeconv.quantize.gptq.work import ExpertInputs, LayerWork, Parts, Target
+from moeconv.quantize.spec import FOLDING, TRIED
 
 _TOKENS_PER_COLUMN = 4  # per input column of the experts: with fewer, the codes follow the text and do not generalise
-Put = Callable[[Mapping[str, Tensor]], None]
+Put = Callable[[Parts], None]
+Decode = Callable[[Item, Parts], Tensor]  # from the tensors of a packed weight to the weight, float32 [out, in]
 
 
 @dataclass(frozen=True, eq=False)
-class ExpertInputs:
-    """The inputs of a layer's experts: inputs [T, H]; the router's choice, index int64 and weights [T, k]; `held` bool
-    [T], the held-out tokens; `pool` int64 [P], the tokens that are used for the codes of every expert; `tokens`, per
-    expert, the tokens that are used for its codes."""
+class _Choice:
+    """What one method made of a layer: the squared error per held-out token, the tensors to write, and the factors of
+    AWQ. Without tensors, every weight is rounded to nearest."""
 
-    inputs: Tensor
-    index: Tensor
-    weights: Tensor
-    held: Tensor
-    pool: Tensor
-    tokens: Mapping[int, ExpertTokens]
+    method: str
+    squares: Tensor
+    packed: Sequence[Parts] = ()
+    factors: Factors = NO_FACTORS
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The arguments of the experts module."""
-        return self.inputs, self.index, self.weights
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """The decoded weights for the chosen codes, by name in the view. `packed` are the tensors to write, which are small
-    beside the weights."""
-
-    weights: dict[str, Tensor]
-    packed: list[Mapping[str, Tensor]]
+    def error(self) -> float:
+        return float(self.squares.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCodes:
-    """The work on one layer. `items` are the planned packings of the weights of its `experts`; the names of these
-    weights are those of the model `view`. `limit` is the work memory in bytes per group of experts. `workers` code
-    several groups at the same time."""
+    """The codes of one layer by `method`, a value of --method that uses data. `decode` decodes packed weights."""
 
-    model: Model
-    view: Model
-    stream: LayerStream
-    layer: Layer
-    experts: LayerExperts
-    items: Sequence[Item]
-    damping: float
-    seed: int
-    limit: int
-    workers: ThreadPoolExecutor
+    work: LayerWork
+    method: str
+    decode: Decode
 
     def run(self, put: Put) -> CodesLayer:
         """Choose the codes of all experts and pass them to `put`. Then compute the layer with the chosen weights, so
         that the next layer reads the activations of the quantized model. The layer keeps round-to-nearest if the chosen
         codes are not clearly better on held-out tokens. With too few tokens to choose codes by, it chooses none.
 
+        Of several methods, the one with the least error on held-out tokens is kept.
         Raises InputError for weights that are not finite.
         """
-        seen = self._expert_inputs()
-        held = seen.held.nonzero().flatten()
-        wanted = allocate((len(held), self.model.expert_dimension), torch.float32, self.stream.max_memory)
-        for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, held), strict=True):
-            part.copy_(made)
-        group = partial(grouped, self.view, self.items, limit=self.limit, on_cpu=self.stream.device.type == "cpu")
-        gates = group(down=False)
-        downs = group(down=True, tokens={e: len(s.rows) + len(seen.pool) for e, s in seen.tokens.items()})
-        self._round((*gates, *downs))
-        nearest = self._squares(seen, held, wanted)
+        work, seen = self.work, self.work.inputs()
+        target = work.target(seen, seen.held.nonzero().flatten())
+        pool = work.target(seen, seen.pool if self.method in FOLDING else seen.pool[:0])
+        gates, downs = work.groups(seen)
+        work.round((*gates, *downs))
+        nearest = _Choice("rtn", work.squares(seen, target))
         counts = [len(s.rows) for s in seen.tokens.values()]
         tokens, needed = sum(counts) / len(counts), self._tokens_needed()
-        packed: list[Mapping[str, Tensor]] = []
-        reached, baseline, kept = None, _relative(nearest, wanted), False
+        best, last, errors = nearest, nearest, {"rtn": _relative(nearest, target)}
         if tokens >= needed:
-            packed = self._coded(seen, gates, downs)
-            chosen = self._squares(seen, held, wanted)
-            reached, kept = _relative(chosen, wanted), heldout.clearly_less(chosen, nearest)
-            if not kept:
-                self._round((*gates, *downs))
-        for parts in packed if kept else (nearest_on_disk(item, self.model.checkpoint) for item in self.items):
-            put(parts)
-        for _ in self.layer.batches():  # computes the inputs of the next layer
+            for method in self._tried():
+                try:
+                    packed, factors = self._made(method, seen, pool, gates, downs)
+                except CannotFoldError:
+                    if method == self.method:
+                        raise
+                    continue
+                last = _Choice(method, work.squares(seen, target), packed, factors)
+                errors[method] = _relative(last, target)
+                best = last if self._better(last, best) else best
+                if last is not best:
+                    last = _Choice(method, last.squares)
+        self._put_back(best, last, gates, downs)
+        self._write(best, put)
+        for _ in work.layer.batches():  # computes the inputs of the next layer
             pass
         return {
-            "layer": self.layer.index,
-            "output_rms": reached if kept and reached is not None else baseline,
-            "output_rms_rtn": baseline,
-            "output_rms_gptq": reached,
-            "kept": kept,
+            "layer": work.layer.index,
+            "output_rms": errors[best.method],
+            "output_rms_rtn": errors["rtn"],
+            "output_rms_gptq": errors.get("gptq"),
+            "output_rms_by_method": errors,
+            "method": best.method,
+            "folded": best.factors.folded,
+            "kept": best.method != "rtn",
             "fewest_tokens": min(counts),
             "tokens_per_expert": tokens,
             "tokens_needed": needed,
         }
 
-    def _coded(self, seen: ExpertInputs, gates: Sequence[Group], downs: Sequence[Group]) -> list[Mapping[str, Tensor]]:
-        """Choose the codes of all experts and put the resulting weights into them. Returns the tensors to write."""
-        packed = self._each(gates, partial(self._code_gate_up, seen, self._pooled(seen)))
-        return packed + self._each(downs, partial(self._code_down, seen))
+    def _tried(self) -> list[str]:
+        """The methods to try. Of all of them, only formats whose kernel searches scales have `mse`."""
+        fits = any(last_stage(item).params.get("fit") for item in self.work.items)
+        return [m for m in TRIED.get(self.method, (self.method,)) if m != "mse" or fits]
+
+    def _better(self, new: _Choice, best: _Choice) -> bool:
+        if self.method in TRIED:
+            return new.error < best.error
+        return heldout.clearly_less(new.squares, best.squares)
+
+    def _made(
+        self, method: str, seen: ExpertInputs, pool: Target, gates: Sequence[Group], downs: Sequence[Group]
+    ) -> tuple[Sequence[Parts], Factors]:
+        """What a method chooses: the tensors to write, and factors. The resulting weights are then in the experts."""
+        if method == "awq":
+            return awq_codes(self.work, seen, pool, gates, downs)
+        if method == "gptq":
+            return gptq_codes(self.work, seen, gates, downs), NO_FACTORS
+        packed = [unchanged(item, self.work.model.checkpoint) for item in self.work.items]
+        self._put(packed, NO_FACTORS)
+        return packed, NO_FACTORS
 
     def _tokens_needed(self) -> int:
         """The number of tokens per expert that are needed to choose codes. The experts share the second moment of the
         layer's tokens, so an expert needs only its share of them."""
-        share = self.model.top_k / self.model.num_experts
-        return math.ceil(_TOKENS_PER_COLUMN * self.model.expert_dimension * share)
+        model = self.work.model
+        return math.ceil(_TOKENS_PER_COLUMN * model.expert_dimension * model.top_k / model.num_experts)
 
-    def _each(self, groups: Sequence[Group], code: Callable[[Group], _Chosen]) -> list[Mapping[str, Tensor]]:
-        """Code the groups, several at a time, and put the resulting weights into the experts in the order of the
-        groups. Returns the tensors to write."""
-        packed: list[Mapping[str, Tensor]] = []
-        for made in self.workers.map(torch.no_grad()(code), groups):
-            self.experts.put(made.weights)
-            packed += made.packed
-        return packed
+    # -- the chosen codes --------------------------------------------------------------------------------------------
 
-    def _round(self, groups: Sequence[Group]) -> None:
-        """Put the weights of round-to-nearest into the experts, group by group."""
-        for group in groups:
-            coded = round_to_nearest(self._stacked(group), group.grid, group=group.size)
-            self.experts.put(by_matrix(group, coded.decoded()))
+    def _put_back(self, best: _Choice, last: _Choice, gates: Sequence[Group], downs: Sequence[Group]) -> None:
+        """Put the weights of the best choice into the experts, which have those of the last one."""
+        if best.method == last.method:
+            return
+        if best.packed:
+            self._put(best.packed, best.factors)
+        else:
+            self.work.round((*gates, *downs))
 
-    def _squares(self, seen: ExpertInputs, rows: Tensor, wanted: Tensor) -> Tensor:
-        """The squared error of the experts' outputs against `wanted` for each of the tokens `rows`: float64 [n]."""
-        made = zip(self.experts.outputs(seen.arguments, rows), wanted.split(OUTPUT_ROWS), strict=True)
-        return torch.cat([squared_errors(one, part.to(one.device)).cpu() for one, part in made])
+    def _put(self, packed: Sequence[Parts], factors: Factors) -> None:
+        """Put the decoded weights of packed tensors into the experts, with the factors divided out again."""
+        written = {name: tensor for parts in packed for name, tensor in parts.items()}
+        for item in self.work.items:
+            weight = self.decode(item, {spec.name: written[spec.name] for spec in item.outputs})
+            self.work.experts.put({weight_name(item): self._unfolded(item, weight, factors)})
 
-    # -- codes -------------------------------------------------------------------------------------------------------
+    def _unfolded(self, item: Item, weight: Tensor, factors: Factors) -> Tensor:
+        """A decoded weight [out, in] without the factors of its columns and rows."""
+        role = role_of(self.work.view, item)
+        weight = weight.to(self.work.stream.device)
+        inner = factors.inner.get(int(role.expert or 0))
+        if role.key == "expert.down":
+            return weight if inner is None else weight / inner
+        if role.key == "expert.up" and inner is not None:
+            weight = weight * inner[:, None]
+        return weight if factors.norm is None else weight / factors.norm
 
-    def _code_gate_up(self, seen: ExpertInputs, pooled: Tensor, group: Group) -> _Chosen:
-        """The codes of the matrices that read the input of the expert."""
-        own = [seen.tokens[e] for e in group.experts]
-        rows, weights = torch.cat([s.rows for s in own]), torch.cat([s.weights for s in own])
+    def _write(self, best: _Choice, put: Put) -> None:
+        """Pass on the tensors of the layer: the codes, what the factors are folded into, and the exponents of these."""
+        checkpoint = self.work.model.checkpoint
+        for parts in best.packed or (nearest_on_disk(item, checkpoint) for item in self.work.items):
+            put(parts)
+        norm = best.factors.norm
+        for item in self.work.beside:
+            put(unchanged(item, checkpoint) if norm is None else folded(self.work, item, norm))
+        for name, exponents in self._exponents(best.factors):
+            put({name: exponents})
 
-        def take(at: Tensor) -> tuple[Tensor, Tensor]:
-            x = seen.inputs[rows[at.cpu()]].to(self.stream.device)
-            return x, x
-
-        hessian = self._input_hessian(take, weights.to(self.stream.device), own, pooled)
-        return self._made(group, gptq(self._stacked(group), hessian, group.grid, group=group.size))
-
-    def _input_hessian(
-        self,
-        take: Callable[[Tensor], tuple[Tensor, Tensor]],
-        weights: Tensor,
-        own: Sequence[ExpertTokens],
-        pooled: Tensor,
-    ) -> Tensor:
-        """The damped second moments of the experts' inputs, including the share of the pool: float64 [E, H, H]."""
-        total = moments(take, weights, [len(s.rows) for s in own])
-        rest = torch.tensor([s.rest for s in own], dtype=total.dtype, device=total.device)
-        total.flatten(1).addr_(rest, pooled.flatten())
-        return damped(total, self.damping)
-
-    def _code_down(self, seen: ExpertInputs, group: Group) -> _Chosen:
-        """The codes of the down projections, which correct a part of the error of gate and up."""
-        hessian, gap = self._hidden_hessian(seen, group)
-        weight = retarget(self._stacked(group), gap, hessian)
-        del gap
-        return self._made(group, gptq(weight, hessian, group.grid, group=group.size))
-
-    def _hidden_hessian(self, seen: ExpertInputs, group: Group) -> tuple[Tensor, Tensor]:
-        """(damped second moment of the hidden activations, moment of their error with them in the same units), both
-        float64 [E, I, I]. The error is the difference between the hidden activations of the source and those of the
-        quantized gate and up."""
-        own, device = [seen.tokens[e] for e in group.experts], self.stream.device
-        counts = torch.tensor([len(s.rows) + len(seen.pool) for s in own])
-        rows = torch.cat([part for s in own for part in (s.rows, seen.pool)])
-        parts = [part for s in own for part in (s.weights, torch.full((len(seen.pool),), s.rest))]
-        share = torch.cat(parts).to(device)
-        expert = torch.tensor(group.experts).repeat_interleave(counts)
-        given = hidden_activations(self.experts.module, seen.inputs, rows, expert, device)
-        expert = torch.arange(len(own)).repeat_interleave(counts)
-        source = hidden_activations(self.experts.source(group.experts), seen.inputs, rows, expert, device)
-        gap = moments(_rows_of(source.sub_(given), given), share, counts.tolist())
-        del source
-        moment = moments(_rows_of(given, given), share, counts.tolist())
-        mean = moment.diagonal(dim1=1, dim2=2).mean(-1)
-        gap /= torch.where(mean > 0, mean, torch.inf)[:, None, None]
-        return damped(moment, self.damping), gap
-
-    def _made(self, group: Group, coded: Coded) -> _Chosen:
-        """The coded weights of a group by matrix, with their tensors as on disk."""
-        levels, scales = coded.levels.cpu(), coded.scales.cpu()
-        apart = zip(by_matrix(group, levels).values(), by_matrix(group, scales).values(), strict=True)
-        items = (item for items in group.items for item in items)
-        packed: list[Mapping[str, Tensor]] = [
-            on_disk(item, Coded(*of_one)) for item, of_one in zip(items, apart, strict=True)
-        ]
-        return _Chosen(by_matrix(group, coded.decoded()), packed)
-
-    def _stacked(self, group: Group) -> Tensor:
-        """The weights of a group in float32, those of one expert stacked along the rows: [E, out, in]. Raises
-        InputError for values that are not finite."""
-        items = [item for of_expert in group.items for item in of_expert]
-        parts = [packed_source(self.model.checkpoint, item) for item in items]
-        rows = torch.cat(parts).to(self.stream.device).float()
-        if not bool(torch.isfinite(rows).all()):
-            check_finite(items, parts)
-        return rows.view(len(group.items), -1, rows.shape[1])
-
-    def _pooled(self, seen: ExpertInputs) -> Tensor:
-        """The second moment of the pool, float64 [H, H]."""
-        x = seen.inputs[seen.pool].to(self.stream.device)
-        return moments(lambda at: (x[at], x[at]), torch.ones(len(x), device=x.device), [len(x)])[0]
-
-    # -- the model --------------------------------------------------------------------------------------------------
-
-    def _expert_inputs(self) -> ExpertInputs:
-        """Compute the layer once, unquantized, and return the inputs of its experts."""
-        tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
-        inputs = allocate((tokens, self.model.expert_dimension), torch.float32, self.stream.max_memory)
-        index, weights = [], []
-        for batch in self.layer.batches(advance=False):
-            assert batch.top_k_index is not None and batch.top_k_weights is not None
-            inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.expert_input)
-            index.append(batch.top_k_index.cpu())
-            weights.append(batch.top_k_weights.float().cpu())
-        held = torch.from_numpy(heldout.held_out(*self.stream.windows.shape)).flatten()
-        chosen, scores, pool = torch.cat(index), torch.cat(weights), self._pool(held)
-        experts = sorted({int(role_of(self.view, item).expert or 0) for item in self.items})
-        seen = expert_tokens(chosen, scores, ~held, experts=experts, pooled=len(pool))
-        return ExpertInputs(inputs, chosen, scores, held, pool, seen)
-
-    def _pool(self, held: Tensor) -> Tensor:
-        """The positions of the tokens that are used for the codes of every expert, sorted."""
-        free = (~held).nonzero().flatten()
-        draw = generator((self.seed, "codes", self.layer.index))
-        count = min(POOLED, len(free))
-        return free[torch.from_numpy(draw.choice(len(free), size=count, replace=False, shuffle=False)).sort().values]
+    def _exponents(self, factors: Factors) -> Iterator[tuple[str, Tensor]]:
+        """The exponents of the factors, int8, by the names of `exponents_of`; none where no method uses factors."""
+        if self.method not in FOLDING:
+            return
+        for name, role, width in exponents_of(self.work.view, (*self.work.beside, *self.work.items)):
+            found = factors.norm if role.expert is None else factors.inner.get(role.expert)
+            exponents = torch.zeros(width) if found is None else found.log2()
+            yield name, exponents.round().to(torch.int8).cpu()
 
 
-def _rows_of(left: Tensor, right: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function that returns the rows of both at given positions, for `moments`."""
-    return lambda at: (left[at], right[at])
-
-
-def _relative(squares: Tensor, wanted: Tensor) -> float:
-    """sqrt(sum of squared errors / sum wanted^2)."""
-    norm = float(squared_norms(wanted).sum())
-    return (float(squares.sum()) / norm) ** 0.5 if norm else 0.0
+def _relative(choice: _Choice, target: Target) -> float:
+    """sqrt(sum of squared errors / sum of the squared outputs)."""
+    norm = float(squared_norms(target.outputs).sum())
+    return (choice.error / norm) ** 0.5 if norm else 0.0

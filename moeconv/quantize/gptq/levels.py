@@ -112,6 +112,11 @@ class Coded:
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, group: int) -> Coded:
     """The nearest levels of `weight` [..., out, in] with scales of amax / top per `group` weights of a row."""
-    parts = weight.float().unflatten(-1, (-1, group))
-    scales = grid.stored(parts.abs().amax(-1) / grid.top)
+    peak = weight.float().unflatten(-1, (-1, group)).abs().amax(-1)
+    return with_scales(weight, grid.stored(peak / grid.top), grid)
+
+
+def with_scales(weight: Tensor, scales: Tensor, grid: Grid) -> Coded:
+    """The nearest levels of `weight` [..., out, in] for stored `scales` [..., out, groups]."""
+    parts = weight.float().unflatten(-1, (scales.shape[-1], -1))
     return Coded(grid.nearest(parts / scales[..., None]).flatten(-2), scales)

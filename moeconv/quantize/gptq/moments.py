@@ -10,6 +10,7 @@ from torch import Tensor
 
 PRIOR = 256  # the weight of the pool, as a number of routed tokens: it matters most for an expert with few tokens
 _ROWS = 256  # tokens per expert in one product
+_SUMMED = 4096  # tokens that are converted to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,4 +66,14 @@ def moments(take: Callable[[Tensor], tuple[Tensor, Tensor]], weights: Tensor, co
         else:
             total.index_add_(0, some.to(total.device), product)
     assert total is not None
+    return total
+
+
+def sums(values: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """The weighted sums of `values` [n, A] over the tokens of each expert, float64 [E, A]. Expert e has `counts[e]`
+    rows; `weights` is float32 [n]."""
+    expert = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(values.device)
+    total = torch.zeros(len(counts), values.shape[1], dtype=torch.float64, device=values.device)
+    for part in torch.arange(len(values), device=values.device).split(_SUMMED):
+        total.index_add_(0, expert[part], (values[part] * weights[part, None]).double())
     return total

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from moeconv.data import heldout
 from moeconv.families import packed
 from moeconv.families.model import Model
+from moeconv.families.spec import Role
 from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.plan import Item
+from moeconv.quantize.spec import FOLDING, TRIED
 from moeconv.stream.need import WorkloadFields
 
 CODED_BYTES = 1 << 29  # work memory of experts whose codes are chosen together (more only for a single expert)
@@ -18,8 +20,23 @@ OUTPUT_ROWS = 4096  # tokens whose outputs are compared at a time
 ROWS_PER_CALL = 8192  # output rows of all experts together that one call on the CPU codes
 FLOWS = 2  # activations: those of the model, and the inputs of a layer's experts
 TENSOR_BYTES = 1700  # per written tensor: in the plan without and with codes, and in the result that is checked
+DIVIDED = ("norm.ffn", "norm.ffn_bias")  # what AWQ divides by its factors
+# what reads the norm in front of the experts beside them
+READERS = ("router.weight", "shared.router", "shared.gate", "shared.up", "shared.gate_up")
+FOLD = ".fold"  # after the name of a weight: the exponents of its factors, in an overlay
+FOLDED = ("norm.ffn", "expert.down")  # whose inputs or outputs have factors of their own
 _PAIR_BYTES = 1 << 26  # of the (token, expert) pairs that the experts compute at a time
 _SKEW = 3  # an expert may get so many times its even share of the tokens
+
+
+def exponents_of(view: Model, items: Iterable[Item]) -> Iterator[tuple[str, Role, int]]:
+    """(name in the overlay, role, number of values) of the exponents of AWQ's factors. `items` are planned for weights
+    of `view`; of the norm and the down projections the overlay has exponents."""
+    for item in items:
+        name = packed.weight_of(item.outputs[0].name)
+        if (role := view.roles[name]).key in FOLDED:
+            width = view.expert_dimension if role.expert is None else last_stage(item).inputs[0].shape[1]
+            yield name + FOLD, role, width
 
 
 def codes_bytes(out: int, width: int) -> int:
@@ -68,10 +85,11 @@ class _Matrices:
 
 
 def gptq_workload(
-    view: Model, items: Iterable[Item], *, tokens: int, seq_len: int, jobs: int
+    view: Model, items: Iterable[Item], *, tokens: int, seq_len: int, jobs: int, method: str = "gptq"
 ) -> WorkloadFields:  # fmt: skip
-    """The workload of choosing the codes of `items`, which pack expert weights of `view`: the experts are in memory
-    once, with the packed ones beside them, and `jobs` groups of CODED_BYTES are worked on at the same time."""
+    """The workload of choosing the codes of `items`, which pack expert weights of `view`, by `method`: the experts are
+    in memory once, with the packed ones beside them (twice where several methods are tried), and `jobs` groups of
+    CODED_BYTES are worked on at the same time."""
     layers: dict[int | None, _Matrices] = {}
     for item in items:
         role = view.roles[packed.weight_of(item.outputs[0].name)]
@@ -82,7 +100,10 @@ def gptq_workload(
     held = max(tokens // heldout.EVERY, seq_len) if windows >= heldout.EVERY else -(-tokens // heldout.SHARE)
     row = 4 * view.expert_dimension
     # the wanted outputs for the held-out tokens, and the float64 moment of the pool
-    results = max((layer.packed for layer in layers.values()), default=0) + held * row + 2 * row * view.expert_dimension
+    copies = 1 + (method in TRIED)
+    wanted = (held + POOLED * (method in FOLDING)) * row
+    results = copies * max((layer.packed for layer in layers.values()), default=0) + wanted
+    results += 2 * row * view.expert_dimension
     results += TENSOR_BYTES * sum(layer.tensors for layer in layers.values())
     share = min(tokens, tokens * view.top_k // max(1, view.num_experts))
     works = [_work(view, kind, rows, jobs, tokens, share) for m in layers.values() for kind, rows in m.rows.items()]

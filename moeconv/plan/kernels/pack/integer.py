@@ -1,4 +1,4 @@
-"""The INT4 and INT8 words of compressed-tensors' layout pack-quantized, equal bit by bit to those of the library."""
+"""The integer words of compressed-tensors' layout pack-quantized, equal bit by bit to those of the library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeconv.errors import UsageError
+from moeconv.plan.kernels.pack.bits import join_bits, split_bits
 from moeconv.plan.kernels.pack.common import (
     ROUND,
     RowBuffers,
@@ -20,6 +21,7 @@ from moeconv.plan.kernels.pack.common import (
     row_blocks,
 )
 
+WIDTHS = (2, 3, 4, 8)
 _WORDS_HINT = "Choose bits and a group size that divide the matrix's input width, or leave this projection unquantized."
 
 
@@ -62,7 +64,8 @@ def pack_int(
 
 
 def int_scales(weight: Tensor, *, bits: int, group_size: int | None) -> Tensor:
-    """Round-to-nearest scales amax / 7.5 (bits 4) or amax / 127.5 (bits 8): [out, groups] in the weight's dtype."""
+    """Round-to-nearest scales, amax over half the number of steps between the levels (7.5 with 4 bits): [out, groups]
+    in the weight's dtype."""
     group = _check_int(weight, bits=bits, group_size=group_size)
     rows, columns = weight.shape
     scales = torch.empty(rows, columns // group, dtype=weight.dtype)
@@ -126,7 +129,7 @@ def _fit(x: Tensor, scales: Tensor, levels: Tensor, *, bits: int) -> tuple[Tenso
 
 
 def quantize_int(weight: Tensor, *, scales: Tensor, bits: int) -> Tensor:
-    """Levels clamp(round(w / scale)) in [-8, 7] (bits 4) or [-128, 127] (bits 8) as int8 [out, in].
+    """Levels clamp(round(w / scale)) as int8 [out, in], from -2^(bits - 1) to 2^(bits - 1) - 1.
 
     `scales` is [out, groups], where groups divides `in`. The quotient is computed in float32, and halves are rounded to
     the even level.
@@ -144,18 +147,19 @@ def quantize_int(weight: Tensor, *, scales: Tensor, bits: int) -> Tensor:
 
 
 def pack_words(levels: Tensor, *, bits: int) -> Tensor:
-    """int8 levels [out, in] -> int32 words [out, in * bits / 32], level + 8 (+ 128), least significant nibble first."""
+    """int8 levels [out, in] -> int32 words [out, in * bits / 32]: level + 2^(bits - 1), the least significant bits
+    first."""
     rows, columns = levels.shape
     if columns * bits % 32:
         raise UsageError(f"{columns} columns of {bits} bits do not fill whole 32-bit words", hint=_WORDS_HINT)
     if bits == 8:
         return (levels.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
-    words = torch.empty(rows, columns // 8, dtype=torch.int32)
+    words = torch.empty(rows, columns * bits // 32, dtype=torch.int32)
     work = RowBuffers(rows, columns)
     for start, stop in work.blocks:
-        nibbles = work.bytes_[: (stop - start) * columns]
-        torch.add(levels[start:stop].reshape(-1), 8, out=nibbles.view(torch.int8))
-        _join_nibbles(nibbles, words[start:stop], work)
+        each = work.bytes_[: (stop - start) * columns]
+        torch.add(levels[start:stop].reshape(-1), 1 << (bits - 1), out=each.view(torch.int8))
+        _join(each, words[start:stop], work, bits=bits)
     return words
 
 
@@ -165,6 +169,11 @@ def unpack_words(words: Tensor, *, bits: int, columns: int) -> Tensor:
     octets = words.contiguous().view(torch.uint8)  # [out, 4 * words]
     if bits == 8:
         return (octets ^ 0x80).view(torch.int8)[:, :columns]
+    if bits != 4:
+        spare = -octets.shape[1] % bits  # words of a row that is not divided into eights of codes
+        octets = torch.nn.functional.pad(octets, (0, spare)) if spare else octets
+        split = split_bits(octets.contiguous(), bits=bits).view(torch.int8)
+        return split.sub_(1 << (bits - 1)).view(rows, -1)[:, :columns]
     levels = torch.empty(rows, octets.shape[1], 2, dtype=torch.int8)
     levels[..., 0].copy_((octets & 0x0F).view(torch.int8)).sub_(8)
     levels[..., 1].copy_((octets >> 4).view(torch.int8)).sub_(8)
@@ -208,7 +217,7 @@ def unpack_int(
 
 def _float_levels(words: Tensor, *, bits: int, columns: int) -> Tensor:
     """`unpack_levels` in float32: two 4-bit levels at a time are looked up as one word."""
-    if bits == 8 or columns % 8 or words.ndim != 2 or words.shape[1] != columns // 8:
+    if bits != 4 or columns % 8 or words.ndim != 2 or words.shape[1] != columns // 8:
         return unpack_levels(words, bits=bits, columns=columns).float()
     levels = torch.empty(words.shape[0], columns)
     look_up(words.contiguous().view(torch.uint8).view(-1), _nibble_pairs(), levels)
@@ -223,7 +232,7 @@ def _nibble_pairs() -> Tensor:
 def _absmax_scales(x: Tensor, work: RowBuffers, *, bits: int, out: Tensor) -> None:
     """`x` float32 [groups, group] -> `out` [groups]; a zero scale becomes eps, as in compressed-tensors."""
     magnitudes = torch.abs(x, out=work.magnitudes[: x.numel()].view(x.shape))
-    out.copy_(magnitudes.amax(-1).div_(7.5 if bits == 4 else 127.5))
+    out.copy_(magnitudes.amax(-1).div_(((1 << bits) - 1) / 2))
     out.masked_fill_(out == 0, torch.finfo(out.dtype).eps)
 
 
@@ -239,9 +248,17 @@ def _levels_to_words(x: Tensor, words: Tensor, work: RowBuffers, *, bits: int) -
     if bits == 8:
         words.view(torch.uint8).copy_(x.view(torch.int32))
         return
-    nibbles = work.bytes_[: x.numel()]
-    nibbles.copy_(x.view(torch.int32).view(-1))
-    _join_nibbles(nibbles, words, work)
+    each = work.bytes_[: x.numel()]
+    each.copy_(x.view(torch.int32).view(-1))
+    _join(each, words, work, bits=bits)
+
+
+def _join(codes: Tensor, words: Tensor, work: RowBuffers, *, bits: int) -> None:
+    """Pack uint8 values below 2^bits into `words` (contiguous int32)."""
+    if bits == 4:
+        _join_nibbles(codes, words, work)
+    else:
+        join_bits(codes, bits=bits, out=words)
 
 
 def _join_nibbles(nibbles: Tensor, words: Tensor, work: RowBuffers) -> None:
@@ -254,8 +271,9 @@ def _join_nibbles(nibbles: Tensor, words: Tensor, work: RowBuffers) -> None:
 
 def _check_int(weight: Tensor, *, bits: int, group_size: int | None) -> int:
     """The group size in columns. Raises UsageError for sizes that would give a layout which readers decode wrongly."""
-    if bits not in (4, 8):
-        raise UsageError(f"pack-quantized weights have 4 or 8 bits, not {bits}", hint="Pass bits=4 or bits=8.")
+    if bits not in WIDTHS:
+        widths = ", ".join(map(str, WIDTHS))
+        raise UsageError(f"pack-quantized weights have {widths} bits, not {bits}", hint="Pass another number of bits.")
     check_matrix(weight)
     columns = weight.shape[1]
     group = columns if group_size is None else group_size

@@ -75,6 +75,6 @@ def pack_mxfp8(weight: Tensor) -> dict[str, Tensor]:
     for start, stop in row_blocks(rows, columns):
         x = weight[start:stop]
         each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=8))
-        quotients = x.float().view(stop - start, -1, MX_GROUP).mul_(powers_below(each)[..., None])
+        quotients = x.view(stop - start, -1, MX_GROUP) * powers_below(each)[..., None]  # float32
         codes[start:stop].copy_(quotients.clamp_(-E4M3_MAX, E4M3_MAX).view(stop - start, columns))
     return {"weight": codes, "weight_scale": exponents}

@@ -39,9 +39,11 @@ def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = ()) -> dict[str, Te
     scales = finest.to(torch.float8_e4m3fn)
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     finest.div_(whole)
-    for start, stop in row_blocks(rows, columns):
-        x = weight[start:stop].float().view(stop - start, -1, NVFP4_GROUP)
-        _to_nibbles(x.div_(finest[start:stop, :, None]), packed[start:stop])
+    work = _Buffers(rows, columns)
+    for start, stop in work.blocks:
+        x = weight[start:stop].view(stop - start, -1, NVFP4_GROUP)
+        quotients = work.values_of(x).copy_(x).div_(finest[start:stop, :, None])
+        work.to_nibbles(quotients, packed[start:stop])
     return {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": whole}
 
 
@@ -60,27 +62,51 @@ def pack_mxfp4(weight: Tensor) -> dict[str, Tensor]:
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
-    for start, stop in row_blocks(rows, columns):
+    work = _Buffers(rows, columns)
+    for start, stop in work.blocks:
         x = weight[start:stop]
         each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
-        quotients = x.float().view(stop - start, -1, MX_GROUP).mul_(powers_below(each)[..., None])
-        _to_nibbles(quotients, packed[start:stop])
+        x = x.view(stop - start, -1, MX_GROUP)
+        quotients = work.values_of(x).copy_(x).mul_(powers_below(each)[..., None])
+        work.to_nibbles(quotients, packed[start:stop])
     return {"weight_packed": packed, "weight_scale": exponents}
 
 
-def _to_nibbles(x: Tensor, packed: Tensor) -> None:
-    """The nearest codes to `x` float32, ties to the even code, in pairs to the bytes of `packed`."""
-    bits = x.view(-1).view(torch.int32).numpy().view(np.uint32)
-    # twice the upper bits, plus one where a lower bit is set: what lies between two midpoints has one key
-    keys = (bits >> _CUT) + ((bits + ((1 << _CUT) - 1)) >> _CUT)
-    codes = torch.index_select(_code_of_key(), 0, torch.from_numpy(keys.view(np.int32)))
-    pairs = codes.view(torch.int16).numpy()  # first | second << 8
-    packed.view(-1).copy_(torch.from_numpy((pairs >> 4) | pairs))  # keeps the low byte: first | second << 4
+class _Buffers:
+    """The temporary buffers of one call, for blocks of rows that stay in the cache."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.blocks = list(row_blocks(rows, columns))
+        size = columns * max((stop - start for start, stop in self.blocks), default=0)
+        self.values = torch.empty(size)
+        self.keys, self.above = np.empty(size, np.uint32), np.empty(size, np.uint32)
+        self.codes = torch.empty(size, dtype=torch.uint8)
+        self.pairs = np.empty(size // 2, np.int16)
+
+    def values_of(self, x: Tensor) -> Tensor:
+        """A float32 buffer of the shape of `x`."""
+        return self.values[: x.numel()].view(x.shape)
+
+    def to_nibbles(self, x: Tensor, packed: Tensor) -> None:
+        """The nearest codes to `x` float32, ties to the even code, in pairs to the bytes of `packed`."""
+        count = x.numel()
+        bits = x.view(-1).view(torch.int32).numpy().view(np.uint32)
+        keys, above, codes = self.keys[:count], self.above[:count], self.codes[:count]
+        # twice the upper bits, plus one where a lower bit is set: what lies between two midpoints has one key
+        np.right_shift(bits, _CUT, out=keys)
+        np.add(bits, (1 << _CUT) - 1, out=above)
+        np.right_shift(above, _CUT, out=above)
+        np.add(keys, above, out=keys)
+        torch.index_select(_code_of_key(), 0, torch.from_numpy(keys.view(np.int32)), out=codes)
+        twos = codes.view(torch.int16).numpy()  # first | second << 8
+        pairs = np.right_shift(twos, 4, out=self.pairs[: count // 2])
+        np.bitwise_or(pairs, twos, out=pairs)
+        packed.view(-1).copy_(torch.from_numpy(pairs))  # keeps the low byte: first | second << 4
 
 
 @lru_cache(maxsize=1)
 def _code_of_key() -> Tensor:
-    """The code, uint8 [8192], of every key of `_to_nibbles`."""
+    """The code, uint8 [8192], of every key of `_Buffers.to_nibbles`."""
     keys = np.arange(1 << (33 - _CUT), dtype=np.uint32)
     inside = keys & 1  # between two values whose lower bits are zero: take one of them
     values = np.abs(((keys >> 1 << _CUT) | inside).view(np.float32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moeconv.plan.kernels.pack.common import check_finite
+from moeconv.plan.kernels.pack.common import check_finite, row_blocks
 
 _MASK = 0x7FFF  # all bits of a 16-bit float but the sign; without it, floats are ordered as integers are
 
@@ -13,10 +13,18 @@ _MASK = 0x7FFF  # all bits of a 16-bit float but the sign; without it, floats ar
 def peaks(weight: Tensor, *, group: int) -> Tensor:
     """max |w| of every `group` weights of a row, [rows, groups] in the dtype of `weight` [rows, columns]. A group with
     NaN or infinity gives NaN or infinity."""
-    if weight.dtype is torch.float32:
-        return weight.abs().view(weight.shape[0], -1, group).amax(-1)
-    bits = torch.bitwise_and(weight.view(torch.int16), _MASK)
-    return bits.view(weight.shape[0], -1, group).amax(-1).view(weight.dtype)
+    rows, columns = weight.shape
+    found = torch.empty(rows, columns // group, dtype=weight.dtype)
+    for start, stop in row_blocks(rows, columns):
+        found[start:stop] = _peaks(weight[start:stop], group)
+    return found
+
+
+def _peaks(x: Tensor, group: int) -> Tensor:
+    if x.dtype is torch.float32:
+        return x.abs().view(x.shape[0], -1, group).amax(-1)
+    bits = torch.bitwise_and(x.view(torch.int16), _MASK)
+    return bits.view(x.shape[0], -1, group).amax(-1).view(x.dtype)
 
 
 def column_peaks(weight: Tensor) -> Tensor:

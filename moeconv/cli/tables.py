@@ -160,7 +160,8 @@ def _prune(block: PruneBlock) -> dict[str, str]:
 
 def _quantize(block: QuantizeBlock) -> dict[str, str]:
     group = f", {block['group_size']} weights per scale" if block.get("group_size") else ""
-    rows = {"packing": f"{block['format']} {block['scheme']}{group}, method {block['method']}"}
+    rest = f", the rest in {block['rest']['scheme']}" if "rest" in block else ""
+    rows = {"packing": f"{block['format']} {block['scheme']}{group}{rest}, method {block['method']}"}
     if error := block.get("error", {}).get("relative_rms"):  # of a sample that the check decoded
         rows["error"] = f"relative RMS {error['mean']:.4f} mean, {error['max']:.4f} max (decoded sample)"
     rows["loads in"] = ", ".join(f"{name}: {how}" for name, how in block["loads"].items())

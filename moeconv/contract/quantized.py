@@ -60,6 +60,13 @@ class PackingError(TypedDict):
     output: NotRequired[CodesFigures]
 
 
+class RestScheme(TypedDict):
+    """The scheme of the weights that --rest packs."""
+
+    scheme: str
+    group_size: int | None
+
+
 class QuantizeBlock(TypedDict):
     """The block of `moeconv quantize`."""
 
@@ -73,6 +80,7 @@ class QuantizeBlock(TypedDict):
     scope: str
     double_quant: bool
     loads: dict[str, str]
+    rest: NotRequired[RestScheme]
     stats_of_twin: NotRequired[str]
     error: NotRequired[PackingError]
     counted: NotRequired[dict[str, int]]

@@ -50,6 +50,10 @@ class QuantizeOptions:
         "only with all, which is for GGUF.",
         choices=SCOPES,
     )
+    rest: str | None = option(
+        None, "Scheme of the linear layers that --scope leaves out: attention, shared experts, dense layers.",
+        choices="moeconv.quantize.formats:rest_words", aliases="moeconv.quantize.formats:scheme_aliases",
+    )  # fmt: skip
     target: tuple[str, ...] = option(
         (), "Runtime that must load the result: transformers, vllm, sglang or llama.cpp; repeatable.", metavar="RUNTIME"
     )

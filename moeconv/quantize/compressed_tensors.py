@@ -52,6 +52,15 @@ def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme])
     return parts[min(used, key=lambda s: s.bits)] | {"config_groups": groups}
 
 
+def _beside(main: JsonObject, rest: JsonObject, modules: Sequence[str]) -> JsonObject:
+    """Two config groups. The experts keep the target Linear, which vLLM looks for where it has joined the experts of a
+    layer; expressions take precedence over it."""
+    (first,), (second,) = main["config_groups"].values(), rest["config_groups"].values()
+    layout = main["format"] if main["format"] == rest["format"] else "mixed-precision"
+    groups = {"group_0": first, "group_1": second | {"targets": list(modules)}}
+    return main | {"format": layout, "config_groups": groups}
+
+
 _MARLIN = 128  # vLLM's GPU kernel for packed integers wants a hidden size of whole multiples
 
 
@@ -77,5 +86,7 @@ COMPRESSED_TENSORS = Format(
     mixes=("int2", "int3", "int4", "int8"),
     mixed=LOADS | {"transformers": "no"},
     merge=_by_layer,
+    beside=_beside,
+    beside_loads={"transformers": "dequantized", "llama.cpp": "no"},
     remarks=_remarks,
 )

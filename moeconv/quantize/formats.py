@@ -34,6 +34,11 @@ def scheme_words() -> tuple[str, ...]:
     return (*dict.fromkeys(names), MIXED)
 
 
+def rest_words() -> tuple[str, ...]:
+    """The values of --rest: the schemes of formats in which two schemes can stand beside each other."""
+    return tuple(dict.fromkeys(name for f in FORMATS.values() if f.beside is not None for name in f.names))
+
+
 def scheme_aliases() -> dict[str, str]:
     """Other words for schemes -> the scheme."""
     return {alias: info.name for f in FORMATS.values() for info in f.schemes for alias in info.aliases}

@@ -22,6 +22,7 @@ from moeconv.plan.plan import Input, Item, TensorSpec
 from moeconv.quantize.joined import joined
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
+from moeconv.quantize.rest import Rest, patterns
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
 
@@ -65,12 +66,19 @@ class Packing:
     method: str
     dtype: str | None
     overlay: Overlay | None = None
+    rest: Rest | None = None
+
+    @cached_property
+    def _rest(self) -> frozenset[str]:
+        return frozenset() if self.rest is None else self.rest.names
 
     def at(self, ref: TensorRef) -> Scheme:
         """The scheme of one weight."""
-        return self._of(self.model.roles[ref.name])
+        return self._of(self.model.roles[ref.name], ref.name)
 
-    def _of(self, role: Role) -> Scheme:
+    def _of(self, role: Role, name: str) -> Scheme:
+        if self.rest is not None and name in self._rest:
+            return self.rest.scheme
         return self.scheme if role.layer is None else self.by_layer.get(role.layer, self.scheme)
 
     def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
@@ -86,7 +94,9 @@ class Packing:
                 made = [
                     replace(item, inputs=(*item.inputs, *map(whole, self._joined.get(ref.name, ())))) for item in made
                 ]
-        return [apply_method(item, self.method, self.format) for item in made]
+        # what --rest packs is rounded to nearest where its scheme has no other method
+        known = ref.name not in self._rest or self.method in self.format.methods_of(self.format.scheme(scheme.name))
+        return [apply_method(item, self.method if known else "rtn", self.format) for item in made]
 
     @cached_property
     def _joined(self) -> Mapping[str, list[TensorRef]]:
@@ -99,7 +109,7 @@ class Packing:
 
         def make(ref: TensorRef) -> list[Item]:
             role = self.model.roles[ref.name]
-            scheme = self._of(role)
+            scheme = self._of(role, ref.name)
             like = (ref.dtype, ref.shape, role.key, scheme)
             if pattern := patterns.get(like):
                 return [pattern.of(ref)]
@@ -132,6 +142,11 @@ class Packing:
             config["quantization_config"] = merge(configs, by_layer)
         else:
             config["quantization_config"] = configs[next(iter(used))]
+        if self.rest is not None:
+            assert self.format.beside is not None  # --rest was refused otherwise
+            other = make(self.rest.scheme, ignored, plain, scope)
+            targets = patterns(self.model, self.rest.weights)
+            config["quantization_config"] = self.format.beside(config["quantization_config"], other, targets)
         return config
 
     def parts(self) -> dict[str, int]:

@@ -26,9 +26,10 @@ from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
+from moeconv.quantize.rest import rest_of
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
 from moeconv.quantize.spec import BY_DATA, MIXED, Asked, Format, Scheme, SchemeInfo
-from moeconv.quantize.targets import check_targets, loads_of
+from moeconv.quantize.targets import check_rest, check_targets, loads_beside, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
@@ -86,10 +87,14 @@ def quantize_plan(
     scheme = Scheme(info.name, info.bits, group, options.double_quant)
     for ref in weights:
         format.check(ref, scheme)
+    rest = rest_of(model, options, format, weights)
+    weights += [] if rest is None else rest.weights
     dtype = parse_dtype(common.dtype)
     packing = Packing(
-        model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay
+        model, format, scheme, dict.fromkeys(model.moe_layers, scheme), weights, options.method, dtype, overlay, rest
     )
+    if rest is not None:
+        warnings += check_rest(format, scheme.name, rest.scheme.name, options.target, family=model.family)
     if mixed and not left_out:
         _check_no_drafting(model)
     if mixed:
@@ -193,8 +198,12 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
         "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
         "scope": str(options.scope),
         "double_quant": scheme.nested,
-        "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed),
+        "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed)
+        if packing.rest is None
+        else loads_beside(format, scheme.name, packing.rest.scheme.name, packing.model.family),
     }
+    if packing.rest is not None:
+        block["rest"] = {"scheme": packing.rest.scheme.name, "group_size": packing.rest.scheme.group}
     if stats_of_twin is not None:
         block["stats_of_twin"] = stats_of_twin
     return block

@@ -142,6 +142,9 @@ class Format:
     mixed_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # `measured` of the same
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
     merge: Callable[[Mapping[Scheme, JsonObject], Mapping[int, Scheme]], JsonObject] | None = None
+    # (config of the scheme, config of --rest, expressions that match the modules of --rest) -> one quantization_config
+    beside: Callable[[JsonObject, JsonObject, Sequence[str]], JsonObject] | None = None
+    beside_loads: Mapping[str, str] = field(default_factory=dict)  # `loads` of two schemes, where both are loaded
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target
     imports: str = ""  # a line of Python that must run before transformers can load the output
     remote_code: str = ""  # the module of its loader, where --self-contained can write the loader beside the weights

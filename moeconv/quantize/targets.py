@@ -59,6 +59,23 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     return loads
 
 
+def loads_beside(format: Format, scheme: str, rest: str, family: Family) -> dict[str, str]:
+    """Runtime -> whether it loads a model of `family` with experts in one scheme and the `rest` in another: `no` where
+    it does not load one of the two or their combination, otherwise what is known of the combination."""
+    both = [loads_of(format, name, family) for name in (scheme, rest)] + [every_runtime(format.beside_loads)]
+    return {r: "no" if "no" in (words := [loads[r] for loads in both]) else words[-1] for r in TARGETS}
+
+
+def check_rest(format: Format, scheme: str, rest: str, targets: Sequence[str], *, family: Family) -> list[str]:
+    """Warnings about targets that were not proven to load experts in one scheme and the rest in another. Raises
+    UsageError for a target that cannot."""
+    loads, what = loads_beside(format, scheme, rest, family), f"{format.name} {scheme} with --rest {rest}"
+    for target in targets:
+        if loads[target] == "no":
+            raise UsageError(f"--target {target} cannot load {what}", hint="Leave --rest out, or the target.")
+    return [f"{target} was not proven to load {what}" for target in targets if loads[target] == "unknown"]
+
+
 def check_targets(
     format: Format, scheme: str, targets: Sequence[str], *, family: Family, mixed: bool = False,
     hidden: int | None = None,

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [converter] [vllm]
-# [transformers4] [mlx]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
+# [transformers4] [mlx] [llmcompressor]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
 # tests/runtimes reads. The versions are those of moeconv/families/measured.py.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4] [mlx]" >&2
+    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4] [mlx] [llmcompressor]" >&2
     exit 2
 fi
 root=$1
 shift
-[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4 mlx
+[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4 mlx llmcompressor
 python=${PYTHON:-python3}
 
 for runtime in "$@"; do
@@ -24,6 +24,15 @@ for runtime in "$@"; do
         "$python" -m venv "$root/mlx"
         "$root/mlx/bin/pip" install -q mlx-lm==0.32.2 mlx-cpu==0.32.4
         "$root/mlx/bin/python" -c 'import mlx_lm'
+        ;;
+    llmcompressor)
+        # Without its dependencies, and then those that model_free_ptq imports: auto-round needs another torch.
+        "$python" -m venv "$root/llmcompressor"
+        pip=$root/llmcompressor/bin/pip
+        "$pip" install -q torch==2.13.0 numpy
+        "$pip" install -q --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0
+        "$pip" install -q loguru pyyaml requests tqdm 'transformers>=5.15,<=5.17' accelerate datasets pillow pydantic nvidia-ml-py
+        "$root/llmcompressor/bin/python" -c 'from llmcompressor import model_free_ptq'
         ;;
     llama.cpp)
         "$python" -m venv "$root/llama.cpp"
@@ -69,7 +78,7 @@ PY
         "$root/vllm/bin/python" -c 'import vllm'
         ;;
     *)
-        echo "unknown runtime $runtime; known: llama.cpp converter vllm transformers4 mlx" >&2
+        echo "unknown runtime $runtime; known: llama.cpp converter vllm transformers4 mlx llmcompressor" >&2
         exit 2
         ;;
     esac
@@ -79,4 +88,5 @@ echo "export MOECONV_LLAMA_CPP_PYTHON=$root/llama.cpp/bin/python"
 echo "export MOECONV_CONVERTER_PYTHON=$root/converter/bin/python"
 echo "export MOECONV_LLAMA_CPP_SOURCE=$root/converter/llama.cpp"
 echo "export MOECONV_TRANSFORMERS4_PYTHON=$root/transformers4/bin/python"
+echo "export MOECONV_LLMCOMPRESSOR_PYTHON=$root/llmcompressor/bin/python"
 echo "export MOECONV_MLX_PYTHON=$root/mlx/bin/python"

@@ -102,6 +102,17 @@ class QuantizeRequest:
 
 
 @dataclass(frozen=True)
+class ImportRequest:
+    """`moeconv import`."""
+
+    gguf: str
+    out: str
+    plan: o.ImportOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """`moeconv evaluate`."""
 

@@ -18,6 +18,7 @@ STEPS: Mapping[type, str] = {
     r.TuneRequest: "moeconv.tune.step:tune",
     r.PruneRequest: "moeconv.prune.step:prune",
     r.QuantizeRequest: "moeconv.quantize.step:quantize",
+    r.ImportRequest: "moeconv.importing.step:import_gguf_file",
     r.EvaluateRequest: "moeconv.evaluate.step:evaluate",
     r.VerifyRequest: "moeconv.verify.step:verify",
     r.ReportRequest: "moeconv.report.step:report_page",

@@ -127,6 +127,8 @@ VERBS: tuple[Verb, ...] = (
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
                             required=False, writes=True)), r.PruneRequest, _step, tables.pruned),
     Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), r.QuantizeRequest, _step, tables.written),
+    Verb("import", "Turn a GGUF file into a checkpoint of transformers.",
+         (Positional("gguf", "GGUF file.", reads="file"), OUT), r.ImportRequest, _step, tables.written),
     Verb("evaluate", "Loss on text and accuracy on tasks, with gates for CI.", (MODEL,), r.EvaluateRequest,
          _step, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Evaluated,
         Figure,
         Foreseen,
+        ImportBlock,
         Inspected,
         PruneBlock,
         Pruned,
@@ -196,9 +197,14 @@ def _tune_layers(block: JsonObject) -> Table:
     return grid(["layer", *columns, "dead experts"], rows)
 
 
+def _import(block: ImportBlock) -> dict[str, str]:
+    types = ", ".join(f"{escape(name)} {count}" for name, count in block["types"].items())
+    return {"from": f"{escape(block['architecture'])} ({types})", "dtype": block["dtype"]}
+
+
 # command -> the rows of its own block
 _BLOCKS: Mapping[str, Callable[[Any], dict[str, str]]] = {
-    "upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune,
+    "upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune, "import": _import,
 }  # fmt: skip
 
 

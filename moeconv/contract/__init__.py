@@ -20,6 +20,7 @@ from moeconv.contract.evaluated import (
     Tasks,
 )
 from moeconv.contract.failed import ErrorFields, Failed
+from moeconv.contract.imported import ImportBlock, ImportResult
 from moeconv.contract.inspected import Inspected, Quantization, RoleCounts
 from moeconv.contract.listed import Families, FamilyPair, FamilySource, FormatRow, Formats, Schemas
 from moeconv.contract.pruned import (
@@ -89,6 +90,8 @@ __all__ = [
     "FormatRow",
     "Formats",
     "Gate",
+    "ImportBlock",
+    "ImportResult",
     "Inspected",
     "Load",
     "LoadBefore",

@@ -7,6 +7,7 @@ from typing import Any
 from moeconv.contract.calibrated import Calibrated
 from moeconv.contract.evaluated import Evaluated
 from moeconv.contract.failed import Failed
+from moeconv.contract.imported import ImportResult
 from moeconv.contract.inspected import Inspected
 from moeconv.contract.listed import Families, Formats, Schemas
 from moeconv.contract.pruned import Curve, Pruned
@@ -26,6 +27,7 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "tune": (Tuned, TunePlanned),
     "prune": (Pruned, Curve),
     "quantize": (Quantized,),
+    "import": (ImportResult,),
     "evaluate": (Evaluated, Foreseen),
     "verify": (Verified,),
     "report": (Reported,),

@@ -33,6 +33,7 @@ from moeconv.options.defaults import (
     TOP_K,
 )
 from moeconv.options.evaluate import EvaluateOptions, SampleOptions
+from moeconv.options.importing import ImportOptions
 from moeconv.options.prune import PruneOptions
 from moeconv.options.quantize import QuantizeOptions
 from moeconv.options.read_only import FamiliesOptions, ReportOptions, VerifyOptions
@@ -72,6 +73,7 @@ __all__ = [
     "EvaluateOptions",
     "FamiliesOptions",
     "ImatrixOptions",
+    "ImportOptions",
     "MeasureOptions",
     "MergeOptions",
     "Panel",

@@ -41,6 +41,7 @@ _WHERE = {
     "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
     "pick_neurons": "moeconv.plan.kernels.neurons:pick_neurons",
     "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
+    "from_gguf": "moeconv.plan.kernels.ggml:from_gguf_kernel",
 }
 _TORCH = ("moeconv.plan.kernels.quantized", "moeconv.plan.kernels.compressed")
 

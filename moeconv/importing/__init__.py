@@ -1,0 +1,1 @@
+"""`moeconv import`: a GGUF file as a checkpoint of transformers."""

@@ -1,0 +1,127 @@
+"""config.json from the metadata of a GGUF file: the keys that llama_cpp/numbers.py writes, read backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moeconv.checkpoint.gguf_source import GgufSource
+from moeconv.errors import InputError, Unsupported, escape
+from moeconv.families.registry import tables
+from moeconv.families.spec import Family
+from moeconv.quantize.llama_cpp import LLAMA_CPP, LlamaCpp
+from moeconv.types import JsonObject
+
+# llama.cpp's key without the architecture -> config key
+_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_LLAMA3 = [
+    {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 8192}
+    for factor in (8.0, 32.0)
+]  # fmt: skip
+_FACTORS = "rope_freqs.weight"
+
+
+def candidates(source: GgufSource) -> Iterator[tuple[Family, LlamaCpp, JsonObject]]:
+    """(family, row, config.json) of every family that the file may be, the likeliest first; whoever takes one checks
+    that it gives this file back. Raises Unsupported for an architecture without a row."""
+    arch = source.metadata.get("general.architecture")
+    experts = source.metadata.get(f"{arch}.expert_count", 0)
+    known = tables().moe if experts else tables().dense
+    found = [name for name, row in LLAMA_CPP.items() if row.arch == arch and name in known]
+    if not found:
+        raise Unsupported(
+            f"{escape(source.path.name)}: the architecture {escape(arch)} is not imported",
+            hint=f"Imported are {', '.join(sorted({row.arch for row in LLAMA_CPP.values()}))}.",
+        )
+    for name in sorted(found, key=lambda name: name.replace("_", "") != arch):
+        for rope in _rotary(source, str(arch)):
+            yield known[name], LLAMA_CPP[name], _config(source, str(arch), known[name], LLAMA_CPP[name], rope)
+
+
+def _config(source: GgufSource, arch: str, family: Family, row: LlamaCpp, rope: JsonObject) -> JsonObject:
+    defaults = family.config.defaults
+    config: JsonObject = {"architectures": [family.architecture], "model_type": family.model_type}
+    for key, name in _KEYS.items():
+        config[name] = _number(source, f"{arch}.{key}")
+    width = source.metadata.get(f"{arch}.attention.key_length")
+    config["head_dim"] = width or config["hidden_size"] // config["num_attention_heads"]
+    config["vocab_size"] = _vocabulary(source)
+    config["rope_parameters"] = {"rope_theta": _number(source, f"{arch}.rope.freq_base", 10000.0), **rope}
+    config["tie_word_embeddings"] = "output.weight" not in source.tensors
+    if family.experts.count:
+        config |= dict.fromkeys(family.experts.count, _number(source, f"{arch}.expert_count"))
+        config |= dict.fromkeys(family.experts.top_k, _number(source, f"{arch}.expert_used_count"))
+    for key, number in row.numbers.items():
+        value = source.metadata.get(f"{arch}.{key}")
+        if isinstance(number, str) and value is not None:
+            config[number] = _short(value)
+    config |= {key: allowed[0] for key, allowed in row.needs.items() if key in defaults and key not in config}
+    for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if key in defaults and key not in row.needs:
+            config[key] = tensor in source.tensors
+    if "hidden_act" in defaults:
+        config["hidden_act"] = "silu"
+    return config | {"dtype": "bfloat16"} | _special(source)
+
+
+def _special(source: GgufSource) -> JsonObject:
+    """The ids of special tokens."""
+    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+    found = {name: source.metadata.get(f"tokenizer.ggml.{key}") for key, name in keys.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _vocabulary(source: GgufSource) -> int:
+    embedding = source.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise InputError(
+            f"{escape(source.path.name)} has no token_embd.weight", hint="The file holds no language model."
+        )
+    return embedding.shape[0]
+
+
+def _rotary(source: GgufSource, arch: str) -> list[JsonObject]:
+    """The rotary parameters that the file may mean, without the base: factors of llama3's scaling are a tensor, which
+    only those that are published can explain."""
+    if _FACTORS in source.tensors:
+        return [dict(each) for each in _LLAMA3]
+    kind = source.metadata.get(f"{arch}.rope.scaling.type", "none")
+    if kind == "none":
+        return [{"rope_type": "default"}]
+    found: JsonObject = {"rope_type": kind, "factor": _number(source, f"{arch}.rope.scaling.factor")}
+    if kind == "yarn":
+        names = {
+            "original_context_length": "original_max_position_embeddings", "yarn_attn_factor": "attention_factor",
+            "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
+        }  # fmt: skip
+        values = {new: source.metadata.get(f"{arch}.rope.scaling.{old}") for old, new in names.items()}
+        found |= {key: _short(value) for key, value in values.items() if value is not None}
+    elif kind != "linear":
+        raise Unsupported(f"rotary embeddings of type {escape(kind)} are not imported", hint="Use the original model.")
+    return [found]
+
+
+def _number(source: GgufSource, key: str, default: float | None = None) -> Any:
+    value = source.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(
+            f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number above 0",
+            hint="The file is damaged, or made by a program that moeconv does not know.",
+        )
+    return _short(value)
+
+
+def _short(value: Any) -> Any:
+    """A float as the shortest decimal that is the same float32, because that is what the file holds."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

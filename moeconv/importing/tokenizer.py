@@ -1,0 +1,155 @@
+"""tokenizer.json from the tokens of a GGUF file: what quantize/gguf_tokenizer.py writes, read backwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moeconv.checkpoint.gguf_source import GgufSource
+from moeconv.errors import InputError, Unsupported, escape
+from moeconv.quantize.gguf_tokenizer import PRE_TOKENIZERS
+from moeconv.types import JsonObject
+
+# ggml's token types
+_UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
+_SPACE = "\u2581"
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_KNOWN = {name: split for split, name in PRE_TOKENIZERS.items()} | {"default": ("", False)}
+# llama.cpp's name -> steps in front of the bytes' own split
+_STEPS: Mapping[str, list[JsonObject]] = {"smollm": [{"type": "Digits", "individual_digits": True}]}
+_DAMAGED = "The file is damaged: download it again."
+
+
+def tokenizer_files(source: GgufSource) -> tuple[dict[str, str], list[str]]:
+    """({file name: text} of tokenizer.json and tokenizer_config.json, warnings). Raises Unsupported for a tokenizer
+    that transformers is not known to follow, InputError for a damaged one."""
+    kind = source.metadata.get("tokenizer.ggml.model")
+    if kind not in _MAKERS:
+        raise Unsupported(
+            f"{escape(source.path.name)}: tokenizers of the kind {escape(kind)} are not rebuilt",
+            hint=f"Known are {', '.join(_MAKERS)}. Use the original model.",
+        )
+    tokens, kinds = _list(source, "tokens", str), _list(source, "token_type", int)
+    if len(tokens) != len(kinds) or len(tokens) != source.tensors["token_embd.weight"].shape[0]:
+        raise InputError(
+            f"{escape(source.path.name)} has {len(tokens)} tokens, {len(kinds)} types of tokens, and "
+            f"{source.tensors['token_embd.weight'].shape[0]} embeddings",
+            hint=_DAMAGED,
+        )
+    used = {i: word for i, word in enumerate(tokens) if kinds[i] != _UNUSED}
+    if len(set(used.values())) != len(used):
+        raise InputError(f"{escape(source.path.name)} has a token twice", hint=_DAMAGED)
+    try:
+        made = _MAKERS[str(kind)](source, used, kinds)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise InputError(f"{escape(source.path.name)}: the tokenizer: {escape(error)}", hint=_DAMAGED) from None
+    special = (_UNKNOWN, _CONTROL, _USER)
+    added = [
+        {"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": kinds[i] != _USER}
+        for i, word in used.items() if kinds[i] in special
+    ]  # fmt: skip
+    about: JsonObject = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+    words = _words(source, tokens)
+    made |= {"post_processor": _in_front(source, words, tokens)}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **words}
+    template = source.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    files = {"tokenizer.json": about | made, "tokenizer_config.json": config}
+    return {name: json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in files.items()}, []
+
+
+def _list(source: GgufSource, key: str, kind: type) -> list[Any]:
+    value = source.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise InputError(f"{escape(source.path.name)} has no tokenizer.ggml.{key}", hint=_DAMAGED)
+    return value
+
+
+def _words(source: GgufSource, tokens: Sequence[str]) -> JsonObject:
+    """The special tokens by transformers' names."""
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    found: JsonObject = {}
+    for key, name in names.items():
+        number = source.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int) and 0 <= number < len(tokens):
+            found[name] = tokens[number]
+    return found
+
+
+def _in_front(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> JsonObject | None:
+    """The template that puts the token which begins texts in front of them, where the file asks for it."""
+    asked = source.metadata.get("tokenizer.ggml.add_bos_token", source.metadata.get("tokenizer.ggml.model") == "llama")
+    word = words.get("bos_token")
+    if not asked or word is None:
+        return None
+    first = {"SpecialToken": {"id": word, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {word: {"id": word, "ids": [tokens.index(word)], "tokens": [word]}},
+    }
+
+
+def _bytes_bpe(source: GgufSource, used: Mapping[int, str], _kinds: Sequence[int]) -> JsonObject:
+    """Byte-level BPE, split as the name of the pre-tokenizer says."""
+    name = source.metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _KNOWN and name not in _STEPS:
+        known = ", ".join(sorted({*_KNOWN, *_STEPS}))
+        raise Unsupported(f"the pre-tokenizer {escape(name)} is not known", hint=f"Known are {known}.")
+    pattern, whole = _KNOWN.get(str(name), ("", False))
+    steps = list(_STEPS.get(str(name), ()))
+    if pattern:
+        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
+    last = _BYTE_LEVEL | {"use_regex": not pattern}
+    merges = [merge.split(" ", 1) for merge in _list(source, "merges", str)]
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError("a merge is not two tokens")
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": whole,
+        "vocab": {word: i for i, word in used.items()}, "merges": merges,
+    }  # fmt: skip
+    return {
+        "normalizer": {"type": "NFC"} if name == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]} if steps else last,
+        "decoder": _BYTE_LEVEL | {"use_regex": True},
+        "model": model,
+    }
+
+
+def _sentencepiece(source: GgufSource, used: Mapping[int, str], kinds: Sequence[int]) -> JsonObject:
+    """SentencePiece's BPE: two neighbours whose joined token has the highest score are joined, which merges in the
+    order of the scores do as well."""
+    scores = _list(source, "scores", float)
+    numbers = {word: i for i, word in used.items()}
+    ordinary = [word for word, i in numbers.items() if kinds[i] == 1 and len(word) > 1]
+    found = [
+        (-scores[numbers[word]], numbers[word[:at]], numbers[word[at:]], [word[:at], word[at:]])
+        for word in ordinary for at in range(1, len(word)) if word[:at] in numbers and word[at:] in numbers
+    ]  # fmt: skip
+    unknown = next((word for word, i in numbers.items() if kinds[i] == _UNKNOWN), None)
+    prefix = source.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    front = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
+    decoders = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+    ]  # fmt: skip
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+        "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+        "vocab": numbers, "merges": [pair for _, _, _, pair in sorted(found)],
+    }  # fmt: skip
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*front, spaces]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model,
+    }
+
+
+_MAKERS = {"gpt2": _bytes_bpe, "llama": _sentencepiece}

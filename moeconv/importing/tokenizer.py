@@ -18,6 +18,9 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 _KNOWN = {name: split for split, name in PRE_TOKENIZERS.items()} | {"default": ("", False)}
 # llama.cpp's name -> steps in front of the bytes' own split
 _STEPS: Mapping[str, list[JsonObject]] = {"smollm": [{"type": "Digits", "individual_digits": True}]}
+_NORMALIZERS: Mapping[str, JsonObject] = {"qwen2": {"type": "NFC"}}
+# kind of tokenizer -> whether llama.cpp puts the token that begins texts in front where the file does not say
+_BEGINS: Mapping[object, bool] = {"gpt2": False, "llama": True}
 _DAMAGED = "The file is damaged: download it again."
 
 
@@ -81,7 +84,7 @@ def _words(source: GgufSource, tokens: Sequence[str]) -> JsonObject:
 
 def _in_front(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> JsonObject | None:
     """The template that puts the token which begins texts in front of them, where the file asks for it."""
-    asked = source.metadata.get("tokenizer.ggml.add_bos_token", source.metadata.get("tokenizer.ggml.model") == "llama")
+    asked = source.metadata.get("tokenizer.ggml.add_bos_token", _BEGINS[source.metadata["tokenizer.ggml.model"]])
     word = words.get("bos_token")
     if not asked or word is None:
         return None
@@ -114,7 +117,7 @@ def _bytes_bpe(source: GgufSource, used: Mapping[int, str], _kinds: Sequence[int
         "vocab": {word: i for i, word in used.items()}, "merges": merges,
     }  # fmt: skip
     return {
-        "normalizer": {"type": "NFC"} if name == "qwen2" else None,
+        "normalizer": _NORMALIZERS.get(str(name)),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps, last]} if steps else last,
         "decoder": _BYTE_LEVEL | {"use_regex": True},
         "model": model,

@@ -120,6 +120,9 @@ QUICKLY = dict.fromkeys(("tune", "prune", "quantize"), ("--dry-run",)) | dict.fr
 def test_the_examples_run_in_their_order(place, monkeypatch):
     monkeypatch.chdir(place)
     for name, examples in list(EXAMPLES.items())[:-1]:  # tests/e2e/test_quick.py runs the demo
+        if name == "import":
+            assert app.run(["quantize", "moe", "gguf", "--format", "gguf", "--scheme", "q8_0", "--no-check"]) == 0
+            shutil.move(place / "gguf" / "model.gguf", place)
         if name == "evaluate":
             assert app.run(["quantize", "moe", "packed", "--no-check"]) == 0
         for number, words in enumerate(examples):

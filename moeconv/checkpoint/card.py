@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.types import JsonObject
@@ -12,8 +13,8 @@ _MOST = 1 << 16  # bytes of a source's card that are read
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 
 
-def source_metadata(source: Checkpoint) -> JsonObject:
-    """Licence, language and base model from the source's card, as far as they can be read."""
+def source_metadata(source: Checkpoint, keys: Sequence[str] = _CARRIED) -> JsonObject:
+    """Fields of the source's card, as far as they can be read: licence, language and base model, or `keys`."""
     import yaml
 
     text = ""
@@ -29,7 +30,7 @@ def source_metadata(source: Checkpoint) -> JsonObject:
         return {}
     if not isinstance(value, dict):
         return {}
-    return {key: words for key in _CARRIED if (words := _words(value.get(key))) is not None}
+    return {key: words for key in keys if (words := _words(value.get(key))) is not None}
 
 
 def _words(value: object) -> str | list[str] | None:

@@ -22,6 +22,7 @@ from moeconv.quantize.llama_cpp.record import Value
 from moeconv.types import JsonObject
 
 _SETTINGS = "generation_config.json"
+_FROM_CARD = ("license", "license_name", "license_link", "language", "base_model", "datasets", "tags", "pipeline_tag")
 # key of generation_config.json -> llama.cpp's name for the setting, and its type
 _SAMPLING: dict[str, tuple[str, type]] = {
     "top_k": ("top_k", int),
@@ -54,8 +55,9 @@ def metadata(model: Model, row: LlamaCpp, *, file_type: int) -> tuple[bytes, int
     with tempfile.TemporaryDirectory(prefix="moeconv-") as folder:
         path = Path(folder) / "head.gguf"
         writer = gguf.GGUFWriter(path, row.arch)
-        for key, value in _general(gguf, model).items():
-            _add(writer, f"general.{key}", value)
+        _add_general(gguf, writer, model)
+        for key, value in _sampling(model).items():
+            _add(writer, f"general.sampling.{key}", value)
         for key, value in hyperparameters(model, row).items():
             _add(writer, f"{row.arch}.{key}", value)
         writer.add_file_type(file_type)
@@ -79,23 +81,30 @@ def import_gguf() -> ModuleType:
     return gguf
 
 
-def _general(gguf: ModuleType, model: Model) -> dict[str, Value]:
-    """What programs show of a model, and its sampling settings, by keys without `general.` in front."""
+def _add_general(gguf: ModuleType, writer: Any, model: Model) -> None:
+    """Write what programs show of a model, by the rules of llama.cpp's converter: name, basename, version and size from
+    the name of the directory; licence, base models, data sets, tags and languages from the model card."""
     source = model.checkpoint
-    card = source_metadata(source)
     experts = [name for name, role in model.roles.items() if role.group == "expert"]
     in_experts = sum(math.prod(source.tensors[name].shape) for name in experts)
     total = sum(math.prod(source.tensors[name].shape) for name in model.roles)
     size = gguf.size_label(total, total - in_experts, in_experts // max(1, model.num_experts), model.num_experts)
-    found: dict[str, Value] = {"type": "model", "name": source.name, "size_label": size}
-    found |= {key: card[key] for key in ("license",) if isinstance(card.get(key), str)}
-    settings: JsonObject = {}
-    if (source.path / _SETTINGS).is_file():
-        settings = read_json_object(source.path / _SETTINGS, what=_SETTINGS)
+    card = source_metadata(source, _FROM_CARD)
+    shown = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, {}, Path(source.name), total)
+    shown.name, shown.size_label = shown.name or source.name, shown.size_label or size
+    writer.add_string("general.type", "model")
+    shown.set_gguf_meta_model(writer)
+
+
+def _sampling(model: Model) -> dict[str, Value]:
+    """The sampling settings of generation_config.json, by keys without `general.sampling.` in front."""
+    path = model.checkpoint.path / _SETTINGS
+    settings: JsonObject = read_json_object(path, what=_SETTINGS) if path.is_file() else {}
+    found: dict[str, Value] = {}
     for key, (word, kind) in _SAMPLING.items():
         value = settings.get(key)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"sampling.{word}"] = kind(value)
+            found[word] = kind(value)
     return found
 
 

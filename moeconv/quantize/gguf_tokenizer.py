@@ -13,24 +13,12 @@ from typing import Protocol
 
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError, escape
+from moeconv.quantize.gguf_splits import NAMES, merged, steps_of
 from moeconv.types import JsonObject
 
 # ggml's token types
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"  # what SentencePiece writes for a space
-
-_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
-_QWEN2 = _WORDS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
-# (regular expression of a byte-level BPE's pre-tokenizer, whether a word that is a token as a whole skips the merges)
-# -> llama.cpp's name for both
-PRE_TOKENIZERS: dict[tuple[str, bool], str] = {
-    ("", False): "gpt-2",  # ByteLevel's own
-    (_LLAMA3, True): "llama-bpe",
-    (_LLAMA3, False): "glm4",
-    (_QWEN2, False): "qwen2",
-}
 
 
 class TokenizerWriter(Protocol):
@@ -116,26 +104,34 @@ def _rows(tokenizer: JsonObject, size: int) -> list[tuple[str, int]]:
 
 def _pre_tokenizer(tokenizer: JsonObject) -> str:
     """llama.cpp's name for how the tokenizer splits texts. Raises InputError where it has none."""
-    model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    last = steps[-1]
-    known = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
-    pattern: str | None = None
-    if known and len(steps) == 1 and last.get("use_regex", True):
-        pattern = ""
-    elif known and len(steps) == 2 and steps[0].get("type") == "Split" and not last.get("use_regex", True):
-        pattern = (steps[0].get("pattern") or {}).get("Regex")
-        if steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-            pattern = None
+    steps = steps_of(tokenizer.get("pre_tokenizer") or {})
     normalizer = (tokenizer.get("normalizer") or {}).get("type")
-    name = None if pattern is None else PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
-    if name is None or normalizer not in (None, "NFC"):
+    names = NAMES.get(steps or ())
+    if names is None or normalizer not in (None, "NFC"):
         raise _unknown()
-    return name
+    model = tokenizer["model"]
+    wanted = bool(model.get("ignore_merges"))
+    exact = [name for name, whole in names if whole == wanted]
+    # a family's own name is that of the first
+    if exact and exact[0] == names[0][0]:
+        return exact[0]
+    if _merges_make_all(model, tokenizer):
+        return names[1 if len(names) > 1 and not wanted else 0][0]
+    if not exact:
+        raise _unknown()
+    return exact[0]
+
+
+def _merges_make_all(model: JsonObject, tokenizer: JsonObject) -> bool:
+    """Whether the merges make every token of the vocabulary from its bytes, so that it does not matter whether a word
+    that is a token is merged at all."""
+    ranks = {_pair(merge): rank for rank, merge in enumerate(model["merges"])}
+    special = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+    return all(len(word) == 1 or word in special or merged(word, ranks) == [word] for word in model["vocab"])
 
 
 def _unknown() -> InputError:
-    known = sorted({*PRE_TOKENIZERS.values()})
+    known = sorted({name for names in NAMES.values() for name, _ in names})
     return InputError(
         "llama.cpp is not known to split texts as this tokenizer does",
         hint="GGUF is written for SentencePiece's BPE with byte fallback, and for byte-level BPEs that split as "
@@ -151,6 +147,8 @@ def _space_in_front(tokenizer: JsonObject) -> bool:
     normalizer, pre = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if pre.get("type") == "Split" and pre.get("pattern") == {"String": " "} and steps[-1:] == [replaced]:
+        pre = {}  # Gemma's: no space is left to split at
     if not pre and steps and steps[-1] == replaced:
         if len(steps) == 1:
             return False

@@ -104,6 +104,31 @@ def sentencepiece(folder: Path, *, size: int = 2048) -> Path:
     return folder
 
 
+def byte_level(folder: Path, steps: Sequence[str], *, whole: bool, size: int = 1024) -> Path:
+    """Give a model a byte-level BPE that splits texts by `steps` (moeconv.quantize.gguf_splits) in place of its
+    tokenizer. `whole`: a word that is a token is not merged."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2
+
+    def step(word: str) -> Any:
+        if word in (BYTES, GPT2):
+            return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=word == GPT2)
+        return (
+            pre_tokenizers.Digits(individual_digits=True)
+            if word == DIGITS
+            else pre_tokenizers.Split(Regex(word), "isolated")
+        )
+
+    made = Tokenizer(models.BPE(ignore_merges=whole))
+    made.pre_tokenizer = pre_tokenizers.Sequence([step(word) for word in steps])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    made.train([str(DEMO_DATA / "calibration.txt")], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 def in_environment(variable: str, script: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """What a script of this folder answers in another environment. Raises RuntimeError with its last words."""
     done = subprocess.run(

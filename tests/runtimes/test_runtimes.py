@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import agreement as runtimes
 
+from moeconv.quantize.gguf_splits import NAMES
 from moeconv.recipe.read import DEMO_DATA
 
 # Share of greedy tokens that must be the reference's choice too, and the most (in logits) by which it may have
@@ -65,14 +66,22 @@ def test_every_family_that_gguf_is_written_for(tmp_path, family):
     assert found["agreement"] >= 0.85, found
 
 
+SPLITS = [(steps, name, whole) for steps, names in NAMES.items() for name, whole in names]
+KINDS = ["byte-level", "sentencepiece", *(name for _, name, _ in SPLITS)]
+
+
+@pytest.mark.slow(keep=2)
 @pytest.mark.skipif("MOECONV_LLAMA_CPP_PYTHON" not in os.environ, reason="MOECONV_LLAMA_CPP_PYTHON is not set")
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_tokenizes_texts_as_transformers_does(tmp_path, kind):
     from tokenizers import Tokenizer
 
     source = runtimes.random_model("mixtral", tmp_path / "source")
     if kind == "sentencepiece":
         runtimes.sentencepiece(source)
+    for steps, name, whole in SPLITS:
+        if name == kind:
+            runtimes.byte_level(source, steps, whole=whole)
     runtimes.quantize(source, tmp_path / "packed", {"format": "gguf", "scheme": "q8_0"})
     text = (DEMO_DATA / "heldout.txt").read_text()
     texts = [text[at : at + 500] for at in range(0, 20_000, 500)]
@@ -82,6 +91,10 @@ def test_llama_cpp_tokenizes_texts_as_transformers_does(tmp_path, kind):
         " in front",
         "behind ",
         "12345",
+        "It's THEY'LL we'Re IT'S don't  a1b22c333d4444 1,234,567.89 x=-1.5e10",
+        "CamelCaseHTTPServer snake_case foo.bar(baz[0])->qux; // comment/path\r\n\r\n  \n x",
+        "na\u00efve Stra\u00dfe \u041f\u0440\u0438\u0432\u0435\u0442 \u0939\u093f\u0928\u094d\u0926\u0940 \u3072\u3089123",
+        "!!! ... ??? $$$ ### (a) [b] {c} <d>   \t end",
     ]
     reference = Tokenizer.from_file(str(source / "tokenizer.json"))
     wanted = [reference.encode(text, add_special_tokens=False).ids for text in texts]

@@ -16,7 +16,7 @@ from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.pack import ggml
 from moeconv.plan.meter import SilentMeter
-from moeconv.quantize.gguf_tokenizer import PRE_TOKENIZERS
+from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2, LLAMA3, NAMES
 from moeconv.quantize.planner import plan_quantize
 
 gguf = pytest.importorskip("gguf")
@@ -228,22 +228,50 @@ def test_tokenizers_that_are_not_known_are_refused(tmp_path):
         tokenizer(path, **changes)
         with pytest.raises(InputError):
             plan_quantize(open_model(path), format="gguf")
-    words = {chr(33 + i): i for i in range(64)}
-    for (regex, whole), name in PRE_TOKENIZERS.items():
-        if regex:
-            known = split | {"pattern": {"Regex": regex}}
-            pre = {"type": "Sequence", "pretokenizers": [known, level]}
-            model = {"type": "BPE", "vocab": words, "merges": [], "ignore_merges": whole}
-            tokenizer(path, pre_tokenizer=pre, model=model)
-            plan = plan_quantize(open_model(path), format="gguf")
-            assert name.encode() in plan.shards[0].gguf.metadata
-            if (regex, not whole) not in PRE_TOKENIZERS:
-                tokenizer(path, pre_tokenizer=pre, model=model | {"ignore_merges": not whole})
-                with pytest.raises(InputError, match="split texts"):
-                    plan_quantize(open_model(path), format="gguf")
     (path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         plan_quantize(open_model(path), format="gguf")
+
+
+def pre_tokenizer(steps):
+    """The pre_tokenizer of tokenizer.json with these steps."""
+
+    def step(word):
+        if word in (BYTES, GPT2):
+            return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": word == GPT2}
+        if word == DIGITS:
+            return {"type": "Digits", "individual_digits": True}
+        return {"type": "Split", "pattern": {"Regex": word}, "behavior": "Isolated", "invert": False}
+
+    return {"type": "Sequence", "pretokenizers": [step(word) for word in steps]}
+
+
+def name_of(path, steps, **model):
+    """llama.cpp's name for a tokenizer with these steps. Its token "ab" is made by a merge, and "cd" by none."""
+    words = {chr(33 + i): i for i in range(62)} | {"ab": 62, **model.pop("more", {"cd": 63})}
+    model = {"type": "BPE", "vocab": words, "merges": [["a", "b"]], **model}
+    tokenizer(path, pre_tokenizer=pre_tokenizer(steps), model=model, added_tokens=[])
+    data = plan_quantize(open_model(path), format="gguf").shards[0].gguf.metadata
+    key = b"tokenizer.ggml.pre"
+    start = data.index(key) + len(key) + 4
+    return data[start + 8 : start + 8 + int.from_bytes(data[start : start + 8], "little")].decode()
+
+
+def test_every_known_way_to_split_has_its_name(tmp_path):
+    path = make(tmp_path / "m")
+    for steps, names in NAMES.items():
+        for name, whole in names[:1]:
+            assert name_of(path, steps, ignore_merges=whole) == name
+
+
+def test_whether_whole_words_are_merged_matters_where_a_token_is_made_by_no_merge(tmp_path):
+    path = make(tmp_path / "m")
+    qwen2 = next(steps for steps, names in NAMES.items() if names[0][0] == "qwen2")
+    with pytest.raises(InputError, match="split texts"):
+        name_of(path, qwen2, ignore_merges=True)
+    assert name_of(path, qwen2, ignore_merges=True, more={}) == "qwen2"
+    assert name_of(path, (LLAMA3, BYTES), ignore_merges=False) == "smaug-bpe"
+    assert name_of(path, (LLAMA3, BYTES), ignore_merges=False, more={}) == "glm4"
 
 
 def sentencepiece(path, **changes):
@@ -316,12 +344,16 @@ def test_what_the_model_is_and_how_it_is_sampled_stands_in_the_file(tmp_path):
     path = make(tmp_path / "Tiny-MoE")
     settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True, "min_p": None}
     (path / "generation_config.json").write_text(json.dumps(settings))
-    (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
+    card = "---\nlicense: apache-2.0\nbase_model: some-org/Base-8B-v2\ntags: [moe]\nlanguage: en\n---\n# Tiny\n"
+    (path / "README.md").write_text(card)
     _, _, reader = write(path, tmp_path / "out")
     found = {key: field.contents() for key, field in reader.fields.items() if key.startswith("general.")}
     sampling = {key.removeprefix("general.sampling."): v for key, v in found.items() if ".sampling." in key}
     assert sampling == {"temp": pytest.approx(0.6), "top_k": 20, "top_p": pytest.approx(0.95)}
-    assert (found["general.name"], found["general.type"]) == ("Tiny-MoE", "model")
+    assert (found["general.name"], found["general.type"]) == ("Tiny MoE", "model")
+    assert found["general.base_model.count"] == 1 and found["general.base_model.0.organization"] == "Some Org"
+    assert found["general.base_model.0.repo_url"] == "https://huggingface.co/some-org/Base-8B-v2"
+    assert (found["general.tags"], found["general.languages"]) == (["moe"], ["en"])
     assert found["general.license"] == "apache-2.0" and found["general.size_label"].startswith("4x")
 
 

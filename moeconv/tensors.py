@@ -14,7 +14,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.families.model import Model
 from moeconv.families.packed import weight_of
 from moeconv.families.spec import BESIDE, UNCHANGED, Role
-from moeconv.plan.kernels import Buffer
+from moeconv.plan.kernels import Buffer, load_kernel
 from moeconv.plan.kernels.chain import between, gathered
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.stored import to_tensor
@@ -78,6 +78,10 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
     while kernel in ("chain", "gather"):
         read = [between(read, params)] if kernel == "chain" else gathered(read, params)
         kernel, params = params["then"]["kernel"], params["then"]["params"]
+    if kernel == "compute":  # its output is the matrix, in a float dtype
+        spec = item.outputs[0]._replace(dtype="F32")
+        (data,) = load_kernel(kernel)(read, (spec,), params)
+        return to_tensor(memoryview(data), spec.dtype, spec.shape)
     ref, data = read[0]  # the others are weights that it shares a scale with, or importance
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 

@@ -10,13 +10,13 @@ from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.families.spec import Role
+from moeconv.families.spec import BESIDE, Role
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_importance import Columns
 from moeconv.quantize.gguf_metadata import metadata
 from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
-from moeconv.quantize.llama_cpp import LLAMA_CPP, Constant, GgufTensor, LlamaCpp, find_row, is_float32, written
+from moeconv.quantize.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
 from moeconv.quantize.llama_cpp.numbers import hyperparameters
 from moeconv.quantize.spec import Asked, Format, Kernel, SchemeInfo
 
@@ -75,7 +75,8 @@ def _is_covered(one: _Made) -> bool:
 def _made(model: Model, row: LlamaCpp) -> list[_Made]:
     """What the tensors of the source become, in the order of the file. The experts of a projection are in the order of
     their numbers, since they are one tensor."""
-    kept = [name for name, role in model.roles.items() if role.layer not in model.prediction_layers]
+    ahead = model.prediction_layers
+    kept = [name for name, role in model.roles.items() if role.layer not in ahead and role.group not in BESIDE]
     order = {name: i for i, name in enumerate(kept)}
     names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
     pairs = ((model.checkpoint.tensors[name], model.roles[name]) for name in names)
@@ -173,5 +174,5 @@ GGUF = Format(
     shard=gguf_shard,
     covers=covered,
     dense=True,
-    takes=lambda family: family.model_type in LLAMA_CPP,
+    takes=supported,
 )

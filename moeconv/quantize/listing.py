@@ -37,5 +37,6 @@ def formats_of(family: Family) -> list[str]:
     return [
         f.name
         for f in FORMATS.values()
-        if f.takes(family) and (apart or (served and f.apart) or (f.stack is not None and not flat))
+        if f.takes(family)
+        and (f.shard is not None or apart or (served and f.apart) or (f.stack is not None and not flat))
     ]

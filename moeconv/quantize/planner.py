@@ -16,6 +16,7 @@ from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.names import module_names
 from moeconv.families.served import check_served
+from moeconv.families.spec import BESIDE
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
@@ -106,11 +107,7 @@ def quantize_plan(
         shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE, imatrix))
         shards: tuple[Shard, ...] = (shard,)
         config, warnings = with_head(model), [*warnings, *notes]
-        if left_out:
-            warnings.append(
-                f"the multi-token-prediction layers {list(model.prediction_layers)} "
-                f"({counted(len(left_out), 'tensor')}) are left out, since llama.cpp does not run them"
-            )
+        warnings += _why_left_out(model, left_out)
         promise = _promise(model, shard)
     else:
         shards = arrange(packing.items(), common, model.family)
@@ -170,10 +167,29 @@ def _only_served(model: Model) -> str:
 
 
 def _left_out(model: Model, format: Format) -> dict[str, None]:
-    """The tensors that a GGUF file leaves out: those of multi-token prediction, since llama.cpp predicts one token."""
+    """The tensors that a GGUF file leaves out: those of multi-token prediction, since llama.cpp predicts one token, and
+    those of images and audio, which llama.cpp reads from a file of their own."""
     if format.shard is None:
         return {}
-    return {name: None for name, role in model.roles.items() if role.layer in model.prediction_layers}
+    ahead = model.prediction_layers
+    return {name: None for name, role in model.roles.items() if role.layer in ahead or role.group in BESIDE}
+
+
+def _why_left_out(model: Model, left_out: Mapping[str, None]) -> list[str]:
+    """A warning for each kind of tensors that are left out."""
+    beside = sum(model.roles[name].group in BESIDE for name in left_out)
+    found = []
+    if len(left_out) > beside:
+        found.append(
+            f"the multi-token-prediction layers {list(model.prediction_layers)} "
+            f"({counted(len(left_out) - beside, 'tensor')}) are left out, since llama.cpp does not run them"
+        )
+    if beside:
+        found.append(
+            f"the file has the language model alone: {counted(beside, 'tensor')} of images or audio are left out, "
+            "which llama.cpp reads from a file of their own (mmproj, by its converter)"
+        )
+    return found
 
 
 def _evidence(

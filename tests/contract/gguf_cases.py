@@ -88,6 +88,11 @@ _CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "olmoe experts": ("olmoe experts", {"num_key_value_heads": 4}, _EXACT),
     "qwen2_moe experts": ("qwen2_moe experts", {"mlp_only_layers": [], "norm_topk_prob": False}, _EXACT),
     "qwen3_5_moe experts": ("qwen3_5_moe experts", _LINEAR_EPS, 1e-3),
+    # the language models of multimodal models
+    "gemma4-vision experts": ("gemma4-vision experts", {}, _GELU),
+    "internvl experts": ("internvl experts", {}, _EXACT),
+    "llama4-vision experts": ("llama4-vision experts", _LLAMA4, _EXACT),
+    "qwen3_5_moe-vision experts": ("qwen3_5_moe-vision experts", _LINEAR_EPS, 1e-3),
     "qwen3_next experts": ("qwen3_next experts", _LINEAR_EPS, 1e-3),
 }  # fmt: skip
 
@@ -95,6 +100,9 @@ _CASES: dict[str, tuple[str, dict[str, Any], float]] = {
 def _settings(case: str, changes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     name = case.removesuffix(" experts")
     kind, config = MOE_CASES[name] if name != case else DENSE_CASES[name]
+    if (text := config.get("text_config")) is not None:
+        changed = {key: value for key, value in (text | changes).items() if changes.get(key, "") is not None}
+        return kind, config | {"text_config": changed}
     return kind, {key: value for key, value in (config | changes).items() if changes.get(key, "") is not None}
 
 

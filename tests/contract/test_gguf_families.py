@@ -100,7 +100,7 @@ def test_the_file_has_what_the_converter_writes(tmp_path, name):
 
 
 def test_every_row_has_a_case():
-    assert {kind for kind, _, _ in CASES.values()} == set(LLAMA_CPP)
+    assert set(LLAMA_CPP) <= {kind for kind, _, _ in CASES.values()}
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ A family has a row only where llama.cpp computes what transformers computes. The
 that is so, and a model with other values is refused.
 """
 
-from moeconv.quantize.llama_cpp.find import LLAMA_CPP, find_row
+from moeconv.quantize.llama_cpp.find import LLAMA_CPP, find_row, supported
 from moeconv.quantize.llama_cpp.names import is_float32
 from moeconv.quantize.llama_cpp.record import Constant, LlamaCpp
 from moeconv.quantize.llama_cpp.tensors import GgufTensor, written
 
-__all__ = ["LLAMA_CPP", "Constant", "GgufTensor", "LlamaCpp", "find_row", "is_float32", "written"]
+__all__ = ["LLAMA_CPP", "Constant", "GgufTensor", "LlamaCpp", "find_row", "is_float32", "supported", "written"]

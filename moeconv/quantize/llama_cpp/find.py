@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
+from moeconv.families.spec import BESIDE, Family
 from moeconv.quantize.llama_cpp import rows
 from moeconv.quantize.llama_cpp.record import LlamaCpp
 from moeconv.quantize.llama_cpp.rope import rope_of
@@ -24,12 +25,21 @@ def _all_rows() -> dict[str, LlamaCpp]:
 LLAMA_CPP: dict[str, LlamaCpp] = _all_rows()
 
 
+def supported(family: Family) -> bool:
+    """Whether there is a row for a family, or for the language model of a multimodal one."""
+    return _kind(family) in LLAMA_CPP
+
+
+def _kind(family: Family) -> str:
+    return family.multimodal.text or family.model_type
+
+
 def find_row(model: Model) -> LlamaCpp:
     """The row of a model's family.
 
     Raises InputError for a family without a row, and for a config with which llama.cpp would compute something else."""
     family = model.family
-    row = LLAMA_CPP.get(family.model_type)
+    row = LLAMA_CPP.get(_kind(family))
     if row is None:
         raise InputError(
             f"--format gguf does not support {family.model_type}",
@@ -63,7 +73,7 @@ def _reason(model: Model, row: LlamaCpp) -> str | None:
 def _unknown_tensor(model: Model, row: LlamaCpp) -> str | None:
     packed = model.family.tensors.packed
     for name, role in model.roles.items():
-        if role.layer in model.prediction_layers or role.key in row.changes:
+        if role.layer in model.prediction_layers or role.key in row.changes or role.group in BESIDE:
             continue
         layout = packed.get(role.key) if role.expert is None else None
         separate = layout is not None and (len(layout.parts) == 1 or template(row, role.key) is None)

@@ -87,7 +87,7 @@ def _rows() -> Iterator[Family]:
 def _source(row: Family, formats_of: FormatsOf) -> FamilySource:
     """What can be done with the checkpoints of a row. The engines of a dense row are those of what it becomes."""
     targets = list(dict.fromkeys(target.model_type for target in possible(row))) if row.kind == "dense" else []
-    formats = list(formats_of(row)) if row.kind == "moe" else []
+    formats = list(formats_of(row))
     made = next(iter(targets), "") if row.kind == "dense" else row.model_type
     runs = row.remote is None or bool(row.remote.like)
     verbs = {

@@ -29,8 +29,10 @@ def formats() -> Formats:
 
 
 def formats_of(family: Family) -> list[str]:
-    """The formats that can store a Mixture-of-Experts family, by its row. A checkpoint may have settings that one of
-    them cannot store."""
+    """The formats that can store a family, by its row; for a dense one those that store models without experts. A
+    checkpoint may have settings that one of them cannot store."""
+    if family.kind != "moe":
+        return [f.name for f in FORMATS.values() if f.dense and f.takes(family)]
     apart = any(not form.tensors.packed for form in family.forms())
     flat = any(layout.flat for layout in family.tensors.packed.values())
     served = family.served_form is not None

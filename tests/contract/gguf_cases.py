@@ -91,7 +91,6 @@ _CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     # the language models of multimodal models
     "gemma4-vision experts": ("gemma4-vision experts", {}, _GELU),
     "internvl experts": ("internvl experts", {}, _EXACT),
-    "llama4-vision experts": ("llama4-vision experts", _LLAMA4, _EXACT),
     "qwen3_5_moe-vision experts": ("qwen3_5_moe-vision experts", _LINEAR_EPS, 1e-3),
     "qwen3_next experts": ("qwen3_next experts", _LINEAR_EPS, 1e-3),
 }  # fmt: skip

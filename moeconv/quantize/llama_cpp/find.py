@@ -25,6 +25,10 @@ def _all_rows() -> dict[str, LlamaCpp]:
 LLAMA_CPP: dict[str, LlamaCpp] = _all_rows()
 
 
+# families that llama.cpp runs, but not as transformers does -> why
+_UNLIKE = {"phimoe": "its router (sparsemixer) weighs experts otherwise than llama.cpp's phimoe"}
+
+
 def supported(family: Family) -> bool:
     """Whether there is a row for a family, or for the language model of a multimodal one."""
     return _kind(family) in LLAMA_CPP
@@ -42,7 +46,8 @@ def find_row(model: Model) -> LlamaCpp:
     row = LLAMA_CPP.get(_kind(family))
     if row is None:
         raise InputError(
-            f"--format gguf does not support {family.model_type}",
+            f"--format gguf does not support {family.model_type}"
+            + (f": {_UNLIKE[family.model_type]}" if family.model_type in _UNLIKE else ""),
             hint=f"It supports {', '.join(sorted(LLAMA_CPP))}. `moeconv formats` lists other formats.",
         )
     if (reason := _reason(model, row)) is not None:

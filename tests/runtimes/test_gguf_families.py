@@ -55,12 +55,14 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, name, scheme):
     limit = CASES[name][2]
     reference = wanted(source)
     if scheme == "f16":
-        reference, limit = rounded(tmp_path, source), max(limit, 1e-2)
+        exact, reference = reference, rounded(source)
+        # a random model may move by more than 1e-2 where its weights move by half a unit of float16 (gated delta rule)
+        limit = max(limit, 1e-2, 2 * float((reference - exact).abs().max()))
     difference = (found(tmp_path / "out" / "model.gguf") - reference).abs().nan_to_num().max()
     assert difference <= limit, f"{difference:.1e}"
 
 
-def rounded(tmp_path: Path, source: Path) -> torch.Tensor:
+def rounded(source: Path) -> torch.Tensor:
     """Log-probabilities of transformers with matrices that are rounded to float16, as the file has them."""
     from moeconv.families.model import open_model
     from moeconv.quantize.llama_cpp import find_row, is_float32, written

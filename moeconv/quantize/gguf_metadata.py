@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from moeconv.checkpoint.card import source_metadata
+from moeconv.checkpoint.reader import MANIFEST_NAME, Checkpoint
 from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.errors import InputError
 from moeconv.families.model import Model
@@ -89,11 +90,18 @@ def _add_general(gguf: ModuleType, writer: Any, model: Model) -> None:
     in_experts = sum(math.prod(source.tensors[name].shape) for name in experts)
     total = sum(math.prod(source.tensors[name].shape) for name in model.roles)
     size = gguf.size_label(total, total - in_experts, in_experts // max(1, model.num_experts), model.num_experts)
-    card = source_metadata(source, _FROM_CARD)
+    card = source_metadata(source, _FROM_CARD if _is_original(source) else ("license",))
     shown = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, {}, Path(source.name), total)
     shown.name, shown.size_label = shown.name or source.name, shown.size_label or size
     writer.add_string("general.type", "model")
     shown.set_gguf_meta_model(writer)
+
+
+def _is_original(source: Checkpoint) -> bool:
+    """Whether the model card is that of the weights: neither written by moeconv, nor that of the source of an earlier
+    step. A dry run of several steps then states the size of the file to the byte."""
+    there = all((source.path / shard).is_file() for shard in source.shards)
+    return there and not (source.path / MANIFEST_NAME).is_file()
 
 
 def _sampling(model: Model) -> dict[str, Value]:

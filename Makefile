@@ -27,6 +27,7 @@ serve:      ## serve the manual on localhost and rebuild it on changes
 	python -m mkdocs serve
 
 refresh:    ## run the commands that the manual shows and insert their output
+	python docs/stubs.py
 	python docs/refresh.py
 	python docs/registry.py
 

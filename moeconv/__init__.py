@@ -7,28 +7,46 @@ torch nor transformers.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moeconv.api import calibrate as calibrate
+    from moeconv.api import evaluate as evaluate
+    from moeconv.api import execute as execute
+    from moeconv.api import follow_links as follow_links
+    from moeconv.api import inspect as inspect
+    from moeconv.api import open_model as open  # noqa: F401
+    from moeconv.api import plan_overlay as plan_overlay
+    from moeconv.api import plan_prune as plan_prune
+    from moeconv.api import plan_quantize as plan_quantize
+    from moeconv.api import plan_upcycle as plan_upcycle
+    from moeconv.api import prune as prune
+    from moeconv.api import quantize as quantize
+    from moeconv.api import report as report
+    from moeconv.api import run as run
+    from moeconv.api import tune as tune
+    from moeconv.api import upcycle as upcycle
+    from moeconv.api import verify as verify
 
 __version__ = "0.1.0"
 
 # These names belong to functions and to sub-packages. The packages can be called, so it makes no difference which of
 # the two was imported first (see callable_package.py).
-_PACKAGES = ("calibrate", "evaluate", "tune")
+_PACKAGES = ("calibrate", "evaluate", "inspect", "prune", "quantize", "report", "tune", "upcycle", "verify")
 _FUNCTIONS = (
     "execute",
     "follow_links",
-    "inspect",
     "plan_overlay",
     "plan_prune",
     "plan_quantize",
     "plan_upcycle",
-    "verify",
+    "run",
 )
 
 __all__ = ["__version__", "api", *_PACKAGES, *_FUNCTIONS]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("api", *_PACKAGES):
         return import_module(f"moeconv.{name}")
     if name == "open":  # not in __all__: `import *` must leave the built-in alone

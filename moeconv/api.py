@@ -1,7 +1,7 @@
-"""The Python interface: the functions that a program calls, each loaded on first use.
+"""The Python interface: one function per command, and the functions that they are made of, each loaded on first use.
 
 `import moeconv.api` loads neither torch nor transformers. The functions are named after the commands, and their
-parameters after the flags.
+parameters after the options.
 """
 
 from __future__ import annotations
@@ -10,32 +10,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moeconv.calibrate.run import calibrate as calibrate
     from moeconv.checkpoint.paths import follow_links as follow_links
-    from moeconv.evaluate.run import evaluate as evaluate
     from moeconv.families.model import open_model as open_model
-    from moeconv.inspect.run import inspect as inspect
     from moeconv.plan.execute import execute as execute
     from moeconv.prune.planner import plan_prune as plan_prune
     from moeconv.quantize.planner import plan_quantize as plan_quantize
     from moeconv.tune.planner import plan_overlay as plan_overlay
-    from moeconv.tune.run import tune as tune
     from moeconv.upcycle.planner import plan_upcycle as plan_upcycle
-    from moeconv.verify.run import verify as verify
+    from moeconv.verbs import calibrate as calibrate
+    from moeconv.verbs import evaluate as evaluate
+    from moeconv.verbs import inspect as inspect
+    from moeconv.verbs import prune as prune
+    from moeconv.verbs import quantize as quantize
+    from moeconv.verbs import report as report
+    from moeconv.verbs import run as run
+    from moeconv.verbs import tune as tune
+    from moeconv.verbs import upcycle as upcycle
+    from moeconv.verbs import verify as verify
 
-_HOMES = {
-    "calibrate": "moeconv.calibrate.run",
-    "evaluate": "moeconv.evaluate.run",
+_VERBS = (
+    "inspect", "upcycle", "calibrate", "tune", "prune", "quantize", "evaluate", "verify", "report", "run",
+)  # fmt: skip
+_HOMES = dict.fromkeys(_VERBS, "moeconv.verbs") | {
     "execute": "moeconv.plan.execute",
     "follow_links": "moeconv.checkpoint.paths",
-    "inspect": "moeconv.inspect.run",
     "open_model": "moeconv.families.model",
     "plan_overlay": "moeconv.tune.planner",
     "plan_prune": "moeconv.prune.planner",
     "plan_quantize": "moeconv.quantize.planner",
     "plan_upcycle": "moeconv.upcycle.planner",
-    "tune": "moeconv.tune.run",
-    "verify": "moeconv.verify.run",
 }
 
 __all__ = list(_HOMES)

@@ -27,7 +27,17 @@ FILES = {
 ABOVE_FAMILIES = ("plan.arrange", "plan.build", "plan.planned")  # what the planners share; the loop must not know it
 EVERY_ROOM = {"types", "contract", "units"}  # types, and numbers in words
 # room -> rooms that it may know beside itself and those
-DECIDE = {"errors", "options", "checkpoint", "families", "matching", "plan", "plugins", "randomness"}
+DECIDE = {
+    "callable_package",
+    "errors",
+    "options",
+    "checkpoint",
+    "families",
+    "matching",
+    "plan",
+    "plugins",
+    "randomness",
+}
 STREAM = DECIDE | {"tensors", "stream", "data", "world", "callable_package"}
 MEASURE = STREAM | {"calibrate"}
 STEP = MEASURE | {"runner", "requests"}  # a verb from start to end
@@ -41,19 +51,9 @@ MAY_KNOW: dict[str, set[str]] = {
     "matching": set(),
     "randomness": set(),
     "callable_package": set(),
-    "api": {
-        "calibrate",
-        "checkpoint",
-        "evaluate",
-        "families",
-        "inspect",
-        "plan",
-        "prune",
-        "quantize",
-        "tune",
-        "upcycle",
-        "verify",
-    },
+    "api": {"checkpoint", "families", "plan", "prune", "quantize", "tune", "upcycle", "verbs"},
+    "verbs": {"checkpoint", "errors", "options", "plan", "requests", "result", "steps"},
+    "result": set(),
     "checkpoint": {"errors"},
     "families": {"errors", "checkpoint", "plugins"},
     "options": {"errors"},

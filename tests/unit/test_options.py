@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,10 @@ def test_groups_that_a_verb_combines_share_no_word():
         words = [f.name for g in verb.groups for f in dataclasses.fields(g)]
         words += [p.name for p in verb.positionals]
         assert len(words) == len(set(words)), verb.name
+
+
+def test_the_types_are_those_of_the_options():
+    spec = importlib.util.spec_from_file_location("stubs", Path(__file__).parents[2] / "docs" / "stubs.py")
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(stubs := importlib.util.module_from_spec(spec))
+    assert stubs.STUB.read_text() == stubs.stub(), "run python docs/stubs.py"

@@ -10,7 +10,7 @@ from moeconv.units import human_bytes, human_count
 _ROWS = 40  # of a table in a notebook
 
 
-class Result(dict[str, object]):
+class VerbResult(dict[str, object]):
     """A dictionary with the fields that `moeconv.contract` describes."""
 
     def __init__(self, command: str, fields: Mapping[str, object]) -> None:

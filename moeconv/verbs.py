@@ -19,7 +19,7 @@ from moeconv.checkpoint.paths import follow_links
 from moeconv.errors import UsageError
 from moeconv.options import check_names, reads_of
 from moeconv.plan.meter import CallbackMeter, Progress
-from moeconv.result import Result
+from moeconv.result import VerbResult
 from moeconv.steps import run_request
 
 REQUESTS: Mapping[str, type] = {
@@ -64,7 +64,7 @@ def _normalised(kind: type, values: Mapping[str, object]) -> dict[str, object]:
 
 def _call(
     command: str, paths: Mapping[str, object], progress: Callable[[Progress], None] | None, options: dict[str, object]
-) -> Result:
+) -> VerbResult:
     kind = REQUESTS[command]
     groups = r.groups_of(kind)
     check_names(options, *groups)
@@ -79,17 +79,17 @@ def _call(
     warnings = found.get("warnings")
     for text in warnings if isinstance(warnings, list) else ():
         _LOG.warning("%s", text)
-    return Result(command, found)
+    return VerbResult(command, found)
 
 
-def _made(command: str) -> Callable[..., Result]:
+def _made(command: str) -> Callable[..., VerbResult]:
     """The function of a command, with the signature that its request has."""
     kind = REQUESTS[command]
     names = r.paths_of(kind)
     hints = get_type_hints(kind)
     optional = {name for name in names if type(None) in getattr(hints[name], "__args__", ())}
 
-    def verb(*given: object, progress: Callable[[Progress], None] | None = None, **options: object) -> Result:
+    def verb(*given: object, progress: Callable[[Progress], None] | None = None, **options: object) -> VerbResult:
         bound = dict(zip(names, given)) | {name: options.pop(name) for name in names if name in options}
         missing = [name for name in names if name not in bound and name not in optional]
         if missing or len(given) > len(names):

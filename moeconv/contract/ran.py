@@ -79,3 +79,4 @@ class Reported(TypedDict):
     output: str
     bytes: int
     figures: dict[str, object]
+    markdown: NotRequired[str]  # with --markdown

@@ -25,6 +25,7 @@ class ReportOptions:
     results: tuple[str, ...] = option((), "JSON that a command printed with --json; repeatable.", reads="file")
     reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
     title: str | None = option(None, "Title of the page (default: the directory's name).")
+    markdown: bool = option(False, "Also write a summary beside OUT, as .md, for comments on pull requests.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from moeconv.families.model import Model
 from moeconv.inspect.run import inspect
 from moeconv.report.history import command_line, steps_of
 from moeconv.report.json_values import mapping, number, rows, texts
+from moeconv.report.summary import about, curve_of, once, pipeline, verdict
 from moeconv.report.types import (
     Balance,
     Dendrogram,
@@ -25,7 +26,6 @@ from moeconv.report.types import (
     EvaluationFigures,
     Figures,
     HistoryRow,
-    PipelineRow,
     PruningFigures,
     PruningLayer,
     SimilarityRow,
@@ -35,6 +35,8 @@ from moeconv.report.types import (
     UtilizationRow,
 )
 from moeconv.types import JsonObject
+
+_MOST_LEAVES = 32  # of a tree of experts; more cannot be told apart
 
 
 def gather(
@@ -53,14 +55,17 @@ def gather(
         "model": inspect(model),
         "reference": inspect(reference) if reference is not None else None,
         "history": [_step(step) for step in steps_of(model.checkpoint.manifest)],
-        "pipeline": _pipeline(results),
+        "pipeline": pipeline(results),
         "evaluations": [_evaluation(r) for r in done if "perplexity" in r and "tokens_per_second" in r],
         "equivalence": mapping(_last(done, "upcycle", "equivalence")),
         "quantization_error": _quantization(mapping(_last(done, "quantize", "error"))),
         "tuning": _tuning(done),
         "pruning": _pruning(done),
         "curve": next((points for r in reversed(done) if (points := rows(r.get("curve")))), []),
-        "warnings": sorted({escape(text) for r in (*results, *done) for text in texts(r.get("warnings"))}),
+        "curve_of": next((curve_of(r) for r in reversed(done) if rows(r.get("curve"))), None),
+        "warnings": once(escape(text) for r in (*results, *done) for text in texts(r.get("warnings"))),
+        "verdict": verdict(done),
+        "about": about(model, reference, done),
     }
     if statistics is not None:
         _add_statistics(figures, model, statistics)
@@ -95,24 +100,6 @@ def _step(step: Mapping[str, object]) -> HistoryRow:
         "plan_id": escape(step.get("plan_id", ""))[:12],
         "source": escape(step.get("source", ""))[:12],
         "version": escape(step.get("moeconv", "")),
-    }
-
-
-def _pipeline(results: Sequence[Mapping[str, object]]) -> list[PipelineRow]:
-    """The table of the last recipe that was run: one row per step, with losses where the recipe measures them."""
-    recipes = [result for result in results if isinstance(result.get("steps"), list)]
-    return [_pipeline_row(row) for row in rows(recipes[-1]["steps"])] if recipes else []
-
-
-def _pipeline_row(row: Mapping[str, object]) -> PipelineRow:
-    return {
-        "step": escape(row.get("step", "")),
-        "total": number(row.get("total")),
-        "active": number(row.get("active")),
-        "bytes": number(row.get("bytes")),
-        "loss": number(row.get("loss")),
-        "kl": number(row.get("kl")),
-        "seconds": number(row.get("seconds")),
     }
 
 
@@ -212,6 +199,8 @@ def _pruning(done: Sequence[Mapping[str, object]]) -> PruningFigures | None:
 
 def _add_statistics(figures: Figures, model: Model, statistics: Statistics) -> None:
     """Add utilization, entropy and similarities from a statistics file to `figures`."""
+    names = [escape(source.get("name")) for source in statistics.metadata["sources"]]
+    figures["about"]["data"] = list(dict.fromkeys([*figures["about"]["data"], *names]))
     metadata = statistics.metadata
     identity = metadata["identity"]
     earlier = [step.get("source") for step in steps_of(model.checkpoint.manifest)]
@@ -262,7 +251,8 @@ def _similarity(statistics: Statistics, layer: int) -> SimilarityRow:
 
 
 def dendrogram(cosine: np.ndarray) -> Dendrogram | None:
-    """Average-linkage tree of experts at distance 1 - `cosine` [E, E]; None for fewer than two experts."""
+    """Average-linkage tree of experts at distance 1 - `cosine` [E, E]; None for fewer than two experts. Of more than
+    `_MOST_LEAVES` experts, only the joins at the top."""
     count = len(cosine)
     if count < 2:
         return None
@@ -271,11 +261,14 @@ def dendrogram(cosine: np.ndarray) -> Dendrogram | None:
 
     distance = np.clip(1.0 - np.nan_to_num((cosine + cosine.T) / 2), 0.0, 2.0)
     np.fill_diagonal(distance, 0.0)
-    tree = hierarchy.dendrogram(hierarchy.linkage(squareform(distance, checks=False), "average"), no_plot=True)
+    cut = {"truncate_mode": "lastp", "p": _MOST_LEAVES} if count > _MOST_LEAVES else {}
+    joined = hierarchy.linkage(squareform(distance, checks=False), "average")
+    tree = hierarchy.dendrogram(joined, no_plot=True, **cut)
     joins = [
         ([(x - 5) / 10 for x in xs], [float(y) for y in ys]) for xs, ys in zip(tree["icoord"], tree["dcoord"])
     ]  # scipy puts leaf i at 5 + 10 i
-    return {"order": [int(i) for i in tree["leaves"]], "joins": joins}
+    order: list[int | str] = [int(label) if label.isdigit() else label for label in tree["ivl"]]
+    return {"order": order, "joins": joins}
 
 
 def _block(done: Sequence[Mapping[str, object]], command: str) -> Mapping[str, object] | None:

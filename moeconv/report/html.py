@@ -1,4 +1,4 @@
-"""The HTML report: one self-contained page without scripts, in light and dark colours."""
+"""The HTML report: one self-contained page in light and dark colours. Its script only sorts tables and picks layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moeconv import __version__
 from moeconv.checkpoint.target import starts_with
 from moeconv.contract import Inspected
 from moeconv.report import svg
-from moeconv.report.types import Figures, Number, PipelineRow, PruningLayer, TuningFigures
-from moeconv.units import human_bytes, human_count, human_seconds
+from moeconv.report.types import Figures, Number, PipelineRow, PruningLayer, TuningFigures, Verdict
+from moeconv.units import counted, human_bytes, human_count, human_seconds
 
 _PAGE = Path(__file__).parent / "page"
 # the bytes that identify a page of `render`: its beginning, and words in it
@@ -102,6 +102,10 @@ def render(figures: Figures, *, title: str) -> str:
     return environment.get_template("page.html").render(
         title=title,
         version=__version__,
+        script=Markup((_PAGE / "script.js").read_text("utf-8")),
+        verdict=figures["verdict"],
+        verdict_word=verdict_word(figures["verdict"]),
+        facts=facts(figures),
         style=Markup((_PAGE / "style.css").read_text("utf-8")),
         model=figures["model"],
         reference=figures["reference"],
@@ -117,6 +121,27 @@ def render(figures: Figures, *, title: str) -> str:
         balance=_balance(figures),
         balance_title="Balance of the routers",
     )
+
+
+def verdict_word(verdict: Verdict) -> str:
+    """The verdict in one line."""
+    failed, checked = verdict["failed"], verdict["checked"]
+    if not checked:
+        return "No check or gate is among the results"
+    return f"{len(failed)} of {counted(checked, 'check')} failed" if failed else f"{counted(checked, 'check')} passed"
+
+
+def facts(figures: Figures) -> list[tuple[str, str]]:
+    """(word, fact) of what the report is about."""
+    about = figures["about"]
+    found = [
+        ("model", about["path"]),
+        ("compared with", about["reference"] or ""),
+        ("written", about["date"] or ""),
+        ("versions", ", ".join(f"{name} {number}" for name, number in about["versions"].items())),
+        ("data", ", ".join(about["data"])),
+    ]
+    return [(word, fact) for word, fact in found if fact]
 
 
 def is_report(path: Path) -> bool:
@@ -262,8 +287,8 @@ def _similarity(figures: Figures) -> _Chart:
     rows = figures.get("similarity", ())
     drawn = []
     for row in rows:
-        matrix, layer = row["output_cosine"], row["layer"]
-        markup = svg.heatmap(matrix, rows=range(len(matrix)), columns=range(len(matrix)), most=1.0, width=260,
+        matrix, layer = _without_diagonal(row["output_cosine"]), row["layer"]
+        markup = svg.heatmap(matrix, rows=range(len(matrix)), columns=range(len(matrix)), width=260,
                              label=f"similarity of experts in layer {layer}")  # fmt: skip
         if row["dendrogram"]:
             markup += svg.tree(row["dendrogram"], label=f"tree of experts in layer {layer}")
@@ -275,6 +300,11 @@ def _similarity(figures: Figures) -> _Chart:
         "removed or merged."
     )
     return _chart("Similarity of experts", drawn, text=text, folded=folded)
+
+
+def _without_diagonal(matrix: list[list[float]]) -> list[list[float]]:
+    """The matrix with 0 for each expert with itself, so that the colours show the others."""
+    return [[0.0 if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
 
 
 def _pruned(figures: Figures) -> _Chart:
@@ -341,13 +371,23 @@ def _packed(figures: Figures) -> _Chart:
 
 
 def _curve(figures: Figures) -> _Chart:
+    about, pruned = figures["curve_of"], figures["pruning"]
+    if about is None:
+        return _NO_CHART
+    origin = {"loss": about["reference_loss"], "kl": 0.0}
+    mark = None
+    if pruned and pruned["before"] and pruned["after"] is not None:
+        mark = (1 - pruned["after"] / pruned["before"], f"{pruned['after']} kept")
     drawn = []
     for key, word in (("loss", "loss"), ("kl", "KL to the unpruned model")):
         points = [
             (ratio, y) for p in figures["curve"]
             if isinstance(y := p.get(key), float) and isinstance(ratio := p.get("ratio"), int | float)
         ]  # fmt: skip
+        if (first := origin[key]) is not None and all(ratio for ratio, _ in points):
+            points.insert(0, (0.0, float(first)))
         line = (key, [ratio for ratio, _ in points], [y for _, y in points])
-        chart = svg.lines([line], x_word="share of experts removed", y_word="nats per token", label=word)
+        chart = svg.lines([line], x_word="share of experts removed", y_word="nats per token", label=word, mark=mark)
         drawn.append((word, chart))
-    return _chart("What pruning costs", drawn)
+    text = f"Criterion {about['criterion']}, {'refitted' if about['refit'] else 'without a refit'}."
+    return _chart("What pruning costs", drawn, text=text)

@@ -19,17 +19,24 @@ if TYPE_CHECKING:
 
 def report(
     source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, object]] = (),
-    reference: str | None = None, title: str | None = None, overwrite: bool = False,
+    reference: str | None = None, title: str | None = None, overwrite: bool = False, markdown: bool = False,
 ) -> ReportResult:  # fmt: skip
-    """Write the HTML report of a checkpoint to `out`. `results` are JSON objects of other steps. Returns the JSON of
-    the command. Raises OutputError where `out` cannot be written, InputError for statistics of another model."""
+    """Write the HTML report of a checkpoint to `out`, and with `markdown` its summary beside it, as .md.
+
+    `results` are JSON objects of other steps. Returns the JSON of the command. Raises OutputError where `out` cannot be
+    written, InputError for statistics of another model.
+    """
     from moeconv.calibrate.artifact import load_statistics
     from moeconv.checkpoint.writer import replace_file
     from moeconv.report.figures import gather
     from moeconv.report.html import render
+    from moeconv.report.markdown import is_markdown_report, render_markdown
 
     path = Path(out)
     check_report_target(path, overwrite=overwrite)
+    beside = path.with_suffix(".md")
+    if markdown:
+        check_file_target(beside, what="report", reads=(), overwrite=overwrite, replaces=is_markdown_report)
     model = open_resolved(source)
     figures = gather(
         model,
@@ -37,9 +44,14 @@ def report(
         results=results,
         reference=open_resolved(reference) if reference else None,
     )
-    page = render(figures, title=escape(title or model.checkpoint.path.resolve().name)).encode()
+    name = escape(title or model.checkpoint.path.resolve().name)
+    page = render(figures, title=name).encode()
     replace_file(path, page)
-    return {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+    made: ReportResult = {"command": "report", "output": out, "bytes": len(page), "figures": figures}
+    if markdown:
+        replace_file(beside, render_markdown(figures, title=name).encode())
+        made["markdown"] = str(beside)
+    return made
 
 
 def report_page(request: ReportRequest, *, meter: Meter) -> ReportResult:
@@ -48,7 +60,7 @@ def report_page(request: ReportRequest, *, meter: Meter) -> ReportResult:
     meter.note("reading what was measured")
     return report(
         request.model, request.out, stats=asked.stats, results=load_results(asked.results), reference=asked.reference,
-        title=asked.title, overwrite=request.artifact.overwrite,
+        title=asked.title, overwrite=request.artifact.overwrite, markdown=asked.markdown,
     )  # fmt: skip
 
 

@@ -72,7 +72,21 @@ def heatmap(
     body += [_text(left + (j + 0.5) * cell, bottom + 14, columns[j]) for j in range(0, len(columns), step_x)]
     if column_word:
         body.append(_text(left, 12, f"{row_word} down, {column_word} across", anchor="start", kind="axis"))
-    return _svg(left + cell * matrix.shape[1] + 8, bottom + 20, "".join(body), label)
+    body += _legend(left, bottom + 26, most, negative=bool((matrix < 0).any()))
+    return _svg(max(left + cell * matrix.shape[1] + 8, left + 190), bottom + 46, "".join(body), label)
+
+
+def _legend(left: float, top: float, most: float, *, negative: bool) -> list[str]:
+    """The scale of a heat map: its colours from the lowest value to the highest."""
+    steps = range(-5 if negative else 0, 6)
+    cells = [
+        f'<rect x="{left + 14 * i}" y="{top}" width="14" height="9" class="{"warm" if step < 0 else "accent"}" '
+        f'fill-opacity="{abs(step) / 5:.1f}"/>'
+        for i, step in enumerate(steps)
+    ]
+    low, high = (f"{-most:.3g}" if negative else "0"), f"{most:.3g}"
+    ends = [_text(left, top + 20, low, anchor="start"), _text(left + 14 * len(steps), top + 20, high, anchor="end")]
+    return [*cells, *ends]
 
 
 def _png(matrix: np.ndarray, strength: np.ndarray) -> str:
@@ -125,9 +139,10 @@ class _Axes:
 
 def lines(
     series: Sequence[Series], *, x_word: str, y_word: str, label: str,
-    y_from: float | None = None, width: float = 520, height: float = 240,
+    y_from: float | None = None, mark: tuple[float, str] | None = None, width: float = 520, height: float = 240,
 ) -> Markup:  # fmt: skip
-    """A chart of lines over common axes. Values that are not finite leave a gap. Empty if there is nothing to draw."""
+    """A chart of lines over common axes. Values that are not finite leave a gap. Empty if there is nothing to draw.
+    `mark` is an x with a word, drawn as a vertical line."""
     xs = [x for _, at, _ in series for x in at]
     ys = [y for _, at, values in series for _, y in _finite_points(at, values)]
     if not xs or not ys:
@@ -145,6 +160,10 @@ def lines(
         body += _line(axes, name, _finite_points(at, values), colour=f"s{i % 4}")
         if len(series) > 1:
             body.append(_text(axes.right, 12 + 13 * i, name, anchor="end", kind=f"key s{i % 4}"))
+    if mark is not None:
+        x, word = axes.px(mark[0]), mark[1]
+        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{axes.top}" y2="{axes.bottom}" class="mark"/>')
+        body.append(_text(x + 4, axes.top + 10, word, anchor="start", kind="axis"))
     return _svg(width, height, "".join(body), label)
 
 
@@ -202,7 +221,8 @@ def tree(dendrogram: Dendrogram, *, label: str, width: float = 260, height: floa
         f'<polyline points="{" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in zip(xs, ys))}" class="line s0"/>'
         for xs, ys in joins
     ]
-    every = math.ceil(len(order) * 14 / (width - left))
+    longest = max(len(str(leaf)) for leaf in order)
+    every = math.ceil(len(order) * (7 * longest + 4) / (width - left))
     body += [_text(px(i), bottom + 13, expert) for i, expert in enumerate(order) if i % every == 0]
     body += [_text(left - 3, py(most) + 8, f"{most:.2g}", anchor="end"), _text(left - 3, bottom + 2, "0", anchor="end")]
     return _svg(width, height, "".join(body), label)

@@ -83,6 +83,32 @@ class EvaluationFigures(TypedDict):
     gates: list[GateRow]
 
 
+class Verdict(TypedDict):
+    """The first thing that a reader looks for: the checks and gates that were run, and those that failed, in words."""
+
+    checked: int
+    failed: list[str]
+
+
+class About(TypedDict):
+    """What the report is about: the directory, when its manifest was written (a date, UTC), versions by name, and the
+    names of the data that figures come from."""
+
+    path: str
+    reference: str | None
+    date: str | None
+    versions: dict[str, str]
+    data: list[str]
+
+
+class CurveFigures(TypedDict):
+    """What a curve of pruning was measured with, and the loss of the unpruned model."""
+
+    criterion: str
+    refit: bool
+    reference_loss: Number
+
+
 class ErrorRow(TypedDict):
     """Relative RMS errors of one quantized layer: of its weights, and with gptq of its outputs."""
 
@@ -161,9 +187,12 @@ class UtilizationRow(TypedDict):
 
 
 class Dendrogram(TypedDict):
-    """A tree of experts: `order` of the leaves, and of each join the four x in leaves and the four y in distance."""
+    """A tree of experts: `order` of the leaves, and of each join the four x in leaves and the four y in distance.
 
-    order: list[int]
+    Of many experts, the tree is cut: a leaf "(n)" stands for n experts.
+    """
+
+    order: list[int | str]
     joins: list[tuple[list[float], list[float]]]
 
 
@@ -190,6 +219,9 @@ class Figures(TypedDict):
     tuning: TuningFigures | None
     pruning: PruningFigures | None
     curve: list[Mapping[str, object]]
+    curve_of: CurveFigures | None
+    verdict: Verdict
+    about: About
     warnings: list[str]
     statistics: NotRequired[StatisticsFigures]
     utilization: NotRequired[list[UtilizationRow]]
@@ -203,3 +235,4 @@ class ReportResult(TypedDict):
     output: str
     bytes: int
     figures: Figures
+    markdown: NotRequired[str]

@@ -18,7 +18,7 @@ moeconv verify "$work/int4" --json > "$work/verify.json"
 code=0
 moeconv evaluate "$work/int4" --reference "$MODEL" --data "$HELDOUT" --max-loss-increase "${MAX_LOSS_INCREASE:-0.5}" \
     --json > "$work/evaluate.json" || code=$?
-moeconv report "$work/int4" "$work/report.html" --overwrite --reference "$MODEL" --stats "$work/stats.safetensors" \
+moeconv report "$work/int4" "$work/report.html" --markdown --overwrite --reference "$MODEL" --stats "$work/stats.safetensors" \
     --results "$work/upcycle.json" --results "$work/tune.json" --results "$work/prune.json" \
-    --results "$work/quantize.json" --results "$work/evaluate.json" -q
+    --results "$work/quantize.json" --results "$work/verify.json" --results "$work/evaluate.json" -q
 exit "$code"

@@ -97,7 +97,7 @@ def test_a_verb_does_what_its_command_does(upcycled, cli):
 
 def test_a_result_is_short_as_text_and_a_table_in_a_notebook(upcycled):
     _, made, _ = upcycled
-    assert made.__class__.__name__ == "Result" and isinstance(made, dict)
+    assert made.__class__.__name__ == "VerbResult" and isinstance(made, dict)
     assert repr(made).startswith("<moeconv upcycle: output=") and len(repr(made)) < 300
     shown = made._repr_html_()
     assert "<table>" in shown and "parameters" in shown

@@ -10,11 +10,12 @@ from moeconv.types import JsonObject
 
 CARD_NAME = "README.md"
 _MOST = 1 << 16  # bytes of a source's card that are read
-_CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+_CARRIED = ("license", "license_name", "license_link", "language", "base_model", "datasets", "tags")
 
 
 def source_metadata(source: Checkpoint, keys: Sequence[str] = _CARRIED) -> JsonObject:
-    """Fields of the source's card, as far as they can be read: licence, language and base model, or `keys`."""
+    """Fields of the source's card, as far as they can be read: licence, language, base model, datasets and tags, or
+    `keys`."""
     import yaml
 
     text = ""

@@ -363,11 +363,12 @@ def steps_table(result: JsonObject) -> list[Table]:
         if planned:
             found = [human_bytes(r["memory_bytes"]) if r.get("memory_bytes") else "-"]
         else:
-            found = [_number(r.get("loss")), _number(r.get("kl")), human_seconds(r.get("seconds") or 0)]
+            took = "kept" if r.get("kept") else human_seconds(r.get("seconds") or 0)
+            found = [_number(r.get("loss")), _number(r.get("kl")), took]
         rows.append([r["step"], *sizes, *found])
     columns = ["step", "parameters", "active", "bytes"]
     columns += ["peak memory, about"] if planned else ["loss", "KL", "time"]
-    words = {"output": result["output"], "report": result.get("report")}
+    words = {"output": result["output"], "report": result.get("report"), "recipe": result.get("saved")}
     if planned:
         need, free = human_bytes(result["disk_bytes"]), human_bytes(result["disk_free_bytes"])
         words = {"output": f"{result['output']} (dry run: nothing written)", "disk": f"{need} needed, {free} free"}

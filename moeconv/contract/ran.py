@@ -38,6 +38,7 @@ class Ran(TypedDict):
     steps: list[StepRow]
     warnings: list[str]
     report: NotRequired[str]
+    saved: NotRequired[str]  # the recipe as it was run; not in a dry run
     disk_bytes: NotRequired[int]  # in a dry run
     disk_free_bytes: NotRequired[int]
 

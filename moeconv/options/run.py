@@ -12,6 +12,9 @@ class RunOptions:
     """Options of `moeconv run` only."""
 
     set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.", metavar="KEY=VALUE")
+    out: str | None = option(
+        None, "Directory of the relative paths that the recipe writes (default: that of the recipe).", metavar="DIR"
+    )
     dry_run: bool = option(False, "Print the steps and sizes, write nothing.", panel="Running")
 
 

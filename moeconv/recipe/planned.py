@@ -21,6 +21,7 @@ from moeconv.prune.planner import prune_plan
 from moeconv.quantize.step import plan_packing
 from moeconv.recipe.fused import fuses
 from moeconv.recipe.guard import guard_recipe
+from moeconv.recipe.located import located
 from moeconv.recipe.read import Asked, Recipe, Step
 from moeconv.recipe.rows import WRITERS, row_of_model, row_of_sizes, summary
 from moeconv.requests import PruneRequest, QuantizeRequest, UpcycleRequest
@@ -38,11 +39,17 @@ def plan_all(recipe: Recipe) -> Ran:
     warnings: list[str] = []
     unwritten = 0  # bytes of pruned models that are quantized in the same pass
     for at, step in enumerate(recipe.steps):
-        source = models.get(step.source) or open_resolved(step.source)
+        made = any(step.source == earlier.to for earlier in recipe.steps[:at])
+        if step.command not in WRITERS and made:  # it may be a file that only exists later
+            rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
+            continue
+        with located(recipe, step):
+            source = models.get(step.source) or open_resolved(step.source)
         if step.command not in WRITERS:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
             continue
-        plan = plan_of(source, step.asked)
+        with located(recipe, step):
+            plan = plan_of(source, step.asked)
         row = _planned_row(step, plan, source, models)
         if fuses(recipe, at):
             unwritten += row.get("bytes") or 0

@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import moeconv
 from moeconv import options as o
 from moeconv.errors import UsageError, did_you_mean, escape
+from moeconv.recipe.lines import KeyPath, read_yaml
 from moeconv.requests import (
     CalibrateRequest,
     EvaluateRequest,
@@ -37,13 +39,16 @@ from moeconv.requests import (
     QuantizeRequest,
     TuneRequest,
     UpcycleRequest,
+    VerifyRequest,
     groups_of,
     paths_of,
     request,
 )
 from moeconv.types import Config, JsonObject
 
-Asked = UpcycleRequest | TuneRequest | PruneRequest | QuantizeRequest | CalibrateRequest | EvaluateRequest
+Asked = (
+    UpcycleRequest | TuneRequest | PruneRequest | QuantizeRequest | CalibrateRequest | EvaluateRequest | VerifyRequest
+)
 DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 # step -> the class of its request
@@ -54,17 +59,15 @@ REQUESTS: dict[str, type[Asked]] = {
     "quantize": QuantizeRequest,
     "calibrate": CalibrateRequest,
     "evaluate": EvaluateRequest,
+    "verify": VerifyRequest,
 }
+READERS = ("evaluate", "verify")  # steps that write nothing
 # option groups that only the command line has
 _OUTSIDE = (o.ArtifactOptions, o.SeedOptions, o.SampleOptions, o.MergeOptions, o.DryOptions)
 # step -> option groups whose fields `with` may name
 GROUPS: dict[str, tuple[type, ...]] = {
     step: tuple(group for group in groups_of(kind) if group not in _OUTSIDE) for step, kind in REQUESTS.items()
 }
-
-
-_KeyPath = tuple[str | int, ...]  # keys and indices from the top of the file down to a value
-_Lines = dict[_KeyPath, int]
 
 
 class _Strict(BaseModel):
@@ -101,6 +104,7 @@ class Step:
     source: str
     to: str | None
     parameters: Config
+    line: int = 1  # where the recipe asks for it
 
     @property
     def asked(self) -> Asked:
@@ -129,28 +133,16 @@ class Recipe:
     path: str
 
 
-def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `settings` are KEY=VALUE. Raises UsageError that names file and line."""
+def load_recipe(path: str, *, settings: Sequence[str] = (), out: str | None = None) -> Recipe:
+    """Read and check a recipe; `settings` are KEY=VALUE. `out` is the directory of the relative paths that its steps
+    write (None: that of the recipe). Raises UsageError that names file and line."""
     file = Path(path)
-    try:
-        text = file.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {escape(path)}: {error.strerror}", hint="Give a YAML file.") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{escape(path)} is not UTF-8 text", hint="Give a YAML file.") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-        lines: _Lines = {}
-        _note_lines(node, (), lines)  # RecursionError: an alias inside its own anchor
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"{escape(file.name)}{where}: {escape(problem)}", hint="Correct the YAML.") from None
+    value, lines = read_yaml(file)
     checker = _Checker(file, lines)
     spec = checker.parse(value)
     variables = _variables(checker, spec, settings)
+    if out is not None:
+        checker = replace(checker, out=Path(out), outputs=checker.written(spec, variables))
     steps = [(i, step) for i, s in enumerate(spec.steps) for step in checker.steps(i, s, variables)]
     checker.order(steps)
     return Recipe(
@@ -160,22 +152,6 @@ def load_recipe(path: str, *, settings: Sequence[str] = ()) -> Recipe:
         None if spec.report is None else checker.path(spec.report, ("report",), variables),
         path,
     )
-
-
-def _note_lines(node: yaml.Node | None, path: _KeyPath, lines: _Lines) -> None:
-    """Record the line of each key and item."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            at = (*path, key.value)
-            if at in lines:
-                raise UsageError(f"line {key.start_mark.line + 1}: key {escape(key.value)!r} appears twice")
-            lines[at] = key.start_mark.line + 1
-            _note_lines(value, at, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            at = (*path, i)
-            lines[at] = value.start_mark.line + 1
-            _note_lines(value, at, lines)
 
 
 @dataclass(frozen=True)
@@ -214,9 +190,20 @@ class _Checker:
     """Turns the values of a YAML file into typed steps; every error names the file and the line."""
 
     file: Path
-    lines: Mapping[_KeyPath, int]
+    lines: Mapping[KeyPath, int]
+    out: Path | None = None  # where relative paths of `outputs` are
+    outputs: frozenset[str] = frozenset()
 
-    def fail(self, path: _KeyPath, message: str, hint: str = "") -> UsageError:
+    def written(self, spec: RecipeSpec, variables: _Variables) -> frozenset[str]:
+        """The paths that the recipe writes, with variables filled in."""
+        found = set() if spec.report is None else {self.fill(spec.report, ("report",), variables, in_path=True)}
+        for index, step in enumerate(spec.steps):
+            if step.to is not None:
+                to = self.fill(step.to, ("steps", index, "to"), variables, in_path=True)
+                found |= {"-".join([to, *map(str, point)]) for point in itertools.product(*step.grid.values())}
+        return frozenset(found)
+
+    def fail(self, path: KeyPath, message: str, hint: str = "") -> UsageError:
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
         return UsageError(f"{escape(self.file.name)}:{line}: {message}", hint=hint)
 
@@ -286,16 +273,16 @@ class _Checker:
         path = ("steps", index)
         if spec.step not in GROUPS:
             raise self.fail((*path, "step"), f"unknown step {escape(spec.step)!r}", did_you_mean(spec.step, GROUPS))
-        if (spec.to is None) != (spec.step == "evaluate"):
-            text = "evaluate writes nothing: leave out `to`" if spec.to else f"{spec.step} needs `to`"
+        if (spec.to is None) != (spec.step in READERS):
+            text = f"{spec.step} writes nothing: leave out `to`" if spec.to else f"{spec.step} needs `to`"
             raise self.fail(path, text)
         source = self.path(spec.source, (*path, "from"), variables)
         to = None if spec.to is None else self.path(spec.to, (*path, "to"), variables)
         parameters = self.typed(spec.step, spec.parameters, (*path, "with"), variables)
         name = spec.name or _label(spec.step, parameters)
-        return Step(spec.step, name, source, to, parameters)
+        return Step(spec.step, name, source, to, parameters, self.lines.get(path, 1))
 
-    def typed(self, command: str, values: Config, path: _KeyPath, variables: _Variables) -> JsonObject:
+    def typed(self, command: str, values: Config, path: KeyPath, variables: _Variables) -> JsonObject:
         """The values of `with`, checked against the fields of the command's option groups, with absolute paths. Raises
         UsageError for an unknown key or a value of the wrong type."""
         groups = GROUPS[command]
@@ -313,6 +300,8 @@ class _Checker:
                 filled = tuple(self.path(v, at, variables) if isinstance(v, str) else v for v in listed)
             elif isinstance(value, str):
                 filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
+            if isinstance(filled, int | float) and not isinstance(filled, bool) and _is_text(fields[key], key):
+                filled = str(filled)  # such as group_size, which may be a number or a word
             try:
                 checked: object = TypeAdapter(fields[key]).validate_python({key: filled})
                 o.from_keywords(fields[key], {key: getattr(checked, key)})
@@ -323,7 +312,7 @@ class _Checker:
             typed[key] = getattr(checked, key)
         return typed
 
-    def scalar(self, text: str, path: _KeyPath, variables: _Variables) -> object:
+    def scalar(self, text: str, path: KeyPath, variables: _Variables) -> object:
         """A value with its variables filled in. A value that is a single ${variable} is parsed as YAML, so that 4 is a
         number."""
         filled = self.fill(text, path, variables, in_path=False)
@@ -332,7 +321,7 @@ class _Checker:
         except (yaml.YAMLError, ValueError):
             raise self.fail(path, f"{escape(text)} is {escape(filled)!r}, which is not YAML", "Quote it.") from None
 
-    def fill(self, text: str, path: _KeyPath, variables: _Variables, *, in_path: bool) -> str:
+    def fill(self, text: str, path: KeyPath, variables: _Variables, *, in_path: bool) -> str:
         def value(match: re.Match[str]) -> str:
             found = variables.get(match[1], in_path=in_path)
             if found is None:
@@ -342,12 +331,20 @@ class _Checker:
 
         return _VARIABLE.sub(value, text)
 
-    def path(self, text: str, path: _KeyPath, variables: _Variables) -> str:
+    def path(self, text: str, path: KeyPath, variables: _Variables) -> str:
         """A path, made relative to the recipe's folder; absolute paths and names on the hub stay as they are."""
         filled = self.fill(text, path, variables, in_path=True)
         if not filled.strip():
             raise self.fail(path, f"{escape(path[-1])} is empty", "Name a path.")
-        return filled if filled.startswith("hf://") or filled == "-" else str(self.file.parent / filled)
+        if filled.startswith("hf://") or filled == "-":
+            return filled
+        return str((self.out if self.out is not None and filled in self.outputs else self.file.parent) / filled)
+
+
+def _is_text(group: type, key: str) -> bool:
+    """Whether an option is a word that may be a number."""
+    hint = get_type_hints(group)[key]
+    return hint is str or hint == str | None
 
 
 def _label(command: str, parameters: Config) -> str:

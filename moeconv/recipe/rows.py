@@ -51,6 +51,8 @@ def row_of_measurement(name: str, result: Mapping[str, object], *, seconds: floa
         row["kl"] = kl if isinstance(kl, float) else None
     if isinstance(passed, bool):
         row["passed"] = passed
+    elif isinstance(ok := result.get("ok"), bool):  # verify
+        row["passed"] = ok
     return row
 
 

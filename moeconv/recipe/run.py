@@ -16,9 +16,11 @@ from moeconv.quantize.formats import FORMATS
 from moeconv.recipe.fused import fuses, prune_and_quantize
 from moeconv.recipe.guard import guard_recipe
 from moeconv.recipe.ledger import kept_or_run, key_of, key_of_fused
+from moeconv.recipe.located import located, place
 from moeconv.recipe.planned import plan_all
-from moeconv.recipe.read import Recipe, Step, asked, load_recipe
+from moeconv.recipe.read import READERS, Recipe, Step, asked, load_recipe
 from moeconv.recipe.rows import WRITERS, row_of_measurement, row_of_model, row_of_sizes, summary
+from moeconv.recipe.saved import save_recipe
 from moeconv.report.step import report
 from moeconv.requests import (
     EvaluateRequest,
@@ -33,13 +35,16 @@ from moeconv.types import Config, JsonObject
 _WRITE = frozenset(WriteOptions.__dataclass_fields__)
 
 
-def run_recipe(path: str, *, meter: Meter, settings: tuple[str, ...] = (), dry_run: bool = False) -> Ran:
+def run_recipe(
+    path: str, *, meter: Meter, settings: tuple[str, ...] = (), out: str | None = None, dry_run: bool = False
+) -> Ran:
     """Run, or with `dry_run` plan, every step of a recipe file. `settings` are values of variables, as KEY=VALUE.
+    `out` is the directory of the relative paths that the steps write.
 
     Returns the JSON object of `moeconv run`. Raises UsageError for a recipe that is wrong, CheckError for a gate that
     fails, and what the steps raise.
     """
-    recipe = load_recipe(path, settings=settings)
+    recipe = load_recipe(path, settings=settings, out=out)
     # if one step allows links that leave a checkpoint's directory, the whole recipe does: later steps read its output
     with follow_links(any(step.parameters.get("follow_links") for step in recipe.steps)):
         return plan_all(recipe) if dry_run else run_all(recipe, meter=meter)
@@ -47,7 +52,9 @@ def run_recipe(path: str, *, meter: Meter, settings: tuple[str, ...] = (), dry_r
 
 def run_file(request: RunRequest, *, meter: Meter) -> Ran:
     """`moeconv run`."""
-    return run_recipe(request.recipe, settings=request.run.set, dry_run=request.run.dry_run, meter=meter)
+    return run_recipe(
+        request.recipe, settings=request.run.set, out=request.run.out, dry_run=request.run.dry_run, meter=meter
+    )
 
 
 def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
@@ -64,7 +71,10 @@ def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
         if pending is None and fuses(recipe, at):
             pending = step
             continue
-        result, kept = _run_or_keep(step, meter) if pending is None else _run_fused(pending, step, meter)
+        with located(recipe, step):
+            result, kept = _run_or_keep(step, meter) if pending is None else _run_fused(pending, step, meter)
+        if kept:
+            meter.note("kept: nothing that decides its output has changed")
         if pending is not None:
             rows.append(_fused_row(pending, step, result, kept=kept))
             pending = None
@@ -73,8 +83,12 @@ def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
         rows.append(row)
         warnings += [f"{step.name}: {text}" for text in result.get("warnings", ())]
         if result.get("passed") is False and (failed := failure(result)) is not None:
-            raise CheckError(f"{step.name}: {failed.message}", hint=failed.hint)
+            raise CheckError(f"{place(recipe, step)}: {failed.message}", hint=failed.hint)
+        if result.get("ok") is False:
+            raise CheckError(f"{place(recipe, step)}: {result['problems'][0]}", hint="See `moeconv verify`.")
     done = summary(recipe, rows, warnings, dry_run=False)
+    if (saved := save_recipe(recipe)) is not None:
+        done["saved"] = saved
     if recipe.report is not None:
         done["report"] = _write_report(recipe, recipe.report, done)
     return done
@@ -142,7 +156,7 @@ def _run_or_keep(step: Step, meter: Meter) -> tuple[JsonObject, bool]:
     """(result, whether it is that of an earlier run). A step runs only if something that decides its output has
     changed."""
     request = step.asked
-    if isinstance(request, EvaluateRequest):
+    if step.command in READERS:
         return run_request(request, meter), False
     assert step.to is not None
     return kept_or_run(step.to, key_of(step), lambda: run_request(request, meter))

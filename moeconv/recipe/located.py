@@ -1,0 +1,26 @@
+"""Errors of a step name the line of the recipe that asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moeconv.errors import MoeconvError, escape
+from moeconv.recipe.read import Recipe, Step
+
+
+def place(recipe: Recipe, step: Step) -> str:
+    """Where a step stands, and its name."""
+    return f"{escape(os.path.basename(recipe.path))}:{step.line}: {escape(step.name)}"
+
+
+@contextmanager
+def located(recipe: Recipe, step: Step) -> Iterator[None]:
+    """A block in which every error of moeconv gets the place of the step in front."""
+    try:
+        yield
+    except MoeconvError as error:
+        error.message = f"{place(recipe, step)}: {error.message}"
+        error.args = (error.message,)
+        raise

@@ -1,0 +1,86 @@
+"""Recipes as they are run: numbers, places of errors, where outputs land, kept steps, verification, and repeating."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_dense
+
+from moeconv.recipe.read import load_recipe
+
+RECIPE = """name: two
+steps:
+  - step: upcycle
+    from: dense
+    to: made/moe
+    with: {experts: 4, no_check: true}
+  - step: quantize
+    from: made/moe
+    to: made/packed
+    with: {format: bitsandbytes, scheme: int8, group_size: GROUP}
+  - step: verify
+    from: made/packed
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    make_dense(tmp_path / "recipes" / "dense", hidden=64, intermediate=128)
+    path = tmp_path / "recipes" / "two.yaml"
+    path.write_text(RECIPE.replace(", group_size: GROUP", ""))
+    return path
+
+
+def test_a_number_is_a_word_where_an_option_takes_both(recipe):
+    recipe.write_text(RECIPE.replace("GROUP", "64"))
+    assert load_recipe(str(recipe)).steps[1].parameters["group_size"] == "64"
+    recipe.write_text(RECIPE.replace("experts: 4", "experts: four").replace("GROUP", "64"))
+    with pytest.raises(Exception, match=r"two\.yaml:6: experts"):
+        load_recipe(str(recipe))
+
+
+def test_outputs_land_where_out_says_and_inputs_stay_with_the_recipe(recipe, tmp_path, cli):
+    done = cli("run", recipe, "--out", tmp_path / "here", "--json")
+    assert done.code == 0, done.err + done.out
+    assert Path(done.json["output"]) == tmp_path / "here" / "made" / "packed"
+    assert not (recipe.parent / "made").exists()
+    assert done.json["steps"][-1]["passed"] is True
+    saved = Path(done.json["saved"])
+    assert saved == tmp_path / "here" / "made" / "recipe.yaml"
+    again = cli("run", saved)
+    assert again.code == 0 and again.out.count("kept") == 2 and "kept: nothing that decides" in again.err
+    assert yaml.safe_load(saved.read_text())["steps"][0]["from"] == str(recipe.parent / "dense")
+
+
+def test_a_file_of_the_user_with_the_name_of_the_saved_recipe_stays(recipe, cli):
+    (recipe.parent / "made").mkdir()
+    (recipe.parent / "made" / "recipe.yaml").write_text("mine")
+    done = cli("run", recipe, "--json")
+    assert done.code == 0 and "saved" not in done.json
+    assert (recipe.parent / "made" / "recipe.yaml").read_text() == "mine"
+
+
+def test_an_error_of_a_step_names_its_line(recipe, cli):
+    recipe.write_text(RECIPE.replace("experts: 4", "experts: 4, top_k: 9").replace(", group_size: GROUP", ""))
+    for words in ([], ["--dry-run"]):
+        done = cli("run", recipe, *words, "--json")
+        assert done.code == 2 and done.json["error"]["message"].startswith("two.yaml:3: upcycle"), done.out
+    recipe.write_text("steps: []\nsteps: []\n")
+    assert "two.yaml:2: key 'steps' appears twice" in cli("run", recipe).err
+
+
+def test_verification_that_fails_ends_the_run(recipe, cli):
+    assert cli("run", recipe).code == 0
+    with open(recipe.parent / "made" / "packed" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    recipe.write_text("steps:\n  - step: verify\n    from: made/packed\n")
+    done = cli("run", recipe, "--json")
+    assert done.code == 5 and "two.yaml:2: verify: model.safetensors has changed" in done.json["error"]["message"]
+
+
+def test_a_recipe_that_ships_but_is_not_here_is_offered(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`moeconv recipes grid` copies" in cli("run", "grid.yaml").err

@@ -71,7 +71,10 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
         plan = planner.prune_plan(
             model, options, request.plan, decision, evidence=evidence, overlays=made.overlays or None
         )
-        result = run(plan, model, out, write, meter=meter, origins=made.overlays or None, measured=measured)
+        result = run(
+            plan, model, out, write, meter=meter, origins=made.overlays or None, measured=measured,
+            figures=made.figures,
+        )  # fmt: skip
     result["prune"] |= made.figures
     result["warnings"] += [*warnings, *remarks_on(made.figures)]
     return result

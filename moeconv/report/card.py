@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from moeconv import __version__
-from moeconv.checkpoint.card import source_metadata
+from moeconv.checkpoint.card import parent_names, source_metadata
 from moeconv.checkpoint.paths import hub_name
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import escape
@@ -18,18 +18,24 @@ from moeconv.plan.plan import Plan
 from moeconv.quantize.formats import FORMATS
 from moeconv.report.history import command_line
 from moeconv.types import Config, JsonObject
-from moeconv.units import human_bytes, human_count
+from moeconv.units import counted, human_bytes, human_count
 from moeconv.upcycle.methods import METHODS
 
 _TAGS = {"upcycle": "upcycled", "prune": "pruned", "quantize": "quantized", "tune": "tuned"}
 
 
-def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Config], found: Config) -> bytes:
-    """README.md of an output, in UTF-8. `steps` are those of the manifest, of which this plan's is the last; `found` is
-    what the check of the written model measured. The text depends neither on times nor on paths."""
+def model_card(
+    plan: Plan, source: Checkpoint, steps: Sequence[Config], found: Config, siblings: Sequence[Checkpoint] = ()
+) -> bytes:
+    """README.md of an output, in UTF-8.
+
+    `siblings` are further checkpoints that experts come from. `steps` are those of the manifest, of which this plan's
+    is the last; `found` is what the check of the written model measured. The text depends neither on times nor on
+    paths.
+    """
     import yaml
 
-    meta = yaml.safe_dump(_metadata(source, steps), sort_keys=False, allow_unicode=True)
+    meta = yaml.safe_dump(_metadata(plan, source, steps, siblings), sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{meta}---",
         f"# {_title(plan, source)}",
@@ -53,18 +59,23 @@ def model_card(plan: Plan, source: Checkpoint, steps: Sequence[Config], found: C
 # -- metadata ----------------------------------------------------------------------------------------------------------
 
 
-def _metadata(source: Checkpoint, steps: Sequence[Config]) -> JsonObject:
+def _metadata(
+    plan: Plan, source: Checkpoint, steps: Sequence[Config], siblings: Sequence[Checkpoint]
+) -> JsonObject:  # fmt: skip
     theirs = source_metadata(source)
-    base = hub_name(source.path) or (theirs.get("base_model") if source.manifest is not None else None)
+    bases = [name for parent in (source, *siblings) for name in parent_names(parent)]
     meta: JsonObject = {}
-    if base:
-        meta["base_model"] = base
+    if bases := list(dict.fromkeys(bases)):
+        meta["base_model"] = bases[0] if len(bases) == 1 else bases
         meta["base_model_relation"] = _relation(steps)
-    meta |= {key: theirs[key] for key in ("license", "license_name", "license_link", "language") if key in theirs}
+    carried = ("license", "license_name", "license_link", "language", "datasets")
+    meta |= {key: theirs[key] for key in carried if key in theirs}
     done = {str(step.get("command")) for step in steps}
-    meta["library_name"] = "transformers"
+    meta["library_name"] = "gguf" if plan.gguf else "transformers"
     meta["pipeline_tag"] = "text-generation"
-    meta["tags"] = ["moe", "mixture-of-experts", "moeconv", *(tag for word, tag in _TAGS.items() if word in done)]
+    tags = ["moe", "mixture-of-experts", "moeconv", *(tag for word, tag in _TAGS.items() if word in done)]
+    old = theirs.get("tags", [])
+    meta["tags"] = list(dict.fromkeys([*tags, *([old] if isinstance(old, str) else old)]))
     return meta
 
 
@@ -118,8 +129,11 @@ def _loading(plan: Plan) -> str:
         "AutoModelForImageTextToText" if plan.config.get("model_type") in tables().wrapped else "AutoModelForCausalLM"
     )
     code = (
-        f"```python\n{first}from transformers import {auto}\n\n"
-        f'model = {auto}.from_pretrained("PATH", dtype="auto")\n```'
+        f"```python\n{first}from transformers import {auto}, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        f'model = {auto}.from_pretrained("PATH", dtype="auto")\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))\n```"
     )
     parts = []
     if not isinstance(loads, Mapping) or loads.get("transformers") in ("ok", "dequantized"):
@@ -156,6 +170,7 @@ def _measured(plan: Plan, found: Config) -> str:
         lines.append(
             f"- Decoded weights against the source's: relative RMS error {rms['mean']:.3f} mean, {rms['max']:.3f} max."
         )
+    lines += _pruned(plan, found)
     for name, unit in (
         ("loss", "nats per token"),
         ("kl", "nats per token, KL to the teacher"),
@@ -165,6 +180,24 @@ def _measured(plan: Plan, found: Config) -> str:
         if isinstance(before, float) and isinstance(after, float):
             lines.append(f"- Tuning: {before:.4f} -> {after:.4f} {unit}, on text held out from it.")
     return "\n".join(lines)
+
+
+def _pruned(plan: Plan, found: Config) -> list[str]:
+    """How experts were removed, and what was measured of it."""
+    block = plan.block
+    before, after = block.get("experts_before"), block.get("experts_after")
+    if not (isinstance(before, int) and isinstance(after, int)) or before == after:
+        return []
+    lines = [f"- {after} of {before} experts per layer are left, chosen by {escape(block.get('criterion'))}."]
+    cost, refit = found.get("measured"), found.get("refit")
+    if isinstance(cost, Mapping):
+        lines.append(
+            f"- Loss on held-out text: {cost['reference_loss']:.4f} -> {cost['loss']:.4f} nats per token "
+            f"(KL {cost['kl']:.4f}, {cost['tokens']} tokens)."
+        )
+    if isinstance(refit, Mapping) and isinstance(layers := refit.get("layers"), Sequence):
+        lines.append(f"- The experts that are left were refitted in {counted(len(layers), 'layer')}.")
+    return lines
 
 
 def _caveats(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from moeconv import __version__
 from moeconv.checkpoint.card import CARD_NAME
 from moeconv.checkpoint.hub import resolve
+from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.strictjson import canonical_json
 from moeconv.checkpoint.target import check_target
@@ -66,7 +67,8 @@ def run_plan(
         return result
 
     def describe(steps: list[JsonObject], found: Config) -> dict[str, bytes]:
-        return {CARD_NAME: model_card(plan, model.checkpoint, steps, {**(figures or {}), **found})}
+        siblings = [origin for origin in (origins or {}).values() if isinstance(origin, Checkpoint)]
+        return {CARD_NAME: model_card(plan, model.checkpoint, steps, {**(figures or {}), **found}, siblings)}
 
     done = execute(
         plan,

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny import make_dense
 
-from moeconv.checkpoint.card import source_metadata
+from moeconv.checkpoint.card import parent_names, source_metadata
 from moeconv.checkpoint.paths import hub_name
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.report.history import command_line
@@ -27,7 +27,7 @@ def test_a_card_carries_licence_and_base_model_through_a_chain_of_steps(tmp_path
     assert cli("upcycle", source, moe, "--experts", "4", "--json").code == 0
     meta, text = card_of(moe)
     assert meta["base_model"] == "someone/tiny" and meta["base_model_relation"] == "finetune"
-    assert meta["license"] == "mit" and meta["language"] == ["en"] and "datasets" not in meta
+    assert meta["license"] == "mit" and meta["language"] == ["en"] and meta["datasets"] == ["x"]
     assert "`moeconv upcycle --method copy --experts 4 --top-k 2`" in text
     assert "promised exact" in text
     assert cli("quantize", moe, packed, "--format", "bitsandbytes", "--json").code == 0
@@ -71,3 +71,31 @@ def test_a_step_reads_as_the_command_that_makes_it():
         {"command": "prune", "parameters": {"criterion": "reap", "stats": "/home/me/s.st", "keep": 4}}
     ) == ("moeconv prune --criterion reap --keep 4 --stats s.st")
     assert command_line({"command": "x\n", "parameters": 3}) == "moeconv x\\n"
+
+
+def test_a_local_directory_is_named_by_its_config_or_its_card(tmp_path, cli):
+    dense = make_dense(tmp_path / "dense")
+    assert parent_names(Checkpoint(dense)) == []
+    (dense / "README.md").write_text("---\nbase_model: someone/base\ntags: [code, moe]\n---\n")
+    assert parent_names(Checkpoint(dense)) == ["someone/base"]
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"_name_or_path": "someone/dense"}))
+    assert parent_names(Checkpoint(dense)) == ["someone/dense"]
+    assert cli("upcycle", dense, tmp_path / "moe", "--experts", "4", "--no-check").code == 0
+    meta, text = card_of(tmp_path / "moe")
+    assert meta["base_model"] == "someone/dense" and {"code", "upcycled"} <= set(meta["tags"])
+    assert len(meta["tags"]) == len(set(meta["tags"])) and "AutoTokenizer.from_pretrained" in text
+    assert cli("prune", tmp_path / "moe", tmp_path / "small", "--keep", "2").code == 0
+    meta, text = card_of(tmp_path / "small")
+    assert meta["base_model"] == "someone/dense" and "- 2 of 4 experts per layer are left, chosen by aimer." in text
+
+
+def test_siblings_are_a_list_of_base_models(tmp_path, cli):
+    paths = [make_dense(tmp_path / name, seed=i) for i, name in enumerate(("a", "b"))]
+    for path in paths:
+        (path / "README.md").write_text(f"---\nbase_model: someone/{path.name}\n---\n")
+    words = [word for path in paths for word in ("--experts-from", path)]
+    done = cli("upcycle", paths[0], tmp_path / "moe", "--method", "experts-from", *words, "--no-check")
+    assert done.code == 0, done.err
+    meta, _ = card_of(tmp_path / "moe")
+    assert meta["base_model"] == ["someone/a", "someone/b"] and meta["base_model_relation"] == "merge"

@@ -410,6 +410,7 @@ def run(
     recipe: _Path,
     *,
     set: _Paths = ...,
+    out: str | None = ...,
     dry_run: bool = ...,
     progress: _Progress | None = ...,
 ) -> Ran: ...

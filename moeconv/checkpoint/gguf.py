@@ -78,14 +78,19 @@ def metadata_bytes(values: Mapping[str, str | int | list[str]]) -> tuple[bytes, 
     """(encoded key-value pairs, their number): strings, uint32 numbers and arrays of strings."""
     data = bytearray()
     for key, value in values.items():
-        data += _string(key)
         if isinstance(value, int):
-            data += struct.pack("<II", _UINT32, value)
+            data += encoded_pair(key, _UINT32, struct.pack("<I", value))
         elif isinstance(value, str):
-            data += struct.pack("<I", _STRING) + _string(value)
+            data += encoded_pair(key, _STRING, _string(value))
         else:
-            data += struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+            listed = struct.pack("<IQ", _STRING, len(value)) + b"".join(map(_string, value))
+            data += encoded_pair(key, _ARRAY, listed)
     return bytes(data), len(values)
+
+
+def encoded_pair(key: str, kind: int, value: bytes) -> bytes:
+    """A key and its value, which is encoded as the type `kind`."""
+    return _string(key) + struct.pack("<I", kind) + value
 
 
 def _string(text: str) -> bytes:

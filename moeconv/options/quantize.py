@@ -36,6 +36,10 @@ class QuantizeOptions:
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
+    split_size: str = option(
+        "50GB", "gguf: largest size of a file; a larger model becomes several (-00001-of-00003.gguf).", metavar="SIZE",
+        panel="Output",
+    )  # fmt: skip
     imatrix: str | None = option(
         None, "gguf: the importance of each column, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moeconv.checkpoint.gguf import GgufHead, Stack
+from moeconv.checkpoint.gguf import Stack
 from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError, escape
@@ -15,12 +15,11 @@ from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_importance import Columns
 from moeconv.quantize.gguf_metadata import metadata
 from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
+from moeconv.quantize.gguf_split import split
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
 from moeconv.quantize.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
 from moeconv.quantize.llama_cpp.numbers import hyperparameters
 from moeconv.quantize.spec import Asked, Format, Kernel, SchemeInfo
-
-FILE_NAME = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class _Made:
         return is_float32(self.tensor.target, self.tensor.part.shape)
 
 
-def gguf_shard(asked: Asked) -> tuple[Shard, list[str]]:
-    """(the file, warnings about tensors that are stored in another dtype than the scheme's).
+def gguf_shards(asked: Asked) -> tuple[tuple[Shard, ...], list[str]]:
+    """(the files, warnings about tensors that are stored in another dtype than the scheme's).
 
     Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
     model, info = asked.model, GGUF.scheme(asked.scheme.name)
@@ -54,11 +53,12 @@ def gguf_shard(asked: Asked) -> tuple[Shard, list[str]]:
     stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
     file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
     data, count, warnings = metadata(model, row, file_type=file_type)
-    head = GgufHead(data, count, tuple(_stack(name, items) for name, items in stacks.items()))
+    laid = [_stack(name, items) for name, items in stacks.items()]
+    shards = split(laid, stacks, metadata=data, count=count, size=asked.size)
     if not asked.whole:
         warnings = [*warnings, *_widened(info, stacks, chosen)]
     warnings = [*warnings, *columns.warnings()]
-    return Shard(FILE_NAME, tuple(item for items in stacks.values() for item in items), head), warnings
+    return shards, warnings
 
 
 def covered(model: Model) -> list[TensorRef]:
@@ -171,7 +171,7 @@ GGUF = Format(
         "llama.cpp": "run for every family that it is written for",
     },
     kernels=(Kernel("gguf"),),
-    shard=gguf_shard,
+    shard=gguf_shards,
     covers=covered,
     dense=True,
     takes=supported,

@@ -17,7 +17,7 @@ from moeconv.families.model import Model
 from moeconv.families.names import module_names
 from moeconv.families.served import check_served
 from moeconv.families.spec import BESIDE
-from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of
+from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
@@ -104,11 +104,12 @@ def quantize_plan(
         packing = mix(packing, offers, importance or {}, options=options, common=common)
         warnings = [*warnings, *_doubtful(packing, options, warnings)]
     if format.shard is not None:
-        shard, notes = format.shard(Asked(model, weights, scheme, dtype, options.scope == WHOLE, imatrix))
-        shards: tuple[Shard, ...] = (shard,)
+        size = parse_size(options.split_size, flag="--split-size")
+        whole = options.scope == WHOLE
+        shards, notes = format.shard(Asked(model, weights, scheme, dtype, whole, imatrix, size))
         config, warnings = with_head(model), [*warnings, *notes]
         warnings += _why_left_out(model, left_out)
-        promise = _promise(model, shard)
+        promise = _promise(model, shards)
     else:
         shards = arrange(packing.items(), common, model.family)
         config = packing.config(_ignored(model, {r.name for r in weights}), scope=str(options.scope))
@@ -147,7 +148,7 @@ def _imatrix(options: QuantizeOptions, format: Format) -> Imatrix | None:
 def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix | None) -> JsonObject:
     """The parameters of the plan, with the content of the importance matrix in place of its path."""
     found = parameters_of(options, common)
-    del found["imatrix"]
+    del found["imatrix"], found["split_size"]  # the plan has the files
     return found if imatrix is None else found | {"imatrix": imatrix.sha256}
 
 
@@ -302,10 +303,10 @@ def _made_with(model: Model, overlay: Overlay) -> dict[str, object]:
     return {"overlay": fingerprint(overlay), "made_with": made_with}
 
 
-def _promise(model: Model, shard: Shard) -> dict[str, int]:
-    """The number of tensors that a file of one shard packs, per role. Those of the experts are counted from the
+def _promise(model: Model, shards: Sequence[Shard]) -> dict[str, int]:
+    """The number of tensors that files of another kind pack, per role. Those of the experts are counted from the
     geometry of the layers, and not from the tensors that were found."""
-    groups = [item.changed for item in shard.items if item.changed]
+    groups = [item.changed for shard in shards for item in shard.items if item.changed]
     counts = {group: groups.count(group) for group in sorted(set(groups))}
     matrices = {item.outputs[0].role for item in shard.items if item.changed == "expert"}
     experts = len(model.moe_layers) * model.num_experts * len(matrices)

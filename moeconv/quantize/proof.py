@@ -5,7 +5,7 @@ Imports torch, and only when called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -47,7 +47,7 @@ def prove_packing(
     if counted != planned:
         raise CheckError(f"the packed weights on disk are {counted}, and the plan has {planned}")
     format = FORMATS[plan.block["format"]]
-    decode = _gguf_decoder(plan.shards[0], staged) if plan.gguf else _decoder(staged)
+    decode = _gguf_decoder(plan.shards, staged) if plan.gguf else _decoder(staged)
     packed = None if folds is None else factors_of(folds, open_model(staged))
     layers: dict[int | None, list[float]] = {}
     for layer, item, spec in _sample(before or plan, source):
@@ -96,7 +96,8 @@ def _count(plan: Plan, staged: Path) -> dict[str, int]:
         from moeconv.checkpoint.gguf import written_tensors
 
         groups = {spec.name.partition("#")[0]: (item.changed, "#" in spec.name) for item, spec in _packed(plan)}
-        for name, dtype, shape in written_tensors(staged / plan.shards[0].name):
+        found = (entry for shard in plan.shards for entry in written_tensors(staged / shard.name))
+        for name, dtype, shape in found:
             if dtype in BLOCK_DTYPES or name in groups:
                 group, stacked = groups.get(name, (name, False))
                 counts[group] = counts.get(group, 0) + (shape[0] if stacked else 1)
@@ -163,15 +164,16 @@ def _decoder(staged: Path) -> Decoder:
     return decode
 
 
-def _gguf_decoder(shard: Shard, staged: Path) -> Decoder:
-    """The same for a GGUF file, by the `gguf` package."""
+def _gguf_decoder(shards: Sequence[Shard], staged: Path) -> Decoder:
+    """The same for GGUF files, by the `gguf` package."""
     import torch
 
     from moeconv.checkpoint.gguf import open_gguf
     from moeconv.plan.kernels.pack.ggml import decode as decode_blocks
     from moeconv.plan.kernels.stored import to_tensor
 
-    tensors = {tensor.name: tensor for tensor in open_gguf(staged / shard.name).tensors}
+    files = [open_gguf(staged / shard.name) for shard in shards]
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
 
     def decode(spec: TensorSpec) -> Weight:
         name, _, expert = spec.name.partition("#")

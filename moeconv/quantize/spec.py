@@ -102,7 +102,7 @@ class Kernel:
 class Asked:
     """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
     decides the type of every tensor. `dtype` is that of the tensors that are not packed. `imatrix` has the importance
-    of columns."""
+    of columns, and `size` is that of the largest file in bytes."""
 
     model: Model
     weights: Sequence[TensorRef]
@@ -110,13 +110,14 @@ class Asked:
     dtype: str | None
     whole: bool = False
     imatrix: Imatrix | None = None
+    size: int = 50_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """A layout on disk. `make(ref, scheme, role)` plans one weight; of the weight's name, only the names of the tensors
     may depend on it. `config(scheme, ignore, dtype, scope)` returns the
-    quantization_config. A format that writes files of another kind has `shard` instead, which returns the file and
+    quantization_config. A format that writes files of another kind has `shard` instead, which returns the files and
     warnings, and `covers`, which returns the weights of --scope all.
 
     The items name a kernel of another package as "module:function".
@@ -128,7 +129,7 @@ class Format:
     kernels: tuple[Kernel, ...]  # the kernels that its items name
     make: Callable[[TensorRef, Scheme, str], Item] | None = None
     config: Callable[[Scheme, Sequence[str], str, str], JsonObject] | None = None
-    shard: Callable[[Asked], tuple[Shard, list[str]]] | None = None
+    shard: Callable[[Asked], tuple[tuple[Shard, ...], list[str]]] | None = None
     covers: Callable[[Model], list[TensorRef]] | None = None
     dense: bool = False  # whether it stores models without experts
     # whether engines read its codes per expert in families whose class in transformers stacks the experts

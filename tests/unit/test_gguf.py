@@ -417,3 +417,27 @@ def test_a_recipe_may_end_in_gguf(tmp_path, cli):
     assert planned["steps"][-1]["bytes"] == done["steps"][-1]["bytes"] == size
     assert done["steps"][-1]["result"]["quantize"]["counted"] == {"expert": 2 * 4 * 3}
     assert (tmp_path / "out/README.md").read_text().count("model.gguf")
+
+
+def test_a_model_beyond_the_size_becomes_several_files(tmp_path, cli):
+    path = make(tmp_path / "m", "qwen3_moe", layers=3)
+    whole, _ = write(path, tmp_path / "whole", scheme="q8_0")[1:]
+    words = ("--format", "gguf", "--scheme", "q8_0", "--split-size", "150KB")
+    planned = cli("quantize", path, tmp_path / "out", *words, "--dry-run", "--json").json
+    done = cli("quantize", path, tmp_path / "out", *words, "--json").json
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.gguf"))
+    count = len(names)
+    assert count > 2 and names == [f"model-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+    assert planned["bytes"] == done["bytes"] == sum((tmp_path / "out" / n).stat().st_size for n in names)
+    assert done["quantize"]["counted"] == {"expert": 3 * 4 * 3} and done["tensors"] == whole.tensors
+    readers = [gguf.GGUFReader(tmp_path / "out" / name) for name in names]
+    for no, reader in enumerate(readers):
+        about = {key: field.contents() for key, field in reader.fields.items() if key.startswith("split.")}
+        assert about == {"split.no": no, "split.count": count, "split.tensors.count": whole.tensors}
+        assert reader.fields["split.no"].types == [gguf.GGUFValueType.UINT16]
+        assert ("general.architecture" in reader.fields) is (no == 0)
+    one = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "whole" / "model.gguf").tensors}
+    several = {t.name: t.data for reader in readers for t in reader.tensors}
+    assert one.keys() == several.keys() and all(np.array_equal(one[name], several[name]) for name in one)
+    assert cli("verify", tmp_path / "out").code == 0
+    assert cli("quantize", path, tmp_path / "no", *words[:-1], "0GB").code == 2

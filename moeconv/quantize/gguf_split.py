@@ -1,7 +1,7 @@
 """A GGUF file as several: `model-00001-of-00003.gguf` and so on, as llama.cpp's gguf-split writes them.
 
-The first file has all metadata, and every file `split.no`, `split.count` and `split.tensors.count`. A tensor lies in one
-file. llama.cpp opens the others beside the first one.
+The first file has all metadata, and every file `split.no`, `split.count` and `split.tensors.count`. A tensor lies in
+one file. llama.cpp opens the others beside the first one.
 """
 
 from __future__ import annotations

@@ -441,3 +441,29 @@ def test_a_model_beyond_the_size_becomes_several_files(tmp_path, cli):
     assert one.keys() == several.keys() and all(np.array_equal(one[name], several[name]) for name in one)
     assert cli("verify", tmp_path / "out").code == 0
     assert cli("quantize", path, tmp_path / "no", *words[:-1], "0GB").code == 2
+
+
+@pytest.mark.parametrize("scheme", ["f32", "f16", "q4_k_m", "q2_k"])
+def test_a_whole_file_has_every_matrix_in_a_type_of_its_recipe(tmp_path, cli, scheme):
+    path = make(tmp_path / "m", "mixtral", hidden=256)  # whose queries are in another order in the file
+    done = cli("quantize", path, tmp_path / "out", "--format", "gguf", "--scheme", scheme, "--scope", "all", "--json")
+    assert done.code == 0, done.out
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors}
+    floats_of = {"f32": "F32", "f16": "F16"}
+    if scheme in floats_of:
+        expected = dict.fromkeys(("blk.0.attn_q.weight", "output.weight", "token_embd.weight"), floats_of[scheme])
+    elif scheme == "q4_k_m":
+        expected = {"output.weight": "Q6_K", "token_embd.weight": "Q4_K", "blk.1.ffn_down_exps.weight": "Q6_K"}
+    else:
+        expected = {"output.weight": "Q6_K", "token_embd.weight": "Q2_K", "blk.0.attn_output.weight": "Q3_K"}
+    assert expected.items() <= kinds.items()
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["output_norm.weight"] == "F32"
+    assert done.json["quantize"]["scope"] == "all"
+
+
+def test_a_recipe_does_not_leave_tensors_out(tmp_path):
+    model = open_model(make(tmp_path / "m"))
+    with pytest.raises(UsageError, match="q4_k_m decides the type of every tensor"):
+        plan_quantize(model, format="gguf", scheme="q4_k_m", scope="experts")
+    with pytest.raises(UsageError, match="does not support --scope all"):
+        plan_quantize(model, scope="all")

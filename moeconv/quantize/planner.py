@@ -306,9 +306,10 @@ def _made_with(model: Model, overlay: Overlay) -> dict[str, object]:
 def _promise(model: Model, shards: Sequence[Shard]) -> dict[str, int]:
     """The number of tensors that files of another kind pack, per role. Those of the experts are counted from the
     geometry of the layers, and not from the tensors that were found."""
-    groups = [item.changed for shard in shards for item in shard.items if item.changed]
+    changed = [item for shard in shards for item in shard.items if item.changed]
+    groups = [item.changed for item in changed]
     counts = {group: groups.count(group) for group in sorted(set(groups))}
-    matrices = {item.outputs[0].role for item in shard.items if item.changed == "expert"}
+    matrices = {item.outputs[0].role for item in changed if item.changed == "expert"}
     experts = len(model.moe_layers) * model.num_experts * len(matrices)
     return counts | ({"expert": experts} if experts else {})
 

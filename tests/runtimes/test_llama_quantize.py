@@ -67,7 +67,7 @@ def source(tmp_path_factory):
 def test_importance_matrices_are_equal(source):
     ours, theirs = tensors(source / "ours.gguf"), tensors(source / "theirs.gguf")
     assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
+    for name in theirs:
         if not name.endswith(".in_sum2"):
             continue
         counts = [np.array(t[name.replace("in_sum2", "counts")].data).ravel() for t in (ours, theirs)]

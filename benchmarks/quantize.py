@@ -43,6 +43,12 @@ OTHERS = {
     "nf4 gptq": [*BNB, "nf4", "--method", "gptq"],
     "int8 g{G} rtn": ["--scheme", "int8", "--group-size", "{G}"],
     "int8 rows (bitsandbytes)": [*BNB, "int8"],
+    "int3 g{G} mse": ["--scheme", "int3", "--group-size", "{G}", "--method", "mse"],
+    "int3 g{G} gptq": ["--scheme", "int3", "--group-size", "{G}", "--method", "gptq"],
+    "int2 g{G} mse": ["--scheme", "int2", "--group-size", "{G}", "--method", "mse"],
+    "int2 g{G} gptq": ["--scheme", "int2", "--group-size", "{G}", "--method", "gptq"],
+    "int2 g{G} auto": ["--scheme", "int2", "--group-size", "{G}", "--method", "auto"],
+    "mixed 3 bits gptq": ["--scheme", "mixed", "--average-bits", "3", "--target", "vllm", "--method", "gptq"],
     "mixed 5 bits rtn": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm"],
     "mixed 5 bits gptq": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--method", "gptq"],
 }  # fmt: skip

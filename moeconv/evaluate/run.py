@@ -19,7 +19,7 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.evaluate.gates import check_limits, finite, judge
 from moeconv.evaluate.score import Score, score_window
-from moeconv.evaluate.settings import Settings
+from moeconv.evaluate.settings import PassSettings
 from moeconv.evaluate.tasks import accuracy_figures, answer_tasks, longest_of, read_questions
 from moeconv.families.model import Model, open_model
 from moeconv.options import EVALUATE_SEQ_LEN, parse_size
@@ -79,7 +79,7 @@ def evaluate(
     check_limits(limits, has_reference=reference is not None, sources=given)
     if not given:
         raise UsageError("no data was given", hint="Pass --data with text, --tasks with questions, or both.")
-    settings = Settings(
+    settings = PassSettings(
         _dtype(dtype), pick_device(device), batch_size,
         budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"), meter=meter,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def _read_data(
     return load_tokens(data, models[0].checkpoint.path, tokens=tokens, seq_len=length, seed=seed, text_field=text_field)
 
 
-def _measure_loss(models: Sequence[Model], read: TokenData, settings: Settings) -> _Losses:
+def _measure_loss(models: Sequence[Model], read: TokenData, settings: PassSettings) -> _Losses:
     """The losses of the model, and of its reference where there are two models, on all windows."""
     start_meter(settings.meter, *models, tokens=read.windows.size)
     began = time.monotonic()
@@ -188,7 +188,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _pass(model: Model, windows: np.ndarray, settings: Settings, *, flows: int, loads: list[Load]) -> LayerStream:
+def _pass(model: Model, windows: np.ndarray, settings: PassSettings, *, flows: int, loads: list[Load]) -> LayerStream:
     """Run all layers of the model, up to its final hidden states. The routing load of each MoE layer is appended to
     `loads`."""
     stream = settings.stream(model, windows, flows=flows)

@@ -15,7 +15,7 @@ from moeconv.stream.ragged import Ragged
 
 
 @dataclass
-class Settings:
+class PassSettings:
     """How the models are run. `placed` is where the first stream has its experts and activations."""
 
     dtype: torch.dtype | None

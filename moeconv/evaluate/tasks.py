@@ -16,7 +16,7 @@ from moeconv.data.windows import sequence_length
 from moeconv.evaluate.accuracy import grade, mean_accuracy, mean_change, results_of
 from moeconv.evaluate.answers import Answers, answers_of
 from moeconv.evaluate.encode import Encoded, encode
-from moeconv.evaluate.settings import Settings
+from moeconv.evaluate.settings import PassSettings
 from moeconv.families.model import Model
 from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import start_meter
@@ -33,7 +33,7 @@ class Questions:
 
 
 def read_questions(
-    paths: Sequence[str], models: Sequence[Model], seq_len: int | None, limit: int | None, settings: Settings
+    paths: Sequence[str], models: Sequence[Model], seq_len: int | None, limit: int | None, settings: PassSettings
 ) -> Questions:
     """Read and tokenize the request files. Raises InputError for what cannot be used, with the number of the line."""
     settings.meter.note("reading the tasks")
@@ -50,7 +50,7 @@ def longest_of(asked: Questions | None) -> int:
 
 
 def answer_tasks(
-    models: Sequence[Model], asked: Questions, settings: Settings, *, seed: int
+    models: Sequence[Model], asked: Questions, settings: PassSettings, *, seed: int
 ) -> tuple[Tasks | None, NotFiniteError | None]:
     """(the JSON of --tasks, what made a log-probability NaN or infinite). `models` are the model and, if there is one,
     its reference."""

@@ -49,6 +49,8 @@ OTHERS = {
     "int2 g{G} gptq": ["--scheme", "int2", "--group-size", "{G}", "--method", "gptq"],
     "int2 g{G} auto": ["--scheme", "int2", "--group-size", "{G}", "--method", "auto"],
     "mixed 3 bits gptq": ["--scheme", "mixed", "--average-bits", "3", "--target", "vllm", "--method", "gptq"],
+    "int4 asymmetric g{G}": ["--scheme", "int4-asym", "--group-size", "{G}"],
+    **{scheme: ["--scheme", scheme] for scheme in ("fp8", "w8a8", "nvfp4", "mxfp4", "mxfp8")},
     "mixed 5 bits rtn": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm"],
     "mixed 5 bits gptq": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--method", "gptq"],
 }  # fmt: skip

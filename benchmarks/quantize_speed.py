@@ -59,6 +59,8 @@ ROWS = {
     "int4 rtn": [],
     "int4 mse": ["--method", "mse"],
     "int8 rtn": ["--bits", "8"],
+    **{scheme: ["--scheme", scheme] for scheme in ("int4-asym", "fp8", "fp8-block", "w8a8", "nvfp4", "mxfp4", "mxfp8")},
+    "fp8 of DeepSeek": ["--format", "fp8"],
     "nf4": ["--format", "bitsandbytes", "--scheme", "nf4"],
     "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
     "q8_0": ["--format", "gguf", "--scheme", "q8_0"],

@@ -87,6 +87,7 @@ COMPRESSED_TENSORS = Format(
     mixed=LOADS | {"transformers": "no"},
     merge=_by_layer,
     beside=_beside,
-    beside_loads={"transformers": "dequantized", "llama.cpp": "no"},
+    # vLLM was run with int4 and w8a8 experts beside w8a8 attention
+    beside_loads={"transformers": "dequantized", "vllm": "ok", "llama.cpp": "no"},
     remarks=_remarks,
 )

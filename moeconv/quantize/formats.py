@@ -13,6 +13,7 @@ from moeconv.options import parse_index
 from moeconv.plugins import Registry
 from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
+from moeconv.quantize.deepseek import DEEPSEEK
 from moeconv.quantize.gguf import GGUF
 from moeconv.quantize.spec import MIXED, Format, Kernel, SchemeInfo
 
@@ -22,6 +23,7 @@ FORMATS = Registry(
     (
         COMPRESSED_TENSORS,
         BITSANDBYTES,
+        DEEPSEEK,
         GGUF,
     ),
 )

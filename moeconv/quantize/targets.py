@@ -63,7 +63,8 @@ def loads_beside(format: Format, scheme: str, rest: str, family: Family) -> dict
     """Runtime -> whether it loads a model of `family` with experts in one scheme and the `rest` in another: `no` where
     it does not load one of the two or their combination, otherwise what is known of the combination."""
     both = [loads_of(format, name, family) for name in (scheme, rest)] + [every_runtime(format.beside_loads)]
-    return {r: "no" if "no" in (words := [loads[r] for loads in both]) else words[-1] for r in TARGETS}
+    found = {runtime: [loads[runtime] for loads in both] for runtime in TARGETS}
+    return {r: next((word for word in ("no", "unknown") if word in words), words[-1]) for r, words in found.items()}
 
 
 def check_rest(format: Format, scheme: str, rest: str, targets: Sequence[str], *, family: Family) -> list[str]:

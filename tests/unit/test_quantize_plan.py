@@ -123,7 +123,8 @@ def test_loaders_are_told_what_stays_plain(tmp_path, format, scheme):
     )
     plan = plan_quantize(model, format=format, scheme=scheme)
     config = plan.config["quantization_config"]
-    ignored = set(config.get("ignore", config.get("llm_int8_skip_modules")))
+    keys = ("ignore", "llm_int8_skip_modules", "modules_to_not_convert")
+    ignored = set(next(config[key] for key in keys if key in config))
     plain = {
         n.removesuffix(".weight")
         for n, r in model.roles.items()

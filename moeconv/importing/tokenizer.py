@@ -8,16 +8,17 @@ from typing import Any
 
 from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.errors import InputError, Unsupported, escape
-from moeconv.quantize.gguf_tokenizer import PRE_TOKENIZERS
+from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2, NAMES, Steps
 from moeconv.types import JsonObject
 
 # ggml's token types
 _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
 _SPACE = "\u2581"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_KNOWN = {name: split for split, name in PRE_TOKENIZERS.items()} | {"default": ("", False)}
-# llama.cpp's name -> steps in front of the bytes' own split
-_STEPS: Mapping[str, list[JsonObject]] = {"smollm": [{"type": "Digits", "individual_digits": True}]}
+# llama.cpp's name -> how texts are split, and whether a word that is a token is taken as a whole
+_KNOWN: Mapping[str, tuple[Steps, bool]] = {
+    name: (steps, whole) for steps, names in NAMES.items() for name, whole in names
+} | {"default": ((GPT2,), False)}
 _NORMALIZERS: Mapping[str, JsonObject] = {"qwen2": {"type": "NFC"}}
 # kind of tokenizer -> whether llama.cpp puts the token that begins texts in front where the file does not say
 _BEGINS: Mapping[object, bool] = {"gpt2": False, "llama": True}
@@ -97,17 +98,24 @@ def _in_front(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> J
     }
 
 
+def _step(kind: str) -> JsonObject:
+    """One step of a pre_tokenizer of tokenizer.json."""
+    if kind in (GPT2, BYTES):
+        return _BYTE_LEVEL | {"use_regex": kind == GPT2}
+    if kind == DIGITS:
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "Split", "pattern": {"Regex": kind}, "behavior": "Isolated", "invert": False}
+
+
 def _bytes_bpe(source: GgufSource, used: Mapping[int, str], _kinds: Sequence[int]) -> JsonObject:
     """Byte-level BPE, split as the name of the pre-tokenizer says."""
     name = source.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _KNOWN and name not in _STEPS:
-        known = ", ".join(sorted({*_KNOWN, *_STEPS}))
-        raise Unsupported(f"the pre-tokenizer {escape(name)} is not known", hint=f"Known are {known}.")
-    pattern, whole = _KNOWN.get(str(name), ("", False))
-    steps = list(_STEPS.get(str(name), ()))
-    if pattern:
-        steps.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
-    last = _BYTE_LEVEL | {"use_regex": not pattern}
+    if name not in _KNOWN:
+        raise Unsupported(
+            f"the pre-tokenizer {escape(name)} is not known", hint=f"Known are {', '.join(sorted(_KNOWN))}."
+        )
+    kinds, whole = _KNOWN[str(name)]
+    *steps, last = map(_step, kinds)
     merges = [merge.split(" ", 1) for merge in _list(source, "merges", str)]
     if any(len(merge) != 2 for merge in merges):
         raise ValueError("a merge is not two tokens")

@@ -10,7 +10,7 @@ from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.foreign import GIVE, bits_of, recognise
-from moeconv.families.methods import encodings, forms_of, quantization_method
+from moeconv.families.methods import METHODS, encodings, forms_of, quantization_method
 from moeconv.families.names import module_names, why_no_head
 from moeconv.families.packed import Stored, fit, weight_of
 from moeconv.families.packed import quantization as checkpoint_quantization
@@ -41,7 +41,9 @@ def check_foreign(checkpoint: Checkpoint) -> None:
             hint="Move it to the top level, where transformers looks first.",
         )
     stated = checkpoint.config if quantization is None else {**checkpoint.config, "quantization_config": quantization}
-    found = recognise(stated, checkpoint.tensors)
+    # settings that state no method, and that a method that is read has
+    unnamed = quantization if quantization is not None and quantization.get("quant_method") is None else {}
+    found = None if quantization_method(unnamed) in METHODS else recognise(stated, checkpoint.tensors)
     if found is not None:
         way, settings = found
         bits, group = bits_of(way, settings), settings.get("group_size")

@@ -169,6 +169,18 @@ def _mxfp4(_encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]
     }
 
 
+def _mlx(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
+    """MLX: codes in 32-bit words along a row, with a scale per group and, for integers, the value of code 0."""
+    *front, columns = shape
+    words, bits = divmod(columns * encoding.bits, 32)
+    if bits or columns % (encoding.grid[1] or columns):
+        raise ValueError(f"groups of {encoding.grid[1]} codes do not fill {columns} columns")
+    affine = encoding.name == "mlx-affine"
+    scales = Part(SCALES if affine else ("U8",), (scale_grid(encoding, shape),))
+    made = {"weight": Part(("U32",), ((*front, words),)), "scales": scales}
+    return made | ({"biases": scales} if affine else {})
+
+
 PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "packed-int": _packed_int,
     "int8": _codes8("I8"),
@@ -180,4 +192,5 @@ PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": _mxfp4,
+    **dict.fromkeys(("mlx-affine", "mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"), _mlx),
 }

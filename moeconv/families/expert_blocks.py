@@ -25,7 +25,7 @@ SEPARATE_PARTS = {f"expert.{p}": "experts.{E}." + f"{p}_proj.weight" for p in ("
 
 def served_below(module: str) -> ExpertLayout:
     """The layout of separate experts below `module`, a name that ends with a dot."""
-    return ExpertLayout({key: module + name for key, name in SEPARATE_PARTS.items()})
+    return ExpertLayout({key: module + name for key, name in SEPARATE_PARTS.items()}, readers="vLLM")
 
 
 MLP_ROUTER = {"router.weight": LAYER + "mlp.gate.weight"}

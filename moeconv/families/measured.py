@@ -14,11 +14,12 @@ RUNTIMES: Mapping[str, str] = {
     "transformers": "transformers 5.23.0",
     "vllm": "vLLM 0.32.0 on a CPU",
     "llama.cpp": "llama.cpp b11549",
+    "mlx": "mlx-lm 0.32.2 on a CPU",
 }
 VERSIONS: Mapping[str, str] = {
     "vllm": RUNTIMES["vllm"],
     "llama.cpp": f"{RUNTIMES['llama.cpp']}, with the converter in llama-cpp-python 0.3.36",
-    "mlx": "mlx-lm 0.32.2 on a CPU",
+    "mlx": RUNTIMES["mlx"],
 }
 
 

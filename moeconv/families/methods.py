@@ -45,8 +45,11 @@ def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Enco
 
 
 def quantization_method(quantization: Config) -> str:
-    """quant_method. Old files of bitsandbytes have only its switches load_in_4bit and load_in_8bit."""
+    """quant_method. mlx-lm states none, and old files of bitsandbytes only its switches load_in_4bit and
+    load_in_8bit."""
     stated = quantization.get("quant_method")
+    if stated is None and {"group_size", "bits"} <= quantization.keys():
+        return "mlx"
     switched = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     return str(stated) if stated is not None or not switched else "bitsandbytes"
 
@@ -165,10 +168,30 @@ def _unread(what: str) -> Unsupported:
     return Unsupported(f"{what}: moeconv does not read this packing", hint=GIVE)
 
 
+_MLX_GROUPS = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+_MLX_BITS = (2, 3, 4, 5, 6, 8)
+
+
+def _mlx(quantization: Config) -> tuple[Encoding, ...]:
+    """mlx-lm: settings for all modules, and other ones by the name of a module."""
+    modules = [value for value in quantization.values() if isinstance(value, dict)]
+    return tuple(dict.fromkeys(map(_mlx_module, (quantization, *modules))))
+
+
+def _mlx_module(settings: Config) -> Encoding:
+    mode, bits, size = settings.get("mode"), settings.get("bits"), settings.get("group_size")
+    mode = "affine" if mode is None else mode
+    known = bits in _MLX_BITS and size in (32, 64, 128) if mode == "affine" else _MLX_GROUPS.get(mode) == (bits, size)
+    if not known or type(bits) is not int or settings.get("global_scale"):
+        raise _unread(f"MLX {escape(mode)} of {escape(bits)} bits in groups of {escape(size)}")
+    return Encoding(f"mlx-{mode}", bits, (1, size), scale="scales")
+
+
 METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "compressed-tensors": _compressed,
     "bitsandbytes": _bitsandbytes,
     "fp8": _fp8,
+    "mlx": _mlx,
     "fbgemm_fp8": lambda _quantization: (Encoding("float8", 8, (1, None)),),
     "mxfp4": lambda _quantization: (Encoding("mxfp4", 4),),
 }

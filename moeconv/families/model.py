@@ -19,6 +19,7 @@ from moeconv.errors import InputError, escape
 from moeconv.families import check, packed, settings
 from moeconv.families.find import find_family, without_aliases
 from moeconv.families.kinds import check_kinds
+from moeconv.families.mlx_lm import switch_form
 from moeconv.families.names import as_loaded, heads
 from moeconv.families.roles import assign_roles
 from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
@@ -357,9 +358,9 @@ def _with_rule(family: Family, config: Config) -> Family:
 def _with_layout(family: Family, checkpoint: Checkpoint) -> Family:
     """The row with the layout that the experts have on disk: most names and shapes in one layer belong to it."""
     quantized = packed.quantization(checkpoint.config) is not None
-    served = family.served_form
-    if served is not None and _has_experts(checkpoint, served):
-        return served
+    for form in (family.served_form, switch_form(family)):
+        if form is not None and _has_experts(checkpoint, form):
+            return form
     if not family.tensors.layouts:
         return family
 

@@ -38,6 +38,8 @@ PARTS: dict[str, str] = {
     ".weight.quant_state.bitsandbytes__fp4": "state",
     ".weight_format": "format",
     ".SCB": "SCB",
+    ".scales": "scales",  # MLX
+    ".biases": "biases",
 }
 # suffixes that are appended to the full name of a tensor that holds all experts: MXFP4 codes and exponents, and the
 # other parts of a weight whose codes have the tensor's own name. The first axis counts experts, except in SHARED parts.
@@ -100,7 +102,7 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
     each, and 0 for the tensors that are only needed to decode. `part` is that of `split_part`, "" for a plain tensor.
     """
     count = math.prod(ref.shape)
-    if part in ("", "weight") and ref.dtype not in ("U8", "I32"):
+    if part in ("", "weight") and ref.dtype not in ("U8", "I32", "U32"):
         return count
     if part == "blocks":
         return 2 * count
@@ -111,6 +113,7 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
 # model. The first one that is there counts, as in transformers.
 PLACES: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 _KEY = "quantization_config"
+_ALSO = "quantization"  # where mlx-lm writes the same settings; its old files have them there alone
 
 
 def quantization(config: Config) -> JsonObject | None:
@@ -130,10 +133,11 @@ def with_quantization(config: Config, change: Callable[[JsonObject], JsonObject 
             holder[key] = dict(holder[key])
             holder = holder[key]
         new = change(found)
-        if new is None:
-            del holder[_KEY]
-        else:
-            holder[_KEY] = new
+        for key in [key for key in (_KEY, _ALSO) if holder.get(key) == found]:
+            if new is None:
+                del holder[key]
+            else:
+                holder[key] = new
     return made
 
 
@@ -141,7 +145,11 @@ def _stated(config: Config, place: tuple[str, ...]) -> JsonObject | None:
     at: object = config
     for key in place:
         at = at.get(key) if isinstance(at, Mapping) else None
-    value = at.get(_KEY) if isinstance(at, Mapping) else None
+    if not isinstance(at, Mapping):
+        return None
+    value, also = at.get(_KEY), at.get(_ALSO)
+    if value is None and isinstance(also, dict) and {"group_size", "bits"} <= also.keys():
+        value = also
     return dict(value) if isinstance(value, dict) else None
 
 

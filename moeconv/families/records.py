@@ -44,6 +44,8 @@ class ExpertLayout:
     tensors: Mapping[str, str]
     # key of a tensor that holds all experts of a layer -> how it holds them
     packed: Mapping[str, Packed] = field(default_factory=dict)
+    # who reads the layout, in words, if no class of transformers does
+    readers: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,9 @@ class Tensors:
     layouts: tuple[ExpertLayout, ...] = ()
     # the layout with separate experts that serving engines read and no class of transformers reads
     served: ExpertLayout | None = None
+    # who reads the layout of the experts, in words, if no class of transformers does; and the row's own layout then
+    readers: str = ""
+    own: ExpertLayout | None = None
     # prefix of the names of the language model's tensors
     prefix: str = "model."
     # the base model's prefix, which from_pretrained adds or removes as needed; "" if it does neither

@@ -10,7 +10,7 @@ from moeconv.families.measured import LISTED, MEASURED, doubts
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 
-TARGETS = ("transformers", "vllm", "sglang", "llama.cpp")
+TARGETS = ("transformers", "vllm", "sglang", "llama.cpp", "mlx")
 ENGINES = ("vllm", "sglang", "llama.cpp", "mlx")  # of the table of `moeconv families`
 
 
@@ -18,6 +18,8 @@ def served(model_type: str, target: str) -> str:
     """Whether the engine `target` runs the family: "ok", "no" or "unknown". transformers runs every known family."""
     if target == "transformers":
         return "ok"
+    if target in LISTED:
+        return "ok" if model_type in LISTED[target] else "no"
     family = _row(model_type)
     if family is None:
         return "unknown"

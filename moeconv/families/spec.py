@@ -101,23 +101,32 @@ class Family:
 
     def forms(self) -> tuple[Family, ...]:
         """The row once for every layout of its experts on disk; only the row itself if it has one layout."""
-        return tuple(map(self._with, self.tensors.layouts)) or (self,)
+        return tuple(map(self.with_experts, self.tensors.layouts)) or (self.own_form,)
+
+    @property
+    def own_form(self) -> Family:
+        """The row with the first layout of its experts that a class of transformers reads; itself if it has that."""
+        return self if self.tensors.own is None else self.with_experts(self.tensors.own)
 
     @property
     def served_form(self) -> Family | None:
         """The row with the layout of separate experts that serving engines read and transformers does not, if there is
         one."""
-        return None if self.tensors.served is None else self._with(self.tensors.served)
+        return None if self.tensors.served is None else self.with_experts(self.tensors.served)
 
     @property
     def only_served(self) -> bool:
-        """Whether this is such a row."""
-        served = self.tensors.served
-        return served is not None and served.tensors.items() <= self.tensors.names.items()
+        """Whether no class of transformers reads the layout of the experts."""
+        return bool(self.tensors.readers)
 
-    def _with(self, way: ExpertLayout) -> Family:
-        rest = {key: name for key, name in self.tensors.names.items() if not key.startswith("expert.")}
-        return replace(self, tensors=replace(self.tensors, names=rest | dict(way.tensors), packed=way.packed))
+    def with_experts(self, way: ExpertLayout) -> Family:
+        """The row with another layout of the experts."""
+        old = self.tensors
+        mine = {key: name for key, name in old.names.items() if key.startswith("expert.")}
+        names = {key: name for key, name in old.names.items() if key not in mine} | dict(way.tensors)
+        own = (old.own or ExpertLayout(mine, old.packed)) if way.readers else None
+        tensors = replace(old, names=names, packed=way.packed, readers=way.readers, own=own)
+        return replace(self, tensors=tensors)
 
     @staticmethod
     def expert_axis(role: Role) -> int | None:

@@ -86,7 +86,7 @@ class Wrapper:
         )
 
     def _layout(self, text: Family, way: ExpertLayout) -> ExpertLayout:
-        return ExpertLayout(self._names(text, way.tensors), way.packed)
+        return ExpertLayout(self._names(text, way.tensors), way.packed, way.readers)
 
     def _names(self, text: Family, names: Mapping[str, str]) -> dict[str, str]:
         return {key: self._name(text, name) for key, name in names.items()}

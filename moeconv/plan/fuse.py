@@ -12,6 +12,8 @@ from dataclasses import replace
 from moeconv.checkpoint.header import tensor_nbytes
 from moeconv.plan.plan import Input, Item, Plan
 
+Made = dict[str, list[Item]]  # tensor -> the item that makes it, or the items that make its slices
+
 
 def fuse(first: Plan, second: Plan) -> Plan | None:
     """`second` with its inputs traced back through `first` to the source of `first`; None where that is impossible.
@@ -21,10 +23,13 @@ def fuse(first: Plan, second: Plan) -> Plan | None:
     """
     if any(ref.origin != "source" for item in first.items() for ref in item.inputs):
         return None  # the two plans may give one name to two overlays
-    made = {spec.name: item for item in first.items() for spec in item.outputs}
+    made: Made = {}
+    for item in first.items():
+        for spec in item.outputs:
+            made.setdefault(spec.name, []).append(item)
     shards = []
     for shard in second.shards:
-        items = [_through(item, made) for item in shard.items]
+        items = [_through(part, made) for item in shard.items for part in _slices(item, made)]
         if any(item is None for item in items):
             return None
         shards.append(replace(shard, items=tuple(item for item in items if item is not None)))
@@ -39,7 +44,7 @@ def fuse(first: Plan, second: Plan) -> Plan | None:
     )
 
 
-def _promise(first: Plan, second: Plan, made: Mapping[str, Item]) -> dict[str, int]:
+def _promise(first: Plan, second: Plan, made: Mapping[str, Sequence[Item]]) -> dict[str, int]:
     """The promise of both plans. Where the first promises nothing, the tensors that it changes and the second only
     carries over are counted here."""
     if first.promise or not second.promise:
@@ -51,20 +56,24 @@ def _promise(first: Plan, second: Plan, made: Mapping[str, Item]) -> dict[str, i
     return promise
 
 
-def _moved(item: Item, made: Mapping[str, Item]) -> str:
+def _moved(item: Item, made: Mapping[str, Sequence[Item]]) -> str:
     """The role under which the first plan counts the tensors that an item reads; "" where they are unchanged."""
-    changed = (made[ref.tensor].changed for ref in item.inputs if ref.origin == "source")
+    changed = (made[ref.tensor][0].changed for ref in item.inputs if ref.origin == "source")
     return next(filter(None, changed), "")
 
 
-def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
+def _through(item: Item, made: Mapping[str, Sequence[Item]]) -> Item | None:
     """An item of the second plan as one that reads the source of the first; None where that is impossible."""
     inputs: list[Input] = []
     for ref in item.inputs:
         if ref.origin != "source":
             inputs.append(ref)
             continue
-        maker = made[ref.tensor]
+        makers = made[ref.tensor]
+        maker = makers[0]
+        if len(makers) > 1:
+            maker, ref = _maker(ref, makers)
+            item = replace(item, inputs=(ref,)) if len(item.inputs) == 1 else item
         if _whole(item, ref, maker) and (item.kernel == "copy" or maker.kernel != "copy" or len(maker.inputs) > 1):
             return _joined(item, maker)
         traced = _range(ref, maker)
@@ -74,6 +83,32 @@ def _through(item: Item, made: Mapping[str, Item]) -> Item | None:
             return _cut(item, maker) if maker.kernel == "decode" else None
         inputs.append(traced)
     return replace(item, inputs=tuple(inputs), changed=item.changed or _moved(item, made))
+
+
+def _slices(item: Item, made: Mapping[str, Sequence[Item]]) -> list[Item]:
+    """The item; one item per slice where it copies or casts a whole tensor that several items make."""
+    makers = made.get(item.inputs[0].tensor, ()) if len(item.inputs) == 1 else ()
+    if len(makers) < 2 or item.kernel not in ("copy", "cast") or item.inputs[0].origin != "source":
+        return [item]
+    (whole,), (spec,) = item.inputs, item.outputs
+    if whole.nbytes != sum(maker.outputs[0].nbytes for maker in makers):
+        return [item]
+    parts, start = [], 0
+    for maker in makers:
+        (one,) = maker.outputs
+        part = spec._replace(shape=one.shape, params=spec.params // one.of, at=one.at, of=one.of)
+        ref = whole._replace(shape=one.shape, start=start, nbytes=one.nbytes)
+        parts.append(replace(item, outputs=(part,), inputs=(ref,)))
+        start += one.nbytes
+    return parts
+
+
+def _maker(ref: Input, items: Sequence[Item]) -> tuple[Item, Input]:
+    """Of the items that each make one slice of a tensor, the one whose slice has the range `ref`, and the range within
+    the slice."""
+    size = next(spec.nbytes for spec in items[0].outputs if spec.name == ref.tensor)
+    at = ref.start // size
+    return items[at], ref._replace(start=ref.start - at * size)
 
 
 def _whole(item: Item, ref: Input, maker: Item) -> bool:

@@ -12,6 +12,7 @@ from moeconv.quantize.compressed.layout import LOADS, CompressedLayout
 from moeconv.quantize.compressed.microscale import MXFP4, MXFP8
 from moeconv.quantize.compressed.nvfp4 import NVFP4
 from moeconv.quantize.compressed.packed import ASYMMETRIC, PACKED
+from moeconv.quantize.relayout import served_form
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
 
@@ -81,7 +82,7 @@ COMPRESSED_TENSORS = Format(
     kernels=tuple(layout.kernel for layout in LAYOUTS),
     make=_make,
     config=_config,
-    apart=True,
+    form=served_form,
     check=lambda ref, scheme: _BY_SCHEME[scheme.name].check(ref, scheme),
     mixes=("int2", "int3", "int4", "int8"),
     mixed=LOADS | {"transformers": "no"},

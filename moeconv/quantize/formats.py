@@ -15,6 +15,7 @@ from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
 from moeconv.quantize.deepseek import DEEPSEEK
 from moeconv.quantize.gguf import GGUF
+from moeconv.quantize.mlx import MLX
 from moeconv.quantize.spec import MIXED, Format, Kernel, SchemeInfo
 
 FORMATS = Registry(
@@ -25,6 +26,7 @@ FORMATS = Registry(
         BITSANDBYTES,
         DEEPSEEK,
         GGUF,
+        MLX,
     ),
 )
 _USUAL = 4  # bits of the default scheme
@@ -95,7 +97,7 @@ def _of_bits(format: Format, bits: int | None) -> SchemeInfo:
 
 def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[int]) -> int | None:
     """The weights per scale for --group-size and these input widths; None for one scale per row. `auto` stands for the
-    largest size that divides all widths.
+    usual size of the scheme where it divides all widths, else for the largest size that does.
 
     Raises UsageError for a size that the scheme does not have, InputError for one that does not divide a width.
     """
@@ -117,7 +119,7 @@ def choose_group(format: Format, info: SchemeInfo, text: str, widths: Sequence[i
             )
         return None
     if text == "auto":
-        for size in sizes:
+        for size in (info.usual, *sizes) if info.usual else sizes:
             if all(width % size == 0 for width in widths):
                 return size
         raise InputError(

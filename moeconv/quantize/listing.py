@@ -33,12 +33,12 @@ def formats_of(family: Family) -> list[str]:
     checkpoint may have settings that one of them cannot store."""
     if family.kind != "moe":
         return [f.name for f in FORMATS.values() if f.dense and f.takes(family)]
-    apart = any(not form.tensors.packed for form in family.forms())
     flat = any(layout.flat for layout in family.tensors.packed.values())
-    served = family.served_form is not None
+    apart = any(not form.tensors.packed for form in family.forms())
     return [
         f.name
         for f in FORMATS.values()
         if f.takes(family)
-        and (f.shard is not None or apart or (served and f.apart) or (f.stack is not None and not flat))
+        and (f.shard is not None or apart or f.form(family) is not None or (f.stack is not None and not flat))
+        and not (f.form(family) is None and f.why_not(family))
     ]

@@ -147,7 +147,7 @@ class Packing:
             other = make(self.rest.scheme, ignored, plain, scope)
             targets = patterns(self.model, self.rest.weights)
             config["quantization_config"] = self.format.beside(config["quantization_config"], other, targets)
-        return config
+        return config | dict.fromkeys(self.format.config_keys, config["quantization_config"])
 
     def parts(self) -> dict[str, int]:
         """The number of tensors that the plan must write per role. Those of the experts are counted from the geometry,

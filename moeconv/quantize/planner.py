@@ -20,12 +20,15 @@ from moeconv.families.spec import BESIDE
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
+from moeconv.plan.fuse import fuse
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
+from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
 from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.packing import Packing, mix
+from moeconv.quantize.relayout import plan_layout
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.rest import rest_of
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
@@ -43,7 +46,8 @@ def plan_quantize(
     stats_of_twin: str | None = None,
     **parameters: object,
 ) -> Plan:
-    """Plan the packing of every expert. The parameters are the fields of QuantizeOptions and PlanOptions.
+    """Plan the packing of every expert. The parameters are the fields of QuantizeOptions and PlanOptions. The experts
+    are written in the layout that the format has.
 
     `overlay` has codes that data chose (--method gptq, awq or auto), under their names on disk. Run such a plan with
     `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
@@ -54,7 +58,29 @@ def plan_quantize(
     """
     check_names(parameters, QuantizeOptions, PlanOptions)
     options, common = from_keywords(QuantizeOptions, parameters), from_keywords(PlanOptions, parameters)
-    return quantize_plan(model, options, common, overlay=overlay, importance=importance, stats_of_twin=stats_of_twin)
+    layout = layout_for(model, FORMATS[options.format])
+    view = model if layout is None else planned_model(layout, companions=model.checkpoint.path)
+    plan = quantize_plan(view, options, common, overlay=overlay, importance=importance, stats_of_twin=stats_of_twin)
+    return plan if layout is None else fused_with_layout(layout, plan)
+
+
+def layout_for(model: Model, format: Format) -> Plan | None:
+    """The plan that writes the experts in the layout that a format packs; None where they have it.
+
+    Raises InputError for a family that the format cannot store."""
+    form = format.form(model.family)
+    if form is None and (why := format.why_not(model.family)):
+        raise InputError(f"--format {format.name}: {why}", hint="`moeconv families` shows the formats of each family.")
+    return plan_layout(model, form, prediction=format.prediction)
+
+
+def fused_with_layout(layout: Plan, plan: Plan) -> Plan:
+    """The plan with the one before it that changes only the layout of the experts.
+
+    The manifest does not list the latter as a step, because the model is the same."""
+    fused = fuse(layout, plan)
+    assert fused is not None  # the plan before it moves the matrices of one expert at a time
+    return replace(fused, earlier=plan.earlier)
 
 
 def quantize_plan(
@@ -83,7 +109,7 @@ def quantize_plan(
     weights = [ref for ref in in_scope(model, str(options.scope), format) if ref.name not in left_out]
     _check_weights(model, weights)
     _check_nesting(options, format, info)
-    widths = list(dict.fromkeys(ref.shape[1] for ref in weights))
+    widths = list(dict.fromkeys(ref.shape[-1] for ref in weights))
     group = choose_group(format, info, options.group_size, widths)
     scheme = Scheme(info.name, info.bits, group, options.double_quant)
     for ref in weights:
@@ -161,8 +187,11 @@ def _doubtful(packing: Packing, options: QuantizeOptions, known: Sequence[str]) 
 
 
 def _only_served(model: Model) -> str:
+    readers, model_type = model.family.tensors.readers, model.family.model_type
+    if model.packed_experts:
+        return f"the experts are stacked as {readers} reads them; transformers does not load the result"
     return (
-        f"the experts are written one by one, as vLLM reads the codes of a {model.family.model_type}; its class in "
+        f"the experts are written one by one, as {readers} reads the codes of a {model_type}; its class in "
         "transformers stacks them and does not load the result, for which --format bitsandbytes is"
     )
 
@@ -317,14 +346,16 @@ def _promise(model: Model, shards: Sequence[Shard]) -> dict[str, int]:
 def _check_layout(model: Model, format: Format, method: str) -> None:
     """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
     pack."""
-    if model.family.only_served and (method in BY_DATA or not format.apart):
+    form = format.form(model.family)
+    meant = form is not None and form.tensors.names == model.family.tensors.names  # the layout that the format packs
+    if model.family.only_served and (method in BY_DATA or not meant):
         what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
         raise InputError(
             f"the class of {model.family.model_type} in transformers stacks the experts of a layer, so that {what} "
             "cannot be used for experts in separate tensors",
             hint="Use --method rtn or mse, with --format compressed-tensors, which vLLM reads.",
         )
-    if not model.packed_experts:
+    if not model.packed_experts or meant:
         return
     # transformers loads codes per expert, see separate.py
     apart = any(not way.packed for way in model.family.tensors.layouts)

@@ -41,7 +41,7 @@ def in_scope(model: Model, scope: str, format: Format) -> list[TensorRef]:
     chosen = []
     for name, ref in model.checkpoint.tensors.items():
         role = model.roles.get(name)
-        if role is None or role.group not in GROUPS[scope]:
+        if role is None or role.group not in GROUPS[scope] or role.key in format.leaves:
             continue
         layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         if not name.endswith(".weight") and (layout is None or layout.parts[0].endswith("_bias")):

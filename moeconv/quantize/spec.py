@@ -15,6 +15,7 @@ from moeconv.families.model import Model
 from moeconv.families.spec import Family
 from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.quantize.relayout import separate_form
 from moeconv.types import JsonObject
 
 MIXED = "mixed"  # the value of --scheme for bits that differ by layer
@@ -50,7 +51,7 @@ class SchemeInfo:
     to "same", "differs" (from transformers) or "refused"; an empty mapping stands for all.
 
     `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
-    where the layout has no choice. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
+    where the layout has no choice. `usual` is the size of --group-size auto where it divides all widths. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
     to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
     it. `aliases` are other words for it that --scheme understands. `hardware` are the machines, of HARDWARE, on which a
     runtime computes with it by kernels of its own, and `error` is the relative RMS error of Gaussian weights under
@@ -68,6 +69,7 @@ class SchemeInfo:
     groups: tuple[int | None, ...] = ()
     errors: Mapping[int | None, float] = field(default_factory=dict)
     nests: bool = False
+    usual: int | None = None
     aliases: tuple[str, ...] = ()
     measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     hardware: tuple[str, ...] = ()
@@ -132,8 +134,16 @@ class Format:
     shard: Callable[[Asked], tuple[tuple[Shard, ...], list[str]]] | None = None
     covers: Callable[[Model], list[TensorRef]] | None = None
     dense: bool = False  # whether it stores models without experts
-    # whether engines read its codes per expert in families whose class in transformers stacks the experts
-    apart: bool = False
+    # the row with the layout of experts that it packs; None where it packs them in the layout that they have
+    form: Callable[[Family], Family | None] = separate_form
+    # why a family has no such row, where it packs no other layout
+    why_not: Callable[[Family], str] = lambda _: ""
+    # whether it writes the multi-token-prediction layers
+    prediction: bool = True
+    # other keys of config.json that have the quantization_config too
+    config_keys: tuple[str, ...] = ()
+    # keys of weights that it leaves as they are, whatever --scope says
+    leaves: frozenset[str] = frozenset()
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
     takes: Callable[[Family], bool] = lambda _: True  # whether it can store a family, by its row
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed

@@ -23,7 +23,6 @@ from moeconv.quantize.gguf_importance import ORIGIN as IMPORTANCE
 from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
-from moeconv.quantize.separate import plan_separate
 from moeconv.quantize.spec import BY_DATA, FOLDING, TRIED
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
@@ -46,24 +45,24 @@ class _Packing:
 def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None) -> _Packing:
     """Plan a quantize. `overlay` has codes that data chose for weights of the view."""
     from moeconv.quantize.decode import plan_decode
-    from moeconv.quantize.planner import quantize_plan
+    from moeconv.quantize.planner import fused_with_layout, layout_for, quantize_plan
 
     view, before, where = model, list[Plan](), model.checkpoint.path
     importance, twin = _importance(model, request)
     if model.quantization and request.quantize.requantize:
         before.append(plan_decode(model))
         view = planned_model(before[-1], companions=where)
-    if (apart := plan_separate(view, served=FORMATS[request.quantize.format].apart)) is not None:
-        before.append(apart)
-        view = planned_model(apart, companions=where)
+    if (layout := layout_for(view, FORMATS[request.quantize.format])) is not None:
+        view = planned_model(layout, companions=where)
     plan = quantize_plan(
         view, request.quantize, request.plan, overlay=overlay, importance=importance, stats_of_twin=twin
     )
-    for made in reversed(before):
+    if layout is not None:
+        plan = fused_with_layout(layout, plan)
+    for made in before:
         fused = fuse(made, plan)
-        assert fused is not None  # both plans before it decode, or read ranges of bytes
-        # separating the experts does not change the model, so the manifest does not list it as a step
-        plan = fused if made.command == "decode" else replace(fused, earlier=plan.earlier)
+        assert fused is not None  # the plan before it decodes
+        plan = fused
     return _Packing(replace(plan, warnings=(*plan.warnings, *_grown(plan, model))), view)
 
 

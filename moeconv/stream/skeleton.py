@@ -245,9 +245,9 @@ def _check_class(model: Model) -> None:
     """Raises InputError for experts in a layout that transformers does not read."""
     if model.family.only_served:
         raise InputError(
-            f"the experts of this {model.family.model_type} are in separate tensors, as serving engines read them; its "
-            "class in transformers stacks them and cannot load these",
-            hint="Run the command on the source of this checkpoint, whose experts are stacked.",
+            f"the experts of this {model.family.model_type} are in the layout of {model.family.tensors.readers}, which "
+            "its class in transformers cannot load",
+            hint="Run the command on the source of this checkpoint.",
         )
 
 

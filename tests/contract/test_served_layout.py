@@ -88,7 +88,7 @@ def test_the_result_is_pruned_and_not_run(tmp_path: Path, cli: Any) -> None:
     ):
         refused = cli(*words, "--json")
         assert refused.code == 3, refused.out
-    with pytest.raises(Exception, match="as serving engines read them"):
+    with pytest.raises(Exception, match="in the layout of vLLM"):
         from moeconv.stream.layers import LayerStream
 
         LayerStream(before, torch.ones(1, 4, dtype=torch.int64))

@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from moeconv.families.mlx_lm import switch_form
+from moeconv.families.model import open_model
+from moeconv.families.packed import weight_of
 from moeconv.families.registry import tables
+from moeconv.plan.kernels.pack.mlx import pack_mlx, unpack_mlx
 from moeconv.plan.meter import SilentMeter
 from moeconv.recipe.run import run_step
-from tests.contract.stock import CASES, MOE_CASES, WRAPPED_DENSE, load, row_of, save_stock
+from moeconv.tensors import decode_weight, read_tensor
+from tests.contract.stock import CASES, MOE_CASES, WRAPPED_CASES, WRAPPED_DENSE, load, row_of, save_stock
+from tests.unit.test_mlx import KINDS, weights
 
 VARIABLE = "MOECONV_MLX_PYTHON"
 IDS = np.random.default_rng(0).integers(4, 128, (2, 16)).tolist()
@@ -61,16 +67,21 @@ OTHERWISE = {
 TARGETS_OTHERWISE = {"qwen2_moe": ("Missing", "apart"), "gpt_oss": ("Received", "sliding_attention")}
 
 
-def _compare(models: dict[str, Path], folder: Path) -> dict[str, str]:
-    """{name: what is wrong} of the models that mlx-lm reads otherwise, or does not know."""
-    out = folder / "logits.safetensors"
-    job = {"models": {name: str(path) for name, path in models.items()}, "ids": IDS, "out": str(out)}
+def _run(out: Path, **job: Any) -> tuple[dict[str, str | None], dict[str, torch.Tensor]]:
+    """(name -> why mlx-lm does not run a model, what it wrote) of a job of run_mlx.py."""
     done = subprocess.run(
-        [os.environ[VARIABLE], str(Path(__file__).parent / "run_mlx.py")], input=json.dumps(job), text=True,
-        capture_output=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+        [os.environ[VARIABLE], str(Path(__file__).parent / "run_mlx.py")],
+        input=json.dumps({"models": {}, "ids": IDS, "out": str(out), **job}), text=True, capture_output=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    wrong, theirs = json.loads(done.stdout), load_file(out)
+    return json.loads(done.stdout), load_file(out)
+
+
+def _compare(models: dict[str, Path], folder: Path) -> dict[str, str]:
+    """{name: what is wrong} of the models that mlx-lm reads otherwise, or does not know."""
+    given = {name: str(path) for name, path in models.items()}
+    wrong, theirs = _run(folder / "logits.safetensors", models=given)
     for name, logits in theirs.items():
         with torch.no_grad():
             mine = load(models[name])(torch.tensor(IDS)).logits.float()
@@ -119,3 +130,97 @@ def test_upcycled_models_of_every_pair(tmp_path):
     wrong = _compare(models, tmp_path)
     _check(wrong)
     assert len(models) - len(wrong) >= 44
+
+
+# families whose packed models mlx-lm refuses as it refuses the plain ones, see OTHERWISE
+PLAIN_REFUSED = (
+    "qwen2_moe", "deepseek_v2", "deepseek_v2-groups", "mimo_v2_flash", "llama4-vision", "gemma4-vision",
+    "minimax_m3_vl",
+)  # fmt: skip
+# and those that it computes otherwise than transformers, packed or not
+PLAIN_OTHERWISE = ("glm_moe_dsa", "ernie4_5_moe", "jamba", "minimax_m2")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_codes_are_those_of_mx_quantize(tmp_path, dtype):
+    weight = weights(dtype)
+    save_file({"exact": weight.float().clone(), "as-is": weight}, tmp_path / "weights.safetensors")
+    # outside affine, its code for CPUs rounds in the dtype of the weight: see kernels/pack/mlx.py
+    asked = {
+        f"{mode}-{bits}-{group}": (str(tmp_path / "weights.safetensors"), "as-is" if mode == "affine" else "exact",
+                                   mode, bits, group)
+        for mode, bits, group in KINDS
+    }  # fmt: skip
+    _, theirs = _run(tmp_path / "out.safetensors", codes=asked)
+    for name, (_, _, mode, bits, group) in asked.items():
+        made = pack_mlx(weight, mode=mode, bits=bits, group_size=group)
+        for part, mine in made.items():
+            found = theirs[f"{name}/{part}"]
+            assert torch.equal(mine, found.view(torch.uint8) if part == "weight" else found), f"{name} {part}"
+        parts = made | {"weight": made["weight"].view(torch.uint32)}
+        decoded = unpack_mlx(parts, mode=mode, bits=bits)
+        assert torch.equal(decoded, theirs[f"{name}/decoded"].to(decoded.dtype)), name
+
+
+def _decoded(packed: Path, out: Path) -> Path:
+    """The checkpoint with its codes decoded, under the same names."""
+    model, tensors = open_model(packed), {}
+    for name, role in model.roles.items():
+        plain = weight_of(name) if role.part else name
+        if plain not in tensors:
+            made = decode_weight(model, plain) if role.part else read_tensor(model.checkpoint, name)
+            tensors[plain] = made.contiguous()
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization"], config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def _wide(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with experts of 32 neurons at least, the smallest group."""
+    inside = config.get("text_config", config)
+    if inside.get("moe_intermediate_size") == 24:
+        inside = inside | {"moe_intermediate_size": 32}
+    return config | {"text_config": inside} if "text_config" in config else inside
+
+
+@pytest.mark.parametrize(
+    ("scheme", "scope"),
+    [
+        ("affine4", "experts"), ("affine8", "experts"), ("affine3", "all-linear"), ("mxfp4", "experts"),
+        ("nvfp4", "all-linear"), ("mxfp8", "all-linear"),
+    ],
+)  # fmt: skip
+def test_packed_models_compute_with_the_decoded_weights(tmp_path, scheme, scope):
+    """In every family that can be written, or in a few where the scheme is not the first one."""
+    every = scheme in ("affine4", "affine8")
+    models, given = {}, {}
+    for case, (kind, config) in (MOE_CASES | WRAPPED_CASES).items():
+        chosen = every or case in ("mixtral", "qwen3_moe", "olmoe", "granitemoe", "lfm2_moe")
+        if not chosen or switch_form(row_of(case)) is None:
+            continue
+        source = save_stock(tmp_path / case, kind, _wide(config), dtype=torch.float32)
+        out = tmp_path / f"{case}-{scheme}"
+        values = {"format": "mlx", "scheme": scheme, "scope": scope}
+        run_step("quantize", values, str(source), str(out), meter=SilentMeter())
+        models[case] = source
+        given |= {case: str(out), f"{case} decoded": str(_decoded(out, tmp_path / f"{case}-decoded"))}
+    wrong, theirs = _run(tmp_path / "logits.safetensors", models=given)
+    right = 0
+    for case, source in models.items():
+        if case in PLAIN_REFUSED:
+            assert wrong[case] and wrong[f"{case} decoded"], case
+            continue
+        assert not wrong[case] and not wrong[f"{case} decoded"], f"{case}: {wrong[case]}"
+        apart = (theirs[case] - theirs[f"{case} decoded"]).abs().max() / theirs[case].std()
+        assert apart < 1e-5, f"{case}: {apart}"
+        if scheme == "affine8" and case not in PLAIN_OTHERWISE:  # the right experts, in the right order
+            with torch.no_grad():
+                mine = load(source)(torch.tensor(IDS)).logits.float()
+            near = float((theirs[case] - mine).norm() / mine.norm())
+            print(f"{case:25} {near:.4f}")
+            assert near < 0.3, f"{case}: {near}"
+        right += 1
+    assert right >= (28 if every else 5)

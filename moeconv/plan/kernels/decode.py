@@ -14,6 +14,7 @@ from moeconv.errors import InputError, escape
 from moeconv.plan.kernels.pack import floats
 from moeconv.plan.kernels.pack.fourbit import unpack_nf4
 from moeconv.plan.kernels.pack.integer import unpack_int, unpack_levels
+from moeconv.plan.kernels.pack.mlx import unpack_mlx
 from moeconv.plan.kernels.pack.rowwise import unpack_int8_rowwise
 from moeconv.plan.kernels.pack.stacked import unpack_stacked
 from moeconv.types import Config
@@ -109,6 +110,13 @@ def _bitsandbytes8(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
 
 
 _STACKED = {"weight": "", "state": "quant_state"}
+
+
+def _mlx(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
+    mode = str(how["form"]).removeprefix("mlx-")
+    return unpack_mlx(parts, mode=mode, bits=how["bits"], dtype=dtype)
+
+
 DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "packed-int": _packed_int,
     "int8": _codes8,
@@ -120,4 +128,5 @@ DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": lambda parts, _how, _dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),
+    **dict.fromkeys(("mlx-affine", "mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"), _mlx),
 }

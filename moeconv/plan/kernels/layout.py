@@ -212,5 +212,6 @@ _MOVES: dict[str, Callable[[Sequence[np.ndarray], Params], np.ndarray]] = {
     "permute": lambda of, params: of[0].transpose(params["axes"]),
     "rotary": _rotary,
     "cut": _cut,
+    "every": lambda of, params: of[0][params["first"] :: params["step"]],
     "deal": _deal,
 }

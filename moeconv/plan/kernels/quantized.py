@@ -9,6 +9,7 @@ import torch
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.pack import pack_int, pack_int8_rowwise, pack_nf4
+from moeconv.plan.kernels.pack.mlx import pack_mlx
 from moeconv.plan.kernels.pack.stacked import pack_slice
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes, to_tensor
 from moeconv.plan.plan import Input, Params, TensorSpec
@@ -65,6 +66,14 @@ def pack_bnb4_slice_kernel(
 
 def _four_bits(params: Params) -> JsonObject:
     return {key: params[key] for key in ("block_size", "quant_type", "nested")}
+
+
+def pack_mlx_kernel(
+    inputs: Sequence[tuple[Input, Buffer]], _outputs: Sequence[TensorSpec], params: Params
+) -> list[Buffer]:
+    """Codes, scales and biases of MLX. params: parts, mode, bits, group_size."""
+    how = {key: params[key] for key in ("mode", "bits", "group_size")}
+    return _ordered(pack_mlx(_weight(inputs), **how), params)
 
 
 def pack_bnb8_kernel(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeconv.plan.kernels.pack.common import WORDS, look_up, pairs_of, row_blocks
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 Grid = Sequence[int | None]  # rows and columns of weights that share a scale, None for all of that axis
 
 
@@ -60,7 +60,7 @@ def _pairs_of_codes(codes: torch.dtype, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _pairs_of_nibbles(dtype: torch.dtype) -> Tensor:
-    return pairs_of(torch.tensor(_E2M1, dtype=dtype))
+    return pairs_of(torch.tensor(E2M1, dtype=dtype))
 
 
 def unpack_nvfp4(packed: Tensor, scales: Tensor, whole: Tensor) -> Tensor:

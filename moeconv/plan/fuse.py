@@ -138,7 +138,7 @@ def _chain(item: Item, maker: Item, inputs: Sequence[Input], shape: Sequence[int
     return Item(item.outputs, "chain", tuple(inputs), params, item.changed or maker.changed)
 
 
-def _gathered(item: Item, made: Mapping[str, Item]) -> Item | None:
+def _gathered(item: Item, made: Mapping[str, Sequence[Item]]) -> Item | None:
     """An item of several inputs, each of which another kernel makes; None where that is impossible for one of them."""
     firsts, inputs = [], list[Input]()
     for ref in item.inputs:

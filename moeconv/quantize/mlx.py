@@ -81,7 +81,16 @@ def _affine(bits: int, limit: float, errors: tuple[float, float, float]) -> Sche
     """Errors of groups of 32, 64 and 128."""
     by_group: dict[int | None, float] = {size: error**2 for size, error in zip(reversed(_GROUPS), errors, strict=True)}
     return SchemeInfo(
-        f"{_AFFINE}{bits}", bits, "U32", _LOADS, limit, groups=_GROUPS, errors=by_group, measured=_RUN, usual=64, error=errors[2],
+        f"{_AFFINE}{bits}",
+        bits,
+        "U32",
+        _LOADS,
+        limit,
+        groups=_GROUPS,
+        errors=by_group,
+        measured=_RUN,
+        usual=64,
+        error=errors[2],
         hardware=("mac",),
     )
 

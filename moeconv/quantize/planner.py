@@ -357,7 +357,7 @@ def _check_layout(model: Model, format: Format, method: str) -> None:
         )
     if not model.packed_experts or meant:
         return
-    # transformers loads codes per expert, see separate.py
+    # transformers loads codes per expert, see relayout.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method in BY_DATA or apart:
         stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)

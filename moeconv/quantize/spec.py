@@ -51,14 +51,15 @@ class SchemeInfo:
     to "same", "differs" (from transformers) or "refused"; an empty mapping stands for all.
 
     `groups` are the values of --group-size in weights per scale, the largest first, with None for one scale per row; ()
-    where the layout has no choice. `usual` is the size of --group-size auto where it divides all widths. `errors` {group: squared error of Gaussian weights under round-to-nearest, relative
-    to their square} is needed for schemes that --scheme mixed chooses from. `nests`: --double-quant can be used with
-    it. `aliases` are other words for it that --scheme understands. `hardware` are the machines, of HARDWARE, on which a
-    runtime computes with it by kernels of its own, and `error` is the relative RMS error of Gaussian weights under
-    round-to-nearest with the largest group that is usual; both are what `moeconv formats --for` shows. `joined`: the
-    weights that an engine joins to one matrix share a scale, so that the item of each reads them all (`joined.py`).
-    `kernel` names the kernel that packs it, where not every kernel of the format can. `whole`: it decides the
-    type of every tensor, so that --scope all goes without saying.
+    where the layout has no choice. `usual` is the size of --group-size auto where it divides all widths. `errors`
+    {group: squared error of Gaussian weights under round-to-nearest, relative to their square} is needed for schemes
+    that --scheme mixed chooses from. `nests`: --double-quant can be used with it. `aliases` are other words for it that
+    --scheme understands. `hardware` are the machines, of HARDWARE, on which a runtime computes with it by kernels of
+    its own, and `error` is the relative RMS error of Gaussian weights under round-to-nearest with the largest group
+    that is usual; both are what `moeconv formats --for` shows. `joined`: the weights that an engine joins to one matrix
+    share a scale, so that the item of each reads them all (`joined.py`). `kernel` names the kernel that packs it, where
+    not every kernel of the format can. `whole`: it decides the type of every tensor, so that --scope all goes without
+    saying.
     """
 
     name: str

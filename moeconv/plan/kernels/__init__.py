@@ -32,6 +32,7 @@ _WHERE = {
     "pack_bnb4": "moeconv.plan.kernels.quantized:pack_bnb4_kernel",
     "pack_bnb4_slice": "moeconv.plan.kernels.quantized:pack_bnb4_slice_kernel",
     "pack_bnb8": "moeconv.plan.kernels.quantized:pack_bnb8_kernel",
+    "pack_mlx": "moeconv.plan.kernels.quantized:pack_mlx_kernel",
     "pack_float8": "moeconv.plan.kernels.compressed:pack_float8_kernel",
     "pack_float8_blocks": "moeconv.plan.kernels.compressed:pack_float8_blocks_kernel",
     "pack_int8_rows": "moeconv.plan.kernels.compressed:pack_int8_rows_kernel",

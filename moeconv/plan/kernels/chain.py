@@ -33,8 +33,10 @@ def between(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> tuple[Inp
 def gather(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> Sequence[Buffer]:
     """The kernel `then` on the outputs of several first kernels. params: then (kernel and params), and firsts, which
     has for each of them the number of its inputs `count`, and first and between as in `chain`."""
-    then = params["then"]
-    return load_kernel(then["kernel"])(gathered(inputs, params), outputs, then["params"])
+    then, made = params["then"], gathered(inputs, params)
+    if then["kernel"] == "copy":
+        return [b"".join(data for _, data in made)]
+    return load_kernel(then["kernel"])(made, outputs, then["params"])
 
 
 def gathered(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> list[tuple[Input, Buffer]]:

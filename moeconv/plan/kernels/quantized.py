@@ -73,7 +73,7 @@ def pack_mlx_kernel(
 ) -> list[Buffer]:
     """Codes, scales and biases of MLX. params: parts, mode, bits, group_size."""
     how = {key: params[key] for key in ("mode", "bits", "group_size")}
-    return _ordered(pack_mlx(_weight(inputs), **how), params)
+    return ordered(pack_mlx(weight_of(inputs), **how), params)
 
 
 def pack_bnb8_kernel(

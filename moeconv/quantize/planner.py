@@ -20,19 +20,18 @@ from moeconv.families.spec import BESIDE
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
-from moeconv.plan.fuse import fuse
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
+from moeconv.quantize.laid_out import check_layout, fused_with_layout, layout_for
 from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.packing import Packing, mix
-from moeconv.quantize.relayout import plan_layout
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.rest import rest_of
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
-from moeconv.quantize.spec import BY_DATA, MIXED, Asked, Format, Scheme, SchemeInfo
+from moeconv.quantize.spec import MIXED, Asked, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_rest, check_targets, loads_beside, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
@@ -64,25 +63,6 @@ def plan_quantize(
     return plan if layout is None else fused_with_layout(layout, plan)
 
 
-def layout_for(model: Model, format: Format) -> Plan | None:
-    """The plan that writes the experts in the layout that a format packs; None where they have it.
-
-    Raises InputError for a family that the format cannot store."""
-    form = format.form(model.family)
-    if form is None and (why := format.why_not(model.family)):
-        raise InputError(f"--format {format.name}: {why}", hint="`moeconv families` shows the formats of each family.")
-    return plan_layout(model, form, prediction=format.prediction)
-
-
-def fused_with_layout(layout: Plan, plan: Plan) -> Plan:
-    """The plan with the one before it that changes only the layout of the experts.
-
-    The manifest does not list the latter as a step, because the model is the same."""
-    fused = fuse(layout, plan)
-    assert fused is not None  # the plan before it moves the matrices of one expert at a time
-    return replace(fused, earlier=plan.earlier)
-
-
 def quantize_plan(
     model: Model, options: QuantizeOptions, common: PlanOptions, *, overlay: Overlay | None = None,
     importance: Mapping[int, float] | None = None, stats_of_twin: str | None = None,
@@ -104,7 +84,7 @@ def quantize_plan(
         warnings = [*warnings, _only_served(model)]
     _check_source(model, format)
     if format.shard is None:  # a file of its own stores experts in its own way
-        _check_layout(model, format, options.method)
+        check_layout(model, format, options.method)
     left_out = _left_out(model, format)
     weights = [ref for ref in in_scope(model, str(options.scope), format) if ref.name not in left_out]
     _check_weights(model, weights)
@@ -341,50 +321,6 @@ def _promise(model: Model, shards: Sequence[Shard]) -> dict[str, int]:
     matrices = {item.outputs[0].role for item in changed if item.changed == "expert"}
     experts = len(model.moe_layers) * model.num_experts * len(matrices)
     return counts | ({"expert": experts} if experts else {})
-
-
-def _check_layout(model: Model, format: Format, method: str) -> None:
-    """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
-    pack."""
-    form = format.form(model.family)
-    meant = form is not None and form.tensors.names == model.family.tensors.names  # the layout that the format packs
-    if model.family.only_served and (method in BY_DATA or not meant):
-        what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
-        raise InputError(
-            f"the class of {model.family.model_type} in transformers stacks the experts of a layer, so that {what} "
-            "cannot be used for experts in separate tensors",
-            hint="Use --method rtn or mse, with --format compressed-tensors, which vLLM reads.",
-        )
-    if not model.packed_experts or meant:
-        return
-    # transformers loads codes per expert, see relayout.py
-    apart = any(not way.packed for way in model.family.tensors.layouts)
-    if format.stack is None or method in BY_DATA or apart:
-        stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)
-        what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
-        raise InputError(
-            f"{model.family.model_type} keeps all experts of a layer in one tensor, and {what} needs one tensor per "
-            "expert, as do the runtimes that read packed weights",
-            hint=f"Use --format {stacks} --method rtn: after `import moeconv.hf`, transformers loads the result.",
-        )
-    if model.family.tensors.layouts and model.family.tensors.packed != model.family.tensors.layouts[0].packed:
-        raise InputError(
-            f"the expert matrices of this {model.family.model_type} are stored transposed to those of its class in "
-            "transformers, so that their codes would not fit the matrices that the class computes with",
-            hint="Load the model in transformers 5 and save it, which transposes them; then quantize the saved one.",
-        )
-    if "expert.gate" in model.family.tensors.packed:
-        raise InputError(
-            f"{model.family.model_type} keeps the gate matrices of all experts of a layer in one tensor and the up "
-            "matrices in another, which its class in transformers joins; the loader of packed experts cannot do that",
-            hint="`moeconv prune`, `calibrate` and `evaluate` support the model as it is.",
-        )
-    if any(layout.flat for layout in model.family.tensors.packed.values()):
-        raise InputError(
-            f"{model.family.model_type} keeps all experts of a layer in one tensor without an axis for the experts. "
-            "Its class in transformers divides this tensor, which the loader of packed experts cannot do",
-            hint="`moeconv prune`, `calibrate` and `evaluate` support the model as it is.",
-        )
 
 
 def _check_weights(model: Model, weights: list[TensorRef]) -> None:

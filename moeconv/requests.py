@@ -172,6 +172,8 @@ class FamiliesRequest:
 class FormatsRequest:
     """`moeconv formats`."""
 
+    formats: o.FormatsOptions
+
 
 @dataclass(frozen=True)
 class SchemaRequest:

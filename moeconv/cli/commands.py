@@ -101,10 +101,10 @@ def _families(request: r.FamiliesRequest, _meter: Meter) -> Result:
     return dict(families(formats_of, model=request.families.model))
 
 
-def _formats(_request: r.FormatsRequest, _meter: Meter) -> Result:
+def _formats(request: r.FormatsRequest, _meter: Meter) -> Result:
     from moeconv.quantize.listing import formats
 
-    return dict(formats())
+    return dict(formats(request.formats.for_))
 
 
 def _schema(request: r.SchemaRequest, _meter: Meter) -> Result:

@@ -39,6 +39,12 @@ def _becomes(source: FamilySource) -> str:
 
 def format_table(result: Formats) -> list[Table]:
     """Formats, the runtimes that load them, and which of these were run, with notes about some."""
+    if result["place"] is not None:
+        short = [
+            [f["name"], f["stored_bits"] or f["bits"] or "-", f["error"] or "-", f["command"]]
+            for f in result["formats"]
+        ]
+        return [grid(["format", "bits", "error", "command"], short)]
     runtimes = list(result["formats"][0]["loads"])
     rows = [[f["name"], f["bits"] or "-", *(f["loads"][r] for r in runtimes)] for f in result["formats"]]
     formats = dict.fromkeys(f["format"] for f in result["formats"])

@@ -40,7 +40,9 @@ class FormatRow(TypedDict):
     """A scheme of a format.
 
     `bits` is null for a scheme of mixed widths. `measured` has the version of each runtime that was run with the
-    scheme; null means that `loads` was taken from the runtime's source code or documentation.
+    scheme; null means that `loads` was taken from the runtime's source code or documentation. `stored_bits` are the
+    bits per weight with scales, and `error` is the relative RMS error of Gaussian weights; null where it is not known.
+    `hardware` are the machines on which a runtime has kernels for it, and `command` makes it.
     """
 
     name: str
@@ -50,10 +52,16 @@ class FormatRow(TypedDict):
     loads: dict[str, str]
     measured: dict[str, str | None]
     notes: dict[str, str]
+    stored_bits: float | None
+    error: float | None
+    hardware: list[str]
+    command: str
 
 
 class Formats(TypedDict):
-    """What `moeconv formats` prints."""
+    """What `moeconv formats` prints. `place` is that of --for, null without it."""
+
+    place: str | None
 
     formats: list[FormatRow]
 

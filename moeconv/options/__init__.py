@@ -36,7 +36,7 @@ from moeconv.options.evaluate import EvaluateOptions, SampleOptions
 from moeconv.options.importing import ImportOptions
 from moeconv.options.prune import PruneOptions
 from moeconv.options.quantize import QuantizeOptions
-from moeconv.options.read_only import FamiliesOptions, ReportOptions, VerifyOptions
+from moeconv.options.read_only import FamiliesOptions, FormatsOptions, ReportOptions, VerifyOptions
 from moeconv.options.run import DemoOptions, RunOptions
 from moeconv.options.shared import (
     ArtifactOptions,
@@ -72,6 +72,7 @@ __all__ = [
     "DryOptions",
     "EvaluateOptions",
     "FamiliesOptions",
+    "FormatsOptions",
     "ImatrixOptions",
     "ImportOptions",
     "MeasureOptions",

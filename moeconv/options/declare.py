@@ -99,8 +99,8 @@ def _found(place: str) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """The flag of an option: top_k -> --top-k."""
-    return "--" + name.replace("_", "-")
+    """The flag of an option: top_k -> --top-k; for_, whose plain name is a word of Python -> --for."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def reads_of(

@@ -1,4 +1,4 @@
-"""The options of `moeconv verify`, `moeconv report` and `moeconv families`, which write no checkpoint."""
+"""The options of `moeconv verify`, `report`, `families` and `formats`, which write no checkpoint."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ class FamiliesOptions:
     """Options of `moeconv families` only."""
 
     model: str | None = option(None, "Only the family of this model: a hub name, such as Kimi-K2, or a model_type.")
+
+
+@dataclass(frozen=True)
+class FormatsOptions:
+    """Options of `moeconv formats` only."""
+
+    for_: str | None = option(
+        None, "Only what loads there, a runtime or a machine, with size, error and command.",
+        choices="moeconv.quantize.listing:places",
+    )  # fmt: skip

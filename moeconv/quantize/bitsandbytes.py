@@ -10,7 +10,7 @@ from moeconv.errors import UsageError
 from moeconv.plan.build import TORCH_NAMES, rows
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
 from moeconv.plan.plan import Item, TensorSpec
-from moeconv.quantize.spec import BY_DATA, MIXED, Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import BY_DATA, GPUS, MIXED, Format, Kernel, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
@@ -166,6 +166,7 @@ BITSANDBYTES = Format(
     mixed=_LOADS | {"vllm": "no", "sglang": "unknown"},
     mixed_measured=_RUN,
     merge=_by_layer,
+    hardware=(*GPUS, "cpu"),
     imports="import moeconv.hf  # registers the loader of packed experts",
     remote_code="moeconv.hf.quantizer",
 )

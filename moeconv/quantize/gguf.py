@@ -19,7 +19,7 @@ from moeconv.quantize.gguf_split import split
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
 from moeconv.quantize.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
 from moeconv.quantize.llama_cpp.numbers import hyperparameters
-from moeconv.quantize.spec import Asked, Format, Kernel, SchemeInfo
+from moeconv.quantize.spec import HARDWARE, Asked, Format, Kernel, SchemeInfo
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ GGUF = Format(
         "llama.cpp": "run for every family that it is written for",
     },
     kernels=(Kernel("gguf"),),
+    hardware=HARDWARE,
     shard=gguf_shards,
     covers=covered,
     dense=True,

@@ -158,6 +158,7 @@ class Format:
     beside: Callable[[JsonObject, JsonObject, Sequence[str]], JsonObject] | None = None
     beside_loads: Mapping[str, str] = field(default_factory=dict)  # `loads` of two schemes, where both are loaded
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target
+    hardware: tuple[str, ...] = ()  # `hardware` of schemes that do not state it
     imports: str = ""  # a line of Python that must run before transformers can load the output
     remote_code: str = ""  # the module of its loader, where --self-contained can write the loader beside the weights
 

@@ -26,7 +26,7 @@ def formats(place: str | None = None) -> Formats:
     if place is None:
         return {"place": None, "formats": rows}
     able = [row for row in rows if place in row["hardware"] or row["loads"].get(place) in ("ok", "dequantized")]
-    able.sort(key=lambda row: (row["stored_bits"] or row["bits"] or 0, row["error"] or 0))
+    able.sort(key=lambda row: (row["stored_bits"] or row["bits"] or 64, row["error"] or 0))
     return {"place": place, "formats": able}
 
 

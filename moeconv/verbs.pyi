@@ -321,6 +321,7 @@ def quantize(
     among: str | None = ...,
     max_bytes: str | None = ...,
     stats: _Path | None = ...,
+    split_size: str = ...,
     imatrix: _Path | None = ...,
     damping: float = ...,
     actorder: str = ...,

@@ -63,9 +63,24 @@ ROWS = {
     "fp8 of DeepSeek": ["--format", "fp8"],
     "nf4": ["--format", "bitsandbytes", "--scheme", "nf4"],
     "int8 (bitsandbytes)": ["--format", "bitsandbytes", "--scheme", "int8"],
-    "q8_0": ["--format", "gguf", "--scheme", "q8_0"],
-    "q4_0": ["--format", "gguf", "--scheme", "q4_0"],
-    "q4_k": ["--format", "gguf", "--scheme", "q4_k"],
+    **{
+        scheme: ["--format", "gguf", "--scheme", scheme]
+        for scheme in (
+            "q8_0",
+            "q6_k",
+            "q5_k",
+            "q4_k",
+            "q3_k",
+            "q2_k",
+            "iq4_xs",
+            "iq4_nl",
+            "q5_1",
+            "q5_0",
+            "q4_1",
+            "q4_0",
+            "mxfp4",
+        )
+    },
 }
 
 

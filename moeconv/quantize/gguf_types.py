@@ -70,5 +70,6 @@ def scheme_of(kind: GgufType) -> SchemeInfo:
     limit = min(0.9, 5 * kind.error) if kind.error else 1e-6
     return SchemeInfo(
         kind.name, kind.bits, kind.dtype, LOADS, limit=max(limit, 0.005) if kind.bits >= 16 else limit,
-        aliases=kind.aliases, measured=RUN, error=kind.error, errors={None: kind.error**2}, whole=kind.dtype not in BLOCK_DTYPES,
+        aliases=kind.aliases, measured=RUN, error=kind.error, errors={None: kind.error**2},
+        whole=kind.dtype not in BLOCK_DTYPES,
     )  # fmt: skip

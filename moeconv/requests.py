@@ -113,6 +113,19 @@ class ImportRequest:
 
 
 @dataclass(frozen=True)
+class ArrangeRequest:
+    """`moeconv arrange`."""
+
+    model: str
+    out: str
+    arrange: o.ArrangeOptions
+    statistics: o.StatisticsOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """`moeconv evaluate`."""
 

@@ -19,13 +19,15 @@ STEPS: Mapping[type, str] = {
     r.PruneRequest: "moeconv.prune.step:prune",
     r.QuantizeRequest: "moeconv.quantize.step:quantize",
     r.ImportRequest: "moeconv.importing.step:import_gguf_file",
+    r.ArrangeRequest: "moeconv.arrangement.step:arrange",
     r.EvaluateRequest: "moeconv.evaluate.step:evaluate",
     r.VerifyRequest: "moeconv.verify.step:verify",
     r.ReportRequest: "moeconv.report.step:report_page",
     r.RunRequest: "moeconv.recipe.run:run_file",
 }
 TIMED = (
-    r.UpcycleRequest, r.CalibrateRequest, r.TuneRequest, r.PruneRequest, r.QuantizeRequest, r.EvaluateRequest,
+    r.UpcycleRequest, r.CalibrateRequest, r.TuneRequest, r.PruneRequest, r.QuantizeRequest, r.ArrangeRequest,
+    r.EvaluateRequest,
 )  # fmt: skip
 
 

@@ -129,6 +129,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("quantize", "Pack the experts to INT8 or 4 bits.", (MODEL, OUT), r.QuantizeRequest, _step, tables.written),
     Verb("import", "Turn a GGUF file into a checkpoint of transformers.",
          (Positional("gguf", "GGUF file.", reads="file"), OUT), r.ImportRequest, _step, tables.written),
+    Verb("arrange", "Order the experts so that equal shares of them have equal load.", (MODEL, OUT), r.ArrangeRequest,
+         _step, tables.written),
     Verb("evaluate", "Loss on text and accuracy on tasks, with gates for CI.", (MODEL,), r.EvaluateRequest,
          _step, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from moeconv.contract import (
+        ArrangeBlock,
         Calibrated,
         Curve,
         Evaluated,
@@ -202,9 +203,25 @@ def _import(block: ImportBlock) -> dict[str, str]:
     return {"from": f"{escape(block['architecture'])} ({types})", "dtype": block["dtype"]}
 
 
+def _arrange(block: ArrangeBlock) -> dict[str, str]:
+    rows = {"shares": f"{block['devices']} of equal size"}
+    for words, before, after in (
+        ("", block["before"], block["after"]),
+        (", held-out text", block.get("held_out_before"), block.get("held_out_after")),
+    ):
+        if before is not None and after is not None:
+            rows[f"max/mean load{words}"] = (
+                f"{_number(before['max_over_mean'], 3)} -> {_number(after['max_over_mean'], 3)} (worst layer "
+                f"{_number(before['worst'], 3)} -> {_number(after['worst'], 3)})"
+            )
+            rows[f"pairs across shares{words}"] = f"{_number(before['crossing'], 3)} -> {_number(after['crossing'], 3)}"
+    return rows
+
+
 # command -> the rows of its own block
 _BLOCKS: Mapping[str, Callable[[Any], dict[str, str]]] = {
     "upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune, "import": _import,
+    "arrange": _arrange,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ A new version may add fields but removes none. The comment at a NotRequired fiel
 
 from __future__ import annotations
 
+from moeconv.contract.arranged import ArrangeBlock, Arranged, ArrangedFigures, ArrangedLayer, ShareFigures
 from moeconv.contract.calibrated import Calibrated, Load, NeuronLayer, SourceTokens
 from moeconv.contract.evaluated import (
     Comparison,
@@ -62,6 +63,10 @@ from moeconv.contract.verified import Checked, Loads, Verified
 
 __all__ = [
     "RESULTS",
+    "ArrangeBlock",
+    "Arranged",
+    "ArrangedFigures",
+    "ArrangedLayer",
     "Between",
     "Calibrated",
     "Checked",
@@ -117,6 +122,7 @@ __all__ = [
     "RouterFigures",
     "RouterLayer",
     "Schemas",
+    "ShareFigures",
     "ShippedRecipe",
     "ShippedRecipes",
     "SourceLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moeconv.contract.arranged import Arranged
 from moeconv.contract.calibrated import Calibrated
 from moeconv.contract.evaluated import Evaluated
 from moeconv.contract.failed import Failed
@@ -28,6 +29,7 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "prune": (Pruned, Curve),
     "quantize": (Quantized,),
     "import": (ImportResult,),
+    "arrange": (Arranged,),
     "evaluate": (Evaluated, Foreseen),
     "verify": (Verified,),
     "report": (Reported,),

@@ -6,6 +6,7 @@ themselves or the name of the registry that has them (`choices_of` reads both).
 
 from __future__ import annotations
 
+from moeconv.options.arrange import ArrangeOptions
 from moeconv.options.build import check_names, from_keywords, parameters_of
 from moeconv.options.calibrate import CalibrateOptions, ImatrixOptions, MergeOptions
 from moeconv.options.declare import (
@@ -65,6 +66,7 @@ __all__ = [
     "SEQ_LEN",
     "TOKENS",
     "TOP_K",
+    "ArrangeOptions",
     "ArtifactOptions",
     "CalibrateOptions",
     "DataOptions",

@@ -99,7 +99,7 @@ def prune_plan(
         command="prune",
         parameters=parameters_of(options, common) | _decided_by(evidence, options, block) | prints,
         identity=model.identity,
-        config=_config(model, keep, parse_dtype(common.dtype), options.top_k, narrow),
+        config=pruned_config(model, keep, parse_dtype(common.dtype), options.top_k, narrow),
         shards=arrange(items, common, model.family),
         params_total=total,
         params_active=active,
@@ -110,7 +110,7 @@ def prune_plan(
             *_warnings(model, decision, options, scales),
         ),
         dropped=model.dropped,
-        promise=_promise(model, keep, narrow),
+        promise=pruned_promise(model, keep, narrow),
     )
 
 
@@ -134,7 +134,7 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) ->
     return {"stats": stats, "decided_by": found}
 
 
-def _promise(model: Model, keep: Keep, narrow: Narrow | None) -> dict[str, int]:
+def pruned_promise(model: Model, keep: Keep, narrow: Narrow | None = None) -> dict[str, int]:
     """{role: number of tensors that change}: those of the kept experts, all that have an entry per expert, and those of
     shared experts and FFNs that change their width with the experts."""
     counts = {"expert": 0, "router": 0}
@@ -147,7 +147,7 @@ def _promise(model: Model, keep: Keep, narrow: Narrow | None) -> dict[str, int]:
     return counts
 
 
-def _config(
+def pruned_config(
     model: Model, keep: Keep, dtype: str | None, top_k: int | None = None, narrow: Narrow | None = None
 ) -> JsonObject:
     """config.json of the pruned model."""

@@ -33,6 +33,7 @@ from moeconv import options as o
 from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.recipe.lines import KeyPath, read_yaml
 from moeconv.requests import (
+    ArrangeRequest,
     CalibrateRequest,
     EvaluateRequest,
     PruneRequest,
@@ -47,7 +48,14 @@ from moeconv.requests import (
 from moeconv.types import Config, JsonObject
 
 Asked = (
-    UpcycleRequest | TuneRequest | PruneRequest | QuantizeRequest | CalibrateRequest | EvaluateRequest | VerifyRequest
+    UpcycleRequest
+    | TuneRequest
+    | PruneRequest
+    | QuantizeRequest
+    | ArrangeRequest
+    | CalibrateRequest
+    | EvaluateRequest
+    | VerifyRequest
 )
 DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -57,6 +65,7 @@ REQUESTS: dict[str, type[Asked]] = {
     "tune": TuneRequest,
     "prune": PruneRequest,
     "quantize": QuantizeRequest,
+    "arrange": ArrangeRequest,
     "calibrate": CalibrateRequest,
     "evaluate": EvaluateRequest,
     "verify": VerifyRequest,

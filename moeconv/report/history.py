@@ -13,10 +13,11 @@ from moeconv.types import Config, JsonObject
 
 _OPTIONS: dict[str, type] = {
     "upcycle": o.UpcycleOptions, "prune": o.PruneOptions, "quantize": o.QuantizeOptions, "tune": o.TuneOptions,
+    "arrange": o.ArrangeOptions,
 }  # fmt: skip
 # parameters that are always shown
 _ALWAYS = {"upcycle": ("method", "experts", "top_k"), "tune": ("objective", "train", "steps"),
-           "prune": ("criterion",), "quantize": ("format", "scheme", "method")}  # fmt: skip
+           "prune": ("criterion",), "quantize": ("format", "scheme", "method"), "arrange": ("devices",)}  # fmt: skip
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 

@@ -71,6 +71,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "upcycle": DECIDE,
     "prune": DECIDE,
     "quantize": DECIDE,
+    "arrangement": DECIDE | {"prune"},
     "tune": MEASURE,
     "evaluate": MEASURE,
     "importing": DECIDE | {"quantize"},
@@ -129,13 +130,14 @@ MEASURING: dict[str, set[str]] = {
     "quantize.proof": DECIDE | {"tensors"},
     "quantize.unfold": DECIDE | {"tensors"},
     "calibrate.step": STEP | {"quantize"},
+    "arrangement.step": STEP | {"prune"},
     "tune.step": STEP,
     "evaluate.step": STEP,
     "inspect.step": STEP,
     "verify.step": STEP,
     "report.step": STEP,
 }
-DECIDING = ("upcycle", "prune", "quantize")
+DECIDING = ("upcycle", "prune", "quantize", "arrangement")
 TRANSFORMERS = (
     "stream",
     "data",

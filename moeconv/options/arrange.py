@@ -1,0 +1,16 @@
+"""The options of `moeconv arrange`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moeconv.options.declare import option
+
+
+@dataclass(frozen=True)
+class ArrangeOptions:
+    """Options of `moeconv arrange` only."""
+
+    devices: int = option(2, "Equal contiguous shares of the experts, one per device.")
+    stats: str | None = option(None, "Statistics from `moeconv calibrate`.", reads="file")
+    held_out: str | None = option(None, "Statistics of other text, on which the new order is judged too.", reads="file")

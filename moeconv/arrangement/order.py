@@ -1,8 +1,9 @@
 """Another order of the experts of a layer, so that equal contiguous shares of it have equal load.
 
 First the largest loads are dealt out, each to the share with the least load that has room. Swaps of two experts then
-even out the loads, and further swaps bring experts that fire together into one share, as far as no share gets more than
-`_SLACK` above what the first swaps reached. All costs of swaps are computed at once, as [E, E].
+even out the loads; where they do not suffice, the loads are dealt out in random orders too. Further swaps bring experts
+that fire together into one share, as far as no share gets more than `_SLACK` above what the first swaps reached. All
+costs of swaps are computed at once, as [E, E].
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeconv.errors import UsageError
+from moeconv.randomness import generator
 from moeconv.units import counted
 
 _SLACK = 0.02  # of the mean load: what evenness may be given up for less traffic
+_STARTS = 16  # orders to begin with, while the loads differ by more
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,13 @@ def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
     count = len(load)
     if shares == 1:
         return np.arange(count)
-    room = count // shares
-    share, sums, held = np.zeros(count, np.int64), np.zeros(shares), np.zeros(shares, np.int64)
-    for one in np.argsort(-load, kind="stable"):
-        at = int(np.argmin(np.where(held < room, sums, np.inf)))
-        share[one], sums[at], held[at] = at, sums[at] + load[one], held[at] + 1
-    pairs = together * (1.0 - np.eye(count))
-    for _ in range(4 * count):  # even out the loads
-        change = _evened(load, share, sums)
-        a, b = np.unravel_index(int(np.argmin(change)), change.shape)
-        if not change[a, b] < -1e-9 * max(1.0, float(sums.mean()) ** 2):
+    share, sums = _evenly(load, shares, np.argsort(-load, kind="stable"))
+    for start in range(1, _STARTS):
+        if sums.max() <= (1 + _SLACK) * sums.mean():
             break
-        _swap(load, share, sums, int(a), int(b))
+        other = _evenly(load, shares, generator(("arrange", start)).permutation(count))
+        share, sums = min((share, sums), other, key=lambda found: float(found[1].max()))
+    pairs = together * (1.0 - np.eye(count))
     limit = max(float(sums.max()), (1 + _SLACK) * float(sums.mean()))
     for _ in range(4 * count):  # bring together what fires together
         to_share = np.stack([pairs[:, share == s].sum(1) for s in range(shares)], 1)  # [E, shares]
@@ -99,6 +97,22 @@ def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
             break
         _swap(load, share, sums, int(a), int(b))
     return np.argsort(share, kind="stable")
+
+
+def _evenly(load: np.ndarray, shares: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the share of each thing, the load of each share): dealt out in the order `first`, then evened out by swaps."""
+    count = len(load)
+    share, sums, held = np.zeros(count, np.int64), np.zeros(shares), np.zeros(shares, np.int64)
+    for one in first:
+        at = int(np.argmin(np.where(held < count // shares, sums, np.inf)))
+        share[one], sums[at], held[at] = at, sums[at] + load[one], held[at] + 1
+    for _ in range(4 * count):
+        change = _evened(load, share, sums)
+        a, b = np.unravel_index(int(np.argmin(change)), change.shape)
+        if not change[a, b] < -1e-9 * max(1.0, float(sums.mean()) ** 2):
+            break
+        _swap(load, share, sums, int(a), int(b))
+    return share, sums
 
 
 def _evened(load: np.ndarray, share: np.ndarray, sums: np.ndarray) -> np.ndarray:

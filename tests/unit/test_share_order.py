@@ -55,7 +55,7 @@ def test_experts_that_fire_together_come_into_one_share() -> None:
     }
     before, after = (share_load(load, together, of, 4) for of in (np.arange(8), order))
     assert after.max_over_mean == before.max_over_mean == 1
-    assert after.crossing == pytest.approx(48 / 84)
+    assert after.crossing == pytest.approx(24 / 60)
 
 
 @pytest.mark.parametrize(("groups", "shares"), [(4, 2), (2, 4), (4, 4)])

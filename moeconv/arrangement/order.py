@@ -1,9 +1,9 @@
 """Another order of the experts of a layer, so that equal contiguous shares of it have equal load.
 
-First the largest loads are dealt out, each to the share with the least load that has room. Swaps of two experts then
-even out the loads; where they do not suffice, the loads are dealt out in random orders too. Further swaps bring experts
-that fire together into one share, as far as no share gets more than `_SLACK` above what the first swaps reached. All
-costs of swaps are computed at once, as [E, E].
+First the loads are dealt out, the largest first, each to the share with the least load that has room. Swaps of two
+experts then even out the loads, and further swaps bring experts that fire together into one share, as far as no share
+gets more than `_SLACK` above the mean, or above what the first swaps reached. The loads are dealt out in a few random
+orders too, and the result with the least traffic is taken. All costs of swaps are computed at once, as [E, E].
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from moeconv.errors import UsageError
 from moeconv.randomness import generator
 from moeconv.units import counted
 
-_SLACK = 0.02  # of the mean load: what evenness may be given up for less traffic
-_STARTS = 16  # orders to begin with, while the loads differ by more
+_SLACK = 0.03  # of the mean load: what evenness may be given up for less traffic
+_STARTS, _WORK = 16, 1 << 16  # orders to begin with: at most, and times the square of the experts
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,25 @@ def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
     count = len(load)
     if shares == 1:
         return np.arange(count)
-    share, sums = _evenly(load, shares, np.argsort(-load, kind="stable"))
-    for start in range(1, _STARTS):
-        if sums.max() <= (1 + _SLACK) * sums.mean():
-            break
-        other = _evenly(load, shares, generator(("arrange", start)).permutation(count))
-        share, sums = min((share, sums), other, key=lambda found: float(found[1].max()))
     pairs = together * (1.0 - np.eye(count))
-    limit = max(float(sums.max()), (1 + _SLACK) * float(sums.mean()))
-    for _ in range(4 * count):  # bring together what fires together
+    found = []
+    for start in range(max(1, min(_STARTS, _WORK // count**2))):
+        first = generator(("arrange", start)).permutation(count) if start else np.argsort(-load, kind="stable")
+        found.append(_evenly(load, shares, first))
+    limit = max(min(float(sums.max()) for _, sums in found), (1 + _SLACK) * float(found[0][1].mean()))
+    together_in = [
+        _gathered(load, pairs, share, sums, limit) for share, sums in found if sums.max() <= limit * (1 + 1e-9)
+    ]
+    return np.argsort(max(together_in, key=lambda one: one[0])[1], kind="stable")
+
+
+def _gathered(
+    load: np.ndarray, pairs: np.ndarray, share: np.ndarray, sums: np.ndarray, limit: float
+) -> tuple[float, np.ndarray]:
+    """(the pairs inside shares, the share of each thing) after swaps that bring together what fires together, as far as
+    no load exceeds `limit`."""
+    count, shares = len(load), len(sums)
+    for _ in range(4 * count):
         to_share = np.stack([pairs[:, share == s].sum(1) for s in range(shares)], 1)  # [E, shares]
         own = to_share[np.arange(count), share]
         gain = to_share[:, share] - own[:, None]  # of moving a to the share of b
@@ -96,7 +106,7 @@ def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
         if not gain[a, b] > 1e-9 * max(1.0, float(pairs.sum())):
             break
         _swap(load, share, sums, int(a), int(b))
-    return np.argsort(share, kind="stable")
+    return float(pairs[share[:, None] == share[None]].sum()), share
 
 
 def _evenly(load: np.ndarray, shares: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

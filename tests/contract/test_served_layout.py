@@ -95,7 +95,7 @@ def test_the_result_is_pruned_and_not_run(tmp_path: Path, cli: Any) -> None:
     assert cli("verify", tmp_path / "out", "--load").code == 5
 
 
-@pytest.mark.parametrize("words", [("--method", "gptq", "--data", "x"), ("--format", "gguf", "--scheme", "q8_0")])
+@pytest.mark.parametrize("words", [("--method", "gptq", "--data", "x")])
 def test_what_no_engine_reads_stays_refused(tmp_path: Path, cli: Any, words: tuple[str, ...]) -> None:
     source = save_stock(tmp_path / "moe", *MOE_CASES["granitemoe"], dtype=torch.bfloat16)
     refused = cli("quantize", source, tmp_path / "out", *words, "--dry-run", "--json")
@@ -105,7 +105,7 @@ def test_what_no_engine_reads_stays_refused(tmp_path: Path, cli: Any, words: tup
 def test_the_list_of_families_names_the_format() -> None:
     found = {case: formats_of(row_of(case)) for case in ("granitemoe", "gemma4", "gpt_oss", "llama4", "dbrx")}
     assert all(("compressed-tensors" in formats) == (case in ALONE) for case, formats in found.items())
-    assert "bitsandbytes" in found["granitemoe"] and not found["dbrx"]
+    assert "bitsandbytes" in found["granitemoe"] and found["dbrx"] == ["gguf"]
 
 
 def test_only_families_that_vllm_runs_have_such_names() -> None:

@@ -1,6 +1,7 @@
 """Loss increase of every pruning criterion, with and without repair, on held-out text.
 
     python benchmarks/prune.py MODEL --text DIR --out results.json [--dense] [--seeds 0 1 2] [--distill 40]
+    python benchmarks/prune.py MODEL --text DIR --out results.json [--dense] --widths [--heal 100]
 
 MODEL is a Mixture-of-Experts or, with --dense, a dense checkpoint that is first upcycled by `drop` to 8 experts, top-2,
 and trained by distillation for a fixed number of steps. DIR holds calibration.*.txt and heldout.*.txt. Every row is
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moeconv.calibrate.artifact import load_statistics
@@ -24,8 +26,10 @@ from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.weights import measure_experts
 from moeconv.data.windows import TokenData, load_tokens
 from moeconv.evaluate.run import evaluate
+from moeconv.evaluate.score import score_window
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import rule_of
+from moeconv.inspect.run import inspect
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.choice import choose
 from moeconv.prune.criteria import CRITERIA, Evidence
@@ -161,6 +165,49 @@ def repairs(bench: Bench, *, seed: int, ratio: float, steps: int, folder: Path, 
                            "distill": done["prune"].get("distill")})  # fmt: skip
 
 
+def widths(bench: Bench, *, seed: int, ratio: float, folder: Path, heal: int) -> None:
+    """The command with the same share of the experts' bytes removed as experts, as neurons, and as a mix of both. The
+    interval is 1.96 standard errors over the held-out windows, each against the unpruned model."""
+    evidence_of(bench, open_model(bench.path), folder, seed=seed, domain="all")
+    whole = window_losses(bench.path, bench.held)
+    ways: dict[str, dict[str, Any]] = {
+        "experts+refit": {"ratio": ratio},
+        "mix+refit": {"ratio": ratio, "mix": "auto"},
+        "width+refit": {"width_ratio": ratio},
+    }
+    if heal:
+        ways |= {name + "+heal": ways[name] | {"heal": heal} for name in ("experts+refit", "mix+refit")}
+    for name, flags in ways.items():
+        about = {"seed": seed, "ratio": ratio, "domain": "all", "method": name}
+        if bench.has(**about):
+            continue
+        out = folder / f"{name.replace('+', '-')}-{seed}-{ratio}"
+        values = {
+            "seed": seed, "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN,
+            "batch_size": 8, "refit": True, "overwrite": True,
+        }  # fmt: skip
+        if "ratio" in flags:
+            values["stats"] = str(folder / f"stats-all-{seed}.safetensors")
+        done = run_step("prune", values | flags, bench.path, str(out), meter=SilentMeter())
+        made, block = open_model(out), done["prune"]
+        found = window_losses(str(out), bench.held) - whole
+        bench.add(about | {
+            "increase": float(found.mean()), "interval": 1.96 * float(found.std(ddof=1)) / len(found) ** 0.5,
+            "experts": made.num_experts, "width": made.expert_width, "bytes": done["bytes"],
+            "active": done["parameters"]["active"], "flops_per_token": inspect(str(out))["flops_per_token"],
+            "tried": block.get("mix"),
+        })  # fmt: skip
+
+
+def window_losses(path: str, read: TokenData) -> np.ndarray:
+    """The mean loss in each window, float64 [n]."""
+    stream = LayerStream(open_model(path), read.windows).run()
+    found = np.zeros(len(read.windows))
+    for rows, logits in stream.tails([stream.hidden]):
+        found[rows.start] = score_window(stream.windows[rows.start], logits[0][0]).mean("loss")
+    return found
+
+
 def upcycled(dense: str, texts: Path, folder: Path) -> str:
     """The dense checkpoint as 8 trained experts."""
     raw, trained = folder / "upcycled", folder / "trained"
@@ -185,7 +232,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
                 means[name, ratio] = sum(found) / len(found)
     for name in sorted({n for n, _ in means}, key=lambda n: means.get((n, 0.5), 9e9)):
         cells = [f"{means[name, r]:.4f}" if (name, r) in means else "" for r in (0.25, 0.5)]
-        against = f"{means[name, 0.5] / means['reap', 0.5]:.2f}" if (name, 0.5) in means else ""
+        against = f"{means[name, 0.5] / means['reap', 0.5]:.2f}" if {(name, 0.5), ("reap", 0.5)} <= means.keys() else ""
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {against} |")
     return "\n".join(lines)
 
@@ -203,6 +250,8 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=None, help="held-out tokens (default: all)")
     parser.add_argument("--domains", nargs="*", default=[], help="calibrate on one domain too, such as c")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--widths", action="store_true", help="experts, neurons, or both, and nothing else")
+    parser.add_argument("--heal", type=int, default=0, help="steps of healing on top, with --widths")
     parser.add_argument("--distill", type=int, default=0, help="steps of router distillation")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -217,6 +266,9 @@ def main() -> None:
         refits = [Refit(strength=s) for s in asked.strengths]
         for seed in asked.seeds:
             for ratio in asked.ratios:
+                if asked.widths:
+                    widths(bench, seed=seed, ratio=ratio, folder=folder, heal=asked.heal)
+                    continue
                 run(bench, seed=seed, ratio=ratio, domain="all", folder=folder, refits=refits)
         for domain in asked.domains:
             run(bench, seed=0, ratio=0.5, domain=domain, folder=folder, refits=refits)

@@ -51,6 +51,11 @@ for _f in STACKING:
     KINDS += [(c, _f.name, f"{s.name} --double-quant") for c in _STACKED_FIRST for s in _f.schemes if s.nests][:3]
 
 
+def in_blocks(format, scheme):
+    """Whether a scheme packs blocks that are larger than the matrices of these models."""
+    return min((size for size in format.scheme(scheme.split()[0]).groups if size), default=1) > 64
+
+
 def flags_of(format, scheme):
     return ("--format", format, "--scheme", *scheme.split())
 
@@ -79,7 +84,7 @@ def test_dry_run_states_the_bytes_that_are_written(tmp_path, cli, case):
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
     steps: list[tuple] = [("prune", "--keep", 4)]
     if case in SEPARATE:
-        steps += [("quantize", *flags_of(f.name, f.names[-1])) for f in IN_PLACE]
+        steps += [("quantize", *flags_of(f.name, f.names[-1])) for f in IN_PLACE if not in_blocks(f, f.names[-1])]
     if case in STACKED:
         steps += [("quantize", *flags_of(f.name, s), "--shard-size", "30kB") for f, s in nesting(STACKING)]
     for f in LAID_OUT:
@@ -122,6 +127,9 @@ def test_what_transformers_loads_computes_with_the_decoded_weights(tmp_path, cli
     record = FORMATS[format]
     source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.bfloat16)
     done = cli("quantize", source, tmp_path / "packed", *flags_of(format, scheme), "--json")
+    if in_blocks(record, scheme):  # these models are narrower than a block
+        assert done.code == 3 and "128" in done.json["error"]["message"]
+        return
     assert done.code == 0, done.out
     word = done.json["quantize"]["loads"]["transformers"]
     assert cli("verify", tmp_path / "packed", "--json").json["ok"]

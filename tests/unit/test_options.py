@@ -116,7 +116,7 @@ def test_every_parameter_has_help_and_a_default_among_its_choices():
             )
             choices = choices_of(field)
             assert not choices or field.default is None or field.default in choices, field.name
-            assert flag_of(field.name) == "--" + field.name.replace("_", "-")
+            assert flag_of(field.name) == "--" + field.name.rstrip("_").replace("_", "-")
 
 
 def test_groups_that_a_verb_combines_share_no_word():

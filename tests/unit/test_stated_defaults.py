@@ -139,7 +139,7 @@ def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
     assert STATED["quantize", "scheme"] == "the format's first of 4 bits"
     for format in FORMATS.values():
         four = [s for s in format.schemes if s.bits == 4]
-        assert choose_scheme(format, scheme=None, bits=None) == four[0]
+        assert choose_scheme(format, scheme=None, bits=None) == [*four, *format.schemes][0]
     assert STATED["plan", "dtype"] == "the source's"
     done = cli("prune", models[1], tmp_path / "out", "--keep", 4, "--json")
     assert done.code == 0 and open_model(tmp_path / "out").dtype == model.dtype
@@ -172,7 +172,7 @@ def test_how_many_tokens_are_compared(models, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "measure_neurons", note)
     monkeypatch.setattr(run, "run_key", note)
     monkeypatch.setattr(run, "LayerStream", lambda *_, **__: None)
-    monkeypatch.setattr(run, "start_meter", lambda *_: None)
+    monkeypatch.setattr(run, "start_meter", lambda *_, **__: None)
     for path, tokens in ((models[1], 10**6), (models[1], 32), (models[0], 32)):
         read = SimpleNamespace(windows=np.zeros((8, 4)), tokens=tokens)
         monkeypatch.setattr(run, "load_tokens", lambda *_, read=read, **__: read)
@@ -199,7 +199,7 @@ def test_no_stated_default_is_left_out():
     }  # fmt: skip
     elsewhere = {  # stated in words that other tests measure
         ("prune", "rescale"), ("tune", "learning_rate"), ("report", "title"), ("measure", "text_field"),
-        ("measure", "max_memory"),
+        ("measure", "max_memory"), ("quantize", "scope"), ("quantize", "among"), ("prune", "multiple"), ("run", "out"),
     }  # fmt: skip
     nothing = {key for key, said in STATED.items() if said in ("no limit", "off", "all steps")}
     assert STATED.keys() == covered | elsewhere | nothing

@@ -33,8 +33,9 @@ WRITERS = {verb.name: verb for verb in VERBS if any(p.writes for p in verb.posit
 # options that hold words, none of which is a path; an option that holds one says so in `reads`
 WORDS = {
     "shard_size", "part", "max_memory", "text_field", "to", "layers", "shared_experts", "max_bytes", "group_size",
-    "among", "target", "train", "protect", "title", "set", "model",  # of families: a name, never a path
+    "among", "split_size", "target", "train", "protect", "title", "set", "model",  # of families: a name, never a path
 }  # fmt: skip
+WRITES = {"out", "imatrix"}  # options that name what is written, of `run` and of `calibrate`
 
 
 def fields_of(verb: Verb) -> Iterator[Any]:
@@ -50,12 +51,14 @@ def test_an_option_that_holds_a_path_says_so():
             is_text = hints[f.name] in (str, str | None, tuple[str, ...])
             assert is_text or not f.metadata["reads"], f.name
             texts |= {f.name} if is_text and not f.metadata["choices"] and not f.metadata["reads"] else set()
-    assert texts == WORDS
+    assert texts == WORDS | WRITES
 
 
 def test_every_command_that_writes_says_where():
-    assert set(WRITERS) == {"upcycle", "tune", "prune", "quantize", "calibrate", "report", "demo"}
-    words = {("schema", "command")}  # names no path
+    assert set(WRITERS) == {"upcycle", "tune", "prune", "quantize", "calibrate", "report", "demo", "arrange",
+                            "import"}  # fmt: skip
+    # no paths, and a path that must not exist yet
+    words = {("schema", "command"), ("recipes", "name"), ("recipes", "dest")}
     for verb in VERBS:
         assert all(p.reads or p.writes for p in verb.positionals if (verb.name, p.name) not in words), verb.name
 
@@ -133,14 +136,14 @@ def test_no_output_of_a_recipe_touches_what_a_step_reads(command, word, kind, ro
     before, other = hashes(room / "in"), str(room / "other")
     for value, out in clashes(room, kind):
         reads: dict[str, Any] = {"step": command, "from": other, "with": {word: value}}
-        elsewhere = reads if command == "evaluate" else reads | {"to": str(room / "x")}
+        elsewhere = reads if command in ("evaluate", "verify") else reads | {"to": str(room / "x")}
         later = {"step": "quantize", "from": other, "to": str(out), "with": {"overwrite": True}}
         recipes: list[dict[str, Any]] = [
             {"steps": [elsewhere, later]}, {"steps": [later, elsewhere]}, {"steps": [elsewhere], "report": str(out)},
         ]  # fmt: skip
         if value.partition("=")[0] == str(out):  # what an earlier step writes may be read
             del recipes[1]
-        if command != "evaluate":
+        if command not in ("evaluate", "verify"):
             recipes.append({"steps": [reads | {"to": str(out)}]})
         for recipe in recipes:
             refused_recipe(room, recipe, flag_of(word))

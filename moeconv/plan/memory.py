@@ -37,7 +37,7 @@ def configure_malloc(mapped: int = 1 << 22) -> None:
 def memory_bytes(plan: Plan, *, jobs: int) -> int:
     """About the most memory that applying a plan takes, in bytes: the process, and per worker one computed item with
     its temporary buffers."""
-    torch = any(needs_torch(item.kernel) for item in plan.items())
+    torch = any(needs_torch(item.kernel, item.params) for item in plan.items())
     return _PROCESS + torch * _TORCH + jobs * worker_bytes(plan)
 
 

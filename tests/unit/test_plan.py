@@ -344,3 +344,14 @@ def test_the_meter_hears_of_every_byte(model, tmp_path):
     execute(plan, source=model.checkpoint, out=tmp_path / "out", jobs=1, meter=meter)
     assert meter.done == meter.total == sum(i.nbytes for i in plan.items())
     assert meter.finished == meter.shards == len(plan.shards)
+
+
+def test_a_chain_needs_what_its_kernels_need():
+    from moeconv.plan.kernels import needs_torch
+
+    decode, cast = {"kernel": "decode", "params": {}}, {"kernel": "cast", "params": {}}
+    assert not needs_torch("cast", {}) and needs_torch("decode", {}) and needs_torch("other:kernel", {})
+    assert needs_torch("chain", {"first": decode, "then": cast}) and not needs_torch(
+        "chain", {"first": cast, "then": cast}
+    )
+    assert needs_torch("gather", {"firsts": [{"first": cast}, {"first": decode}], "then": cast})

@@ -61,8 +61,12 @@ def load_kernel(name: str) -> Kernel:
     return kernel
 
 
-def needs_torch(name: str) -> bool:
-    """Whether a kernel imports torch, which takes some 200 MB of memory. True for every kernel of another package."""
+def needs_torch(name: str, params: Params) -> bool:
+    """Whether a kernel, or one that it runs itself, imports torch, which takes some 200 MB of memory. True for every
+    kernel of another package."""
+    inner = [params.get("first"), params.get("then"), *(part["first"] for part in params.get("firsts", ()))]
+    if any(one is not None and needs_torch(one["kernel"], one["params"]) for one in inner):
+        return True
     return ":" in name or (name in _WHERE and _WHERE[name].partition(":")[0] in _TORCH)
 
 

@@ -12,7 +12,8 @@
 
 The keys in `with` are the command's flags. `grid: {top_k: [1, 2], method: [copy, drop]}` beside it makes one step per
 combination, whose output is named after `to` and the values. ${NAME} is a variable of the recipe, of --set, or of the
-environment; ${demo} is the folder of the data that ships with moeconv. Relative paths are relative to the recipe.
+environment; ${demo} is the folder of the data that ships with moeconv. Relative paths that the steps write are relative
+to the working directory, or to that of --out; all others are relative to the recipe.
 """
 
 from __future__ import annotations
@@ -144,14 +145,13 @@ class Recipe:
 
 def load_recipe(path: str, *, settings: Sequence[str] = (), out: str | None = None) -> Recipe:
     """Read and check a recipe; `settings` are KEY=VALUE. `out` is the directory of the relative paths that its steps
-    write (None: that of the recipe). Raises UsageError that names file and line."""
+    write (None: the working directory). Raises UsageError that names file and line."""
     file = Path(path)
     value, lines = read_yaml(file)
     checker = _Checker(file, lines)
     spec = checker.parse(value)
     variables = _variables(checker, spec, settings)
-    if out is not None:
-        checker = replace(checker, out=Path(out), outputs=checker.written(spec, variables))
+    checker = replace(checker, out=Path(out or ""), outputs=checker.written(spec, variables))
     steps = [(i, step) for i, s in enumerate(spec.steps) for step in checker.steps(i, s, variables)]
     checker.order(steps)
     return Recipe(
@@ -200,17 +200,17 @@ class _Checker:
 
     file: Path
     lines: Mapping[KeyPath, int]
-    out: Path | None = None  # where relative paths of `outputs` are
-    outputs: frozenset[str] = frozenset()
+    out: Path = Path()  # where relative paths of `outputs` are
+    outputs: frozenset[Path] = frozenset()
 
-    def written(self, spec: RecipeSpec, variables: _Variables) -> frozenset[str]:
+    def written(self, spec: RecipeSpec, variables: _Variables) -> frozenset[Path]:
         """The paths that the recipe writes, with variables filled in."""
         found = set() if spec.report is None else {self.fill(spec.report, ("report",), variables, in_path=True)}
         for index, step in enumerate(spec.steps):
             if step.to is not None:
                 to = self.fill(step.to, ("steps", index, "to"), variables, in_path=True)
                 found |= {"-".join([to, *map(str, point)]) for point in itertools.product(*step.grid.values())}
-        return frozenset(found)
+        return frozenset(Path(os.path.normpath(path)) for path in found if path)
 
     def fail(self, path: KeyPath, message: str, hint: str = "") -> UsageError:
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 1)
@@ -341,13 +341,16 @@ class _Checker:
         return _VARIABLE.sub(value, text)
 
     def path(self, text: str, path: KeyPath, variables: _Variables) -> str:
-        """A path, made relative to the recipe's folder; absolute paths and names on the hub stay as they are."""
+        """A path: what the recipe writes, and what lies in it, is in the directory of the outputs, and anything else
+        in that of the recipe. Absolute paths and names on the hub stay as they are."""
         filled = self.fill(text, path, variables, in_path=True)
         if not filled.strip():
             raise self.fail(path, f"{escape(path[-1])} is empty", "Name a path.")
         if filled.startswith("hf://") or filled == "-":
             return filled
-        return str((self.out if self.out is not None and filled in self.outputs else self.file.parent) / filled)
+        place = Path(os.path.normpath(filled))
+        ours = not self.outputs.isdisjoint((place, *place.parents))
+        return str((self.out if ours else self.file.parent) / filled)
 
 
 def _is_text(group: type, key: str) -> bool:

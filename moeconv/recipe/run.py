@@ -39,7 +39,7 @@ def run_recipe(
     path: str, *, meter: Meter, settings: tuple[str, ...] = (), out: str | None = None, dry_run: bool = False
 ) -> Ran:
     """Run, or with `dry_run` plan, every step of a recipe file. `settings` are values of variables, as KEY=VALUE.
-    `out` is the directory of the relative paths that the steps write.
+    `out` is the directory of the relative paths that the steps write (None: the working directory).
 
     Returns the JSON object of `moeconv run`. Raises UsageError for a recipe that is wrong, CheckError for a gate that
     fails, and what the steps raise.

@@ -77,7 +77,8 @@ steps:
 
 
 @pytest.mark.slow
-def test_a_recipe_writes_the_sizes_of_its_dry_run_and_keeps_what_is_finished(tmp_path, cli):
+def test_a_recipe_writes_the_sizes_of_its_dry_run_and_keeps_what_is_finished(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "small.yaml"
     recipe.write_text(RECIPE)
     planned = cli("run", recipe, "--dry-run", "--json").json

@@ -404,7 +404,8 @@ def test_a_run_that_was_cut_off_leaves_nothing_and_gives_the_same_bytes_again(tm
     assert (tmp_path / "out/model.gguf").read_bytes() == (tmp_path / "other/model.gguf").read_bytes()
 
 
-def test_a_recipe_may_end_in_gguf(tmp_path, cli):
+def test_a_recipe_may_end_in_gguf(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tokenizer(make_dense(tmp_path / "dense", hidden=64, intermediate=512))
     steps = [
         {"step": "upcycle", "from": "dense", "to": "moe", "with": {"experts": 4, "no_check": True}},

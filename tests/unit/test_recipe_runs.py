@@ -26,7 +26,9 @@ steps:
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    monkeypatch.chdir(tmp_path / "user")
     make_dense(tmp_path / "recipes" / "dense", hidden=64, intermediate=128)
     path = tmp_path / "recipes" / "two.yaml"
     path.write_text(RECIPE.replace(", group_size: GROUP", ""))
@@ -54,12 +56,38 @@ def test_outputs_land_where_out_says_and_inputs_stay_with_the_recipe(recipe, tmp
     assert yaml.safe_load(saved.read_text())["steps"][0]["from"] == str(recipe.parent / "dense")
 
 
-def test_a_file_of_the_user_with_the_name_of_the_saved_recipe_stays(recipe, cli):
-    (recipe.parent / "made").mkdir()
-    (recipe.parent / "made" / "recipe.yaml").write_text("mine")
+def test_outputs_land_where_the_user_stands(recipe, tmp_path, cli, monkeypatch):
+    """The saved recipe repeats the run from any directory."""
+    before = sorted(recipe.parent.rglob("*"))
+    assert cli("run", recipe, "--dry-run").code == 0 and not any((tmp_path / "user").iterdir())
+    done = cli("run", recipe, "--json")
+    assert done.code == 0, done.err + done.out
+    assert (tmp_path / "user" / done.json["output"]).samefile(tmp_path / "user" / "made" / "packed")
+    assert sorted(recipe.parent.rglob("*")) == before
+    saved = (tmp_path / "user" / done.json["saved"]).resolve()
+    monkeypatch.chdir(tmp_path)
+    again = cli("run", saved, "--json")
+    assert again.code == 0 and [row["kept"] for row in again.json["steps"][1:3]] == [True, True]
+    assert Path(again.json["output"]) == tmp_path / "user" / "made" / "packed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipes", "user"]
+
+
+def test_only_what_the_steps_write_is_in_the_directory_of_the_outputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r").mkdir()
+    text = "steps:\n  - {step: quantize, from: moe, to: out, with: {data: [out.txt, out/a.txt, moe/a.txt]}}\n"
+    (tmp_path / "r" / "r.yaml").write_text(text)
+    step = load_recipe("r/r.yaml").steps[0]
+    assert (step.source, step.to) == ("r/moe", "out")
+    assert step.parameters["data"] == ("r/out.txt", "out/a.txt", "r/moe/a.txt")
+
+
+def test_a_file_of_the_user_with_the_name_of_the_saved_recipe_stays(recipe, tmp_path, cli):
+    (tmp_path / "user" / "made").mkdir()
+    (tmp_path / "user" / "made" / "recipe.yaml").write_text("mine")
     done = cli("run", recipe, "--json")
     assert done.code == 0 and "saved" not in done.json
-    assert (recipe.parent / "made" / "recipe.yaml").read_text() == "mine"
+    assert (tmp_path / "user" / "made" / "recipe.yaml").read_text() == "mine"
 
 
 def test_an_error_of_a_step_names_its_line(recipe, cli):
@@ -72,7 +100,7 @@ def test_an_error_of_a_step_names_its_line(recipe, cli):
 
 
 def test_verification_that_fails_ends_the_run(recipe, cli):
-    assert cli("run", recipe).code == 0
+    assert cli("run", recipe, "--out", recipe.parent).code == 0
     with open(recipe.parent / "made" / "packed" / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")

@@ -171,7 +171,7 @@ def test_no_output_of_a_recipe_touches_the_recipe_its_sources_or_another_output(
     refused_recipe(room, {"steps": [step(model, x)], "evaluate": {"data": ["in/texts"], "reference": "in/model"},
                                "report": str(room / "in" / "texts" / "a.html")}, "--data")  # fmt: skip
     (room / "in" / "page.html").write_text("mine")
-    refused_recipe(room, {"steps": [step(model, x)], "report": "in/page.html"}, "not a report file")
+    refused_recipe(room, {"steps": [step(model, x)], "report": str(room / "in" / "page.html")}, "not a report file")
     refused_recipe(room, {"steps": [step(model, room / "in" / "texts", overwrite=True)]}, "a.txt")
 
 

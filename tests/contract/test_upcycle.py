@@ -11,6 +11,7 @@ from moeconv.families.model import open_model
 from moeconv.families.registry import tables
 from moeconv.inspect.step import inspect
 from moeconv.options import ReadOptions
+from moeconv.plan.meter import SilentMeter
 from moeconv.requests import InspectRequest
 from moeconv.stream.layers import LayerStream
 from moeconv.tensors import read_tensor
@@ -44,7 +45,7 @@ def test_copies_compute_what_the_dense_model_computes(tmp_path, cli, dense, case
     print(f"{case} -> {pair.target}: {difference:.1e}")
     assert difference <= pair.tolerance
     assert (
-        inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()))["moe_layers"]
+        inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()), meter=SilentMeter())["moe_layers"]
         == done.json["upcycle"]["moe_layers"]
     )
     assert done.json["upcycle"]["moe_layers"] == [i for i, kind in enumerate(_ffn_kinds(moe.config)) if kind != "none"]
@@ -126,7 +127,7 @@ def test_chosen_layers_stay_dense_through_native_config(tmp_path, cli, dense, ca
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert {key: config[key] for key in said} == said
     assert relative_difference(before, logits(load(tmp_path / "moe"))) <= 1e-5
-    assert inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()))["moe_layers"] == [
+    assert inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()), meter=SilentMeter())["moe_layers"] == [
         int(i) for i in layers.split(",")
     ]
 
@@ -163,7 +164,7 @@ def test_folds_round_in_bfloat16_and_say_so_and_are_exact_in_float32(tmp_path, c
 def test_packed_experts_are_inspected_and_not_taken_for_separate_ones(tmp_path, cli, case, target):
     source = save_stock(tmp_path / "dense", *DENSE_CASES[case], dtype=torch.bfloat16)
     assert cli("upcycle", source, tmp_path / "moe", "--experts", 4, "--to", target, "--no-check", "-q").code == 0
-    seen = inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()))
+    seen = inspect(InspectRequest(str(tmp_path / "moe"), ReadOptions()), meter=SilentMeter())
     dense = 3 * 96 * 64 * 3  # gate, up and down of three layers
     biases = 3 * (2 * 96 + 64) if target == "gpt_oss" else 0
     assert seen["num_experts"] == 4

@@ -109,7 +109,9 @@ def test_a_narrower_model_equals_the_stock_model_without_those_neurons(tmp_path,
 
 
 def test_a_width_that_makes_the_order_of_a_matrix_ambiguous_is_refused(tmp_path, cli):
-    source = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_vl_moe"], dtype=torch.float32)
+    name, config, *more = MOE_CASES["qwen3_vl_moe"]
+    config = config | {"text_config": config["text_config"] | {"moe_intermediate_size": 48}}
+    source = save_stock(tmp_path / "moe", name, config, *more, dtype=torch.float32)
     model = open_model(source)
     refused = cli("prune", source, tmp_path / "out", "--width", model.hidden_size // 2, "--json")
     assert refused.code == 2 and "square" in refused.json["error"]["message"], refused.out

@@ -33,6 +33,14 @@ WORDS = {
     "formats": (),
     "demo": ("--where",),
     "schema": ("prune",),
+    "import": ("{here}/made/model.gguf", "{here}/out"),
+    "arrange": ("{here}/moe", "{here}/out", "--devices", 2, "--stats", "{here}/stats"),
+    "recipes": (),
+}
+# command -> the commands that make what it reads
+BEFORE = {
+    "import": [("quantize", "{here}/gguf", "{here}/made", "--format", "gguf", "--scheme", "f32")],
+    "arrange": [("calibrate", *WORDS["calibrate"])],
 }
 
 
@@ -40,8 +48,11 @@ WORDS = {
 def test_every_command_runs(tmp_path, cli, verb):
     add_tokenizer(make_dense(tmp_path / "dense"))
     add_tokenizer(make_moe(tmp_path / "moe", experts=4, hidden=64))
+    tokenizer(make_moe(tmp_path / "gguf", hidden=256, intermediate=256, vocab=128), size=128)
     (tmp_path / "text.txt").write_text(text(400))
     (tmp_path / "quick.yaml").write_text(RECIPE)
+    for first in BEFORE.get(verb, ()):
+        assert cli(*(str(word).format(here=tmp_path) for word in first), "--json").code == 0
     done = cli(verb, *(str(word).format(here=tmp_path) for word in WORDS[verb]), "--json")
     assert done.code == 0 and "error" not in done.json, done.out
 

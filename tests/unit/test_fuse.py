@@ -29,7 +29,8 @@ def same_files(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("format", [f.name for f in FORMATS.values() if f.shard is None])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_same_bytes_as_one_after_the_other(tmp_path, family, format, dtype):
-    path = tiny.make_moe(tmp_path / "m", family, experts=6, hidden=64, intermediate=128, shards=2)
+    sizes = tiny.packable(FORMATS[format].schemes[0], hidden=64, intermediate=128)
+    path = tiny.make_moe(tmp_path / "m", family, experts=6, shards=2, **sizes)
     model, size = open_model(path), {"shard_size": "30KB"}
     first = plan_prune(model, keep=3, keep_experts=KEEP, dtype=dtype, **size)
     second = plan_quantize(planned_model(first), format=format, **size)

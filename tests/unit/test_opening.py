@@ -23,7 +23,6 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 NAMED: dict[str, tuple[tuple[str, ...], dict]] = {
     "GPTQ": (("qweight", "qzeros", "scales", "g_idx"), {"quantization_config": GPTQ}),
     "AWQ": (("qweight", "qzeros", "scales"), {"quantization_config": {"quant_method": "awq", "bits": 4}}),
-    "MLX": (("weight", "scales", "biases"), {"quantization": {"group_size": 64, "bits": 4}}),
     "HQQ": (("W_q", "meta"), {"quantization_config": {"quant_method": "hqq"}}),
     "ModelOpt": (("weight", "weight_scale", "weight_scale_2", "input_scale"), {}),
     "EXL2": (("q_weight", "q_scale", "q_perm"), {}),

@@ -14,7 +14,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "prune": ("moe pruned --ratio 0.5 --refit --data text.txt", "moe pruned --max-bytes 20GB --stats moe.stats"),
     "quantize": ("moe packed --scheme int4 --method gptq --data text.txt", "moe packed --format gguf --scheme q4_k"),
     "import": ("model.gguf out", "model.gguf exact --dtype float32"),
-    "arrange": ("moe arranged --devices 4 --stats moe.stats", "moe arranged --devices 8 --stats moe.stats --dry-run"),
+    "arrange": ("moe arranged --devices 4 --stats moe.stats", "moe in-eights --devices 8 --stats moe.stats --dry-run"),
     "evaluate": ("moe --data text.txt", "packed --data text.txt --reference moe --max-loss-increase 0.05"),
     "verify": ("moe", "moe --source model --load"),
     "report": ("moe report.html", "moe page.html --stats moe.stats --reference model"),

@@ -417,6 +417,7 @@ def report(
     reference: _Model | None = ...,
     title: str | None = ...,
     markdown: bool = ...,
+    card: bool = ...,
     overwrite: bool = ...,
     follow_links: bool = ...,
     progress: _Progress | None = ...,

@@ -81,3 +81,4 @@ class Reported(TypedDict):
     bytes: int
     figures: dict[str, object]
     markdown: NotRequired[str]  # with --markdown
+    card: NotRequired[str]  # with --card

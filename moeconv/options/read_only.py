@@ -26,6 +26,9 @@ class ReportOptions:
     reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
     title: str | None = option(None, "Title of the page (default: the directory's name).")
     markdown: bool = option(False, "Also write a summary beside OUT, as .md, for comments on pull requests.")
+    card: bool = option(
+        False, "Also write the answers to tasks in --results into the model card of MODEL, as the hub's model-index."
+    )
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 def report(
     source: str, out: str, *, stats: str | None = None, results: Sequence[Mapping[str, object]] = (),
     reference: str | None = None, title: str | None = None, overwrite: bool = False, markdown: bool = False,
+    card: bool = False,
 ) -> ReportResult:  # fmt: skip
     """Write the HTML report of a checkpoint to `out`, and with `markdown` its summary beside it, as .md.
 
+    With `card` the answers to tasks in `results` are written into the checkpoint's model card.
+
     `results` are JSON objects of other steps. Returns the JSON of the command. Raises OutputError where `out` cannot be
-    written, InputError for statistics of another model.
+    written, InputError for statistics of another model, and for a card without results or that cannot be read.
     """
     from moeconv.calibrate.artifact import load_statistics
     from moeconv.checkpoint.writer import replace_file
-    from moeconv.report.figures import gather
+    from moeconv.report.figures import flatten, gather
     from moeconv.report.html import render
     from moeconv.report.markdown import is_markdown_report, render_markdown
+    from moeconv.report.model_index import add_to_card
 
     path = Path(out)
     check_report_target(path, overwrite=overwrite)
@@ -46,11 +50,14 @@ def report(
     )
     name = escape(title or model.checkpoint.path.resolve().name)
     page = render(figures, title=name).encode()
+    changed = add_to_card(model, flatten(results), title=name) if card else None
     replace_file(path, page)
     made: ReportResult = {"command": "report", "output": out, "bytes": len(page), "figures": figures}
     if markdown:
         replace_file(beside, render_markdown(figures, title=name).encode())
         made["markdown"] = str(beside)
+    if changed is not None:
+        made["card"] = changed
     return made
 
 
@@ -61,6 +68,7 @@ def report_page(request: ReportRequest, *, meter: Meter) -> ReportResult:
     return report(
         request.model, request.out, stats=asked.stats, results=load_results(asked.results), reference=asked.reference,
         title=asked.title, overwrite=request.artifact.overwrite, markdown=asked.markdown,
+        card=asked.card,
     )  # fmt: skip
 
 

@@ -236,3 +236,4 @@ class ReportResult(TypedDict):
     bytes: int
     figures: Figures
     markdown: NotRequired[str]
+    card: NotRequired[str]

@@ -99,3 +99,62 @@ def test_siblings_are_a_list_of_base_models(tmp_path, cli):
     assert done.code == 0, done.err
     meta, _ = card_of(tmp_path / "moe")
     assert meta["base_model"] == ["someone/a", "someone/b"] and meta["base_model_relation"] == "merge"
+
+
+def answers(path, name="quiz", **metrics):
+    """The JSON of `moeconv evaluate --tasks`, as far as a card shows it."""
+    figures = {key: {"value": value, "stderr": 0.125} for key, value in metrics.items()}
+    task = {"name": name, "kind": "multiple_choice", "questions": 8, "sha256": "ab" * 32, "metrics": figures}
+    return {"command": "evaluate", "path": str(path), "tasks": {"results": [task]}}
+
+
+def report_on(cli, model, *results):
+    """`moeconv report MODEL --card` with the results in files."""
+    files = []
+    for number, result in enumerate(results):
+        files += ["--results", model.parent / f"result{number}.json"]
+        files[-1].write_text(json.dumps(result))
+    return cli("report", model, model.parent / "page.html", *files, "--card", "--overwrite", "--json")
+
+
+def test_answers_to_tasks_are_the_model_index_of_the_card(tmp_path, cli):
+    from huggingface_hub import ModelCard
+
+    model = make_dense(tmp_path / "dense")
+    meta = "license: mit  # as the base\nmodel-index:\n- name: old\n  results: []\ntags:\n- moe\n"
+    (model / "README.md").write_text(f"---\n{meta}---\n# mine\n\nwords\n")
+    done = report_on(cli, model, answers(model, accuracy=0.5, accuracy_per_char=0.625), answers(tmp_path, accuracy=0.0))
+    assert done.code == 0 and done.json["card"] == str(model / "README.md"), done.out
+    assert report_on(cli, model, answers(model, "a b/c", exact_match=0.25)).code == 0
+    written = (model / "README.md").read_text()
+    assert written.startswith("---\nlicense: mit  # as the base\ntags:\n- moe\n") and "# mine\n\nwords\n" in written
+    assert written.count("## Results on tasks") == 1 and "| quiz | 8 | accuracy | 0.5000 | 0.1250 |" in written
+    card = ModelCard(written).data
+    assert card.model_name == "dense" and card.tags == ["moe"]
+    found = [(r.dataset_type, r.dataset_name, r.metric_type, r.metric_value) for r in card.eval_results]
+    assert found == [
+        ("quiz", "quiz", "accuracy", 0.5), ("quiz", "quiz", "acc_norm", 0.625), ("a-b-c", "a b/c", "exact_match", 0.25),
+    ]  # fmt: skip
+    assert report_on(cli, model, answers(model, accuracy=0.75, accuracy_per_char=1.0)).code == 0  # measured again
+    again = ModelCard((model / "README.md").read_text()).data.eval_results
+    assert sorted(r.metric_value for r in again) == [0.25, 0.75, 1.0]
+
+
+def test_a_card_that_is_missing_is_made_and_one_that_cannot_be_read_stays(tmp_path, cli):
+    from huggingface_hub import ModelCard
+
+    model = make_dense(tmp_path / "dense")
+    assert report_on(cli, model, answers(model, accuracy=0.5)).code == 0
+    assert ModelCard((model / "README.md").read_text()).data.eval_results[0].metric_value == 0.5
+    page = (tmp_path / "page.html").read_bytes()
+    for text in (b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff"):
+        (model / "README.md").write_bytes(text)
+        done = report_on(cli, model, answers(model, accuracy=1.0))
+        assert done.code == 3 and "--card" in done.json["error"]["message"], done.out
+        assert (model / "README.md").read_bytes() == text and (tmp_path / "page.html").read_bytes() == page
+    (model / "README.md").unlink()
+    done = report_on(cli, model, answers(tmp_path / "other", accuracy=1.0))
+    assert done.code == 3 and "no answers" in done.json["error"]["message"] and not (model / "README.md").exists()
+    cached = make_dense(tmp_path / "models--someone--tiny" / "snapshots" / "1")
+    done = report_on(cli, cached, answers(cached, accuracy=1.0))
+    assert done.code == 3 and "hub's cache" in done.json["error"]["message"]

@@ -40,6 +40,10 @@ class QuantizeOptions:
         "50GB", "gguf: largest size of a file; a larger model becomes several (-00001-of-00003.gguf).", metavar="SIZE",
         panel="Output",
     )  # fmt: skip
+    modelfile: bool = option(
+        False, "gguf: also write a Modelfile for ollama, with the sampling settings and stop words of the model.",
+        panel="Output",
+    )  # fmt: skip
     imatrix: str | None = option(
         None, "gguf: the importance of each column, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
     )

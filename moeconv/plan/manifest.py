@@ -19,11 +19,11 @@ def json_bytes(value: object, *, constants: bool = False) -> bytes:
 
 def small_files(plan: Plan, companions: Companions) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every file beside the shards, without the manifest."""
+    yield from ((name, text.encode()) for name, text in plan.texts.items())
     if plan.gguf:
         yield from companions.read()
         return
     yield "config.json", json_bytes(plan.config, constants=True)
-    yield from ((name, text.encode()) for name, text in plan.texts.items())
     if len(plan.shards) > 1:
         weight_map = {spec.name: s.name for s in plan.shards for i in s.items for spec in i.outputs}
         total = sum(item.nbytes for item in plan.items())

@@ -27,6 +27,7 @@ from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitti
 from moeconv.quantize.laid_out import check_layout, fused_with_layout, layout_for
 from moeconv.quantize.methods import check_method, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
+from moeconv.quantize.modelfile import modelfile
 from moeconv.quantize.packing import Packing, mix
 from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.rest import rest_of
@@ -122,6 +123,7 @@ def quantize_plan(
         promise = packing.parts()
     items = [item for shard in shards for item in shard.items]
     texts = _code_of_loader(model, format, config) if options.self_contained else {}
+    texts |= modelfile(model, format, shards) if options.modelfile else {}
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=model.num_experts
     )
@@ -154,7 +156,7 @@ def _imatrix(options: QuantizeOptions, format: Format) -> Imatrix | None:
 def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix | None) -> JsonObject:
     """The parameters of the plan, with the content of the importance matrix in place of its path."""
     found = parameters_of(options, common)
-    del found["imatrix"], found["split_size"]  # the plan has the files
+    del found["imatrix"], found["split_size"], found["modelfile"]  # the plan has the files
     return found if imatrix is None else found | {"imatrix": imatrix.sha256}
 
 

@@ -468,3 +468,38 @@ def test_a_recipe_does_not_leave_tensors_out(tmp_path):
         plan_quantize(model, format="gguf", scheme="q4_k_m", scope="experts")
     with pytest.raises(UsageError, match="does not support --scope all"):
         plan_quantize(model, scope="all")
+
+
+def test_a_modelfile_has_the_sampling_settings_and_the_stop_words(tmp_path, cli):
+    source = make(tmp_path / "m", intermediate=64)
+    tokens = [{"id": i, "content": word, "special": True} for i, word in ((1, "<|end|>"), (2, 'a"b'), (3, "unused"))]
+    tokenizer(source, added_tokens=tokens)
+    settings = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True,
+                "eos_token_id": [1, 2, 60], "stop_strings": "User:"}  # fmt: skip
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    words = ("--format", "gguf", "--scheme", "q8_0", "--json")
+    planned = cli("quantize", source, tmp_path / "out", *words, "--modelfile", "--dry-run").json
+    done = cli("quantize", source, tmp_path / "out", *words, "--modelfile")
+    assert done.code == 0 and done.json["plan_id"] == planned["plan_id"], done.out
+    assert (tmp_path / "out" / "Modelfile").read_text().splitlines() == [
+        "FROM ./model.gguf", "PARAMETER temperature 0.7", "PARAMETER top_k 20", "PARAMETER top_p 0.8",
+        "PARAMETER repeat_penalty 1.05", 'PARAMETER stop "<|end|>"', 'PARAMETER stop """a"b"""',
+        'PARAMETER stop "User:"',
+    ]  # fmt: skip
+    assert "Modelfile" in done.json["files"] and cli("verify", tmp_path / "out", "--json").json["ok"] is True
+    plain = cli("quantize", source, tmp_path / "plain", *words)
+    assert plain.code == 0 and not (tmp_path / "plain" / "Modelfile").exists()
+    assert (tmp_path / "plain" / "model.gguf").read_bytes() == (tmp_path / "out" / "model.gguf").read_bytes()
+    assert "modelfile" not in (tmp_path / "plain" / "moeconv_manifest.json").read_text()
+    (source / "generation_config.json").unlink()  # the token that the config names then ends an answer
+    assert cli("quantize", source, tmp_path / "out", *words, "--modelfile", "--overwrite").code == 0
+    assert json.loads((source / "config.json").read_text())["eos_token_id"] == 2
+    assert (tmp_path / "out" / "Modelfile").read_text() == 'FROM ./model.gguf\nPARAMETER stop """a"b"""\n'
+
+
+def test_a_modelfile_is_refused_where_ollama_cannot_use_it(tmp_path, cli):
+    source = make(tmp_path / "m", intermediate=64)
+    split = ("--format", "gguf", "--scheme", "q8_0", "--split-size", "10KB")
+    for words, said in (((), "is for GGUF"), (split, "ollama reads one file")):
+        done = cli("quantize", source, tmp_path / "out", *words, "--modelfile", "--json")
+        assert done.code == 2 and said in done.json["error"]["message"] and not (tmp_path / "out").exists(), done.out

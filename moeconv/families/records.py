@@ -71,6 +71,8 @@ class Tensors:
     layouts: tuple[ExpertLayout, ...] = ()
     # the layout with separate experts that serving engines read and no class of transformers reads
     served: ExpertLayout | None = None
+    # why there is none, where an engine that runs the family reads codes in another way
+    unserved: str = ""
     # who reads the layout of the experts, in words, if no class of transformers does; and the row's own layout then
     readers: str = ""
     own: ExpertLayout | None = None

@@ -15,6 +15,7 @@ from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
 from moeconv.quantize.deepseek import DEEPSEEK
 from moeconv.quantize.gguf import GGUF
+from moeconv.quantize.gpt_oss import GPT_OSS
 from moeconv.quantize.mlx import MLX
 from moeconv.quantize.spec import MIXED, Format, Kernel, SchemeInfo
 
@@ -25,6 +26,7 @@ FORMATS = Registry(
         COMPRESSED_TENSORS,
         BITSANDBYTES,
         DEEPSEEK,
+        GPT_OSS,
         GGUF,
         MLX,
     ),

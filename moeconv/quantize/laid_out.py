@@ -35,8 +35,7 @@ def fused_with_layout(layout: Plan, plan: Plan) -> Plan:
 def check_layout(model: Model, format: Format, method: str) -> None:
     """Raises InputError for stacked experts, all of a layer in one tensor, that the format or its loader cannot
     pack."""
-    form = format.form(model.family)
-    meant = form is not None and form.tensors.names == model.family.tensors.names  # the layout that the format packs
+    meant = format.packs_as_stored(model.family)
     if model.family.only_served and (method in BY_DATA or not meant):
         what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
         raise InputError(
@@ -49,12 +48,12 @@ def check_layout(model: Model, format: Format, method: str) -> None:
     # transformers loads codes per expert, see relayout.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method in BY_DATA or apart:
-        stacks = " or ".join(f.name for f in FORMATS.values() if f.stack is not None)
         what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"
+        why = model.family.tensors.unserved
         raise InputError(
             f"{model.family.model_type} keeps all experts of a layer in one tensor, and {what} needs one tensor per "
-            "expert, as do the runtimes that read packed weights",
-            hint=f"Use --format {stacks} --method rtn: after `import moeconv.hf`, transformers loads the result.",
+            "expert, as do the runtimes that read packed weights" + (f": {why}" if why and not apart else ""),
+            hint=_stacking(model),
         )
     if model.family.tensors.layouts and model.family.tensors.packed != model.family.tensors.layouts[0].packed:
         raise InputError(
@@ -74,3 +73,12 @@ def check_layout(model: Model, format: Format, method: str) -> None:
             "Its class in transformers divides this tensor, which the loader of packed experts cannot do",
             hint="`moeconv prune`, `calibrate` and `evaluate` support the model as it is.",
         )
+
+
+def _stacking(model: Model) -> str:
+    """The formats for stacked experts."""
+    usual = " or ".join(f.name for f in FORMATS.values() if f.stack is not None and f.imports)
+    own = [f.name for f in FORMATS.values() if f.packs_as_stored(model.family)]
+    return f"Use --format {usual} --method rtn: after `import moeconv.hf`, transformers loads the result." + "".join(
+        f" Or --format {name}, the layout that {model.family.model_type} is published in." for name in own
+    )

@@ -147,7 +147,7 @@ def _decoder(staged: Path) -> Decoder:
     def decode(spec: TensorSpec) -> Weight:
         if not spec.of:
             return decode_weight(model, _plain(spec.name), torch.float32)
-        parts, stored = {}, model.stored[spec.name]
+        parts, stored = {}, model.stored[_plain(spec.name)]
         for part, name in stored.parts.items():
             ref = model.checkpoint.tensors[name]
             size, shape = (

@@ -176,6 +176,11 @@ class Format:
         if problems := [text for text, found in wrong.items() if found]:
             raise ValueError(f"format {self.name}: {'; '.join(problems)}")
 
+    def packs_as_stored(self, family: Family) -> bool:
+        """Whether it packs the experts in the layout that the row has, and runtimes read them in it."""
+        form = self.form(family)
+        return form is not None and form.tensors.names == family.tensors.names
+
     def scheme(self, name: str) -> SchemeInfo:
         """The scheme of a name. Raises KeyError for one that it does not have."""
         return {scheme.name: scheme for scheme in self.schemes}[name]

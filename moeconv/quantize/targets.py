@@ -48,7 +48,7 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
         loads["vllm"] = "unknown"  # its CPU backend refuses others of this kind, measured; on a GPU not run
     loads |= {runtime: "unknown" for runtime, word in found.items() if word == "refused" and loads[runtime] != "no"}
     loads |= {"transformers": "no"} if format.name in family.elsewhere.not_loaded else {}
-    if family.tensors.packed and format.stack is not None and not family.only_served:
+    if family.tensors.packed and format.stack is not None and not format.packs_as_stored(family):
         return {runtime: word if runtime == "transformers" else "no" for runtime, word in loads.items()}
     if family.only_served:
         loads |= {"transformers": "no"}  # its class stacks the experts, and no conversion of transformers does

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moeconv.families.model import open_model
+from moeconv.families.rows.mistral import MIXTRAL
 from moeconv.quantize.formats import FORMATS
 from moeconv.tensors import read_tensor
 from tests.contract.stock import (
@@ -31,10 +32,9 @@ STACKED = [
     if case not in SEPARATE
     and not any(way.flat or key == "expert.gate" for key, way in row_of(case).tensors.packed.items())
 ]
-IN_PLACE = [
-    f for f in FORMATS.values() if f.shard is None and not getattr(f.form(row_of("mixtral")), "only_served", False)
-]
-LAID_OUT = [f for f in FORMATS.values() if f.shard is None and f not in IN_PLACE]  # in a layout of other readers
+_USUAL = [f for f in FORMATS.values() if f.shard is None and f.takes(MIXTRAL)]
+IN_PLACE = [f for f in _USUAL if not getattr(f.form(MIXTRAL), "only_served", False)]
+LAID_OUT = [f for f in _USUAL if f not in IN_PLACE]  # in a layout of other readers
 _FIRST = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # these in every scheme, the others in the first of a format
 _STACKED_FIRST = ("granitemoe", "gpt_oss", "llama4")
 STACKING = [f for f in IN_PLACE if f.stack is not None]

@@ -10,6 +10,7 @@ from tiny import decode, edit_json, encode, make_moe, packable, read_tensors, wr
 
 from moeconv.errors import CheckError, InputError
 from moeconv.families.model import open_model
+from moeconv.families.rows.mistral import MIXTRAL
 from moeconv.plan.execute import execute
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
@@ -17,8 +18,11 @@ from moeconv.quantize.proof import prove_packing
 
 KINDS = [
     {"format": f.name, "scheme": info.name} | ({"double_quant": True} if nested else {})
-    for f in FORMATS.values() if f.shard is None for info in f.schemes for nested in (False, True)[: 1 + info.nests]
-]  # fmt: skip
+    for f in FORMATS.values()
+    if f.takes(MIXTRAL) and f.shard is None
+    for info in f.schemes
+    for nested in (False, True)[: 1 + info.nests]
+]
 KINDS += [
     {"format": f.name, "scheme": info.name, "group_size": "channel"}
     for f in FORMATS.values()

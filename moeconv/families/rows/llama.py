@@ -15,7 +15,7 @@ from moeconv.families.blocks import (
     QKV_BIAS,
     dense_row,
 )
-from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, moe_row
+from moeconv.families.expert_blocks import EVERY_ENGINE, ROUTER_LOSS, moe_row, served_below
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, Experts, Layers, Packed, Routing, Tensors
 from moeconv.families.vendor import Vendor, Wrapper
 
@@ -92,6 +92,7 @@ LLAMA4 = moe_row(
             "expert.gate_up": Packed(("gate", "up"), transposed=True),
             "expert.down": Packed(("down",), transposed=True),
         },
+        served=served_below(FEED_FORWARD),
         base_prefix="",
     ),
     layers=Layers(ffn_width=lambda get: get("intermediate_size_mlp")),

@@ -38,6 +38,7 @@ _WHERE = {
     "pack_int8_rows": "moeconv.plan.kernels.compressed:pack_int8_rows_kernel",
     "pack_mxfp8": "moeconv.plan.kernels.compressed:pack_mxfp8_kernel",
     "pack_mxfp4": "moeconv.plan.kernels.compressed:pack_mxfp4_kernel",
+    "pack_mxfp4_blocks": "moeconv.plan.kernels.compressed:pack_mxfp4_blocks_kernel",
     "pack_nvfp4": "moeconv.plan.kernels.compressed:pack_nvfp4_kernel",
     "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
     "pick_neurons": "moeconv.plan.kernels.neurons:pick_neurons",

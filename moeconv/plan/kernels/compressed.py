@@ -44,6 +44,12 @@ def pack_mxfp4_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Para
     return ordered(pack_mxfp4(weight_of(inputs)), params)
 
 
+def pack_mxfp4_blocks_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
+    """MXFP4 blocks and exponents of one expert's matrix, which is [in, out] as gpt-oss has it. params: parts."""
+    made = pack_mxfp4(weight_of(inputs).T.contiguous(), signed_zeros=True)
+    return ordered({"blocks": made["weight_packed"], "exponents": made["weight_scale"]}, params)
+
+
 def pack_nvfp4_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
     """NVFP4 codes and scales of the first input, with the global scale of all inputs. params: parts."""
     weight, *beside = (to_tensor(memoryview(data), ref.dtype, ref.shape) for ref, data in inputs)

@@ -55,14 +55,14 @@ def global_scale(largest: Sequence[Tensor]) -> Tensor:
     return torch.nan_to_num(quotient, posinf=1.0).float().reshape(1)
 
 
-def pack_mxfp4(weight: Tensor) -> dict[str, Tensor]:
+def pack_mxfp4(weight: Tensor, *, signed_zeros: bool = False) -> dict[str, Tensor]:
     """MXFP4: `weight_packed` uint8 [out, in / 2], the low nibble first, and exponents `weight_scale` uint8 [out, in /
-    32] (base 2, with a bias of 127). Raises as `pack_nvfp4` does."""
+    32] (base 2, with a bias of 127). `signed_zeros`: -0 has a code of its own. Raises as `pack_nvfp4` does."""
     check_matrix(weight)
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
-    work = _Buffers(rows, columns)
+    work = _Buffers(rows, columns, signed_zeros=signed_zeros)
     for start, stop in work.blocks:
         x = weight[start:stop]
         each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
@@ -75,7 +75,8 @@ def pack_mxfp4(weight: Tensor) -> dict[str, Tensor]:
 class _Buffers:
     """The temporary buffers of one call, for blocks of rows that stay in the cache."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, *, signed_zeros: bool = False) -> None:
+        self.code_of_key = _code_of_key(signed_zeros)
         self.blocks = list(row_blocks(rows, columns))
         size = columns * max((stop - start for start, stop in self.blocks), default=0)
         self.values = torch.empty(size)
@@ -97,15 +98,15 @@ class _Buffers:
         np.add(bits, (1 << _CUT) - 1, out=above)
         np.right_shift(above, _CUT, out=above)
         np.add(keys, above, out=keys)
-        torch.index_select(_code_of_key(), 0, torch.from_numpy(keys.view(np.int32)), out=codes)
+        torch.index_select(self.code_of_key, 0, torch.from_numpy(keys.view(np.int32)), out=codes)
         twos = codes.view(torch.int16).numpy()  # first | second << 8
         pairs = np.right_shift(twos, 4, out=self.pairs[: count // 2])
         np.bitwise_or(pairs, twos, out=pairs)
         packed.view(-1).copy_(torch.from_numpy(pairs))  # keeps the low byte: first | second << 4
 
 
-@lru_cache(maxsize=1)
-def _code_of_key() -> Tensor:
+@lru_cache(maxsize=2)
+def _code_of_key(signed_zeros: bool) -> Tensor:
     """The code, uint8 [8192], of every key of `_Buffers.to_nibbles`."""
     keys = np.arange(1 << (33 - _CUT), dtype=np.uint32)
     inside = keys & 1  # between two values whose lower bits are zero: take one of them
@@ -114,5 +115,5 @@ def _code_of_key() -> Tensor:
     below = np.searchsorted(middles, values, side="left")  # midpoints below the value: a tie goes down
     tie = (below < len(middles)) & (values == middles[np.minimum(below, len(middles) - 1)])
     code = below + (tie & (below % 2 == 1))
-    negative = ((keys >> 1 << _CUT) >> 31).astype(bool) & (values > 0)
+    negative = ((keys >> 1 << _CUT) >> 31).astype(bool) & ((values > 0) | signed_zeros)
     return torch.from_numpy((code | (negative.astype(np.int64) << 3)).astype(np.uint8))

@@ -1,0 +1,101 @@
+"""MXFP4 in the layout that gpt-oss is published in: blocks of 32 codes and their exponents, all experts of a layer in
+one tensor, [E, out, in / 32, 16] and [E, out, in / 32], which runtimes read by quant_method mxfp4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moeconv.checkpoint.safetensors_file import TensorRef
+from moeconv.errors import InputError, escape
+from moeconv.families.spec import Family
+from moeconv.plan.build import rows, whole
+from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
+from moeconv.types import JsonObject
+
+_KERNEL = "pack_mxfp4_blocks"
+_BLOCK = 32
+# classes of transformers that load the layout: only they read tensors of these names
+_CLASSES = frozenset({"GptOssForCausalLM"})
+# what is not in MXFP4, in the words of the published checkpoints
+_PLAIN = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+
+
+def _takes(family: Family) -> bool:
+    return family.architecture in _CLASSES
+
+
+def _form(family: Family) -> Family | None:
+    return family.own_form if _takes(family) else None
+
+
+def _why_not(family: Family) -> str:
+    return f"it is the layout of gpt-oss, and no class of transformers reads a {family.model_type} in it"
+
+
+def _item(ref: TensorRef, part: Input, role: str, at: int, of: int) -> Item:
+    """The item that packs one matrix [in, out], that of the expert `at` of `of`."""
+    width, out = part.shape
+    grid = (out, width // _BLOCK)
+    codes = TensorSpec(ref.name + "_blocks", "U8", (*grid, _BLOCK // 2), role, width * out, at, of)
+    exponents = TensorSpec(ref.name + "_scales", "U8", grid, role, 0, at, of)
+    return Item((codes, exponents), _KERNEL, (part,), {"parts": ["blocks", "exponents"]}, role.partition(".")[0])
+
+
+def _make(ref: TensorRef, _: Scheme, role: str) -> Item:
+    return _item(ref, whole(ref), role, 0, 0)
+
+
+def _stack(ref: TensorRef, _: Scheme, role: str, experts: int) -> list[Item]:
+    """A tensor [E, in, out] of all experts, with one item per expert."""
+    parts = (rows(ref, expert, 1)._replace(shape=ref.shape[1:]) for expert in range(experts))
+    return [_item(ref, part, role, expert, experts) for expert, part in enumerate(parts)]
+
+
+def _config(_scheme: Scheme, _ignore: Sequence[str], _dtype: str, _scope: str) -> JsonObject:
+    return {"quant_method": "mxfp4", "modules_to_not_convert": list(_PLAIN)}
+
+
+def _check(ref: TensorRef, _: Scheme) -> None:
+    if len(ref.shape) != 3:
+        raise InputError(
+            f"tensor {escape(ref.name)!r} is not of an expert, and the layout of gpt-oss has MXFP4 for experts alone",
+            hint="Use --scope experts.",
+        )
+    if ref.shape[1] % _BLOCK:
+        raise InputError(
+            f"tensor {escape(ref.name)!r}: blocks of {_BLOCK} do not divide its {ref.shape[1]} inputs",
+            hint="Use another format, such as bitsandbytes.",
+        )
+
+
+GPT_OSS = Format(
+    "mxfp4",
+    (
+        SchemeInfo(
+            "mxfp4",
+            4,
+            "U8",
+            {"transformers": "dequantized", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "unknown"},
+            limit=0.46,
+            measured={"transformers": {}},
+            hardware=("ampere", "ada", "h100", "b200"),
+            error=0.1154,
+        ),
+    ),
+    notes={
+        "transformers": "expands to 16 bits in memory where there is no GPU; on one it has MXFP4 kernels, not run",
+        "vllm": "from its source, not run; its CPU backend was not tried",
+        "sglang": "the layout of the published checkpoints; not run",
+        "llama.cpp": "its converter reads the layout of the published checkpoints; not run",
+        "mlx": "mlx-lm reads the layout of the published checkpoints; not run",
+    },
+    kernels=(Kernel(_KERNEL),),
+    make=_make,
+    config=_config,
+    stack=_stack,
+    form=_form,
+    why_not=_why_not,
+    takes=_takes,
+    check=_check,
+)

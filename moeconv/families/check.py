@@ -50,8 +50,8 @@ def check_foreign(checkpoint: Checkpoint) -> None:
         numbers = [f"{bits} bits"] * (bits is not None) + [f"groups of {group}"] * (type(group) is int and group > 0)
         raise Unsupported(
             f"the weights are quantized by {way.name}" + (f" ({', '.join(numbers)})" if numbers else "")
-            + ", which moeconv does not read",
-            hint=GIVE,
+            + f", {way.why}",
+            hint=way.hint,
         )  # fmt: skip
     if quantization is not None:
         encodings(

@@ -25,7 +25,8 @@ class Encoding:
     `name` is its row in PARTS. `grid` is (rows, columns) of the weights that share a scale; None stands for the whole
     axis. `zero_points` is true if the levels have an offset, `nested` if the scales are quantized too, `static` if the
     scale of the activations is stored beside the weight. `block` is the number of weights per block of bitsandbytes'
-    4-bit codes, and `quant_type` is bitsandbytes' name of these codes. `scale` is the part with the scales.
+    4-bit codes, and `quant_type` is bitsandbytes' name of these codes. `scale` is the part with the scales. With
+    `ordered`, the group of each column is stored beside the weight.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Encoding:
     block: int = 64
     scale: str = "scale"
     quant_type: str = "nf4"
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,34 @@ def _mlx(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     return made | ({"biases": scales} if affine else {})
 
 
+def _gptq(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
+    """GPTQ: the transposed weight, with codes in 32-bit words along the input dimension and zero points along the
+    output dimension."""
+    rows, columns = shape
+    if columns * encoding.bits % 32 or rows * encoding.bits % 32:
+        raise ValueError(f"codes of {encoding.bits} bits do not fill whole words in a weight {list(shape)}")
+    groups = -(-columns // (encoding.grid[1] or columns))
+    return {
+        "qweight": Part(("I32",), ((columns * encoding.bits // 32, rows),)),
+        "qzeros": Part(("I32",), ((groups, rows * encoding.bits // 32),)),
+        "scales": Part(("F16", "BF16", "F32"), ((groups, rows),)),
+        "g_idx": Part(("I32", "I64"), ((columns,),), needed=encoding.ordered),
+    }
+
+
+def _awq(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
+    """AWQ: the transposed weight, with codes and zero points in 32-bit words along the output dimension."""
+    rows, columns = shape
+    if rows % 8 or columns % (encoding.grid[1] or columns):
+        raise ValueError(f"groups of {encoding.grid[1]} or words of 8 codes do not divide a weight {list(shape)}")
+    groups = columns // (encoding.grid[1] or columns)
+    return {
+        "qweight": Part(("I32",), ((columns, rows // 8),)),
+        "qzeros": Part(("I32",), ((groups, rows // 8),)),
+        "scales": Part(("F16", "BF16", "F32"), ((groups, rows),)),
+    }
+
+
 PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "packed-int": _packed_int,
     "int8": _codes8("I8"),
@@ -192,5 +222,8 @@ PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": _mxfp4,
+    "gptq": _gptq,
+    "gptq-v2": _gptq,
+    "awq": _awq,
     **dict.fromkeys(("mlx-affine", "mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"), _mlx),
 }

@@ -8,12 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moeconv.errors import Unsupported
 from moeconv.types import Config, JsonObject
 
 GIVE = (
     "Give the unquantized checkpoint from which it was made, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
-    "bitsandbytes, FP8 blocks or MXFP4."
+    "bitsandbytes, FP8 blocks, MXFP4, GPTQ or AWQ."
 )
+_UNREAD = "which moeconv does not read"
+_NO_SETTINGS = "and config.json has no quantization_config that states how"
+_STATE = "Copy the settings into quantization_config of config.json: old exports have them in a file of their own."
+
+
+def unread(what: str) -> Unsupported:
+    """The error for a packing that is not read; `what` says which one it is."""
+    return Unsupported(f"{what}: moeconv does not read this packing", hint=GIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +30,7 @@ class Foreign:
     """A method of quantization. `methods` are its values of quant_method. `endings` are the endings of its tensors'
     names, all of which occur. `key` is the key of config.json that has its settings, and `bits` are the names of the
     setting for the width. A method whose quant_method is also that of a supported one is recognised by `endings`, and
-    by `without`: endings that do not occur."""
+    by `without`: endings that do not occur. `why` and `hint` end the message and say what to do."""
 
     name: str
     methods: tuple[str, ...] = ()
@@ -29,12 +38,15 @@ class Foreign:
     key: str = "quantization_config"
     bits: tuple[str, ...] = ("bits",)
     without: tuple[str, ...] = ()
+    why: str = _UNREAD
+    hint: str = GIVE
 
 
 # in the order in which endings are compared: rows with more endings come first
 FOREIGN: tuple[Foreign, ...] = (
-    Foreign("GPTQ", ("gptq", "gptqmodel"), (".qweight", ".qzeros", ".scales", ".g_idx")),
-    Foreign("AWQ", ("awq", "gemm"), (".qweight", ".qzeros", ".scales"), bits=("bits", "w_bit")),
+    # these two are read where config.json has their settings
+    Foreign("GPTQ", (), (".qweight", ".qzeros", ".scales", ".g_idx"), why=_NO_SETTINGS, hint=_STATE),
+    Foreign("AWQ", (), (".qweight", ".qzeros", ".scales"), why=_NO_SETTINGS, hint=_STATE),
     Foreign("AutoRound", ("auto-round", "auto_round", "intel/auto-round")),
     Foreign("MLX", (), (".scales", ".biases"), key="quantization"),
     Foreign("HQQ", ("hqq",), (".W_q",), bits=("nbits", "bits")),

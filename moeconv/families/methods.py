@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from moeconv.errors import InputError, Unsupported, escape
+from moeconv.families.autoawq import awq_encodings, awq_form
+from moeconv.families.autogptq import gptq_encodings, gptq_form
 from moeconv.families.encodings import Encoding
 from moeconv.families.foreign import GIVE
+from moeconv.families.foreign import unread as _unread
 from moeconv.families.module_groups import groups_of
 from moeconv.types import Config
 
@@ -32,7 +35,10 @@ def encodings(quantization: Config) -> tuple[Encoding, ...]:
 def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Encoding, ...]]:
     """A function from a module's names (as stored, as in memory) and whether it is an embedding to the forms that its
     weight may have, the likeliest first; none for a weight that stays plain. Raises as `encodings` does."""
-    if quantization_method(quantization) != "compressed-tensors":
+    method = quantization_method(quantization)
+    if method in _BY_MODULE:
+        return _of_module(_BY_MODULE[method](quantization))
+    if method != "compressed-tensors":
         everywhere = encodings(quantization)
         return lambda _modules, _embedding: everywhere
     by_group, groups = _by_group(quantization), groups_of(quantization)
@@ -40,6 +46,15 @@ def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Enco
     def forms(modules: Iterable[str], embedding: bool) -> tuple[Encoding, ...]:
         keys = (groups.group_of(module, embedding=embedding) for module in modules)
         return tuple(dict.fromkeys(by_group[key] for key in keys if key is not None))
+
+    return forms
+
+
+def _of_module(form: Callable[[str, str], Encoding | None]) -> Callable[[Iterable[str], bool], tuple[Encoding, ...]]:
+    def forms(modules: Iterable[str], _embedding: bool) -> tuple[Encoding, ...]:
+        names = tuple(modules)
+        found = form(names[0], names[-1])
+        return () if found is None else (found,)
 
     return forms
 
@@ -164,10 +179,6 @@ def _grid(weights: Config) -> tuple[int | None, int | None]:
     raise _unread(f"compressed-tensors with strategy {escape(strategy)} and group_size {escape(size)}")
 
 
-def _unread(what: str) -> Unsupported:
-    return Unsupported(f"{what}: moeconv does not read this packing", hint=GIVE)
-
-
 _MLX_GROUPS = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 _MLX_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -194,4 +205,11 @@ METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "mlx": _mlx,
     "fbgemm_fp8": lambda _quantization: (Encoding("float8", 8, (1, None)),),
     "mxfp4": lambda _quantization: (Encoding("mxfp4", 4),),
+    "gptq": gptq_encodings,
+    "awq": awq_encodings,
+}
+# methods whose settings name modules that differ -> the form of a module
+_BY_MODULE: Mapping[str, Callable[[Config], Callable[[str, str], Encoding | None]]] = {
+    "gptq": gptq_form,
+    "awq": awq_form,
 }

@@ -381,4 +381,5 @@ def _has_experts(checkpoint: Checkpoint, family: Family) -> bool:
     """Whether the checkpoint has the down projection of a single expert, packed or not, under the name in this row."""
     layer = next(iter(Model(checkpoint, family, {}, ()).moe_layers), None)
     name = family.name("expert.down", layer=layer, expert=0)
-    return name in checkpoint.tensors or packed.name_of(name, "packed", stacked=False) in checkpoint.tensors
+    apart = (packed.name_of(name, part, stacked=False) for part in packed.CODES_APART)
+    return name in checkpoint.tensors or any(stored in checkpoint.tensors for stored in apart)

@@ -38,7 +38,10 @@ PARTS: dict[str, str] = {
     ".weight.quant_state.bitsandbytes__fp4": "state",
     ".weight_format": "format",
     ".SCB": "SCB",
-    ".scales": "scales",  # MLX
+    ".qweight": "qweight",  # GPTQ and AWQ, with the scales below
+    ".qzeros": "qzeros",
+    ".g_idx": "g_idx",
+    ".scales": "scales",  # also of MLX
     ".biases": "biases",
 }
 # suffixes that are appended to the full name of a tensor that holds all experts: MXFP4 codes and exponents, and the
@@ -55,7 +58,8 @@ STACKED_PARTS: dict[str, str] = {
     ".nested_offset": "nested_offset",
     ".scb": "SCB",
 }
-CODES = ("weight", "packed", "blocks")
+CODES_APART = ("packed", "qweight")  # of one matrix, under a name that is not the weight's
+CODES = ("weight", "blocks", *CODES_APART)
 SHARED = ("quant_map", "nested_quant_map", "state")
 _DEEPEST = max(suffix.count(".") for suffix in PARTS)
 _GLUED = tuple(suffix for suffix in STACKED_PARTS if not suffix.startswith("."))
@@ -106,7 +110,7 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
         return count
     if part == "blocks":
         return 2 * count
-    return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight") else 0
+    return ref.nbytes * 8 // (bits or 8) if part in ("packed", "weight", "qweight") else 0
 
 
 # Where config.json may have its quantization_config: at the top, or in the config of the language model of a multimodal
@@ -220,6 +224,16 @@ def stated_shape(checkpoint: Checkpoint, stored: Stored) -> object:
         fields = parse_json(bytes(checkpoint.read(name)), what=escape(name))
         return fields.get("shape") if isinstance(fields, dict) else "no object"
     return None
+
+
+def unknown_group(checkpoint: Checkpoint, stored: Stored) -> int | None:
+    """A group that a packed weight states for one of its columns, and of which it has no scales; None if there is no
+    such column. Reads the groups of all columns."""
+    if "g_idx" not in stored.parts:
+        return None
+    ref, scales = (checkpoint.tensors[stored.parts[part]] for part in ("g_idx", "scales"))
+    of_columns = memoryview(bytes(checkpoint.read(ref.name))).cast("i" if ref.dtype == "I32" else "q")
+    return next((group for group in of_columns if not 0 <= group < scales.shape[0]), None)
 
 
 def _differences(weight: str, refs: Mapping[str, TensorRef], wanted: Mapping[str, Part], *, stacked: bool) -> list[str]:

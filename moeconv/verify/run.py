@@ -13,7 +13,7 @@ from moeconv.checkpoint.strictjson import read_json_object
 from moeconv.contract import Verified
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model, open_model
-from moeconv.families.packed import stated_shape
+from moeconv.families.packed import stated_shape, unknown_group
 from moeconv.inspect.unknown import unsupported_warning
 from moeconv.plan.meter import Meter, SilentMeter
 
@@ -45,7 +45,7 @@ def verify(
         problems.append(error.message)
     problems += _check_hashes(checkpoint, meter)
     if model is not None:
-        problems += _check_stated_shapes(model)
+        problems += _check_stated(model)
     if source is not None and model is not None:
         problems += _compare(model, open_model(source))
     loads: bool | None = None
@@ -72,8 +72,9 @@ def verify(
     }
 
 
-def _check_stated_shapes(model: Model) -> list[str]:
-    """Compares the shapes that packed weights store as data, which no header shows, with config.json."""
+def _check_stated(model: Model) -> list[str]:
+    """Compares what packed weights store about themselves as data, which no header shows, with config.json and the
+    headers: their shapes, and the groups of their columns."""
     problems = []
     for name, stored in model.stored.items():
         try:
@@ -85,6 +86,8 @@ def _check_stated_shapes(model: Model) -> list[str]:
             problems.append(
                 f"{escape(name)!r} states the shape {escape(stated)[:80]}, but config.json requires {wanted}"
             )
+        if (group := unknown_group(model.checkpoint, stored)) is not None:
+            problems.append(f"{escape(stored.parts['g_idx'])!r} names the group {group}, which has no scales")
     return problems
 
 

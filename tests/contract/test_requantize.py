@@ -55,6 +55,10 @@ def make(tmp_path, cli):
         ("mxfp4", ("--format", "bitsandbytes")),
         ("mxfp4", INT8),
         ("int8", ("--group-size", 32)),
+        ("gptq", ()),
+        ("gptq", ("--format", "bitsandbytes", "--scope", "all-linear")),
+        ("awq", ()),
+        ("awq", ("--format", "bitsandbytes")),
         ("int8-stacked", ("--format", "bitsandbytes", "--double-quant")),
     ],
 )

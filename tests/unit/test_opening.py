@@ -19,10 +19,8 @@ from moeconv.prune.planner import plan_prune
 from tests import tiny
 
 # parts that stand in a weight's place, and what config.json says beside them
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+HQQ = {"quant_method": "hqq", "nbits": 4, "group_size": 128}
 NAMED: dict[str, tuple[tuple[str, ...], dict]] = {
-    "GPTQ": (("qweight", "qzeros", "scales", "g_idx"), {"quantization_config": GPTQ}),
-    "AWQ": (("qweight", "qzeros", "scales"), {"quantization_config": {"quant_method": "awq", "bits": 4}}),
     "HQQ": (("W_q", "meta"), {"quantization_config": {"quant_method": "hqq"}}),
     "ModelOpt": (("weight", "weight_scale", "weight_scale_2", "input_scale"), {}),
     "EXL2": (("q_weight", "q_scale", "q_perm"), {}),
@@ -57,6 +55,20 @@ def test_a_foreign_quantization_is_named_and_inspect_answers(tmp_path: Path, cli
     assert any("no step accepts this checkpoint" in text for text in found.json["warnings"])
     table = cli("inspect", path)
     assert table.code == 0 and "quantization" in table.out
+
+
+@pytest.mark.parametrize(("way", "parts"), [("GPTQ", ("g_idx",)), ("AWQ", ())])
+def test_a_method_that_is_read_needs_its_settings(tmp_path: Path, cli, way: str, parts: tuple[str, ...]) -> None:
+    """Old exports have them in quantize_config.json, which no runtime of today reads."""
+    path, tensors = tiny.make_moe(tmp_path / "model", "qwen3_moe"), {}
+    for name, tensor in tiny.read_tensors(path).items():
+        stem = name.removesuffix("weight")
+        words = {stem + part: ("I32", (2, 2), bytes(16)) for part in ("qweight", "qzeros", "scales", *parts)}
+        tensors |= words if ".experts." in name else {name: tensor}
+    tiny.write_shards(path, tensors)
+    refused = cli("prune", path, tmp_path / "out", "--ratio", 0.5, "--json")
+    assert refused.code == 3 and f"quantized by {way}, and config.json has no" in refused.json["error"]["message"]
+    assert "quantization_config" in refused.json["error"]["hint"]
 
 
 def test_every_method_of_transformers_is_read_or_named(tmp_path: Path) -> None:
@@ -116,9 +128,9 @@ def test_a_kind_of_compressed_tensors_that_is_not_read_is_named(tmp_path: Path) 
 
 def test_a_quantization_that_stands_inside_another_config_is_said(tmp_path: Path) -> None:
     """Inside text_config transformers reads it; elsewhere nobody does."""
-    for key, word in (("text_config", "quantized by GPTQ"), ("llm_config", "inside llm_config")):
+    for key, word in (("text_config", "quantized by HQQ"), ("llm_config", "inside llm_config")):
         other = tiny.make_moe(tmp_path / key)
-        tiny.edit_json(other / "config.json", **{key: {"quantization_config": GPTQ}})
+        tiny.edit_json(other / "config.json", **{key: {"quantization_config": HQQ}})
         with pytest.raises(Unsupported, match=word):
             open_model(other)
 

@@ -1,5 +1,5 @@
-"""Sources that come quantized: FP8 with block, row or tensor scales, and MXFP4. Decoded as transformers does it,
-cut by prune as they lie on disk, and quantized again only on request."""
+"""Sources that come quantized: FP8 with block, row or tensor scales, MXFP4, GPTQ and AWQ. Decoded as their library does
+it, cut by prune as they lie on disk, and quantized again only on request."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from moeconv.stream.layers import LayerStream
 from moeconv.tensors import decode_weight
 from tests import tiny
 from tests.contract.stock import MOE_CASES, load, logits, save_stock
+from tests.stored_words import make_awq, make_gptq
 
 torch.set_num_threads(1)
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -142,6 +143,8 @@ MAKERS = {
     "fp8-channel": lambda path: make_fp8(path, channel=True),
     "fp8-shared": lambda path: make_fp8(path, "deepseek_v3"),
     "mxfp4": make_mxfp4,
+    "gptq": make_gptq,
+    "awq": make_awq,
 }
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moeconv.errors import InputError, escape
 from moeconv.plan.kernels.pack import floats
+from moeconv.plan.kernels.pack.autoawq import unpack_awq
+from moeconv.plan.kernels.pack.autogptq import unpack_gptq
 from moeconv.plan.kernels.pack.fourbit import unpack_nf4
 from moeconv.plan.kernels.pack.integer import unpack_int, unpack_levels
 from moeconv.plan.kernels.pack.mlx import unpack_mlx
@@ -117,6 +119,10 @@ def _mlx(parts: Parts, how: How, dtype: torch.dtype | None) -> Tensor:
     return unpack_mlx(parts, mode=mode, bits=how["bits"], dtype=dtype)
 
 
+def _gptq(parts: Parts, how: How, _dtype: torch.dtype | None) -> Tensor:
+    return unpack_gptq(parts, bits=how["bits"], group_size=how["grid"][1], offset=how["form"] == "gptq")
+
+
 DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "packed-int": _packed_int,
     "int8": _codes8,
@@ -128,5 +134,8 @@ DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "bitsandbytes4": _bitsandbytes4,
     "bitsandbytes8": _bitsandbytes8,
     "mxfp4": lambda parts, _how, _dtype: floats.unpack_mxfp4(parts["blocks"], parts["exponents"]),
+    "gptq": _gptq,
+    "gptq-v2": _gptq,
+    "awq": lambda parts, how, _dtype: unpack_awq(parts, group_size=how["grid"][1]),
     **dict.fromkeys(("mlx-affine", "mlx-mxfp4", "mlx-nvfp4", "mlx-mxfp8"), _mlx),
 }

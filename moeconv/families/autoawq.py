@@ -1,0 +1,53 @@
+"""The layout of AWQ checkpoints (AutoAWQ, version gemm): what quantization_config says of a module's weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from moeconv.errors import InputError, escape
+from moeconv.families.encodings import Encoding
+from moeconv.families.foreign import unread
+from moeconv.types import Config
+
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+
+
+def awq_encodings(quantization: Config) -> tuple[Encoding, ...]:
+    """The only form of packed weights that the settings allow."""
+    version = quantization.get("version") or quantization.get("format") or "gemm"
+    bits = quantization.get("bits", quantization.get("w_bit", 4))
+    size = quantization.get("group_size", quantization.get("q_group_size", 128))
+    if not isinstance(version, str) or version.lower() != "gemm" or quantization.get("backend") == "llm-awq":
+        raise unread(f"AWQ in the layout {escape(version)} (version)")
+    if quantization.get("zero_point", True) is not True:
+        raise unread("AWQ without zero points (zero_point)")
+    if bits != 4 or type(bits) is not int or type(size) is not int or not (size == -1 or size > 0):
+        raise unread(f"AWQ of {escape(bits)} bits in groups of {escape(size)}")
+    return (Encoding("awq", 4, (1, None if size == -1 else size), zero_points=True, scale="scales"),)
+
+
+def awq_form(quantization: Config) -> Callable[[str, str], Encoding | None]:
+    """A function from a module's name (as stored, as in memory) to the form of its weight, None for one that
+    `modules_to_not_convert` keeps plain by the rule of transformers (should_convert_module)."""
+    (usual,) = awq_encodings(quantization)
+    stated = quantization.get("modules_to_not_convert")
+    words = [] if stated is None else stated
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise InputError(
+            f"config.json: quantization_config.modules_to_not_convert must be a list of names, found "
+            f"{escape(words)[:80]}",
+            hint="Correct config.json, or download it again.",
+        )
+    try:
+        expressions = [re.compile(f"(?:{word}){_BOUNDARY}") for word in words]
+    except re.error as error:
+        raise unread("AWQ with an expression in modules_to_not_convert that cannot be read") from error
+    ends = tuple(words)
+
+    def form(stored: str, in_memory: str) -> Encoding | None:
+        names = (stored, in_memory)
+        plain = any(name.endswith(ends) or any(one.match(name) for one in expressions) for name in names)
+        return None if plain else usual
+
+    return form

@@ -87,7 +87,8 @@ class Kernel:
     `fits`: the kernel has the parameter `fit`, with which it searches scales of least error (mse). `grid` is
     "module:name" of a `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (BY_DATA); it works on tensors,
     so it is imported when it is needed. `check(item, method)` raises UsageError for an item that a method cannot be
-    used with. `without` has the reason why the layout does not support a method.
+    used with. `without` has the reason why the layout does not support a method. `encodes` is the stored form, of
+    `families.encodings`, whose parts it makes, where a weight that is in it already can pass as it is.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Kernel:
     grid: str = ""
     check: Callable[[Item, str], None] = lambda *_: None
     without: Mapping[str, str] = field(default_factory=dict)
+    encodes: str = ""
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.spec import BY_DATA, FOLDING, TRIED
+from moeconv.quantize.untouched import untouched
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import need_of
@@ -63,7 +64,7 @@ def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | N
     for made in before:
         fused = fuse(made, plan)
         assert fused is not None  # the plan before it decodes
-        plan = fused
+        plan = untouched(fused)
     return _Packing(replace(plan, warnings=(*plan.warnings, *_grown(plan, model))), view)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ALONE = [case for case in MOE_CASES if row_of(case).tensors.served is not None]
 CASES = {case: MOE_CASES[case] for case in ALONE} | {
-    case: WRAPPED_CASES[case] for case in ("qwen3_vl_moe", "gemma4-vision", "llama4-vision")
+    case: WRAPPED_CASES[case] for case in ("qwen3_vl_moe", "gemma4-vision", "llama4-vision", "step3p7")
 }
 # where vLLM's modules look for the experts of a layer (its model files, 0.32)
 _MODULES = {
@@ -26,6 +26,7 @@ _MODULES = {
     "gemma4": "experts",
     "qwen3": "mlp.experts",
     "llama4": "feed_forward.experts",
+    "step3": "moe.experts",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from moeconv.errors import InputError
 from moeconv.families import placement, sliding
 from moeconv.families.blocks import BLOCK, DENSE_FFN, LAYER, PARTS, QK_NORM
-from moeconv.families.expert_blocks import MTP, moe_row
+from moeconv.families.expert_blocks import MTP, moe_row, served_below
 from moeconv.families.placement import Get, Placement
 from moeconv.families.records import (
     LIST,
@@ -117,6 +117,7 @@ STEP3P5 = moe_row(
         | DENSE_FFN,
         packed=_PACKED,
         layouts=(ExpertLayout(_STACKED, _PACKED),),
+        served=served_below(_MOE),
         float32=frozenset({"router.correction"}),
         shapes={"attention.gate": "heads, hidden"},
         sizes={"heads": _heads},

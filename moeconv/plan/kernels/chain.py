@@ -9,7 +9,10 @@ from moeconv.plan.plan import Input, Item, Params, TensorSpec
 
 
 def chain(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> Sequence[Buffer]:
-    """The kernel `then` on the output of `first`. params: first and then (each with kernel and params), between."""
+    """The kernel `then` on the output of `first`. params: first and then (each with kernel and params), between;
+    untouched: the inputs are what both would make of them."""
+    if params.get("untouched"):
+        return [data for _, data in inputs]
     then = params["then"]
     if then["kernel"] == "copy":
         return [between(inputs, params)[1]]

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size, reads_of
 from moeconv.plan.meter import Meter
+from moeconv.quantize.gguf_recipes import is_quantized
 from moeconv.quantize.llama_cpp import LlamaCpp, find_row, written
 from moeconv.stream.experts import down_inputs
 from moeconv.stream.layer import Batch, Layer
@@ -47,6 +49,8 @@ class WeighedMatrix:
     experts: int
     key: str
     source: str
+    # whether its columns are those of the tensor that it is made from, whose inputs the class shows
+    seen: bool = True
 
 
 def write_imatrix(
@@ -75,7 +79,8 @@ def write_imatrix(
         model, read.windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=budget,
         meter=meter, what="calibrate",
     )  # fmt: skip
-    matrices = list(matrices_of(model, row))
+    every = list(matrices_of(model, row))
+    matrices, unseen = [one for one in every if one.seen], [one for one in every if not one.seen]
     head = _head(matrices, datasets=[s.name for s in read.sources], chunks=len(read.windows), size=read.seq_len)
     unused: dict[int, list[int]] = {}
     with writing_artifact(path, (), metadata={}, overwrite=overwrite, head=head) as writer:
@@ -90,7 +95,7 @@ def write_imatrix(
     sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
     return {
         "output": str(path), "tokens": read.tokens, "sources": sources, "layers": [],
-        "seconds": time.monotonic() - began, "warnings": _warnings(unused),
+        "seconds": time.monotonic() - began, "warnings": _warnings(unused) + _without(unseen),
     }  # fmt: skip
 
 
@@ -113,18 +118,29 @@ def matrices_of(model: Model, row: LlamaCpp) -> Iterator[WeighedMatrix]:
             continue
         for tensor in written(model, row, model.checkpoint.tensors[name], role):
             shape = tensor.part.shape
-            if tensor.target in seen or len(shape) < 2 or not tensor.target.endswith(".weight") or shape[-2] == 1:
+            if tensor.target in seen or len(shape) < 2 or not is_quantized(tensor.target, shape):
                 continue
             seen.add(tensor.target)
             experts = 1 if tensor.expert is None else model.num_experts
-            yield WeighedMatrix(tensor.target, shape[-1], experts, tensor.key, name)
+            kept = experts > 1 or _keeps_columns(tensor.part.tree)
+            yield WeighedMatrix(tensor.target, shape[-1], experts, tensor.key, name, kept)
+
+
+def _keeps_columns(tree: Sequence[Any] | None) -> bool:
+    """Whether an expression leaves the last axis of its source the last one."""
+    if tree is None:
+        return True
+    op, params, of = tree
+    if op == "transpose" or (op == "permute" and params["axes"][-1] != len(params["axes"]) - 1):
+        return False
+    return all(_keeps_columns(child) for child in of)
 
 
 def layer_sums(
     stream: LayerStream, layer: Layer, matrices: Sequence[WeighedMatrix]
 ) -> Iterator[tuple[WeighedMatrix, tuple[np.ndarray, np.ndarray]]]:
     """Run a layer; yield each matrix with the sums of squares of its inputs float64 [experts, columns] and the numbers
-    of tokens [experts]. Raises InputError for a matrix whose inputs are not seen."""
+    of tokens [experts]: ones for a matrix whose inputs are not seen."""
     seen: dict[str, _Sum] = {}
     alone = [m for m in matrices if m.experts == 1]
     routed = [m for m in matrices if m.experts > 1]
@@ -140,12 +156,8 @@ def layer_sums(
             del batch
     for one in matrices:
         found = seen[one.name] if one.experts == 1 else pools[_input_of(one)]
-        if not found.counts.any():
-            raise InputError(
-                f"the inputs of {one.source} are not seen in the class of transformers",
-                hint="Leave out --imatrix, and report the family.",
-            )
-        yield one, found.result()
+        # the class may read the weight of a module without running it: then all columns count alike
+        yield one, found.result() if found.counts.any() else (np.ones((one.experts, one.columns)), np.ones(one.experts))
 
 
 class _Sum:
@@ -210,8 +222,14 @@ def _add_routed(layer: Layer, batch: Batch, pools: Mapping[str, _Sum]) -> None:
         rows = slice(start, start + 1024)
         given = hidden[token[rows]]
         pools["token"].add_each(given if by is None else given * by[rows, None], expert[rows])
-    for rows, made in down_inputs(layer.experts, hidden, token, expert, weights=by):
-        pools["down"].add_each(made, expert[rows])
+    try:
+        for rows, made in down_inputs(layer.experts, hidden, token, expert, weights=by):
+            pools["down"].add_each(made, expert[rows])
+    except InputError as error:
+        raise InputError(
+            f"the inputs of the down projections of {type(layer.experts).__name__} are not seen in its class",
+            hint="Quantize this family without --imatrix.",
+        ) from error
 
 
 def _head(matrices: Sequence[WeighedMatrix], *, datasets: list[str], chunks: int, size: int) -> GgufHead:
@@ -227,6 +245,14 @@ def _head(matrices: Sequence[WeighedMatrix], *, datasets: list[str], chunks: int
             name = one.name + suffix
             stacks.append(Stack(name, "F32", (one.experts, columns), (name,)))
     return GgufHead(data, count, tuple(stacks))
+
+
+def _without(unseen: Sequence[WeighedMatrix]) -> list[str]:
+    """The warning about matrices that are not in the file."""
+    if not unseen:
+        return []
+    more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+    return [f"{unseen[0].name}{more} is not in the file, since its columns are not those of the model's own matrix"]
 
 
 def _is_imatrix(path: Path) -> bool:

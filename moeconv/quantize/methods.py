@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from moeconv.errors import UsageError
+from moeconv.options import PlanOptions, QuantizeOptions, flag_of
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.spec import Format, SchemeInfo
@@ -21,6 +22,21 @@ def check_method(format: Format, method: str) -> None:
         hint=f"Use --method {' or '.join(format.methods)}"
         + (f", or --format {' or '.join(others)}." if others else "."),
     )
+
+
+def check_reads(options: QuantizeOptions, common: PlanOptions, format: Format) -> None:
+    """Raises UsageError for an option that neither the method nor the format uses."""
+    usual = QuantizeOptions()
+    for name in ("actorder", "damping"):
+        if getattr(options, name) != getattr(usual, name) and options.method not in ("gptq", "auto"):
+            raise UsageError(
+                f"--method {options.method} does not use {flag_of(name)}",
+                hint=f"Leave {flag_of(name)} out, or choose --method gptq.",
+            )
+    if options.split_size != usual.split_size and format.shard is None:
+        raise UsageError(f"--format {format.name} does not use --split-size", hint="Use --shard-size.")
+    if common.shard_size != PlanOptions().shard_size and format.shard is not None:
+        raise UsageError(f"--format {format.name} does not use --shard-size", hint="Use --split-size.")
 
 
 def check_scheme_method(format: Format, info: SchemeInfo, method: str) -> None:

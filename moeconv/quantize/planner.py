@@ -25,7 +25,7 @@ from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
 from moeconv.quantize.laid_out import check_layout, fused_with_layout, layout_for
-from moeconv.quantize.methods import check_method, check_scheme_method
+from moeconv.quantize.methods import check_method, check_reads, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.modelfile import modelfile
 from moeconv.quantize.packing import Packing, mix
@@ -73,6 +73,7 @@ def quantize_plan(
     check_mixed(options, format, importance)
     mixed = options.scheme == MIXED
     check_method(format, options.method)
+    check_reads(options, common, format)
     info = choose_scheme(format, scheme=None if mixed else options.scheme, bits=None if mixed else options.bits)
     if not mixed:
         check_scheme_method(format, info, options.method)

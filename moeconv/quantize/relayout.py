@@ -6,7 +6,7 @@ is never written. Imports no torch and reads no tensor bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from moeconv.options import PlanOptions, parameters_of
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import carry_all, count_planned, whole
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
+from moeconv.units import counted
 
 Tree = list[Any]  # an expression of the kernel "compute"
 
@@ -56,9 +57,15 @@ def plan_layout(model: Model, form: Family | None, *, prediction: bool = True) -
         shards=arrange(items, common, form),
         params_total=total,
         params_active=active,
-        warnings=tuple(head_warnings(model)),
+        warnings=(*head_warnings(model), *_left(model, left_out, form)),
         dropped=(*model.dropped, *left_out),
     )
+
+
+def _left(model: Model, names: Sequence[str], form: Family) -> list[str]:
+    """The warning about multi-token-prediction layers that are left out."""
+    layers = f"the multi-token-prediction layers {list(model.prediction_layers)} ({counted(len(names), 'tensor')})"
+    return [f"{layers} are left out, since {form.tensors.readers} does not run them"] if names else []
 
 
 @dataclass(frozen=True)

@@ -205,3 +205,10 @@ def test_a_step_of_two_blocks_is_cut_with_the_model_and_its_latent_space_is_kept
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="fc1_latent_proj"):
         open_model(source)
+
+
+def test_mlx_says_that_prediction_layers_are_left_out(tmp_path, cli):
+    path, _ = make(tmp_path / "moe", "glm4_moe", moe_intermediate_size=64)
+    done = cli("quantize", path, tmp_path / "out", "--format", "mlx", "--json")
+    assert done.code == 0, done.out
+    assert any("multi-token-prediction layers [3]" in warning for warning in done.json["warnings"]), done.json

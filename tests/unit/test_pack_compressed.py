@@ -143,6 +143,15 @@ def test_what_is_no_number_is_refused(scheme, value, dtype):
         PACK[scheme](weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 0.01, 0.002, 3e-4])
+def test_nvfp4_is_as_near_for_small_weights(dtype, size):
+    """The scale of a whole weight is above the largest float16 for weights below 0.04."""
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(2)) * size).to(dtype)
+    values = decoded("nvfp4", PACK["nvfp4"](weight), weight.shape).double()
+    assert float((values - weight.double()).norm() / weight.double().norm()) < 0.11
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_weights_below_the_smallest_scale_decode_to_almost_nothing(scheme, dtype):

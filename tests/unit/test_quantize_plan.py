@@ -477,3 +477,17 @@ def test_a_format_that_transformers_does_not_load_of_a_family_is_refused_as_its_
     assert loads_of(format, "int4", tables().families["deepseek_v3"])["transformers"] == "dequantized"
     with pytest.raises(UsageError, match="--target transformers cannot load"):
         check_targets(format, "int4", ["transformers"], family=family)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--actorder", "none"), "--method rtn does not use --actorder"),
+        (("--damping", 0.1), "--method rtn does not use --damping"),
+        (("--split-size", "1GB"), "--format compressed-tensors does not use --split-size"),
+        (("--format", "gguf", "--shard-size", "1GB"), "--format gguf does not use --shard-size"),
+    ],
+)
+def test_an_option_that_nothing_uses_is_refused(tmp_path, cli, words, says):
+    done = cli("quantize", make_moe(tmp_path / "moe"), tmp_path / "out", *words, "--dry-run", "--json")
+    assert (done.code, done.json["error"]["message"]) == (2, says)

@@ -28,7 +28,8 @@ def check_blocks(ref: TensorRef, scheme: Scheme) -> None:
         raise InputError(
             f"tensor {escape(ref.name)!r} is {ref.shape[0]} x {ref.shape[1]}, which {scheme.name} cannot divide into "
             f"blocks of {BLOCK} x {BLOCK}",
-            hint="Use --scheme fp8, which has one scale per row, or leave this weight out with --scope.",
+            hint="Use --format compressed-tensors --scheme fp8, which has one scale per row, or leave this weight out "
+            "with --scope.",
         )
 
 

@@ -49,10 +49,15 @@ def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = ()) -> dict[str, Te
 
 def global_scale(largest: Sequence[Tensor]) -> Tensor:
     """448 * 6 / max, which maps the largest magnitude of all `largest` to the largest scale and code; float32 [1]. It
-    is computed in the dtype of the weights; 1 where they are zero."""
+    is computed in the dtype of the weights, or in float32 where it does not fit into that; 1 where they are zero."""
     peak = torch.stack([each.max() for each in largest]).max()
-    quotient = _E4M3_MAX * _LEVELS[-1] / peak.clamp(min=torch.finfo(peak.dtype).tiny)
-    return torch.nan_to_num(quotient, posinf=1.0).float().reshape(1)
+    if peak == 0:
+        return torch.ones(1)
+    most = _E4M3_MAX * _LEVELS[-1]
+    quotient = (most / peak).float()
+    if not quotient.isfinite():
+        quotient = (most / peak.float()).clamp(max=torch.finfo(torch.float32).max)
+    return quotient.reshape(1)
 
 
 def pack_mxfp4(weight: Tensor, *, signed_zeros: bool = False) -> dict[str, Tensor]:

@@ -40,10 +40,13 @@ def unpack_gptq(parts: Mapping[str, Tensor], *, bits: int, group_size: int | Non
     least = (zeros.to(scales.dtype) + offset).T.contiguous()
     factors, of_column = scales.T.contiguous(), _groups(parts.get("g_idx"), columns, group_size or columns, groups)
     out = torch.empty(rows, columns, dtype=scales.dtype)
+    in_order = columns % groups == 0 and torch.equal(of_column, torch.arange(columns) // (columns // groups))
+    # columns in the order of their groups need no copy of the scales for each of them
+    pick, width = (slice(None), columns // groups) if in_order else (of_column, 1)
     for start, stop in row_blocks(rows, columns):
         levels = unpack_levels(words[:, start:stop].T, bits=bits, columns=columns).to(scales.dtype)
-        levels -= least[start:stop, of_column]
-        torch.mul(levels, factors[start:stop, of_column], out=out[start:stop])
+        each = levels.view(stop - start, -1, width).sub_(least[start:stop, pick, None])
+        torch.mul(each, factors[start:stop, pick, None], out=out[start:stop].view(each.shape))
     return out
 
 

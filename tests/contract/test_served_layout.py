@@ -118,6 +118,7 @@ def test_the_list_of_families_names_the_format() -> None:
 def test_only_families_that_vllm_runs_have_such_names() -> None:
     for row in tables().families.values():
         if row.tensors.served is not None:
+            assert row.tensors.served.readers == "vLLM", row.model_type
             assert "vllm" in row.elsewhere.runs or row.multimodal.text or row.model_type.endswith("_text"), (
                 row.model_type
             )

@@ -5,19 +5,29 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moeconv.families import placement
-from moeconv.families.blocks import BASE_CONFIG, BLOCK, DENSE_FFN, O_BIAS, QK_NORM, QKV_BIAS, ROTARY_BUFFERS, dense_row
+from moeconv.families.blocks import (
+    BASE_CONFIG,
+    BLOCK,
+    DENSE_FFN,
+    LAYER,
+    O_BIAS,
+    QK_NORM,
+    QKV_BIAS,
+    ROTARY_BUFFERS,
+    dense_row,
+)
 from moeconv.families.expert_blocks import (
     EVERY_ENGINE,
     MLP_EXPERTS,
     MLP_ROUTER,
     ROUTER_LOSS,
-    SEPARATE,
     SHARED_EXPERT,
     SHARED_GATE,
     STACKED,
     STACKED_NAMES,
     ZERO_SHARED_128,
     moe_row,
+    served_below,
 )
 from moeconv.families.records import Attention, ConfigKeys, Elsewhere, ExpertLayout, Experts, Routing, Tensors
 from moeconv.families.sliding import LAYER_TYPES, LAYER_TYPES_ALTERNATING, SWITCH
@@ -134,7 +144,7 @@ QWEN3_VL_MOE_TEXT = replace(
         names={k: v for k, v in QWEN3_MOE.tensors.names.items() if k not in MLP_EXPERTS} | STACKED_NAMES,
         packed=_TRANSPOSED.packed,
         layouts=(STACKED, _TRANSPOSED),
-        served=SEPARATE,
+        served=served_below(LAYER + "mlp."),
     ),
     config=ConfigKeys(
         {

@@ -322,6 +322,7 @@ def quantize(
     max_bytes: str | None = ...,
     stats: _Path | None = ...,
     split_size: str = ...,
+    file_name: str = ...,
     modelfile: bool = ...,
     imatrix: _Path | None = ...,
     damping: float = ...,

@@ -40,6 +40,10 @@ class QuantizeOptions:
         "50GB", "gguf: largest size of a file; a larger model becomes several (-00001-of-00003.gguf).", metavar="SIZE",
         panel="Output",
     )  # fmt: skip
+    file_name: str = option(
+        "model", "gguf: name of the file without .gguf; {type} becomes the scheme: mine-{type} is mine-Q8_0.gguf.",
+        metavar="NAME", panel="Output",
+    )  # fmt: skip
     modelfile: bool = option(
         False, "gguf: also write a Modelfile for ollama, with the sampling settings and stop words of the model.",
         panel="Output",

@@ -15,7 +15,7 @@ from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.gguf_importance import Columns
 from moeconv.quantize.gguf_metadata import metadata
 from moeconv.quantize.gguf_recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
-from moeconv.quantize.gguf_split import split
+from moeconv.quantize.gguf_split import split, stem_of
 from moeconv.quantize.gguf_types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
 from moeconv.quantize.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
 from moeconv.quantize.llama_cpp.numbers import hyperparameters
@@ -54,7 +54,7 @@ def gguf_shards(asked: Asked) -> tuple[tuple[Shard, ...], list[str]]:
     file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
     data, count, warnings = metadata(model, row, file_type=file_type)
     laid = [_stack(name, items) for name, items in stacks.items()]
-    shards = split(laid, stacks, metadata=data, count=count, size=asked.size)
+    shards = split(laid, stacks, metadata=data, count=count, size=asked.size, stem=stem_of(asked.name, info.name))
     if not asked.whole:
         warnings = [*warnings, *_widened(info, stacks, chosen)]
     warnings = [*warnings, *columns.warnings()]

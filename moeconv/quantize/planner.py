@@ -78,6 +78,8 @@ def quantize_plan(
     if not mixed:
         check_scheme_method(format, info, options.method)
     imatrix = _imatrix(options, format)
+    if format.shard is None and options.file_name != QuantizeOptions().file_name:
+        raise UsageError(f"--format {format.name} does not use --file-name", hint="Use --format gguf.")
     options = replace(options, scope=choose_scope(model, format, info, options.scope))
     warnings = check_targets(
         format, info.name, options.target, family=model.family, mixed=mixed, hidden=model.hidden_size
@@ -114,7 +116,7 @@ def quantize_plan(
     if format.shard is not None:
         size = parse_size(options.split_size, flag="--split-size")
         whole = options.scope == WHOLE
-        shards, notes = format.shard(Asked(model, weights, scheme, dtype, whole, imatrix, size))
+        shards, notes = format.shard(Asked(model, weights, scheme, dtype, whole, imatrix, size, options.file_name))
         config, warnings = with_head(model), [*warnings, *notes]
         warnings += _why_left_out(model, left_out)
         promise = _promise(model, shards)
@@ -157,7 +159,7 @@ def _imatrix(options: QuantizeOptions, format: Format) -> Imatrix | None:
 def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix | None) -> JsonObject:
     """The parameters of the plan, with the content of the importance matrix in place of its path."""
     found = parameters_of(options, common)
-    del found["imatrix"], found["split_size"], found["modelfile"]  # the plan has the files
+    del found["imatrix"], found["split_size"], found["modelfile"], found["file_name"]  # the plan has the files
     return found if imatrix is None else found | {"imatrix": imatrix.sha256}
 
 

@@ -107,7 +107,7 @@ class Kernel:
 class Asked:
     """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
     decides the type of every tensor. `dtype` is that of the tensors that are not packed. `imatrix` has the importance
-    of columns, and `size` is that of the largest file in bytes."""
+    of columns, `size` is that of the largest file in bytes, and `name` is that of the file."""
 
     model: Model
     weights: Sequence[TensorRef]
@@ -116,6 +116,7 @@ class Asked:
     whole: bool = False
     imatrix: Imatrix | None = None
     size: int = 50_000_000_000
+    name: str = "model"
 
 
 @dataclass(frozen=True, slots=True)

@@ -503,3 +503,18 @@ def test_a_modelfile_is_refused_where_ollama_cannot_use_it(tmp_path, cli):
     for words, said in (((), "is for GGUF"), (split, "ollama reads one file")):
         done = cli("quantize", source, tmp_path / "out", *words, "--modelfile", "--json")
         assert done.code == 2 and said in done.json["error"]["message"] and not (tmp_path / "out").exists(), done.out
+
+
+def test_a_file_may_be_named_after_its_type(tmp_path, cli):
+    source = make(tmp_path / "m", intermediate=64)
+    words = ("--format", "gguf", "--scheme", "q8_0", "--no-check", "--json", "--file-name")
+    assert cli("quantize", source, tmp_path / "a", *words, "mine-{type}", "--modelfile").code == 0
+    assert (tmp_path / "a" / "Modelfile").read_text().startswith("FROM ./mine-Q8_0.gguf\n")
+    assert "PATH/mine-Q8_0.gguf" in (tmp_path / "a" / "README.md").read_text()
+    assert cli("verify", tmp_path / "a", "--json").json["ok"] is True
+    done = cli("quantize", source, tmp_path / "b", *words, "x.gguf", "--split-size", "100KB")
+    assert done.code == 0 and sorted(path.name for path in (tmp_path / "b").glob("*.gguf"))[0].startswith("x-00001-of-")
+    for name in ("a/b", "", ".hidden", "x-00001-of-00002", "{scheme}"):
+        done = cli("quantize", source, tmp_path / "c", *words, name)
+        assert done.code == 2 and "--file-name" in done.json["error"]["message"] and not (tmp_path / "c").exists()
+    assert cli("quantize", source, tmp_path / "c", "--file-name", "x", "--no-check").code == 2  # of another format

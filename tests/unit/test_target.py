@@ -30,10 +30,11 @@ from moeconv.recipe.read import DEMO_DATA, GROUPS
 from moeconv.recipe.run import run_recipe
 
 WRITERS = {verb.name: verb for verb in VERBS if any(p.writes for p in verb.positionals)}
-# options that hold words, none of which is a path; an option that holds one says so in `reads`
+# options that hold words, none of which is a path (`model` of families is a name); an option that holds one says so in
+# `reads`
 WORDS = {
     "shard_size", "part", "max_memory", "text_field", "to", "layers", "shared_experts", "max_bytes", "group_size",
-    "among", "split_size", "target", "train", "protect", "title", "set", "model",  # of families: a name, never a path
+    "among", "split_size", "file_name", "target", "train", "protect", "title", "set", "model",
 }  # fmt: skip
 WRITES = {"out", "imatrix"}  # options that name what is written, of `run` and of `calibrate`
 

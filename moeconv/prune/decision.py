@@ -44,6 +44,11 @@ class Decision:
     predicted: Keep = field(default_factory=dict)
     width: Width | None = None
 
+    @property
+    def all_kept(self) -> Keep:
+        """The experts that stay in the model's own layers and in the measured prediction layers."""
+        return {**self.keep, **self.predicted}
+
 
 def decide(
     model: Model, options: PruneOptions, evidence: Evidence, *, left: int | None, seed: int, keep: Keep | None = None

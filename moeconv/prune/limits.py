@@ -44,6 +44,8 @@ def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int
     left = budget(model, options, common)
     _check_numbers(options)
     _check_together(options)
+    if left == model.num_experts:
+        _check_removes_none(options)
     _check_top_k(model, options, left)
     alone = options.top_k is not None or asks_width(options)
     if left is not None and not (alone and left == model.num_experts):
@@ -151,6 +153,9 @@ def _check_together(options: PruneOptions) -> None:
     for one, other in (("merge", "refit"), ("merge", "heal"), ("merge", "sequential")):
         if getattr(options, one) and getattr(options, other):
             raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
+    for name in ("refit", "heal", "merge"):  # the repaired experts have a scale of their own
+        if options.rescale and getattr(options, name):
+            raise UsageError(f"--rescale and {flag_of(name)} exclude each other", hint="Pass one of them.")
     for name in ("refit_strength", "refit_sweeps"):
         if getattr(options, name) != getattr(PruneOptions(), name) and not options.refit:
             raise UsageError(f"{flag_of(name)} goes with --refit", hint="Add --refit and --data FILE.")
@@ -160,6 +165,17 @@ def _check_together(options: PruneOptions) -> None:
         )
 
 
+def _check_removes_none(options: PruneOptions) -> None:
+    """Raises UsageError for options about the removal of experts, where --top-k or --width alone removes none."""
+    asked = [name for name in ("top_k", "width", "width_ratio") if getattr(options, name) is not None]
+    for name in ("merge", "sequential", "protect_coverage", "protect", "rescale"):
+        if asked and getattr(options, name):
+            raise UsageError(
+                f"{flag_of(name)} is about which experts are kept, and {flag_of(asked[0])} alone removes none",
+                hint=f"Leave out {flag_of(name)}, or also pass --ratio or --keep.",
+            )
+
+
 def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
     """Raises UsageError for a --top-k that the model cannot have, or that changes nothing."""
     if options.top_k is None:
@@ -167,12 +183,6 @@ def _check_top_k(model: Model, options: PruneOptions, left: int | None) -> None:
     limit = model.num_experts if left is None else left
     if not 1 <= options.top_k <= limit:
         raise UsageError(f"--top-k {options.top_k}: expected 1 to {limit}, the experts of a layer")
-    for name in ("merge", "sequential", "protect_coverage"):
-        if left == model.num_experts and getattr(options, name):
-            raise UsageError(
-                f"{flag_of(name)} is about which experts are kept, and --top-k alone removes none",
-                hint=f"Leave out {flag_of(name)}, or also pass --ratio or --keep.",
-            )
     if left == model.num_experts and options.top_k == model.top_k:
         raise UsageError(
             f"--top-k {options.top_k} is the value that the model has",

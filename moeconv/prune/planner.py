@@ -65,7 +65,7 @@ def prune_plan(
     overlays: Mapping[str, Overlay] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a decision. `evidence` is what the decision was made on."""
-    keep, left, orders = {**decision.keep, **decision.predicted}, decision.left, decision.orders
+    keep, left, orders = decision.all_kept, decision.left, decision.orders
     prunes = left < model.num_experts
     scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
     width = decision.width

@@ -20,7 +20,6 @@ from moeconv.plan.meter import Meter
 from moeconv.plan.phases import phase
 from moeconv.prune import choice, planner
 from moeconv.prune.criteria import CRITERIA, Evidence
-from moeconv.prune.cutting import Keep
 from moeconv.prune.decision import Decision, with_keep
 from moeconv.prune.width import ORIGIN
 from moeconv.prune.windows import heal_of, read_windows, refit_of, stream_of
@@ -97,22 +96,23 @@ def repaired(
             figures["refit"] = {"layers": [asdict(f) for f in variant.fitted]}
     else:
         pruned_pass(stream, [variant])
+    decision = with_keep(decision, {layer: sorted(kept) for layer, kept in variant.keep.items()})
     if narrow is not None:
         chosen = {layer: neurons.cpu().numpy() for layer, neurons in variant.neurons.items()}
-        overlays |= neurons_of(narrow, variant.keep, folder, chosen=chosen)
+        overlays |= neurons_of(narrow, decision, folder, chosen=chosen)
         figures["width"] = {"layers": [asdict(row) for row in variant.narrowed]}
-    keep = {layer: sorted(kept) for layer, kept in variant.keep.items()}
-    return Repaired(with_keep(decision, keep), overlays, figures)
+    return Repaired(decision, overlays, figures)
 
 
 def neurons_of(
-    narrow: Narrow, keep: Keep, folder: Path, *, chosen: Mapping[int, np.ndarray] | None = None
+    narrow: Narrow, decision: Decision, folder: Path, *, chosen: Mapping[int, np.ndarray] | None = None
 ) -> dict[str, Overlay]:  # fmt: skip
     """{origin: the file with the neurons that stay}, in the layers `chosen` {layer: [n, W]} those that data decided."""
     from moeconv.prune.repair.neurons import write_neurons
 
     path = folder / ORIGIN
-    write_neurons(narrow, {layer: sorted(kept) for layer, kept in keep.items()}, path, chosen=chosen or {})
+    keep = {layer: sorted(kept) for layer, kept in decision.all_kept.items()}
+    write_neurons(narrow, keep, path, chosen=chosen or {})
     return {ORIGIN: Overlay(path)}
 
 

@@ -189,7 +189,7 @@ def _measured(
     if options.sequential or options.refit or options.heal or (size is not None and request.data.data):
         made = repaired(model, evidence, request, made, folder, meter=meter)
     elif size is not None:
-        made = replace(made, overlays=neurons_of(Narrow(model, size.after), decision.keep, folder))
+        made = replace(made, overlays=neurons_of(Narrow(model, size.after), decision, folder))
     if options.merge:
         made = merged(model, evidence, request, made, folder, meter=meter)
     if options.distill:

@@ -123,7 +123,7 @@ def check_width(model: Model, options: PruneOptions) -> None:
     flag = flag_of(given[0])
     if len(given) > 1:
         raise UsageError(f"{flag} and {flag_of(given[1])} exclude each other", hint="Pass one of them.")
-    for name in ("merge", "sequential", "curve"):
+    for name in ("merge", "sequential", "rescale", "curve"):
         if getattr(options, name):
             raise UsageError(f"{flag} and {flag_of(name)} exclude each other", hint=f"Leave out {flag_of(name)}.")
     if options.threshold is not None or options.max_loss_increase is not None:

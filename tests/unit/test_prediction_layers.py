@@ -152,6 +152,29 @@ def test_its_experts_are_chosen_by_data(tmp_path: Path, cli: Any, case: str) -> 
     )
 
 
+@pytest.mark.parametrize("by_data", [False, True], ids=["weights", "data"])
+def test_its_experts_keep_their_own_best_neurons(tmp_path: Path, cli: Any, by_data: bool) -> None:
+    path, prefix = make(tmp_path / "moe", "glm4_moe")
+    add_tokenizer(path)
+    (tmp_path / "text").write_text(text(1500))
+    data = ("--data", tmp_path / "text", "--seq-len", 16)
+    assert cli("calibrate", path, tmp_path / "stats", *data, "--json").code == 0
+    width = open_model(path).expert_width // 2
+    flags = ("--stats", tmp_path / "stats", "--criterion", "saliency", "--keep", 4, "--width", width)
+    done = cli("prune", path, tmp_path / "out", *flags, *(data if by_data else ()), "--json")
+    assert done.code == 0, done.out
+    kept = done.json["prune"]["keep"]["3"]
+    assert kept != done.json["prune"]["keep"]["2"], "the layer must not keep what the last one keeps"
+    before, after = (load_file(p / "model.safetensors") for p in (path, tmp_path / "out"))
+    for new, old in enumerate(kept):
+        name = prefix + "mlp.experts.{}.{}_proj.weight"
+        gate, up, down = (before[name.format(old, part)] for part in ("gate", "up", "down"))
+        score = gate.double().norm(dim=1) * up.double().norm(dim=1) * down.double().norm(dim=0)
+        best = score.argsort(descending=True)[:width].sort().values
+        assert torch.equal(after[name.format(new, "gate")], gate[best])
+        assert torch.equal(after[name.format(new, "down")], down[:, best])
+
+
 def test_files_of_several_runs_are_added(tmp_path: Path, cli: Any) -> None:
     path, _ = make(tmp_path / "moe", "glm4_moe")
     add_tokenizer(path)

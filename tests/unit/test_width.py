@@ -199,9 +199,12 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, cli: Any) -> None:
         (["--width", 16, "--curve"], "exclude each other"),
         (["--keep", 4, "--mix", "auto"], "--ratio"), (["--ratio", 0.5, "--mix", "auto", "--width", 16], "exclude"),
         (["--width", 16, "--threshold", 0.5], "exclude each other"),
+        (["--keep", 4, "--width", 16, "--rescale"], "--width and --rescale exclude each other"),
+        (["--width", 16, "--protect", "0:1"], "--protect is about which experts are kept"),
+        (["--keep", 4, "--refit", "--rescale"], "--rescale and --refit exclude each other"),
     ):  # fmt: skip
         out = [] if "--curve" in flags else [tmp_path / "out"]
-        reads = {"--curve", "--threshold", "--mix"} & set(flags)
+        reads = {"--curve", "--threshold", "--mix", "--refit"} & set(flags)
         data = ["--data", tmp_path / "none.txt"] if reads else []
         done = cli("prune", path, *out, *flags, *data, "--json")
         assert done.code == 2 and says in done.json["error"]["message"], (flags, done.out)

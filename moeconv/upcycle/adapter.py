@@ -38,7 +38,18 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None, []),
     # the other ways to start change the weights of the base too
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "use_rslora": (True, False, None),
 }
+# keys that say where the factors came from, how they were trained, or which modules have them; any other key that is
+# set may change what an adapter computes
+_HARMLESS = frozenset({
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "r", "lora_alpha", "rank_pattern",
+    "alpha_pattern", "lora_dropout", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+})  # fmt: skip
+_UNSET: tuple[object, ...] = (None, False, [], {})
+_LIMIT = 2**31  # of ranks and of lora_alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +74,16 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and not a model."""
-    return (path / CONFIG_NAME).is_file() and not (path / "config.json").is_file()
+    """Whether a directory holds an adapter and not a model. Raises InputError if it holds both."""
+    if not (path / CONFIG_NAME).is_file():
+        return False
+    weights = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
+    if (path / "config.json").is_file() and any(file.name != FILE_NAME for file in weights):
+        raise InputError(
+            f"{escape(path)} holds a model and an adapter ({CONFIG_NAME}), so that it is not clear which is meant",
+            hint="Put the adapter into a directory of its own, or delete its files if the model is meant.",
+        )
+    return True
 
 
 def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter:
@@ -75,10 +94,12 @@ def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter
     FFNs.
     """
     where, config = escape(path), read_json_object(path / CONFIG_NAME, what=CONFIG_NAME)
-    for key, values in _PLAIN.items():
-        if not any(config.get(key) is value or config.get(key) == value for value in values):
+    for key in (*_PLAIN, *sorted(config.keys() - _PLAIN.keys() - _HARMLESS)):
+        value = config.get(key)
+        if not any(value is plain or (type(value) is type(plain) and value == plain)
+                   for plain in _PLAIN.get(key, _UNSET)):  # fmt: skip
             raise InputError(
-                f"{where}: {CONFIG_NAME} has {key} = {escape(config.get(key))}, with which an adapter is more than a "
+                f"{where}: {CONFIG_NAME} has {escape(key)} = {escape(value)}, with which an adapter is more than a "
                 "low-rank product per weight",
                 hint="Merge it into the base with peft (merge_and_unload), save that model, and name its directory.",
             )
@@ -132,8 +153,11 @@ def _pairs(file: SafetensorsFile, where: str) -> dict[str, dict[str, TensorRef]]
 def _checked(config: JsonObject, module: str, pair: Mapping[str, TensorRef], weight: TensorRef, where: str) -> LowRank:
     a, b = pair["A"], pair["B"]
     rank, alpha = _setting(config, "rank_pattern", "r", module), _setting(config, "alpha_pattern", "lora_alpha", module)
-    if rank is None or alpha is None or rank < 1:
-        raise InputError(f"{where}: {CONFIG_NAME} needs numbers as r and lora_alpha", hint="The file is damaged.")
+    if rank is None or alpha is None or rank < 1 or not rank.is_integer():
+        raise InputError(
+            f"{where}: {CONFIG_NAME} needs numbers as r (whole, at least 1) and lora_alpha, below {_LIMIT}",
+            hint="The file is damaged.",
+        )
     want = (int(rank), weight.shape[-1]), (weight.shape[0], int(rank))
     if (a.shape, b.shape) != want or not {a.dtype, b.dtype} <= set(FLOAT_DTYPES):
         raise InputError(
@@ -146,21 +170,32 @@ def _checked(config: JsonObject, module: str, pair: Mapping[str, TensorRef], wei
 
 def _setting(config: JsonObject, patterns: str, usual: str, module: str) -> float | None:
     """The number that applies to a module. As in peft, the first pattern that ends the module's name counts."""
-    for pattern, value in _rules(config.get(patterns)):
+    for pattern, value in _rules(patterns, config.get(patterns)):
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
             return value
-    number = config.get(usual)
-    return float(number) if isinstance(number, (int, float)) and not isinstance(number, bool) else None
+    return _number(config.get(usual))
 
 
-def _rules(value: object) -> Iterator[tuple[str, float]]:
-    for pattern, number in value.items() if isinstance(value, dict) else ():
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            raise InputError(f"{CONFIG_NAME}: {escape(pattern)} has no number", hint="The file is damaged.")
+def _number(value: object) -> float | None:
+    """The value as a float; None if it is no finite number below the limit."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _LIMIT:
+        return None
+    return float(value)
+
+
+def _rules(key: str, value: object) -> Iterator[tuple[str, float]]:
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{CONFIG_NAME}: {key} must be an object of patterns", hint="The file is damaged.")
+    for pattern, stated in (value or {}).items():
+        number = _number(stated)
+        if number is None:
+            raise InputError(
+                f"{CONFIG_NAME}: {escape(pattern)} in {key} has no number below {_LIMIT}", hint="The file is damaged."
+            )
         try:
             re.compile(pattern)
         except re.error:
             raise InputError(
                 f"{CONFIG_NAME}: {escape(pattern)} is no pattern of names", hint="The file is damaged."
             ) from None
-        yield pattern, float(number)
+        yield pattern, number

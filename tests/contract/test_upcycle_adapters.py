@@ -115,6 +115,36 @@ _DAMAGE = {
     "another rank": (lambda path: edit_json(path / "adapter_config.json", r=5), "r = 5 need"),
     "rank of words": (lambda path: edit_json(path / "adapter_config.json", r="x"), "needs numbers"),
     "pattern": (lambda path: edit_json(path / "adapter_config.json", rank_pattern={"(": 4}), "no pattern"),
+    **{
+        f"{key} {str(value)[:8]}": (
+            lambda path, key=key, value=value: edit_json(path / "adapter_config.json", **{key: value}),
+            words,
+        )
+        for key, value, words in (
+            ("alora_invocation_tokens", [3, 4], "alora_invocation_tokens = [3, 4]"),
+            ("arrow_config", {"top_k": 2}, "arrow"),
+            ("kasa_config", {"beta": 1}, "kasa_config"),
+            ("use_bdlora", {"nblocks": 2}, "use_bdlora"),
+            ("velora_config", {"rank": 1}, "velora_config"),
+            ("monteclora_config", {"a": 1}, "monteclora_config"),
+            ("use_qalora", True, "use_qalora"),
+            ("of_a_later_version", True, "of_a_later_version = True"),
+            ("use_rslora", 1, "use_rslora"),
+            ("lora_alpha", 10**400, "needs numbers"),
+            ("r", 4.9, "needs numbers"),
+            ("r", 0, "needs numbers"),
+            ("rank_pattern", [1], "rank_pattern must be an object"),
+            ("alpha_pattern", {"up_proj": 10**400}, "up_proj in alpha_pattern has no number"),
+        )
+    },
+    "a model beside it": (
+        lambda path: [
+            shutil.copy(file, path)
+            for file in (path.parent / "base").iterdir()
+            if file.suffix in (".json", ".safetensors")
+        ],
+        "holds a model and an adapter",
+    ),
     "half of a pair": (_without_b, "only one of its two factors"),
     "truncated": (_cut, "adapter_model.safetensors"),
     "pickled": (lambda path: (path / "adapter_model.safetensors").rename(path / "adapter_model.bin"), "has no adapter"),

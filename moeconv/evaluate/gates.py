@@ -50,6 +50,22 @@ def check_limits(limits: Mapping[str, float | None], *, has_reference: bool, sou
             raise UsageError(f"{flag} needs --{rule.source}", hint=f"Pass --{rule.source} FILE.")
 
 
+def check_sources(
+    sources: Container[str], *, questions: int | None, tokens: int | None, batch_size: int
+) -> None:  # fmt: skip
+    """Check the numbers of what is read before anything is. `sources` are those of `data` and `tasks` that were given.
+
+    Raises UsageError for a number below 1, and for one that limits what was not given.
+    """
+    for flag, number, source in (("--questions", questions, "tasks"), ("--tokens", tokens, "data")):
+        if number is not None and number < 1:
+            raise UsageError(f"{flag} {number}: expected at least 1")
+        if number is not None and source not in sources:
+            raise UsageError(f"{flag} goes with --{source}", hint=f"Pass --{source} FILE, or leave out {flag}.")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: expected at least 1")
+
+
 def judge(limits: Mapping[str, float | None], figures: Mapping[str, float]) -> dict[str, Gate]:
     """{gate: {limit, value, passed}} for every gate that has a limit. A value that is NaN becomes None and fails."""
     judged: dict[str, Gate] = {}

@@ -17,7 +17,7 @@ from moeconv.contract import Evaluated, Load, SourceLoss
 from moeconv.data.tokenizer import same_tokenizer
 from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
-from moeconv.evaluate.gates import check_limits, finite, judge
+from moeconv.evaluate.gates import check_limits, check_sources, finite, judge
 from moeconv.evaluate.score import Score, score_window
 from moeconv.evaluate.settings import PassSettings
 from moeconv.evaluate.tasks import accuracy_figures, answer_tasks, longest_of, read_questions
@@ -79,6 +79,7 @@ def evaluate(
     check_limits(limits, has_reference=reference is not None, sources=given)
     if not given:
         raise UsageError("no data was given", hint="Pass --data with text, --tasks with questions, or both.")
+    check_sources(given, questions=questions, tokens=tokens, batch_size=batch_size)
     settings = PassSettings(
         _dtype(dtype), pick_device(device), batch_size,
         budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"), meter=meter,

@@ -7,6 +7,7 @@ import math
 from moeconv.checkpoint.hub import resolve
 from moeconv.data.tasks import read_tasks, sizes_of
 from moeconv.data.windows import sequence_length
+from moeconv.evaluate.gates import check_sources
 from moeconv.options import EVALUATE_SEQ_LEN, TOKENS, parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.requests import EvaluateRequest
@@ -35,7 +36,9 @@ def _dry_run(request: EvaluateRequest) -> JsonObject:
     estimated from their bytes."""
     paths = (request.model, request.evaluate.reference)
     models = [open_resolved(path) for path in paths if path is not None]
-    asked = request.measure
+    asked, options = request.measure, request.evaluate
+    given = [name for name, values in (("data", request.data.data), ("tasks", options.tasks)) if values] or ["data"]
+    check_sources(given, questions=options.questions, tokens=asked.tokens, batch_size=asked.batch_size)
     length = min(sequence_length(model, asked.seq_len, default=EVALUATE_SEQ_LEN) for model in models)
     run = Workload(asked.tokens or TOKENS, length, asked.batch_size, flows=len(models), judged=True)
     runs = [run] if request.data.data else []

@@ -256,6 +256,29 @@ def test_long_contexts_lose_their_beginning(tmp_path: Path) -> None:
         evaluate(path, tasks=[long], seq_len=16)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--tasks", "q.jsonl", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["--tasks", "q.jsonl", "--batch-size", "-3"], "--batch-size -3: expected at least 1"),
+        (["--tasks", "q.jsonl", "--questions", "0"], "--questions 0: expected at least 1"),
+        (["--data", "a.txt", "--questions", "3"], "--questions goes with --tasks"),
+        (["--data", "a.txt", "--questions", "0"], "--questions 0: expected at least 1"),
+        (["--tasks", "q.jsonl", "--tokens", "5"], "--tokens goes with --data"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_numbers_that_limit_nothing_are_refused(
+    tmp_path: Path, cli: Any, flags: list[str], says: str, dry: list[str]
+) -> None:
+    path = make(tmp_path / "model")
+    written(tmp_path / "q.jsonl", questions(2))
+    (tmp_path / "a.txt").write_text(text(100))
+    named = [str(tmp_path / flag) if flag in ("q.jsonl", "a.txt") else flag for flag in flags]
+    done = cli("evaluate", path, *named, *dry, "--json")
+    assert (done.code, says in done.json["error"]["message"]) == (2, True), done.out
+
+
 def test_the_command(tmp_path: Path) -> None:
     path = make(tmp_path / "model")
     file = written(tmp_path / "quiz.jsonl", questions(6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,19 @@ class Encoded:
     truncated: int
 
 
-def encode(tasks: Sequence[Task], tokenizer: Tokenizer, *, longest: int, batch_size: int) -> Encoded:
+def one_table(_length: int) -> Hashable:
+    """The rotary frequencies of most models: the same for all lengths."""
+    return 0
+
+
+def encode(
+    tasks: Sequence[Task], tokenizer: Tokenizer, *, longest: int, batch_size: int,
+    table: Callable[[int], Hashable] = one_table,
+) -> Encoded:  # fmt: skip
     """The tokens of all choices. As in lm-evaluation-harness, a context and its choice are tokenized together, spaces
     at the end of the context belong to the choice, and what is longer than `longest` tokens loses its beginning. An
-    input that is the beginning of another one, as where choices of one token share their context, is run once.
+    input that is the beginning of another one, as where choices of one token share their context, is run once. Inputs
+    are padded to and run within others only where `table` returns the same value for both lengths.
 
     Raises InputError for a choice that is longer than `longest` alone, and for one that adds no token.
     """
@@ -54,7 +63,7 @@ def encode(tasks: Sequence[Task], tokenizer: Tokenizer, *, longest: int, batch_s
         truncated += len(tokens) > longest + 1
         inputs.append(tokens[-(longest + 1) : -1])
         targets.append(wanted)
-    packed, firsts = _packed(inputs, batch_size)
+    packed, firsts = _packed(inputs, batch_size, table)
     counts = [len(wanted) for wanted in targets]
     ends = [int(first) + len(ids) for first, ids in zip(firsts, inputs, strict=True)]
     places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
@@ -62,16 +71,19 @@ def encode(tasks: Sequence[Task], tokenizer: Tokenizer, *, longest: int, batch_s
     return Encoded(packed, bounds, np.concatenate(targets).astype(np.int64), places, truncated)
 
 
-def _packed(inputs: Sequence[list[int]], batch_size: int) -> tuple[Ragged, np.ndarray]:
+def _packed(
+    inputs: Sequence[list[int]], batch_size: int, table: Callable[[int], Hashable]
+) -> tuple[Ragged, np.ndarray]:  # fmt: skip
     """(the inputs that are run, the first position of every input in them)."""
     order = sorted(range(len(inputs)), key=inputs.__getitem__)
     run: list[list[int]] = []
     serves = np.zeros(len(inputs), np.int64)
     for i in reversed(order):  # in this order an input that others begin with comes directly before one of them
-        if not run or run[-1][: len(inputs[i])] != inputs[i]:
+        size = len(inputs[i])
+        if not run or run[-1][:size] != inputs[i] or table(len(run[-1])) != table(size):
             run.append(inputs[i])
         serves[i] = len(run) - 1
-    packed = pack(run, batch_size=batch_size)
+    packed = pack(run, batch_size=batch_size, table=table)
     return packed, packed.places[serves]
 
 

@@ -18,6 +18,7 @@ from moeconv.evaluate.answers import Answers, answers_of
 from moeconv.evaluate.encode import Encoded, encode
 from moeconv.evaluate.settings import PassSettings
 from moeconv.families.model import Model
+from moeconv.families.rope import table_of_length
 from moeconv.stream.finite import NotFiniteError, not_finite
 from moeconv.stream.layers import start_meter
 
@@ -41,7 +42,11 @@ def read_questions(
     positions = [model.value("max_position_embeddings") or _LONGEST for model in models]
     longest = min(sequence_length(model, seq_len, default=n) for model, n in zip(models, positions))
     tokenizer = load_tokenizer(models[0].checkpoint.path)
-    return Questions(tasks, encode(tasks, tokenizer, longest=longest, batch_size=settings.batch_size))
+    encoded = encode(
+        tasks, tokenizer, longest=longest, batch_size=settings.batch_size,
+        table=lambda length: tuple(table_of_length(model.value, length) for model in models),
+    )  # fmt: skip
+    return Questions(tasks, encoded)
 
 
 def longest_of(asked: Questions | None) -> int:

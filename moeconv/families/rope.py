@@ -58,6 +58,19 @@ def read_rope(config: Config, *, theta: float, partial: float | None) -> JsonObj
     return params
 
 
+def table_of_length(get: Get, length: int) -> tuple[int, ...]:
+    """A value that is equal for two lengths of a sequence, in tokens, only if its rotary frequencies are: "longrope"
+    has others beyond the original context length. Those of "dynamic" change only beyond the maximum length."""
+    found, key = get("rope_scaling") or get("rope_parameters") or {}, "original_max_position_embeddings"
+    table = []
+    for params in [found, *found.values()] if isinstance(found, dict) else []:
+        kind = params.get("rope_type", params.get("type")) if isinstance(params, dict) else None
+        if kind in ("longrope", "su"):
+            limits = (params.get(key), get(key), get("max_position_embeddings"))
+            table.append(sum(length > limit for limit in limits if limit and isinstance(limit, int)))
+    return tuple(table)
+
+
 def check_uniform(config: Config, sliding: Sequence[bool], *, name: str) -> None:
     """Raises InputError if sliding and full layers have different rotary parameters, which one set cannot express."""
     found = config.get("rope_parameters")

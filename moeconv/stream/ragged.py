@@ -5,7 +5,7 @@ The padding follows the last token that is read, and attention is causal, so no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,9 +42,10 @@ class Ragged:
         return values[start : start + count * length].view(count, length, *values.shape[1:])
 
 
-def pack(sequences: Sequence[Sequence[int]], *, batch_size: int) -> Ragged:
+def pack(sequences: Sequence[Sequence[int]], *, batch_size: int, table: Callable[[int], Hashable]) -> Ragged:
     """Sequences of at least one token each as batches. A batch has at most as many tokens as `batch_size` sequences of
-    the longest length, so that it takes no more memory than they do."""
+    the longest length, so that it takes no more memory than they do. Lengths for which `table` returns different values
+    are in different batches: padding to the other length would change the rotary frequencies."""
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     room = batch_size * len(sequences[order[0]])
     batches, starts, lengths = list[slice](), list[int](), list[int]()
@@ -53,6 +54,8 @@ def pack(sequences: Sequence[Sequence[int]], *, batch_size: int) -> Ragged:
     while first < len(order):
         length = len(sequences[order[first]])
         last = min(first + room // length, len(order))
+        of_first = table(length)
+        last = next((i for i in range(first + 1, last) if table(len(sequences[order[i]])) != of_first), last)
         batches.append(slice(first, last))
         starts.append(total)
         lengths.append(length)

@@ -25,6 +25,7 @@ from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.report.step import load_results, report
 from moeconv.stream.layers import LayerStream
+from tests.contract.stock import DENSE_CASES, save_stock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -277,6 +278,29 @@ def test_numbers_that_limit_nothing_are_refused(
     named = [str(tmp_path / flag) if flag in ("q.jsonl", "a.txt") else flag for flag in flags]
     done = cli("evaluate", path, *named, *dry, "--json")
     assert (done.code, says in done.json["error"]["message"]) == (2, True), done.out
+
+
+def test_a_question_has_the_same_figure_alone_and_beside_a_long_one(tmp_path: Path) -> None:
+    path = add_tokenizer(save_stock(tmp_path / "model", *DENSE_CASES["phi3"], dtype=torch.float32))
+    config = json.loads((path / "config.json").read_text())
+    pairs = config["hidden_size"] // config["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * pairs, "long_factor": [8.0] * pairs,
+    }  # fmt: skip
+    tiny.edit_json(path / "config.json", max_position_embeddings=64, original_max_position_embeddings=16,
+                   rope_parameters=rope, rope_scaling=rope)  # fmt: skip
+    words = text(40, seed=5).split()
+    rows = [{"context": " ".join(words[:n]), "choices": [f" {w}" for w in words[n:n + 2]], "gold": 0}
+            for n in (3, 5, 30, 34)]  # fmt: skip
+    files = [written(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows)]
+
+    def bits(names: list[str]) -> list[float]:
+        made = evaluate(path, tasks=names, batch_size=8)["tasks"]
+        assert made is not None
+        return [row["metrics"]["bits_per_byte"]["value"] for row in made["results"]]
+
+    np.testing.assert_allclose(bits(files), [bits([file])[0] for file in files], rtol=1e-5)
 
 
 def test_the_command(tmp_path: Path) -> None:

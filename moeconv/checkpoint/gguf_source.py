@@ -48,10 +48,8 @@ class GgufSource:
         except Exception as error:  # the package raises what its parsing runs into
             reason = escape(str(error)[:200]) or type(error).__name__
             raise InputError(f"{label} is not a readable GGUF file: {reason}", hint=_HINT) from None
-        if int(self.metadata.get("split.count", 0) or 0) > 1:  # type: ignore[arg-type]
-            raise Unsupported(
-                f"{label} is one of {self.metadata['split.count']} parts", hint="Join them: llama-gguf-split --merge."
-            )
+        if (parts := self.whole("split.count", 0, least=0)) > 1:
+            raise Unsupported(f"{label} is one of {parts} parts", hint="Join them: llama-gguf-split --merge.")
         self.tensors = {ref.name: ref for ref in (self._ref(label, *each) for each in found)}
         if len(self.tensors) != len(found):
             raise InputError(f"{label} has two tensors of one name", hint=_HINT)
@@ -69,6 +67,17 @@ class GgufSource:
         if not shape or math.prod(shape) <= 0 or start < 0 or start + nbytes > self.size:
             raise InputError(f"{label}: tensor {escape(name)!r} is outside the file", hint=_HINT)
         return TensorRef(name, dtype, shape, self.path.name, start, nbytes)
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number of the metadata. Raises InputError for anything else, and for one below `least`."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(
+                f"{escape(self.path.name)}: {escape(key)} is {escape(value)}, and must be a whole number of {least} or "
+                "more",
+                hint=_HINT,
+            )
+        return value
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
         """Fill `view` with the bytes of a tensor from byte `start` of the tensor on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,9 @@ from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
+from moeconv.importing.flags import flags
 from moeconv.quantize.llama_cpp import LLAMA_CPP, LlamaCpp
+from moeconv.quantize.llama_cpp.tensors import template
 from moeconv.types import JsonObject
 
 # llama.cpp's key without the architecture -> config key
@@ -22,7 +25,6 @@ _KEYS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
 _LLAMA3 = [
     {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -30,6 +32,8 @@ _LLAMA3 = [
     for factor in (8.0, 32.0)
 ]  # fmt: skip
 _FACTORS = "rope_freqs.weight"
+_ORIGINAL = "Use the original model."
+_DAMAGED = "The file is damaged, or made by a program that moeconv does not know."
 
 
 def candidates(source: GgufSource) -> Iterator[tuple[Family, LlamaCpp, JsonObject]]:
@@ -53,33 +57,46 @@ def _config(source: GgufSource, arch: str, family: Family, row: LlamaCpp, rope: 
     defaults = family.config.defaults
     config: JsonObject = {"architectures": [family.architecture], "model_type": family.model_type}
     for key, name in _KEYS.items():
-        config[name] = _number(source, f"{arch}.{key}")
-    width = source.metadata.get(f"{arch}.attention.key_length")
-    config["head_dim"] = width or config["hidden_size"] // config["num_attention_heads"]
+        config[name] = _one(source, f"{arch}.{key}")
+    config["rms_norm_eps"] = _number(source, f"{arch}.attention.layer_norm_rms_epsilon")
+    width = config["hidden_size"] // config["num_attention_heads"]
+    config["head_dim"] = source.whole(f"{arch}.attention.key_length", width)
     config["vocab_size"] = _vocabulary(source)
     config["rope_parameters"] = {"rope_theta": _number(source, f"{arch}.rope.freq_base", 10000.0), **rope}
     config["tie_word_embeddings"] = "output.weight" not in source.tensors
     if family.experts.count:
-        config |= dict.fromkeys(family.experts.count, _number(source, f"{arch}.expert_count"))
-        config |= dict.fromkeys(family.experts.top_k, _number(source, f"{arch}.expert_used_count"))
+        config |= dict.fromkeys(family.experts.count, source.whole(f"{arch}.expert_count"))
+        config |= dict.fromkeys(family.experts.top_k, source.whole(f"{arch}.expert_used_count"))
     for key, number in row.numbers.items():
-        value = source.metadata.get(f"{arch}.{key}")
-        if isinstance(number, str) and value is not None:
-            config[number] = _short(value)
+        if isinstance(number, str) and f"{arch}.{key}" in source.metadata:
+            config[number] = _setting(source, f"{arch}.{key}")
+    dense = f"{arch}.leading_dense_block_count"
+    if "first_k_dense_replace" in defaults and dense in source.metadata:
+        config["first_k_dense_replace"] = source.whole(dense, least=0)
     config |= {key: allowed[0] for key, allowed in row.needs.items() if key in defaults and key not in config}
-    for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
-        if key in defaults and key not in row.needs:
-            config[key] = tensor in source.tensors
+    for key, adds in flags(family).items():
+        if key not in row.needs:
+            names = [(template(row, each) or "").replace("{L}", "0") for each in adds]
+            config[key] = any(name in source.tensors for name in names)
     if "hidden_act" in defaults:
-        config["hidden_act"] = "silu"
-    return config | {"dtype": "bfloat16"} | _special(source)
+        config["hidden_act"] = row.activations[0]
+    return config | {"dtype": "bfloat16"} | _special(source, config["vocab_size"])
 
 
-def _special(source: GgufSource) -> JsonObject:
-    """The ids of special tokens."""
+def _special(source: GgufSource, size: int) -> JsonObject:
+    """The ids of special tokens, which are below `size`."""
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-    found = {name: source.metadata.get(f"tokenizer.ggml.{key}") for key, name in keys.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    found: JsonObject = {}
+    for key, name in keys.items():
+        stated = f"tokenizer.ggml.{key}"
+        if stated not in source.metadata:
+            continue
+        found[name] = source.whole(stated, least=0)
+        if found[name] >= size:
+            raise InputError(
+                f"{escape(source.path.name)}: {stated} is {found[name]}, and there are {size} tokens", hint=_DAMAGED
+            )
+    return found
 
 
 def _vocabulary(source: GgufSource) -> int:
@@ -105,21 +122,43 @@ def _rotary(source: GgufSource, arch: str) -> list[JsonObject]:
             "original_context_length": "original_max_position_embeddings", "yarn_attn_factor": "attention_factor",
             "yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow",
         }  # fmt: skip
-        values = {new: source.metadata.get(f"{arch}.rope.scaling.{old}") for old, new in names.items()}
-        found |= {key: _short(value) for key, value in values.items() if value is not None}
+        keys = {new: f"{arch}.rope.scaling.{old}" for old, new in names.items()}
+        found |= {new: _number(source, key) for new, key in keys.items() if key in source.metadata}
     elif kind != "linear":
         raise Unsupported(f"rotary embeddings of type {escape(kind)} are not imported", hint="Use the original model.")
     return [found]
 
 
 def _number(source: GgufSource, key: str, default: float | None = None) -> Any:
+    """A number above 0. Raises Unsupported where the file does not state it."""
     value = source.metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if value is None:
+        raise Unsupported(f"{escape(source.path.name)} does not state {key}, which an import needs", hint=_ORIGINAL)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InputError(
-            f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number above 0",
-            hint="The file is damaged, or made by a program that moeconv does not know.",
+            f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number above 0", hint=_DAMAGED
         )
     return _short(value)
+
+
+def _one(source: GgufSource, key: str) -> int:
+    """A whole number above 0 that all layers share."""
+    value = source.metadata.get(key)
+    if value is None or isinstance(value, list):
+        reason = "does not state" if value is None else "has a value for each layer of"
+        raise Unsupported(f"{escape(source.path.name)} {reason} {key}: this is not imported", hint=_ORIGINAL)
+    return source.whole(key)
+
+
+def _setting(source: GgufSource, key: str) -> bool | int | float:
+    """A finite number, or a truth value."""
+    value = source.metadata[key]
+    if isinstance(value, list):
+        raise Unsupported(f"{key} has a value for each layer: this is not imported", hint=_ORIGINAL)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number", hint=_DAMAGED)
+    short: bool | int | float = _short(value)
+    return short
 
 
 def _short(value: Any) -> Any:

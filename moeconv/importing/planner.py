@@ -16,16 +16,16 @@ from moeconv.checkpoint.header import TensorRef
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
+from moeconv.importing.check import check_import
 from moeconv.importing.config import candidates
 from moeconv.importing.tokenizer import tokenizer_files
 from moeconv.options import ImportOptions, parse_size
 from moeconv.plan.build import count_params, parse_dtype, rows, whole
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec, pack_shards
 from moeconv.plan.planned import planned_model
-from moeconv.quantize.llama_cpp import LlamaCpp, find_row, written
+from moeconv.quantize.llama_cpp import LlamaCpp
 from moeconv.quantize.llama_cpp.expression import Expression
 from moeconv.quantize.llama_cpp.names import NAMES
-from moeconv.quantize.llama_cpp.numbers import hyperparameters
 
 ORIGIN = "gguf"  # what the inputs of the plan call the file: execute(..., origins={ORIGIN: source})
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -38,8 +38,8 @@ def plan_import(source: GgufSource, options: ImportOptions) -> tuple[Plan, Model
     for family, row, config in candidates(source):
         try:
             plan = _plan(source, family, row, config, options)
-            model = planned_model(plan, name=source.path.stem)
-            _check(source, model)
+            model = _model(source, family, plan)
+            check_import(source, model)
             total, active = count_params(model)
             return _counted(plan, total, active), model
         except InputError as reason:
@@ -73,12 +73,24 @@ def _plan(
     )  # fmt: skip
 
 
+def _model(source: GgufSource, family: Family, plan: Plan) -> Model:
+    """The model that the plan writes. Raises Unsupported where config.json and its tensors would not agree."""
+    try:
+        return planned_model(plan, name=source.path.stem)
+    except InputError as reason:
+        raise Unsupported(
+            f"as {family.model_type}, the architecture of the file gives no whole checkpoint: {reason.message}",
+            hint="Use the original model; or the file is damaged.",
+        ) from None
+
+
 def _counted(plan: Plan, total: int, active: int) -> Plan:
     return replace(plan, params_total=total, params_active=active)
 
 
 def _items(ref: TensorRef, family: Family, row: LlamaCpp, dtype: str, config: Mapping[str, object]) -> list[Item]:
     layer, key = _key(ref.name, row)
+    _check_place(family, key)
     if not key.startswith("expert."):
         name = family.name(key, layer=layer)
         return [_item(whole(ref, origin=ORIGIN), name, key, row, dtype, config)]
@@ -88,6 +100,16 @@ def _items(ref: TensorRef, family: Family, row: LlamaCpp, dtype: str, config: Ma
         name = family.name(key, layer=layer, expert=expert)
         found.append(_item(part._replace(shape=ref.shape[1:]), name, key, row, dtype, config))
     return found
+
+
+def _check_place(family: Family, key: str) -> None:
+    """Raises Unsupported for a tensor that the family has no name for by itself."""
+    if family.has(key) and (not key.startswith("expert.") or "{E}" in family.tensors.names[key]):
+        return
+    raise Unsupported(
+        f"{family.model_type} is not imported: it has {key} as a part of another tensor, or not at all",
+        hint="Use the original model.",
+    )
 
 
 def _item(part: Input, name: str, key: str, row: LlamaCpp, dtype: str, config: Mapping[str, object]) -> Item:
@@ -111,40 +133,3 @@ def _key(name: str, row: LlamaCpp) -> tuple[int | None, str]:
         if row.names.get(key, NAMES.get(key)) == pattern:
             return layer, key
     raise Unsupported(f"tensor {escape(name)!r} has no place in this family", hint="Use the original model.")
-
-
-def _check(source: GgufSource, model: Model) -> None:
-    """Raises InputError unless the model, written by the rows, has the tensors and the hyperparameters of the file."""
-    row = find_row(model)
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for name, role in model.roles.items():
-        for tensor in written(model, row, model.checkpoint.tensors[name], role):
-            shapes.setdefault(tensor.target, []).append(tensor.part.shape)
-    for constant in row.constants(model):
-        shapes[constant.name] = [(len(constant.values),)]
-    for name, found in shapes.items():
-        expected = (len(found), *found[0]) if "_exps." in name else found[0]
-        if name not in source.tensors or source.tensors[name].shape != expected:
-            has = list(source.tensors[name].shape) if name in source.tensors else "nothing"
-            raise InputError(f"{escape(name)} should be {list(expected)}, and the file has {has}", hint=_DAMAGED)
-    if stray := sorted(set(source.tensors) - set(shapes)):
-        raise Unsupported(f"tensor {escape(stray[0])!r} has no place in this family", hint="Use the original model.")
-    for key, value in hyperparameters(model, row).items():
-        stated = source.metadata.get(f"{row.arch}.{key}", value)
-        if not _equal(stated, value):
-            raise InputError(
-                f"{row.arch}.{key} is {escape(stated)}, and its tensors need {escape(value)}", hint=_DAMAGED
-            )
-
-
-_DAMAGED = "The file is damaged, or made by a program that moeconv does not know."
-
-
-def _equal(one: object, other: object) -> bool:
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other))
-    if isinstance(one, float) or isinstance(other, float):
-        return (
-            isinstance(one, int | float) and isinstance(other, int | float) and math.isclose(one, other, rel_tol=1e-6)
-        )
-    return one == other

@@ -20,8 +20,9 @@ _KNOWN: Mapping[str, tuple[Steps, bool]] = {
     name: (steps, whole) for steps, names in NAMES.items() for name, whole in names
 } | {"default": ((GPT2,), False)}
 _NORMALIZERS: Mapping[str, JsonObject] = {"qwen2": {"type": "NFC"}}
-# kind of tokenizer -> whether llama.cpp puts the token that begins texts in front where the file does not say
-_BEGINS: Mapping[object, bool] = {"gpt2": False, "llama": True}
+# kind of tokenizer -> splits with which llama.cpp puts the token that begins texts in front where the file does
+# not say; None: with all
+_BEGINS: Mapping[object, frozenset[str] | None] = {"gpt2": frozenset({"llama-bpe", "tekken"}), "llama": None}
 _DAMAGED = "The file is damaged: download it again."
 
 
@@ -56,7 +57,7 @@ def tokenizer_files(source: GgufSource) -> tuple[dict[str, str], list[str]]:
     ]  # fmt: skip
     about: JsonObject = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     words = _words(source, tokens)
-    made |= {"post_processor": _in_front(source, words, tokens)}
+    made |= {"post_processor": _around(source, words, tokens)}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **words}
     template = source.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -77,25 +78,47 @@ def _words(source: GgufSource, tokens: Sequence[str]) -> JsonObject:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     found: JsonObject = {}
     for key, name in names.items():
-        number = source.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(number, int) and 0 <= number < len(tokens):
+        stated = f"tokenizer.ggml.{key}_token_id"
+        if stated in source.metadata:
+            number = source.whole(stated, least=0)
+            if number >= len(tokens):
+                raise InputError(f"{stated} is {number}, and there are {len(tokens)} tokens", hint=_DAMAGED)
             found[name] = tokens[number]
     return found
 
 
-def _in_front(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> JsonObject | None:
-    """The template that puts the token which begins texts in front of them, where the file asks for it."""
-    asked = source.metadata.get("tokenizer.ggml.add_bos_token", _BEGINS[source.metadata["tokenizer.ggml.model"]])
-    word = words.get("bos_token")
-    if not asked or word is None:
+def _around(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> JsonObject | None:
+    """The template that puts the tokens which begin and end texts around them, where the file asks for it, or where
+    llama.cpp does without being asked."""
+    names = _BEGINS[source.metadata["tokenizer.ggml.model"]]
+    begins = names is None or source.metadata.get("tokenizer.ggml.pre") in names
+    first = _asked(source, "bos", begins, words)
+    last = _asked(source, "eos", False, words)
+    if not first and not last:
         return None
-    first = {"SpecialToken": {"id": word, "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, first, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {word: {"id": word, "ids": [tokens.index(word)], "tokens": [word]}},
-    }
+    one, two = ([*_part(first, at), {"Sequence": {"id": name, "type_id": at}}, *_part(last, at)]
+                for at, name in enumerate("AB"))  # fmt: skip
+    special = {word: {"id": word, "ids": [tokens.index(word)], "tokens": [word]} for word in (*first, *last)}
+    return {"type": "TemplateProcessing", "single": one, "pair": [*one, *two], "special_tokens": special}
+
+
+def _part(words: Sequence[str], at: int) -> list[JsonObject]:
+    return [{"SpecialToken": {"id": word, "type_id": at}} for word in words]
+
+
+def _asked(source: GgufSource, which: str, default: bool, words: JsonObject) -> list[str]:
+    """The token "bos" or "eos", where texts get it; nothing otherwise."""
+    key = f"tokenizer.ggml.add_{which}_token"
+    asked = source.metadata.get(key, default)
+    if not isinstance(asked, bool):
+        raise InputError(f"{key} is {escape(asked)}, and must be true or false", hint=_DAMAGED)
+    if not asked:
+        return []
+    if f"{which}_token" not in words:
+        raise Unsupported(
+            f"texts get a token {which}, and the file does not say which it is", hint="Use the original model."
+        )
+    return [words[f"{which}_token"]]
 
 
 def _step(kind: str) -> JsonObject:

@@ -14,7 +14,7 @@ from unit.test_gguf import floats, make, sentencepiece, tokenizer, write
 from moeconv.checkpoint.gguf import open_gguf
 from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.data.tokenizer import load_tokenizer
-from moeconv.errors import InputError
+from moeconv.errors import InputError, Unsupported
 from moeconv.importing.planner import plan_import
 from moeconv.options import ImportOptions
 
@@ -133,3 +133,126 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path, cli):
         done = cli("import", tmp_path / name, tmp_path / "out", "--json")
         assert done.code == 3 and says in done.json["error"]["message"]
         assert not (tmp_path / "out").exists()
+
+
+def edited(file: Path, out: Path, changes: dict, drop: tuple[str, ...] = (), factors: object = None) -> Path:
+    """A copy of a GGUF file with other metadata, and maybe with the tensor rope_freqs.weight."""
+    gguf = pytest.importorskip("gguf")
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, str(reader.fields["general.architecture"].contents()))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in ("general.architecture", *drop, *changes):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    for key, value in changes.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, gguf.GGUFValueType[kinds[type(value)]])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A file of llama."""
+    folder = tmp_path_factory.mktemp("llama")
+    write(source_of(folder / "source", "llama"), folder / "gguf", scheme="f32")
+    return folder / "gguf" / "model.gguf"
+
+
+def test_an_edited_copy_is_imported(tmp_path, llama):
+    plan, _ = plan_import(GgufSource(edited(llama, tmp_path / "same.gguf", {})), ImportOptions())
+    assert plan.config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.logit_scale", 0.25),
+        ("llama.attention.scale", 0.5),
+        ("llama.attention.sliding_window", 16),
+        ("llama.rope.scaling.attn_factor", 2.0),
+        ("llama.attention.causal", False),
+        ("llama.something.new", 1),
+        ("llama.rope.dimension_count", 4),
+    ],
+)
+def test_a_setting_that_the_model_would_not_have_is_refused(tmp_path, cli, llama, key, value):
+    file = edited(llama, tmp_path / "a.gguf", {key: value})
+    done = cli("import", file, tmp_path / "out", "--json")
+    assert done.code == 3 and key in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split.count", "x"),
+        ("split.count", [1, 2]),
+        ("llama.attention.key_length", "x"),
+        ("llama.attention.key_length", [8, 8]),
+        ("llama.attention.head_count", 4.5),
+        ("llama.attention.head_count", 0),
+        ("llama.expert_count", "x"),
+        ("llama.rope.freq_base", float("inf")),
+        ("tokenizer.ggml.bos_token_id", "x"),
+        ("tokenizer.ggml.bos_token_id", 999999),
+        ("tokenizer.ggml.add_eos_token", "x"),
+    ],
+)
+def test_metadata_of_another_kind_is_rejected(tmp_path, cli, llama, key, value):
+    file = edited(llama, tmp_path / "a.gguf", {key: value})
+    done = cli("import", file, tmp_path / "out", "--json")
+    assert done.code == 3 and key in done.json["error"]["message"], done
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, 16.0])
+def test_the_factors_of_llama3_are_read(tmp_path, factor):
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    source = source_of(tmp_path / "source", "llama")
+    config = json.loads((source / "config.json").read_text())
+    theta = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    (source / "config.json").write_text(json.dumps(theta | {"rope_parameters": rope}))
+    write(source, tmp_path / "gguf", scheme="f32")
+    file = GgufSource(tmp_path / "gguf" / "model.gguf")
+    if factor == 16.0:
+        with pytest.raises(Unsupported, match=r"rope_freqs.weight"):
+            plan_import(file, ImportOptions())
+    else:
+        assert plan_import(file, ImportOptions())[0].config["rope_parameters"] == rope
+
+
+@pytest.mark.parametrize(
+    ("changes", "around"),
+    [
+        ({"tokenizer.ggml.pre": "llama-bpe"}, (True, False)),
+        ({"tokenizer.ggml.pre": "qwen2"}, (False, False)),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, (False, False)),
+        ({"tokenizer.ggml.pre": "qwen2", "tokenizer.ggml.add_eos_token": True}, (False, True)),
+        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_eos_token": True}, (True, True)),
+    ],
+)
+def test_tokens_around_texts_are_those_of_llama_cpp(tmp_path, changes, around):
+    source = tiny.make_dense(tmp_path / "source", "llama", hidden=64, intermediate=128, vocab=128)
+    write(tokenizer(source, size=128), tmp_path / "gguf", scheme="f32")
+    ids = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
+    dropped = ("tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token")
+    file = edited(tmp_path / "gguf" / "model.gguf", tmp_path / "a.gguf", ids | changes, dropped)
+    plan, _ = plan_import(GgufSource(file), ImportOptions())
+    for name, text in plan.texts.items():
+        (tmp_path / name).write_text(text)
+    made = load_tokenizer(tmp_path)
+    found = made("ab")["input_ids"]
+    inner = made("ab", add_special_tokens=False)["input_ids"]
+    assert found == [1] * around[0] + inner + [2] * around[1]

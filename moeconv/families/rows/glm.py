@@ -79,6 +79,7 @@ GLM4_MOE = moe_row(
     tensors=Tensors(
         BLOCK | QKV_BIAS | QK_NORM | MLP_ROUTER | CORRECTION | MLP_EXPERTS | SHARED_EXPERTS | DENSE_FFN,
         optional=frozenset(QK_NORM),
+        switched={"use_qk_norm": tuple(QK_NORM)},
         float32=frozenset({"router.correction"}),
     ),
     attention=Attention(partial=0.5),
@@ -135,7 +136,11 @@ GLM4V_MOE_TEXT = replace(
     GLM4_MOE,
     model_type="glm4v_moe_text",
     attention=Attention(partial=0.5, sections=True),
-    tensors=replace(GLM4_MOE.tensors, names={k: v for k, v in GLM4_MOE.tensors.names.items() if k not in QK_NORM}),
+    tensors=replace(
+        GLM4_MOE.tensors,
+        names={k: v for k, v in GLM4_MOE.tensors.names.items() if k not in QK_NORM},
+        switched={},
+    ),
     config=ConfigKeys(
         {k: v for k, v in GLM4_MOE.config.defaults.items() if k not in ("num_nextn_predict_layers", "use_qk_norm")}
         | {"attention_bias": True, "max_position_embeddings": 65536}

@@ -315,6 +315,7 @@ def test_signals_at_random_moments(server, works, tmp_path):
         out = tmp_path / str(run) / "out"
         out.parent.mkdir()
         number = rng.choice([signal.SIGINT, signal.SIGTERM])
+        (out.parent / "log").touch()  # a signal may come before the process opens it
         pid = server.start(*work.words(out, "--jobs", 2), log=out.parent / "log")
         server.signal(pid, number, after=rng.uniform(0.01, work.seconds))
         code, said = server.wait(pid), (out.parent / "log").read_text()

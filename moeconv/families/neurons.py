@@ -60,9 +60,9 @@ class Narrow:
         """
         family, get = self.model.family, self.model.value
         made = {family.experts.width: self.width}
-        view = self._with(made)
+        before_it, view = self._with({}), self._with(made)  # both in the words of the output
         for key in {*family.config.defaults, *family.config.derived} - set(made):
-            if view.value(key) != get(key):
+            if view.value(key) != before_it.value(key):
                 made[key] = get(key)
         shared = family.experts.shared_width
         counts = [key for key in shared if key not in made]

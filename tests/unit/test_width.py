@@ -248,5 +248,5 @@ def test_a_width_changes_no_key_that_only_gets_other_words(tmp_path):
     tiny.edit_json(
         path / "config.json", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 123456.0}
     )
-    plan = plan_prune(open_model(path), width=32)
+    plan = plan_prune(open_model(path), width=16)
     assert plan.config["rope_theta"] == plan.config["rope_parameters"]["rope_theta"] == 123456.0

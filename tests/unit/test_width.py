@@ -27,7 +27,6 @@ from moeconv.prune.repair.run import repair
 from moeconv.prune.repair.wanted import Wanted
 from moeconv.stream.experts import activations, down_projections
 from moeconv.stream.layers import LayerStream
-from tests import tiny
 from tests.contract.stock import MOE_CASES, save_stock
 
 SEQ_LEN = 16
@@ -244,9 +243,8 @@ def test_the_best_mix_on_held_out_text_is_written(tmp_path: Path, cli: Any) -> N
 
 def test_a_width_changes_no_key_that_only_gets_other_words(tmp_path):
     """A config in the words of transformers 5 alone keeps its rotary base in those of version 4 too."""
-    path = tiny.make_moe(tmp_path / "moe", "qwen3_moe", intermediate=64)
-    tiny.edit_json(
-        path / "config.json", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 123456.0}
-    )
-    plan = plan_prune(open_model(path), width=16)
-    assert plan.config["rope_theta"] == plan.config["rope_parameters"]["rope_theta"] == 123456.0
+    path = save_stock(tmp_path / "moe", *MOE_CASES["qwen3_vl_moe"], dtype=torch.float32)
+    stated = open_model(path).checkpoint.config["text_config"]
+    assert "rope_theta" not in stated
+    made = plan_prune(open_model(path), width=8).config["text_config"]
+    assert made["rope_theta"] == made["rope_parameters"]["rope_theta"] == stated["rope_parameters"]["rope_theta"]

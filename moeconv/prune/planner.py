@@ -67,7 +67,7 @@ def prune_plan(
     """The plan of a decision. `evidence` is what the decision was made on."""
     keep, left, orders = decision.all_kept, decision.left, decision.orders
     prunes = left < model.num_experts
-    scales = scales_of(model, keep, evidence, options) if prunes and not overlays else {}
+    scales = scales_of(model, keep, evidence, options) if prunes and not _has_experts(model, overlays) else {}
     width = decision.width
     narrow = None if width is None else Narrow(model, width.after)
     items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow), scales)
@@ -145,6 +145,12 @@ def pruned_promise(model: Model, keep: Keep, narrow: Narrow | None = None) -> di
         elif narrow is not None and narrow.cut(role) is not None:
             counts[role.group] = counts.get(role.group, 0) + 1
     return counts
+
+
+def _has_experts(model: Model, overlays: Mapping[str, Overlay] | None) -> bool:
+    """Whether overlays have weights of experts, and not of routers alone."""
+    names = (name for file in (overlays or {}).values() for name in file.tensors)
+    return any(name in model.roles and model.roles[name].group == "expert" for name in names)
 
 
 def pruned_config(

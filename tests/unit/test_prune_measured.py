@@ -396,6 +396,18 @@ def test_distillation_is_chained(tmp_path: Path, cli: Any) -> None:
     assert cli("verify", tmp_path / "out", "--load", "--json").json["ok"]
 
 
+def test_distilled_routers_stand_beside_the_experts_that_they_were_trained_with(tmp_path: Path, cli: Any) -> None:
+    """Where a router does not renormalise, the kept experts are scaled; distillation changes the routers alone."""
+    path = make(tmp_path / "model", "olmoe")
+    plain = run(cli, path, tmp_path / "plain", tmp_path, "--ratio", 0.5, "--batch-size", 4)
+    done = run(cli, path, tmp_path / "out", tmp_path, "--ratio", 0.5, "--distill", 1, "--batch-size", 4)
+    assert done.code == 0 and done.json["prune"]["scale"] == plain.json["prune"]["scale"] != {}
+    before, after = (open_model(tmp_path / name) for name in ("plain", "out"))
+    for name, role in before.roles.items():
+        if role.group == "expert":
+            assert after.checkpoint.read(name) == before.checkpoint.read(name), name
+
+
 @pytest.mark.slow
 def test_a_gate_finds_the_largest_prune(tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "model", "olmoe")

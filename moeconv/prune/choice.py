@@ -36,6 +36,20 @@ def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None =
     return chosen
 
 
+def check_used(options: PruneOptions, criterion: str, *, has_data: bool) -> None:
+    """Raises UsageError for an option that neither the criterion nor a repair uses."""
+    uses = CRITERIA[criterion].needs.similarity or options.merge or options.threshold is not None
+    if options.similarity != PruneOptions().similarity and not uses:
+        raise UsageError(
+            f"--criterion {criterion} does not use --similarity",
+            hint="Leave --similarity out, or pass --criterion redundancy or --merge.",
+        )
+    if options.rescale and not has_data:
+        raise UsageError(
+            "--rescale needs statistics", hint="Pass --data FILE, or --stats STATS, or leave --rescale out."
+        )
+
+
 def default_criterion(model: Model, evidence: Evidence) -> str:
     """The criterion if the user named none: one that reads only weights if there are no statistics, otherwise the best
     one in the benchmark, or `saliency` if the statistics contain no token sample (the router's rule is not known, or

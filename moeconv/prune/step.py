@@ -35,6 +35,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
     criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
     request = replace(request, prune=replace(request.prune, criterion=criterion))
+    choice.check_used(request.prune, criterion, has_data=has_data)
     _check_data(request)
     if request.prune.curve:
         return dict(curve(model, request, named=named, meter=meter))

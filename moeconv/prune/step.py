@@ -35,7 +35,6 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
     criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
     request = replace(request, prune=replace(request.prune, criterion=criterion))
-    choice.check_used(request.prune, criterion, has_data=has_data)
     _check_data(request)
     if request.prune.curve:
         return dict(curve(model, request, named=named, meter=meter))
@@ -45,6 +44,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
             "prune needs OUT, the directory to write", hint="Name a directory. Only --curve can run without OUT."
         )
     left = limits.check_prune(model, request.prune, request.plan)  # before anything is measured
+    choice.check_used(request.prune, criterion, has_data=has_data)
     check_out(out, model, write)
     if write.dry_run:
         return _dry_run(model, request, out, left=left, named=named, meter=meter)

@@ -11,6 +11,6 @@ from moeconv.options.declare import option
 class ArrangeOptions:
     """Options of `moeconv arrange` only."""
 
-    devices: int = option(2, "Equal contiguous shares of the experts, one per device.")
+    devices: int = option(2, "Number of devices; each gets an equal contiguous share of the experts.")
     stats: str | None = option(None, "Statistics from `moeconv calibrate`.", reads="file")
-    held_out: str | None = option(None, "Statistics of other text, on which the new order is judged too.", reads="file")
+    held_out: str | None = option(None, "Statistics of other text, to evaluate the new order on as well.", reads="file")

@@ -32,6 +32,6 @@ class ImatrixOptions:
     """Options of `moeconv calibrate` for an importance matrix in place of statistics."""
 
     imatrix: str | None = option(
-        None, "In place of STATS: write llama.cpp's importance matrix to this file (.gguf).", metavar="FILE",
+        None, "Write llama.cpp's importance matrix to this file (.gguf), in place of STATS.", metavar="FILE",
         panel="Output",
     )  # fmt: skip

@@ -99,7 +99,7 @@ def _found(place: str) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """The flag of an option: top_k -> --top-k; for_, whose plain name is a word of Python -> --for."""
+    """The flag of an option: top_k -> --top-k; for_, since `for` is a Python keyword -> --for."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 

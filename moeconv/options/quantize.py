@@ -16,7 +16,7 @@ class QuantizeOptions:
 
     format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
     scheme: str | None = option(
-        None, "Number format (default: the format's first of 4 bits); mixed: bits by layer.",
+        None, "Number format (default: the format's first 4-bit scheme); mixed: bits per layer.",
         choices="moeconv.quantize.formats:scheme_words", aliases="moeconv.quantize.formats:scheme_aliases",
     )  # fmt: skip
     bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)
@@ -24,36 +24,36 @@ class QuantizeOptions:
         "auto", "Weights per scale: auto, channel, or {group_sizes}.", words=_FORMAT_WORDS, metavar="N"
     )
     method: str = option(
-        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches the scales of least error; by --data: gptq, "
-        "awq, or auto (the best of all for each layer).", choices="moeconv.quantize.spec:METHODS",
+        "rtn", "How codes are chosen: rtn rounds to nearest, mse searches for the scales with the least error; with "
+        "--data: gptq, awq, or auto (the best method for each layer).", choices="moeconv.quantize.spec:METHODS",
     )  # fmt: skip
     average_bits: float | None = option(None, "mixed: bits per expert weight, scales included, such as 5.")
     among: str | None = option(
-        None, "mixed: schemes to choose from, separated by commas (default: those of 4 bits and more, and all of the "
-        "format for a smaller budget).", metavar="SCHEMES",
+        None, "mixed: schemes to choose from, separated by commas (default: the format's schemes of 4 bits or more; "
+        "for a smaller budget, all of them).", metavar="SCHEMES",
     )  # fmt: skip
     max_bytes: str | None = option(None, "mixed: largest size of the result, such as 20GB.", metavar="SIZE")
     stats: str | None = option(
         None, "mixed: statistics from `moeconv calibrate`, for the layers' importance.", reads="file"
     )
     split_size: str = option(
-        "50GB", "gguf: largest size of a file; a larger model becomes several (-00001-of-00003.gguf).", metavar="SIZE",
-        panel="Output",
+        "50GB", "gguf: largest size of one file; a larger model is split into several (-00001-of-00003.gguf).",
+        metavar="SIZE", panel="Output",
     )  # fmt: skip
     file_name: str = option(
-        "model", "gguf: name of the file without .gguf; {type} becomes the scheme: mine-{type} is mine-Q8_0.gguf.",
+        "model", "gguf: file name without .gguf; {type} is replaced by the scheme: mine-{type} gives mine-Q8_0.gguf.",
         metavar="NAME", panel="Output",
     )  # fmt: skip
     modelfile: bool = option(
-        False, "gguf: also write a Modelfile for ollama, with the sampling settings and stop words of the model.",
+        False, "gguf: also write a Modelfile for ollama, with the model's sampling settings and stop strings.",
         panel="Output",
     )  # fmt: skip
     imatrix: str | None = option(
-        None, "gguf: the importance of each column, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
+        None, "gguf: importance matrix, from `moeconv calibrate --imatrix` or llama.cpp.", reads="file"
     )
     damping: float = option(0.01, "gptq: added to the Hessian's diagonal, in units of its mean.")
     actorder: str = option(
-        "static", "gptq: static chooses the columns of the largest inputs first; none, in the order of the file.",
+        "static", "gptq: static quantizes the columns with the largest inputs first; none keeps the stored order.",
         choices=("static", "none"),
     )  # fmt: skip
     scope: str | None = option(
@@ -63,7 +63,7 @@ class QuantizeOptions:
         choices=SCOPES,
     )
     rest: str | None = option(
-        None, "Scheme of the linear layers that --scope leaves out: attention, shared experts, dense layers.",
+        None, "Scheme for the linear layers that --scope leaves out: attention, shared experts, dense layers.",
         choices="moeconv.quantize.formats:rest_words", aliases="moeconv.quantize.formats:scheme_aliases",
     )  # fmt: skip
     target: tuple[str, ...] = option(

@@ -25,9 +25,9 @@ class ReportOptions:
     results: tuple[str, ...] = option((), "JSON that a command printed with --json; repeatable.", reads="file")
     reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
     title: str | None = option(None, "Title of the page (default: the directory's name).")
-    markdown: bool = option(False, "Also write a summary beside OUT, as .md, for comments on pull requests.")
+    markdown: bool = option(False, "Also write a Markdown summary (.md) beside OUT, for comments on pull requests.")
     card: bool = option(
-        False, "Also write the answers to tasks in --results into the model card of MODEL, as the hub's model-index."
+        False, "Also write the task results in --results into MODEL's model card, as the hub's model-index."
     )
 
 
@@ -43,6 +43,6 @@ class FormatsOptions:
     """Options of `moeconv formats` only."""
 
     for_: str | None = option(
-        None, "Only what loads there, a runtime or a machine, with size, error and command.",
+        None, "List only what loads in this runtime or on this machine, with size, error and command.",
         choices="moeconv.quantize.listing:places",
     )  # fmt: skip

@@ -13,7 +13,7 @@ class RunOptions:
 
     set: tuple[str, ...] = option((), "Set a variable of the recipe: KEY=VALUE; repeatable.", metavar="KEY=VALUE")
     out: str | None = option(
-        None, "Directory of the relative paths that the recipe writes (default: the working directory).", metavar="DIR"
+        None, "Directory for the relative output paths of the recipe (default: the working directory).", metavar="DIR"
     )
     dry_run: bool = option(False, "Print the steps and sizes, write nothing.", panel="Running")
 

@@ -30,7 +30,7 @@ class UpcycleOptions:
         "the experts.", reads="model",
     )  # fmt: skip
     ffn_only: bool = option(
-        False, "Of LoRA adapters in --experts-from that change other modules too, take the FFNs alone."
+        False, "Take only the FFNs of LoRA adapters in --experts-from that also change other modules."
     )
     to: str | None = option(
         None, "Target family (default: the one that most runtimes serve).",

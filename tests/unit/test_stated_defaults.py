@@ -136,7 +136,7 @@ def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
     with_data, without = re.fullmatch(r"(\w+) with data, (\w+) without", STATED["prune", "criterion"]).groups()
     assert resolve_criterion(None, has_data=True, model=model) == with_data
     assert resolve_criterion(None, has_data=False, model=model) == without
-    assert STATED["quantize", "scheme"] == "the format's first of 4 bits"
+    assert STATED["quantize", "scheme"] == "the format's first 4-bit scheme"
     for format in FORMATS.values():
         four = [s for s in format.schemes if s.bits == 4]
         assert choose_scheme(format, scheme=None, bits=None) == [*four, *format.schemes][0]

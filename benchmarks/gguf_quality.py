@@ -36,7 +36,7 @@ def decoded(source: Path, file: Path, out: Path) -> None:
     from moeconv.families.model import open_model
     from moeconv.plan.flow import make
     from moeconv.plan.kernels.arrays import to_float32
-    from moeconv.quantize.llama_cpp import find_row, written
+    from moeconv.quantize.gguf.llama_cpp import find_row, written
 
     model = open_model(source)
     row = find_row(model)

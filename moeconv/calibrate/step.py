@@ -41,7 +41,7 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> JsonObject:
 
 
 def _importance_matrix(request: CalibrateRequest, path: str, meter: Meter) -> JsonObject:
-    from moeconv.quantize.measured_importance import write_imatrix
+    from moeconv.quantize.gguf.measure_imatrix import write_imatrix
 
     return write_imatrix(
         resolve(request.model), Path(path), data=request.data, measure=request.measure, seed=request.random.seed,

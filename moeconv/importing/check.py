@@ -1,5 +1,5 @@
-"""Whether a planned import is the model of the file: the rows of quantize/llama_cpp, applied to it, give the tensors,
-the constants and every hyperparameter of the file again."""
+"""Whether a planned import is the model of the file: the rows of quantize/gguf/llama_cpp, applied to it, give the
+tensors, the constants and every hyperparameter of the file again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model
 from moeconv.importing.flags import check_flags
-from moeconv.quantize.llama_cpp import Constant, LlamaCpp, find_row, written
-from moeconv.quantize.llama_cpp.numbers import hyperparameters
+from moeconv.quantize.gguf.llama_cpp import Constant, LlamaCpp, find_row, written
+from moeconv.quantize.gguf.llama_cpp.numbers import hyperparameters
 
 _CLOSE = 1e-5  # constants are computed in float32 by some programs
 # keys that files may leave out: llama.cpp takes what the row has, or what the shapes say

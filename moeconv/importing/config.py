@@ -13,8 +13,8 @@ from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.registry import tables
 from moeconv.families.spec import Family
 from moeconv.importing.flags import flags
-from moeconv.quantize.llama_cpp import LLAMA_CPP, LlamaCpp
-from moeconv.quantize.llama_cpp.tensors import template
+from moeconv.quantize.gguf.llama_cpp import LLAMA_CPP, LlamaCpp
+from moeconv.quantize.gguf.llama_cpp.tensors import template
 from moeconv.types import JsonObject
 
 # llama.cpp's key without the architecture -> config key

@@ -1,7 +1,7 @@
 """The plan of an import: every tensor of the file decoded, under its name in transformers, with its rows in order.
 
-Names and changes are the rows of quantize/llama_cpp, read backwards. The plan is kept only if the model that it writes
-gives, by the same rows, the tensors and the hyperparameters of this file.
+Names and changes are the rows of quantize/gguf/llama_cpp, read backwards. The plan is kept only if the model that it
+writes gives, by the same rows, the tensors and the hyperparameters of this file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from moeconv.options import ImportOptions, parse_size
 from moeconv.plan.build import count_params, parse_dtype, rows, whole
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec, pack_shards
 from moeconv.plan.planned import planned_model
-from moeconv.quantize.llama_cpp import LlamaCpp
-from moeconv.quantize.llama_cpp.expression import Expression
-from moeconv.quantize.llama_cpp.names import NAMES
+from moeconv.quantize.gguf.llama_cpp import LlamaCpp
+from moeconv.quantize.gguf.llama_cpp.expression import Expression
+from moeconv.quantize.gguf.llama_cpp.names import NAMES
 
 ORIGIN = "gguf"  # what the inputs of the plan call the file: execute(..., origins={ORIGIN: source})
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")

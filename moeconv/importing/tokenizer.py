@@ -1,4 +1,4 @@
-"""tokenizer.json from the tokens of a GGUF file: what quantize/gguf_tokenizer.py writes, read backwards."""
+"""tokenizer.json from the tokens of a GGUF file: what quantize/gguf/tokenizer.py writes, read backwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.errors import InputError, Unsupported, escape
-from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2, NAMES, Steps
+from moeconv.quantize.gguf.pre_tokenizers import BYTES, DIGITS, GPT2, NAMES, Steps
 from moeconv.types import JsonObject
 
 # ggml's token types

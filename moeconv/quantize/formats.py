@@ -14,7 +14,7 @@ from moeconv.plugins import Registry
 from moeconv.quantize.bitsandbytes import BITSANDBYTES
 from moeconv.quantize.compressed_tensors import COMPRESSED_TENSORS
 from moeconv.quantize.deepseek import DEEPSEEK
-from moeconv.quantize.gguf import GGUF
+from moeconv.quantize.gguf.format import GGUF
 from moeconv.quantize.gpt_oss import GPT_OSS
 from moeconv.quantize.mlx import MLX
 from moeconv.quantize.spec import MIXED, Format, Kernel, SchemeInfo

@@ -19,7 +19,7 @@ from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Item, Plan
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.gguf_importance import ORIGIN as IMPORTANCE
+from moeconv.quantize.gguf.importance import ORIGIN as IMPORTANCE
 from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof

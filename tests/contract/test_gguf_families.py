@@ -13,7 +13,7 @@ from contract.gguf_cases import CASES, make
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.quantize.llama_cpp import LLAMA_CPP
+from moeconv.quantize.gguf.llama_cpp import LLAMA_CPP
 from moeconv.quantize.planner import plan_quantize
 
 gguf = pytest.importorskip("gguf")

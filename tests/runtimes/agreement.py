@@ -105,11 +105,11 @@ def sentencepiece(folder: Path, *, size: int = 2048) -> Path:
 
 
 def byte_level(folder: Path, steps: Sequence[str], *, whole: bool, size: int = 1024) -> Path:
-    """Give a model a byte-level BPE that splits texts by `steps` (moeconv.quantize.gguf_splits) in place of its
+    """Give a model a byte-level BPE that splits texts by `steps` (moeconv.quantize.gguf.pre_tokenizers) in place of its
     tokenizer. `whole`: a word that is a token is not merged."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2
+    from moeconv.quantize.gguf.pre_tokenizers import BYTES, DIGITS, GPT2
 
     def step(word: str) -> Any:
         if word in (BYTES, GPT2):
@@ -193,7 +193,7 @@ def dequantized(source: Path, packed: Path, out: Path, parameters: dict[str, Any
     out.mkdir()
     if parameters.get("format") == "gguf":
         from moeconv.checkpoint.gguf import open_gguf
-        from moeconv.quantize.llama_cpp import find_row, written
+        from moeconv.quantize.gguf.llama_cpp import find_row, written
 
         stored = {tensor.name: tensor for tensor in open_gguf(packed / "model.gguf").tensors}
         row, weights = find_row(model), {}

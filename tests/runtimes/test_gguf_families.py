@@ -65,7 +65,7 @@ def test_llama_cpp_computes_what_transformers_does(tmp_path, name, scheme):
 def rounded(source: Path) -> torch.Tensor:
     """Log-probabilities of transformers with matrices that are rounded to float16, as the file has them."""
     from moeconv.families.model import open_model
-    from moeconv.quantize.llama_cpp import find_row, is_float32, written
+    from moeconv.quantize.gguf.llama_cpp import find_row, is_float32, written
 
     model = open_model(source)
     row, halved = find_row(model), set()

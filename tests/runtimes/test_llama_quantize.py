@@ -20,7 +20,7 @@ from unit.test_gguf import floats, tokenizer
 from words import text
 
 from moeconv.plan.kernels.pack import ggml
-from moeconv.quantize.gguf_recipes import RECIPES
+from moeconv.quantize.gguf.recipes import RECIPES
 
 gguf = pytest.importorskip("gguf")
 BINARY = os.environ.get("MOECONV_LLAMA_QUANTIZE", "")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import agreement as runtimes
 
-from moeconv.quantize.gguf_splits import NAMES
+from moeconv.quantize.gguf.pre_tokenizers import NAMES
 from moeconv.recipe.read import DEMO_DATA
 
 # Share of greedy tokens that must be the reference's choice too, and the most (in logits) by which it may have

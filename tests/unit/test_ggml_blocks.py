@@ -11,7 +11,7 @@ from moeconv.checkpoint.header import BLOCK_DTYPES
 from moeconv.errors import InputError
 from moeconv.plan.kernels.pack import ggml
 from moeconv.plan.kernels.pack.superblocks import IQ4_LEVELS
-from moeconv.quantize.gguf_types import TYPES
+from moeconv.quantize.gguf.types import TYPES
 
 pytest.importorskip("gguf")
 E2M1 = [0, 1, 2, 3, 4, 6, 8, 12]

@@ -16,7 +16,7 @@ from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.plan.kernels.pack import ggml
 from moeconv.plan.meter import SilentMeter
-from moeconv.quantize.gguf_splits import BYTES, DIGITS, GPT2, LLAMA3, NAMES
+from moeconv.quantize.gguf.pre_tokenizers import BYTES, DIGITS, GPT2, LLAMA3, NAMES
 from moeconv.quantize.planner import plan_quantize
 
 gguf = pytest.importorskip("gguf")

@@ -30,7 +30,7 @@ def measured(tmp_path_factory):
     """A model of 8 experts of which four are never chosen, and its importance matrix."""
     from moeconv.options import DataOptions, MeasureOptions
     from moeconv.plan.meter import SilentMeter
-    from moeconv.quantize.measured_importance import write_imatrix
+    from moeconv.quantize.gguf.measure_imatrix import write_imatrix
 
     folder = tmp_path_factory.mktemp("imatrix")
     path = make_moe(folder / "moe", "qwen3_moe", hidden=256, intermediate=256, experts=8, vocab=300)
@@ -199,7 +199,7 @@ def test_matrices_that_cannot_be_measured_are_left_out_with_a_warning(tmp_path, 
 
     from moeconv.options import DataOptions, MeasureOptions
     from moeconv.plan.meter import SilentMeter
-    from moeconv.quantize.measured_importance import write_imatrix
+    from moeconv.quantize.gguf.measure_imatrix import write_imatrix
     from tests.contract.stock import MOE_CASES, save_stock
 
     path = add_tokenizer(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32))

@@ -126,7 +126,7 @@ MEASURING: dict[str, set[str]] = {
     "prune.repair": MEASURE | {"tune"},
     "quantize.step": STEP,
     "quantize.gptq": MEASURE,
-    "quantize.measured_importance": MEASURE,
+    "quantize.gguf.measure_imatrix": MEASURE,
     "quantize.proof": DECIDE | {"tensors"},
     "quantize.unfold": DECIDE | {"tensors"},
     "calibrate.step": STEP | {"quantize"},
@@ -157,7 +157,7 @@ TRANSFORMERS = (
     "prune.repairs",
     "prune.scores",
     "quantize.gptq",
-    "quantize.measured_importance",
+    "quantize.gguf.measure_imatrix",
 )
 TORCH_AT_IMPORT = (
     *TRANSFORMERS,

@@ -1,0 +1,179 @@
+"""--format gguf: one file for llama.cpp, which includes config and tokenizer. It is written expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moeconv.checkpoint.gguf import Stack
+from moeconv.checkpoint.header import BLOCK_DTYPES
+from moeconv.checkpoint.safetensors_file import TensorRef
+from moeconv.errors import InputError, UsageError, escape
+from moeconv.families.model import Model
+from moeconv.families.spec import BESIDE, Role
+from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.quantize.gguf.importance import Columns
+from moeconv.quantize.gguf.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
+from moeconv.quantize.gguf.llama_cpp.numbers import hyperparameters
+from moeconv.quantize.gguf.metadata import metadata
+from moeconv.quantize.gguf.parts import split, stem_of
+from moeconv.quantize.gguf.recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
+from moeconv.quantize.gguf.types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
+from moeconv.quantize.spec import HARDWARE, Asked, Format, Kernel, SchemeInfo
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A tensor of the file, or an expert's share of it, and the role of the source's tensor that it is made from."""
+
+    tensor: GgufTensor
+    role: Role
+
+    @property
+    def float32(self) -> bool:
+        """Whether llama.cpp needs it in float32."""
+        return is_float32(self.tensor.target, self.tensor.part.shape)
+
+
+def gguf_shards(asked: Asked) -> tuple[tuple[Shard, ...], list[str]]:
+    """(the files, warnings about tensors that are stored in another dtype than the scheme's).
+
+    Raises InputError for a family, config, tokenizer or width that cannot be written to GGUF."""
+    model, info = asked.model, GGUF.scheme(asked.scheme.name)
+    row = find_row(model)
+    made = _made(model, row)
+    chosen = _whole(asked, row, made) if asked.whole else _packed(asked, made, info)
+    columns = Columns(asked.imatrix, model.num_experts)
+    stacks: dict[str, list[Item]] = {}
+    for one in made:
+        target = one.tensor.target
+        kind = chosen.get(target) or ("F32" if one.float32 else asked.dtype or one.tensor.source.dtype)
+        changed = one.role.group if target in chosen else ""
+        stacks.setdefault(target, []).append(columns.weigh(one.tensor, one.tensor.item(kind, changed)))
+    stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
+    file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
+    data, count, warnings = metadata(model, row, file_type=file_type)
+    laid = [_stack(name, items) for name, items in stacks.items()]
+    shards = split(laid, stacks, metadata=data, count=count, size=asked.size, stem=stem_of(asked.name, info.name))
+    if not asked.whole:
+        warnings = [*warnings, *_widened(info, stacks, chosen)]
+    warnings = [*warnings, *columns.warnings()]
+    return shards, warnings
+
+
+def covered(model: Model) -> list[TensorRef]:
+    """The weights of --scope all: those that llama-quantize quantizes."""
+    tensors = model.checkpoint.tensors
+    names = {one.tensor.source.tensor: None for one in _made(model, find_row(model)) if _is_covered(one)}
+    return [tensors[name] for name in names]
+
+
+def _is_covered(one: _Made) -> bool:
+    return not one.float32 and is_quantized(one.tensor.target, one.tensor.part.shape)
+
+
+def _made(model: Model, row: LlamaCpp) -> list[_Made]:
+    """What the tensors of the source become, in the order of the file. The experts of a projection are in the order of
+    their numbers, since they are one tensor."""
+    ahead = model.prediction_layers
+    kept = [name for name, role in model.roles.items() if role.layer not in ahead and role.group not in BESIDE]
+    order = {name: i for i, name in enumerate(kept)}
+    names = sorted(kept, key=lambda n: (_place(model, n, order), model.roles[n].expert or 0))
+    pairs = ((model.checkpoint.tensors[name], model.roles[name]) for name in names)
+    return [_Made(tensor, role) for ref, role in pairs for tensor in written(model, row, ref, role)]
+
+
+def _packed(asked: Asked, made: Sequence[_Made], info: SchemeInfo) -> dict[str, str]:
+    """The dtypes of the packed tensors, by their names in the file. Raises InputError for a width that no block format
+    divides."""
+    weights = {ref.name for ref in asked.weights}
+    chosen: dict[str, str] = {}
+    for one in made:
+        source, columns = one.tensor.source.tensor, one.tensor.part.shape[-1]
+        if source not in weights or one.float32:
+            continue
+        kind = fitting(info.codes, columns)
+        if kind == UNUSUAL:
+            raise InputError(
+                f"tensor {escape(source)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
+                hint="Use --format bitsandbytes.",
+            )
+        chosen[one.tensor.target] = kind
+    return chosen
+
+
+def _whole(asked: Asked, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]:
+    """The dtypes of all tensors that the recipe of the scheme quantizes, by their names in the file."""
+    model = asked.model
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in made:
+        shape = one.tensor.part.shape
+        if not one.float32:
+            shapes[one.tensor.target] = shape if one.tensor.expert is None else (model.num_experts, *shape)
+    numbers = hyperparameters(model, row)
+    heads, kv_heads = (_first(numbers[f"attention.{key}"]) for key in ("head_count", "head_count_kv"))
+    facts = Facts(
+        row.arch, model.num_layers, model.num_experts, heads // kv_heads if kv_heads else 0, asked.imatrix is not None
+    )
+    recipe = recipe_of(asked.scheme.name)
+    if recipe.needs_imatrix and asked.imatrix is None:
+        raise UsageError(
+            f"--scheme {recipe.name} needs an importance matrix",
+            hint="Make one: moeconv calibrate MODEL --imatrix FILE --data TEXT; then pass --imatrix FILE.",
+        )
+    return assign(recipe, shapes, facts)
+
+
+def _first(number: object) -> int:
+    """The number of the first layer, where it differs by layer."""
+    found = number[0] if isinstance(number, list) else number
+    return found if isinstance(found, int) else 0
+
+
+def _widened(info: SchemeInfo, stacks: Iterable[str], chosen: Mapping[str, str]) -> list[str]:
+    """The warning about packed tensors that are stored in another type than was asked for."""
+    other = [name for name in stacks if chosen.get(name, info.codes) != info.codes]
+    if not other:
+        return []
+    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+    size = BLOCK_DTYPES[info.codes][0]
+    return [f"stored as {chosen[other[0]]}, because {size} does not divide their width: {other[0]}{more}"]
+
+
+def _place(model: Model, name: str, order: dict[str, int]) -> int:
+    """The position of a tensor in the file: that of the first tensor of its stack in the source."""
+    role = model.roles[name]
+    first = name if role.expert is None else model.family.name(role.key, layer=role.layer, expert=0)
+    return order[first]
+
+
+def _constant(constant: Constant) -> Item:
+    spec = TensorSpec(constant.name, "F32", (len(constant.values),), "constant", 0)
+    return Item((spec,), "constant", (), {"values": list(constant.values)})
+
+
+def _stack(name: str, items: list[Item]) -> Stack:
+    specs = [item.outputs[0] for item in items]
+    shape = specs[0].shape if "#" not in specs[0].name else (len(specs), *specs[0].shape)
+    if any((s.dtype, s.shape) != (specs[0].dtype, specs[0].shape) for s in specs):
+        raise InputError(
+            f"the tensors of {name} differ in shape or dtype", hint="All experts of a layer must have the same."
+        )
+    return Stack(name, specs[0].dtype, shape, tuple(s.name for s in specs))
+
+
+GGUF = Format(
+    "gguf",
+    (*map(scheme_of, TYPES), *recipe_schemes()),
+    notes={
+        "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",
+        "vllm": "only by a plugin; not run",
+        "llama.cpp": "run for every family that it is written for",
+    },
+    kernels=(Kernel("gguf"),),
+    hardware=HARDWARE,
+    shard=gguf_shards,
+    covers=covered,
+    dense=True,
+    takes=supported,
+)

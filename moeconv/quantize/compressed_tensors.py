@@ -12,7 +12,7 @@ from moeconv.quantize.compressed.layout import LOADS, CompressedLayout
 from moeconv.quantize.compressed.microscale import MXFP4, MXFP8
 from moeconv.quantize.compressed.nvfp4 import NVFP4
 from moeconv.quantize.compressed.packed import ASYMMETRIC, PACKED
-from moeconv.quantize.relayout import served_form
+from moeconv.quantize.layout.planner import served_form
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.eightbit import BLOCK, check_blocks
-from moeconv.quantize.relayout import served_form
+from moeconv.quantize.layout.planner import served_form
 from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 

@@ -19,7 +19,7 @@ from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, whole
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Input, Item, TensorSpec
-from moeconv.quantize.joined import joined
+from moeconv.quantize.joined_weights import joined
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.rest import Rest, patterns

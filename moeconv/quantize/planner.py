@@ -24,7 +24,7 @@ from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
-from moeconv.quantize.laid_out import check_layout, fused_with_layout, layout_for
+from moeconv.quantize.layout.required import check_layout, fused_with_layout, layout_for
 from moeconv.quantize.methods import check_method, check_reads, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.modelfile import modelfile

@@ -16,8 +16,8 @@ from moeconv.errors import CheckError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.families.packed import CODES, split_part
 from moeconv.plan.plan import Item, Plan, Shard, TensorSpec
+from moeconv.quantize.awq_factors import factors_of
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.unfold import factors_of
 
 Weight = Any  # a torch Tensor; this module must not import torch when it is imported
 Decoder = Callable[[TensorSpec], Weight]  # from a tensor of codes to the weight that it decodes to

@@ -15,7 +15,7 @@ from moeconv.families.model import Model
 from moeconv.families.spec import Family
 from moeconv.plan.build import whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
-from moeconv.quantize.relayout import separate_form
+from moeconv.quantize.layout.planner import separate_form
 from moeconv.types import JsonObject
 
 MIXED = "mixed"  # the value of --scheme for bits that differ by layer
@@ -57,9 +57,9 @@ class SchemeInfo:
     --scheme understands. `hardware` are the machines, of HARDWARE, on which a runtime computes with it by kernels of
     its own, and `error` is the relative RMS error of Gaussian weights under round-to-nearest with the largest group
     that is usual; both are what `moeconv formats --for` shows. `joined`: the weights that an engine joins to one matrix
-    share a scale, so that the item of each reads them all (`joined.py`). `kernel` names the kernel that packs it, where
-    not every kernel of the format can. `whole`: it decides the type of every tensor, so that --scope all goes without
-    saying.
+    share a scale, so that the item of each reads them all (`joined_weights.py`). `kernel` names the kernel that packs
+    it, where not every kernel of the format can. `whole`: it decides the type of every tensor, so that --scope all goes
+    without saying.
     """
 
     name: str

@@ -46,7 +46,7 @@ class _Packing:
 def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None) -> _Packing:
     """Plan a quantize. `overlay` has codes that data chose for weights of the view."""
     from moeconv.quantize.decode import plan_decode
-    from moeconv.quantize.laid_out import fused_with_layout, layout_for
+    from moeconv.quantize.layout.required import fused_with_layout, layout_for
     from moeconv.quantize.planner import quantize_plan
 
     view, before, where = model, list[Plan](), model.checkpoint.path

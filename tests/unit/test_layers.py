@@ -128,7 +128,7 @@ MEASURING: dict[str, set[str]] = {
     "quantize.gptq": MEASURE,
     "quantize.gguf.measure_imatrix": MEASURE,
     "quantize.proof": DECIDE | {"tensors"},
-    "quantize.unfold": DECIDE | {"tensors"},
+    "quantize.awq_factors": DECIDE | {"tensors"},
     "calibrate.step": STEP | {"quantize"},
     "arrangement.step": STEP | {"prune"},
     "tune.step": STEP,

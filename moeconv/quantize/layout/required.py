@@ -9,7 +9,7 @@ from moeconv.families.model import Model
 from moeconv.plan.fuse import fuse
 from moeconv.plan.plan import Plan
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.relayout import plan_layout
+from moeconv.quantize.layout.planner import plan_layout
 from moeconv.quantize.spec import BY_DATA, Format
 
 
@@ -45,7 +45,7 @@ def check_layout(model: Model, format: Format, method: str) -> None:
         )
     if not model.packed_experts or meant:
         return
-    # transformers loads codes per expert, see relayout.py
+    # transformers loads codes per expert, see planner.py
     apart = any(not way.packed for way in model.family.tensors.layouts)
     if format.stack is None or method in BY_DATA or apart:
         what = f"--method {method}" if method in BY_DATA else f"--format {format.name}"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from moeconv.prune.repair.surgeon import fitted_columns, kept_neurons, removals, ridged
+from moeconv.prune.repair.routed_pairs import add_ridge
+from moeconv.prune.repair.surgeon import fitted_columns, kept_neurons, removals
 
 WIDTH, HIDDEN, EXPERTS = 14, 5, 3
 
@@ -14,7 +15,8 @@ WIDTH, HIDDEN, EXPERTS = 14, 5, 3
 def _problem(seed=0, *, width=WIDTH):
     draw = np.random.default_rng(seed)
     hidden = draw.normal(size=(EXPERTS, 60, width)) @ draw.normal(size=(EXPERTS, width, width))
-    gram = ridged(torch.from_numpy(hidden.transpose(0, 2, 1) @ hidden), 0.01)
+    gram = torch.from_numpy(hidden.transpose(0, 2, 1) @ hidden)
+    add_ridge(gram, 0.01)
     return gram, torch.from_numpy(draw.normal(size=(EXPERTS, HIDDEN, width)))
 
 
@@ -55,7 +57,8 @@ def test_a_neuron_that_repeats_another_costs_nothing_and_its_twin_takes_it_over(
     draw = np.random.default_rng(2)
     hidden = draw.normal(size=(1, 50, 6))
     hidden[0, :, 4] = 2 * hidden[0, :, 1]
-    gram = ridged(torch.from_numpy(hidden.transpose(0, 2, 1) @ hidden), 1e-9)
+    gram = torch.from_numpy(hidden.transpose(0, 2, 1) @ hidden)
+    add_ridge(gram, 1e-9)
     down = torch.from_numpy(draw.normal(size=(1, HIDDEN, 6)))
     order, costs = removals(gram.clone(), down, 1)
     assert int(order[0, 0]) in (1, 4) and float(costs[0, 0]) < 1e-6
@@ -65,7 +68,8 @@ def test_a_neuron_that_repeats_another_costs_nothing_and_its_twin_takes_it_over(
 
 
 def test_an_expert_without_tokens_keeps_its_largest_columns():
-    gram, down = ridged(torch.zeros(1, 8, 8, dtype=torch.float64), 0.3), torch.zeros(1, HIDDEN, 8)
+    gram, down = torch.zeros(1, 8, 8, dtype=torch.float64), torch.zeros(1, HIDDEN, 8)
+    add_ridge(gram, 0.3)
     down[0] = torch.tensor([3.0, 1, 8, 2, 7, 5, 4, 6])
     order, _ = removals(gram.clone(), down, 3)
     assert order[0].tolist() == [1, 3, 0]

@@ -148,7 +148,7 @@ def test_a_layer_whose_experts_are_cut_one_at_a_time_is_the_same(
     model, data = open_model(path), data_of(path, tmp_path)
     found = []
     for size in (1 << 29, 1):
-        monkeypatch.setattr("moeconv.prune.repair.narrow.REFIT_BYTES", size)
+        monkeypatch.setattr("moeconv.prune.repair.refit.REFIT_BYTES", size)
         variant = Variant(width=model.expert_width // 2)
         pruned_pass(LayerStream(model, data.windows), [variant])
         found.append(variant)

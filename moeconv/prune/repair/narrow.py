@@ -9,19 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.data.heldout import clearly_less
-from moeconv.prune.need import REFIT_BYTES, narrowed_bytes
+from moeconv.prune.need import narrowed_bytes
 from moeconv.prune.repair.refit import (
     CHUNK_BYTES,
     Refit,
     RefitOutcome,
     Routes,
     after_change,
+    experts_at_once,
     held_out_errors,
     refit_layer,
+    routed_rows,
     tokens_needed,
 )
-from moeconv.prune.repair.routed_pairs import Pairs, chunked, outer
-from moeconv.prune.repair.surgeon import fitted_columns, kept_neurons, removals, ridged
+from moeconv.prune.repair.routed_pairs import Pairs, add_ridge, outer
+from moeconv.prune.repair.surgeon import fitted_columns, kept_neurons, removals
 from moeconv.prune.repair.wanted import Wanted
 from moeconv.stream.experts import weighted_inputs
 
@@ -60,13 +62,12 @@ def narrow_layer(
     The down projections are fitted so that each expert keeps its output. With `refit`, they are then fitted to the
     wanted output of the layer; these are used if they are clearly better on held-out tokens.
     """
-    needed = tokens_needed(before)
-    enough = float((wanted.routes.weights != 0).sum()) / len(which) >= needed
+    needed, available = tokens_needed(before), wanted.tokens_per_expert(len(which))
+    enough = available >= needed
     base = before
     if refit is not None and enough:
         base = refit_layer(experts, wanted.routes, wanted.missing, which, before, refit)
     neurons, kept_own, own, pooled = _chosen(experts, wanted.routes, which, base, before, width, needed)
-    available = float((wanted.routes.weights != 0).sum()) / len(which)
 
     def held_out(down: Tensor) -> Tensor:
         change = down.float() - before.float()
@@ -97,15 +98,14 @@ def _chosen(
     """(the neurons that stay [n, W], the down projections [n, H, I] that keep the outputs of `base`, those that keep
     the outputs of `before`, the number of pooled experts)."""
     _, hidden, inner = before.shape
-    limit = REFIT_BYTES if before.device.type == "cpu" else torch.cuda.mem_get_info(before.device)[0] // 4
-    size = max(1, limit // narrowed_bytes(hidden, inner))
+    size = experts_at_once(before, narrowed_bytes(hidden, inner))
     neurons, fits, owns, pooled = [], [], [], 0
     for first in range(0, len(which), size):
         block = slice(first, min(first + size, len(which)))
         numbers = torch.tensor(list(which[block]), device=before.device)
         gram, few = moments(experts, routes, numbers, inner, needed)
         pooled += few
-        ridged(gram, _RIDGE)
+        add_ridge(gram, _RIDGE)
         kept = kept_neurons(removals(gram, base[block], inner - width)[0], inner)
         neurons.append(kept)
         fits.append(_widened(fitted_columns(gram, base[block], kept), kept, before))
@@ -121,12 +121,11 @@ def moments(experts: nn.Module, routes: Routes, which: Tensor, inner: int, neede
     gram = torch.zeros(len(which), inner, inner, dtype=torch.float64, device=which.device)
     count = torch.zeros(len(which), dtype=torch.float64, device=which.device)
     squares = torch.zeros_like(count)
-    each = 4 * routes.index.shape[1] * (inner + routes.hidden.shape[1])
-    for pairs in chunked(routes.index, routes.weights, which, tokens=max(1, CHUNK_BYTES // each)):
-        if len(pairs):
-            _add(experts, routes, which, pairs, gram)
-            count += pairs.counts
-            squares.index_add_(0, pairs.place, pairs.weight.double().square())
+    for rows, pairs in routed_rows(experts, routes, which, inner):
+        rows = rows.double()
+        outer(rows, rows, pairs, gram)
+        count += pairs.counts
+        squares.index_add_(0, pairs.place, pairs.weight.double().square())
     few = (count < needed).nonzero().flatten()
     pool = torch.arange(0, len(routes.hidden), max(1, len(routes.hidden) // needed), device=which.device)[:needed]
     if not len(few) or not len(pool):
@@ -139,13 +138,10 @@ def moments(experts: nn.Module, routes: Routes, which: Tensor, inner: int, neede
         place = some.repeat_interleave(len(pool))
         counts = torch.zeros(len(which), dtype=torch.int64, device=which.device)
         counts[some] = len(pool)
-        _add(experts, routes, which, Pairs(pool.repeat(len(some)), place, by[place], counts), gram)
+        pairs = Pairs(pool.repeat(len(some)), place, by[place], counts)
+        rows = weighted_inputs(experts, routes.hidden, pairs.token, which[place], pairs.weight).double()
+        outer(rows, rows, pairs, gram)
     return gram, len(few)
-
-
-def _add(experts: nn.Module, routes: Routes, which: Tensor, pairs: Pairs, gram: Tensor) -> None:
-    rows = weighted_inputs(experts, routes.hidden, pairs.token, which[pairs.place], pairs.weight).double()
-    outer(rows, rows, pairs, gram)
 
 
 def columns_of(down: Tensor, neurons: Tensor) -> Tensor:

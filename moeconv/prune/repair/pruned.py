@@ -169,7 +169,7 @@ def _fitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[
     fitted = refit_layer(layer.experts, wanted.routes, wanted.missing, kept, before, refit)
     change = fitted.float() - before.float()
     old, new = held_out_errors(layer.experts, wanted.held_routes, wanted.held_missing, kept, change)
-    available, needed = float((wanted.routes.weights != 0).sum()) / len(kept), tokens_needed(before)
+    available, needed = wanted.tokens_per_expert(len(kept)), tokens_needed(before)
     better = available >= needed and clearly_less(new.cpu(), old.cpu())
     was, now = wanted.relative(old), wanted.relative(new)
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))

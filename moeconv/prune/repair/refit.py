@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.prune.need import REFIT_BYTES, fitted_bytes
-from moeconv.prune.repair.routed_pairs import Pairs, applied, chunked, outer
+from moeconv.prune.repair.routed_pairs import Pairs, add_ridge, applied, chunked, outer
 from moeconv.stream.experts import weighted_inputs
 
 _STEPS = 2  # of conjugate gradients per sweep, in a block of several experts
@@ -57,7 +57,7 @@ def refit_layer(
     these are the only neurons that the experts have: `before` and the result are [n, H, W]."""
     missing = missing.to(torch.float32, copy=True)
     change = torch.zeros(before.shape, device=before.device)
-    size = _block_size(before)
+    size = experts_at_once(before, fitted_bytes(*before.shape[1:]))
     blocks = [slice(first, min(first + size, len(which))) for first in range(0, len(which), size)]
     sweeps, steps = (1, refit.sweeps) if len(blocks) == 1 else (refit.sweeps, 1)
     for _ in range(sweeps):
@@ -69,11 +69,19 @@ def refit_layer(
     return (before.float() + change).to(before.dtype)
 
 
-def _block_size(before: Tensor) -> int:
-    """The number of experts that are refitted at the same time."""
-    _, hidden, inner = before.shape
+def experts_at_once(before: Tensor, nbytes: int) -> int:
+    """The number of experts that are computed at the same time on the device of `before`, if each takes `nbytes`."""
     limit = REFIT_BYTES if before.device.type == "cpu" else torch.cuda.mem_get_info(before.device)[0] // 4
-    return max(1, limit // fitted_bytes(hidden, inner))
+    return max(1, limit // nbytes)
+
+
+def routed_rows(experts: nn.Module, routes: Routes, which: Tensor, inner: int) -> Iterator[tuple[Tensor, Pairs]]:
+    """Yield (the weighted inputs of the down projections float32 [n, I], their pairs) of the experts `which` int64 [g],
+    some tokens at a time: as many as the memory allows for rows of `inner` columns."""
+    each = 4 * routes.index.shape[1] * (inner + routes.hidden.shape[1])
+    for pairs in chunked(routes.index, routes.weights, which, tokens=max(1, CHUNK_BYTES // each)):
+        if len(pairs):
+            yield weighted_inputs(experts, routes.hidden, pairs.token, which[pairs.place], pairs.weight), pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,14 +103,12 @@ class _Block:
         for rows, pairs in self._rows():
             outer(rows.double(), rows.double(), pairs, gram)  # float32 would lose what a weak ridge leaves
             outer(rows, missing[pairs.token], pairs, left)
-        ridge = self.strength * gram.diagonal(dim1=1, dim2=2).mean(1)
-        some = ridge > 0
-        gram.diagonal(dim1=1, dim2=2).add_(torch.where(some, ridge, 1.0)[:, None])
+        ridge = add_ridge(gram, self.strength)
         factor = torch.linalg.cholesky(gram).float()
         del gram
         ridges = ridge.float()[:, None, None]
         left -= ridges * change.mT
-        left *= some[:, None, None]  # an expert without tokens does not change
+        left *= (ridge > 0)[:, None, None]  # an expert without tokens does not change
         search, before = torch.zeros_like(left), torch.ones((), dtype=torch.float64, device=left.device)
         for step in range(steps):
             solved = torch.cholesky_solve(left, factor)
@@ -122,13 +128,9 @@ class _Block:
             before = slope
 
     def _rows(self) -> Iterator[tuple[Tensor, Pairs]]:
-        """Yield (the weighted inputs of the down projections float32 [n, I], their pairs), some tokens at a time."""
-        routes = self.routes
-        each = 4 * routes.index.shape[1] * (self.inner + routes.hidden.shape[1])
-        for pairs in chunked(routes.index, routes.weights, self.which, tokens=max(1, CHUNK_BYTES // each)):
-            if len(pairs):
-                made = weighted_inputs(self.experts, routes.hidden, pairs.token, self.which[pairs.place], pairs.weight)
-                yield made if self.columns is None else made.gather(1, self.columns[pairs.place]), pairs
+        """`routed_rows`, of the columns that the experts have."""
+        for rows, pairs in routed_rows(self.experts, self.routes, self.which, self.inner):
+            yield rows if self.columns is None else rows.gather(1, self.columns[pairs.place]), pairs
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
@@ -167,9 +169,6 @@ def after_change(experts: nn.Module, routes: Routes, missing: Tensor, which: Seq
     """What is `missing` [T, H] in float32 after `change` [n, H, I] was added to the down projections of the experts
     `which`."""
     left, numbers = missing.float().clone(), torch.tensor(list(which), device=missing.device)
-    each = 4 * routes.index.shape[1] * sum(change.shape[1:])
-    for pairs in chunked(routes.index, routes.weights, numbers, tokens=max(1, CHUNK_BYTES // each)):
-        if len(pairs):
-            rows = weighted_inputs(experts, routes.hidden, pairs.token, numbers[pairs.place], pairs.weight)
-            left.index_add_(0, pairs.token, applied(rows, change.float().mT, pairs), alpha=-1)
+    for rows, pairs in routed_rows(experts, routes, numbers, change.shape[2]):
+        left.index_add_(0, pairs.token, applied(rows, change.float().mT, pairs), alpha=-1)
     return left

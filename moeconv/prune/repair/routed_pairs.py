@@ -69,3 +69,11 @@ def applied(rows: Tensor, matrices: Tensor, pairs: Pairs) -> Tensor:
     for some, at, real in pairs.rounds():
         made[torch.where(real, at, len(rows))] = torch.bmm(rows[at], matrices[some])
     return made[:-1]
+
+
+def add_ridge(gram: Tensor, strength: float) -> Tensor:
+    """Add `strength` times its mean diagonal to each diagonal of `gram` float64 [n, I, I], or 1 where an expert has no
+    tokens. Returns the ridges [n], 0 where an expert has no tokens."""
+    ridge = strength * gram.diagonal(dim1=1, dim2=2).mean(1)
+    gram.diagonal(dim1=1, dim2=2).add_(torch.where(ridge > 0, ridge, 1.0)[:, None])
+    return ridge

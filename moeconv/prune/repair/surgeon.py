@@ -14,14 +14,6 @@ from torch import Tensor
 _BATCH = 64  # removals between two updates of the whole matrices
 
 
-def ridged(gram: Tensor, strength: float) -> Tensor:
-    """`gram` float64 [n, I, I] with `strength` times its mean diagonal added to each diagonal; with 1 where an expert
-    has no tokens. Changes `gram`."""
-    ridge = strength * gram.diagonal(dim1=1, dim2=2).mean(1)
-    gram.diagonal(dim1=1, dim2=2).add_(torch.where(ridge > 0, ridge, 1.0)[:, None])
-    return gram
-
-
 def removals(gram: Tensor, down: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """(the neurons in the order of their removal int64 [n, count], the cost of each removal float64 [n, count]).
 

@@ -38,6 +38,10 @@ class Wanted:
     held_missing: Tensor
     held_square: float
 
+    def tokens_per_expert(self, experts: int) -> float:
+        """The routed tokens of the fit per expert, of that many kept experts."""
+        return float((self.routes.weights != 0).sum()) / experts
+
     def relative(self, squares: Tensor) -> float:
         """The root of the sum of squared errors, relative to the layer's output."""
         return (float(squares.sum()) / self.held_square) ** 0.5 if self.held_square else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ _LLAMA3 = [
      "original_max_position_embeddings": 8192}
     for factor in (8.0, 32.0)
 ]  # fmt: skip
-_FACTORS = "rope_freqs.weight"
+FACTORS = "rope_freqs.weight"  # factors of the rotary frequencies, which config.json states in words
 _ORIGINAL = "Use the original model."
 _DAMAGED = "The file is damaged, or made by a program that moeconv does not know."
 
@@ -111,7 +110,7 @@ def _vocabulary(source: GgufSource) -> int:
 def _rotary(source: GgufSource, arch: str) -> list[JsonObject]:
     """The rotary parameters that the file may mean, without the base: factors of llama3's scaling are a tensor, which
     only those that are published can explain."""
-    if _FACTORS in source.tensors:
+    if FACTORS in source.tensors:
         return [dict(each) for each in _LLAMA3]
     kind = source.metadata.get(f"{arch}.rope.scaling.type", "none")
     if kind == "none":
@@ -129,7 +128,7 @@ def _rotary(source: GgufSource, arch: str) -> list[JsonObject]:
     return [found]
 
 
-def _number(source: GgufSource, key: str, default: float | None = None) -> Any:
+def _number(source: GgufSource, key: str, default: float | None = None) -> int | float:
     """A number above 0. Raises Unsupported where the file does not state it."""
     value = source.metadata.get(key, default)
     if value is None:
@@ -157,10 +156,9 @@ def _setting(source: GgufSource, key: str) -> bool | int | float:
         raise Unsupported(f"{key} has a value for each layer: this is not imported", hint=_ORIGINAL)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError(f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number", hint=_DAMAGED)
-    short: bool | int | float = _short(value)
-    return short
+    return _short(value)
 
 
-def _short(value: Any) -> Any:
+def _short(value: float) -> float:
     """A float as the shortest decimal that is the same float32, because that is what the file holds."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,10 +18,10 @@ from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
 from moeconv.importing.check import check_import
-from moeconv.importing.config import candidates
+from moeconv.importing.config import FACTORS, candidates
 from moeconv.importing.tokenizer import tokenizer_files
 from moeconv.options import ImportOptions, parse_size
-from moeconv.plan.build import count_params, parse_dtype, rows, whole
+from moeconv.plan.build import TORCH_NAMES, count_params, parse_dtype, rows, whole
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec, pack_shards
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.gguf.llama_cpp import LlamaCpp
@@ -41,7 +42,7 @@ def plan_import(source: GgufSource, options: ImportOptions) -> tuple[Plan, Model
             model = _model(source, family, plan)
             check_import(source, model)
             total, active = count_params(model)
-            return _counted(plan, total, active), model
+            return replace(plan, params_total=total, params_active=active), model
         except InputError as reason:
             reasons.append(reason)
     first = reasons[0]
@@ -52,19 +53,16 @@ def _plan(
     source: GgufSource, family: Family, row: LlamaCpp, config: Mapping[str, object], options: ImportOptions
 ) -> Plan:
     dtype = parse_dtype(options.dtype) or "BF16"
-    word = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
+    word = TORCH_NAMES[dtype]
     stated = {**config, "dtype": word}
-    constants = ("rope_freqs.weight",)
     items = [
         item
         for ref in source.tensors.values()
-        if ref.name not in constants
+        if ref.name != FACTORS
         for item in _items(ref, family, row, dtype, stated)
     ]
     shards = pack_shards(items, shard_size=parse_size(options.shard_size, flag="--shard-size"))
-    types: dict[str, int] = {}
-    for ref in source.tensors.values():
-        types[ref.dtype] = types.get(ref.dtype, 0) + 1
+    types = dict(Counter(ref.dtype for ref in source.tensors.values()))
     block = {"architecture": source.metadata["general.architecture"], "types": types, "dtype": word}
     texts, warnings = tokenizer_files(source)
     return Plan(
@@ -82,10 +80,6 @@ def _model(source: GgufSource, family: Family, plan: Plan) -> Model:
             f"as {family.model_type}, the architecture of the file gives no whole checkpoint: {reason.message}",
             hint="Use the original model; or the file is damaged.",
         ) from None
-
-
-def _counted(plan: Plan, total: int, active: int) -> Plan:
-    return replace(plan, params_total=total, params_active=active)
 
 
 def _items(ref: TensorRef, family: Family, row: LlamaCpp, dtype: str, config: Mapping[str, object]) -> list[Item]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 from moeconv.checkpoint.gguf_source import GgufSource
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.quantize.gguf.pre_tokenizers import BYTES, DIGITS, GPT2, NAMES, Steps
 from moeconv.types import JsonObject
 
+_Kind = TypeVar("_Kind")
 # ggml's token types
 _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
 _SPACE = "\u2581"
@@ -66,11 +67,12 @@ def tokenizer_files(source: GgufSource) -> tuple[dict[str, str], list[str]]:
     return {name: json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in files.items()}, []
 
 
-def _list(source: GgufSource, key: str, kind: type) -> list[Any]:
+def _list(source: GgufSource, key: str, kind: type[_Kind]) -> list[_Kind]:
     value = source.metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+    found: list[_Kind] = [item for item in value if isinstance(item, kind)] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(found) < len(value):
         raise InputError(f"{escape(source.path.name)} has no tokenizer.ggml.{key}", hint=_DAMAGED)
-    return value
+    return found
 
 
 def _words(source: GgufSource, tokens: Sequence[str]) -> JsonObject:

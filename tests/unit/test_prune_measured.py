@@ -271,6 +271,14 @@ def test_a_refit_on_too_little_text_says_so(tmp_path: Path, cli: Any) -> None:
             assert one.checkpoint.read(name) == other.checkpoint.read(name)
 
 
+def test_a_refit_of_experts_that_miss_nothing_changes_nothing(tmp_path: Path) -> None:
+    model = open_model(make(tmp_path / "model"))
+    layer = next(iter(LayerStream(model, np.zeros((1, SEQ_LEN), np.int64)).layers()))
+    hidden, index = torch.randn(64, 64), torch.arange(64)[:, None] % 2
+    before, routes = down_projections(layer.experts, [0, 1]), Routes(hidden, index, torch.ones(64, 1))
+    assert torch.equal(refit_layer(layer.experts, routes, torch.zeros(64, 64), [0, 1], before, Refit(0.1, 3)), before)
+
+
 def test_refit_is_the_ridge_solution(tmp_path: Path) -> None:
     path = make(tmp_path / "model")
     model = open_model(path)

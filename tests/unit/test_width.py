@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,18 @@ def test_a_layer_whose_experts_are_cut_one_at_a_time_is_the_same(
     for layer, neurons in found[0].neurons.items():
         assert torch.equal(neurons, found[1].neurons[layer])
     assert torch.allclose(found[0].hidden, found[1].hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refit_where_nothing_is_missing_keeps_the_neurons_and_their_weights(tmp_path: Path) -> None:
+    """With all experts, the first layer computes what it should before it loses neurons."""
+    path = make(tmp_path / "model")
+    model, data = open_model(path), data_of(path, tmp_path)
+    plain, refitted = (Variant(width=model.expert_width // 2, refit=refit) for refit in (None, Refit()))
+    pruned_pass(LayerStream(model, data.windows), [plain, refitted])
+    first = model.moe_layers[0]
+    assert torch.equal(plain.neurons[first], refitted.neurons[first])
+    assert refitted.fitted[0].error_before == plain.narrowed[0].error
+    assert all(math.isfinite(row.error_after) for row in refitted.fitted)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ class _Block:
         for step in range(steps):
             solved = torch.cholesky_solve(left, factor)
             slope = _dot(left, solved)
-            search = solved if step == 0 else solved.add_(search * (slope / before).float())
+            turn = torch.where(before > 0, slope / before, 0.0).float()  # 0 / 0 where nothing is missing
+            search = solved if step == 0 else solved.add_(search * turn)
             reach = torch.zeros_like(missing)
             curved = ridges * search
             for rows, pairs in self._rows():

@@ -192,8 +192,8 @@ class Layers:
     kinds: Callable[[Get, int], list[str]] | None = None
     # group of keys, or key -> the kinds of layers that have it; what is not listed is in every layer
     where: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    # (argument with which the class gives a layer what the layer before it returned beside the hidden states, kinds of
-    # layers that read it): a model with such layers cannot be run layer by layer
+    # (what a layer of the class returns beside the hidden states, the kinds of layers that read it from the layer
+    # before them): a model with such layers cannot be run layer by layer
     passed_on: tuple[str, frozenset[str]] | None = None
     # config key of the number of residual streams of the width hidden_size; "" if the family has one
     streams: str = ""

@@ -1,4 +1,4 @@
-"""Contract: every MoE row streamed a layer at a time equals stock transformers, and shows its real routing."""
+"""Contract: every row streamed a layer at a time equals stock transformers, and an MoE shows its real routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.families.model import open_model
 from moeconv.families.rule import route, rule_of
 from moeconv.stream.layers import LayerStream
-from tests.contract.stock import MOE_CASES, load, save_stock, skip_where_stock_is_broken
+from tests.contract.stock import DENSE_CASES, MOE_CASES, load, save_stock, skip_where_stock_is_broken
 
 torch.set_num_threads(1)
 
@@ -44,6 +44,20 @@ def test_logits_and_routing_are_the_stock_models(tmp_path, case):
             if model.renormalises and not model.family.experts.routing.scaled:
                 sums = batch.top_k_weights.sum(-1)
                 assert torch.allclose(sums, sums[0].expand(tokens), rtol=1e-4)
+    logits = torch.cat([out for _, out in stream.logits(batch_size=2)])
+    assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.std()))
+
+
+@pytest.mark.slow(keep=5)
+@pytest.mark.parametrize("case", list(DENSE_CASES))
+def test_logits_of_dense_rows_are_the_stock_models(tmp_path, case):
+    skip_where_stock_is_broken(case)
+    path = save_stock(tmp_path / "dense", *DENSE_CASES[case], dtype=torch.float32)
+    ids = np.random.default_rng(0).integers(3, 128, (2, 16))
+    with torch.no_grad():
+        expected = load(path)(torch.tensor(ids)).logits
+    stream = _stream(path, ids)
+    stream.run()
     logits = torch.cat([out for _, out in stream.logits(batch_size=2)])
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.std()))
 

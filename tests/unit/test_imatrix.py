@@ -184,33 +184,3 @@ def test_refusals(measured, tmp_path, cli):
         "calibrate", folder / "moe", tmp_path / "s", "--imatrix", tmp_path / "i.gguf", "--data", folder / "text.txt"
     )
     assert both.code == 2 and not (tmp_path / "s").exists()
-
-
-@pytest.mark.parametrize(
-    ("case", "absent"),
-    [
-        ("deepseek_v3", ["attn_k_b"]),
-        pytest.param("lfm2_moe", [], marks=pytest.mark.slow),
-        pytest.param("jamba", [], marks=pytest.mark.slow),
-    ],
-)
-def test_matrices_that_cannot_be_measured_are_left_out_with_a_warning(tmp_path, case, absent):
-    from words import add_tokenizer
-
-    from moeconv.options import DataOptions, MeasureOptions
-    from moeconv.plan.meter import SilentMeter
-    from moeconv.quantize.gguf.measure_imatrix import write_imatrix
-    from tests.contract.stock import MOE_CASES, save_stock
-
-    path = add_tokenizer(save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32))
-    (tmp_path / "text.txt").write_text(text(400))
-    found = write_imatrix(
-        str(path), tmp_path / "im.gguf", data=DataOptions(data=(str(tmp_path / "text.txt"),)),
-        measure=MeasureOptions(tokens=128, seq_len=16), seed=0, overwrite=False, meter=SilentMeter(),
-    )  # fmt: skip
-    names = entries(tmp_path / "im.gguf")[0]
-    assert "blk.1.ffn_gate_exps.weight.in_sum2" in names or "blk.1.ffn_gate.weight.in_sum2" in names
-    for part in absent:
-        assert not any(part in name for name in names)
-        assert any(f"{part}.weight" in warning for warning in found["warnings"])
-    assert not any("conv1d" in name or "shortconv.conv" in name for name in names)

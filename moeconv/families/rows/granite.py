@@ -131,7 +131,7 @@ BAMBA = dense_row(
         | {k: v.replace(".mlp.", ".feed_forward.") for k, v in (DENSE_FFN | FFN_BIAS).items()}
     ),
     attention=Attention(partial=0.5),
-    layers=Layers(kinds=_bamba_kinds, where=HYBRID_WHERE),
+    layers=Layers(kinds=_bamba_kinds, where=HYBRID_WHERE, passed_on=("attention weights", frozenset())),
 )
 _GRANITE_BLOCK = LAYER + "block_sparse_moe."
 _GRANITE_EXPERTS = {

@@ -1,6 +1,6 @@
 """Can what each format would write of a published model be opened again? Headers and index against the reader's limits.
 
-    python benchmarks/opened.py WORK CHECKPOINT [CHECKPOINT ...] [--formats nf4-double int4] [--write]
+    python benchmarks/opened.py WORK CHECKPOINT [CHECKPOINT ...] [--formats bitsandbytes:nf4-double] [--write]
 
 CHECKPOINT is a directory; holes in place of weights are enough, since nothing but headers is read. Every output is
 planned with the default options (a source that is quantized with --requantize), and the largest header and the index
@@ -29,21 +29,29 @@ from moeconv.inspect.run import inspect
 from moeconv.plan.limits import check_limits, index_cost
 from moeconv.plan.memory import configure_collector
 from moeconv.plan.plan import Plan
+from moeconv.quantize.formats import in_place
 from moeconv.quantize.step import plan_packing
 from moeconv.requests import QuantizeRequest, request
 
-FORMATS: dict[str, dict[str, object]] = {
-    "int4": {"format": "compressed-tensors", "scheme": "int4"},
-    "int8": {"format": "compressed-tensors", "scheme": "int8"},
-    "nf4": {"format": "bitsandbytes", "scheme": "nf4"},
-    "nf4-double": {"format": "bitsandbytes", "scheme": "nf4", "double_quant": True},
-    "bnb-int8": {"format": "bitsandbytes", "scheme": "int8"},
-}
+
+def _forms() -> dict[str, dict[str, object]]:
+    """The options for every scheme of every format that writes safetensors files."""
+    found: dict[str, dict[str, object]] = {}
+    for format in in_place():
+        for scheme in format.schemes:
+            options: dict[str, object] = {"format": format.name, "scheme": scheme.name}
+            found[f"{format.name}:{scheme.name}"] = options
+            if scheme.nests:
+                found[f"{format.name}:{scheme.name}-double"] = options | {"double_quant": True}
+    return found
+
+
+FORMS = _forms()
 
 
 def planned(model: Model, name: str) -> Plan:
     """The plan of `moeconv quantize` with the defaults of a format."""
-    values = {"model": str(model.checkpoint.path), "out": "out", **FORMATS[name]}
+    values = {"model": str(model.checkpoint.path), "out": "out", **FORMS[name]}
     return plan_packing(model, request(QuantizeRequest, values | {"requantize": bool(model.quantization)})).plan
 
 
@@ -82,14 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", choices=FORMS, default=list(FORMS))
     parser.add_argument("--write", action="store_true")
     a = parser.parse_args()
     configure_collector()
-    print(f"{'':24} {'':10} {'tensors':>8} {'files':>5} {'':>10} {'header':>7} {'index':>9} {'':>6}  opened")
+    print(f"{'':24} {'':28} {'tensors':>8} {'files':>5} {'':>10} {'header':>7} {'index':>9} {'':>6}  opened")
     for path in a.checkpoints:
         for name in a.formats:
-            print(f"{path.name:24} {name:10} ", end="", flush=True)
+            print(f"{path.name:24} {name:28} ", end="", flush=True)
             try:
                 plan = planned(open_model(path), name)
                 print(row(plan), end="", flush=True)
@@ -97,7 +105,7 @@ def main() -> None:
                 print(error.message)
                 continue
             if a.write:
-                out = a.work / f"{path.name}-{name}"
+                out = a.work / f"{path.name}-{name.replace(':', '-')}"
                 write(plan, out)
                 began = time.process_time()
                 found = inspect(out)

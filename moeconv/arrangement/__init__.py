@@ -1,1 +1,1 @@
-"""The verb arrange: another order of the experts, for serving them in equal contiguous shares on several devices."""
+"""`arrange`: a new order of the experts, for serving them in equal contiguous shares on several devices."""

@@ -1,9 +1,10 @@
-"""Another order of the experts of a layer, so that equal contiguous shares of it have equal load.
+"""An order of the experts of a layer whose equal contiguous shares have equal load.
 
-First the loads are dealt out, the largest first, each to the share with the least load that has room. Swaps of two
-experts then even out the loads, and further swaps bring experts that fire together into one share, as far as no share
-gets more than `_SLACK` above the mean, or above what the first swaps reached. The loads are dealt out in a few random
-orders too, and the result with the least traffic is taken. All costs of swaps are computed at once, as [E, E].
+First the experts are assigned in the order of decreasing load, each to the share with the least load that is not full.
+Swaps of two experts then even out the loads, and further swaps bring experts that process a token together into one
+share, as long as no share gets more than `_SLACK` above the mean, or above what the first swaps reached. The assignment
+is repeated for a few random orders, and the result with the least traffic is taken. All costs of swaps are computed at
+once, as [E, E].
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ from moeconv.errors import UsageError
 from moeconv.randomness import generator
 from moeconv.units import counted
 
-_SLACK = 0.03  # of the mean load: what evenness may be given up for less traffic
-_STARTS, _WORK = 16, 1 << 16  # orders to begin with: at most, and times the square of the experts
+_SLACK = 0.03  # of the mean load: how much evenness is traded for less traffic
+_STARTS, _WORK = 16, 1 << 16  # initial orders: at most, and their number times the square of the number of experts
 
 
 @dataclass(frozen=True)
 class ShareLoad:
     """How evenly `shares` equal contiguous shares of the experts are loaded (largest load over mean load; None without
-    any), and which part of the pairs of experts that process a token together lies in different shares (None if there
-    are no pairs)."""
+    any), and the fraction of expert pairs processing a token together that are in different shares (None if there are
+    no pairs)."""
 
     max_over_mean: float | None
     crossing: float | None
 
 
 def check_shares(experts: int, shares: int, groups: int) -> None:
-    """Raises UsageError if the experts, in `groups` that the router chooses among, have no such shares."""
+    """Raises UsageError if the experts, in the `groups` that the router chooses among, do not divide into `shares`."""
     if not 2 <= shares <= experts or experts % shares:
         raise UsageError(
             f"--devices {shares}: {counted(experts, 'expert')} cannot be divided into so many equal shares",
-            hint="Pass a number from 2 on that divides the number of experts.",
+            hint="Pass a number of 2 or more that divides the number of experts.",
         )
     if groups > 1 and groups % shares and shares % groups:
         raise UsageError(
@@ -58,7 +59,7 @@ def share_load(load: np.ndarray, together: np.ndarray, order: np.ndarray, shares
 
 def even_order(load: np.ndarray, together: np.ndarray, shares: int, *, groups: int = 1) -> np.ndarray:
     """The experts in their new order, int64 [E]. A router with `groups` keeps their experts together: whole groups
-    change their places, or the experts inside each group."""
+    move, or the experts move inside each group."""
     experts = len(load)
     size = experts // groups
     numbers = np.arange(experts).reshape(groups, size)
@@ -72,7 +73,7 @@ def even_order(load: np.ndarray, together: np.ndarray, shares: int, *, groups: i
 
 
 def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
-    """The order of things with this load in shares of equal number."""
+    """The order of items with these loads, in shares of equal size."""
     count = len(load)
     if shares == 1:
         return np.arange(count)
@@ -91,8 +92,8 @@ def _dealt(load: np.ndarray, together: np.ndarray, shares: int) -> np.ndarray:
 def _gathered(
     load: np.ndarray, pairs: np.ndarray, share: np.ndarray, sums: np.ndarray, limit: float
 ) -> tuple[float, np.ndarray]:
-    """(the pairs inside shares, the share of each thing) after swaps that bring together what fires together, as far as
-    no load exceeds `limit`."""
+    """(the pairs inside shares, the share of each item) after swaps that bring items of the same tokens together, as
+    long as no load exceeds `limit`."""
     count, shares = len(load), len(sums)
     for _ in range(4 * count):
         to_share = np.stack([pairs[:, share == s].sum(1) for s in range(shares)], 1)  # [E, shares]
@@ -110,7 +111,7 @@ def _gathered(
 
 
 def _evenly(load: np.ndarray, shares: int, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the share of each thing, the load of each share): dealt out in the order `first`, then evened out by swaps."""
+    """(the share of each item, the load of each share): assigned in the order `first`, then evened out by swaps."""
     count = len(load)
     share, sums, held = np.zeros(count, np.int64), np.zeros(shares), np.zeros(shares, np.int64)
     for one in first:

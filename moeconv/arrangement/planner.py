@@ -1,4 +1,4 @@
-"""The plan that writes the experts of a model in another order. Needs no torch and no tensor bytes."""
+"""The plan that writes the experts of a model in a new order. Imports no torch and reads no tensor bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moeconv.types import Config
 
 
 def check_arrangement(model: Model, common: PlanOptions) -> None:
-    """Raises InputError for a model whose experts have no order, UsageError for options that do not go with it."""
+    """Raises InputError for a model without experts, UsageError for options that cannot be used with it."""
     if model.family.kind != "moe" or not model.moe_layers:
         raise InputError(
             f"{model.family.model_type} has no experts to arrange", hint="Give a Mixture-of-Experts model."
@@ -35,7 +35,7 @@ def check_arrangement(model: Model, common: PlanOptions) -> None:
 def plan_arrangement(
     model: Model, order: Mapping[int, Sequence[int]], common: PlanOptions, *, parameters: Config, block: Config
 ) -> Plan:
-    """Plan a model whose experts have the order {layer: old numbers in their new order}. Layers that it lacks keep
+    """Plan a model whose experts have the order {layer: old numbers in their new order}. Layers without an entry keep
     theirs. Every tensor has the bytes of the source; only rows, names and numbers in config.json change."""
     stays = range(model.num_experts)
     whole = {layer: list(order.get(layer, stays)) for layer in (*model.moe_layers, *model.mtp_layers)}

@@ -1,4 +1,4 @@
-"""The step `arrange`: reads how the experts were used, finds an order of them, and writes the model in that order."""
+"""The step `arrange`: reads how often the experts were used, finds an order, and writes the model in that order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Uses = Mapping[int, tuple[np.ndarray, np.ndarray]]  # layer -> tokens of each ex
 
 def arrange(request: ArrangeRequest, *, meter: Meter) -> JsonObject:
     """Write MODEL with its experts in an order whose equal contiguous shares have equal load, and in which experts that
-    process a token together lie together."""
+    process a token together share a device where possible."""
     model, options = open_resolved(request.model), request.arrange
     check_arrangement(model, request.plan)
     check_shares(model.num_experts, options.devices, model.groups[0])
@@ -86,7 +86,7 @@ def _statistics(model: Model, path: str, *, twin: bool) -> Statistics:
 
 
 def _uses(model: Model, statistics: Statistics) -> Uses:
-    """The use of the experts of every layer that was measured, over all data sources."""
+    """How often the experts of every measured layer were used, over all data sources."""
     found = {}
     for layer in (*model.moe_layers, *(at for at in model.mtp_layers if at in statistics.prediction_layers)):
         load = np.asarray(statistics.layer(layer, "count"), np.float64).sum(0)
@@ -99,7 +99,7 @@ def _loads(uses: Uses, order: Mapping[int, np.ndarray], devices: int) -> dict[in
 
 
 def _whole(loads: Mapping[int, ShareLoad]) -> JsonObject:
-    """The mean over the layers, and the largest load of any."""
+    """The means over the layers, and the largest load of any layer."""
     even = [of.max_over_mean for of in loads.values() if of.max_over_mean is not None]
     crossing = [of.crossing for of in loads.values() if of.crossing is not None]
     return {

@@ -19,7 +19,7 @@ def calibrate(request: CalibrateRequest, *, meter: Meter) -> JsonObject:
     """Run data through a model and write its statistics to a file, or add the files of several runs."""
     imatrix = request.imatrix.imatrix
     if (request.stats is None) == (imatrix is None):
-        given = "STATS and --imatrix exclude each other" if imatrix else "there is no file to write"
+        given = "STATS and --imatrix exclude each other" if imatrix else "no output file was given"
         raise UsageError(given, hint="Give STATS for statistics, or --imatrix FILE for llama.cpp's importance matrix.")
     if request.merge.merge:
         return _merge(request)
@@ -61,7 +61,9 @@ def _merge(request: CalibrateRequest) -> JsonObject:
     from moeconv.calibrate.merge import merge_statistics
 
     if request.stats is None:
-        raise UsageError("--merge adds statistics, and --imatrix has none", hint="Give STATS in place of --imatrix.")
+        raise UsageError(
+            "--merge adds up statistics, which --imatrix does not write", hint="Give STATS in place of --imatrix."
+        )
     if request.data.data:
         raise UsageError(
             "--merge and --data exclude each other",

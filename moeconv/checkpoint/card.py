@@ -47,7 +47,7 @@ def _words(value: object) -> str | list[str] | None:
 
 def parent_names(source: Checkpoint) -> list[str]:
     """The names on the hub by which the card of an output calls this source: its own name, where its directory or its
-    config tells it, or the base models that its card names."""
+    config states it, or the base models that its card names."""
     if own := hub_name(source.path):
         return [own]
     if source.manifest is None:

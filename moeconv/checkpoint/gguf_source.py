@@ -45,19 +45,19 @@ class GgufSource:
             raise
         except OSError as error:
             raise InputError(f"cannot read {label}: {error.strerror or error}", hint="Check the path.") from None
-        except Exception as error:  # the package raises what its parsing runs into
+        except Exception as error:  # the package raises many kinds of errors for damaged files
             reason = escape(str(error)[:200]) or type(error).__name__
             raise InputError(f"{label} is not a readable GGUF file: {reason}", hint=_HINT) from None
         if (parts := self.whole("split.count", 0, least=0)) > 1:
-            raise Unsupported(f"{label} is one of {parts} parts", hint="Join them: llama-gguf-split --merge.")
+            raise Unsupported(f"{label} is one of {parts} parts", hint="Merge them: llama-gguf-split --merge.")
         self.tensors = {ref.name: ref for ref in (self._ref(label, *each) for each in found)}
         if len(self.tensors) != len(found):
-            raise InputError(f"{label} has two tensors of one name", hint=_HINT)
+            raise InputError(f"{label} has two tensors with the same name", hint=_HINT)
 
     def _ref(self, label: str, name: str, dtype: str, shape: tuple[int, ...], start: int) -> TensorRef:
         if dtype not in GGML_TYPES:
             raise Unsupported(
-                f"{label}: tensor {escape(name)!r} has the type {dtype}, which is not read",
+                f"{label}: tensor {escape(name)!r} has the type {dtype}, which moeconv does not read",
                 hint=f"Types that are read: {', '.join(sorted(GGML_TYPES))}.",
             )
         try:
@@ -73,14 +73,14 @@ class GgufSource:
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(
-                f"{escape(self.path.name)}: {escape(key)} is {escape(value)}, and must be a whole number of {least} or "
+                f"{escape(self.path.name)}: {escape(key)} is {escape(value)}, but must be a whole number of {least} or "
                 "more",
                 hint=_HINT,
             )
         return value
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
-        """Fill `view` with the bytes of a tensor from byte `start` of the tensor on."""
+        """Fill `view` with the bytes of a tensor, beginning at byte `start` of the tensor."""
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.tensors[name].start + start)
             done = 0

@@ -243,7 +243,7 @@ def file_cost(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[int,
         length += entry[0] + digits
         while end >= longer:
             digits, longer = digits + 1, longer * 10
-        length += digits  # an end is written twice: it is the next tensor's start
+        length += digits  # an end offset is written twice: it is also the next tensor's start
         values += entry[1]
     if len(set(names)) != len(names):
         raise ValueError(f"tensor {next(n for n in names if names.count(n) > 1)!r} appears twice")

@@ -2,7 +2,7 @@
 
 Two layouts are read. GGUF: for every matrix NAME the tensors NAME.in_sum2 [experts, columns], sums of squares, and
 NAME.counts [experts, 1], numbers of tokens, both in float32; metadata general.type = imatrix. The older .dat: entries
-of a name, a number of calls, and means times that number. An expert without tokens has the mean of its layer.
+with a name, a number of calls, and means times that number. An expert without tokens gets the mean of its layer.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Imatrix:
-    """An importance matrix that is opened for reading. It is a source of bytes for plans: the importance of expert e of
-    a matrix of so many columns is the tensor NAME#e#columns."""
+    """An importance matrix that is open for reading. It is a source of bytes for plans: the importance of expert `e` of
+    a matrix is the tensor NAME#e#columns, with the number of columns."""
 
     label: str
     sha256: str
     entries: Mapping[str, Entry]
 
     def fits(self, name: str, *, experts: int, columns: int) -> bool:
-        """Whether it has the importance of a matrix; False where it has none. Raises InputError where that is of
-        another size."""
+        """Whether it has the importance of a matrix. Raises InputError where it has it with another size."""
         entry = self.entries.get(name)
         if entry is None:
             return False
         if entry.sums.size != experts * columns or entry.counts.size not in (1, experts):
             raise InputError(
-                f"{self.label}: {escape(name)} has {entry.sums.size} values, and the model {experts * columns}",
-                hint="The importance matrix is of another model. Make it for this one: moeconv calibrate --imatrix.",
+                f"{self.label}: {escape(name)} has {entry.sums.size} values, but the model has {experts * columns}",
+                hint="It belongs to another model. Make one for this model: moeconv calibrate --imatrix.",
             )
         return True
 
@@ -59,8 +58,8 @@ class Imatrix:
         return [] if counts.size != experts or experts == 1 else np.flatnonzero(counts == 0).tolist()
 
     def values(self, name: str, expert: int, columns: int) -> np.ndarray:
-        """The importance float32 [columns] of a matrix, up to a factor. Raises InputError for values that are not
-        finite or negative."""
+        """The importance float32 [columns] of a matrix, up to a factor. Raises InputError for values that are negative
+        or not finite."""
         entry = self.entries[name]
         sums = np.asarray(entry.sums, np.float32).reshape(-1, columns)
         used = np.broadcast_to(np.asarray(entry.counts).reshape(-1), len(sums)) > 0
@@ -72,14 +71,14 @@ class Imatrix:
         return found
 
     def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
-        """Fill `view` with the bytes of the importance NAME#expert#columns from byte `start` on."""
+        """Fill `view` with the bytes of the importance NAME#expert#columns, beginning at byte `start`."""
         matrix, expert, columns = name.split("#")
         data = self.values(matrix, int(expert), int(columns)).tobytes()
         view[:] = data[start : start + len(view)]
 
 
 def open_imatrix(path: str | Path) -> Imatrix:
-    """Open an importance matrix in either layout. Raises InputError for a file that is none."""
+    """Open an importance matrix in either layout. Raises InputError for any other file."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -88,7 +87,7 @@ def open_imatrix(path: str | Path) -> Imatrix:
         digest = file_sha256(path)
     except (OSError, struct.error, ValueError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{escape(path.name)} is not an importance matrix that can be read: {escape(error)}",
+            f"{escape(path.name)} is not a readable importance matrix: {escape(error)}",
             hint="Make one: moeconv calibrate MODEL --imatrix FILE --data TEXT.",
         ) from None
     return Imatrix(escape(path.name), digest, entries)

@@ -74,7 +74,7 @@ def rates(state: Progress) -> list[str]:
 
 
 class BarMeter:
-    """A live bar with position, rate and time left; while only a text is known, a spinner with it. For a terminal."""
+    """A live bar with position, rate and time left, or a spinner while only a text is known. For a terminal."""
 
     def __init__(self) -> None:
         self._progress: RichProgress | None = None

@@ -10,15 +10,15 @@ from moeconv.contract.shared import Written
 
 
 class ShareFigures(TypedDict):
-    """Equal contiguous shares of the experts of a layer: the largest load over the mean load, and which part of the
-    pairs of experts that process a token together lies in different shares. null where nothing was routed."""
+    """Equal contiguous shares of the experts of a layer: the largest load over the mean load, and the fraction of
+    expert pairs processing a token together that are in different shares. null where nothing was routed."""
 
     max_over_mean: float | None
     crossing: float | None
 
 
 class ArrangedFigures(ShareFigures):
-    """The means over all layers, and the largest load over mean load of any layer."""
+    """The means over all layers, and the largest ratio of the largest load to the mean load in any layer."""
 
     worst: float | None
 

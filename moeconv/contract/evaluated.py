@@ -43,15 +43,15 @@ class NotFinite(TypedDict):
 
 
 class Figure(TypedDict):
-    """A mean over questions with its standard error; null where it is NaN, and the error also of a single question."""
+    """A mean over questions and its standard error; null where it is NaN. For a single question, the error is null."""
 
     value: float | None
     stderr: float | None
 
 
 class Comparison(TypedDict):
-    """A mean difference to the reference on the same questions: its standard error, and the interval that has 95 % of
-    the means of resampled questions (paired bootstrap)."""
+    """The mean difference from the reference on the same questions, its standard error, and the interval that contains
+    95 % of the means of resampled questions (paired bootstrap)."""
 
     value: float | None
     stderr: float | None
@@ -74,7 +74,8 @@ class TaskResult(TypedDict):
 
 class Tasks(TypedDict):
     """All request files. `accuracy` is the mean over them (accuracy of multiple choice, exact match of continuations),
-    null if there is neither. `tokens` were run; `truncated` choices lost the beginning of their context."""
+    null if there is neither. `tokens` is the number of tokens that were run, `truncated` the number of choices whose
+    context was truncated at its beginning."""
 
     results: list[TaskResult]
     accuracy: Figure | None

@@ -41,8 +41,8 @@ class FormatRow(TypedDict):
 
     `bits` is null for a scheme of mixed widths. `measured` has the version of each runtime that was run with the
     scheme; null means that `loads` was taken from the runtime's source code or documentation. `stored_bits` are the
-    bits per weight with scales, and `error` is the relative RMS error of Gaussian weights; null where it is not known.
-    `hardware` are the machines on which a runtime has kernels for it, and `command` makes it.
+    bits per weight with scales, and `error` is the relative RMS error on Gaussian weights; null where it is not known.
+    `hardware` lists the machines on which a runtime has kernels for it, and `command` writes it.
     """
 
     name: str

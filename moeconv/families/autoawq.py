@@ -1,4 +1,4 @@
-"""The layout of AWQ checkpoints (AutoAWQ, version gemm): what quantization_config says of a module's weight."""
+"""The layout of AWQ checkpoints (AutoAWQ, version gemm): what quantization_config says about a module's weight."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def awq_encodings(quantization: Config) -> tuple[Encoding, ...]:
     if quantization.get("zero_point", True) is not True:
         raise unread("AWQ without zero points (zero_point)")
     if bits != 4 or type(bits) is not int or type(size) is not int or not (size == -1 or size > 0):
-        raise unread(f"AWQ of {escape(bits)} bits in groups of {escape(size)}")
+        raise unread(f"AWQ with {escape(bits)} bits in groups of {escape(size)}")
     return (Encoding("awq", 4, (1, None if size == -1 else size), zero_points=True, scale="scales"),)
 
 
 def awq_form(quantization: Config) -> Callable[[str, str], Encoding | None]:
-    """A function from a module's name (as stored, as in memory) to the form of its weight, None for one that
-    `modules_to_not_convert` keeps plain by the rule of transformers (should_convert_module)."""
+    """A function from a module's names (as stored, as in memory) to the form of its weight; None for a module that
+    `modules_to_not_convert` leaves unquantized by the rule of transformers (should_convert_module)."""
     (usual,) = awq_encodings(quantization)
     stated = quantization.get("modules_to_not_convert")
     words = [] if stated is None else stated

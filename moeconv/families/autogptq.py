@@ -1,4 +1,4 @@
-"""The layout of GPTQ checkpoints (AutoGPTQ, GPTQModel): what quantization_config says of a module's weight."""
+"""The layout of GPTQ checkpoints (AutoGPTQ, GPTQModel): what quantization_config says about a module's weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _CORRECT = "Correct config.json, or download it again."
 
 
 def gptq_encodings(quantization: Config) -> tuple[Encoding, ...]:
-    """The forms of all modules: that of the settings, then those of `dynamic`, GPTQModel's settings by module."""
+    """The forms of all modules: that of the settings, then those of `dynamic`, GPTQModel's settings per module."""
     others = (_encoding({**quantization, **changed}) for _, changed in _dynamic(quantization) if changed is not None)
     return tuple(dict.fromkeys((_encoding(quantization), *others)))
 
 
 def gptq_form(quantization: Config) -> Callable[[str, str], Encoding | None]:
-    """A function from a module's name (as stored, as in memory) to the form of its weight, None for a plain one.
+    """A function from a module's names (as stored, as in memory) to the form of its weight; None if it is unquantized.
 
     The first expression of `dynamic` that matches the beginning of the name counts, as in GPTQModel.
     """
@@ -60,6 +60,6 @@ def _encoding(settings: Config) -> Encoding:
     if row is None or settings.get("is_marlin_format") or settings.get("pack_dtype", "int32") != "int32":
         raise unread(f"GPTQ in the layout {escape(layout)} (checkpoint_format)")
     if type(bits) is not int or bits not in _BITS or type(size) is not int or not (size == -1 or size > 0):
-        raise unread(f"GPTQ of {escape(bits)} bits in groups of {escape(size)}")
+        raise unread(f"GPTQ with {escape(bits)} bits in groups of {escape(size)}")
     ordered = settings.get("desc_act") is True
     return Encoding(row, bits, (1, None if size == -1 else size), zero_points=True, scale="scales", ordered=ordered)

@@ -25,7 +25,7 @@ class Encoding:
     `name` is its row in PARTS. `grid` is (rows, columns) of the weights that share a scale; None stands for the whole
     axis. `zero_points` is true if the levels have an offset, `nested` if the scales are quantized too, `static` if the
     scale of the activations is stored beside the weight. `block` is the number of weights per block of bitsandbytes'
-    4-bit codes, and `quant_type` is bitsandbytes' name of these codes. `scale` is the part with the scales. With
+    4-bit codes, and `quant_type` is bitsandbytes' name for these codes. `scale` is the part that has the scales. With
     `ordered`, the group of each column is stored beside the weight.
     """
 
@@ -188,7 +188,7 @@ def _gptq(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     output dimension."""
     rows, columns = shape
     if columns * encoding.bits % 32 or rows * encoding.bits % 32:
-        raise ValueError(f"codes of {encoding.bits} bits do not fill whole words in a weight {list(shape)}")
+        raise ValueError(f"codes of {encoding.bits} bits do not fill whole 32-bit words in a weight {list(shape)}")
     groups = -(-columns // (encoding.grid[1] or columns))
     return {
         "qweight": Part(("I32",), ((columns * encoding.bits // 32, rows),)),
@@ -202,7 +202,9 @@ def _awq(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
     """AWQ: the transposed weight, with codes and zero points in 32-bit words along the output dimension."""
     rows, columns = shape
     if rows % 8 or columns % (encoding.grid[1] or columns):
-        raise ValueError(f"groups of {encoding.grid[1]} or words of 8 codes do not divide a weight {list(shape)}")
+        raise ValueError(
+            f"groups of {encoding.grid[1]} or 32-bit words of 8 codes do not divide a weight {list(shape)}"
+        )
     groups = columns // (encoding.grid[1] or columns)
     return {
         "qweight": Part(("I32",), ((columns, rows // 8),)),

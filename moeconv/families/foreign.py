@@ -28,7 +28,7 @@ def unread(what: str) -> Unsupported:
 @dataclass(frozen=True, slots=True)
 class Foreign:
     """A method of quantization. `methods` are its values of quant_method. `endings` are the endings of its tensors'
-    names, all of which occur. `key` is the key of config.json that has its settings, and `bits` are the names of the
+    names, all of which occur. `key` is the key of config.json that has its settings, and `bits` lists the names of the
     setting for the width. A method whose quant_method is also that of a supported one is recognised by `endings`, and
     by `without`: endings that do not occur. `why` and `hint` end the message and say what to do."""
 

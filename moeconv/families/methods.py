@@ -194,7 +194,7 @@ def _mlx_module(settings: Config) -> Encoding:
     mode = "affine" if mode is None else mode
     known = bits in _MLX_BITS and size in (32, 64, 128) if mode == "affine" else _MLX_GROUPS.get(mode) == (bits, size)
     if not known or type(bits) is not int or settings.get("global_scale"):
-        raise _unread(f"MLX {escape(mode)} of {escape(bits)} bits in groups of {escape(size)}")
+        raise _unread(f"MLX {escape(mode)} with {escape(bits)} bits in groups of {escape(size)}")
     return Encoding(f"mlx-{mode}", bits, (1, size), scale="scales")
 
 
@@ -208,7 +208,7 @@ METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "gptq": gptq_encodings,
     "awq": awq_encodings,
 }
-# methods whose settings name modules that differ -> the form of a module
+# methods whose settings list modules with other settings -> the form of a module
 _BY_MODULE: Mapping[str, Callable[[Config], Callable[[str, str], Encoding | None]]] = {
     "gptq": gptq_form,
     "awq": awq_form,

@@ -22,7 +22,7 @@ class Switch:
 
     `module` is the module below a layer that has the stacked projections, and `parts` has their names in it; with {E}
     in `module`, every expert has a module of its own. `refused` is the reason why mlx-lm cannot read codes of the
-    family in the names of the hub.
+    family under the hub's names.
     """
 
     module: str = "mlp.switch_mlp"
@@ -54,7 +54,7 @@ SWITCH: Mapping[str, Switch] = {
         "with stacked codes would have to be changed too"
     ),
     "dbrx": Switch(
-        refused="mlx-lm divides its experts itself, which it can do with floats alone"
+        refused="mlx-lm splits its expert tensors itself, which works only for floats"
     ),
     "llama4": Switch("feed_forward.experts"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A model with another width of its experts: what config.json then states, and how the neurons lie in each tensor.
+"""A model with another expert width: what config.json then states, and where the neurons are in each tensor.
 
 Which tensors have another size follows from the shapes that the two configs require, so that a family needs no list
 of them: experts, the shared expert or dense FFNs that share the experts' config key, and biases.
@@ -20,9 +20,9 @@ from moeconv.types import JsonObject
 
 @dataclass(frozen=True, slots=True)
 class NeuronCut:
-    """How the neurons lie in the tensor of one expert or FFN. `dims` is a shape for its bytes in which axis `axis` runs
-    over the neurons; `part` is the axis over the matrices that the tensor holds, if there are several. `new` is the
-    number of neurons in the narrower model, `shape` the shape that the tensor then has on disk."""
+    """Where the neurons are in the tensor of one expert or FFN. `dims` is a shape for its bytes in which axis `axis`
+    runs over the neurons; `part` is the axis over the matrices that the tensor holds, if there are several. `new` is
+    the number of neurons in the narrower model, `shape` the shape that the tensor then has on disk."""
 
     dims: tuple[int, ...]
     axis: int
@@ -56,11 +56,11 @@ class Narrow:
         """The config keys that change, with their values.
 
         Where the width of the shared expert is a number of shared experts times the changed width, that number grows,
-        so that the shared expert keeps its neurons. Keys whose default is the changed width are stated.
+        so that the shared expert keeps its neurons. Keys that default to the changed width get an explicit value.
         """
         family, get = self.model.family, self.model.value
         made = {family.experts.width: self.width}
-        before_it, view = self._with({}), self._with(made)  # both in the words of the output
+        before_it, view = self._with({}), self._with(made)  # both with the config keys of the output
         for key in {*family.config.defaults, *family.config.derived} - set(made):
             if view.value(key) != before_it.value(key):
                 made[key] = get(key)
@@ -83,7 +83,7 @@ class Narrow:
 
     @cached_property
     def ambiguous(self) -> str | None:
-        """The key of a tensor that would have the same shape in two layouts that loaders tell apart by the shape; None
+        """The key of a tensor that would have the same shape in two layouts that loaders distinguish by the shape; None
         if there is none."""
         forms = self.model.family.forms()
         layer = next(iter(self.model.moe_layers), None)

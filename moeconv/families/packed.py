@@ -117,7 +117,7 @@ def elements(ref: TensorRef, part: str, *, bits: int | None) -> int:
 # model. The first one that is there counts, as in transformers.
 PLACES: tuple[tuple[str, ...], ...] = ((), ("text_config",))
 _KEY = "quantization_config"
-_ALSO = "quantization"  # where mlx-lm writes the same settings; its old files have them there alone
+_ALSO = "quantization"  # where mlx-lm writes the same settings; its old files have them only there
 
 
 def quantization(config: Config) -> JsonObject | None:
@@ -227,8 +227,8 @@ def stated_shape(checkpoint: Checkpoint, stored: Stored) -> object:
 
 
 def unknown_group(checkpoint: Checkpoint, stored: Stored) -> int | None:
-    """A group that a packed weight states for one of its columns, and of which it has no scales; None if there is no
-    such column. Reads the groups of all columns."""
+    """A group that a packed weight states for one of its columns but has no scales for; None if there is no such
+    column. Reads the groups of all columns."""
     if "g_idx" not in stored.parts:
         return None
     ref, scales = (checkpoint.tensors[stored.parts[part]] for part in ("g_idx", "scales"))

@@ -44,7 +44,7 @@ class ExpertLayout:
     tensors: Mapping[str, str]
     # key of a tensor that holds all experts of a layer -> how it holds them
     packed: Mapping[str, Packed] = field(default_factory=dict)
-    # who reads the layout, in words, if no class of transformers does
+    # what reads the layout, for messages, if no class of transformers does
     readers: str = ""
 
 
@@ -73,7 +73,8 @@ class Tensors:
     served: ExpertLayout | None = None
     # why there is none, where an engine that runs the family reads codes in another way
     unserved: str = ""
-    # who reads the layout of the experts, in words, if no class of transformers does; and the row's own layout then
+    # what reads the layout of the experts, for messages, if no class of transformers does; and the row's own layout
+    # then
     readers: str = ""
     own: ExpertLayout | None = None
     # prefix of the names of the language model's tensors

@@ -86,7 +86,7 @@ _TALKER = (
     "its talker is a second Mixture-of-Experts that reads what the thinker computes, so text cannot measure its experts"
 )
 _BLOCKS = "its layers read the outputs of all blocks before them, so that it cannot be run layer by layer"
-_CROSS = "its language model has layers of attention to images or proteins between the others, which no MoE family has"
+_CROSS = "its language model has cross-attention to images or proteins between its layers, which no MoE family has"
 _NOT_TEXT = "what it reads or writes is not text alone"
 # reason -> model_types of transformers that moeconv does not accept for that reason
 _REASONS: dict[str, tuple[str, ...]] = {

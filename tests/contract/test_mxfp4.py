@@ -120,7 +120,7 @@ def test_only_gpt_oss_and_only_its_experts(tmp_path: Path, cli: Any, plain: Path
 
 def test_what_no_engine_loads_is_refused_with_the_reason(tmp_path: Path, cli: Any, plain: Path) -> None:
     refused = cli("quantize", plain, tmp_path / "out", "--format", "compressed-tensors", "--dry-run", "--json")
-    assert refused.code == 3 and "skips tensors of any other name" in refused.json["error"]["message"]
+    assert refused.code == 3 and "silently skips tensors with any other name" in refused.json["error"]["message"]
     assert "--format mxfp4" in refused.json["error"]["hint"]
 
 

@@ -174,10 +174,10 @@ def test_refusals(measured, tmp_path, cli):
         plan_quantize(model, format="gguf", scheme="q2_k_s")
     (tmp_path / "no").write_bytes(b"not an importance matrix")
     for bad in (tmp_path / "no", tmp_path / "missing"):
-        with pytest.raises(InputError, match="not an importance matrix"):
+        with pytest.raises(InputError, match="not a readable importance matrix"):
             plan_quantize(model, format="gguf", scheme="q2_k", imatrix=str(bad))
     other = tokenizer(make_moe(tmp_path / "other", "qwen3_moe", hidden=256, intermediate=512, vocab=128), size=128)
-    with pytest.raises(InputError, match="values, and the model"):
+    with pytest.raises(InputError, match="values, but the model"):
         plan_quantize(open_model(other), format="gguf", scheme="q2_k", imatrix=str(folder / "im.gguf"))
     assert cli("calibrate", folder / "moe").code == 2
     both = cli(

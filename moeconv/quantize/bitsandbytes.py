@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import UsageError
-from moeconv.plan.build import TORCH_NAMES, rows
+from moeconv.plan.build import TORCH_NAMES
 from moeconv.plan.kernels.states import BNB_BLOCK, NESTED_BLOCK, quant_state
-from moeconv.plan.plan import Item, TensorSpec
-from moeconv.quantize.spec import BY_DATA, GPUS, MIXED, Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.plan.plan import Item
+from moeconv.quantize.spec import BY_DATA, GPUS, MIXED, Format, Kernel, Scheme, SchemeInfo, codes, stacked_codes
 from moeconv.types import JsonObject
-
-Part = tuple[str, str, str, tuple[int, ...]]  # suffix, what the kernel calls it, dtype, shape
 
 
 def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
@@ -41,16 +39,15 @@ def _make_bnb(ref: TensorRef, scheme: Scheme, role: str) -> Item:
 
 
 def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[Item]:
-    """A tensor [E, rows, columns] of all experts, with one item per expert.
+    """A tensor [E, rows, columns] of all experts.
 
     Blocks (or rows, for INT8) follow the order of a matrix on disk, so that decoding is one reshape. The first axis of
     the parts is the expert, except of the parts that all experts share. The names of the parts begin with the full name
     of the tensor, so that a runtime that renames it renames the parts too."""
     numel, shape = math.prod(ref.shape[1:]), ref.shape[1:]
-    group = role.partition(".")[0]
     if scheme.bits == 8:
         each = [("", "", "I8", shape), (".scb", "SCB", "F32", shape[:1])]
-        return _slices(ref, "pack_bnb8", each, [], role, group, experts, {})
+        return stacked_codes(ref, ref.name, "pack_bnb8", each, role, experts, {})
     blocks = -(-numel // BNB_BLOCK)
     each = [
         ("", "", "U8", ((numel + 1) // 2, 1)),
@@ -68,28 +65,7 @@ def _stack_bnb(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[
         ]
         shared += [(".nested_quant_map", "nested_quant_map", "F32", (256,))]
     params = {"quant_type": scheme.name, "block_size": BNB_BLOCK, "nested": scheme.nested}
-    return _slices(ref, "pack_bnb4_slice", each, shared, role, group, experts, params)
-
-
-def _slices(
-    ref: TensorRef, kernel: str, each: Sequence[Part], shared: Sequence[Part], role: str, group: str, experts: int,
-    params: Mapping[str, object],
-) -> list[Item]:  # fmt: skip
-    """One item per expert. The item of the first expert also makes the parts that all experts share."""
-    numel = math.prod(ref.shape[1:])
-    items = []
-    for expert in range(experts):
-        part = rows(ref, expert, 1)._replace(shape=ref.shape[1:])
-        specs = [
-            TensorSpec(ref.name + suffix, dtype, shape, role, 0 if suffix else numel, expert, experts)
-            for suffix, _, dtype, shape in each
-        ]
-        names = [name for _, name, _, _ in each]
-        if expert == 0:
-            specs += [TensorSpec(ref.name + suffix, dtype, shape, role, 0) for suffix, _, dtype, shape in shared]
-            names += [name for _, name, _, _ in shared]
-        items.append(Item(tuple(specs), kernel, (part,), {"parts": names, **params}, group))
-    return items
+    return stacked_codes(ref, ref.name, "pack_bnb4_slice", each, role, experts, params, shared=shared)
 
 
 def _bnb_config(scheme: Scheme, ignore: Sequence[str], dtype: str, scope: str) -> JsonObject:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.spec import Family
-from moeconv.plan.build import rows, whole
-from moeconv.plan.plan import Input, Item, TensorSpec
-from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo
+from moeconv.plan.plan import Item
+from moeconv.quantize.spec import Format, Kernel, Part, Scheme, SchemeInfo, codes, stacked_codes
 from moeconv.types import JsonObject
 
 _KERNEL = "pack_mxfp4_blocks"
@@ -33,23 +32,20 @@ def _why_not(family: Family) -> str:
     return f"it is the layout of gpt-oss, and no class of transformers reads a {family.model_type} in it"
 
 
-def _item(ref: TensorRef, part: Input, role: str, at: int, of: int) -> Item:
-    """The item that packs one matrix [in, out], that of the expert `at` of `of`."""
-    width, out = part.shape
+def _parts(shape: tuple[int, ...]) -> list[Part]:
+    """The tensors of one matrix [in, out]."""
+    width, out = shape
     grid = (out, width // _BLOCK)
-    codes = TensorSpec(ref.name + "_blocks", "U8", (*grid, _BLOCK // 2), role, width * out, at, of)
-    exponents = TensorSpec(ref.name + "_scales", "U8", grid, role, 0, at, of)
-    return Item((codes, exponents), _KERNEL, (part,), {"parts": ["blocks", "exponents"]}, role.partition(".")[0])
+    return [("_blocks", "blocks", "U8", (*grid, _BLOCK // 2)), ("_scales", "exponents", "U8", grid)]
 
 
 def _make(ref: TensorRef, _: Scheme, role: str) -> Item:
-    return _item(ref, whole(ref), role, 0, 0)
+    return codes(ref, _KERNEL, _parts(ref.shape), role)
 
 
 def _stack(ref: TensorRef, _: Scheme, role: str, experts: int) -> list[Item]:
-    """A tensor [E, in, out] of all experts, with one item per expert."""
-    parts = (rows(ref, expert, 1)._replace(shape=ref.shape[1:]) for expert in range(experts))
-    return [_item(ref, part, role, expert, experts) for expert, part in enumerate(parts)]
+    """A tensor [E, in, out] of all experts."""
+    return stacked_codes(ref, ref.name, _KERNEL, _parts(ref.shape[1:]), role, experts, {})
 
 
 def _config(_scheme: Scheme, _ignore: Sequence[str], _dtype: str, _scope: str) -> JsonObject:

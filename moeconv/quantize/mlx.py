@@ -8,9 +8,8 @@ from types import MappingProxyType
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.mlx_lm import switch_form, why_not
-from moeconv.plan.build import rows
-from moeconv.plan.plan import Item, TensorSpec
-from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.plan.plan import Item
+from moeconv.quantize.spec import Format, Kernel, Part, Scheme, SchemeInfo, codes, stacked_codes
 from moeconv.types import JsonObject
 
 _KERNEL = "pack_mlx"
@@ -22,8 +21,8 @@ def _mode(scheme: Scheme) -> str:
     return _AFFINE if scheme.name.startswith(_AFFINE) else scheme.name
 
 
-def _parts(ref: TensorRef, scheme: Scheme) -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """(suffix, name in the kernel, dtype, shape of one matrix) of the tensors of a weight."""
+def _parts(ref: TensorRef, scheme: Scheme) -> list[Part]:
+    """The tensors of one matrix."""
     out, width = ref.shape[-2:]
     group = scheme.group or width
     affine = _mode(scheme) == _AFFINE
@@ -44,19 +43,9 @@ def _make(ref: TensorRef, scheme: Scheme, role: str) -> Item:
 
 
 def _stack(ref: TensorRef, scheme: Scheme, role: str, experts: int) -> list[Item]:
-    """A tensor [E, out, in] of all experts, with one item per expert."""
-    parts, stem = _parts(ref, scheme), ref.name.removesuffix(".weight")
-    numel = ref.shape[1] * ref.shape[2]
-    params = {"parts": [name for _, name, _, _ in parts], **_params(scheme)}
-    items = []
-    for expert in range(experts):
-        specs = tuple(
-            TensorSpec(stem + suffix, dtype, shape, role, numel if not i else 0, expert, experts)
-            for i, (suffix, _, dtype, shape) in enumerate(parts)
-        )
-        part = rows(ref, expert, 1)._replace(shape=ref.shape[1:])
-        items.append(Item(specs, _KERNEL, (part,), params, role.partition(".")[0]))
-    return items
+    """A tensor [E, out, in] of all experts."""
+    stem = ref.name.removesuffix(".weight")
+    return stacked_codes(ref, stem, _KERNEL, _parts(ref, scheme), role, experts, _params(scheme))
 
 
 def _config(scheme: Scheme, _ignore: Sequence[str], _dtype: str, _scope: str) -> JsonObject:

@@ -13,7 +13,7 @@ from moeconv.checkpoint.imatrix import Imatrix
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
-from moeconv.plan.build import whole
+from moeconv.plan.build import rows, whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.layout.planner import separate_form
 from moeconv.types import JsonObject
@@ -28,6 +28,8 @@ TRIED = {"auto": ("mse", "awq", "gptq")}
 BY_DATA = ("gptq", "awq", "auto")  # the values of --method that choose codes by --data
 FOLDING = ("awq", "auto")  # those that may change the norms in front of the experts, and what else reads them
 METHODS = ("rtn", "mse", *BY_DATA)
+# a tensor of a packed weight: suffix of the name, name in the kernel's output, dtype, shape
+Part = tuple[str, str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +212,32 @@ class Format:
         return min(of_dtype, key=lambda scheme: (abs(scheme.bits - bits), -scheme.limit)).limit
 
 
-def codes(
-    ref: TensorRef, kernel: str, parts: Sequence[tuple[str, str, str, tuple[int, ...]]], role: str, **params: object
-) -> Item:
-    """The item that packs one weight. `parts` are (suffix of the name, name in the kernel's output, dtype, shape); the
-    first part has the codes."""
-    numel, stem = math.prod(ref.shape), ref.name.removesuffix(".weight")
-    specs = tuple(
-        TensorSpec(stem + suffix, dtype, shape, role, numel if i == 0 else 0)
+def codes(ref: TensorRef, kernel: str, parts: Sequence[Part], role: str, **params: object) -> Item:
+    """The item that packs one weight. The first part has the codes."""
+    specs = _specs(ref.name.removesuffix(".weight"), parts, role, math.prod(ref.shape))
+    return Item(specs, kernel, (whole(ref),), {"parts": [p[1] for p in parts], **params}, role.partition(".")[0])
+
+
+def stacked_codes(
+    ref: TensorRef, stem: str, kernel: str, parts: Sequence[Part], role: str, experts: int,
+    params: Mapping[str, object], *, shared: Sequence[Part] = (),
+) -> list[Item]:  # fmt: skip
+    """The items that pack a tensor [E, ...] of all experts, one per expert. The names of the tensors begin with `stem`.
+    `parts` are those of one expert, and the first one has the codes. The item of the first expert also makes the parts
+    that all experts share."""
+    items = []
+    for expert in range(experts):
+        part = rows(ref, expert, 1)._replace(shape=ref.shape[1:])
+        made = [*parts, *(() if expert else shared)]
+        specs = _specs(stem, parts, role, math.prod(part.shape), expert, experts)
+        specs += () if expert else _specs(stem, shared, role, 0)
+        items.append(Item(specs, kernel, (part,), {"parts": [p[1] for p in made], **params}, role.partition(".")[0]))
+    return items
+
+
+def _specs(stem: str, parts: Sequence[Part], role: str, numel: int, at: int = 0, of: int = 0) -> tuple[TensorSpec, ...]:
+    """The tensors of a weight of `numel` elements, which count with the first part."""
+    return tuple(
+        TensorSpec(stem + suffix, dtype, shape, role, numel if i == 0 else 0, at, of)
         for i, (suffix, _, dtype, shape) in enumerate(parts)
     )
-    return Item(specs, kernel, (whole(ref),), {"parts": [p[1] for p in parts], **params}, role.partition(".")[0])

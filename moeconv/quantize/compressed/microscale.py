@@ -6,13 +6,13 @@ from __future__ import annotations
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, codes
 
 _GROUP = 32
 _EXPONENTS = {"group_size": _GROUP, "scale_dtype": "torch.uint8"}
 
 
-def _exponents(ref: TensorRef) -> tuple[str, str, str, tuple[int, ...]]:
+def _exponents(ref: TensorRef) -> Part:
     return ".weight_scale", "weight_scale", "U8", (ref.shape[0], ref.shape[1] // _GROUP)
 
 

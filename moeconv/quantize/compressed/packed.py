@@ -7,7 +7,7 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import LOADS, NOT_LOADED, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 _NAME = "pack-quantized"
@@ -17,7 +17,7 @@ def _make(ref: TensorRef, scheme: Scheme, role: str) -> Item:
     return codes(ref, "pack_int", _parts(ref, scheme), role, bits=scheme.bits, group_size=scheme.group)
 
 
-def _parts(ref: TensorRef, scheme: Scheme) -> list[tuple[str, str, str, tuple[int, ...]]]:
+def _parts(ref: TensorRef, scheme: Scheme) -> list[Part]:
     out, width = ref.shape
     return [
         (".weight_packed", "weight_packed", "I32", (out, width * scheme.bits // 32)),

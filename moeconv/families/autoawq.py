@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from moeconv.errors import InputError, escape
+from moeconv.errors import escape
 from moeconv.families.encodings import Encoding
 from moeconv.families.foreign import unread
+from moeconv.families.module_groups import listed_names
 from moeconv.types import Config
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
@@ -31,18 +32,12 @@ def awq_form(quantization: Config) -> Callable[[str, str], Encoding | None]:
     """A function from a module's names (as stored, as in memory) to the form of its weight; None for a module that
     `modules_to_not_convert` leaves unquantized by the rule of transformers (should_convert_module)."""
     (usual,) = awq_encodings(quantization)
-    stated = quantization.get("modules_to_not_convert")
-    words = [] if stated is None else stated
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise InputError(
-            f"config.json: quantization_config.modules_to_not_convert must be a list of names, found "
-            f"{escape(words)[:80]}",
-            hint="Correct config.json, or download it again.",
-        )
+    key = "modules_to_not_convert"
+    words = listed_names(quantization.get(key), key)
     try:
         expressions = [re.compile(f"(?:{word}){_BOUNDARY}") for word in words]
     except re.error as error:
-        raise unread("AWQ with an expression in modules_to_not_convert that cannot be read") from error
+        raise unread(f"AWQ with an expression in {key} that cannot be read") from error
     ends = tuple(words)
 
     def form(stored: str, in_memory: str) -> Encoding | None:

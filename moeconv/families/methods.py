@@ -16,6 +16,8 @@ from moeconv.families.foreign import unread as _unread
 from moeconv.families.module_groups import groups_of
 from moeconv.types import Config
 
+# from a module's names and whether it is an embedding to the forms that its weight may have
+Forms = Callable[[Iterable[str], bool], tuple[Encoding, ...]]
 _BLOCK = [128, 128]  # of transformers' FineGrainedFP8Config
 
 
@@ -32,29 +34,31 @@ def encodings(quantization: Config) -> tuple[Encoding, ...]:
     return METHODS[method](quantization)
 
 
-def forms_of(quantization: Config) -> Callable[[Iterable[str], bool], tuple[Encoding, ...]]:
+def forms_of(quantization: Config) -> Forms:
     """A function from a module's names (as stored, as in memory) and whether it is an embedding to the forms that its
     weight may have, the likeliest first; none for a weight that stays plain. Raises as `encodings` does."""
     method = quantization_method(quantization)
     if method in _BY_MODULE:
-        return _of_module(_BY_MODULE[method](quantization))
-    if method != "compressed-tensors":
-        everywhere = encodings(quantization)
-        return lambda _modules, _embedding: everywhere
+        return _BY_MODULE[method](quantization)
+    everywhere = encodings(quantization)
+    return lambda _modules, _embedding: everywhere
+
+
+def _of_module(form: Callable[[str, str], Encoding | None]) -> Forms:
+    def forms(modules: Iterable[str], _embedding: bool) -> tuple[Encoding, ...]:
+        names = tuple(modules)
+        found = form(names[0], names[-1])
+        return () if found is None else (found,)
+
+    return forms
+
+
+def _compressed_forms(quantization: Config) -> Forms:
     by_group, groups = _by_group(quantization), groups_of(quantization)
 
     def forms(modules: Iterable[str], embedding: bool) -> tuple[Encoding, ...]:
         keys = (groups.group_of(module, embedding=embedding) for module in modules)
         return tuple(dict.fromkeys(by_group[key] for key in keys if key is not None))
-
-    return forms
-
-
-def _of_module(form: Callable[[str, str], Encoding | None]) -> Callable[[Iterable[str], bool], tuple[Encoding, ...]]:
-    def forms(modules: Iterable[str], _embedding: bool) -> tuple[Encoding, ...]:
-        names = tuple(modules)
-        found = form(names[0], names[-1])
-        return () if found is None else (found,)
 
     return forms
 
@@ -208,8 +212,9 @@ METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "gptq": gptq_encodings,
     "awq": awq_encodings,
 }
-# methods whose settings list modules with other settings -> the form of a module
-_BY_MODULE: Mapping[str, Callable[[Config], Callable[[str, str], Encoding | None]]] = {
-    "gptq": gptq_form,
-    "awq": awq_form,
+# methods whose settings list modules with other settings -> the forms of a module
+_BY_MODULE: Mapping[str, Callable[[Config], Forms]] = {
+    "compressed-tensors": _compressed_forms,
+    "gptq": lambda quantization: _of_module(gptq_form(quantization)),
+    "awq": lambda quantization: _of_module(awq_form(quantization)),
 }

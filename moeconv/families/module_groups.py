@@ -9,7 +9,7 @@ precedence over everything.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -69,12 +69,18 @@ def groups_of(quantization: Mapping[str, Any]) -> Groups:
     return Groups({t: targets[t] for t in sorted(targets, key=lambda t: (PATTERN in t, t))}, tuple(ignore))
 
 
-def _words(value: Any, key: str) -> Iterable[str]:
+def listed_names(value: object, key: str) -> list[str]:
+    """The names in a list of quantization_config; none where it is not stated. Raises InputError for anything else."""
     words = [] if value is None else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise InputError(
             f"config.json: quantization_config.{key} must be a list of names, found {escape(value)[:80]}", hint=_CORRECT
         )
+    return words
+
+
+def _words(value: object, key: str) -> list[str]:
+    words = listed_names(value, key)
     for word in words:
         try:
             re.compile(word.removeprefix(PATTERN) if word.startswith(PATTERN) else "")

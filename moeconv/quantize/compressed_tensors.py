@@ -4,6 +4,7 @@ quantization_config."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
@@ -73,7 +74,7 @@ def _remarks(runtime: str, hidden: int) -> list[str]:
 
 COMPRESSED_TENSORS = Format(
     "compressed-tensors",
-    tuple(info for layout in LAYOUTS for info in layout.schemes),
+    tuple(replace(info, kernel=layout.kernel.name) for layout in LAYOUTS for info in layout.schemes),
     notes={
         "transformers": "expands to the dtype of the scales in memory; reads nvfp4 without its second scale, silently",
         "vllm": "its CPU backend has kernels for int4, where routers are a softmax alone, and w8a8; on a GPU not run",

@@ -18,8 +18,9 @@ NOT_RUN = NOT_LOADED | {"transformers": "dequantized"}
 
 @dataclass(frozen=True, slots=True)
 class CompressedLayout:
-    """`name` is the value of `format` in config.json. `make` plans one weight, as in `spec.Format`. `weights` and
-    `activations` are those of the scheme's config group; None stands for activations that stay as they are."""
+    """`name` is the value of `format` in config.json. `kernel` packs all its `schemes`, so that these need not name it.
+    `make` plans one weight, as in `spec.Format`. `weights` and `activations` are those of the scheme's config group;
+    None stands for activations that stay as they are."""
 
     name: str
     schemes: tuple[SchemeInfo, ...]

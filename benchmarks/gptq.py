@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moeconv.plan.kernels.pack import pack_nf4
-from moeconv.quantize.gptq.levels import Coded, Grid
+from moeconv.plan.kernels.pack.levels import Coded, Grid
 from moeconv.quantize.gptq.need import CODED_BYTES, codes_bytes, experts_per_call
 from moeconv.quantize.gptq.solve import damped, gptq, loss
 

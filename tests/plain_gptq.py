@@ -9,7 +9,7 @@ RATIOS = [0.4 + 0.025 * i for i in range(27)]
 
 
 class Plain:
-    """`levels` ascending; `top` and `dtype` as in `moeconv.quantize.gptq.levels.Grid`."""
+    """`levels` ascending; `top` and `dtype` as in `moeconv.plan.kernels.pack.levels.Grid`."""
 
     def __init__(self, levels: Tensor, top: float, dtype: torch.dtype) -> None:
         self.levels, self.top, self.dtype = levels.double(), top, dtype

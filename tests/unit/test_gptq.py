@@ -17,11 +17,11 @@ from words import add_tokenizer, text
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.kernels.pack import pack_nf4, relative_rms
+from moeconv.plan.kernels.pack.levels import Coded, Grid, round_to_nearest
+from moeconv.plan.kernels.pack.scales import search_scales
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.gptq.grids import grid_of, on_disk
-from moeconv.quantize.gptq.levels import Coded, Grid, round_to_nearest
 from moeconv.quantize.gptq.moments import PRIOR, expert_tokens, moments
-from moeconv.quantize.gptq.scales import search_scales
 from moeconv.quantize.gptq.solve import cholesky, damped, gptq, loss, retarget
 from moeconv.quantize.planner import plan_quantize
 from moeconv.tensors import decode_weight

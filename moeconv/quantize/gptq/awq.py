@@ -17,12 +17,12 @@ from torch import Tensor
 
 from moeconv.errors import InputError
 from moeconv.families.model import Model
+from moeconv.plan.kernels.pack.levels import Coded, round_to_nearest, with_scales
+from moeconv.plan.kernels.pack.scales import search_scales
 from moeconv.quantize.gptq.fold import linear_in_up, power_of_two, reads_alone
 from moeconv.quantize.gptq.groups import Group, by_matrix, weight_name
 from moeconv.quantize.gptq.hidden import hidden_activations
-from moeconv.quantize.gptq.levels import Coded, round_to_nearest, with_scales
 from moeconv.quantize.gptq.moments import moments, sums
-from moeconv.quantize.gptq.scales import search_scales
 from moeconv.quantize.gptq.work import (
     ExpertInputs,
     LayerWork,

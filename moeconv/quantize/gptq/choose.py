@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moeconv.plan.kernels.pack.levels import Coded
 from moeconv.quantize.gptq.groups import Group, by_matrix
 from moeconv.quantize.gptq.hidden import hidden_activations
-from moeconv.quantize.gptq.levels import Coded
 from moeconv.quantize.gptq.moments import moments
 from moeconv.quantize.gptq.solve import damped, gptq, retarget
 from moeconv.quantize.gptq.work import ExpertInputs, LayerWork, Made, Parts, packed_parts, shared_tokens

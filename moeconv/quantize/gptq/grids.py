@@ -17,10 +17,10 @@ from moeconv.plan.flow import make
 from moeconv.plan.kernels import Buffer
 from moeconv.plan.kernels.chain import last_stage
 from moeconv.plan.kernels.pack import pack_nf4, pack_words
+from moeconv.plan.kernels.pack.levels import Coded, Grid
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_tensor
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import kernel_of
-from moeconv.quantize.gptq.levels import Coded, Grid
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from moeconv.families import packed
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
 from moeconv.plan.kernels.chain import last_stage
+from moeconv.plan.kernels.pack.levels import Grid
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.grids import grid_of
-from moeconv.quantize.gptq.levels import Grid
 from moeconv.quantize.gptq.need import codes_bytes, experts_per_call, hidden_bytes
 
 _Kind = tuple[tuple[object, ...], int, int]  # the grid's key, the weights per scale, the input width

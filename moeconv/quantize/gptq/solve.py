@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moeconv.errors import InputError
-from moeconv.quantize.gptq.levels import Coded, Grid
-from moeconv.quantize.gptq.scales import search_scales
+from moeconv.plan.kernels.pack.levels import Coded, Grid
+from moeconv.plan.kernels.pack.scales import search_scales
 
 _LEAF = 16  # columns that are solved one by one; matrix products connect larger blocks
 _FACTOR_BYTES = {"cpu": 1 << 26}  # bytes of float64 Hessians that are factored at once

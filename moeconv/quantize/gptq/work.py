@@ -13,11 +13,11 @@ from torch import Tensor
 
 from moeconv.data import heldout
 from moeconv.families.model import Model
+from moeconv.plan.kernels.pack.levels import Coded, round_to_nearest
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.experts import LayerExperts, check_finite, squared_errors
 from moeconv.quantize.gptq.grids import on_disk
 from moeconv.quantize.gptq.groups import Group, by_matrix, grouped, role_of
-from moeconv.quantize.gptq.levels import Coded, round_to_nearest
 from moeconv.quantize.gptq.moments import ExpertTokens, expert_tokens
 from moeconv.quantize.gptq.need import OUTPUT_ROWS, POOLED
 from moeconv.randomness import generator

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeconv.quantize.gptq.levels import Grid
+from moeconv.plan.kernels.pack.levels import Grid
 
 # Ratios to the scale that maps the largest magnitude to the outer level. Below 1, large values are clipped; above 1,
 # the outer levels are not used.

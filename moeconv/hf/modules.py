@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moeconv.errors import InputError
+from moeconv.hf.kernels import decode_four, type_of
 from moeconv.hf.layout import STATE, Layout, Stock
-from moeconv.plan.kernels.pack.fourbit import decode_4bit, pack_nf4, read_quant_state, unnest_absmax
+from moeconv.plan.kernels.pack.fourbit import pack_nf4, read_quant_state, unnest_absmax
 from moeconv.plan.kernels.pack.rowwise import decode_int8_rowwise, pack_int8_rowwise
 
 Delta = tuple[Tensor, Tensor, float]  # left [experts, rows, r], right [experts, r, columns], and the product's scale
@@ -125,7 +126,7 @@ def decode(layout: Layout, part: Callable[[str], Tensor], *, count: int, dtype: 
             nested_quant_map=part("_nested_quant_map"),
             offset=part("_nested_offset").reshape(pieces),
         )
-    four = functools.partial(decode_4bit, quant_map=part("_quant_map"), block_size=layout.block_size, dtype=dtype)
+    four = functools.partial(decode_four, quant_map=part("_quant_map"), block_size=layout.block_size, dtype=dtype)
     if layout.count % layout.block_size == 0:
         values = four(octets.reshape(-1), absmax=absmax.reshape(-1), count=pieces * layout.count)
     else:  # the last block of every projection is shorter
@@ -152,16 +153,11 @@ def encode(layout: Layout, weight: Tensor, *, quant_map: Tensor | None) -> dict[
     return {suffix: tensor.view(layout.tensors[suffix][0]) for suffix, tensor in made.items()}
 
 
-@functools.cache
-def _maps() -> dict[str, Tensor]:
-    return {kind: pack_nf4(torch.zeros(1, 64), quant_type=kind)["quant_map"] for kind in ("nf4", "fp4")}
-
-
 def _type_of(quant_map: Tensor | None) -> str:
     """The 4-bit type of a table of values. Raises InputError for other types, which can only be decoded."""
-    for kind, values in _maps().items():
-        if quant_map is not None and torch.equal(values, quant_map.cpu().float()):
-            return kind
+    kind = None if quant_map is None else type_of(quant_map)
+    if kind is not None:
+        return kind
     raise InputError(
         "this 4-bit type is neither NF4 nor FP4, so that weights cannot be packed into it",
         hint="First decode the model, by model.dequantize().",

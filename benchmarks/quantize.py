@@ -51,6 +51,12 @@ OTHERS = {
     "mixed 3 bits gptq": ["--scheme", "mixed", "--average-bits", "3", "--target", "vllm", "--method", "gptq"],
     "int4 asymmetric g{G}": ["--scheme", "int4-asym", "--group-size", "{G}"],
     **{scheme: ["--scheme", scheme] for scheme in ("fp8", "w8a8", "nvfp4", "mxfp4", "mxfp8")},
+    **{
+        f"{scheme} {method}": ["--scheme", scheme, "--method", method]
+        for scheme in ("nvfp4", "mxfp4", "fp8", "w8a8")
+        for method in ("mse", "gptq", "awq", "auto")
+        if scheme.endswith("fp4") or method in ("mse", "gptq")
+    },
     "mixed 5 bits rtn": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm"],
     "mixed 5 bits gptq": ["--scheme", "mixed", "--average-bits", "5", "--target", "vllm", "--method", "gptq"],
 }  # fmt: skip
@@ -240,7 +246,7 @@ def measure(
         np.save(losses / "source.npy", window_losses(source, checkpoints))
         note("source", source)
     for row, flags in runs_of(name).items():
-        if only and not any(word in row for word in only):
+        if only and not any(word in row.split() or word == row for word in only):
             continue
         by_data = not {"gptq", "awq", "auto"}.isdisjoint(flags)
         more = [*data_flags(checkpoints), "--seq-len", str(WINDOW), *extra] if by_data else []
@@ -290,7 +296,9 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", choices=sorted(GROUPS), action="append")
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter that has llm-compressor")
-    parser.add_argument("--only", nargs="*", default=[], help="rows whose name holds one of these words")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="rows of these names, or whose name has one of these words"
+    )
     parser.add_argument("--tokens", default="65536", help="calibration tokens of the methods that use data")
     parser.add_argument("--seed", default="0", help="of the calibration tokens; other seeds are rows of their own")
     parser.add_argument("--compare", nargs=3, metavar=("MODEL", "ROW", "ROW"), help="paired, of finished rows")

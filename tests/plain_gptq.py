@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,11 @@ RATIOS = [0.4 + 0.025 * i for i in range(27)]
 
 
 class Plain:
-    """`levels` ascending; `top` and `dtype` as in `moeconv.plan.kernels.pack.levels.Grid`."""
+    """`levels` ascending; `top`, `dtype` and `ratios` as in `moeconv.plan.kernels.pack.levels.Grid`."""
 
-    def __init__(self, levels: Tensor, top: float, dtype: torch.dtype) -> None:
-        self.levels, self.top, self.dtype = levels.double(), top, dtype
-        self.integers = bool((levels == levels.round()).all())
+    def __init__(self, levels: Tensor, top: float, dtype: torch.dtype, ratios: Sequence[float] = RATIOS) -> None:
+        self.levels, self.top, self.dtype, self.ratios = levels.double(), top, dtype, ratios
+        self.integers = bool((levels.diff() == 1).all())
 
     def nearest(self, x: Tensor) -> Tensor:
         if self.integers:  # halves go to the even level
@@ -21,6 +23,12 @@ class Plain:
         return self.levels[torch.bucketize(x, (self.levels[1:] + self.levels[:-1]) / 2)]
 
     def stored(self, scales: Tensor) -> Tensor:
+        if self.dtype == torch.float8_e8m0fnu:  # powers of two, up from 1.75 times the one below
+            power = torch.exp2(scales.clamp(min=1e-28).log2().floor())
+            return torch.where(scales >= 1.75 * power, 2 * power, power)
+        if self.dtype == torch.float8_e4m3fn:
+            scales = scales.clamp(max=448)
+            return scales.to(self.dtype).double().masked_fill(scales < 2**-10, 0.125)
         return scales.to(self.dtype).double().masked_fill(scales.abs() < 1e-30, torch.finfo(self.dtype).eps)
 
 
@@ -28,7 +36,7 @@ def search(weight: Tensor, importance: Tensor, grid: Plain, group: int) -> Tenso
     parts, weights = weight.unflatten(1, (-1, group)), importance.view(1, -1, group)
     peak = parts.abs().amax(-1) / grid.top
     best, least = grid.stored(peak), torch.full_like(peak, torch.inf)
-    for ratio in (*RATIOS, *(-r for r in RATIOS)):
+    for ratio in (*grid.ratios, *(-r for r in grid.ratios)):
         scales = grid.stored(peak * ratio)
         levels = grid.nearest(parts / scales[..., None])
         along, energy = (weights * levels * parts).sum(-1), (weights * levels * levels).sum(-1)

@@ -51,7 +51,9 @@ def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme])
         layers = "|".join(str(layer) for layer, s in schemes.items() if s == scheme)
         (group,) = parts[scheme]["config_groups"].values()
         groups[f"group_{i}"] = group | {"targets": [rf"re:.*layers\.({layers})\..*experts\..*"]}
-    return parts[min(used, key=lambda s: s.bits)] | {"config_groups": groups}
+    layouts = {parts[scheme]["format"] for scheme in used}
+    mixed = {"format": "mixed-precision"} if len(layouts) > 1 else {}
+    return parts[min(used, key=lambda s: s.bits)] | {"config_groups": groups} | mixed
 
 
 def _beside(main: JsonObject, rest: JsonObject, modules: Sequence[str]) -> JsonObject:
@@ -86,6 +88,7 @@ COMPRESSED_TENSORS = Format(
     form=served_form,
     check=lambda ref, scheme: _BY_SCHEME[scheme.name].check(ref, scheme),
     mixes=("int2", "int3", "int4", "int8"),
+    among=("int4-asym", "nvfp4", "mxfp4", "fp8", "mxfp8", "w8a8"),
     mixed=LOADS | {"transformers": "no"},
     merge=_by_layer,
     beside=_beside,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
-from moeconv.quantize.compressed.eightbit import BLOCK, check_blocks
+from moeconv.quantize.compressed.eightbit import BLOCK, BLOCKS, check_blocks
 from moeconv.quantize.layout.planner import served_form
-from moeconv.quantize.spec import Format, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import Format, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 
@@ -46,7 +46,7 @@ DEEPSEEK = Format(
         "vllm": "from its source, not run; its CPU backend has no kernel for it",
         "sglang": "from its source, not run",
     },
-    kernels=(Kernel("pack_float8_blocks"),),
+    kernels=(BLOCKS,),
     make=_make,
     config=_config,
     form=served_form,

@@ -43,8 +43,9 @@ def check_scheme_method(format: Format, info: SchemeInfo, method: str) -> None:
     """Raises UsageError for a method that the kernel of a scheme does not have."""
     if method not in (has := format.methods_of(info)):
         others = [other.name for other in format.schemes if method in format.methods_of(other)]
+        why = next((kernel.without.get(method, "") for kernel in format.kernels if kernel.name == info.kernel), "")
         raise UsageError(
-            f"--scheme {info.name} of {format.name} does not support --method {method}",
+            f"--scheme {info.name} of {format.name} does not support --method {method}" + (f": {why}" if why else ""),
             hint=f"Use --method {' or '.join(has)}, or --scheme {' or '.join(others)}.",
         )
 

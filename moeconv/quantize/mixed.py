@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moeconv.errors import UsageError, escape
+from moeconv.errors import InputError, UsageError, escape
 from moeconv.options import QuantizeOptions, parse_size
-from moeconv.quantize.formats import FORMATS, scheme_aliases
+from moeconv.quantize.formats import FORMATS, fitting_groups, scheme_aliases
 from moeconv.quantize.spec import MIXED, Format, Scheme
 
 USUAL = 4  # bits: narrower schemes are offered only where the budget is too small for the others, or by --among
@@ -21,12 +21,13 @@ def offered(format: Format, among: str | None) -> list[tuple[str, ...]]:
     Raises UsageError for a scheme in `among` that the format cannot mix."""
     if among is not None:
         named = {recognised_scheme(word.strip()) for word in among.split(",")}
-        if unknown := sorted(named - {*format.mixes}):
+        known = (*format.mixes, *format.among)
+        if unknown := sorted(named - {*known}):
             raise UsageError(
                 f"--among {escape(unknown[0])} is not a scheme that --format {format.name} can mix",
-                hint=f"It mixes: {', '.join(format.mixes)}.",
+                hint=f"It mixes: {', '.join(known)}.",
             )
-        return [tuple(name for name in format.mixes if name in named)]
+        return [tuple(sorted((name for name in known if name in named), key=lambda name: format.scheme(name).bits))]
     usual = tuple(name for name in format.mixes if format.scheme(name).bits >= USUAL)
     return list(dict.fromkeys((usual, format.mixes)))
 
@@ -36,15 +37,23 @@ def recognised_scheme(word: str) -> str:
     return scheme_aliases().get(word, word)
 
 
-def candidates(format: Format, groups: Sequence[int | None], names: Sequence[str]) -> list[Scheme]:
-    """The schemes that layers choose from, out of those of `names`. `groups` are the group sizes that divide every
-    width, the largest first. The scheme with the most bits is offered with the largest group alone, the others with
-    every group."""
-    *narrow, wide = (format.scheme(name) for name in names)
-    return [
-        *(Scheme(info.name, info.bits, group) for info in narrow for group in groups),
-        Scheme(wide.name, wide.bits, groups[0]),
-    ]
+def candidates(format: Format, widths: Sequence[int], names: Sequence[str], *, group: int | None) -> list[Scheme]:
+    """The schemes that layers choose from, out of those of `names`, with the group sizes that divide every width: the
+    last scheme, which has the most bits, with the largest one, the others with every one. `group` is the size that was
+    asked for, None for all sizes; it leaves the schemes without a choice of sizes as they are.
+
+    Raises InputError for a scheme of which no group size divides all widths."""
+    found: list[Scheme] = []
+    for name in names:
+        info = format.scheme(name)
+        sizes = [group] if group in info.groups and group else fitting_groups(info, widths)
+        if not sizes:
+            raise InputError(
+                f"--among {name}: none of its group sizes divides all of the widths {sorted(set(widths))}",
+                hint="Leave it out of --among.",
+            )
+        found += [Scheme(name, info.bits, size) for size in (sizes[:1] if name == names[-1] else sizes)]
+    return found
 
 
 def hull(options: Sequence[tuple[int, float]]) -> list[int]:

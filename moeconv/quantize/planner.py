@@ -23,7 +23,7 @@ from moeconv.plan.build import count_planned, parse_dtype
 from moeconv.plan.overlay import fingerprint
 from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.planned import planned_model
-from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups, in_place
+from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, in_place
 from moeconv.quantize.layout.required import check_layout, fused_with_layout, layout_for
 from moeconv.quantize.methods import check_method, check_reads, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
@@ -33,7 +33,7 @@ from moeconv.quantize.remote_code import auto_map, remote_code
 from moeconv.quantize.rest import rest_of
 from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
 from moeconv.quantize.spec import MIXED, Asked, Format, Scheme, SchemeInfo
-from moeconv.quantize.targets import check_rest, check_targets, loads_beside, loads_of
+from moeconv.quantize.targets import check_rest, check_targets, loads_beside, loads_by_layer, loads_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
@@ -109,8 +109,8 @@ def quantize_plan(
     if mixed and not left_out:
         _check_no_drafting(model)
     if mixed:
-        groups = fitting_groups(info, widths) if options.group_size == "auto" else [group]
-        offers = [candidates(format, groups, names) for names in offered(format, options.among)]
+        asked = None if options.group_size == "auto" else group
+        offers = [candidates(format, widths, names, group=asked) for names in offered(format, options.among)]
         packing = mix(packing, offers, importance or {}, options=options, common=common)
         warnings = [*warnings, *_doubtful(packing, options, warnings)]
     if format.shard is not None:
@@ -164,10 +164,10 @@ def _parameters(options: QuantizeOptions, common: PlanOptions, imatrix: Imatrix 
 
 
 def _doubtful(packing: Packing, options: QuantizeOptions, known: Sequence[str]) -> list[str]:
-    """The warnings about targets that were not proven to load the narrow schemes that some layers have."""
+    """The warnings about targets that were not proven to load the narrow or unusual schemes that some layers have."""
     format, family = packing.format, packing.model.family
-    narrow = dict.fromkeys(s.name for s in packing.by_layer.values() if s.bits < USUAL)
-    found = [w for name in narrow for w in check_targets(format, name, options.target, family=family)]
+    unusual = (s.name for s in packing.by_layer.values() if s.bits < USUAL or s.name not in format.mixes)
+    found = [w for name in dict.fromkeys(unusual) for w in check_targets(format, name, options.target, family=family)]
     return [warning for warning in found if warning not in known]
 
 
@@ -229,7 +229,9 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
         "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
         "scope": str(options.scope),
         "double_quant": scheme.nested,
-        "loads": loads_of(format, scheme.name, packing.model.family, mixed=mixed)
+        "loads": loads_by_layer(format, dict.fromkeys(s.name for s in by_layer.values()), packing.model.family)
+        if mixed
+        else loads_of(format, scheme.name, packing.model.family)
         if packing.rest is None
         else loads_beside(format, scheme.name, packing.rest.scheme.name, packing.model.family),
     }

@@ -155,6 +155,8 @@ class Format:
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed
     # the schemes that --scheme mixed chooses from, those with fewer bits first; () where bits cannot differ by layer
     mixes: tuple[str, ...] = ()
+    # schemes that bits by layer can be chosen from where --among names them
+    among: tuple[str, ...] = ()
     mixed: Mapping[str, str] = field(default_factory=dict)  # `loads` where bits differ by layer
     mixed_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # `measured` of the same
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
@@ -170,7 +172,7 @@ class Format:
     def __post_init__(self) -> None:
         """Raises ValueError for a record that no command could use."""
         packs = self.shard is not None or (self.make is not None and self.config is not None)
-        unknown = set(self.mixes) - set(self.names)
+        unknown = {*self.mixes, *self.among} - {*self.names}
         wrong = {
             "it has no scheme": not self.schemes,
             "two of its schemes have one name": len(set(self.names)) < len(self.schemes),

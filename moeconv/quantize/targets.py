@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.families.measured import RUNTIMES
@@ -59,12 +59,23 @@ def loads_of(format: Format, scheme: str, family: Family, *, mixed: bool = False
     return loads
 
 
+def _least(words: Sequence[str]) -> str:
+    """What is known of a combination: the worst of what is known of its parts, or else the last word."""
+    return next((word for word in ("no", "unknown") if word in words), words[-1])
+
+
+def loads_by_layer(format: Format, schemes: Iterable[str], family: Family) -> dict[str, str]:
+    """Runtime -> whether it loads a model of `family` with these schemes by layer."""
+    others = [loads_of(format, name, family) for name in schemes if name not in format.mixes]
+    known = [*others, loads_of(format, "", family, mixed=True)]
+    return {runtime: _least([loads[runtime] for loads in known]) for runtime in TARGETS}
+
+
 def loads_beside(format: Format, scheme: str, rest: str, family: Family) -> dict[str, str]:
     """Runtime -> whether it loads a model of `family` with experts in one scheme and the `rest` in another: `no` where
     it does not load one of the two or their combination, otherwise what is known of the combination."""
     both = [loads_of(format, name, family) for name in (scheme, rest)] + [every_runtime(format.beside_loads)]
-    found = {runtime: [loads[runtime] for loads in both] for runtime in TARGETS}
-    return {r: next((word for word in ("no", "unknown") if word in words), words[-1]) for r, words in found.items()}
+    return {runtime: _least([loads[runtime] for loads in both]) for runtime in TARGETS}
 
 
 def check_rest(format: Format, scheme: str, rest: str, targets: Sequence[str], *, family: Family) -> list[str]:

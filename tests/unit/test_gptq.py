@@ -17,6 +17,7 @@ from words import add_tokenizer, text
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.kernels.pack import pack_nf4, relative_rms
+from moeconv.plan.kernels.pack.float_grids import float8_grid, int8_grid, mxfp4_grid, mxfp8_grid, nvfp4_grid
 from moeconv.plan.kernels.pack.levels import Coded, Grid, round_to_nearest
 from moeconv.plan.kernels.pack.scales import search_scales
 from moeconv.quantize.formats import FORMATS
@@ -88,6 +89,11 @@ GRIDS = {
     "bitsandbytes int8": (Grid(torch.arange(-127.0, 128.0), 127.0, torch.float32), 96),
     "nf4": (Grid(_uneven("nf4"), 1.0, torch.float32), 32),
     "fp4": (Grid(_uneven("fp4"), 1.0, torch.float32), 32),
+    "nvfp4": (nvfp4_grid(), 16),
+    "mxfp4": (mxfp4_grid(), 32),
+    "mxfp8": (mxfp8_grid(), 32),
+    "fp8": (float8_grid(torch.bfloat16), 96),
+    "w8a8": (int8_grid(torch.bfloat16), 96),
 }
 
 
@@ -98,9 +104,12 @@ def test_a_batch_is_what_each_matrix_is_alone_in_float64(kind):
     weight, hessian = weights(3, 4, 24, 96) * 0.02, hessians(4, 4, width=96)
     hessian[3] = damped(torch.zeros(1, 96, 96), 0.01)
     coded = gptq(weight, hessian, grid, group=group)
-    plain = Plain(grid.levels, grid.top, grid.dtype)
-    alone = [plain_gptq(w, h, plain, group=group) for w, h in zip(weight, hessian, strict=True)]
-    wanted = Coded(torch.stack([one for one, _ in alone]), torch.stack([scales for _, scales in alone]))
+    plain = Plain(grid.levels, grid.top, grid.dtype, grid.ratios)
+    unit = weight.abs().amax((1, 2)) / (grid.top * 448) if kind == "nvfp4" else torch.ones(4)
+    alone = [plain_gptq(w / u, h, plain, group=group) for w, u, h in zip(weight, unit, hessian, strict=True)]
+    wanted = Coded(
+        torch.stack([one for one, _ in alone]), torch.stack([scales for _, scales in alone]), unit[:, None, None]
+    )
     assert (coded.levels == wanted.levels).double().mean() >= 0.999
     found, least = loss(weight, hessian, coded), loss(weight, hessian, wanted)
     # of so few weights each that falls to the other side of a tie counts
@@ -238,7 +247,7 @@ def test_codes_on_disk_decode_to_what_was_chosen(tmp_path, format, scheme, dtype
     weight = decode_weight(model, ref.tensor).float()
     grid, group = grid_of(item)
     batch = gptq(weight[None], hessians(1, 1, width=ref.shape[1]), grid, group=group)
-    coded = Coded(batch.levels[0], batch.scales[0])
+    coded = Coded(batch.levels[0], batch.scales[0], None if batch.unit is None else batch.unit[0])
     parts = on_disk(item, coded)
     from moeconv.checkpoint.safetensors_file import TensorRef
     from moeconv.families.methods import encodings

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from words import add_tokenizer, text
 
 from moeconv.errors import UsageError
 from moeconv.families.model import open_model
@@ -117,6 +118,25 @@ def test_a_budget_below_four_bits_takes_narrower_schemes(model, among):
     assert plan_quantize(model, average_bits=5.3, **(asked | {"among": None})).block["bits_by_layer"] == {
         "0": 4, "1": 8, "2": 4, "3": 4,
     }  # fmt: skip
+
+
+def test_schemes_of_other_layouts_stand_beside_each_other(model, cli, tmp_path):
+    """Layers in NVFP4 and in FP8: each is read in its own layout, and no runtime was proven to load the two."""
+    flags = ("--scheme", "mixed", "--average-bits", 6, "--among", "fp8,nvfp4", "--target", "vllm", "--json")
+    asked = {"scheme": "mixed", "average_bits": 6, "among": "fp8,nvfp4", "importance": IMPORTANCE} | VLLM
+    plan = plan_quantize(model, **asked)
+    assert {*plan.block["scheme_by_layer"].values()} == {"nvfp4", "fp8"}
+    assert plan.block["scheme_by_layer"]["1"] == "fp8"  # the layer that matters most
+    assert plan.config["quantization_config"]["format"] == "mixed-precision"
+    assert plan.block["loads"]["vllm"] == "unknown"
+    assert any("vllm was not proven to load compressed-tensors nvfp4" in w for w in plan.warnings)
+    stats = tmp_path / "stats.safetensors"
+    (tmp_path / "text.txt").write_text(text(300, seed=1))
+    source = add_tokenizer(model.checkpoint.path)
+    assert cli("calibrate", source, stats, "--data", tmp_path / "text.txt", "--seq-len", 16).code == 0
+    done = cli("quantize", source, tmp_path / "out", *flags, "--stats", stats)
+    assert done.code == 0, done.out
+    assert 0.02 < done.json["quantize"]["error"]["relative_rms"]["mean"] < 0.12
 
 
 def test_groups_of_layers_match_their_experts_and_nothing_else(model):

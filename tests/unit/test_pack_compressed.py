@@ -27,6 +27,14 @@ PACK = {
 }
 GROUPS = {"fp8-block": 128, "mxfp8": 32, "nvfp4": 16, "mxfp4": 32, "int4-asym": 32}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FITTED = {
+    "fp8": lambda w: pack_float8(w, fit=True),
+    "fp8-block": lambda w: pack_float8_blocks(w, block=128, fit=True),
+    "w8a8": lambda w: pack_int8_rows(w, fit=True),
+    "mxfp8": lambda w: pack_mxfp8(w, fit=True),
+    "nvfp4": lambda w: pack_nvfp4(w, fit=True),
+    "mxfp4": lambda w: pack_mxfp4(w, fit=True),
+}
 EVERY = pytest.mark.parametrize("scheme", PACK)
 
 
@@ -173,6 +181,58 @@ def test_a_weight_stays_as_it_is(scheme, dtype):
     weight = weights(dtype)["usual"]
     PACK[scheme](weight)
     assert torch.equal(weight, weights(dtype)["usual"])
+
+
+@pytest.mark.parametrize("scheme", FITTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_of_least_error_are_never_worse(scheme, dtype):
+    for kind, weight in weights(dtype).items():
+        errors = [
+            float((decoded(scheme, pack[scheme](weight), weight.shape).double() - weight.double()).square().sum())
+            for pack in (PACK, FITTED)
+        ]
+        room = 1.001 if dtype is torch.float32 else 1.01  # readers round a product to the dtype of the scale
+        assert errors[1] <= errors[0] * room, kind
+        if kind == "usual":
+            assert errors[1] < {"nvfp4": 0.77, "mxfp4": 0.99, "fp8": 0.95}.get(scheme, room) * errors[0]
+        assert kind != "zeros" or errors == [0, 0]
+
+
+@pytest.mark.parametrize("scheme", FITTED)
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), 1e-39])
+def test_scales_of_least_error_of_what_is_no_usual_number(scheme, value):
+    weight = torch.full((128, 256), value).bfloat16()
+    if value == 1e-39:  # subnormal
+        values = decoded(scheme, FITTED[scheme](weight), weight.shape).float()
+        assert torch.isfinite(values).all() and float(values.abs().max()) <= 2e-38
+        return
+    with pytest.raises(InputError, match="NaN or infinity"):
+        FITTED[scheme](weight)
+
+
+def test_scales_of_least_error_are_those_of_a_search_over_all_scales():
+    """NVFP4 against every FP8 scale of each group, in float64."""
+    weight = weights(torch.float32)["usual"][:8]
+    packed = pack_nvfp4(weight, fit=True)
+    every = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    codes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    parts = weight.double().abs().view(-1, 16) * packed["weight_global_scale"].double()
+    scaled = parts[:, None] / every[:, None]
+    nearest = codes[torch.bucketize(scaled, (codes[1:] + codes[:-1]) / 2)] * every[:, None]
+    least = (nearest - parts[:, None]).square().sum(-1).amin(1).sum()
+    found = decoded("nvfp4", packed, weight.shape).double().abs().view(-1, 16) * packed["weight_global_scale"].double()
+    assert float((found - parts).square().sum() / least) < 1.06
+
+
+def test_joined_weights_with_scales_of_least_error_share_one_too():
+    gate, up = torch.randn(32, 64) * 0.02, torch.randn(32, 64) * 0.1
+    joined = pack_nvfp4(gate, beside=[up], fit=True)
+    assert torch.equal(joined["weight_global_scale"], pack_nvfp4(up)["weight_global_scale"])
+    errors = [
+        float((decoded("nvfp4", made, gate.shape).float() - gate).norm())
+        for made in (joined, pack_nvfp4(gate, beside=[up]))
+    ]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_joined_weights_share_the_scale_of_the_largest():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from moeconv.plan.kernels import Buffer, load_kernel
 from moeconv.plan.plan import Input, Item, Params, TensorSpec
@@ -52,10 +53,16 @@ def gathered(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> list[tup
 
 
 def last_stage(item: Item) -> Item:
-    """An item with its last kernel alone: of a chain, the second kernel on the tensor between the two."""
-    if item.kernel != "chain":
+    """An item with its last kernel alone: of a chain or a gather, the kernel on the tensors between."""
+    if item.kernel not in ("chain", "gather"):
         return item
-    name, dtype, _, _, shape = item.params["between"]
-    ref, then = TensorSpec(name, dtype, tuple(shape), "", 0), item.params["then"]
-    read = Input(name, dtype, ref.shape, 0, ref.nbytes)
-    return Item(item.outputs, then["kernel"], (read,), then["params"], item.changed)
+    firsts, then = item.params.get("firsts", (item.params,)), item.params["then"]
+    read = tuple(_between_ref(first["between"]) for first in firsts)
+    return Item(item.outputs, then["kernel"], read, then["params"], item.changed)
+
+
+def _between_ref(between: Sequence[Any]) -> Input:
+    """The tensor between two kernels, as an input."""
+    name, dtype, _, _, shape = between
+    spec = TensorSpec(name, dtype, tuple(shape), "", 0)
+    return Input(name, dtype, spec.shape, 0, spec.nbytes)

@@ -7,9 +7,11 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import BY_DATA, Kernel, Scheme, SchemeInfo, codes
 
 BLOCK = 128
+_SHARED = "rows share the scale of a block, and data chooses the codes of each row by itself"
+BLOCKS = Kernel("pack_float8_blocks", fits=True, without=dict.fromkeys(BY_DATA, _SHARED))
 
 
 def _rows(kernel: str, dtype: str, ref: TensorRef, role: str) -> Item:
@@ -46,9 +48,10 @@ FLOAT8 = CompressedLayout(
             aliases=("fp8_dynamic", "fp8-dynamic", "w8a8-fp8"),
             hardware=("ada", "h100", "b200"),
             error=0.0264,
+            errors={None: 0.0264**2},
         ),
     ),
-    Kernel("pack_float8"),
+    Kernel("pack_float8", fits=True, grid="moeconv.quantize.gptq.compressed_grids:FLOAT8"),
     lambda ref, _, role: _rows("pack_float8", "F8_E4M3", ref, role),
     lambda _: numbers(8, "float", "channel"),
     lambda _: numbers(8, "float", "token", dynamic=True),
@@ -70,7 +73,7 @@ FLOAT8_BLOCKS = CompressedLayout(
             error=0.0264,
         ),
     ),
-    Kernel("pack_float8_blocks"),
+    BLOCKS,
     _blocks,
     lambda _: numbers(8, "float", "block", block_structure=[BLOCK, BLOCK]),
     lambda _: numbers(8, "float", "group", dynamic=True, group_size=BLOCK),
@@ -90,9 +93,10 @@ INTEGER8 = CompressedLayout(
             aliases=("int8_w8a8", "w8a8-int8"),
             hardware=("ampere", "ada", "h100", "cpu"),
             error=0.0091,
+            errors={None: 0.0091**2},
         ),
     ),
-    Kernel("pack_int8_rows"),
+    Kernel("pack_int8_rows", fits=True, grid="moeconv.quantize.gptq.compressed_grids:INT8_ROWS"),
     lambda ref, _, role: _rows("pack_int8_rows", "I8", ref, role),
     lambda _: numbers(8, "int", "channel"),
     lambda _: numbers(8, "int", "token", dynamic=True),

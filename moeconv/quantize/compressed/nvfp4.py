@@ -36,9 +36,10 @@ NVFP4 = CompressedLayout(
             joined=True,
             hardware=GPUS,
             error=0.0952,
+            errors={_GROUP: 0.0952**2},
         ),
     ),
-    Kernel("pack_nvfp4"),
+    Kernel("pack_nvfp4", fits=True, grid="moeconv.quantize.gptq.compressed_grids:NVFP4"),
     _make,
     lambda _: numbers(4, "float", "tensor_group", group_size=_GROUP, scale_dtype="torch.float8_e4m3fn"),
 )

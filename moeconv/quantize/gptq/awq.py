@@ -9,7 +9,7 @@ level, with scales of least error weighted by the inputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError
 from moeconv.families.model import Model
-from moeconv.plan.kernels.pack.levels import Coded, round_to_nearest, with_scales
+from moeconv.plan.kernels.pack.levels import Coded, divided, nearest_scales, round_to_nearest, with_scales
 from moeconv.plan.kernels.pack.scales import search_scales
 from moeconv.quantize.gptq.fold import linear_in_up, power_of_two, reads_alone
 from moeconv.quantize.gptq.groups import Group, by_matrix, weight_name
@@ -167,10 +167,10 @@ def _code_gate_up(
             for r, s in zip(rows.split(counts), share.split(counts), strict=True)
         ]
     ).float()
-    coded = _rounded(work.stacked(group), factors.expand_as(energy), energy, group)
-    by_row = _row_factors(work.view, inner, group, coded.levels.shape[1], device)
-    written = Coded(coded.levels, coded.scales / by_row[..., None])
-    return Made(by_matrix(group, coded.decoded() / factors), packed_parts(group, written))
+    weight = work.stacked(group)
+    by_row = _row_factors(work.view, inner, group, weight.shape[1], device)[..., None]
+    coded = _rounded(weight / by_row, factors.expand_as(energy), energy, group)
+    return Made(by_matrix(group, coded.decoded() * by_row / factors), packed_parts(group, coded))
 
 
 def _row_factors(
@@ -197,13 +197,14 @@ def _rounded(weight: Tensor, factors: Tensor, energy: Tensor, group: Group) -> C
     """The codes of `weight` [E, out, in] times the `factors` [E, in] of its columns, with scales of the least error
     weighted by the mean squares `energy` [E, in] of the inputs."""
     multiplied = weight * factors[:, None]
-    plain = round_to_nearest(multiplied, group.grid, group=group.size)
+    unit = group.grid.unit(multiplied)
+    multiplied = divided(multiplied, unit)
+    usual = nearest_scales(multiplied, group.grid, group=group.size)
     scales = search_scales(multiplied, energy / factors.square(), group.grid, group=group.size)
-    coded = with_scales(multiplied, scales, group.grid)
     # where nearly all weight is on few inputs, the search would give up the others
-    errors, least = (_by_scale(multiplied, made) for made in (coded, plain))
-    scales = torch.where(errors > _GIVEN_UP * least, plain.scales, scales)
-    return with_scales(multiplied, scales, group.grid)
+    errors, least = (_by_scale(multiplied, with_scales(multiplied, s, group.grid)) for s in (scales, usual))
+    scales = torch.where(errors > _GIVEN_UP * least, usual, scales)
+    return replace(with_scales(multiplied, scales, group.grid), unit=unit)
 
 
 def _by_scale(weight: Tensor, coded: Coded) -> Tensor:

@@ -42,7 +42,8 @@ def grid_of(item: Item) -> tuple[Grid, int]:
 def on_disk(item: Item, coded: Coded) -> dict[str, Tensor]:
     """The item's output tensors by name for one matrix: a reader decodes them to `coded`."""
     item = last_stage(item)
-    parts = _code_grid(item).parts(item, replace(coded, levels=coded.levels.cpu(), scales=coded.scales.cpu()))
+    coded = Coded(coded.levels.cpu(), coded.scales.cpu(), None if coded.unit is None else coded.unit.cpu())
+    parts = _code_grid(item).parts(item, coded)
     return {
         spec.name: parts[part].to(TORCH_DTYPES[spec.dtype]).view(spec.shape)
         for spec, part in zip(item.outputs, item.params["parts"], strict=True)

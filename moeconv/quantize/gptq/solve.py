@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeconv.errors import InputError
-from moeconv.plan.kernels.pack.levels import Coded, Grid
+from moeconv.plan.kernels.pack.levels import Coded, Grid, divided
 from moeconv.plan.kernels.pack.scales import search_scales
 
 _LEAF = 16  # columns that are solved one by one; matrix products connect larger blocks
@@ -54,7 +54,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, group: int, sweeps: int
     columns, with scales that are fixed before the first column, so that any reader of the format loads the result.
     `sweeps` is the number of rounds of coordinate descent that follow, over the scales and then over the codes.
     """
-    weight = weight.float()
+    unit = grid.unit(weight)
+    weight = divided(weight.float(), unit)
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     scales = search_scales(weight, diagonal, grid, group=group).permute(2, 0, 1).contiguous()  # [groups, E, out]
     columns = torch.arange(weight.shape[2], device=weight.device)
@@ -68,7 +69,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, group: int, sweeps: int
         for sweep in range(sweeps):
             work.refit_scales(plain, levels, scales, slope, left)
             levels = work.refit_levels(plain, levels, scales, slope, left, last=sweep + 1 == sweeps)
-    return Coded(levels.permute(1, 2, 0).contiguous(), scales.permute(1, 2, 0).contiguous())
+    return Coded(levels.permute(1, 2, 0).contiguous(), scales.permute(1, 2, 0).contiguous(), unit)
 
 
 def loss(weight: Tensor, hessian: Tensor, coded: Coded) -> Tensor:

@@ -164,8 +164,8 @@ class LayerWork:
 
 def packed_parts(group: Group, coded: Coded) -> list[Parts]:
     """The tensors of a group's matrices as on disk."""
-    levels, scales = coded.levels.cpu(), coded.scales.cpu()
-    apart = zip(by_matrix(group, levels).values(), by_matrix(group, scales).values(), strict=True)
+    fields = [field.cpu() for field in (coded.levels, coded.scales, coded.unit) if field is not None]
+    apart = zip(*(by_matrix(group, field).values() for field in fields), strict=True)
     items = (item for of_expert in group.items for item in of_expert)
     return [on_disk(item, Coded(*of_one)) for item, of_one in zip(items, apart, strict=True)]
 

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from moeconv.plan.kernels.pack.common import check_finite, check_matrix, row_blocks
-from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_of, powers_below
+from moeconv.plan.kernels.pack.float_grids import E2M1_LEVELS, mxfp4_grid, nvfp4_grid
+from moeconv.plan.kernels.pack.levels import E4M3_MAX, Coded
+from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_from, exponents_of, powers_below
 from moeconv.plan.kernels.pack.peaks import peaks
+from moeconv.plan.kernels.pack.scales import fitted
 
 NVFP4_GROUP = 16
-_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E4M3_MAX = 448.0
 _CUT = 20  # bits of a float32 below its three highest bits of mantissa; all midpoints between levels end there
 
 
-def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = (), fit: bool = False) -> dict[str, Tensor]:
     """NVFP4: `weight_packed` uint8 [out, in / 2], the low nibble first; `weight_scale` float8_e4m3fn [out, in / 16];
     and `weight_global_scale` float32 [1], by which the scales are divided. It is that of the largest magnitude in
-    `weight` [out, in] and in the weights `beside` it, which an engine joins with it to one matrix.
+    `weight` [out, in] and in the weights `beside` it, which an engine joins with it to one matrix. With `fit`, the
+    scales of groups are those of least squared error.
 
     Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it.
     """
@@ -33,9 +35,12 @@ def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = ()) -> dict[str, Te
     largest = peaks(weight, group=NVFP4_GROUP)
     check_finite(largest)
     whole = global_scale([largest, *(peaks(other, group=other.shape[-1]) for other in beside)])
-    local = (whole * (largest / _LEVELS[-1]).float()).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn)
-    finest = local.float()
-    finest.masked_fill_(finest == 0, 0.125)
+    if fit:
+        peak = E4M3_MAX * E2M1_LEVELS[-1] / whole
+        finest = fitted(weight, nvfp4_grid(), group=NVFP4_GROUP, peak=peak)
+    else:
+        finest = (whole * (largest / E2M1_LEVELS[-1]).float()).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        finest.masked_fill_(finest == 0, 0.125)
     scales = finest.to(torch.float8_e4m3fn)
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     finest.div_(whole)
@@ -53,28 +58,58 @@ def global_scale(largest: Sequence[Tensor]) -> Tensor:
     peak = torch.stack([each.max() for each in largest]).max()
     if peak == 0:
         return torch.ones(1)
-    most = _E4M3_MAX * _LEVELS[-1]
+    most = E4M3_MAX * E2M1_LEVELS[-1]
     quotient = (most / peak).float()
     if not quotient.isfinite():
         quotient = (most / peak.float()).clamp(max=torch.finfo(torch.float32).max)
     return quotient.reshape(1)
 
 
-def pack_mxfp4(weight: Tensor, *, signed_zeros: bool = False) -> dict[str, Tensor]:
+def pack_mxfp4(weight: Tensor, *, signed_zeros: bool = False, fit: bool = False) -> dict[str, Tensor]:
     """MXFP4: `weight_packed` uint8 [out, in / 2], the low nibble first, and exponents `weight_scale` uint8 [out, in /
-    32] (base 2, with a bias of 127). `signed_zeros`: -0 has a code of its own. Raises as `pack_nvfp4` does."""
+    32] (base 2, with a bias of 127). `signed_zeros`: -0 has a code of its own. With `fit`, the exponents are those of
+    least squared error. Raises as `pack_nvfp4` does."""
     check_matrix(weight)
     rows, columns = weight.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
+    if fit:
+        exponents = exponents_from(fitted(weight, mxfp4_grid(), group=MX_GROUP))
     work = _Buffers(rows, columns, signed_zeros=signed_zeros)
     for start, stop in work.blocks:
         x = weight[start:stop]
-        each = exponents[start:stop].copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
+        each = exponents[start:stop]
+        if not fit:
+            each.copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
         x = x.view(stop - start, -1, MX_GROUP)
         quotients = work.values_of(x).copy_(x).mul_(powers_below(each)[..., None])
         work.to_nibbles(quotients, packed[start:stop])
     return {"weight_packed": packed, "weight_scale": exponents}
+
+
+def nvfp4_parts(coded: Coded) -> dict[str, Tensor]:
+    """The tensors of `pack_nvfp4` for chosen codes."""
+    assert coded.unit is not None
+    return {
+        "weight_packed": _packed(coded.levels),
+        "weight_scale": coded.scales.to(torch.float8_e4m3fn),
+        "weight_global_scale": coded.unit[0].reciprocal(),
+    }
+
+
+def mxfp4_parts(coded: Coded) -> dict[str, Tensor]:
+    """The tensors of `pack_mxfp4` for chosen codes."""
+    return {"weight_packed": _packed(coded.levels), "weight_scale": exponents_from(coded.scales)}
+
+
+def _packed(levels: Tensor) -> Tensor:
+    """The bytes [out, in / 2] of levels [out, in] of E2M1."""
+    rows, columns = levels.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    work = _Buffers(rows, columns)
+    for start, stop in work.blocks:
+        work.to_nibbles(levels[start:stop].contiguous(), packed[start:stop])
+    return packed
 
 
 class _Buffers:
@@ -116,7 +151,7 @@ def _code_of_key(signed_zeros: bool) -> Tensor:
     keys = np.arange(1 << (33 - _CUT), dtype=np.uint32)
     inside = keys & 1  # between two values whose lower bits are zero: take one of them
     values = np.abs(((keys >> 1 << _CUT) | inside).view(np.float32))
-    middles = np.array([(low + high) / 2 for low, high in pairwise(_LEVELS)], np.float32)
+    middles = np.array([(low + high) / 2 for low, high in pairwise(E2M1_LEVELS)], np.float32)
     below = np.searchsorted(middles, values, side="left")  # midpoints below the value: a tie goes down
     tie = (below < len(middles)) & (values == middles[np.minimum(below, len(middles) - 1)])
     code = below + (tie & (below % 2 == 1))

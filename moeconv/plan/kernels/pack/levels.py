@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+E4M3_MAX = 448.0
+_LEAST_POWER = 2.0**-96  # of a scale that is a power of two, so that its inverse is finite in all products
+# ratios to the scale that maps the largest magnitude to `top`: below 1, large values are clipped; above 1, the outer
+# levels are not used
+RATIOS = tuple(0.4 + 0.025 * i for i in range(27))
+
+
+def _powers(scales: Tensor) -> Tensor:
+    """Powers of two: the one below a scale, or the one above it from 1.75 times that on (compressed-tensors)."""
+    bits = scales.clamp(min=_LEAST_POWER).float().view(torch.int32)
+    return ((bits + (1 << 21)) & -(1 << 23)).view(torch.float32)
+
+
+# the values in float32 that scales have as stored in a dtype, where conversion alone does not give them
+_STORED: Mapping[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.float8_e4m3fn: lambda s: s.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float(),
+    torch.float8_e8m0fnu: _powers,
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
     """The levels of a number format, float32 ascending: a weight is level * scale. `top` is the level to which
-    round-to-nearest maps the largest magnitude of a group. `dtype` is the dtype of the stored scales."""
+    round-to-nearest maps the largest magnitude of a group. `dtype` is the dtype of the stored scales, float8_e8m0fnu
+    for powers of two. `rounded` maps float32 values, which it may overwrite, to the nearest levels, where that is
+    faster than a search. `ratios` are those of the scales to try. `whole`: a matrix has a scale of its own, which maps
+    the largest scale of its groups to the largest number of `dtype` (NVFP4)."""
 
     levels: Tensor
     top: float
     dtype: torch.dtype
+    rounded: Callable[[Tensor], Tensor] | None = None
+    ratios: tuple[float, ...] = RATIOS
+    whole: bool = False
 
     @cached_property
     def key(self) -> tuple[object, ...]:
         """A key that is equal for equal grids."""
-        return tuple(self.levels.tolist()), self.top, self.dtype
+        return tuple(self.levels.tolist()), self.top, self.dtype, self.whole
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
@@ -40,6 +66,8 @@ class Grid:
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest level to each entry of `x`, float32; `x` may be overwritten."""
+        if self.rounded is not None:
+            return self.rounded(x)
         if self.integers:
             return x.round_().clamp_(*self.bounds)
         if x.device.type != "cpu" or self._lookup is None:
@@ -48,8 +76,19 @@ class Grid:
 
     def stored(self, scales: Tensor) -> Tensor:
         """The scales as a file stores them, in float32; never zero."""
-        tiny = torch.finfo(self.dtype).eps
-        return scales.to(self.dtype).float().masked_fill(scales.abs() < 1e-30, tiny)
+        store = _STORED.get(self.dtype)
+        found = scales.to(self.dtype).float() if store is None else store(scales)
+        return found.masked_fill((scales.abs() < 1e-30) | (found == 0), torch.finfo(self.dtype).eps)
+
+    def unit(self, weight: Tensor, peak: Tensor | None = None) -> Tensor | None:
+        """The scale of each whole matrix of `weight` [..., out, in], float32 [..., out, 1]; None where a matrix has
+        none. `peak` [..., 1, 1] is the largest magnitude that it is for, None for that of the matrix. Scales of groups
+        are stored relative to it, so that the other functions take `weight / unit`."""
+        if not self.whole:
+            return None
+        largest = weight.abs().amax((-2, -1), keepdim=True) if peak is None else peak
+        unit = (largest.float() / (self.top * E4M3_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
+        return unit.masked_fill(largest == 0, 1.0).expand(*weight.shape[:-1], 1)
 
     def _searched(self, x: Tensor) -> Tensor:
         levels = self.levels.to(x.device)
@@ -99,24 +138,39 @@ def _bins(x: Tensor, scale: float, reach: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """Levels [..., out, in] and scales [..., out, groups], float32. The weight is their product, group by group."""
+    """Levels [..., out, in], scales [..., out, groups] and, on a grid of which a whole matrix has a scale, that scale
+    as `unit` [..., out, 1]; float32. The weight is their product, group by group."""
 
     levels: Tensor
     scales: Tensor
+    unit: Tensor | None = None
 
     def decoded(self) -> Tensor:
         """The weight that a reader decodes, float32 [..., out, in]."""
         groups: Tensor = self.levels.unflatten(-1, (self.scales.shape[-1], -1))
-        return (groups * self.scales[..., None]).flatten(-2)
+        scales = self.scales if self.unit is None else self.scales * self.unit
+        return (groups * scales[..., None]).flatten(-2)
+
+
+def divided(weight: Tensor, unit: Tensor | None) -> Tensor:
+    """`weight` in units of the scale of its matrix."""
+    return weight if unit is None else weight / unit
+
+
+def nearest_scales(weight: Tensor, grid: Grid, *, group: int) -> Tensor:
+    """The scales amax / top of each `group` weights of a row, for `weight` [..., out, in] in units of its matrix."""
+    peak = weight.float().unflatten(-1, (-1, group)).abs().amax(-1)
+    return grid.stored(peak / grid.top)
 
 
 def round_to_nearest(weight: Tensor, grid: Grid, *, group: int) -> Coded:
     """The nearest levels of `weight` [..., out, in] with scales of amax / top per `group` weights of a row."""
-    peak = weight.float().unflatten(-1, (-1, group)).abs().amax(-1)
-    return with_scales(weight, grid.stored(peak / grid.top), grid)
+    unit = grid.unit(weight)
+    return with_scales(weight, nearest_scales(divided(weight, unit), grid, group=group), grid, unit)
 
 
-def with_scales(weight: Tensor, scales: Tensor, grid: Grid) -> Coded:
-    """The nearest levels of `weight` [..., out, in] for stored `scales` [..., out, groups]."""
-    parts = weight.float().unflatten(-1, (scales.shape[-1], -1))
-    return Coded(grid.nearest(parts / scales[..., None]).flatten(-2), scales)
+def with_scales(weight: Tensor, scales: Tensor, grid: Grid, unit: Tensor | None = None) -> Coded:
+    """The nearest levels of `weight` [..., out, in] for stored `scales` [..., out, groups], which are in units of
+    `unit`."""
+    parts = divided(weight, unit).float().unflatten(-1, (scales.shape[-1], -1))
+    return Coded(grid.nearest(parts / scales[..., None]).flatten(-2), scales, unit)

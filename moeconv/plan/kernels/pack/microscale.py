@@ -22,6 +22,11 @@ def exponents_of(peak: Tensor, *, below: int) -> Tensor:
     return exponent.clamp_(0, 254).to(torch.uint8)
 
 
+def exponents_from(scales: Tensor) -> Tensor:
+    """The exponents, uint8 with a bias of 127, of scales that are powers of two, float32."""
+    return (scales.view(torch.int32) >> 23).to(torch.uint8)
+
+
 def powers_below(exponents: Tensor) -> Tensor:
     """2^(127 - exponent) in float32: what a weight is multiplied by before it is rounded to a code."""
     return torch.ldexp(torch.ones(exponents.shape), _BIAS - exponents.int())

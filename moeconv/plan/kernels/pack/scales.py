@@ -7,17 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moeconv.plan.kernels.pack.levels import Grid
+from moeconv.plan.kernels.pack.common import check_finite, row_blocks
+from moeconv.plan.kernels.pack.levels import Grid, divided
 
-# Ratios to the scale that maps the largest magnitude to the outer level. Below 1, large values are clipped; above 1,
-# the outer levels are not used.
-_RATIOS = tuple(0.4 + 0.025 * i for i in range(27))
 _BLOCK = {"cpu": 1 << 16}  # values per pass, which stay in the cache
 _LARGE_BLOCK = 1 << 26
 
 
 def search_scales(weight: Tensor, importance: Tensor, grid: Grid, *, group: int) -> Tensor:
-    """Scales [E, out, groups] of least squared error of `weight` [E, out, in] weighted by `importance` [E, in]."""
+    """Scales [E, out, groups] of least squared error of `weight` [E, out, in], in units of its matrix, weighted by
+    `importance` [E, in]."""
     experts, out, width = weight.shape
     parts = weight.unflatten(-1, (-1, group)).transpose(1, 2).reshape(-1, out, group)  # [E * groups, out, group]
     roots = importance.float().sqrt().reshape(-1, 1, group)
@@ -25,6 +24,20 @@ def search_scales(weight: Tensor, importance: Tensor, grid: Grid, *, group: int)
     for some, rows in _blocks(parts):
         found[some, rows] = _search(parts[some, rows].float(), roots[some], grid)
     return found.view(experts, width // group, out).transpose(1, 2).contiguous()
+
+
+def fitted(weight: Tensor, grid: Grid, *, group: int, peak: Tensor | None = None) -> Tensor:
+    """The scales [out, groups] of least squared error of `weight` [out, in], as stored. `peak` is the largest magnitude
+    for which the scale of the matrix is, on a grid that has one. Raises InputError for NaN or infinity in the
+    weight."""
+    rows, columns = weight.shape
+    unit = None if peak is None else grid.unit(weight[:1], peak.reshape(1, 1))
+    found = torch.empty(rows, columns // group)
+    for start, stop in row_blocks(rows, columns):
+        wide = divided(weight[start:stop].float(), unit)
+        check_finite(wide.view(-1, group).abs().amax(-1))
+        found[start:stop] = search_scales(wide[None], torch.ones(1, columns), grid, group=group)[0]
+    return found
 
 
 def _blocks(parts: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -45,7 +58,7 @@ def _search(parts: Tensor, roots: Tensor, grid: Grid) -> Tensor:
     best = {1.0: usual, -1.0: usual}  # by the sign of the scale: (magnitude of the scale, error)
     quotient, room, rest = (torch.empty_like(parts) for _ in range(3))
     rooted = parts * roots
-    for ratio in _RATIOS:
+    for ratio in grid.ratios:
         scales = grid.stored(peak * ratio)
         torch.div(parts, scales[..., None], out=quotient)
         for sign, levels in _levels(quotient, grid, room):
@@ -86,4 +99,8 @@ def _levels(quotient: Tensor, grid: Grid, room: Tensor) -> Iterator[tuple[float,
             yield -1.0, torch.clamp(quotient, -high, -low, out=room)
         return
     yield 1.0, grid.nearest(quotient)
-    yield -1.0, grid.nearest(quotient.neg_()).neg_()  # a value in the middle of two levels is rounded to the other one
+    if not grid.symmetric:
+        yield (
+            -1.0,
+            grid.nearest(quotient.neg_()).neg_(),
+        )  # a value in the middle of two levels is rounded to the other one

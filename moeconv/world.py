@@ -1,4 +1,4 @@
-"""The processes that share one command: `torchrun -m moeconv calibrate|tune ...` starts one process per device.
+"""The processes that share one command: `torchrun -m moeconv calibrate|tune|prune|quantize ...` starts one per device.
 
 Without a launcher there is one process, and the functions here do nothing. Importing this module does not load torch.
 """
@@ -10,13 +10,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from moeconv.errors import Interrupted, MoeconvError
+from moeconv.errors import InputError, Interrupted, MoeconvError, UsageError
 from moeconv.types import JsonObject
+from moeconv.units import counted
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 
@@ -155,3 +159,41 @@ def all_agree(flag: bool) -> bool:
     import torch
 
     return int(summed(torch.tensor(int(flag)))) == current().size
+
+
+# -- work that is shared --------------------------------------------------------------------------------------------
+
+
+def check_alone(what: str, *, hint: str) -> None:
+    """Raises UsageError if the launcher started several processes for `what`, which one process does."""
+    if current().size > 1:
+        raise UsageError(f"{what} runs in one process, and the launcher started {current().size}", hint=hint)
+
+
+def announce(job: str | None, *arguments: object) -> None:
+    """Called by the first process: all processes now do `job`, or with None what the first process shares is done."""
+    first(lambda: (job, arguments))
+
+
+def follow(jobs: Mapping[str, Callable[..., object]]) -> None:
+    """Called by all other processes: do what the first one announces, until it announces None."""
+    while True:
+        job, arguments = first(lambda: (None, ()))
+        if job is None:
+            return
+        jobs[job](*arguments)
+
+
+def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]:
+    """(the windows of this process int64 [n], the batch size). The processes take whole batches in turn, so that a
+    batch has the same windows whichever process runs it. Raises InputError if there are fewer windows than
+    processes."""
+    import numpy as np
+
+    if count < world.size:
+        raise InputError(
+            f"the data fills {counted(count, 'sequence')}, fewer than the {world.size} processes",
+            hint="Give more text, a smaller --seq-len, or start fewer processes.",
+        )
+    size = max(1, min(batch_size, count // world.size))
+    return np.flatnonzero(np.arange(count) // size % world.size == world.rank), size

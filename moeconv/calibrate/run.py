@@ -23,7 +23,7 @@ from moeconv.checkpoint.artifact import is_artifact
 from moeconv.checkpoint.target import Inputs, check_file_target
 from moeconv.contract import Load
 from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_windows
-from moeconv.errors import InputError, UsageError
+from moeconv.errors import UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
 from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
@@ -32,8 +32,7 @@ from moeconv.plan.phases import phase
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 from moeconv.stream.prediction import prediction_layers
 from moeconv.types import Config, JsonObject
-from moeconv.units import counted
-from moeconv.world import World, current, first
+from moeconv.world import current, deal, first
 
 
 @phase("calibrate")
@@ -168,19 +167,6 @@ def _dense(
     )
     sources = [{"name": s.name, "tokens": s.tokens} for s in read.sources]
     return {"output": str(path), "tokens": read.tokens, "sources": sources} | block
-
-
-def deal(count: int, *, batch_size: int, world: World) -> tuple[np.ndarray, int]:
-    """(the windows of this process int64 [n], the batch size). The processes take whole batches in turn, so that a
-    batch has the same windows whichever process runs it. Raises InputError if there are fewer windows than
-    processes."""
-    if count < world.size:
-        raise InputError(
-            f"the data fills {counted(count, 'sequence')}, fewer than the {world.size} processes",
-            hint="Give more text, a smaller --seq-len, or start fewer processes.",
-        )
-    size = max(1, min(batch_size, count // world.size))
-    return np.flatnonzero(np.arange(count) // size % world.size == world.rank), size
 
 
 def _all_layers(

@@ -127,7 +127,7 @@ VERBS: tuple[Verb, ...] = (
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
                             required=False, writes=True)), r.PruneRequest, _step, tables.pruned),
     Verb("quantize", "Quantize the experts to 8 bits or fewer.", (MODEL, OUT), r.QuantizeRequest, _step,
-         tables.written),
+         tables.written, distributed=True),
     Verb("import", "Turn a GGUF file into a transformers checkpoint.",
          (Positional("gguf", "GGUF file.", reads="file"), OUT), r.ImportRequest, _step, tables.written),
     Verb("arrange", "Reorder the experts so that every device has an equal load.", (MODEL, OUT), r.ArrangeRequest,

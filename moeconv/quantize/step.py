@@ -30,6 +30,7 @@ from moeconv.runner.run import check_out, measuring, open_resolved, planned_memo
 from moeconv.stream.need import need_of
 from moeconv.types import JsonObject
 from moeconv.units import human_bytes
+from moeconv.world import announce, check_alone, current, follow
 
 _CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
 
@@ -124,6 +125,7 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
         return prove_packing(plan, model, staged, before=before, folds=folds)
 
     if not by_data:
+        check_alone(f"quantize --method {options.method}", hint="Run it without torchrun; --part I/N shares the work.")
         return run_plan(plan, model, out, write, meter=meter, check=check, origins=_origins(request))
     chosen = _of_run_layers(before, model)
     jobs = checked_jobs(write.jobs, each=CODED_BYTES)
@@ -157,9 +159,17 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
             meter=meter,
         )
 
+    def together(folder: Path) -> CodesFigures:
+        announce(_CODES, folder)
+        return measure(folder)
+
+    if not current().leads:
+        follow({_CODES: measure})
+        return {"command": "quantize", "output": out, "quantize": {}}
     decides = (options, request.plan, request.data, request.measure)
     with measuring("quantize", model, out, write, *decides, meter=meter) as measured:
-        folder, found = measured.once("codes", measure)
+        folder, found = measured.once("codes", together)
+        announce(None)
         overlay = Overlay(folder / _CODES)
         plan, folds = plan_packing(model, request, overlay=overlay).plan, overlay
         result = run_plan(

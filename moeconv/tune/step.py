@@ -14,7 +14,7 @@ from moeconv.requests import TuneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_json, planned_memory, run_plan
 from moeconv.tune.need import need_of_tune
 from moeconv.types import JsonObject
-from moeconv.world import current, first
+from moeconv.world import announce, current, follow
 
 _OVERLAY = "overlay"
 
@@ -33,23 +33,21 @@ def tune(request: TuneRequest, *, meter: Meter) -> JsonObject:
     asked = parameters_of(request.tune, request.data, request.measure)
     if request.tune.teacher:
         asked["teacher"] = resolve(request.tune.teacher)
-    begun = False
 
     def measure(folder: Path) -> JsonObject:
         return train(str(model.checkpoint.path), folder / _OVERLAY, seed=request.plan.seed, meter=meter, **asked)
 
     def together(folder: Path) -> JsonObject:
-        nonlocal begun
-        begun = first(lambda: True)
+        announce(_OVERLAY, folder)
         return measure(folder)
 
     if not current().leads:  # this process takes part if the first process finds that there is work
-        return {"command": "tune", "output": out, "tune": measure(Path(out)) if first(lambda: True) else {}}
+        follow({_OVERLAY: measure})
+        return {"command": "tune", "output": out, "tune": {}}
     decides = (request.tune, request.plan, request.data, request.measure)
     with measuring("tune", model, out, write, *decides, meter=meter) as measured:
         folder, block = measured.once("overlay", together)
-        if not begun:
-            first(lambda: False)
+        announce(None)
         overlay = Overlay(folder / _OVERLAY)
         plan = overlay_plan(model, overlay, request.plan)
         result = run_plan(

@@ -65,7 +65,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "plan.planned": {"errors", "checkpoint", "families"},
     "plan.kernels": {"errors", "checkpoint", "randomness"},
     "tensors": {"errors", "checkpoint", "families", "plan"},
-    "stream": {"errors", "families", "plan", "tensors"},
+    "stream": {"errors", "families", "plan", "tensors", "world"},
     "data": {"errors", "checkpoint", "families", "plan", "randomness", "stream"},
     "calibrate": STREAM,
     "upcycle": DECIDE,

@@ -32,6 +32,7 @@ from moeconv.quantize.gptq.work import (
     packed_parts,
     shared_tokens,
 )
+from moeconv.stream.share import copied_from
 
 ALPHAS = tuple(i / 20 for i in range(20))
 _GIVEN_UP = 4.0  # squared error of the weights of a scale, in units of round-to-nearest
@@ -67,6 +68,11 @@ class _Inner:
     factors: Tensor
     energy: Tensor
 
+    @property
+    def stacked(self) -> Tensor:
+        """Both [2, I]."""
+        return torch.stack([self.factors, self.energy])
+
 
 def awq_codes(
     work: LayerWork, seen: ExpertInputs, target: Target, gates: Sequence[Group], downs: Sequence[Group]
@@ -86,8 +92,9 @@ def awq_codes(
             "experts has other readers or does not multiply by its weight alone, and down is not linear in up",
             hint="Use --method gptq.",
         )
-    for found in work.workers.map(torch.no_grad()(partial(_inner, work, seen, search=folds_up)), downs):
-        inner |= found
+    for source, made in work.dealt(downs, partial(_inner, work, seen, search=folds_up)):
+        found = copied_from(source, None if made is None else {str(e): one.stacked for e, one in made.items()})
+        inner |= {int(e): _Inner(*both) for e, both in found.items()}
     work.round((*gates, *downs))
     norm = _input_factors(work, seen, target, gates) if folds_norm else None
     plain = torch.ones(work.model.expert_dimension, device=work.stream.device)
@@ -117,13 +124,14 @@ def _input_factors(work: LayerWork, seen: ExpertInputs, target: Target, gates: S
     for part in free.split(_ROWS):
         total += seen.inputs[part].abs().double().sum(0)
 
-    def rounded(factors: Tensor, group: Group) -> Made:
+    def rounded(factors: Tensor, group: Group) -> Mapping[str, Tensor]:
         coded = round_to_nearest(work.stacked(group) * factors, group.grid, group=group.size)
-        return Made(by_matrix(group, coded.decoded() / factors), [])
+        return by_matrix(group, coded.decoded() / factors)
 
     best, least = None, torch.inf
     for factors in candidates(total.to(work.stream.device) / max(1, len(free))):
-        work.each(gates, partial(rounded, factors))
+        for weights in work.workers.map(torch.no_grad()(partial(rounded, factors)), gates):
+            work.experts.put(weights)
         error = float(work.squares(seen, target).sum())
         if best is None or error < least:
             best, least = factors, error

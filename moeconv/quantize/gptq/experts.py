@@ -3,7 +3,7 @@ ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import Lock
 from types import MappingProxyType
 
@@ -14,7 +14,6 @@ from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.groups import weight_name
-from moeconv.quantize.gptq.need import OUTPUT_ROWS
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.skeleton import Skeleton, own_parameters
@@ -95,12 +94,11 @@ class LayerExperts:
         with self._lock:
             return converted(self._skeleton, self._stock, weights, count)
 
-    def outputs(self, given: Sequence[Tensor], rows: Tensor) -> Iterator[Tensor]:
-        """The weighted sum of the experts' outputs for the `rows` int64 [n] of `given` (inputs [T, H], index and
-        weights [T, k]), in parts [m, H]."""
-        device = self._skeleton.device
-        for part in rows.split(OUTPUT_ROWS):
-            yield self.module(*(x[part].to(device) for x in given))
+    def outputs(self, given: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """The weighted sum [n, H] of the experts' outputs for the `rows` int64 [n] of `given` (inputs [T, H], index and
+        weights [T, k])."""
+        made: Tensor = self.module(*(x[rows].to(self._skeleton.device) for x in given))
+        return made
 
 
 def squared_errors(made: Tensor, wanted: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.need import DIVIDED
 from moeconv.quantize.gptq.work import ExpertInputs, LayerWork
 from moeconv.tensors import packed_source
+from moeconv.world import all_agree
 
 _TOLERANCE = 1e-5  # relative; a fold that is exact differs by nothing but the order of sums
 _LOUD = 1024.0  # factor of the up projections in the check of what is linear in them: it reaches every clamp
@@ -55,7 +56,7 @@ def reads_alone(work: LayerWork) -> bool:
         return False
     with _multiplied(changed, experts, factors):
         made = work.layer.run(hidden, rows)
-    return _close(made, wanted)
+    return all_agree(_close(made, wanted))
 
 
 def _parameters(work: LayerWork) -> list[tuple[nn.Parameter, bool]]:

@@ -17,6 +17,7 @@ from moeconv.plan.kernels.pack.levels import Grid
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.grids import grid_of
 from moeconv.quantize.gptq.need import codes_bytes, experts_per_call, hidden_bytes
+from moeconv.world import current
 
 _Kind = tuple[tuple[object, ...], int, int]  # the grid's key, the weights per scale, the input width
 
@@ -55,7 +56,8 @@ def grouped(
     of at least one expert. The weights of an expert that lie on one grid are in one group.
 
     `tokens` is the number of tokens per expert whose hidden activations are held while the expert is coded. On the CPU,
-    where a longer call gains nothing, a group has at most `need.ROWS_PER_CALL` output rows.
+    where a longer call gains nothing, a group has at most `need.ROWS_PER_CALL` output rows. Elsewhere, each of several
+    processes gets a group.
     """
     kinds: dict[_Kind, dict[int, list[Item]]] = {}
     grids: dict[tuple[object, ...], Grid] = {}
@@ -69,7 +71,7 @@ def grouped(
     groups = []
     for (key, size, width), of_experts in kinds.items():
         for rows, alike in _by_rows(of_experts).items():
-            most = experts_per_call(rows) if on_cpu else 1 << 30
+            most = experts_per_call(rows) if on_cpu else -(-len(alike) // current().size)
             need = {e: codes_bytes(rows, width) + hidden_bytes(width, tokens.get(e, 0)) for e in alike}
             for experts in _parts(need, limit=limit, most=most):
                 groups.append(Group(tuple(experts), tuple(tuple(alike[e]) for e in experts), grids[key], size))

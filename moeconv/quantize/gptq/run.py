@@ -8,8 +8,9 @@ one layer are in memory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeconv.checkpoint.artifact import artifact_metadata
-from moeconv.checkpoint.overlay import writing_overlay
+from moeconv.checkpoint.overlay import Layout, writing_overlay
 from moeconv.contract import CodesFigures, CodesLayer
 from moeconv.data import heldout
 from moeconv.data.windows import load_tokens, sequence_length
@@ -32,10 +33,12 @@ from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.experts import experts_of
 from moeconv.quantize.gptq.groups import role_of, weight_name
 from moeconv.quantize.gptq.layer import LayerCodes
-from moeconv.quantize.gptq.need import CODED_BYTES, DIVIDED, READERS, exponents_of, gptq_workload
+from moeconv.quantize.gptq.need import CODED_BYTES, DIVIDED, FLOWS, READERS, exponents_of, gptq_workload
 from moeconv.quantize.gptq.work import LayerWork, Settings
 from moeconv.quantize.spec import FOLDING
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.share import Share
+from moeconv.world import current, deal, first
 
 VERSION = 1
 _NOT_FOLDED = {
@@ -71,7 +74,8 @@ def choose_codes(
     what else reads them (`beside_of`). auto decodes what it packs, as stored in the planned model `written`.
     `damping` is added to the diagonal of every second moment, as a share of the diagonal's mean. With `ordered`, the
     columns of the largest inputs are chosen first; the layout on disk does not depend on it. On the CPU, `jobs` groups
-    of experts are coded at the same time; the codes do not depend on it.
+    of experts are coded at the same time; the codes do not depend on it. Of several processes, each runs its share of
+    the windows and codes its share of the experts; the first one writes.
 
     In the result, `output_rms` is the relative error of the layer's FFN against the unquantized one, for the same
     inputs, on tokens that chose no codes, and `output_rms_by_method` that of every method that was tried, with
@@ -88,14 +92,19 @@ def choose_codes(
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     meter = meter or SilentMeter()
     meter.note("reading the data")
-    read = load_tokens(
-        data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
-        seq_len=sequence_length(model, measure.seq_len, default=SEQ_LEN), seed=seed, text_field=measure.text_field,
+    length = sequence_length(model, measure.seq_len, default=SEQ_LEN)
+    read = first(
+        lambda: load_tokens(
+            data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS, seq_len=length, seed=seed,
+            text_field=measure.text_field,
+        )
     )  # fmt: skip
     start_meter(meter, model, tokens=read.windows.size)
     workload = gptq_workload(view, items, tokens=read.windows.size, seq_len=read.seq_len, jobs=jobs, method=method)
+    mine, size = deal(len(read.windows), batch_size=measure.batch_size, world=current())
+    workload["flows"] = 1 + (FLOWS - 1) * current().size  # of the inputs of the experts, each process holds all
     stream = stream_within(
-        model, read.windows, dtype=torch.float32, device=pick_device(measure.device), batch_size=measure.batch_size,
+        model, read.windows[mine], dtype=torch.float32, device=pick_device(measure.device), batch_size=size,
         budget=budget, meter=meter, what=method, **workload,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources]
@@ -111,27 +120,40 @@ def choose_codes(
     if method in FOLDING:
         tensors += [(role.layer, (name, "I8", (n,))) for name, role, n in exponents_of(view, written_items)]
     settings, decode = Settings(damping, ordered, seed), partial(_decoded, written)
+    share = Share(torch.from_numpy(mine), len(read.windows))
     rows = []
     limit, workers = _room(stream, jobs)
     with (
-        writing_overlay(Path(path), tensors, metadata=metadata) as writer,
+        _writing(Path(path), tensors, metadata) as write,
         ThreadPoolExecutor(workers, thread_name_prefix="moeconv-codes") as pool,
     ):
 
         def put(parts: Mapping[str, Tensor]) -> None:
             for name, tensor in parts.items():
-                writer.write(name, to_bytes(tensor))
+                write(name, to_bytes(tensor))
 
         for layer in stream.layers():
             if layer.index in by_layer:
                 some = by_layer[layer.index]
                 experts = experts_of(model, view, stream, layer, some)
                 here = [item for item in beside if role_of(view, item).layer == layer.index]
-                work = LayerWork(model, view, stream, layer, experts, some, here, settings, limit, pool)
+                work = LayerWork(model, view, stream, layer, experts, some, here, settings, limit, pool, share)
                 with torch.no_grad():
                     rows.append(LayerCodes(work, method, decode).run(put))
                 meter.note(_note(rows[-1]))
     return {"layers": rows, "tokens": read.tokens, "held_out": int(heldout.held_out(*read.windows.shape).sum())}
+
+
+@contextmanager
+def _writing(
+    path: Path, tensors: Sequence[tuple[int | None, Layout]], metadata: Mapping[str, str]
+) -> Iterator[Callable[[str, memoryview], None]]:
+    """A function that writes a tensor by name; only the first process writes."""
+    if not current().leads:
+        yield lambda _name, _data: None
+        return
+    with writing_overlay(path, tensors, metadata=metadata) as writer:
+        yield writer.write
 
 
 def _note(row: CodesLayer) -> str:

@@ -3,10 +3,11 @@ and the error of their outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +25,12 @@ from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
+from moeconv.stream.share import Share, copied_from, joined
 from moeconv.tensors import packed_source
+from moeconv.world import current, summed
 
 Parts = Mapping[str, Tensor]  # tensors to write, by name
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,10 @@ class Settings:
 class LayerWork:
     """The work on one layer. `items` are the planned packings of the weights of its `experts`, `beside` the planned
     items of what else reads the experts' input, and of the norm that writes it; the names of all are those of the model
-    `view`. `limit` is the work memory in bytes per group of experts. `workers` code several groups at the same time."""
+    `view`. `limit` is the work memory in bytes per group of experts. `workers` code several groups at the same time.
+
+    Of several processes, each has the `share` of the windows, and codes every n-th group. All of them have the inputs
+    of all windows and the weights of all experts."""
 
     model: Model
     view: Model
@@ -91,6 +98,7 @@ class LayerWork:
     settings: Settings
     limit: int
     workers: ThreadPoolExecutor = field(repr=False)
+    share: Share
 
     def groups(self, seen: ExpertInputs) -> tuple[list[Group], list[Group]]:
         """The matrices that read the input of the experts, and the down projections."""
@@ -102,10 +110,18 @@ class LayerWork:
         """Code the groups, several at a time, and put the resulting weights into the experts in the order of the
         groups. Returns the tensors to write."""
         packed: list[Parts] = []
-        for made in self.workers.map(torch.no_grad()(code), groups):
-            self.experts.put(made.weights)
-            packed += made.packed
+        for source, made in self.dealt(groups, code):
+            self.experts.put(copied_from(source, None if made is None else made.weights))
+            packed.append(copied_from(source, None if made is None else merged(made.packed)))
         return packed
+
+    def dealt(self, groups: Sequence[Group], work: Callable[[Group], R]) -> Iterator[tuple[int, R | None]]:
+        """(the process that works on a group, its result there and None elsewhere) for each group, in order."""
+        world = current()
+        done = self.workers.map(torch.no_grad()(work), groups[world.rank :: world.size])
+        for number in range(len(groups)):
+            source = number % world.size
+            yield source, next(done) if source == world.rank else None
 
     def round(self, groups: Sequence[Group]) -> None:
         """Put the weights of round-to-nearest into the experts, group by group."""
@@ -127,32 +143,49 @@ class LayerWork:
 
     def inputs(self) -> ExpertInputs:
         """Compute the layer once, unquantized, and return the inputs of its experts."""
-        tokens, length = self.stream.windows.numel(), self.stream.windows.shape[1]
-        inputs = allocate((tokens, self.model.expert_dimension), torch.float32, self.stream.max_memory)
+        windows, length = self.share.windows, self.stream.windows.shape[1]
+        inputs = self._allocated(windows * length)
         index, weights = [], []
         for batch in self.layer.batches(advance=False):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
-            inputs[batch.rows.start * length : batch.rows.stop * length].copy_(batch.expert_input)
+            at = self.share.mine[batch.rows]
+            inputs.view(windows, length, -1)[at] = batch.expert_input.view(len(at), length, -1).to("cpu", inputs.dtype)
             index.append(batch.top_k_index.cpu())
             weights.append(batch.top_k_weights.float().cpu())
-        held = torch.from_numpy(heldout.held_out(*self.stream.windows.shape)).flatten()
-        chosen, scores, pool = torch.cat(index), torch.cat(weights), self._pool(held)
+        summed(inputs)  # of disjoint windows
+        rows = self.share.rows(length).flatten()
+        held = torch.from_numpy(heldout.held_out(windows, length)).flatten()
+        chosen, scores = (joined(torch.cat(parts), rows, len(held)) for parts in (index, weights))
+        pool = self._pool(held)
         experts = sorted({int(role_of(self.view, item).expert or 0) for item in self.items})
         seen = expert_tokens(chosen, scores, ~held, experts=experts, pooled=len(pool))
         return ExpertInputs(inputs, chosen, scores, held, pool, seen)
 
     def target(self, seen: ExpertInputs, rows: Tensor) -> Target:
         """What the experts compute now for the tokens `rows` int64 [n]."""
-        wanted = allocate((len(rows), self.model.expert_dimension), torch.float32, self.stream.max_memory)
-        for part, made in zip(wanted.split(OUTPUT_ROWS), self.experts.outputs(seen.arguments, rows), strict=True):
-            part.copy_(made)
-        return Target(rows, wanted)
+        wanted = self._allocated(len(rows))
+        for part, of in self._parts(wanted, rows):
+            part.copy_(self.experts.outputs(seen.arguments, of))
+        return Target(rows, summed(wanted))
 
     def squares(self, seen: ExpertInputs, target: Target) -> Tensor:
         """The squared error of the experts' outputs for each token of the target: float64 [n]."""
-        outputs = self.experts.outputs(seen.arguments, target.rows)
-        made = zip(outputs, target.outputs.split(OUTPUT_ROWS), strict=True)
-        return torch.cat([squared_errors(one, part.to(one.device)).cpu() for one, part in made])
+        found = torch.zeros(len(target.rows), dtype=torch.float64)
+        parts = self._parts(found, target.rows, target.outputs)
+        for part, rows, wanted in parts:
+            made = self.experts.outputs(seen.arguments, rows)
+            part.copy_(squared_errors(made, wanted.to(made.device)))
+        return summed(found)
+
+    def _allocated(self, rows: int) -> Tensor:
+        """Room for activations [rows, D]. Of several processes, each fills its part of what are zeros here."""
+        made = allocate((rows, self.model.expert_dimension), torch.float32, self.stream.max_memory)
+        return made.zero_() if current().size > 1 else made
+
+    def _parts(self, *along: Tensor) -> list[tuple[Tensor, ...]]:
+        """The parts of OUTPUT_ROWS rows that this process computes, as views of tensors of equal length."""
+        world = current()
+        return list(zip(*(t.split(OUTPUT_ROWS) for t in along), strict=True))[world.rank :: world.size]
 
     def _pool(self, held: Tensor) -> Tensor:
         """The positions of the tokens that are used for the codes of every expert, sorted."""
@@ -160,6 +193,11 @@ class LayerWork:
         draw = generator((self.settings.seed, "codes", self.layer.index))
         count = min(POOLED, len(free))
         return free[torch.from_numpy(draw.choice(len(free), size=count, replace=False, shuffle=False)).sort().values]
+
+
+def merged(parts: Sequence[Parts]) -> Parts:
+    """All tensors of several parts."""
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def packed_parts(group: Group, coded: Coded) -> list[Parts]:

@@ -419,6 +419,8 @@ def report(
     reference: _Model | None = ...,
     title: str | None = ...,
     markdown: bool = ...,
+    samples: bool = ...,
+    prompts: _Path | None = ...,
     card: bool = ...,
     overwrite: bool = ...,
     follow_links: bool = ...,

@@ -26,6 +26,13 @@ class ReportOptions:
     reference: str | None = option(None, "Checkpoint to compare sizes with, such as the dense source.", reads="model")
     title: str | None = option(None, "Title of the page (default: the directory's name).")
     markdown: bool = option(False, "Also write a Markdown summary (.md) beside OUT, for comments on pull requests.")
+    samples: bool = option(
+        False, "Also show what the model, and before it --reference, write after a few prompts (greedy; each is loaded "
+        "whole, and has two minutes)."
+    )  # fmt: skip
+    prompts: str | None = option(
+        None, "Prompts for --samples, one per line of a text file (default: four short ones).", reads="file"
+    )
     card: bool = option(
         False, "Also write the task results in --results into MODEL's model card, as the hub's model-index."
     )

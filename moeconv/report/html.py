@@ -115,6 +115,7 @@ def render(figures: Figures, *, title: str) -> str:
         evaluations=figures["evaluations"],
         tiles=_tiles(figures),
         pipeline=_pipeline(figures["pipeline"]),
+        samples=figures.get("samples", []),
         compared=_compared(figures["model"], figures["reference"]),
         roles=_roles(figures["model"]),
         charts=[chart for chart in _charts(figures) if chart["figures"]],

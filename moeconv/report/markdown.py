@@ -42,6 +42,13 @@ def render_markdown(figures: Figures, *, title: str) -> str:
     ]  # fmt: skip
     if gates:
         parts.append(_table(["gate", "value", "limit", ""], gates))
+    if samples := figures.get("samples"):
+        compared = figures["reference"] is not None
+        rows = [
+            [s["prompt"], *([s["before"] or ""] if compared else []), s["after"] + (" …" if s["cut"] else "")]
+            for s in samples
+        ]  # fmt: skip
+        parts.append(_table(["prompt", *(["reference"] if compared else []), "this model"], rows))
     if figures["warnings"]:
         listed = "\n".join(f"- {_plain(text)}" for text in figures["warnings"])
         parts.append(f"<details><summary>Warnings: {len(figures['warnings'])}</summary>\n\n{listed}\n\n</details>")

@@ -206,8 +206,18 @@ class SimilarityRow(TypedDict):
     dendrogram: Dendrogram | None
 
 
+class SampleRow(TypedDict):
+    """What the reference ("before") and the model write after a prompt, greedily. `cut`: time ran out before an end."""
+
+    prompt: str
+    before: str | None
+    after: str
+    cut: bool
+
+
 class Figures(TypedDict):
-    """Everything that a report shows; the last three come from a statistics file."""
+    """Everything that a report shows; of the last four, three come from a statistics file, and the
+    samples from --samples."""
 
     model: Inspected
     reference: Inspected | None
@@ -226,6 +236,7 @@ class Figures(TypedDict):
     statistics: NotRequired[StatisticsFigures]
     utilization: NotRequired[list[UtilizationRow]]
     similarity: NotRequired[list[SimilarityRow]]
+    samples: NotRequired[list[SampleRow]]
 
 
 class ReportResult(TypedDict):

@@ -184,16 +184,16 @@ def noted_placement(need: Need, *, budget: int | None, meter: Meter, what: str) 
     return found
 
 
-def whole_need(models: Sequence[Model], *, trained: int, batch: int) -> Need:
-    """The memory that training through whole models in float32 takes: the weights of the `models` (the student first),
-    the gradients, moments and best values of `trained` parameters, and the activations of `batch` tokens that the
-    backward pass needs."""
+def whole_need(models: Sequence[Model], *, trained: int, batch: int, width: int = 4) -> Need:
+    """The memory that training through whole models takes, in numbers of `width` bytes: the weights of the `models`
+    (the student first), the gradients, moments and best values of `trained` parameters, and the activations of `batch`
+    tokens that the backward pass needs."""
     weights = sum(model.numel(model.checkpoint.tensors[name]) for model in models for name in model.roles)
     largest = max((model.checkpoint.tensors[name].nbytes for model in models for name in model.roles), default=0)
     student = models[0]
     behind = batch * 40 * student.hidden_size * student.num_layers
     logits = 4 * batch * int(student.value("vocab_size") or 0)
-    return Need(0, 4 * (weights + 4 * trained + behind + logits) + 2 * largest, 0, 0, 0, 0)
+    return Need(0, width * (weights + 4 * trained + behind + logits) + 2 * largest, 0, 0, 0, 0)
 
 
 @dataclass

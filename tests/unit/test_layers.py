@@ -135,7 +135,7 @@ MEASURING: dict[str, set[str]] = {
     "evaluate.step": STEP,
     "inspect.step": STEP,
     "verify.step": STEP,
-    "report.step": STEP,
+    "report.step": STEP | {"evaluate"},
 }
 DECIDING = ("upcycle", "prune", "quantize", "arrangement")
 TRANSFORMERS = (

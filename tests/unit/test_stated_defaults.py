@@ -189,13 +189,19 @@ def test_how_many_workers(monkeypatch):
         assert default_jobs() == processors
 
 
+def test_which_prompts_a_report_takes():
+    from moeconv.evaluate.samples import read_prompts
+
+    assert STATED["report", "prompts"] == "four short ones" and len(read_prompts(None)) == 4
+
+
 def test_no_stated_default_is_left_out():
     """A new one needs a test above, or stands here because it says "off" or "no limit", as None does."""
     covered = {
         ("measure", "tokens"), ("measure", "seq_len"), ("upcycle", "experts"), ("upcycle", "top_k"), ("upcycle", "to"),
         ("upcycle", "granularity"), ("upcycle", "shared_experts"), ("prune", "criterion"), ("quantize", "scheme"),
         ("plan", "dtype"), ("tune", "look_every"), ("tune", "straight_through"), ("calibrate", "sample_tokens"),
-        ("write", "jobs"),
+        ("write", "jobs"), ("report", "prompts"),
     }  # fmt: skip
     elsewhere = {  # stated in words that other tests measure
         ("prune", "rescale"), ("tune", "learning_rate"), ("report", "title"), ("measure", "text_field"),

@@ -170,10 +170,12 @@ def widths(bench: Bench, *, seed: int, ratio: float, folder: Path, heal: int) ->
     interval is 1.96 standard errors over the held-out windows, each against the unpruned model."""
     evidence_of(bench, open_model(bench.path), folder, seed=seed, domain="all")
     whole = window_losses(bench.path, bench.held)
+    fit = {"refit": True}
     ways: dict[str, dict[str, Any]] = {
-        "experts+refit": {"ratio": ratio},
-        "mix+refit": {"ratio": ratio, "mix": "auto"},
-        "width+refit": {"width_ratio": ratio},
+        "experts+refit": fit | {"ratio": ratio},
+        "mix+refit": fit | {"ratio": ratio, "mix": "auto"},
+        "width+refit": fit | {"width_ratio": ratio},
+        "reap": {"ratio": ratio, "criterion": "reap"},
     }
     if heal:
         ways |= {name + "+heal": ways[name] | {"heal": heal} for name in ("experts+refit", "mix+refit")}
@@ -184,7 +186,7 @@ def widths(bench: Bench, *, seed: int, ratio: float, folder: Path, heal: int) ->
         out = folder / f"{name.replace('+', '-')}-{seed}-{ratio}"
         values = {
             "seed": seed, "data": tuple(calibration(bench, "all")), "tokens": bench.tokens, "seq_len": SEQ_LEN,
-            "batch_size": 8, "refit": True, "overwrite": True,
+            "batch_size": 8, "overwrite": True,
         }  # fmt: skip
         if "ratio" in flags:
             values["stats"] = str(folder / f"stats-all-{seed}.safetensors")
@@ -194,7 +196,8 @@ def widths(bench: Bench, *, seed: int, ratio: float, folder: Path, heal: int) ->
         bench.add(about | {
             "increase": float(found.mean()), "interval": 1.96 * float(found.std(ddof=1)) / len(found) ** 0.5,
             "experts": made.num_experts, "width": made.expert_width, "bytes": done["bytes"],
-            "active": done["parameters"]["active"], "flops_per_token": inspect(str(out))["flops_per_token"],
+            "total": done["parameters"]["total"], "active": done["parameters"]["active"],
+            "flops_per_token": inspect(str(out))["flops_per_token"],
             "tried": block.get("mix"),
         })  # fmt: skip
 

@@ -104,9 +104,11 @@ def pruned(result: Pruned | Curve) -> list[Table]:
     """A pruned checkpoint, or the curve over all ratios."""
     if not _is_curve(result):
         return written(cast("Pruned", result))
-    columns = ["removed", "experts", "size", "loss", "increase", "KL", "keep set stable"]
+    mixed = any("width" in r for r in result["curve"])
+    columns = ["removed", "experts", *["neurons"] * mixed, "size", "loss", "increase", "KL", "keep set stable"]
     rows = [
-        [f"{r['ratio']:.1%}", r["experts"], human_bytes(r["bytes"]), f"{r['loss']:.4f}", f"{r['loss_increase']:+.4f}",
+        [f"{r['ratio']:.1%}", r["experts"], *[r.get("width")] * mixed, human_bytes(r["bytes"]), f"{r['loss']:.4f}",
+         f"{r['loss_increase']:+.4f}",
          f"{r['kl']:.4f}", "-" if r["stability"] is None else f"{r['stability']:.0%}"]
         for r in result["curve"]
     ]  # fmt: skip
@@ -141,7 +143,8 @@ def _prune(block: PruneBlock) -> dict[str, str]:
         rows["width"] = f"{block['width_before']} -> {counted(block['width_after'], 'neuron')} per expert"
     for tried in block.get("mix", []):
         word = f"{tried['experts']} x {tried['width']}"
-        rows[f"mix {word}"] = f"{tried['loss_increase']:+.4f} loss" + (", chosen" if tried["chosen"] else "")
+        cost = f"{human_bytes(tried['bytes'])}, {tried['loss_increase']:+.4f} loss"
+        rows[f"mix {word}"] = cost + (", chosen" if tried["chosen"] else "")
     if "top_k_after" in block:
         rows["top-k"] = f"{block['top_k_before']} -> {block['top_k_after']}"
     if "measured" in block:

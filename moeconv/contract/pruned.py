@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NotRequired
+from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -58,6 +58,7 @@ class MixRow(TypedDict):
 
     experts: int
     width: int
+    bytes: int  # of the whole model
     loss_increase: float
     kl: float
     tokens: int
@@ -122,7 +123,8 @@ class Pruned(Written):
 
 
 class CurveRow(TypedDict):
-    """One ratio of the curve; `stability` is null without a bootstrap."""
+    """One point of the curve: the ratio of the experts' weights that it removes. `stability` is null without a
+    bootstrap."""
 
     ratio: float
     experts: int
@@ -131,6 +133,8 @@ class CurveRow(TypedDict):
     loss_increase: float
     kl: float
     stability: float | None
+    width: NotRequired[int]  # with --mix: the neurons per expert
+    removes: NotRequired[Literal["experts", "both", "neurons"]]  # with --mix
 
 
 class Curve(TypedDict):

@@ -19,7 +19,8 @@ class PruneOptions:
     width: int | None = option(None, "Neurons to keep in every expert; used alone, it removes no experts.")
     width_ratio: float | None = option(None, "Share of the neurons to remove from every expert, such as 0.25.")
     mix: str | None = option(
-        None, "Divide the bytes that --ratio removes between experts and neurons, as measured on --data.",
+        None, "Divide what --ratio, --max-bytes or --max-loss-increase removes between experts and neurons, as "
+        "measured on --data.",
         choices=("auto",),
     )  # fmt: skip
     multiple: int | None = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -17,20 +18,21 @@ from moeconv.checkpoint.writer import replace_file
 from moeconv.contract import Curve, CurveRow
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
-from moeconv.options import PruneOptions
+from moeconv.options import PlanOptions, PruneOptions
 from moeconv.plan.meter import Meter
-from moeconv.plan.plan import Plan
-from moeconv.prune import choice, limits, planner
+from moeconv.prune import choice, limits
 from moeconv.prune.criteria import CRITERIA, Evidence, Order
-from moeconv.prune.decision import decide
 from moeconv.prune.evidence import gathered, with_criterion
-from moeconv.prune.gates import AT_ONCE, KeepScorer, feasible, increase
+from moeconv.prune.gates import AT_ONCE, KeepScorer, increase
+from moeconv.prune.points import ENDS, Point, points
+from moeconv.prune.width import check_width
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import scratch
 
 if TYPE_CHECKING:
     from moeconv.prune.scores import Score
 
+_MIX_RATIOS = 7  # of --curve --mix
 PLOTS = (".png", ".svg", ".pdf")
 _MAKER = "moeconv prune --curve"  # the metadata by which a plot is recognised
 
@@ -44,9 +46,11 @@ def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> 
     path = _checked_out(model, request)
     _check_options(request.prune)
     options = request.prune
-    counts = [n for n in range(1, model.num_experts) if feasible(model, n, options)]
+    counts = [n for n in range(1, model.num_experts) if limits.feasible(model, n, options)]
     # for a model of which no expert can be removed, this raises the reason
-    limits.check_prune(model, replace(options, keep=counts[-1] if counts else 0), request.plan)
+    some = replace(options, keep=counts[-1] if counts else 0, curve=False, mix=None, multiple=None)
+    limits.check_prune(model, some, request.plan)
+    check_width(model, options)
     with scratch() as folder, Measured(Path(folder) / "curve", key=lambda: "curve", note=meter.note) as measured:
         evidence = gathered(model, request, measured, left=counts[-1], meter=meter)
         request, warnings = with_criterion(model, evidence, request, named=named)
@@ -55,18 +59,27 @@ def curve(model: Model, request: PruneRequest, *, named: bool, meter: Meter) -> 
         assert orders is not None
         protected = choice.protected_experts(model, options, evidence)
         counts = _spread([n for n in counts if n >= max(len(p) for p in protected.values())])
+        tries = _points(model, options, request.plan, counts)
         keeps = [
-            choice.choose(model, orders, n, evidence=evidence, criterion=criterion, protected=protected, nested=True)
-            for n in counts
-        ]
+            _whole(model) if left == model.num_experts
+            else choice.choose(
+                model, orders, left, evidence=evidence, criterion=criterion, protected=protected, nested=True
+            )
+            for left, _ in tries
+        ]  # fmt: skip
+        widths = [None if width == model.expert_width else width for _, width in tries]
         scorer = KeepScorer(model, evidence, request, meter=meter)
-        scores = [s for i in range(0, len(keeps), AT_ONCE) for s in scorer.scores(keeps[i : i + AT_ONCE])]
-        stability = _stability(model, evidence, criterion, orders, counts, protected)
-    by_count = sorted(zip(counts, scores), key=lambda pair: -pair[0])
+        scores = [
+            score for i in range(0, len(keeps), AT_ONCE)
+            for score in scorer.scores(keeps[i : i + AT_ONCE], widths=widths[i : i + AT_ONCE] if options.mix else None)
+        ]  # fmt: skip
+        removed = sorted({left for left, _ in tries} - {model.num_experts}, reverse=True)
+        stability = _stability(model, evidence, criterion, orders, removed, protected)
+    of_all = sorted(zip(tries, scores), key=lambda pair: (-pair[0][0] * pair[0][1], pair[0]))
     result: Curve = {
         "command": "prune", "output": request.out, "dry_run": False, "criterion": criterion, "refit": options.refit,
         "reference_loss": scores[0].mean("reference_loss"), "tokens": scores[0].tokens,
-        "curve": [_row(model, request, left, score, stability.get(left)) for left, score in by_count],
+        "curve": [_row(model, request, point, score, stability.get(point[0])) for point, score in of_all],
         "warnings": warnings,
         "removal_order": {str(layer): list(order.experts) for layer, order in orders.items()},
     }  # fmt: skip
@@ -116,19 +129,33 @@ def _spread(counts: list[int]) -> list[int]:
     return sorted({counts[round(i * (len(counts) - 1) / (most - 1))] for i in range(most)})
 
 
-def _row(model: Model, request: PruneRequest, left: int, score: Score, stability: float | None) -> CurveRow:
-    sized = replace(request.prune, keep=left)
-    return {
-        "ratio": round(1 - left / model.num_experts, 6), "experts": left,
-        "bytes": _planned(model, sized, request).nbytes, "loss": score.mean("loss"),
+def _points(model: Model, options: PruneOptions, common: PlanOptions, counts: list[int]) -> list[Point]:
+    """The (experts, neurons) that are measured: those counts of experts or, with --mix, a few mixes for some ratios."""
+    if options.mix is None:
+        return [(left, model.expert_width) for left in counts]
+    found: list[Point] = []
+    for step in range(1, _MIX_RATIOS + 1):
+        with contextlib.suppress(UsageError):  # neither so few experts nor so few neurons are possible
+            found += points(model, options, common, ratio=step / (_MIX_RATIOS + 1), shares=ENDS)
+    return list(dict.fromkeys(found))
+
+
+def _whole(model: Model) -> dict[int, list[int]]:
+    return {layer: list(range(model.num_experts)) for layer in model.moe_layers}
+
+
+def _row(model: Model, request: PruneRequest, point: Point, score: Score, stability: float | None) -> CurveRow:
+    left, width = point
+    narrower = None if width == model.expert_width else width
+    row: CurveRow = {
+        "ratio": round(1 - left * width / (model.num_experts * model.expert_width), 6), "experts": left,
+        "bytes": limits.planned_bytes(model, request.plan, left, narrower), "loss": score.mean("loss"),
         "loss_increase": increase(score), "kl": score.mean("kl"), "stability": stability,
     }  # fmt: skip
-
-
-def _planned(model: Model, options: PruneOptions, request: PruneRequest) -> Plan:
-    """The plan for a number of experts: its size does not depend on which experts they are."""
-    decision = decide(model, options, Evidence(), left=options.keep, seed=request.plan.seed)
-    return planner.prune_plan(model, options, request.plan, decision, evidence=Evidence())
+    if request.prune.mix is not None:
+        row["width"] = width
+        row["removes"] = "experts" if narrower is None else "neurons" if left == model.num_experts else "both"
+    return row
 
 
 def is_curve(path: Path) -> bool:
@@ -159,6 +186,13 @@ def _stability(
     return {model.num_experts - count: share for count, share in found.items()}
 
 
+def lines_of(rows: Sequence[CurveRow]) -> list[tuple[str, list[CurveRow]]]:
+    """The points of a curve, those that remove the same as one line: (what they remove, in words; the points)."""
+    kinds = list(dict.fromkeys(row.get("removes") for row in rows))
+    words = {"both": ", experts and neurons", None: ""}
+    return [(words.get(kind, f", {kind} alone"), [row for row in rows if row.get("removes") == kind]) for kind in kinds]
+
+
 def _draw(result: Curve, path: Path) -> None:
     """Write the curve as a plot."""
     try:
@@ -170,12 +204,13 @@ def _draw(result: Curve, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = result["curve"]
     figure, axis = pyplot.subplots(figsize=(6, 4))
-    ratios = [row["ratio"] for row in rows]
-    axis.plot(ratios, [row["loss_increase"] for row in rows], marker="o", label="loss increase")
-    axis.plot(ratios, [row["kl"] for row in rows], marker="o", label="KL to the unpruned model")
-    axis.set(xlabel="share of the experts removed", ylabel="nats per token", title=result["criterion"])
+    for word, rows in lines_of(result["curve"]):
+        ratios = [row["ratio"] for row in rows]
+        axis.plot(ratios, [row["loss_increase"] for row in rows], marker="o", label="loss increase" + word)
+        axis.plot(ratios, [row["kl"] for row in rows], marker="o", label="KL to the unpruned model" + word)
+    what = "experts' weights" if "removes" in result["curve"][0] else "experts"
+    axis.set(xlabel=f"share of the {what} removed", ylabel="nats per token", title=result["criterion"])
     axis.grid(alpha=0.3)
     axis.legend()
     picture, key = io.BytesIO(), "Software" if path.suffix == ".png" else "Creator"

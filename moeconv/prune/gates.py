@@ -11,7 +11,6 @@ import numpy as np
 from moeconv.contract import Cost
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import PruneOptions
 from moeconv.plan.meter import Meter
 from moeconv.plan.phases import phase
 from moeconv.prune import choice, cutting, limits
@@ -92,7 +91,7 @@ def smallest(
     assert orders is not None
     protected = choice.protected_experts(model, options, evidence)
     floor = max(options.top_k or model.top_k, max(len(p) for p in protected.values()), 1)
-    counts = [left for left in range(floor, model.num_experts) if feasible(model, left, options)]
+    counts = [left for left in range(floor, model.num_experts) if limits.feasible(model, left, options)]
     scorer = KeepScorer(model, evidence, request, meter=meter)
     measured: dict[int, Score] = {}
     sets: dict[int, dict[int, list[int]]] = {}
@@ -140,13 +139,3 @@ def figures_of(score: Score) -> Cost:
 def increase(score: Score) -> float:
     """The increase of the loss over the unpruned model, in nats per token."""
     return score.mean("loss") - score.mean("reference_loss")
-
-
-def feasible(model: Model, left: int, options: PruneOptions) -> bool:
-    """Whether the router works with `left` experts."""
-    protected = limits.parse_protect(options.protect, model)
-    try:
-        limits.check_feasible(model, left, protected, options.top_k or model.top_k)
-    except UsageError:
-        return False
-    return True

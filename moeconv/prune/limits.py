@@ -68,15 +68,13 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
             hint="For half of the experts: --ratio 0.5.",
         )
     experts = model.num_experts
-    if given[0] in ("threshold", "max_loss_increase"):
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        raise UsageError(f"--ratio {options.ratio} must lie between 0 and 1", hint="For half: --ratio 0.5.")
+    if options.mix is not None or given[0] in ("threshold", "max_loss_increase"):
         return None
     if options.keep is not None:
         return options.keep
     if options.ratio is not None:
-        if not 0 < options.ratio < 1:
-            raise UsageError(f"--ratio {options.ratio} must lie between 0 and 1", hint="For half: --ratio 0.5.")
-        if options.mix is not None:
-            return None
         removed = round(options.ratio * experts)
         if removed == 0:
             raise UsageError(
@@ -85,16 +83,30 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
             )
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
-    largest, narrow = _largest_first(model), None if width is None else Narrow(model, width.after)
     for left in range(experts - 1, 0, -1):
-        keep = {layer: sorted(order[:left]) for layer, order in largest.items()}
-        shards = arrange(pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow), common, model.family)
-        if sum(s.nbytes for s in shards) <= limit:
+        if planned_bytes(model, common, left, None if width is None else width.after) <= limit:
             return left
     raise UsageError(
         f"--max-bytes {escape(options.max_bytes)} is too small even for one expert per layer",
         hint="Allow more bytes, or quantize the model too.",
     )
+
+
+def planned_bytes(model: Model, common: PlanOptions, left: int, width: int | None) -> int:
+    """The bytes of the model with `left` experts per layer, the largest ones, of `width` neurons (None: all)."""
+    keep = {layer: sorted(order[:left]) for layer, order in _largest_first(model).items()}
+    narrow = None if width is None else Narrow(model, width)
+    items = pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow)
+    return sum(shard.nbytes for shard in arrange(items, common, model.family))
+
+
+def feasible(model: Model, left: int, options: PruneOptions) -> bool:
+    """Whether the router works with `left` experts."""
+    try:
+        check_feasible(model, left, parse_protect(options.protect, model), options.top_k or model.top_k)
+    except UsageError:
+        return False
+    return True
 
 
 def _largest_first(model: Model) -> dict[int, list[int]]:

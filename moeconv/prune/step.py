@@ -19,6 +19,7 @@ from moeconv.prune.decision import Decision, decide
 from moeconv.prune.evidence import covers, evidence_of, gathered, with_criterion
 from moeconv.prune.gates import cost, smallest
 from moeconv.prune.need import pruned_workload
+from moeconv.prune.points import points_of
 from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, neurons_of, remarks_on, repaired
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
@@ -44,6 +45,8 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
             "prune needs OUT, the directory to write", hint="Name a directory. Only --curve can run without OUT."
         )
     left = limits.check_prune(model, request.prune, request.plan)  # before anything is measured
+    if request.prune.mix is not None:
+        points_of(model, request.prune, request.plan)
     choice.check_used(request.prune, criterion, has_data=has_data)
     check_out(out, model, write)
     if write.dry_run:
@@ -164,6 +167,8 @@ def _searched(
     if options.mix is not None:
         best = mix.best_mix(model, evidence, request, meter=meter)
         keep, size, found["mix"] = best.keep, best.width, best.rows
+        if options.max_loss_increase is not None:
+            found["measured"] = best.cost
     else:
         assert options.max_loss_increase is not None
         keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)

@@ -124,17 +124,24 @@ def check_width(model: Model, options: PruneOptions) -> None:
     if len(given) > 1:
         raise UsageError(f"{flag} and {flag_of(given[1])} exclude each other", hint="Pass one of them.")
     for name in ("merge", "sequential", "rescale", "curve"):
-        if getattr(options, name):
+        if getattr(options, name) and not (name == "curve" and options.mix is not None):
             raise UsageError(f"{flag} and {flag_of(name)} exclude each other", hint=f"Leave out {flag_of(name)}.")
-    if options.threshold is not None or options.max_loss_increase is not None:
-        other = "threshold" if options.threshold is not None else "max_loss_increase"
-        raise UsageError(f"{flag} and {flag_of(other)} exclude each other", hint="Pass --keep or --ratio.")
-    if options.mix is not None and options.ratio is None:
+    given = [name for name in ("keep", "threshold", "max_loss_increase") if getattr(options, name) is not None]
+    if options.mix is not None and (given not in ([], ["max_loss_increase"]) or not (given or _sizes(options))):
         raise UsageError(
-            "--mix divides a --ratio between experts and neurons, and there is none", hint="For half: --ratio 0.5."
+            "--mix divides what --ratio, --max-bytes or --max-loss-increase removes between experts and neurons, and "
+            + (f"{flag_of(given[0])} is given" if given else "none of them is given"),
+            hint="For half: --ratio 0.5.",
         )
+    if options.mix is None and given not in ([], ["keep"]):
+        raise UsageError(f"{flag} and {flag_of(given[-1])} exclude each other", hint="Pass --keep or --ratio.")
     if model.quantization is not None:
         raise InputError(
             f"{flag} cuts the matrices of the experts, and those of this model are quantized",
             hint="Prune the unquantized checkpoint, and quantize the result.",
         )
+
+
+def _sizes(options: PruneOptions) -> bool:
+    """Whether a mix has something to divide: a share, a size, or every ratio of a curve."""
+    return options.ratio is not None or options.max_bytes is not None or options.curve

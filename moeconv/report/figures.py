@@ -26,6 +26,7 @@ from moeconv.report.types import (
     EvaluationFigures,
     Figures,
     HistoryRow,
+    MixPoint,
     PruningFigures,
     PruningLayer,
     SimilarityRow,
@@ -193,8 +194,17 @@ def _pruning(done: Sequence[Mapping[str, object]]) -> PruningFigures | None:
         values = [number(v) for v in listed] if isinstance(listed, list) else []
         stays = [e for e in kept if isinstance(e, int)] if isinstance(kept, list) else []
         layers.append({"layer": escape(layer), "scores": values, "kept": sorted(stays)})
-    return {"criterion": escape(block.get("criterion", "")), "before": number(block.get("experts_before")),
-            "after": number(block.get("experts_after")), "layers": layers}  # fmt: skip
+    mix: list[MixPoint] = [
+        {"experts": number(p.get("experts")), "width": number(p.get("width")),
+         "loss_increase": number(p.get("loss_increase")), "chosen": p.get("chosen") is True}
+        for p in rows(block.get("mix"))
+    ]  # fmt: skip
+    return {
+        "criterion": escape(block.get("criterion") or ""),
+        "before": number(block.get("experts_before")), "after": number(block.get("experts_after")),
+        "width_before": number(block.get("width_before")), "width_after": number(block.get("width_after")),
+        "mix": mix, "layers": layers,
+    }  # fmt: skip
 
 
 def _add_statistics(figures: Figures, model: Model, statistics: Statistics) -> None:

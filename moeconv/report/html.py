@@ -13,6 +13,7 @@ from moeconv import __version__
 from moeconv.checkpoint.target import starts_with
 from moeconv.contract import Inspected
 from moeconv.report import svg
+from moeconv.report.pruning import curve_mark, curve_series, curve_x, removed
 from moeconv.report.types import Figures, Number, PipelineRow, PruningLayer, TuningFigures, Verdict
 from moeconv.units import counted, human_bytes, human_count, human_seconds
 
@@ -313,11 +314,14 @@ def _pruned(figures: Figures) -> _Chart:
     if not pruning:
         return _NO_CHART
     rows = [row for layer in pruning["layers"] if (row := _scores(layer)) is not None]
-    text = (
-        f"{pruning['criterion']} reduced {pruning['before']} experts per layer to {pruning['after']}. Each row is a "
-        "layer, and each dot an expert at its score relative to the largest of the layer; hollow dots were removed."
-    )
-    return _chart("Scores of experts", [("", svg.strip(rows, label="scores per layer"))] if rows else [], text=text)
+    text = removed(pruning)
+    if rows:
+        text += (
+            " Each row is a layer, and each dot an expert at its score relative to the largest of the layer; hollow "
+            "dots were removed."
+        )
+    drawn = [("", svg.strip(rows, label="scores per layer"))] if rows else []
+    return _chart("Scores of experts" if rows else "Pruning", drawn, text=text)
 
 
 def _scores(layer: PruningLayer) -> tuple[str, list[float], list[bool]] | None:
@@ -372,23 +376,13 @@ def _packed(figures: Figures) -> _Chart:
 
 
 def _curve(figures: Figures) -> _Chart:
-    about, pruned = figures["curve_of"], figures["pruning"]
+    about = figures["curve_of"]
     if about is None:
         return _NO_CHART
-    origin = {"loss": about["reference_loss"], "kl": 0.0}
-    mark = None
-    if pruned and pruned["before"] and pruned["after"] is not None:
-        mark = (1 - pruned["after"] / pruned["before"], f"{pruned['after']} kept")
+    x_word, mark = curve_x(figures["curve"]), curve_mark(figures["pruning"])
     drawn = []
-    for key, word in (("loss", "loss"), ("kl", "KL to the unpruned model")):
-        points = [
-            (ratio, y) for p in figures["curve"]
-            if isinstance(y := p.get(key), float) and isinstance(ratio := p.get("ratio"), int | float)
-        ]  # fmt: skip
-        if (first := origin[key]) is not None and all(ratio for ratio, _ in points):
-            points.insert(0, (0.0, float(first)))
-        line = (key, [ratio for ratio, _ in points], [y for _, y in points])
-        chart = svg.lines([line], x_word="share of experts removed", y_word="nats per token", label=word, mark=mark)
-        drawn.append((word, chart))
+    for key, word, first in (("loss", "loss", about["reference_loss"]), ("kl", "KL to the unpruned model", 0.0)):
+        series = curve_series(figures["curve"], key, first=first)
+        drawn.append((word, svg.lines(series, x_word=x_word, y_word="nats per token", label=word, mark=mark)))
     text = f"Criterion {about['criterion']}, {'refitted' if about['refit'] else 'without a refit'}."
     return _chart("What pruning costs", drawn, text=text)

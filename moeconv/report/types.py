@@ -156,12 +156,24 @@ class PruningLayer(TypedDict):
     kept: list[int]
 
 
+class MixPoint(TypedDict):
+    """A number of experts and of neurons that `prune --mix` tried."""
+
+    experts: Number
+    width: Number
+    loss_increase: Number
+    chosen: bool
+
+
 class PruningFigures(TypedDict):
-    """The last result of `moeconv prune`."""
+    """The last result of `moeconv prune`. The widths are null where the experts kept their neurons."""
 
     criterion: str
     before: Number
     after: Number
+    width_before: Number
+    width_after: Number
+    mix: list[MixPoint]
     layers: list[PruningLayer]
 
 

@@ -25,6 +25,7 @@ import pytest
 from crash.faults import MODES, Faults
 from crash.forkserver import ForkServer
 from tiny import hashes, make_dense, make_moe, read_tensors
+from words import add_tokenizer, text
 
 from moeconv.checkpoint.output import OutputDirectory
 from moeconv.errors import MoeconvError
@@ -138,6 +139,40 @@ def test_killed_at_random_moments(server, works, tmp_path, verb, jobs):
         finishes(server, work, out, "--jobs", rng.choice([1, 2]))
         seconds = min(seconds, time.monotonic() - began)  # a machine that is busy by turns
     assert killed, "every run was over before it was killed"
+
+
+@pytest.mark.slow
+def test_killed_while_neurons_are_chosen(tmp_path):
+    """A run that is killed keeps the statistics that were complete; the same command gives the same bytes."""
+    source = add_tokenizer(make_moe(tmp_path / "moe", "qwen3_moe", hidden=64, intermediate=64, layers=3, shards=2))
+    (tmp_path / "a.txt").write_text(text(800))
+    flags = ("--keep", 3, "--width", 16, "--refit", "--data", tmp_path / "a.txt", "--seq-len", 16, "--no-check")
+    flags = (*flags, "--jobs", 1, "--json", "--shard-size", SIZE)
+    rng, killed, kept = random.Random("width"), 0, 0
+    with ForkServer(measures=True) as server:
+        assert server.run("prune", source, tmp_path / "whole", *flags, log=tmp_path / "log") == 0
+        work = Work("prune", source, flags, hashes(tmp_path / "whole"), 0.0)
+        said = (tmp_path / "log").read_text().count("\n")  # of layers, shards and steps
+        for run, lines in enumerate(sorted(rng.sample(range(1, said), RUNS or 3))):
+            out = tmp_path / str(run) / "out"
+            log = out.parent / "log"
+            out.parent.mkdir()
+            log.touch()
+            pid, began = server.start(*work.words(out), log=log), time.monotonic()
+            while log.read_text().count("\n") < lines and not out.exists() and time.monotonic() < began + 60:
+                time.sleep(0.005)
+            server.signal(pid, signal.SIGKILL, after=rng.uniform(0.0, 0.05))
+            killed += server.wait(pid) == -signal.SIGKILL
+            whole, statistics = out.exists(), list(staging(out).glob("measured-*/statistics/figures.json"))
+            decided = list(staging(out).glob("measured-*/decision/figures.json"))
+            assert server.run(*work.words(out), log=log) == (4 if whole else 0)
+            assert hashes(out) == work.expected and complete(out)
+            if not whole:
+                phases = json.loads(log.read_text().splitlines()[-1])["phases"]
+                assert ("calibrate" in phases) == (not statistics), "what was complete is not measured again"
+                assert ("repair" in phases) == (not decided)
+                kept += len(statistics)
+    assert killed and kept, "every run was over before it was killed, or killed before it had measured something"
 
 
 # -- killed at a chosen operation ----------------------------------------------------------------------------------

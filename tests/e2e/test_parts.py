@@ -23,6 +23,11 @@ RUN = ("--data", "{data}", "--seq-len", 16, "--batch-size", 4)
 # command line -> what is measured on the way, in its order
 STEPS: dict[str, tuple[tuple[object, ...], list[str]]] = {
     "prune --refit": (("prune", "{moe}", "{out}", "--keep", 3, "--refit", *RUN), ["statistics", "decision"]),
+    "prune --width": (("prune", "{moe}", "{out}", "--width", 16, *RUN), ["decision"]),
+    "prune --width by weights": (("prune", "{moe}", "{out}", "--width", 16), ["decision"]),
+    "prune --mix": (
+        ("prune", "{moe}", "{out}", "--ratio", 0.5, "--mix", "auto", "--refit", *RUN), ["statistics", "decision"],
+    ),
     "prune --merge": (("prune", "{moe}", "{out}", "--keep", 3, "--merge", *RUN), ["statistics", "decision"]),
     "prune --distill": (("prune", "{moe}", "{out}", "--keep", 3, "--distill", 2, *RUN), ["statistics", "decision"]),
     "prune --data": (("prune", "{moe}", "{out}", "--keep", 3, *RUN), ["statistics"]),

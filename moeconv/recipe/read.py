@@ -37,6 +37,7 @@ from moeconv.requests import (
     ArrangeRequest,
     CalibrateRequest,
     EvaluateRequest,
+    ImportRequest,
     PruneRequest,
     QuantizeRequest,
     TuneRequest,
@@ -49,7 +50,8 @@ from moeconv.requests import (
 from moeconv.types import Config, JsonObject
 
 Asked = (
-    UpcycleRequest
+    ImportRequest
+    | UpcycleRequest
     | TuneRequest
     | PruneRequest
     | QuantizeRequest
@@ -62,6 +64,7 @@ DEMO_DATA = Path(moeconv.__file__).parent / "demo_data"
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 # step -> the class of its request
 REQUESTS: dict[str, type[Asked]] = {
+    "import": ImportRequest,
     "upcycle": UpcycleRequest,
     "tune": TuneRequest,
     "prune": PruneRequest,

@@ -21,6 +21,7 @@ from moeconv.recipe.planned import plan_all
 from moeconv.recipe.read import READERS, Recipe, Step, asked, load_recipe
 from moeconv.recipe.rows import WRITERS, row_of_measurement, row_of_model, row_of_sizes, summary
 from moeconv.recipe.saved import save_recipe
+from moeconv.recipe.source import first_checkpoint, source_row
 from moeconv.report.step import report
 from moeconv.requests import (
     EvaluateRequest,
@@ -28,7 +29,6 @@ from moeconv.requests import (
     QuantizeRequest,
     RunRequest,
 )
-from moeconv.runner.run import open_resolved
 from moeconv.steps import run_request, timed
 from moeconv.types import Config, JsonObject
 
@@ -61,8 +61,8 @@ def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
     """Run the steps in order; the first that fails ends the run with its error."""
     guard_recipe(recipe)
     source = recipe.steps[0].source
-    model = open_resolved(source)
-    rows = [row_of_model("source", model, seconds=0.0, evaluation=_evaluation(recipe, source, meter))]
+    of_source = _evaluation(recipe, source, meter) if source == first_checkpoint(recipe) else None
+    rows = [source_row(recipe, of_source)]
     warnings: list[str] = []
     pending: Step | None = None  # a prune that runs in the same pass as the quantize after it
     for at, step in enumerate(recipe.steps):
@@ -123,7 +123,7 @@ def _write_report(recipe: Recipe, path: str, done: Ran) -> str:
     statistics = [file for file in made if is_statistics(file)]
     report(
         done["output"], path, results=[done], stats=statistics[-1] if statistics else None,
-        reference=recipe.steps[0].source, title=recipe.name, overwrite=True,
+        reference=first_checkpoint(recipe), title=recipe.name, overwrite=True,
     )  # fmt: skip
     return path
 

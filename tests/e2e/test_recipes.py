@@ -24,6 +24,10 @@ def test_a_recipe_runs_with_the_sizes_of_its_dry_run(tmp_path, command, recipe):
     assert known["work"] == recipe.stem, "models land in a folder of the recipe's name"
     settings = [f"--set={k}={v}" for k, v in SMALL.items() if k in known]
     settings.append(f"--set=work={tmp_path / 'work'}")
+    if "gguf" in known:  # which a package has, and moeconv has not
+        packed = command("quantize", DEMO / "model", tmp_path / "gguf", "--format", "gguf", "--scheme", "q4_1")
+        assert packed.code == 0, packed.err
+        settings.append(f"--set=gguf={tmp_path / 'gguf' / 'model.gguf'}")
     planned = command("run", recipe, *settings, "--dry-run", "--json")
     assert planned.code == 0, planned.out
     done = command("run", recipe, *settings, "--json")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tiny import make_dense
+from unit.test_gguf import tokenizer, write
 
 from moeconv.recipe.read import load_recipe
 
@@ -112,3 +113,29 @@ def test_verification_that_fails_ends_the_run(recipe, cli):
 def test_a_recipe_that_ships_but_is_not_here_is_offered(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "`moeconv recipes grid` copies" in cli("run", "grid.yaml").err
+
+
+def test_a_recipe_starts_with_a_gguf_file_that_it_imports(tmp_path, cli, monkeypatch):
+    """A second run keeps the steps of an unchanged file; the dry run states the sizes of the run."""
+    monkeypatch.chdir(tmp_path)
+    dense = tokenizer(make_dense(tmp_path / "dense", hidden=64, intermediate=128))
+    write(dense, tmp_path / "gguf", scheme="q8_0")
+    steps = [
+        {"step": "import", "from": "gguf/model.gguf", "to": "made/dense"},
+        {"step": "upcycle", "from": "made/dense", "to": "made/moe", "with": {"experts": 4, "no_check": True}},
+        {"step": "quantize", "from": "made/moe", "to": "made/back", "with": {"format": "gguf", "scheme": "q8_0"}},
+    ]
+    recipe = tmp_path / "import.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "import", "steps": steps}))
+    planned, done, again = (cli("run", recipe, "--json", *words) for words in (["--dry-run"], [], []))
+    assert (planned.code, done.code, again.code) == (0, 0, 0), planned.out + done.out + again.out
+    assert [row["bytes"] for row in planned.json["steps"]] == [row["bytes"] for row in done.json["steps"]]
+    assert done.json["steps"][0]["bytes"] == (tmp_path / "gguf" / "model.gguf").stat().st_size
+    assert [row["kept"] for row in again.json["steps"][1:]] == [True, True, True]
+    write(dense, tmp_path / "other", scheme="q4_0")
+    (tmp_path / "other" / "model.gguf").replace(tmp_path / "gguf" / "model.gguf")
+    third = cli("run", recipe, "--json")
+    assert third.code == 4 and "import.yaml:3: import: OUT" in third.json["error"]["message"], third.out
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"nothing of the kind")
+    for words in ([], ["--dry-run"]):
+        assert "is not a GGUF file" in cli("run", recipe, *words).err

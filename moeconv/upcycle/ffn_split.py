@@ -178,5 +178,5 @@ class _Search:
         if self.always:
             cost = torch.cat([torch.zeros_like(cost[:, :1]), cost], dim=1)
             sizes = [self.always * self.size, *sizes]
-        group = torch.from_numpy(assign(cost.cpu().double().numpy(), sizes, key=(ffn.seed, "split", ffn.layer)))
+        group = torch.from_numpy(assign(cost.cpu().double().numpy(), sizes))
         return group.sort(stable=True).indices.to(ffn.h.device).view(self.pieces, self.size)

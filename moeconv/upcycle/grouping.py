@@ -1,42 +1,69 @@
-"""Items assigned to groups of given sizes: assignment at least cost, and balanced k-means as a starting point.
-
-scipy solves the assignment problem.
-"""
+"""Items assigned to groups of given sizes: assignment at least cost, and balanced k-means as a starting point."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from moeconv.matching import assignment
 from moeconv.randomness import generator
 
-_BLOCK = 2048  # items per assignment problem: its memory grows with their square, its time with their cube
 
+def assign(cost: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The group of every item, int64 [n], at least total cost; group g takes exactly sizes[g] items. `cost` is [n, G].
 
-def assign(cost: np.ndarray, sizes: Sequence[int], *, key: Sequence[object] = ("assign",)) -> np.ndarray:
-    """The group of every item, int64 [n], at least total cost; group g takes exactly sizes[g] items.
-
-    `cost` is [n, G]. The result is optimal for up to 2048 items (the Hungarian method). More items are divided at
-    random into blocks of that size, and each block is assigned optimally to its share of every group. Raises ValueError
-    when the sizes do not sum to n.
+    Every item starts in its cheapest group. While a group has too many items, one item moves along every edge of the
+    cheapest path from such a group to one with room (successive shortest paths, as for the transportation problem; the
+    nodes are the groups alone). Raises ValueError when the sizes do not sum to n, and for costs that are not finite.
     """
-    n = len(cost)
-    if sum(sizes) != n or len(sizes) != cost.shape[1]:
-        raise ValueError(f"{n} items cannot fill groups of {list(sizes)}")
-    blocks = -(-n // _BLOCK)
-    order = np.arange(n) if blocks == 1 else generator(key).permutation(n)
-    group: np.ndarray = np.empty(n, np.int64)
-    done = 0
-    for block in range(blocks):
-        share = [size * (block + 1) // blocks - size * block // blocks for size in sizes]
-        items = order[done : done + sum(share)]
-        slots: np.ndarray = np.repeat(np.arange(len(sizes)), share)
-        rows, columns = assignment(-cost[np.ix_(items, slots)])
-        group[items[rows]] = slots[columns]
-        done += len(items)
+    cost, room = np.asarray(cost, np.float64), np.asarray(sizes)
+    if room.sum() != len(cost) or len(room) != cost.shape[1]:
+        raise ValueError(f"{len(cost)} items cannot fill groups of {list(sizes)}")
+    if not np.isfinite(cost).all():
+        raise ValueError("the costs of an assignment must be finite")
+    group: np.ndarray = cost.argmin(1)
+    count = len(room)
+    # to move the cheapest item of group a to group b: what it costs, and which item that is
+    price, item = np.full((count, count), np.inf), np.zeros((count, count), np.int64)
+    filled = np.bincount(group, minlength=count)
+    stale: Sequence[int] = range(count)
+    least = 1e-13 * float(np.abs(cost).max(initial=0.0))  # what rounding alone may gain
+    while (full := filled > room).any():
+        for a in stale:
+            members = np.flatnonzero(group == a)
+            if not len(members):
+                price[a] = np.inf
+                continue
+            change = cost[members] - cost[members, a][:, None]
+            first = change.argmin(0)
+            price[a], item[a] = change[first, np.arange(count)], members[first]
+        path = _cheapest_path(price, full, filled < room, least)
+        moves = [(item[a, b], b) for a, b in pairwise(path)]
+        for moved, b in moves:
+            group[moved] = b
+        filled[path[0]] -= 1
+        filled[path[-1]] += 1
+        stale = path
     return group
+
+
+def _cheapest_path(price: np.ndarray, full: np.ndarray, free: np.ndarray, least: float) -> list[int]:
+    """The groups on the cheapest path from one of `full` to one of `free`, bool [G], along edges that cost `price`
+    [G, G] (Bellman-Ford: prices may be negative, but no circle of them is)."""
+    distance, before = np.where(full, 0.0, np.inf), np.full(len(full), -1)
+    for _ in range(len(full)):
+        through = distance[:, None] + price
+        found = through.argmin(0)
+        value = through[found, np.arange(len(full))]
+        nearer = value < distance - least
+        if not nearer.any():
+            break
+        distance[nearer], before[nearer] = value[nearer], found[nearer]
+    path = [int(np.where(free, distance, np.inf).argmin())]
+    while before[path[-1]] >= 0:
+        path.append(int(before[path[-1]]))
+    return path[::-1]
 
 
 def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], steps: int = 10) -> np.ndarray:
@@ -54,7 +81,7 @@ def balanced_kmeans(points: np.ndarray, groups: int, *, key: Sequence[object], s
     group = None
     for _ in range(steps):
         cost = np.square(points).sum(1)[:, None] - 2 * points @ centres.T + np.square(centres).sum(1)
-        new = assign(cost, sizes, key=(*key, "assign"))
+        new = assign(cost, sizes)
         if group is not None and np.array_equal(new, group):
             break
         group = new

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.optimize import linear_sum_assignment
 from words import WORDS, add_tokenizer, text
 
 from moeconv.calibrate.neurons import load_neurons
@@ -31,16 +32,29 @@ def test_the_assignment_is_the_cheapest_one():
     assert cost[np.arange(6), group].sum() == pytest.approx(best)
 
 
-@pytest.mark.slow
-def test_many_items_are_dealt_into_blocks_and_sizes_hold():
-    cost = np.random.default_rng(1).random((4500, 4))
+@pytest.mark.parametrize(("items", "groups"), [(300, 7), (700, 3), (120, 40)])
+def test_the_assignment_costs_what_the_hungarian_method_finds(items, groups):
+    """Also where many items want the same group, and where a group has no room."""
+    random = np.random.default_rng(items)
+    cost = random.random((items, groups)) ** 4 * np.linspace(1, 9, groups)
+    sizes = np.bincount(np.arange(items) % groups)
+    sizes[0], sizes[1] = sizes[0] + sizes[1], 0
+    group = assign(cost, sizes)
+    assert np.array_equal(np.bincount(group, minlength=groups), sizes)
+    slots = np.repeat(np.arange(groups), sizes)
+    rows, columns = linear_sum_assignment(cost[:, slots])
+    np.testing.assert_array_equal(group[rows], slots[columns])
+
+
+def test_an_assignment_with_many_equal_costs_and_one_of_wrong_sizes():
+    cost = np.random.default_rng(1).integers(0, 3, (4500, 4)).astype(float)
     sizes = [1500, 1000, 1000, 1000]
-    group = assign(cost, sizes, key=(1,))
+    group = assign(cost, sizes)
     assert np.bincount(group).tolist() == sizes
-    assert cost[np.arange(4500), group].mean() < 0.3  # 0.5 at random, 0.2 without sizes
-    assert np.array_equal(group, assign(cost, sizes, key=(1,)))
-    with pytest.raises(ValueError):
-        assign(cost, [1, 2, 3, 4])
+    assert np.array_equal(group, assign(cost, sizes))
+    for wrong, costs in (([1, 2, 3, 4], cost), (sizes, np.full_like(cost, np.nan))):
+        with pytest.raises(ValueError):
+            assign(costs, wrong)
 
 
 def test_clusters_are_equal_and_found():

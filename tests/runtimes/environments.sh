@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Builds an environment per foreign runtime from the package index: environments.sh DIR [llama.cpp] [converter] [vllm]
-# [transformers4] [mlx] [llmcompressor]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
+# [transformers4] [mlx] [llmcompressor] [openai]. Each is of its own because vLLM pins its own torch and transformers. Prints the variables that
 # tests/runtimes reads. The versions are those of moeconv/families/measured.py.
 set -euo pipefail
 if [ $# -lt 1 ]; then
-    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4] [mlx] [llmcompressor]" >&2
+    echo "usage: $0 DIR [llama.cpp] [converter] [vllm] [transformers4] [mlx] [llmcompressor] [openai]" >&2
     exit 2
 fi
 root=$1
 shift
-[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4 mlx llmcompressor
+[ $# -gt 0 ] || set -- llama.cpp converter vllm transformers4 mlx llmcompressor openai
 python=${PYTHON:-python3}
 
 for runtime in "$@"; do
@@ -33,6 +33,11 @@ for runtime in "$@"; do
         "$pip" install -q --no-deps llmcompressor==0.14.0.1 compressed-tensors==0.19.0
         "$pip" install -q loguru pyyaml requests tqdm 'transformers>=5.15,<=5.17' accelerate datasets pillow pydantic nvidia-ml-py
         "$root/llmcompressor/bin/python" -c 'from llmcompressor import model_free_ptq'
+        ;;
+    openai)
+        "$python" -m venv "$root/openai"
+        "$root/openai/bin/pip" install -q openai==3.57.0
+        "$root/openai/bin/python" -c 'import openai'
         ;;
     llama.cpp)
         "$python" -m venv "$root/llama.cpp"
@@ -90,3 +95,4 @@ echo "export MOECONV_LLAMA_CPP_SOURCE=$root/converter/llama.cpp"
 echo "export MOECONV_TRANSFORMERS4_PYTHON=$root/transformers4/bin/python"
 echo "export MOECONV_LLMCOMPRESSOR_PYTHON=$root/llmcompressor/bin/python"
 echo "export MOECONV_MLX_PYTHON=$root/mlx/bin/python"
+echo "export MOECONV_OPENAI_PYTHON=$root/openai/bin/python"

@@ -126,6 +126,20 @@ class ArrangeRequest:
 
 
 @dataclass(frozen=True)
+class CollapseRequest:
+    """`moeconv collapse`."""
+
+    model: str
+    out: str
+    collapse: o.CollapseOptions
+    data: o.DataOptions
+    measure: o.MeasureOptions
+    plan: o.PlanOptions
+    write: o.WriteOptions
+    read: o.ReadOptions
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """`moeconv evaluate`."""
 

@@ -20,6 +20,7 @@ STEPS: Mapping[type, str] = {
     r.QuantizeRequest: "moeconv.quantize.step:quantize",
     r.ImportRequest: "moeconv.importing.step:import_gguf_file",
     r.ArrangeRequest: "moeconv.arrangement.step:arrange",
+    r.CollapseRequest: "moeconv.collapsing.step:collapse",
     r.EvaluateRequest: "moeconv.evaluate.step:evaluate",
     r.VerifyRequest: "moeconv.verify.step:verify",
     r.ReportRequest: "moeconv.report.step:report_page",
@@ -27,7 +28,7 @@ STEPS: Mapping[type, str] = {
 }
 TIMED = (
     r.UpcycleRequest, r.CalibrateRequest, r.TuneRequest, r.PruneRequest, r.QuantizeRequest, r.ArrangeRequest,
-    r.EvaluateRequest,
+    r.CollapseRequest, r.EvaluateRequest,
 )  # fmt: skip
 
 

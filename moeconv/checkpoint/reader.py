@@ -201,6 +201,12 @@ class Checkpoint:
         ranges = ((start, min(_CHUNK, a.nbytes - start)) for start in range(0, a.nbytes, _CHUNK))
         return all(self.read(first, start=s, length=n) == self.read(second, start=s, length=n) for s, n in ranges)
 
+    def is_zero(self, name: str) -> bool:
+        """Whether every byte of a tensor is 0; stops reading at the first other one."""
+        size = self.tensors[name].nbytes
+        ranges = ((start, min(_CHUNK, size - start)) for start in range(0, size, _CHUNK))
+        return not any(any(self.read(name, start=s, length=n)) for s, n in ranges)
+
     @property
     def name(self) -> str:
         """The NAME in OWNER/NAME for a snapshot in the hub's cache, else the name of the directory."""

@@ -132,6 +132,8 @@ VERBS: tuple[Verb, ...] = (
          (Positional("gguf", "GGUF file.", reads="file"), OUT), r.ImportRequest, _step, tables.written),
     Verb("arrange", "Reorder the experts so that every device has an equal load.", (MODEL, OUT), r.ArrangeRequest,
          _step, tables.written),
+    Verb("collapse", "Turn a Mixture-of-Experts into a dense model.", (MODEL, OUT), r.CollapseRequest, _step,
+         tables.written),
     Verb("evaluate", "Measure loss on text and accuracy on tasks, with gates for CI.", (MODEL,), r.EvaluateRequest,
          _step, tables.evaluated, _gates_failed),
     Verb("verify", "Check every byte against the manifest, and the structure against the family.", (MODEL,),

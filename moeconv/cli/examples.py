@@ -15,6 +15,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "quantize": ("moe packed --scheme int4 --method gptq --data text.txt", "moe packed --format gguf --scheme q4_k"),
     "import": ("model.gguf out", "model.gguf exact --dtype float32"),
     "arrange": ("moe arranged --devices 4 --stats moe.stats", "moe in-eights --devices 8 --stats moe.stats --dry-run"),
+    "collapse": ("moe dense --data text.txt", "moe wide --width 4096 --data text.txt --dry-run"),
     "evaluate": ("moe --data text.txt", "packed --data text.txt --reference moe --max-loss-increase 0.05"),
     "verify": ("moe", "moe --source model --load"),
     "report": ("moe report.html", "moe page.html --stats moe.stats --reference model"),

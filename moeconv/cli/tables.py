@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moeconv.contract import (
         ArrangeBlock,
         Calibrated,
+        CollapseBlock,
         Curve,
         Evaluated,
         Figure,
@@ -221,10 +222,23 @@ def _arrange(block: ArrangeBlock) -> dict[str, str]:
     return rows
 
 
+def _collapse(block: CollapseBlock) -> dict[str, str]:
+    experts = (
+        f"{block['experts_before']} experts of {counted(block['expert_width'], 'neuron')}, top-{block['top_k_before']}"
+    )
+    shared = f", and {block['shared_width']} shared" if block["shared_width"] else ""
+    rows = {"family": f"{block['from']} -> {block['to']}", "FFN": f"{experts}{shared} -> {block['width']} neurons"}
+    layers = block.get("layers") or []
+    errors = [error for row in layers if (error := row["error"]) is not None]
+    if errors:
+        rows["error of the FFNs"] = f"{sum(errors) / len(errors):.3f} of their output, on held-out tokens"
+    return rows
+
+
 # command -> the rows of its own block
 _BLOCKS: Mapping[str, Callable[[Any], dict[str, str]]] = {
     "upcycle": _upcycle, "prune": _prune, "quantize": _quantize, "tune": _tune, "import": _import,
-    "arrange": _arrange,
+    "arrange": _arrange, "collapse": _collapse,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from moeconv.contract.arranged import ArrangeBlock, Arranged, ArrangedFigures, ArrangedLayer, ShareFigures
 from moeconv.contract.calibrated import Calibrated, Load, NeuronLayer, SourceTokens
+from moeconv.contract.collapsed import CollapseBlock, Collapsed, CollapsedLayer
 from moeconv.contract.evaluated import (
     Comparison,
     Evaluated,
@@ -72,6 +73,9 @@ __all__ = [
     "Checked",
     "CodesFigures",
     "CodesLayer",
+    "CollapseBlock",
+    "Collapsed",
+    "CollapsedLayer",
     "Comparison",
     "CopiedRecipe",
     "Cost",

@@ -6,6 +6,7 @@ from typing import Any
 
 from moeconv.contract.arranged import Arranged
 from moeconv.contract.calibrated import Calibrated
+from moeconv.contract.collapsed import Collapsed
 from moeconv.contract.evaluated import Evaluated
 from moeconv.contract.failed import Failed
 from moeconv.contract.imported import ImportResult
@@ -30,6 +31,7 @@ RESULTS: dict[str, tuple[type, ...]] = {
     "quantize": (Quantized,),
     "import": (ImportResult,),
     "arrange": (Arranged,),
+    "collapse": (Collapsed,),
     "evaluate": (Evaluated, Foreseen),
     "verify": (Verified,),
     "report": (Reported,),

@@ -19,12 +19,13 @@ class Placement:
 
     `read(get, layers)` returns the numbers of the MoE layers. `write(moe, layers, get)` returns the config keys, or
     None if the family's config cannot express that choice. `can` names the layers that may stay dense, for error
-    messages.
+    messages, and `keys` the config keys that state the layers.
     """
 
     read: Callable[[Get, int], tuple[int, ...]]
     write: Callable[[Sequence[int], int, Get], Config | None]
     can: str
+    keys: tuple[str, ...] = ()
 
 
 def _whole(get: Get, key: str, *, least: int) -> int:
@@ -63,7 +64,7 @@ def _prefix(key: str) -> Placement:
         first = layers - len(moe)
         return {key: first} if list(moe) == list(range(first, layers)) else None
 
-    return Placement(read, write, "only the first layers")
+    return Placement(read, write, "only the first layers", (key,))
 
 
 def _words(missing: Callable[[int], str]) -> Placement:
@@ -79,7 +80,7 @@ def _words(missing: Callable[[int], str]) -> Placement:
     def write(moe: Sequence[int], layers: int, _get: Get) -> Config | None:
         return {"mlp_layer_types": ["sparse" if i in moe else "dense" for i in range(layers)]}
 
-    return Placement(read, write, "any layer")
+    return Placement(read, write, "any layer", ("mlp_layer_types",))
 
 
 def _read_words_or_first(get: Get, layers: int) -> tuple[int, ...]:
@@ -112,22 +113,37 @@ def _read_range(get: Get, layers: int) -> tuple[int, ...]:
 
 
 def _write_range(moe: Sequence[int], _layers: int, _get: Get) -> Config | None:
-    if list(moe) != list(range(moe[0], moe[-1] + 1)):
+    if not moe or list(moe) != list(range(moe[0], moe[-1] + 1)):
         return None
     return {"moe_layer_start_index": moe[0], "moe_layer_end_index": moe[-1], "moe_layer_interval": 1}
 
 
 EVERY = Placement(_read_every, _write_every, "no layer")
-LIST = Placement(_read_list, _write_list, "any layer")
+LIST = Placement(_read_list, _write_list, "any layer", ("mlp_only_layers", "decoder_sparse_step"))
 FIRST_K = _prefix("first_k_dense_replace")
 NUM_DENSE = _prefix("num_dense_layers")
 WORDS = _words(lambda _i: "sparse")
 WORDS_FIRST_DENSE = _words(lambda i: "dense" if i == 0 else "sparse")
 WORDS_FIRST_THREE_DENSE = _words(lambda i: "dense" if i < 3 else "sparse")
-RANGE = Placement(_read_range, _write_range, "layers before and after one range")
-WORDS_OR_FIRST_K = Placement(_read_words_or_first, WORDS.write, WORDS.can)
-PERIOD = Placement(_read_period, lambda _moe, _layers, _get: None, "every layer but one in each period")
-MOE_LAYERS = Placement(_read_moe_layers, lambda moe, _layers, _get: {"moe_layers": list(moe)}, "any layer")
+RANGE = Placement(
+    _read_range,
+    _write_range,
+    "layers before and after one range",
+    ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+)
+WORDS_OR_FIRST_K = Placement(_read_words_or_first, WORDS.write, WORDS.can, (*WORDS.keys, *FIRST_K.keys))
+PERIOD = Placement(
+    _read_period,
+    lambda _moe, _layers, _get: None,
+    "every layer but one in each period",
+    ("expert_layer_period", "expert_layer_offset"),
+)
+MOE_LAYERS = Placement(
+    _read_moe_layers,
+    lambda moe, _layers, _get: {"moe_layers": list(moe)},
+    "any layer",
+    ("moe_layers", "interleave_moe_layer_step"),
+)
 
 
 def switch(key: str) -> Placement:
@@ -137,6 +153,7 @@ def switch(key: str) -> Placement:
         lambda get, layers: tuple(range(layers)) if get(key) else (),
         lambda moe, layers, _get: {key: bool(moe)} if len(moe) in (0, layers) else None,
         can,
+        (key,),
     )
 
 
@@ -147,6 +164,7 @@ def of_kinds(kinds: Callable[[Get, int], list[str]]) -> Placement:
         return tuple(i for i, kind in enumerate(kinds(get, layers)) if kind == "moe")
 
     def write(moe: Sequence[int], layers: int, get: Get) -> Config | None:
-        return {"layer_types": ["moe" if i in moe else kind for i, kind in enumerate(kinds(get, layers))]}
+        words = ["mlp" if kind == "moe" else kind for kind in kinds(get, layers)]
+        return {"layer_types": ["moe" if i in moe else kind for i, kind in enumerate(words)]}
 
-    return Placement(read, write, "any layer")
+    return Placement(read, write, "any layer", ("layer_types",))

@@ -209,6 +209,8 @@ class Pair:
     config: Config = field(default_factory=dict)
     # the source's config key -> the target's name of it; None: a fold has worked the value into the weights
     rename: Mapping[str, str | None] = field(default_factory=dict)
+    # config keys to set in the source where the pair is read backwards, which the target does not determine
+    backwards: Config = field(default_factory=dict)
     # rules of folds.py that rewrite tensors, in order
     folds: tuple[Fold, ...] = ()
     # largest difference of logits in float32 that counts as equal, in units of their standard deviation

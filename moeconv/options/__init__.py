@@ -9,6 +9,7 @@ from __future__ import annotations
 from moeconv.options.arrange import ArrangeOptions
 from moeconv.options.build import check_names, from_keywords, parameters_of
 from moeconv.options.calibrate import CalibrateOptions, ImatrixOptions, MergeOptions
+from moeconv.options.collapse import CollapseOptions
 from moeconv.options.declare import (
     PANELS,
     Panel,
@@ -69,6 +70,7 @@ __all__ = [
     "ArrangeOptions",
     "ArtifactOptions",
     "CalibrateOptions",
+    "CollapseOptions",
     "DataOptions",
     "DemoOptions",
     "DryOptions",

@@ -36,6 +36,7 @@ from moeconv.recipe.lines import KeyPath, read_yaml
 from moeconv.requests import (
     ArrangeRequest,
     CalibrateRequest,
+    CollapseRequest,
     EvaluateRequest,
     ImportRequest,
     PruneRequest,
@@ -56,6 +57,7 @@ Asked = (
     | PruneRequest
     | QuantizeRequest
     | ArrangeRequest
+    | CollapseRequest
     | CalibrateRequest
     | EvaluateRequest
     | VerifyRequest
@@ -70,6 +72,7 @@ REQUESTS: dict[str, type[Asked]] = {
     "prune": PruneRequest,
     "quantize": QuantizeRequest,
     "arrange": ArrangeRequest,
+    "collapse": CollapseRequest,
     "calibrate": CalibrateRequest,
     "evaluate": EvaluateRequest,
     "verify": VerifyRequest,

@@ -10,7 +10,7 @@ from moeconv.plan.build import count_params
 from moeconv.recipe.read import Recipe
 from moeconv.types import JsonObject
 
-WRITERS = ("import", "upcycle", "tune", "prune", "quantize", "arrange")  # steps that write a checkpoint
+WRITERS = ("import", "upcycle", "tune", "prune", "quantize", "arrange", "collapse")  # steps that write a checkpoint
 
 
 def row_of_model(name: str, model: Model, *, seconds: float, evaluation: JsonObject | None = None) -> StepRow:

@@ -13,11 +13,12 @@ from moeconv.types import Config, JsonObject
 
 _OPTIONS: dict[str, type] = {
     "upcycle": o.UpcycleOptions, "prune": o.PruneOptions, "quantize": o.QuantizeOptions, "tune": o.TuneOptions,
-    "arrange": o.ArrangeOptions,
+    "arrange": o.ArrangeOptions, "collapse": o.CollapseOptions,
 }  # fmt: skip
 # parameters that are always shown
 _ALWAYS = {"upcycle": ("method", "experts", "top_k"), "tune": ("objective", "train", "steps"),
-           "prune": ("criterion",), "quantize": ("format", "scheme", "method"), "arrange": ("devices",)}  # fmt: skip
+           "prune": ("criterion",), "quantize": ("format", "scheme", "method"), "arrange": ("devices",),
+           "collapse": ("width", "neurons")}  # fmt: skip
 _FINGERPRINT = re.compile("[0-9a-f]{64}")
 
 

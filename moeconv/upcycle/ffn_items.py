@@ -14,10 +14,10 @@ from moeconv.options import UpcycleOptions
 from moeconv.plan.overlay import ORIGIN as OVERLAY
 from moeconv.upcycle.cut import Cut
 from moeconv.upcycle.methods import METHODS, Matrix
+from moeconv.upcycle.outside_ffn import OTHER_TARGETS
 from moeconv.upcycle.sources import UNPACKED, Sources
 from moeconv.upcycle.target_tensors import Placed, TargetTensors
 
-OTHER_TARGETS = "See `moeconv families` for other targets (--to)."
 _CORRECTIONS = ("correction", "correction_row")  # parts of a router that count in the choice and not in the weights
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from moeconv.errors import InputError, escape
 from moeconv.families.folds import Draft
 from moeconv.families.model import Model
-from moeconv.families.node import Node, fill
-from moeconv.families.spec import BESIDE, Family
+from moeconv.families.spec import Family
 from moeconv.options import UpcycleOptions
-from moeconv.plan.build import carry
 from moeconv.plan.plan import Item
 from moeconv.upcycle.cut import Cut
-from moeconv.upcycle.ffn_items import OTHER_TARGETS, FfnItems
+from moeconv.upcycle.ffn_items import FfnItems
+from moeconv.upcycle.outside_ffn import OutsideFfn
 from moeconv.upcycle.siblings import Sibling
 from moeconv.upcycle.sources import Sources
 from moeconv.upcycle.target_tensors import Placed, TargetTensors
-
-_BY_LAYER = ("ffn", "expert", "router", "shared")  # groups that depend on whether a layer is a Mixture-of-Experts
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,10 @@ class Assembly:
     def _tensors(self) -> TargetTensors:
         return TargetTensors(self.draft, self._sources, self.cut, self.dtype)
 
+    @cached_property
+    def _outside(self) -> OutsideFfn:
+        return OutsideFfn(self._tensors)
+
     @property
     def _target(self) -> Family:
         return self.draft.target
@@ -58,16 +57,11 @@ class Assembly:
     def items(self) -> list[Item]:
         """The item of every tensor. Raises InputError for a tensor that the target has no place for, and for one that
         it needs and the source lacks."""
-        made: list[Placed] = []
-        for key, node in self.draft.tensors.items():
-            if not key.startswith("ffn."):
-                made += self._outside_ffn(key, node)
+        made: list[Placed] = list(self._outside.carried())
         ffn = FfnItems(self._tensors, self.options, self.seed)
         for layer in range(self.model.num_layers):
             made += ffn.mixture(layer) if layer in self.chosen else ffn.dense(layer)
-        for key in self._target.tensors.names:
-            made += self._missing(key)
-        made += self._beside()
+        made += self._outside.added()
         made.sort(key=lambda pair: pair[0])
         self._note_dropped([item for _, item in made])
         return [item for _, item in made]
@@ -89,85 +83,8 @@ class Assembly:
         }
         if self._tensors.shared_width:
             count["shared"] = len(self.chosen) * sum(key.startswith("shared.") for key in names)
-        for key, node in self.draft.tensors.items():
-            if self._sources.changes(node):
-                self._add(count, key, self._count(key, node))
-        for key in names:
-            self._add(count, key, len(list(self._missing(key))))
-        return count
-
-    def _count(self, key: str, node: Node) -> int:
-        """How many tensors an expression makes outside the Mixtures-of-Experts."""
-        if not key.startswith("ffn."):
-            return len(list(self._where(key, node)))
         dense = [i for i in range(self.model.num_layers) if i not in self.chosen]
-        return sum(self._sources.has(node, i) for i in dense)
-
-    @staticmethod
-    def _add(count: dict[str, int], key: str, found: int) -> None:
-        if found:
-            group = key.partition(".")[0]
-            count[group] = count.get(group, 0) + found
-
-    def _beside(self) -> Iterator[Placed]:
-        """The tensors outside the language model, as they are, where the target has them too. Raises InputError for one
-        that the target has no place for."""
-        starts = tuple(self._target.multimodal.beside)
-        for name, role in self.model.roles.items():
-            if role.group not in BESIDE or not starts:
-                continue
-            if not name.startswith(starts):
-                raise InputError(
-                    f"{self._target.model_type} has no place for tensor {escape(name)!r}",
-                    hint="--text-only writes the language model alone.",
-                )
-            ref = self.model.checkpoint.tensors[name]
-            yield self._sources.position_of(name), carry(ref, role=role.key)
-
-    # -- tensors outside the FFN ---------------------------------------------------------------------------------------
-
-    def _outside_ffn(self, key: str, node: Node) -> Iterator[Placed]:
-        if not self._target.has(key):
-            name = escape(self._name_behind(key, node))
-            raise InputError(
-                f"{self._target.model_type} has no place for tensor {name!r} ({key}) of {self.model.family.model_type}",
-                hint=OTHER_TARGETS,
-            )
-        changes = self._sources.changes(node)
-        for layer in self._where(key, node):
-            yield self._tensors.item(key, layer, node, changed=key.partition(".")[0] if changes else "")
-
-    def _name_behind(self, key: str, node: Node) -> str:
-        """The name of a source tensor behind an expression; the key where there is none."""
-        for layer in (None, *range(self.model.num_layers)):
-            for leaf in node.leaves():
-                if leaf.op == "source" and self._sources.has(leaf, layer):
-                    return self._sources.ref(leaf, layer).name
-        return key
-
-    def _layers_of(self, key: str) -> Iterator[int | None]:
-        """Every layer for a tensor that layers have, None for one of the whole model."""
-        yield from range(self.model.num_layers) if "{L}" in self._target.tensors.names[key] else (None,)
-
-    def _where(self, key: str, node: Node) -> Iterator[int | None]:
-        """The layers that get this tensor: those that have its source tensors, and all for one that reads none."""
-        return (layer for layer in self._layers_of(key) if self._sources.has(node, layer))
-
-    def _missing(self, key: str) -> Iterator[Placed]:
-        """A tensor that the target must have and the source lacks, with the value at which it changes nothing."""
-        target, config = self._target, self.draft.config
-        group = key.partition(".")[0]
-        switched = any(config.get(switch) and key in keys for switch, keys in target.tensors.switched.items())
-        if group in _BY_LAYER or key in self.draft.tensors or (key in target.tensors.optional and not switched):
-            return
-        kinds = target.layers.kinds(config.get, self.model.num_layers) if target.layers.kinds else None
-        for layer in self._layers_of(key):
-            # hybrid families have some tensors in layers of one kind only
-            if kinds and layer is not None and kinds[layer] not in target.layers.where.get(group, {kinds[layer]}):
-                continue
-            if key not in target.tensors.inert:
-                raise InputError(
-                    f"{target.model_type} needs a tensor that {self.model.family.model_type} does not have ({key})",
-                    hint=OTHER_TARGETS,
-                )
-            yield self._tensors.item(key, layer, fill(target.tensors.inert[key]), changed=group)
+        changed = [n for k, n in self.draft.tensors.items() if k.startswith("ffn.") and self._sources.changes(n)]
+        if found := sum(self._sources.has(node, i) for node in changed for i in dense):
+            count["ffn"] = found
+        return self._outside.promise(count)

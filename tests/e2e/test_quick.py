@@ -36,6 +36,7 @@ WORDS = {
     "schema": ("prune",),
     "import": ("{here}/made/model.gguf", "{here}/out"),
     "arrange": ("{here}/moe", "{here}/out", "--devices", 2, "--stats", "{here}/stats"),
+    "collapse": ("{here}/moe", "{here}/out", *MEASURED, "--tokens", 128),
     "recipes": (),
 }
 # command -> the commands that make what it reads

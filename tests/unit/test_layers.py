@@ -72,6 +72,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "prune": DECIDE,
     "quantize": DECIDE,
     "arrangement": DECIDE | {"prune"},
+    "collapsing": DECIDE | {"upcycle"},
     "tune": MEASURE,
     "evaluate": MEASURE,
     "importing": DECIDE | {"quantize"},
@@ -131,13 +132,16 @@ MEASURING: dict[str, set[str]] = {
     "quantize.awq_factors": DECIDE | {"tensors"},
     "calibrate.step": STEP | {"quantize"},
     "arrangement.step": STEP | {"prune"},
+    "collapsing.step": STEP,
+    "collapsing.need": DECIDE | {"stream"},
+    "collapsing.fit": MEASURE | {"prune"},
     "tune.step": STEP,
     "evaluate.step": STEP,
     "inspect.step": STEP,
     "verify.step": STEP,
     "report.step": STEP | {"evaluate"},
 }
-DECIDING = ("upcycle", "prune", "quantize", "arrangement")
+DECIDING = ("upcycle", "prune", "quantize", "arrangement", "collapsing")
 TRANSFORMERS = (
     "stream",
     "data",
@@ -156,6 +160,7 @@ TRANSFORMERS = (
     "prune.repair",
     "prune.repairs",
     "prune.scores",
+    "collapsing.fit",
     "quantize.gptq",
     "quantize.gguf.measure_imatrix",
 )

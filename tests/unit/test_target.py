@@ -57,7 +57,7 @@ def test_an_option_that_holds_a_path_says_so():
 
 def test_every_command_that_writes_says_where():
     assert set(WRITERS) == {"upcycle", "tune", "prune", "quantize", "calibrate", "report", "demo", "arrange",
-                            "import"}  # fmt: skip
+                            "import", "collapse"}  # fmt: skip
     # no paths, and a path that must not exist yet
     words = {("schema", "command"), ("recipes", "name"), ("recipes", "dest")}
     for verb in VERBS:

@@ -241,6 +241,7 @@ VENDOR = Vendor(
             note=f"state-space layers included; {ZERO_SHARED_128}",
             config={"shared_intermediate_size": 128},
             rename=dict.fromkeys(("shared_intermediate_size", "num_local_experts", "num_experts_per_tok")),
+            backwards={"num_local_experts": 0, "num_experts_per_tok": 0},
         ),
         Pair(
             "bamba",

@@ -131,6 +131,7 @@ VENDOR = Vendor(
                     "tie_embedding",
                 )
             ),
+            backwards={"block_auto_adjust_ff_dim": False},
             tolerance=1e-3,
         ),
     ),

@@ -14,11 +14,12 @@ from torch import Tensor
 _BATCH = 64  # removals between two updates of the whole matrices
 
 
-def removals(gram: Tensor, down: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def removals(gram: Tensor, down: Tensor, count: int, *, stays: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(the neurons in the order of their removal int64 [n, count], the cost of each removal float64 [n, count]).
 
     `gram` float64 [n, I, I] is positive definite, `down` [n, H, I] are the down projections. A cost is the increase of
     the squared error over the removals before it. Of equal costs, the neuron with the smallest number goes first.
+    Neurons in `stays` bool [n, I] are not removed.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     down = down.to(gram.dtype)
@@ -35,7 +36,9 @@ def removals(gram: Tensor, down: Tensor, count: int) -> tuple[Tensor, Tensor]:
         pivots = gram.new_ones(len(gram), batch)
         scale, square = (x.diagonal(dim1=1, dim2=2).clone() for x in (inverse, products))
         for i in range(batch):
-            price = torch.where(gone, torch.inf, square.clamp_min(0) / scale.clamp_min(1e-300))
+            price = torch.where(
+                gone if stays is None else gone | stays, torch.inf, square.clamp_min(0) / scale.clamp_min(1e-300)
+            )
             neuron = price.argmin(1)
             order[:, done + i], costs[:, done + i] = neuron, price[every, neuron]
             before = steps[every, neuron, :i] / pivots[:, :i]

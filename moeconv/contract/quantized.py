@@ -80,6 +80,7 @@ class QuantizeBlock(TypedDict):
     scope: str
     double_quant: bool
     loads: dict[str, str]
+    scheme_by_tensor: NotRequired[dict[str, str]]
     rest: NotRequired[RestScheme]
     stats_of_twin: NotRequired[str]
     error: NotRequired[PackingError]

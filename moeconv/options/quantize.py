@@ -16,7 +16,8 @@ class QuantizeOptions:
 
     format: str = option("compressed-tensors", "Layout on disk.", choices="moeconv.quantize.formats:FORMATS")
     scheme: str | None = option(
-        None, "Number format (default: the format's first 4-bit scheme); mixed: bits per layer.",
+        None,
+        "Number format (default: the format's first 4-bit scheme); mixed: bits per layer, in gguf per tensor.",
         choices="moeconv.quantize.formats:scheme_words", aliases="moeconv.quantize.formats:scheme_aliases",
     )  # fmt: skip
     bits: int | None = option(None, "{bits}: short for the format's usual scheme of that width.", words=_FORMAT_WORDS)

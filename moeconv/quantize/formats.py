@@ -42,7 +42,8 @@ def scheme_words() -> tuple[str, ...]:
 
 def rest_words() -> tuple[str, ...]:
     """The values of --rest: the schemes of formats in which two schemes can stand beside each other."""
-    return tuple(dict.fromkeys(name for f in FORMATS.values() if f.beside is not None for name in f.names))
+    schemes = [info for f in FORMATS.values() if f.beside_loads for info in f.schemes]
+    return tuple(dict.fromkeys(info.name for info in schemes if not info.whole))
 
 
 def scheme_aliases() -> dict[str, str]:

@@ -4,7 +4,7 @@ budget of bytes."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +19,9 @@ from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, whole
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Input, Item, TensorSpec
+from moeconv.quantize.budget import allocate, byte_budget, too_small
 from moeconv.quantize.joined_weights import joined
 from moeconv.quantize.methods import apply_method
-from moeconv.quantize.mixed import allocate, byte_budget, too_small
 from moeconv.quantize.rest import Rest, patterns
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
@@ -56,7 +56,8 @@ def _pattern(ref: TensorRef, made: Sequence[Item]) -> _Pattern | None:
 @dataclass(frozen=True)
 class Packing:
     """How the weights of a model are packed. `by_layer` has the scheme of each MoE layer, `scheme` is that of all other
-    weights. `dtype` is that of the tensors that are not packed."""
+    weights. `dtype` is that of the tensors that are not packed. `types` has the scheme of each tensor of a file of
+    another kind, where it may differ from tensor to tensor."""
 
     model: Model
     format: Format
@@ -67,6 +68,7 @@ class Packing:
     dtype: str | None
     overlay: Overlay | None = None
     rest: Rest | None = None
+    types: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _rest(self) -> frozenset[str]:

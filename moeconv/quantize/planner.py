@@ -16,7 +16,6 @@ from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
 from moeconv.families.names import module_names
 from moeconv.families.served import check_served
-from moeconv.families.spec import BESIDE
 from moeconv.options import PlanOptions, QuantizeOptions, check_names, from_keywords, parameters_of, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import count_planned, parse_dtype
@@ -25,6 +24,7 @@ from moeconv.plan.plan import Plan, Shard
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, in_place
 from moeconv.quantize.layout.required import check_layout, fused_with_layout, layout_for
+from moeconv.quantize.left_out import left_out_of, why_left_out
 from moeconv.quantize.methods import check_method, check_reads, check_scheme_method
 from moeconv.quantize.mixed import USUAL, candidates, check_mixed, offered
 from moeconv.quantize.modelfile import modelfile
@@ -35,7 +35,6 @@ from moeconv.quantize.scope import WHOLE, choose_scope, in_scope
 from moeconv.quantize.spec import MIXED, Asked, Format, Scheme, SchemeInfo
 from moeconv.quantize.targets import check_rest, check_targets, loads_beside, loads_by_layer, loads_of
 from moeconv.types import JsonObject
-from moeconv.units import counted
 
 
 def plan_quantize(
@@ -89,7 +88,7 @@ def quantize_plan(
     _check_source(model, format)
     if format.shard is None:  # a file of its own stores experts in its own way
         check_layout(model, format, options.method)
-    left_out = _left_out(model, format)
+    left_out = left_out_of(model, format)
     weights = [ref for ref in in_scope(model, str(options.scope), format) if ref.name not in left_out]
     _check_weights(model, weights)
     _check_nesting(options, format, info)
@@ -108,17 +107,22 @@ def quantize_plan(
         warnings += check_rest(format, scheme.name, rest.scheme.name, options.target, family=model.family)
     if mixed and not left_out:
         _check_no_drafting(model)
-    if mixed:
-        asked = None if options.group_size == "auto" else group
-        offers = [candidates(format, widths, names, group=asked) for names in offered(format, options.among)]
+    if mixed and format.mix is None:
+        size = None if options.group_size == "auto" else group
+        offers = [candidates(format, widths, names, group=size) for names in offered(format, options.among)]
         packing = mix(packing, offers, importance or {}, options=options, common=common)
         warnings = [*warnings, *_doubtful(packing, options, warnings)]
     if format.shard is not None:
         size = parse_size(options.split_size, flag="--split-size")
         whole = options.scope == WHOLE
-        shards, notes = format.shard(Asked(model, weights, scheme, dtype, whole, imatrix, size, options.file_name))
+        beside = {} if rest is None else dict.fromkeys(rest.names, rest.scheme)
+        asked = Asked(model, weights, scheme, dtype, whole, imatrix, size, options.file_name, beside)
+        if mixed and format.mix is not None:
+            asked = format.mix(asked, offered(format, options.among), importance or {}, options)
+            packing = replace(packing, by_layer={}, types=asked.types)
+        shards, notes = format.shard(asked)
         config, warnings = with_head(model), [*warnings, *notes]
-        warnings += _why_left_out(model, left_out)
+        warnings += why_left_out(model, left_out)
         promise = _promise(model, shards)
     else:
         shards = arrange(packing.items(), common, model.family)
@@ -181,32 +185,6 @@ def _only_served(model: Model) -> str:
     )
 
 
-def _left_out(model: Model, format: Format) -> dict[str, None]:
-    """The tensors that a GGUF file leaves out: those of multi-token prediction, since llama.cpp predicts one token, and
-    those of images and audio, which llama.cpp reads from a file of their own."""
-    if format.shard is None:
-        return {}
-    ahead = model.prediction_layers
-    return {name: None for name, role in model.roles.items() if role.layer in ahead or role.group in BESIDE}
-
-
-def _why_left_out(model: Model, left_out: Mapping[str, None]) -> list[str]:
-    """A warning for each kind of tensors that are left out."""
-    beside = sum(model.roles[name].group in BESIDE for name in left_out)
-    found = []
-    if len(left_out) > beside:
-        found.append(
-            f"the multi-token-prediction layers {list(model.prediction_layers)} "
-            f"({counted(len(left_out) - beside, 'tensor')}) are left out, since llama.cpp does not run them"
-        )
-    if beside:
-        found.append(
-            f"the file has the language model alone: {counted(beside, 'tensor')} of images or audio are left out, "
-            "which llama.cpp reads from a file of their own (mmproj, by its converter)"
-        )
-    return found
-
-
 def _evidence(
     model: Model, importance: Mapping[int, float] | None, of_twin: Mapping[str, str], overlay: Overlay | None
 ) -> dict[str, object]:
@@ -229,17 +207,24 @@ def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None
         "group_size_by_layer": {str(layer): s.group for layer, s in by_layer.items()},
         "scope": str(options.scope),
         "double_quant": scheme.nested,
-        "loads": loads_by_layer(format, dict.fromkeys(s.name for s in by_layer.values()), packing.model.family)
-        if mixed
-        else loads_of(format, scheme.name, packing.model.family)
-        if packing.rest is None
-        else loads_beside(format, scheme.name, packing.rest.scheme.name, packing.model.family),
+        "loads": _loads(packing, mixed=mixed),
     }
+    if packing.types:
+        block["scheme_by_tensor"] = dict(packing.types)
     if packing.rest is not None:
         block["rest"] = {"scheme": packing.rest.scheme.name, "group_size": packing.rest.scheme.group}
     if stats_of_twin is not None:
         block["stats_of_twin"] = stats_of_twin
     return block
+
+
+def _loads(packing: Packing, *, mixed: bool) -> dict[str, str]:
+    format, name, family = packing.format, packing.scheme.name, packing.model.family
+    if packing.rest is not None:
+        return loads_beside(format, name, packing.rest.scheme.name, family, mixed=mixed)
+    if mixed:
+        return loads_by_layer(format, dict.fromkeys(s.name for s in packing.by_layer.values()), family)
+    return loads_of(format, name, family)
 
 
 def _check_source(model: Model, format: Format) -> None:

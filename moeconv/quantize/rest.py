@@ -37,11 +37,11 @@ def rest_of(model: Model, options: QuantizeOptions, format: Format, taken: Seque
     cannot be combined with the other options, InputError for weights that the scheme cannot pack."""
     if options.rest is None:
         return None
-    if format.beside is None or options.scheme == MIXED:
-        with_it = " or ".join(f.name for f in FORMATS.values() if f.beside is not None)
+    mixed = options.scheme == MIXED and format.mix is None  # not a scheme per tensor
+    if not format.beside_loads or mixed:
+        with_it = " or ".join(f.name for f in FORMATS.values() if f.beside_loads)
         raise UsageError(
-            "--rest cannot be combined with "
-            + ("--scheme mixed" if options.scheme == MIXED else f"--format {format.name}"),
+            "--rest cannot be combined with " + ("--scheme mixed" if mixed else f"--format {format.name}"),
             hint=f"Use --format {with_it} with one scheme for the experts, or leave --rest out.",
         )
     names = {ref.name for ref in taken}

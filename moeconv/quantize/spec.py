@@ -13,6 +13,7 @@ from moeconv.checkpoint.imatrix import Imatrix
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
 from moeconv.families.spec import Family
+from moeconv.options import QuantizeOptions
 from moeconv.plan.build import rows, whole
 from moeconv.plan.plan import Item, Shard, TensorSpec
 from moeconv.quantize.layout.planner import separate_form
@@ -109,7 +110,9 @@ class Kernel:
 class Asked:
     """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
     decides the type of every tensor. `dtype` is that of the tensors that are not packed. `imatrix` has the importance
-    of columns, `size` is that of the largest file in bytes, and `name` is that of the file."""
+    of columns, `size` is that of the largest file in bytes, and `name` is that of the file. `beside` has the scheme of
+    the weights, by name, that --rest packs, and `types` the scheme of each tensor of the file that `Format.mix` chose
+    one for."""
 
     model: Model
     weights: Sequence[TensorRef]
@@ -119,6 +122,8 @@ class Asked:
     imatrix: Imatrix | None = None
     size: int = 50_000_000_000
     name: str = "model"
+    beside: Mapping[str, Scheme] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +166,14 @@ class Format:
     mixed_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # `measured` of the same
     # {scheme: its quantization_config}, {layer: scheme} -> one quantization_config
     merge: Callable[[Mapping[Scheme, JsonObject], Mapping[int, Scheme]], JsonObject] | None = None
+    # the same choice for a format of files of another kind, in which every tensor may have a scheme of its own:
+    # (what is asked for, sets of schemes in the order in which they are tried, importance of layers, options) ->
+    # what is asked for with `types`
+    mix: Callable[[Asked, Sequence[Sequence[str]], Mapping[int, float], QuantizeOptions], Asked] | None = None
     # (config of the scheme, config of --rest, expressions that match the modules of --rest) -> one quantization_config
     beside: Callable[[JsonObject, JsonObject, Sequence[str]], JsonObject] | None = None
-    beside_loads: Mapping[str, str] = field(default_factory=dict)  # `loads` of two schemes, where both are loaded
+    # `loads` of two schemes, where both are loaded; empty where two cannot stand beside each other (--rest)
+    beside_loads: Mapping[str, str] = field(default_factory=dict)
     remarks: Callable[[str, int], Sequence[str]] = lambda *_: ()  # warnings for a target
     hardware: tuple[str, ...] = ()  # `hardware` of schemes that do not state it
     imports: str = ""  # a line of Python that must run before transformers can load the output
@@ -178,7 +188,7 @@ class Format:
             "two of its schemes have one name": len(set(self.names)) < len(self.schemes),
             "it has neither make and config nor shard": not packs,
             f"it mixes {', '.join(sorted(unknown))}, which it does not have": bool(unknown),
-            "it mixes schemes, and has no merge": bool(self.mixes) and self.merge is None,
+            "it mixes schemes, and has neither merge nor mix": bool(self.mixes) and not (self.merge or self.mix),
         }
         if problems := [text for text, found in wrong.items() if found]:
             raise ValueError(f"format {self.name}: {'; '.join(problems)}")

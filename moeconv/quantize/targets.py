@@ -71,10 +71,11 @@ def loads_by_layer(format: Format, schemes: Iterable[str], family: Family) -> di
     return {runtime: _least([loads[runtime] for loads in known]) for runtime in TARGETS}
 
 
-def loads_beside(format: Format, scheme: str, rest: str, family: Family) -> dict[str, str]:
+def loads_beside(format: Format, scheme: str, rest: str, family: Family, *, mixed: bool = False) -> dict[str, str]:
     """Runtime -> whether it loads a model of `family` with experts in one scheme and the `rest` in another: `no` where
     it does not load one of the two or their combination, otherwise what is known of the combination."""
-    both = [loads_of(format, name, family) for name in (scheme, rest)] + [every_runtime(format.beside_loads)]
+    both = [loads_of(format, scheme, family, mixed=mixed), loads_of(format, rest, family)]
+    both += [every_runtime(format.beside_loads)]
     return {runtime: _least([loads[runtime] for loads in both]) for runtime in TARGETS}
 
 

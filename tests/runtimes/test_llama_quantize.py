@@ -20,7 +20,7 @@ from unit.test_gguf import floats, tokenizer
 from words import text
 
 from moeconv.plan.kernels.pack import ggml
-from moeconv.quantize.gguf.recipes import RECIPES
+from moeconv.quantize.gguf.recipes import RECIPES, is_quantized
 
 gguf = pytest.importorskip("gguf")
 BINARY = os.environ.get("MOECONV_LLAMA_QUANTIZE", "")
@@ -66,7 +66,9 @@ def source(tmp_path_factory):
 
 def test_importance_matrices_are_equal(source):
     ours, theirs = tensors(source / "ours.gguf"), tensors(source / "theirs.gguf")
-    assert ours.keys() == theirs.keys()
+    # llama-imatrix also lists the routers, which no recipe quantizes
+    theirs = {name: t for name, t in theirs.items() if is_quantized(name.rpartition(".")[0], (2, 2))}
+    assert ours.keys() == theirs.keys() and any("exps" in name for name in theirs)
     for name in theirs:
         if not name.endswith(".in_sum2"):
             continue

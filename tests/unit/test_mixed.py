@@ -15,8 +15,8 @@ from words import add_tokenizer, text
 from moeconv.errors import UsageError
 from moeconv.families.model import open_model
 from moeconv.plan.planned import planned_model
+from moeconv.quantize.budget import allocate, hull
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.mixed import allocate, hull
 from moeconv.quantize.planner import plan_quantize
 
 Layers = list[list[tuple[int, float]]]
@@ -87,7 +87,7 @@ def bits(plan) -> list[int]:
     return list(plan.block["bits_by_layer"].values())
 
 
-@pytest.mark.parametrize("format", [f.name for f in FORMATS.values() if f.mixes])
+@pytest.mark.parametrize("format", [f.name for f in FORMATS.values() if f.merge])
 def test_average_bits(model, format):
     more = {} if FORMATS[format].mixed["transformers"] == "ok" else VLLM
     found = {}
@@ -174,7 +174,7 @@ def test_max_bytes_counts_the_files(model):
         ({"average_bits": 5, **VLLM, "importance": None}, "--scheme mixed needs --stats"),
         ({"average_bits": 5}, "transformers cannot load compressed-tensors with bits that differ by layer"),
         ({"average_bits": 5, "target": ("vllm", "transformers")}, "--target transformers cannot load"),
-        ({"average_bits": 5, "format": "gguf"}, "mixed"),
+        ({"average_bits": 5, "format": "mlx"}, "--format mlx does not support --scheme mixed"),
         (VLLM, "either --average-bits or --max-bytes"),
         ({"average_bits": 5, "max_bytes": "1GB", **VLLM}, "either --average-bits or --max-bytes"),
         ({"average_bits": 2, **VLLM}, "--average-bits 2 is too small: the smallest scheme takes 2."),

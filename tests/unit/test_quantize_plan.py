@@ -456,7 +456,7 @@ def test_a_result_that_is_larger_than_its_source_is_warned_of(tmp_path, cli):
         ({"schemes": (IN_PLACE[0].schemes[0],) * 2}, "one name"),
         ({"make": None}, "neither make and config nor shard"),
         ({"mixes": ("int5",)}, "it mixes int5, which it does not have"),
-        ({"merge": None}, "has no merge"),
+        ({"merge": None}, "has neither merge nor mix"),
     ],
 )
 def test_a_record_that_no_command_could_use(change, says):

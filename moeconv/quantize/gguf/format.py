@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moeconv.checkpoint.gguf import Stack
 from moeconv.checkpoint.header import BLOCK_DTYPES
@@ -11,15 +12,18 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import BESIDE, Role
+from moeconv.options import QuantizeOptions, parse_size
 from moeconv.plan.plan import Item, Shard, TensorSpec
+from moeconv.quantize.budget import byte_budget, too_small
 from moeconv.quantize.gguf.importance import Columns
 from moeconv.quantize.gguf.llama_cpp import Constant, GgufTensor, LlamaCpp, find_row, is_float32, supported, written
 from moeconv.quantize.gguf.llama_cpp.numbers import hyperparameters
 from moeconv.quantize.gguf.metadata import metadata
+from moeconv.quantize.gguf.mixed import AMONG, MIXES, MixedTensor, MixedTypes, choose_types
 from moeconv.quantize.gguf.parts import split, stem_of
 from moeconv.quantize.gguf.recipes import Facts, assign, is_quantized, recipe_of, recipe_schemes
-from moeconv.quantize.gguf.types import BY_DTYPE, TYPES, UNUSUAL, fitting, scheme_of
-from moeconv.quantize.spec import HARDWARE, Asked, Format, Kernel, SchemeInfo
+from moeconv.quantize.gguf.types import BY_DTYPE, LOADS, RUN, TYPES, UNUSUAL, fitting, scheme_of
+from moeconv.quantize.spec import HARDWARE, MIXED, Asked, Format, Kernel
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def gguf_shards(asked: Asked) -> tuple[tuple[Shard, ...], list[str]]:
     model, info = asked.model, GGUF.scheme(asked.scheme.name)
     row = find_row(model)
     made = _made(model, row)
-    chosen = _whole(asked, row, made) if asked.whole else _packed(asked, made, info)
+    chosen = _whole(asked, row, made) if asked.whole else _packed(asked, made)
     columns = Columns(asked.imatrix, model.num_experts)
     stacks: dict[str, list[Item]] = {}
     for one in made:
@@ -51,12 +55,14 @@ def gguf_shards(asked: Asked) -> tuple[tuple[Shard, ...], list[str]]:
         changed = one.role.group if target in chosen else ""
         stacks.setdefault(target, []).append(columns.weigh(one.tensor, one.tensor.item(kind, changed)))
     stacks |= {constant.name: [_constant(constant)] for constant in row.constants(model)}
-    file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[info.codes].file_type
+    most = _most(asked, made, chosen) if asked.types else info.codes
+    file_type = recipe_of(info.name).file_type if asked.whole else BY_DTYPE[most].file_type
     data, count, warnings = metadata(model, row, file_type=file_type)
     laid = [_stack(name, items) for name, items in stacks.items()]
-    shards = split(laid, stacks, metadata=data, count=count, size=asked.size, stem=stem_of(asked.name, info.name))
+    stem = stem_of(asked.name, MIXED if asked.types else info.name)
+    shards = split(laid, stacks, metadata=data, count=count, size=asked.size, stem=stem)
     if not asked.whole:
-        warnings = [*warnings, *_widened(info, stacks, chosen)]
+        warnings = [*warnings, *_widened(_wanted(asked, made), chosen)]
     warnings = [*warnings, *columns.warnings()]
     return shards, warnings
 
@@ -83,16 +89,28 @@ def _made(model: Model, row: LlamaCpp) -> list[_Made]:
     return [_Made(tensor, role) for ref, role in pairs for tensor in written(model, row, ref, role)]
 
 
-def _packed(asked: Asked, made: Sequence[_Made], info: SchemeInfo) -> dict[str, str]:
+def _wanted(asked: Asked, made: Sequence[_Made]) -> dict[str, str]:
+    """The dtypes that were asked for, by the names of the packed tensors in the file."""
+    weights = {ref.name for ref in asked.weights}
+    found: dict[str, str] = {}
+    for one in made:
+        source, target = one.tensor.source.tensor, one.tensor.target
+        if source in weights and not one.float32:
+            scheme = asked.types.get(target) or asked.beside.get(source, asked.scheme).name
+            found[target] = GGUF.scheme(scheme).codes
+    return found
+
+
+def _packed(asked: Asked, made: Sequence[_Made]) -> dict[str, str]:
     """The dtypes of the packed tensors, by their names in the file. Raises InputError for a width that no block format
     divides."""
-    weights = {ref.name for ref in asked.weights}
+    wanted = _wanted(asked, made)
     chosen: dict[str, str] = {}
     for one in made:
         source, columns = one.tensor.source.tensor, one.tensor.part.shape[-1]
-        if source not in weights or one.float32:
+        if one.tensor.target not in wanted:
             continue
-        kind = fitting(info.codes, columns)
+        kind = fitting(wanted[one.tensor.target], columns)
         if kind == UNUSUAL:
             raise InputError(
                 f"tensor {escape(source)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
@@ -100,6 +118,59 @@ def _packed(asked: Asked, made: Sequence[_Made], info: SchemeInfo) -> dict[str, 
             )
         chosen[one.tensor.target] = kind
     return chosen
+
+
+def _most(asked: Asked, made: Sequence[_Made], chosen: Mapping[str, str]) -> str:
+    """The dtype that most of the weights with a type of their own have."""
+    counts: dict[str, int] = {}
+    for one in made:
+        if one.tensor.target in asked.types:
+            kind = chosen[one.tensor.target]
+            counts[kind] = counts.get(kind, 0) + math.prod(one.tensor.part.shape)
+    return max(counts, key=lambda kind: counts[kind])
+
+
+def with_types(
+    asked: Asked, offers: Sequence[Sequence[str]], importance: Mapping[int, float], options: QuantizeOptions
+) -> Asked:
+    """What is asked for with a scheme for each tensor of the experts, out of the first of the `offers` whose smallest
+    schemes fit the budget. --max-bytes is a budget for the files, to the byte. Raises UsageError where none fits."""
+    made = _made(asked.model, find_row(asked.model))
+    _packed(asked, made)  # raises for widths that no type divides
+    experts = asked.model.num_experts
+    stacks = {one.tensor.target: one for one in made if one.role.group == "expert"}
+    wanted = _wanted(asked, made)
+    tensors = [
+        MixedTensor(name, one.role.layer or 0, one.tensor.key, (experts, *one.tensor.part.shape))
+        for name, one in stacks.items()
+        if name in wanted
+    ]
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    least = 0
+    for names in offers:
+        dtypes = [GGUF.scheme(name).codes for name in names]
+        smallest = choose_types(tensors, dtypes, importance, 0).least
+        beside = 0
+        if options.max_bytes is not None:
+            beside = _size(_typed(asked, choose_types(tensors, dtypes, importance, smallest))) - smallest
+        budget = byte_budget(options, weights=weights, beside=beside)
+        while (found := choose_types(tensors, dtypes, importance, budget)).chosen is not None:
+            typed = _typed(asked, found)
+            over = 0 if options.max_bytes is None else _size(typed) - parse_size(options.max_bytes, flag="--max-bytes")
+            if over <= 0:
+                return typed
+            budget -= over
+        least = smallest
+    raise too_small(options, least, weights)
+
+
+def _typed(asked: Asked, found: MixedTypes) -> Asked:
+    assert found.chosen is not None
+    return replace(asked, types={name: BY_DTYPE[dtype].name for name, dtype in found.chosen.items()})
+
+
+def _size(asked: Asked) -> int:
+    return sum(shard.nbytes for shard in gguf_shards(asked)[0])
 
 
 def _whole(asked: Asked, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]:
@@ -130,13 +201,13 @@ def _first(number: object) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _widened(info: SchemeInfo, stacks: Iterable[str], chosen: Mapping[str, str]) -> list[str]:
+def _widened(wanted: Mapping[str, str], chosen: Mapping[str, str]) -> list[str]:
     """The warning about packed tensors that are stored in another type than was asked for."""
-    other = [name for name in stacks if chosen.get(name, info.codes) != info.codes]
+    other = [name for name, dtype in wanted.items() if chosen[name] != dtype]
     if not other:
         return []
     more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-    size = BLOCK_DTYPES[info.codes][0]
+    size = BLOCK_DTYPES[wanted[other[0]]][0]
     return [f"stored as {chosen[other[0]]}, because {size} does not divide their width: {other[0]}{more}"]
 
 
@@ -176,4 +247,10 @@ GGUF = Format(
     covers=covered,
     dense=True,
     takes=supported,
+    mixes=MIXES,
+    among=AMONG,
+    mixed=LOADS,
+    mixed_measured=RUN,
+    mix=with_types,
+    beside_loads=LOADS,
 )

@@ -41,6 +41,8 @@ def upcycle(
     *,
     experts: int | None = ...,
     top_k: int | None = ...,
+    keep_top_k: bool = ...,
+    copy_scale: float | None = ...,
     method: str = ...,
     experts_from: _Paths = ...,
     ffn_only: bool = ...,

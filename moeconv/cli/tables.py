@@ -134,6 +134,10 @@ def _upcycle(block: UpcycleBlock) -> dict[str, str]:
             f"logits differ by at most {check['max_abs_logit_diff']:.2e} "
             f"({check['relative']:.2e} of their spread, {check['tokens']} tokens; {exact})"
         )
+    if "measured" in block:
+        found = block["measured"]
+        rows["loss"] = f"{_number(found['reference_loss'])} -> {_number(found['loss'])} ({found['tokens']} tokens)"
+        rows["new experts"] = f"{found['new_share']:.1%} of the experts that tokens choose"
     return rows
 
 

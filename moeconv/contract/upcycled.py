@@ -69,6 +69,28 @@ class RouterFigures(TypedDict):
     layers: list[RouterLayer]
 
 
+class ExtendedSource(TypedDict):
+    """The losses before and after on one --data value, in nats per token."""
+
+    name: str
+    loss: float | None
+    reference_loss: float | None
+
+
+class Extended(TypedDict):
+    """What more experts change on --data: losses in nats per token, and the share of the chosen experts of all tokens
+    that are new, in the mean over the layers (`new_share`) and in each of them."""
+
+    loss: float | None
+    reference_loss: float | None
+    loss_increase: float | None
+    kl: float | None
+    tokens: int
+    sources: list[ExtendedSource]
+    new_share: float
+    layers: list[float]
+
+
 class SplitLayer(TypedDict):
     """What `--method split` measured in one layer.
 
@@ -101,6 +123,11 @@ UpcycleBlock = TypedDict(
         "granularity": NotRequired[int],
         # with an MoE source
         "copies": NotRequired[int],
+        # with --keep-top-k
+        "copies_of": NotRequired[dict[str, list[int]]],
+        "copy_scale": NotRequired[float],
+        # with --keep-top-k and --data
+        "measured": NotRequired[Extended],
         # with --method split
         "active_share": NotRequired[float],
         "layers": NotRequired[list[SplitLayer]],

@@ -20,6 +20,11 @@ class UpcycleOptions:
         None, f"Experts per token (default: {TOP_K}, or all pieces of one copy of the FFN; of an MoE source its own, "
         "times the copies)."
     )  # fmt: skip
+    keep_top_k: bool = option(False, "Of an MoE source: keep its top-k, and let copies of its experts compete for it.")
+    copy_scale: float | None = option(
+        None, "keep-top-k: how far the logit of a copy is above the mean logit, as a share of its original's (default: "
+        "0.5; 1 for top-1)."
+    )  # fmt: skip
     method: str = option(
         "copy",
         "How experts are made from the FFN.",
@@ -66,5 +71,7 @@ class UpcycleOptions:
         "refined", "split: how neurons are grouped.", choices=("refined", "magnitude", "binary", "random")
     )
     stats: str | None = option(
-        None, "split: neuron statistics of the dense model from `moeconv calibrate`.", reads="file"
+        None,
+        "split: neuron statistics of the dense model from `moeconv calibrate`; keep-top-k: statistics of the MoE.",
+        reads="file",
     )

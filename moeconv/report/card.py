@@ -173,6 +173,11 @@ def _measured(plan: Plan, found: Config) -> str:
             f"- Decoded weights against the source's: relative RMS error {rms['mean']:.3f} mean, {rms['max']:.3f} max."
         )
     lines += _pruned(plan, found)
+    if plan.command == "upcycle" and isinstance(cost := found.get("measured"), Mapping):
+        lines.append(
+            f"- Loss on text: {_nats(cost['reference_loss'])} -> {_nats(cost['loss'])} nats per token "
+            f"({cost['tokens']} tokens); {cost['new_share']:.1%} of the experts that tokens choose are new."
+        )
     for name, unit in (
         ("loss", "nats per token"),
         ("kl", "nats per token, KL to the teacher"),
@@ -206,6 +211,10 @@ def _caveats(plan: Plan) -> list[str]:
     if plan.command == "upcycle" and not plan.block.get("exact"):
         return ["The conversion changes the model's function on purpose: train it before use."]
     return []
+
+
+def _nats(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _ceiling(value: float) -> str:

@@ -44,7 +44,9 @@ class ExactCounterpart:
     """How to plan the counterpart, and how to compare it. `parameters` are those of `plan_upcycle`. `config` is the
     config that the upcycle's plan writes; keys in which the counterpart's plan differs from it (dtype, top-k) are not
     compared. `siblings`: the experts come from siblings. `measured`: the router's rows were measured, so that they
-    cannot be planned again and are not compared."""
+    cannot be planned again and are not compared. `copies`: the source is a Mixture-of-Experts, whose expert e has
+    copies[layer][e] copies with a top-k that stays. The written model itself is then the counterpart, where in place of
+    its router's choice it computes copies of the experts that the source chooses, with the source's weights."""
 
     parameters: JsonObject
     config: Config
@@ -52,6 +54,7 @@ class ExactCounterpart:
     drift: Drift | None = None
     siblings: bool = False
     measured: bool = False
+    copies: Config | None = None
 
     def to_json(self) -> JsonObject:
         return asdict(self)
@@ -70,6 +73,9 @@ def counterpart(plan: Plan) -> ExactCounterpart | None:
         return None
     options = from_keywords(UpcycleOptions, made)
     parameters: JsonObject = {"experts": block["num_experts"], "dtype": "float32", "seed": made["seed"]}
+    if "copies_of" in block:
+        parameters |= {"keep_top_k": True, "copy_scale": block["copy_scale"]}
+        return ExactCounterpart(parameters, plan.config, copies=block["copies_of"])
     if "copies" in block:  # an upcycle of a Mixture-of-Experts: top-k follows from the experts
         return ExactCounterpart(parameters, plan.config)
     method = METHODS[options.method]

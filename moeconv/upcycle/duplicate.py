@@ -8,7 +8,8 @@ ones: the division by the sum does that where the family renormalises, and the l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 
 from moeconv.checkpoint.header import FLOAT_DTYPES, tensor_nbytes
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -23,13 +24,15 @@ from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
 from moeconv.types import JsonObject
 
+NEWER = ("keep_top_k", "copy_scale")  # options that are newer than the ids of plans
+
 
 def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -> Plan:
     """Plan the duplication of all experts. `experts` is a multiple of the model's number of experts (default: twice).
 
     Raises UsageError for options that do not apply to it, InputError where the copies would not add up to the original.
     """
-    _check_options(options)
+    check_options(options)
     _check_family(model)
     experts = 2 * model.num_experts if options.experts is None else options.experts
     times, rest = divmod(experts, model.num_experts)
@@ -53,7 +56,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
         )
     return Plan(
         command="upcycle",
-        parameters=parameters_of(options, common) | {"experts": experts, "top_k": top_k, "experts_from": []},
+        parameters=given(options, common) | {"experts": experts, "top_k": top_k, "experts_from": []},
         identity=model.identity,
         config=_config(model, experts, top_k, times, dtype),
         shards=arrange(items, common, model.family),
@@ -70,7 +73,13 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
     )  # fmt: skip
 
 
-def _check_options(options: UpcycleOptions) -> None:
+def given(options: UpcycleOptions, common: PlanOptions) -> JsonObject:
+    """The options of a plan. Newer ones that are not used are left out, so that the id stays as it was."""
+    return {key: value for key, value in parameters_of(options, common).items() if value or key not in NEWER}
+
+
+def check_options(options: UpcycleOptions) -> None:
+    """Raises UsageError for an option that only the upcycle of a dense model uses."""
     usual = UpcycleOptions()
     for name in ("method", "layers", "granularity", "shared_experts", "experts_from", "router"):
         if getattr(options, name) != getattr(usual, name):
@@ -81,12 +90,17 @@ def _check_options(options: UpcycleOptions) -> None:
             )
 
 
-def _check_family(model: Model) -> None:
-    rule, name = model.family.experts.routing, model.family.model_type
+def check_plain(model: Model) -> None:
+    """Raises InputError for a quantized model."""
     if model.quantization:
         raise InputError(
             "the source is quantized", hint="Copy the experts of the unquantized checkpoint, then quantize."
         )
+
+
+def _check_family(model: Model) -> None:
+    rule, name = model.family.experts.routing, model.family.model_type
+    check_plain(model)
     if rule is None or not rule.equal:
         raise InputError(f"{name} gives experts with equal logits unequal weights, so that copies do not add up")
     if (
@@ -105,39 +119,45 @@ def _check_family(model: Model) -> None:
 
 
 def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[Item]:
-    role, ref = model.roles.get(name), model.checkpoint.tensors[name]
+    role = model.roles.get(name)
     if role is None:
         return
+    of = [e for e in range(model.num_experts) for _ in range(times)]
+    rule = model.family.experts.routing
+    if role.key.startswith("router.correction") and rule and rule.score == "softmax":
+        # the bias is added to softmax scores, which are 1/m as large over m times the experts
+        item = repeated(model, model.checkpoint.tensors[name], role, of, dtype)
+        parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]
+        tree = ["scale", {"by": 1 / times}, [["concat", {}, parts]]]
+        yield Item(item.outputs, "compute", item.inputs[::times], {"tree": tree}, role.group)
+    else:
+        yield from copied(model, name, role, of, dtype)
+
+
+def copied(model: Model, name: str, role: Role, of: Sequence[int], dtype: str | None) -> Iterator[Item]:
+    """The items of a source tensor where new expert i is a copy of the old expert of[i], in ascending order."""
+    ref = model.checkpoint.tensors[name]
     if role.group == "expert" and role.expert is not None:
-        for i in range(times):
-            new = with_expert(name, role.expert, role.expert * times + i)
-            yield carry(ref, role=role.key, name=new, dtype=dtype, changed="expert")
+        for new in range(bisect_left(of, role.expert), bisect_right(of, role.expert)):
+            yield carry(ref, role=role.key, name=with_expert(name, role.expert, new), dtype=dtype, changed="expert")
     elif role.group in ("expert", "router"):
-        yield _repeated(model, ref, role, times, dtype)
+        yield repeated(model, ref, role, of, dtype)
     else:
         kept = role.key in model.family.tensors.float32 or role.group in UNCHANGED
         yield carry(ref, role=role.key, dtype=None if kept else dtype)
 
 
-def _repeated(model: Model, ref: TensorRef, role: Role, times: int, dtype: str | None) -> Item:
-    """A tensor with one slice per expert, [E, ...] or [1, E], with `times` adjacent copies of every slice."""
+def repeated(model: Model, ref: TensorRef, role: Role, of: Sequence[int], dtype: str | None) -> Item:
+    """A tensor with one slice per expert, [E, ...] or [1, E], as one with the slices of the experts `of`."""
     row = ref.shape[0] == 1 and model.num_experts > 1
     slices = math.prod(ref.shape) // model.num_experts
     each = tensor_nbytes(ref.dtype, (slices,))
     inside = (1,) if row else (ref.shape[0] // model.num_experts, *ref.shape[1:])
-    inputs = tuple(
-        Input(ref.name, ref.dtype, inside, e * each, each) for e in range(model.num_experts) for _ in range(times)
-    )
-    shape = (1, ref.shape[1] * times) if row else (ref.shape[0] * times, *ref.shape[1:])
+    inputs = tuple(Input(ref.name, ref.dtype, inside, e * each, each) for e in of)
+    shape = (1, len(of)) if row else (inside[0] * len(of), *ref.shape[1:])
     casts = dtype is not None and ref.dtype in FLOAT_DTYPES and role.key not in model.family.tensors.float32
     made = dtype if casts and dtype else ref.dtype
     spec = TensorSpec(ref.name, made, shape, role.key, math.prod(shape))
-    rule = model.family.experts.routing
-    if role.key.startswith("router.correction") and rule and rule.score == "softmax":
-        # the bias is added to softmax scores, which are 1/m as large over m times the experts
-        parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]
-        tree = ["scale", {"by": 1 / times}, [["concat", {}, parts]]]
-        return Item((spec,), "compute", inputs[::times], {"tree": tree}, role.group)
     return Item((spec,), "copy" if made == ref.dtype else "cast", inputs, {}, role.group)
 
 

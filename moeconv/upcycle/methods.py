@@ -203,6 +203,8 @@ def partitioning() -> list[str]:
 def check_reads(options: UpcycleOptions) -> None:
     """Raises UsageError for an option that the method does not use."""
     for name in sorted({name for method in METHODS.values() for name in method.reads}):
+        if name == "stats" and options.keep_top_k:
+            continue
         readers = [known for known, method in METHODS.items() if name in method.reads]
         if getattr(options, name) != getattr(UpcycleOptions(), name) and options.method not in readers:
             raise UsageError(

@@ -37,7 +37,8 @@ from moeconv.plan.plan import Item, Plan
 from moeconv.types import JsonObject
 from moeconv.units import counted
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
-from moeconv.upcycle.duplicate import plan_duplicate
+from moeconv.upcycle.duplicate import NEWER, plan_duplicate
+from moeconv.upcycle.kept_top_k import Copies, check_extends, plan_kept_top_k
 from moeconv.upcycle.layout import Assembly
 from moeconv.upcycle.methods import METHODS, check_reads
 from moeconv.upcycle.siblings import Sibling, bytes_of, check_siblings, open_siblings
@@ -53,13 +54,13 @@ from moeconv.upcycle.split import (
 )
 from moeconv.upcycle.widths import check_widths
 
-_LATER = ("text_only", "ffn_only")  # flags that are newer than the ids of plans
+_LATER = ("text_only", "ffn_only", *NEWER)  # flags that are newer than the ids of plans
 _NEGLIGIBLE = 0.03  # share of the active parameters that is not worth a warning
 
 
 def plan_upcycle(
     model: Model, *, siblings: Sequence[Sibling] = (), overlay: SafetensorsFile | None = None,
-    partition: Partition | None = None, **parameters: object,
+    partition: Partition | None = None, copies: Copies | None = None, **parameters: object,
 ) -> Plan:  # fmt: skip
     """Plan the conversion of a dense model, or the duplication of the experts of one that has some. The parameters are
     the fields of UpcycleOptions and PlanOptions.
@@ -67,22 +68,28 @@ def plan_upcycle(
     `siblings` are the opened checkpoints of `experts_from`, which are opened here when only their paths are given. Run
     such a plan with `execute(origins=origins_of(siblings))`. `overlay` has the measured rows of `router`, and is then
     the origin "overlay" of the plan; `partition` was measured for split, and its `file` is the origin "partition".
-    Without them the plan has its final sizes, but it cannot be run.
+    Without them the plan has its final sizes, but it cannot be run. `copies` are the numbers of copies of each expert
+    with keep_top_k (see upcycle/kept_top_k.py).
 
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = from_keywords(UpcycleOptions, parameters), from_keywords(PlanOptions, parameters)
-    return upcycle_plan(model, options, common, siblings=siblings, overlay=overlay, partition=partition)
+    return upcycle_plan(
+        model, options, common, siblings=siblings, overlay=overlay, partition=partition, copies=copies
+    )  # fmt: skip
 
 
 def upcycle_plan(
     model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Sibling] = (),
-    overlay: SafetensorsFile | None = None, partition: Partition | None = None,
+    overlay: SafetensorsFile | None = None, partition: Partition | None = None, copies: Copies | None = None,
 ) -> Plan:  # fmt: skip
     """`plan_upcycle` with the parameters as option groups."""
+    check_extends(model, options)
     check_reads(options)
     if model.family.kind == "moe" and options.to in (None, model.family.model_type) and not options.text_only:
+        if options.keep_top_k:
+            return plan_kept_top_k(model, options, common, copies)
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:

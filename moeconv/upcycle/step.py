@@ -22,6 +22,8 @@ from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, run_plan
 from moeconv.types import JsonObject
 from moeconv.upcycle.check.step import NOT_CHECKED, check_source, equivalence
+from moeconv.upcycle.extend import extend
+from moeconv.upcycle.kept_top_k import check_extends
 from moeconv.upcycle.methods import METHODS, partitioning, which
 from moeconv.upcycle.relatedness import check_related
 from moeconv.upcycle.siblings import open_siblings
@@ -35,6 +37,9 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
 
     options, out, write = request.upcycle, request.out, request.write
     model = open_resolved(request.source)
+    check_extends(model, options)
+    if options.keep_top_k:
+        return extend(model, request, meter=meter)
     siblings = open_siblings(model, options.experts_from, ffn_only=options.ffn_only)
     splits = METHODS[options.method].partition
     if splits and options.router != "random":

@@ -107,6 +107,7 @@ MAY_KNOW: dict[str, set[str]] = {
 MEASURING: dict[str, set[str]] = {
     "upcycle.step": STEP,
     "upcycle.check": STEP | {"verify"},
+    "upcycle.extend": STEP | {"evaluate"},
     "upcycle.measured_split": MEASURE | {"requests"},
     "upcycle.router": MEASURE,
     "upcycle.partition": MEASURE,

@@ -128,6 +128,15 @@ def test_how_many_experts_an_upcycle_makes(models, cli, tmp_path):
     assert "most runtimes serve" in STATED["upcycle", "to"] and STATED["upcycle", "shared_experts"] == "none"
 
 
+def test_how_much_copies_compete(tmp_path):
+    from moeconv.upcycle.planner import plan_upcycle
+
+    half, one = re.fullmatch(r"([\d.]+); (\d) for top-1", STATED["upcycle", "copy_scale"]).groups()
+    for top_k, scale in ((2, float(half)), (1, float(one))):
+        model = open_model(make_moe(tmp_path / str(top_k), top_k=top_k))
+        assert plan_upcycle(model, keep_top_k=True).block["copy_scale"] == scale
+
+
 def test_what_a_prune_and_a_quantize_decide_alone(models, cli, tmp_path):
     from moeconv.prune.choice import resolve_criterion
     from moeconv.quantize.formats import FORMATS, choose_scheme
@@ -199,7 +208,8 @@ def test_no_stated_default_is_left_out():
     """A new one needs a test above, or stands here because it says "off" or "no limit", as None does."""
     covered = {
         ("measure", "tokens"), ("measure", "seq_len"), ("upcycle", "experts"), ("upcycle", "top_k"), ("upcycle", "to"),
-        ("upcycle", "granularity"), ("upcycle", "shared_experts"), ("prune", "criterion"), ("quantize", "scheme"),
+        ("upcycle", "granularity"), ("upcycle", "shared_experts"), ("upcycle", "copy_scale"), ("prune", "criterion"),
+        ("quantize", "scheme"),
         ("plan", "dtype"), ("tune", "look_every"), ("tune", "straight_through"), ("calibrate", "sample_tokens"),
         ("write", "jobs"), ("report", "prompts"),
     }  # fmt: skip

@@ -25,7 +25,8 @@ PRUNE: dict[str, object] = {
     "merge": True, "distill": 2, "top_k": 1, "curve": True, "protect_coverage": 0.5, "protect": "*:0,*:1,*:2",
 }  # fmt: skip
 UPCYCLE: dict[str, object] = {
-    "experts": 4, "top_k": 1, "method": "drop", "experts_from": "{model}", "ffn_only": True, "to": "qwen2_moe",
+    "experts": 4, "top_k": 1, "keep_top_k": True, "copy_scale": 0.25,
+    "method": "drop", "experts_from": "{model}", "ffn_only": True, "to": "qwen2_moe",
     "text_only": True, "layers": "0", "granularity": 2, "shared_experts": "full", "router": "hidden",
     "router_std": 0.1, "drop_ratio": 0.25, "noise_scale": 0.1, "noise_fraction": 0.25, "clustering": "random",
     "stats": "{file}",

@@ -42,6 +42,7 @@ _WHERE = {
     "pack_nvfp4": "moeconv.plan.kernels.compressed:pack_nvfp4_kernel",
     "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
     "pick_neurons": "moeconv.plan.kernels.neurons:pick_neurons",
+    "copied_rows": "moeconv.plan.kernels.router_rows:copied_rows",
     "gguf": "moeconv.plan.kernels.ggml:gguf_kernel",
     "from_gguf": "moeconv.plan.kernels.ggml:from_gguf_kernel",
 }

@@ -16,7 +16,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -38,6 +39,17 @@ if TYPE_CHECKING:
     from moeconv.stream.layers import LayerStream
 
 
+Choices = dict[int, tuple["Tensor", "Tensor"]]  # layer -> the chosen experts and their weights, [T, k]
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """The choices of the source, to be computed by copies: expert e of a layer has copies[layer][e] adjacent copies."""
+
+    choices: Choices
+    copies: Mapping[str, Sequence[int]]
+
+
 class SourceError(InputError):
     """The source itself does not run, so that nothing can be compared with it."""
 
@@ -45,7 +57,15 @@ class SourceError(InputError):
 class Logits(Protocol):
     """Logits [2, S, vocabulary] of a model on the tokens of the comparison."""
 
-    def __call__(self, model: Model, *, all_on: bool = False, forced: Forced | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        model: Model,
+        *,
+        all_on: bool = False,
+        forced: Forced | None = None,
+        replayed: Replayed | None = None,
+        record: Choices | None = None,
+    ) -> Tensor: ...
 
 
 def equivalence(
@@ -113,16 +133,18 @@ def _compare(
     )
     ids = generator((seed, "equivalence")).integers(0, vocabulary, (2, length), dtype=np.int64)
     logits = partial(_logits, ids=ids, dtype=dtype)
+    choices: Choices = {}
     with _of_source():
-        expected = logits(source)
+        expected = logits(source, record=choices)
     result: JsonObject = {**_difference(expected, logits(staged))}
     everything = None
-    if _can_switch(staged):
+    # more experts with the same top-k: with all on, some would count more often than others
+    if _can_switch(staged) and not (source.family.kind == "moe" and source.top_k == staged.top_k):
         # where the source is a Mixture-of-Experts too, all of its experts are on as well
         dense = logits(source, all_on=True) if _can_switch(source) else expected
         everything = _difference(dense, logits(staged, all_on=True))
     if against is not None:
-        result["counterpart"] = _against(original, staged, against, expected, logits)
+        result["counterpart"] = _against(original, staged, against, expected, logits, choices)
     problem = streamed_problem(staged)
     if problem is not None:
         with _of_source():
@@ -174,10 +196,12 @@ def _of_source() -> Iterator[None]:
 
 
 def _logits(
-    model: Model, *, ids: np.ndarray, dtype: torch.dtype, all_on: bool = False, forced: Forced | None = None
-) -> Tensor:
+    model: Model, *, ids: np.ndarray, dtype: torch.dtype, all_on: bool = False, forced: Forced | None = None,
+    replayed: Replayed | None = None, record: Choices | None = None,
+) -> Tensor:  # fmt: skip
     """Logits [2, S, vocabulary] for `ids` int64 [2, S]. With `forced`, every layer computes the pieces of one copy
-    instead of the experts that its router chooses."""
+    instead of the experts that its router chooses, and with `replayed` copies of those that the source chose. `record`
+    gets what the router chooses."""
     import torch
 
     from moeconv.stream.layers import LayerStream
@@ -187,7 +211,11 @@ def _logits(
     for layer in stream.layers():
         if forced and layer.experts is not None:
             layer.experts.register_forward_pre_hook(_forcing(forced, layer.index), with_kwargs=True)
+        if replayed and layer.experts is not None and layer.index in replayed.choices:
+            layer.experts.register_forward_pre_hook(_replaying(replayed, layer.index), with_kwargs=True)
         for batch in layer.batches():
+            if record is not None and batch.top_k_index is not None and batch.top_k_weights is not None:
+                record[layer.index] = batch.top_k_index, batch.top_k_weights
             if batch.top_k_index is not None and batch.top_k_index.shape[-1] != wanted:
                 raise InputError(f"layer {layer.index} routes to {batch.top_k_index.shape[-1]} experts, not {wanted}")
     result = torch.cat([part for _, part in stream.logits(batch_size=2)])
@@ -213,7 +241,30 @@ def _forcing(forced: Forced, layer: int) -> Callable[[nn.Module, tuple[Tensor, .
     return force
 
 
-def _against(source: Model, staged: Model, against: JsonObject, expected: Tensor, logits: Logits) -> Counterpart:
+def _replaying(
+    replayed: Replayed, layer: int
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], _HookResult]:
+    """A hook that makes a stock experts module compute the source's choice, where tokens take turns among the copies of
+    an expert."""
+    import torch
+
+    chosen, given_weights = replayed.choices[layer]
+    count = torch.tensor(replayed.copies[str(layer)])
+    first = count.cumsum(0) - count
+
+    def replay(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> _HookResult:
+        given = [*args, *kwargs.values()]
+        hidden, index, weights = given[:3]
+        old = chosen.to(count.device)
+        copy = torch.arange(len(old))[:, None] % count[old]
+        return (hidden, (first[old] + copy).to(index), given_weights.to(weights), *given[3:]), {}
+
+    return replay
+
+
+def _against(
+    source: Model, staged: Model, against: JsonObject, expected: Tensor, logits: Logits, choices: Choices
+) -> Counterpart:
     """The exact counterpart, made in memory, against the source's logits and the staged model's tensors."""
     from moeconv.upcycle.check.counterpart import first_difference, make_counterpart
 
@@ -222,7 +273,11 @@ def _against(source: Model, staged: Model, against: JsonObject, expected: Tensor
         made = make_counterpart(
             source, staged, exact, Path(folder), siblings=against["siblings"], partition=against["partition"]
         )
-        figures = _difference(expected, logits(made.run, forced=exact.forced))
+        replayed = None if exact.copies is None or staged.weighs_inputs else Replayed(choices, exact.copies)
+        found = expected if exact.copies is not None and replayed is None else logits(
+            made.run, forced=exact.forced, replayed=replayed
+        )  # fmt: skip
+        figures = _difference(expected, found)
         return {**figures, "difference": first_difference(made, staged, exact)}
 
 

@@ -50,7 +50,8 @@ def make_counterpart(
     origins: dict[str, ByteSource] = {"source": source.checkpoint}
     if measured is not None:
         origins[PARTITION] = measured.file
-    plan = plan_upcycle(source, partition=measured, **exact.parameters)
+    copies = None if exact.copies is None else {int(layer): of for layer, of in exact.copies.items()}
+    plan = plan_upcycle(source, partition=measured, copies=copies, **exact.parameters)
     config = dict(staged.checkpoint.config)
     for key in {*plan.config, *exact.config}:
         if plan.config.get(key) != exact.config.get(key):
@@ -60,7 +61,7 @@ def make_counterpart(
     (folder / "config.json").write_text(json.dumps(config))
     run = planned_model(plan, companions=folder, origins=origins)
     if not exact.siblings:
-        return CounterpartModels(run, run)
+        return CounterpartModels(run if copies is None else staged, run)
     opened = open_siblings(source, siblings, ffn_only=exact.parameters.get("ffn_only", False))
     other = plan_upcycle(source, siblings=opened, **exact.parameters)
     return CounterpartModels(run, planned_model(other, companions=folder, origins=origins | origins_of(opened)))

@@ -1,0 +1,124 @@
+"""More experts for a Mixture-of-Experts: measure the utility of its experts, write the result, and measure its loss."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moeconv.checkpoint.staging import Measured
+from moeconv.contract import Extended
+from moeconv.errors import UsageError
+from moeconv.families.model import Model
+from moeconv.options import parameters_of
+from moeconv.plan.meter import Meter
+from moeconv.plan.plan import Plan
+from moeconv.requests import UpcycleRequest
+from moeconv.runner.run import check_out, measuring, run_plan
+from moeconv.types import JsonObject
+from moeconv.upcycle.check.step import NOT_CHECKED, check_source, equivalence
+from moeconv.upcycle.kept_top_k import Copies, by_utility, new_of, number_of_experts
+
+if TYPE_CHECKING:
+    from moeconv.calibrate.artifact import Statistics
+
+_STATISTICS = "statistics.safetensors"
+
+
+def extend(model: Model, request: UpcycleRequest, *, meter: Meter) -> JsonObject:
+    """Write the model with more experts and the same top-k. Copies go to the experts that `--stats` or `--data` show to
+    be useful; on `--data`, the losses of both models are measured."""
+    from moeconv.upcycle.planner import upcycle_plan
+
+    options, out, write, data = request.upcycle, request.out, request.write, request.data.data
+    experts = number_of_experts(model, options)
+    if write.part and data:
+        raise UsageError("--part cannot measure on --data", hint="Pass --stats instead.")
+    with ExitStack() as stack:
+        measured: Measured | None = None
+        copies: Copies | None = None
+        if options.stats or data:
+            copies = dict.fromkeys(model.moe_layers, by_utility(model, experts, [1.0] * model.num_experts))
+        if not write.dry_run and (options.stats or data):
+            check_out(out, model, write)
+            decides = (options, request.plan, request.data, request.measure, request.calibrate)
+            measured = stack.enter_context(measuring("upcycle", model, out, write, *decides, meter=meter))
+            copies = _copies(model, experts, _statistics(model, request, measured, meter=meter))
+        plan = upcycle_plan(model, options, request.plan, copies=copies)
+        if not (write.dry_run or write.no_check or write.part):
+            check_out(out, model, write)
+            check_source(model, plan)
+
+        def check(staged: Path) -> JsonObject:
+            found: JsonObject = {} if write.no_check else equivalence(model, staged, plan)
+            return found | ({"measured": _losses(model, staged, plan, request, meter=meter)} if data else {})
+
+        result = run_plan(
+            plan, model, out, replace(write, no_check=write.no_check and not data), meter=meter, check=check,
+            measured=measured,
+        )  # fmt: skip
+    result["upcycle"].setdefault("equivalence", dict(NOT_CHECKED))
+    return result
+
+
+def _statistics(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Statistics:
+    """The statistics of --stats, or those of --data."""
+    from moeconv.calibrate.artifact import load_statistics
+    from moeconv.calibrate.run import calibrate
+
+    path = request.upcycle.stats
+    if path is None:
+        asked = parameters_of(request.calibrate, request.data, request.measure)
+
+        def measure(folder: Path) -> None:
+            calibrate(
+                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, overwrite=True, meter=meter,
+                **asked,
+            )  # fmt: skip
+
+        path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
+    statistics = load_statistics(path)
+    statistics.check_belongs(model, twin=request.statistics.stats_of_twin)
+    return statistics
+
+
+def _copies(model: Model, experts: int, statistics: Statistics) -> dict[int, list[int]]:
+    """The copies of every measured layer, by the saliency of REAP: the sum of g ||f|| over the tokens of an expert."""
+    measured = (*model.moe_layers, *(at for at in model.mtp_layers if at in statistics.prediction_layers))
+    return {
+        layer: by_utility(
+            model, experts, np.asarray(statistics.layer(layer, "gate_norm_sum"), np.float64).sum(0).tolist()
+        )
+        for layer in measured
+    }
+
+
+def _losses(model: Model, staged: Path, plan: Plan, request: UpcycleRequest, *, meter: Meter) -> Extended:
+    """The losses of the staged model and of the source on --data, and how often new experts are chosen."""
+    from moeconv.evaluate.run import evaluate
+
+    measure = request.measure
+    found = evaluate(
+        staged, reference=model.checkpoint.path, data=request.data.data, tokens=measure.tokens,
+        seq_len=measure.seq_len, batch_size=measure.batch_size, device=measure.device, seed=request.plan.seed,
+        text_field=measure.text_field, max_memory=measure.max_memory, meter=meter,
+    )  # fmt: skip
+    new = {int(layer): new_of(counts) for layer, counts in plan.block["copies_of"].items()}
+    shares = [float(np.asarray(at["load"])[new[at["layer"]]].sum()) for at in found["layers"]]
+    reference = found["reference"]
+    before, loss = None if reference is None else reference["loss"], found["loss"]
+    return {
+        "loss": loss,
+        "reference_loss": before,
+        "loss_increase": None if loss is None or before is None else loss - before,
+        "kl": found["kl"],
+        "tokens": found["tokens"],
+        "sources": [
+            {"name": s["name"], "loss": s["loss"], "reference_loss": s.get("reference_loss")} for s in found["sources"]
+        ],
+        "new_share": float(np.mean(shares)) if shares else 0.0,
+        "layers": [round(share, 6) for share in shares],
+    }

@@ -31,8 +31,9 @@ from moeconv.families.model import Model, open_model
 from moeconv.options import DataOptions, MeasureOptions
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.repair.heal import Heal
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.quantize.gptq.groups import role_of
 from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize

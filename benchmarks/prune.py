@@ -33,8 +33,9 @@ from moeconv.inspect.run import inspect
 from moeconv.plan.meter import SilentMeter
 from moeconv.prune.choice import choose
 from moeconv.prune.criteria import CRITERIA, Evidence
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.prune.scores import score_variants, total
 from moeconv.recipe.run import run_step
 from moeconv.stream.layers import LayerStream

@@ -1,7 +1,9 @@
-"""The state from which an interrupted calibration resumes: the activations at a layer boundary, and the fields so far.
+"""The state from which an interrupted pass over a model resumes: the activations at a layer boundary, and the fields
+so far.
 
-It is kept in a hidden directory beside the statistics file, and its size is that of one layer's activations. These are
-the exact bytes of the stream, so that the result is the same, bit for bit, as that of an uninterrupted run.
+It is kept in a hidden directory beside the file that the pass writes, and its size is that of one layer's activations.
+These are the exact bytes of the stream, so that the result is the same, bit for bit, as that of an uninterrupted
+run.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,12 +54,16 @@ def run_key(stream: LayerStream, read: TokenData, **settings: int) -> str:
 
 
 class SavedProgress:
-    """Saves the state of a calibration, at most every `every` seconds (0: at every layer, None: never). Each process
-    saves its own share of the windows."""
+    """Saves the state of a pass over a model, at most every `every` seconds (0: at every layer, None: never). Each
+    process saves its own share of the windows: the activations of the stream and those `beside` them. A boundary can be
+    resumed only if `whole` says of each MoE layer before it that all other results of that layer are there."""
 
-    def __init__(self, stats: Path, *, key: str, every: float | None, meter: Meter) -> None:
-        self.folder = stats.absolute().with_name(f".{stats.name}.moeconv-state")
-        self._key, self._every, self._meter = key, every, meter
+    def __init__(
+        self, target: Path, *, key: str, every: float | None, meter: Meter, whole: Callable[[int], bool] | None = None
+    ) -> None:
+        self.folder = target.absolute().with_name(f".{target.name}.moeconv-state")
+        self.beside: list[torch.Tensor] = []
+        self._key, self._every, self._meter, self._whole = key, every, meter, whole or (lambda _layer: True)
         self._saved_at, self._cost, self._written = time.monotonic(), 0.0, set[int]()
 
     def resume(self, stream: LayerStream) -> Fields:
@@ -74,7 +80,8 @@ class SavedProgress:
         if not boundary:
             return {}
         with open(self._activations(boundary), "rb") as file:
-            file.readinto(_bytes_of(stream.hidden))
+            for view in self._views(stream):
+                file.readinto(view)
         stream.skip_to(boundary)
         fields = self._fields(boundary) if world.leads else {}
         self._written = set(fields)
@@ -116,6 +123,9 @@ class SavedProgress:
     def _activations(self, boundary: int) -> Path:
         return self.folder / f"hidden-{boundary}.{current().rank}"
 
+    def _views(self, stream: LayerStream) -> list[memoryview]:
+        return [_bytes_of(flow) for flow in (stream.hidden, *self.beside)]
+
     def _read(self, name: str) -> bytes | None:
         with suppress(OSError):
             return (self.folder / name).read_bytes()
@@ -125,12 +135,13 @@ class SavedProgress:
         """The last boundary for which every process has complete activations, and the first process all fields; or
         0."""
         layers = stream.model.num_layers
-        here = torch.zeros(layers + 1, dtype=torch.int64)
+        here, size = torch.zeros(layers + 1, dtype=torch.int64), sum(view.nbytes for view in self._views(stream))
         for boundary in range(1, layers + 1):
             with suppress(OSError):
-                here[boundary] = self._activations(boundary).stat().st_size == _bytes_of(stream.hidden).nbytes
+                here[boundary] = self._activations(boundary).stat().st_size == size
         if current().leads:
-            done = {int(m[1]) for m in map(_FIELDS.fullmatch, os.listdir(self.folder)) if m}
+            found = (int(m[1]) for m in map(_FIELDS.fullmatch, os.listdir(self.folder)) if m)
+            done = {layer for layer in found if self._whole(layer)}
             for boundary in range(1, layers + 1):
                 here[boundary] *= all(layer in done for layer in stream.model.moe_layers if layer < boundary)
         both = (summed(here) == current().size).nonzero().flatten().tolist()
@@ -153,10 +164,10 @@ class SavedProgress:
                 self._written.add(layer)
         target = self._activations(passed)
         temporary = target.with_name(f"{target.name}.tmp")
-        view = _bytes_of(stream.hidden)
         with open(temporary, "wb") as file:
-            for start in range(0, len(view), _BLOCK):
-                file.write(view[start : start + _BLOCK])
+            for view in self._views(stream):
+                for start in range(0, len(view), _BLOCK):
+                    file.write(view[start : start + _BLOCK])
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

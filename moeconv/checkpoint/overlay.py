@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from moeconv.checkpoint.header import TensorRef
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.writer import ShardWriter, output_errors, sync_directory
-from moeconv.errors import InputError, OutputError, escape
+from moeconv.errors import InputError, MoeconvError, OutputError, escape
 from moeconv.types import JsonObject
 
 Layout = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
@@ -82,12 +82,33 @@ class OverlayWriter:
         """Write all bytes of a tensor."""
         key = self._key.pop(name)
         if key not in self._open:
-            path = self._folder / f"{self._number[key]:05d}.safetensors"
-            self._open[key] = ShardWriter(path, self._layouts.pop(key), metadata=self._metadata)
+            self._open[key] = ShardWriter(self._path(key), self._layouts.pop(key), metadata=self._metadata)
         self._open[key].write(name, data)
         self._missing[key] -= 1
         if not self._missing[key]:
             self._open.pop(key).finish()
+
+    def keep(self, keys: Collection[Hashable]) -> None:
+        """Take the complete files of these keys from an interrupted run, and remove all others that it left."""
+        for key in keys:
+            for name, _, _ in self._layouts.pop(key):
+                del self._key[name]
+        names = {self._path(key).name for key in keys}
+        for entry in os.scandir(self._folder):
+            if entry.name not in names:
+                os.unlink(entry.path)
+
+    def complete(self, key: Hashable) -> bool:
+        """Whether the file of a key, which has tensors, is there with all of them."""
+        if key not in self._layouts:
+            return False
+        with contextlib.suppress(OSError, MoeconvError):
+            found = SafetensorsFile(self._path(key)).tensors
+            return all(n in found and found[n].shape == shape for n, _, shape in self._layouts[key])
+        return False
+
+    def _path(self, key: Hashable) -> Path:
+        return self._folder / f"{self._number[key]:05d}.safetensors"
 
     def finish(self) -> None:
         if self._key:
@@ -101,11 +122,13 @@ class OverlayWriter:
 
 @contextmanager
 def writing_overlay(
-    path: Path, tensors: Iterable[tuple[Hashable, Layout]], *, metadata: Mapping[str, str], overwrite: bool = False
-) -> Iterator[OverlayWriter]:
+    path: Path, tensors: Iterable[tuple[Hashable, Layout]], *, metadata: Mapping[str, str], overwrite: bool = False,
+    resumes: bool = False,
+) -> Iterator[OverlayWriter]:  # fmt: skip
     """A context manager with an OverlayWriter for `tensors`, which are (layer, layout) of each tensor.
 
-    The directory is moved to `path` when the block ends without an exception. Raises OutputError if `path` exists and
+    The directory is moved to `path` when the block ends without an exception. With `resumes`, it is otherwise left for
+    the next call, which takes what `OverlayWriter.keep` names. Raises OutputError if `path` exists and
     `overwrite` is false.
     """
     if path.exists() and not overwrite:
@@ -113,9 +136,9 @@ def writing_overlay(
     layouts: dict[Hashable, list[Layout]] = {}
     for layer, layout in tensors:
         layouts.setdefault(layer, []).append(layout)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.begun" if resumes else f".{path.name}.{os.getpid()}.tmp")
     with output_errors(path):
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=resumes)
     writer = OverlayWriter(temporary, layouts, metadata)
     try:
         yield writer
@@ -129,6 +152,6 @@ def writing_overlay(
         sync_directory(path.parent)
     except BaseException:
         writer.close()
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary)
+        if not resumes:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise

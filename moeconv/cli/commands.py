@@ -125,7 +125,7 @@ VERBS: tuple[Verb, ...] = (
          tables.written, distributed=True),
     Verb("prune", "Remove redundant experts.",
          (MODEL, Positional("out", "Directory to write; it must not exist yet (with --curve: a .json or plot file).",
-                            required=False, writes=True)), r.PruneRequest, _step, tables.pruned),
+                            required=False, writes=True)), r.PruneRequest, _step, tables.pruned, distributed=True),
     Verb("quantize", "Quantize the experts to 8 bits or fewer.", (MODEL, OUT), r.QuantizeRequest, _step,
          tables.written, distributed=True),
     Verb("import", "Turn a GGUF file into a transformers checkpoint.",

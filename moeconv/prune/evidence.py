@@ -20,11 +20,13 @@ from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prune import choice
 from moeconv.prune.criteria import CRITERIA, OF_WEIGHTS, Evidence
 from moeconv.requests import PruneRequest
+from moeconv.world import announce
 
 if TYPE_CHECKING:
     from moeconv.calibrate.artifact import Statistics
 
 _STATISTICS, _ARRAYS = "statistics.safetensors", "arrays.npz"
+CALIBRATE = "calibrate"  # the work that several processes share
 HELD_OUT_EVERY = 4  # every fourth window of --data is held out, and measures what was decided on the others
 
 
@@ -36,21 +38,27 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
     if left == model.num_experts:  # only top-k changes, so that no expert is chosen
         return Evidence(rule=rule_of(model), num_experts=model.num_experts)
     if data and path is None and (CRITERIA[str(options.criterion)].needs.data or options.merge or covers(options)):
-        from moeconv.calibrate.run import calibrate
-
-        measures_loss = options.max_loss_increase is not None or options.curve or options.top_k is not None
-        measures_loss = measures_loss or options.mix is not None
-        judge_every = HELD_OUT_EVERY if measures_loss else None
-        asked = parameters_of(request.data, request.measure, request.calibrate)
 
         def measure(folder: Path) -> None:
-            calibrate(
-                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, judge_every=judge_every,
-                overwrite=True, meter=meter, **asked,
-            )  # fmt: skip
+            announce(CALIBRATE, request, folder)
+            calibrated(model, request, folder, meter=meter)
 
         path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
     return evidence_of(model, path, request, measured=measured, meter=meter)
+
+
+def calibrated(model: Model, request: PruneRequest, folder: Path, *, meter: Meter) -> None:
+    """Calibrate the model on --data, into a file in `folder`. Processes that share a command all call it."""
+    from moeconv.calibrate.run import calibrate
+
+    options = request.prune
+    measures_loss = options.max_loss_increase is not None or options.curve or options.top_k is not None
+    measures_loss = measures_loss or options.mix is not None
+    calibrate(
+        str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed,
+        judge_every=HELD_OUT_EVERY if measures_loss else None, overwrite=True, meter=meter,
+        **parameters_of(request.data, request.measure, request.calibrate),
+    )  # fmt: skip
 
 
 def covers(options: PruneOptions) -> bool:

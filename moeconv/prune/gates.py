@@ -57,7 +57,7 @@ class KeepScorer:
     ) -> list[Score]:
         """One Score per set of kept experts, over all data sources. `widths` are the neurons that the experts of each
         set keep; None: all."""
-        from moeconv.prune.repair.pruned import Variant
+        from moeconv.prune.repair.variant import Variant
         from moeconv.prune.scores import score_variants, total
 
         refitted = max((len(kept) for keep in keeps for kept in keep.values()), default=0) if self.options.refit else 0

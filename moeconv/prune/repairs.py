@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +26,14 @@ from moeconv.prune.width import ORIGIN
 from moeconv.prune.windows import heal_of, read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
 from moeconv.types import Config
+from moeconv.world import first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moeconv.data.windows import TokenData
     from moeconv.stream.layer import Layer
+    from moeconv.stream.share import Share
 
 REPAIRS = ("refit", "sequential", "heal", "merge", "distill")
 
@@ -51,12 +54,15 @@ def repaired(
     """Run the model once more, so that each layer gets the outputs of the pruned layers before it. The experts are
     chosen on these (--sequential), lose neurons (--width), and are refitted to the residual stream of the unpruned
     model (--refit)."""
+    from moeconv.calibrate.state import EVERY
     from moeconv.prune.repair.healed import write_healed
-    from moeconv.prune.repair.pruned import Variant, pruned_pass
+    from moeconv.prune.repair.progress import PassProgress
+    from moeconv.prune.repair.pruned import pruned_pass
     from moeconv.prune.repair.run import repair
+    from moeconv.prune.repair.variant import Variant
 
     options, decision = request.prune, before.decision
-    read = read_windows(model, request)
+    read = first(lambda: read_windows(model, request))
     meter.note(
         "healing layer by layer" if options.heal
         else "refitting the experts" if options.refit
@@ -67,11 +73,11 @@ def repaired(
     width, narrow = decision.width, None if decision.width is None else Narrow(model, decision.width.after)
     stream = stream_of(
         model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed,
-        narrowed=decision.left if width else 0,
+        narrowed=decision.left if width else 0, share=True,
     )  # fmt: skip
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
-        choose=_chooser(model, evidence, request, decision.left, read) if options.sequential else None,
+        choose=_chooser(model, evidence, request, decision.left, read, stream.share) if options.sequential else None,
         refit=refit_of(options) if options.refit else None,
         width=None if width is None else width.after,
         top_k=options.top_k,
@@ -80,7 +86,10 @@ def repaired(
     overlays, figures = dict(before.overlays), dict(before.figures)
     if options.heal:
         path, settings = folder / "heal", {"method": "heal", "steps": options.heal, "refit": options.refit}
-        write_healed(stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow)
+        write_healed(
+            stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow, meter=meter,
+            save_every=EVERY,
+        )  # fmt: skip
         overlays["heal"] = Overlay(path)
         figures["heal"] = {"steps": options.heal, "layers": [asdict(row) for row in variant.healed]}
         if options.refit:
@@ -90,18 +99,30 @@ def repaired(
         path, settings = folder / word, {"method": word}
         if options.refit:
             settings |= {"strength": options.refit_strength, "sweeps": options.refit_sweeps}
-        repair(stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow)
+        repair(
+            stream, read, variant, path, left=decision.left, settings=settings, narrow=narrow, meter=meter,
+            save_every=EVERY,
+        )  # fmt: skip
         overlays[word] = Overlay(path)
         if options.refit:
             figures["refit"] = {"layers": [asdict(f) for f in variant.fitted]}
     else:
-        pruned_pass(stream, [variant])
+        pruned_pass(
+            stream, [variant], progress=PassProgress(folder / "sequential", stream, read, meter=meter, every=EVERY)
+        )
     decision = with_keep(decision, {layer: sorted(kept) for layer, kept in variant.keep.items()})
     if narrow is not None:
         chosen = {layer: neurons.cpu().numpy() for layer, neurons in variant.neurons.items()}
         overlays |= neurons_of(narrow, decision, folder, chosen=chosen)
         figures["width"] = {"layers": [asdict(row) for row in variant.narrowed]}
     return Repaired(decision, overlays, figures)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what an interrupted run left in `folder`, except the state from which a pass resumes."""
+    for entry in os.scandir(folder):
+        if not entry.name.endswith((".begun", ".moeconv-state")):
+            shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
 
 
 def neurons_of(
@@ -147,7 +168,7 @@ class _Fields:
 
 
 def _chooser(
-    model: Model, evidence: Evidence, request: PruneRequest, left: int, read: TokenData
+    model: Model, evidence: Evidence, request: PruneRequest, left: int, read: TokenData, share: Share
 ) -> Callable[[Layer, Tensor], list[int]]:
     """A function that measures the statistics of a layer on the outputs of the pruned layers before it, and returns the
     experts that the criterion keeps."""
@@ -165,15 +186,16 @@ def _chooser(
         fields = layer_statistics(
             layer, source=torch.from_numpy(read.source), num_sources=len(read.sources), num_experts=model.num_experts,
             seed=request.plan.seed, sample_tokens=sample, rule=evidence.rule,
-            hidden=hidden,
+            hidden=hidden, mine=share.mine,
         )  # fmt: skip
         here = replace(evidence, statistics=_Fields(fields), samples={})
         chosen = CRITERIA[str(options.criterion)]
         protected = choice.protected_experts(_OneLayer(model, layer.index), options, here)  # type: ignore[arg-type]
         order = chosen.order(here, layer.index, protected[layer.index])
-        return choice.choose(
+        kept = choice.choose(
             model, {layer.index: order}, left, evidence=here, criterion=chosen.name, protected=protected
         )[layer.index]
+        return first(lambda: list(kept))
 
     return choose
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from moeconv.evaluate.score import Score, score_window
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layers import LayerStream
 
 

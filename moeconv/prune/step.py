@@ -10,23 +10,25 @@ from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
 from moeconv.families.neurons import Narrow
-from moeconv.options import PruneOptions
+from moeconv.options import PruneOptions, flag_of
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, mix, planner, width
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.curve import curve
 from moeconv.prune.decision import Decision, decide
-from moeconv.prune.evidence import covers, evidence_of, gathered, with_criterion
+from moeconv.prune.evidence import CALIBRATE, calibrated, covers, evidence_of, gathered, with_criterion
 from moeconv.prune.gates import cost, smallest
 from moeconv.prune.need import pruned_workload
 from moeconv.prune.points import points_of
-from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, neurons_of, remarks_on, repaired
+from moeconv.prune.repairs import REPAIRS, Repaired, distilled, merged, neurons_of, remarks_on, remove_stale, repaired
 from moeconv.requests import PruneRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
 from moeconv.stream.need import need_of
 from moeconv.types import Config, JsonObject
+from moeconv.world import announce, check_alone, current, follow
 
 RunPlan = Callable[..., JsonObject]  # with the parameters of run_plan
+_REPAIR = "repair"
 
 
 def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> JsonObject:
@@ -38,6 +40,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     request = replace(request, prune=replace(request.prune, criterion=criterion))
     _check_data(request)
     if request.prune.curve:
+        check_alone("prune --curve", hint="Run it without torchrun.")
         return dict(curve(model, request, named=named, meter=meter))
     out, write = request.out, request.write
     if out is None:
@@ -51,6 +54,13 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     check_out(out, model, write)
     if write.dry_run:
         return _dry_run(model, request, out, left=left, named=named, meter=meter)
+    _check_processes(request)
+    if not current().leads:
+        follow({
+            CALIBRATE: lambda asked, folder: calibrated(model, asked, folder, meter=meter),
+            _REPAIR: lambda asked, found, before, folder: repaired(model, found, asked, before, folder, meter=meter),
+        })  # fmt: skip
+        return {"command": "prune", "output": out, "prune": {}}
     decides = (request.prune, request.plan, request.data, request.measure, request.calibrate)
     with measuring("prune", model, out, write, *decides, meter=meter) as measured:
         evidence = gathered(model, request, measured, left=left, meter=meter)
@@ -63,13 +73,14 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
         if _text_options(options) or _measures_top_k(request) or width.asks_width(options):
             asked, begun = request, decision
             folder, found = measured.once(
-                "decision", lambda folder: _measured(model, evidence, asked, begun, folder, meter=meter)
+                "decision", lambda folder: _measured(model, evidence, asked, begun, folder, meter=meter), resumes=True
             )
             made = _Stored.read(folder, found)
         if made.keep is not None:
             size = mix.width_of(model, options, request.plan, made.width) if decision is None else decision.width
             decision = decide(model, options, evidence, left=left, seed=request.plan.seed, keep=made.keep)
             decision = replace(decision, width=size)
+        announce(None)
         assert decision is not None
         decision = replace(decision, groups=made.groups)
         plan = planner.prune_plan(
@@ -104,6 +115,17 @@ def _dry_run(
         planned = planned_memory(need_of(model, asked), asked, request.measure)
         result |= {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     return result
+
+
+def _check_processes(request: PruneRequest) -> None:
+    """Raises UsageError if several processes were started for a prune that only one can do."""
+    options = request.prune
+    if not request.data.data:
+        check_alone("prune without --data", hint="Run it without torchrun; --part I/N shares the work.")
+    given = [name for name in ("merge", "distill", "max_loss_increase", "mix") if getattr(options, name)]
+    given += [name for name in ("width", "width_ratio", "top_k") if getattr(options, name) is not None]
+    if given:
+        check_alone(f"prune {flag_of(given[0])}", hint="Run it without torchrun.")
 
 
 def _text_options(options: PruneOptions) -> list[str]:
@@ -184,6 +206,7 @@ def _measured(
     """Do everything that needs passes over the model. Returns {keep, groups, overlays {origin: file in `folder`},
     width, extra}; `keep` is None where the experts of `decision` did not change."""
     options, figures = request.prune, JsonObject()
+    remove_stale(folder)
     begun = decision
     if decision is None:
         decision, of_search = _searched(model, evidence, request, meter=meter)
@@ -193,6 +216,7 @@ def _measured(
     made = Repaired(decision, {}, figures)
     size = decision.width
     if options.sequential or options.refit or options.heal or (size is not None and request.data.data):
+        announce(_REPAIR, request, replace(evidence, statistics=None, samples={}), made, folder)
         made = repaired(model, evidence, request, made, folder, meter=meter)
     elif size is not None:
         made = replace(made, overlays=neurons_of(Narrow(model, size.after), decision, folder))

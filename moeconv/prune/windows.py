@@ -11,6 +11,7 @@ from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, PruneOptions, parse
 from moeconv.plan.meter import Meter
 from moeconv.prune.need import pruned_workload
 from moeconv.requests import PruneRequest
+from moeconv.world import World, current, deal
 
 if TYPE_CHECKING:
     from moeconv.data.windows import TokenData
@@ -33,22 +34,28 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
 
 def stream_of(
     model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, healed: int = 0,
-    narrowed: int = 0, variants: int = 1,
+    narrowed: int = 0, variants: int = 1, share: bool = False,
 ) -> LayerStream:  # fmt: skip
     """The stream of the model, beside which the pruned `variants` run, within the memory limit of the user. At most
     `refitted` experts of a layer are refitted at the same time, `healed` are trained, in float32, and `narrowed` lose
-    neurons."""
+    neurons. With `share`, each of several processes has its part of the windows; for healing, a part of every batch.
+    """
     import torch
 
     from moeconv.stream.layers import pick_device, start_meter, stream_within
+    from moeconv.stream.share import Share
 
     start_meter(meter, model, tokens=windows.size)
     workload = pruned_workload(model, refitted=refitted, healed=healed, narrowed=narrowed, variants=variants)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
-    return stream_within(
-        model, windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit, meter=meter,
+    world, size = current() if share else World(), measure.batch_size
+    mine, size = deal(len(windows), batch_size=max(1, size // world.size) if healed else size, world=world)
+    stream = stream_within(
+        model, windows[mine], device=pick_device(measure.device), batch_size=size, budget=limit, meter=meter,
         what="running the pruned model beside the model", dtype=torch.float32 if healed else None, **workload,
     )  # fmt: skip
+    stream.share = Share(torch.from_numpy(mine), len(windows))
+    return stream
 
 
 def refit_of(options: PruneOptions) -> Refit:

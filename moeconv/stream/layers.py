@@ -28,6 +28,7 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.memory import MAPPED, allocate, release_memory
 from moeconv.stream.need import MemoryPlacement, Need, Workload, WorkloadFields, need_of, noted_placement, together
 from moeconv.stream.ragged import Ragged
+from moeconv.stream.share import Share
 from moeconv.stream.skeleton import Skeleton
 from moeconv.stream.stored import ExpertNames, names_of, place
 from moeconv.tensors import decode_weight, plain_name, plain_names
@@ -69,6 +70,7 @@ class LayerStream:
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(model, self.device)
         self.ragged = windows if isinstance(windows, Ragged) else None
+        self.share = Share.whole(0 if isinstance(windows, Ragged) else len(windows))
         self.windows = torch.as_tensor(windows.ids if isinstance(windows, Ragged) else windows, dtype=torch.int64)
         _check_passed_on(model)
         self.skeleton = Skeleton(model, dtype=self.dtype, device=self.device, experts=experts)

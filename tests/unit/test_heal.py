@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from words import add_tokenizer, text
@@ -16,8 +21,9 @@ from moeconv.plan.execute import execute
 from moeconv.prune.planner import plan_prune
 from moeconv.prune.repair.heal import Heal
 from moeconv.prune.repair.healed import write_healed
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, load, save_stock
 
@@ -81,6 +87,55 @@ def test_refit_and_heal_end_closer_to_the_unpruned_model(tmp_path: Path) -> None
     pruned_pass(stream, variants)
     off = [float((v.hidden - stream.hidden).square().mean()) for v in variants]
     assert off[1] < 0.95 * off[0]
+
+
+KILLED = """
+import os, signal, sys, torch
+from moeconv.calibrate import state
+from moeconv.cli.app import run
+torch.set_num_threads(1)
+state.EVERY = 0.0
+keep = state.SavedProgress.save
+def save(self, stream, passed, fields):
+    if self.folder.name == ".heal.moeconv-state" and passed == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    keep(self, stream, passed, fields)
+state.SavedProgress.save = save
+sys.exit(run(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_a_random_layer_and_run_again_the_bytes_are_the_same(tmp_path: Path, cli: Any) -> None:
+    path = make(tmp_path / "model", "qwen3_moe")
+    layers = open_model(path).num_layers
+    (tmp_path / "text").write_text(text(6000, seed=1))
+    words = ["prune", path, tmp_path / "out", "--keep", 4, "--refit", "--heal", 8, "--sequential", "--json"]
+    words += ["--data", tmp_path / "text", "--tokens", 2048, "--seq-len", 32]
+    killed_at = int(np.random.default_rng().integers(2, layers))  # layers passed; one less was saved
+    command = [sys.executable, "-c", KILLED, killed_at, *words]
+    assert subprocess.run([*map(str, command)], check=False).returncode == -9
+    (state,) = (tmp_path / ".out.moeconv").glob("measured-*/decision.begun")
+    assert {".heal.begun", ".heal.moeconv-state"} <= {p.name for p in state.iterdir()}
+    shutil.copytree(tmp_path / ".out.moeconv", tmp_path / "copy")
+    again = cli(*words)
+    assert again.code == 0 and f"resuming after layer {killed_at - 2}" in again.err, again.err
+    assert not (tmp_path / ".out.moeconv").exists()
+    words[2] = tmp_path / "whole"
+    whole = cli(*words)
+    assert whole.code == 0 and "resuming" not in whole.err
+    assert again.json["prune"] == whole.json["prune"] and len(whole.json["prune"]["heal"]["layers"]) == layers
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1], killed_at
+
+    # without the weights of a layer, the pass starts again
+    shutil.copytree(tmp_path / "copy", tmp_path / ".out.moeconv")
+    (state,) = (tmp_path / ".out.moeconv").glob("measured-*/decision.begun")
+    os.truncate(state / ".heal.begun" / "00000.safetensors", 100)
+    words[2] = tmp_path / "out"
+    again = cli(*words, "--overwrite")
+    assert again.code == 0 and "resuming after" not in again.err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights[1]
 
 
 def test_refusals(tmp_path: Path, cli: Any) -> None:

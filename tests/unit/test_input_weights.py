@@ -15,8 +15,9 @@ from moeconv.calibrate.statistics import layer_statistics
 from moeconv.families.model import open_model
 from moeconv.families.rule import rule_of
 from moeconv.prune.reconstruction import Reconstruction
-from moeconv.prune.repair.pruned import Variant, masked, pruned_pass
+from moeconv.prune.repair.pruned import masked, pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream import stored
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, load, save_stock

@@ -21,8 +21,9 @@ from moeconv.calibrate.run import calibrate
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.options import DataOptions, MeasureOptions
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.quantize.gptq import need
 from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize

@@ -21,8 +21,9 @@ from moeconv.families.rule import route, rule_of
 from moeconv.plan.execute import execute
 from moeconv.prune.criteria import CRITERIA, Evidence, sample_of
 from moeconv.prune.planner import plan_prune
-from moeconv.prune.repair.pruned import Variant, masked, pruned_pass
+from moeconv.prune.repair.pruned import masked, pruned_pass
 from moeconv.prune.repair.refit import Refit, Routes, refit_layer
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream.experts import activations, down_projections
 from moeconv.stream.layers import LayerStream
 from tests.contract.stock import MOE_CASES, save_stock

@@ -20,8 +20,9 @@ from moeconv.calibrate.run import calibrate
 from moeconv.calibrate.sample import on_all_experts
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
+from moeconv.prune.repair.variant import Variant
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream import stored
 from moeconv.stream.experts import activations, down_inputs, down_projections, pair_outputs, with_down

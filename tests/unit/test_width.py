@@ -23,9 +23,10 @@ from moeconv.prune.repair.heal import Heal
 from moeconv.prune.repair.healed import write_healed
 from moeconv.prune.repair.narrow import moments, narrow_layer
 from moeconv.prune.repair.neurons import write_neurons
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit, Routes
 from moeconv.prune.repair.run import repair
+from moeconv.prune.repair.variant import Variant
 from moeconv.prune.repair.wanted import Wanted
 from moeconv.stream.experts import activations, down_projections
 from moeconv.stream.layers import LayerStream

@@ -2,7 +2,7 @@
 
 The inputs are those of the pruned model, so that each layer also corrects the errors of the layers before it. Only one
 layer is trained at a time, so that any model that can be run layer by layer can be healed. The next layer is measured
-on the outputs of the healed one.
+on the outputs of the healed one. Of several processes, each computes the gradient of its part of a batch.
 """
 
 from __future__ import annotations
@@ -120,6 +120,9 @@ def heal_layer(
 
     def step(_: int) -> float:
         rows = next(order)
+        if rows is None:  # only other processes have a part of this batch
+            summed(torch.zeros((), dtype=torch.int64, device=stream.device))
+            return 0.0
         used = data.training[rows].to(stream.device)
         off = layer.run(data.inputs[rows].to(stream.device), rows) - data.wanted[rows].to(stream.device)
         loss = off.float().square().sum(-1)[used].sum() / (summed(used.sum()) * norm).clamp_min(1e-30)
@@ -158,27 +161,33 @@ def _added(data: LayerData) -> Tensor:
     for inputs, wanted in zip(data.inputs.split(8), data.wanted.split(8)):
         total += (wanted.float() - inputs.float()).square().sum(dtype=torch.float64)
         count += inputs.shape[0] * inputs.shape[1]
-    return (total / count).float().to(data.inputs.device)
+    both = summed(torch.stack([total, torch.tensor(count, dtype=torch.float64)]))
+    return (both[0] / both[1]).float().to(data.inputs.device)
 
 
-def _batches(stream: LayerStream, data: LayerData, *, seed: int, layer: int) -> Iterator[slice]:
-    """The batches of the stream that have tokens for training, in random order, again and again."""
-    every = [rows for rows in stream.rows() if bool(data.training[rows].any())]
+def _batches(stream: LayerStream, data: LayerData, *, seed: int, layer: int) -> Iterator[slice | None]:
+    """The batches of the stream that have tokens for training, in random order, again and again. Of several processes,
+    each has the part of a batch that is in its windows, or None."""
+    own = list(stream.rows())
+    trains = torch.zeros(stream.share.windows, dtype=torch.int64)  # at least as many as there are batches
+    trains[: len(own)] = torch.tensor([int(data.training[rows].any()) for rows in own])
+    every = summed(trains).nonzero().flatten().tolist()
     draw = generator((seed, "heal", layer))
     while True:
-        yield from (every[i] for i in draw.permutation(len(every)))
+        for i in draw.permutation(len(every)):
+            yield own[every[i]] if every[i] < len(own) else None
 
 
 @torch.no_grad()
 def _errors(stream: LayerStream, layer: Layer, data: LayerData) -> Tensor:
-    """The squared error of the output for each held-out token, float64 [t]."""
-    found = []
+    """The squared error of the output for each held-out token of all processes, float64 [t]."""
+    found = [torch.empty(0, dtype=torch.float64)]
     for rows in stream.rows():
         held = data.held[rows]
         if bool(held.any()):
             off = layer.run(data.inputs[rows].to(stream.device), rows).cpu() - data.wanted[rows]
             found.append(off[held].double().square().sum(-1))
-    return torch.cat(found)
+    return stream.share.gathered(torch.cat(found), data.held)
 
 
 def dtypes_of(model: Model, layer: int) -> dict[str, str]:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from moeconv.checkpoint.artifact import artifact_metadata
-from moeconv.checkpoint.overlay import Layout, writing_overlay
+from moeconv.checkpoint.overlay import Layout
 from moeconv.data.windows import TokenData
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
 from moeconv.families.neurons import Narrow
-from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
+from moeconv.plan.kernels.stored import TORCH_DTYPES
+from moeconv.plan.meter import Meter
 from moeconv.prune.repair.heal import Healed, trained
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.run import pass_into
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.types import Config
@@ -26,10 +28,11 @@ OVERLAY_VERSION = 1
 
 def write_healed(
     stream: LayerStream, read: TokenData, variant: Variant, path: Path, *, left: int, settings: Config,
-    narrow: Narrow | None = None,
+    narrow: Narrow | None = None, meter: Meter | None = None, save_every: float | None = None,
 ) -> None:  # fmt: skip
     """Run `variant` beside the model, heal every layer, and write the overlay `path`. `left` is the number of experts
-    per layer of the pruned model, and `narrow` its width if the experts lose neurons."""
+    per layer of the pruned model, and `narrow` its width if the experts lose neurons. With `save_every` seconds, an
+    interrupted run resumes at a layer boundary."""
     model = stream.model
     about = artifact_metadata(
         "overlay", version=OVERLAY_VERSION, identity=model.identity, experts=left,
@@ -37,7 +40,7 @@ def write_healed(
     )  # fmt: skip
     layouts = {layer: healed_layout(model, layer, left, narrow=narrow) for layer in model.moe_layers}
     tensors = [(layer, layout) for layer, of_layer in layouts.items() for layout in of_layer]
-    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
+    with pass_into(path, tensors, about, stream, read, variant, meter=meter, save_every=save_every) as put:
 
         def write(layer: Layer, healed: Healed) -> None:
             kept = sorted(variant.keep[layer.index])
@@ -45,10 +48,9 @@ def write_healed(
             for name, tensor in on_disk(
                 stream, layer, healed, kept, layouts[layer.index], narrow=narrow, neurons=neurons
             ):
-                writer.write(name, to_bytes(tensor))
+                put(name, tensor)
 
         variant.on_healed = write
-        pruned_pass(stream, [variant])
 
 
 def healed_layout(model: Model, layer: int, left: int, *, narrow: Narrow | None = None) -> list[Layout]:

@@ -6,18 +6,19 @@ variants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moeconv.data.heldout import clearly_less, held_out
-from moeconv.prune.repair.heal import Heal, Healed, HealOutcome, LayerData, dtypes_of, heal_layer, kept_alone
-from moeconv.prune.repair.narrow import NarrowOutcome, narrow_layer
-from moeconv.prune.repair.refit import Refit, RefitOutcome, held_out_errors, refit_layer, tokens_needed
+from moeconv.prune.repair.heal import LayerData, dtypes_of, heal_layer, kept_alone
+from moeconv.prune.repair.narrow import narrow_layer
+from moeconv.prune.repair.progress import PassProgress
+from moeconv.prune.repair.refit import RefitOutcome, held_out_errors, refit_layer, tokens_needed
+from moeconv.prune.repair.variant import Downs, Variant
 from moeconv.prune.repair.wanted import FitTokens, wanted_of
 from moeconv.stream.experts import down_projections, with_down
 from moeconv.stream.layer import Layer
@@ -25,59 +26,24 @@ from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
 
-Choose = Callable[[Layer, Tensor], Sequence[int]]  # a layer, its inputs in the variant [n, S, H] -> experts to keep
-OnHealed = Callable[[Layer, Healed], None]  # a layer, what became of it
-OnLayer = Callable[[int, Sequence[int], Tensor], None]  # layer, experts in ascending order, down projections [n, H, I]
-Downs = tuple[Sequence[int], Tensor]  # experts in ascending order, their down projections [n, H, I]
-
-
-@dataclass(eq=False)
-class Variant:
-    """One way to prune. `keep` {layer: kept experts} (a layer that is absent keeps all), or `choose`, which decides for
-    each layer when the pass reaches it.
-
-    `replace` {layer: (experts, down projections [n, H, I])} are weights that were already changed. `scale` {layer:
-    factor} multiplies the down projections of the experts. `refit` computes new down projections, which are used where
-    they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
-    the new down projections of each layer. With `width`, every expert keeps only that many neurons: `neurons` {layer:
-    [n, width]} are their numbers, and the columns of all others in its down projection become 0; `narrowed` records
-    the result. `top_k` is the number of experts per token, instead of the model's own.
-    With `heal`, the kept experts and the router of each layer are trained after the refit; `healed` records the
-    results, and `on_healed` is called with every layer. After the pass, `hidden` [n, S, H] are the final activations of
-    the variant, and `keep` has an entry for every layer.
-    """
-
-    keep: dict[int, Sequence[int]] = field(default_factory=dict)
-    choose: Choose | None = None
-    refit: Refit | None = None
-    width: int | None = None
-    top_k: int | None = None
-    replace: Mapping[int, Downs] = field(default_factory=dict)
-    scale: Mapping[int, float] = field(default_factory=dict)
-    on_layer: OnLayer | None = None
-    heal: Heal | None = None
-    healed: list[HealOutcome] = field(default_factory=list)
-    on_healed: OnHealed | None = None
-    fitted: list[RefitOutcome] = field(default_factory=list)
-    neurons: dict[int, Tensor] = field(default_factory=dict)
-    narrowed: list[NarrowOutcome] = field(default_factory=list)
-    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
-
 
 @torch.no_grad()
-def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None) -> None:
+def pruned_pass(
+    stream: LayerStream, variants: Sequence[Variant], *, fit: np.ndarray | None = None,
+    progress: PassProgress | None = None,
+) -> None:  # fmt: skip
     """Compute all layers of `stream` and of its variants. A refit uses the windows that `fit` bool [n] marks (all if it
-    is None).
+    is None). With `progress`, which takes a single variant, an interrupted pass continues. Of several processes, each
+    has its share of the windows.
 
     Raises InputError if the stock router cannot be masked, or if a layer computes NaN.
     """
     for variant in variants:
         variant.hidden = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
         variant.hidden.copy_(stream.hidden)
-    seen = np.ones(len(stream.windows), bool) if fit is None else fit
-    held = np.zeros(tuple(stream.windows.shape), bool)
-    held[seen] = held_out(int(seen.sum()), held.shape[1])
-    tokens = FitTokens(torch.from_numpy(seen), torch.from_numpy(held))
+    tokens = _fit_tokens(stream, fit)
+    if progress is not None:
+        progress.resume(*variants)
     for layer in stream.layers():
         for _ in layer.batches():
             pass
@@ -87,6 +53,20 @@ def pruned_pass(stream: LayerStream, variants: Sequence[Variant], *, fit: np.nda
                     pass
             else:
                 _pass_layer(stream, layer, variant, tokens)
+        if progress is not None:
+            progress.save(*variants, layer.index)
+    if progress is not None:
+        progress.remove()
+
+
+def _fit_tokens(stream: LayerStream, fit: np.ndarray | None) -> FitTokens:
+    """Of the windows of this process, those for the fit, and the held-out tokens of these."""
+    windows, length = stream.share.windows, stream.windows.shape[1]
+    seen = np.ones(windows, bool) if fit is None else fit
+    held = np.zeros((windows, length), bool)
+    held[seen] = held_out(int(seen.sum()), length)
+    mine = stream.share.mine
+    return FitTokens(torch.from_numpy(seen)[mine], torch.from_numpy(held)[mine])
 
 
 def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: FitTokens) -> None:
@@ -168,9 +148,11 @@ def _fitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[
     assert refit is not None
     fitted = refit_layer(layer.experts, wanted.routes, wanted.missing, kept, before, refit)
     change = fitted.float() - before.float()
-    old, new = held_out_errors(layer.experts, wanted.held_routes, wanted.held_missing, kept, change)
+    errors = held_out_errors(layer.experts, wanted.held_routes, wanted.held_missing, kept, change)
+    held = tokens.held & tokens.windows[:, None]
+    old, new = (stream.share.gathered(squares, held) for squares in errors)
     available, needed = wanted.tokens_per_expert(len(kept)), tokens_needed(before)
-    better = available >= needed and clearly_less(new.cpu(), old.cpu())
+    better = available >= needed and clearly_less(new, old)
     was, now = wanted.relative(old), wanted.relative(new)
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
     return fitted if better else before

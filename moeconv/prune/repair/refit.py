@@ -4,7 +4,8 @@ layer.
 Only down_proj changes, so that every stock runtime loads the result. Minimises sum |missing - sum_e g_e a_e dW_e|^2 +
 lambda * sum_e m_e |dW_e|^2, where m_e is the mean diagonal of the Gram matrix of expert e, by block coordinate descent.
 A block is as many experts as the memory allows, all of which are computed at once: conjugate gradients whose
-preconditioner is the exact solution of each expert alone. A block of one expert is solved in one step.
+preconditioner is the exact solution of each expert alone. A block of one expert is solved in one step. Of several
+processes, each has its tokens, and all take the same steps by the sums over all tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from moeconv.prune.need import REFIT_BYTES, fitted_bytes
 from moeconv.prune.repair.routed_pairs import Pairs, add_ridge, applied, chunked, outer
 from moeconv.stream.experts import weighted_inputs
+from moeconv.world import current, first, summed
 
 _STEPS = 2  # of conjugate gradients per sweep, in a block of several experts
 CHUNK_BYTES = 1 << 27  # of the pairs that are computed at a time
@@ -58,7 +60,7 @@ def refit_layer(
     missing = missing.to(torch.float32, copy=True)
     change = torch.zeros(before.shape, device=before.device)
     size = experts_at_once(before, fitted_bytes(*before.shape[1:]))
-    blocks = [slice(first, min(first + size, len(which))) for first in range(0, len(which), size)]
+    blocks = [slice(start, min(start + size, len(which))) for start in range(0, len(which), size)]
     sweeps, steps = (1, refit.sweeps) if len(blocks) == 1 else (refit.sweeps, 1)
     for _ in range(sweeps):
         for block in blocks:
@@ -71,7 +73,8 @@ def refit_layer(
 
 def experts_at_once(before: Tensor, nbytes: int) -> int:
     """The number of experts that are computed at the same time on the device of `before`, if each takes `nbytes`."""
-    limit = REFIT_BYTES if before.device.type == "cpu" else torch.cuda.mem_get_info(before.device)[0] // 4
+    cpu = before.device.type == "cpu"
+    limit = REFIT_BYTES if cpu else first(lambda: torch.cuda.mem_get_info(before.device)[0] // 4)
     return max(1, limit // nbytes)
 
 
@@ -103,6 +106,8 @@ class _Block:
         for rows, pairs in self._rows():
             outer(rows.double(), rows.double(), pairs, gram)  # float32 would lose what a weak ridge leaves
             outer(rows, missing[pairs.token], pairs, left)
+        summed(gram)
+        summed(left)
         ridge = add_ridge(gram, self.strength)
         factor = torch.linalg.cholesky(gram).float()
         del gram
@@ -116,12 +121,12 @@ class _Block:
             turn = torch.where(before > 0, slope / before, 0.0).float()  # 0 / 0 where nothing is missing
             search = solved if step == 0 else solved.add_(search * turn)
             reach = torch.zeros_like(missing)
-            curved = ridges * search
+            curved = ridges * search if current().leads else torch.zeros_like(search)
             for rows, pairs in self._rows():
                 here = applied(rows, search, pairs)
                 reach.index_add_(0, pairs.token, here)
                 outer(rows, reach[pairs.token], pairs, curved)
-            along = _dot(search, curved)
+            along = _dot(search, summed(curved))
             rate = torch.where(along > 0, slope / along, 0.0).float()
             change += (rate * search).mT
             missing -= rate * reach

@@ -6,7 +6,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,10 +20,14 @@ from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.families.neurons import Narrow
 from moeconv.plan.kernels.stored import TORCH_DTYPES, to_bytes
+from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.prune.repair.narrow import columns_of
-from moeconv.prune.repair.pruned import Variant, pruned_pass
+from moeconv.prune.repair.progress import PassProgress
+from moeconv.prune.repair.pruned import pruned_pass
+from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layers import LayerStream
 from moeconv.types import Config
+from moeconv.world import current
 
 OVERLAY_VERSION = 1
 
@@ -37,8 +42,11 @@ def repair(
     parts: Sequence[str] = ("down",),
     settings: Config | None = None,
     narrow: Narrow | None = None,
+    meter: Meter | None = None,
+    save_every: float | None = None,
 ) -> None:
-    """Run `variant` beside the model, and write its changed experts to the overlay `path`.
+    """Run `variant` beside the model, and write its changed experts to the overlay `path`. With `save_every` seconds,
+    an interrupted run resumes at a layer boundary.
 
     `parts` are the matrices that change; `left` is the number of experts per layer of the pruned model, and `narrow`
     its width if the experts lose neurons. Raises
@@ -50,17 +58,34 @@ def repair(
         sources=[source.to_json() for source in read.sources], **dict(settings or {}),
     )  # fmt: skip
     tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
-    with writing_overlay(path, tensors, metadata=about, overwrite=True) as writer:
+    with pass_into(path, tensors, about, stream, read, variant, meter=meter, save_every=save_every) as put:
 
         def write(layer: int, experts: Sequence[int], downs: Tensor) -> None:
             if (neurons := variant.neurons.get(layer)) is not None:
                 downs = columns_of(downs, neurons)
             made = dict(zip(experts, downs))
             for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
-                writer.write(name, to_bytes(tensor))
+                put(name, tensor)
 
         variant.on_layer = write
-        pruned_pass(stream, [variant])
+
+
+@contextmanager
+def pass_into(
+    path: Path, tensors: Sequence[tuple[int, Layout]], about: Mapping[str, str], stream: LayerStream, read: TokenData,
+    variant: Variant, *, meter: Meter | None = None, save_every: float | None = None,
+) -> Iterator[Callable[[str, Tensor], None]]:  # fmt: skip
+    """Run `variant` when the block ends, and write the overlay `path`. The block gets a function that writes a tensor
+    by name, for the callbacks of the variant. Of several processes, the first one writes."""
+    meter = meter or SilentMeter()
+    if not current().leads:
+        yield lambda _name, _tensor: None
+        pruned_pass(stream, [variant], progress=PassProgress(path, stream, read, meter=meter, every=save_every))
+        return
+    with writing_overlay(path, tensors, metadata=about, overwrite=True, resumes=save_every is not None) as writer:
+        yield lambda name, tensor: writer.write(name, to_bytes(tensor))
+        progress = PassProgress(path, stream, read, meter=meter, every=save_every, written=writer)
+        pruned_pass(stream, [variant], progress=progress)
 
 
 def overlay_names(

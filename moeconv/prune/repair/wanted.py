@@ -13,6 +13,7 @@ from moeconv.errors import InputError
 from moeconv.prune.repair.refit import Routes
 from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
+from moeconv.world import all_agree, summed
 
 _SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
 
@@ -30,7 +31,7 @@ class FitTokens:
 class Wanted:
     """The routed tokens of a pruned layer, and for each the wanted output minus the present one: `routes` and `missing`
     [t, H] for the fit, `held_routes` and `held_missing` those that are held out. `held_square` is the squared norm of
-    the layer's output on the latter."""
+    the layer's output on the latter. Of several processes, each has its tokens, and the numbers are of all of them."""
 
     routes: Routes
     missing: Tensor
@@ -40,7 +41,7 @@ class Wanted:
 
     def tokens_per_expert(self, experts: int) -> float:
         """The routed tokens of the fit per expert, of that many kept experts."""
-        return float((self.routes.weights != 0).sum()) / experts
+        return float(summed((self.routes.weights != 0).sum())) / experts
 
     def relative(self, squares: Tensor) -> float:
         """The root of the sum of squared errors, relative to the layer's output."""
@@ -76,7 +77,8 @@ def wanted_of(
             assert batch.top_k_index is not None and batch.top_k_weights is not None
             if not wanted and one_stream:
                 added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
-                additive = bool((added - after).norm() <= _SAME * batch.ffn_output.norm()) and not alone
+                alike = bool((added - after).norm() <= _SAME * batch.ffn_output.norm())
+                additive = all_agree(alike) and not alone
             of = tokens.windows[batch.rows].repeat_interleave(batch.inputs.shape[1]).to(batch.outputs.device)
             held_here = tokens.held[batch.rows].flatten().to(of.device)
             rows.append(of)
@@ -101,4 +103,8 @@ def wanted_of(
     del missing
     whole = Routes(*(torch.cat([getattr(r, name) for r in routes]) for name in ("hidden", "index", "weights")))
     routes.clear()
-    return Wanted(whole.where(~held), fit_missing, whole.where(held), held_missing, output_square)
+    return Wanted(whole.where(~held), fit_missing, whole.where(held), held_missing, _summed(output_square))
+
+
+def _summed(number: float) -> float:
+    return float(summed(torch.tensor(number, dtype=torch.float64)))

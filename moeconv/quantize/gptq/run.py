@@ -120,7 +120,7 @@ def choose_codes(
     if method in FOLDING:
         tensors += [(role.layer, (name, "I8", (n,))) for name, role, n in exponents_of(view, written_items)]
     settings, decode = Settings(damping, ordered, seed), partial(_decoded, written)
-    share = Share(torch.from_numpy(mine), len(read.windows))
+    stream.share = Share(torch.from_numpy(mine), len(read.windows))
     rows = []
     limit, workers = _room(stream, jobs)
     with (
@@ -137,7 +137,7 @@ def choose_codes(
                 some = by_layer[layer.index]
                 experts = experts_of(model, view, stream, layer, some)
                 here = [item for item in beside if role_of(view, item).layer == layer.index]
-                work = LayerWork(model, view, stream, layer, experts, some, here, settings, limit, pool, share)
+                work = LayerWork(model, view, stream, layer, experts, some, here, settings, limit, pool)
                 with torch.no_grad():
                     rows.append(LayerCodes(work, method, decode).run(put))
                 meter.note(_note(rows[-1]))

@@ -25,7 +25,7 @@ from moeconv.randomness import generator
 from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
-from moeconv.stream.share import Share, copied_from, joined
+from moeconv.stream.share import copied_from, joined
 from moeconv.tensors import packed_source
 from moeconv.world import current, summed
 
@@ -85,7 +85,7 @@ class LayerWork:
     items of what else reads the experts' input, and of the norm that writes it; the names of all are those of the model
     `view`. `limit` is the work memory in bytes per group of experts. `workers` code several groups at the same time.
 
-    Of several processes, each has the `share` of the windows, and codes every n-th group. All of them have the inputs
+    Of several processes, each has its share of the windows, and codes every n-th group. All of them have the inputs
     of all windows and the weights of all experts."""
 
     model: Model
@@ -98,7 +98,6 @@ class LayerWork:
     settings: Settings
     limit: int
     workers: ThreadPoolExecutor = field(repr=False)
-    share: Share
 
     def groups(self, seen: ExpertInputs) -> tuple[list[Group], list[Group]]:
         """The matrices that read the input of the experts, and the down projections."""
@@ -143,17 +142,17 @@ class LayerWork:
 
     def inputs(self) -> ExpertInputs:
         """Compute the layer once, unquantized, and return the inputs of its experts."""
-        windows, length = self.share.windows, self.stream.windows.shape[1]
+        windows, length = self.stream.share.windows, self.stream.windows.shape[1]
         inputs = self._allocated(windows * length)
         index, weights = [], []
         for batch in self.layer.batches(advance=False):
             assert batch.top_k_index is not None and batch.top_k_weights is not None
-            at = self.share.mine[batch.rows]
+            at = self.stream.share.mine[batch.rows]
             inputs.view(windows, length, -1)[at] = batch.expert_input.view(len(at), length, -1).to("cpu", inputs.dtype)
             index.append(batch.top_k_index.cpu())
             weights.append(batch.top_k_weights.float().cpu())
         summed(inputs)  # of disjoint windows
-        rows = self.share.rows(length).flatten()
+        rows = self.stream.share.rows(length).flatten()
         held = torch.from_numpy(heldout.held_out(windows, length)).flatten()
         chosen, scores = (joined(torch.cat(parts), rows, len(held)) for parts in (index, weights))
         pool = self._pool(held)

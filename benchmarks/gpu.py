@@ -5,7 +5,8 @@
 From a bare environment: random checkpoints at real widths (qwen3_moe: 128 experts of 768; mixtral: 8 experts of 14336)
 are made in a temporary directory. The floors are: the bytes of a layer read from the page cache, their copy to the
 device, and a bf16 matrix product of as many operations as the layer's experts take. At most eight minutes: a command
-for which no time is left is not run, and the table says so. `--small --device cpu` tries the script without a GPU.
+for which no time is left is not run, and the table says so. The tests that are marked gpu follow. `--small --device
+cpu` tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -39,6 +42,7 @@ from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.layers import LayerStream, fast_experts, layer_bytes
 
+ROOT = Path(__file__).parents[1]
 LIMIT = 480.0  # seconds of the whole run
 FAMILIES = {
     "qwen3_moe": {"hidden": 2048, "experts": 128, "width": 768},
@@ -208,6 +212,9 @@ def main() -> None:
                 first, each = meter.seconds()
                 rows.append({"family": family, "step": step, "first": first, "each": each} | least | took)
                 print(row_of(rows[-1]), flush=True)
+    if device.type == "cuda":
+        left = max(30.0, LIMIT - (time.monotonic() - began))
+        subprocess.run([sys.executable, "-m", "pytest", "--gpu", "tests/unit"], cwd=ROOT, timeout=left, check=False)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1))
 

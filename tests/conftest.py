@@ -116,14 +116,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# -- the device ------------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests that are marked gpu, on CUDA, and no others")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite runs on the CPU, where the same seed gives the same bytes, also on a machine with a GPU and in the
+    processes that tests start."""
+    if not config.getoption("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Any:
+    """The device on which a test computes: CUDA in the tests that are marked gpu, and the CPU in all others."""
+    import torch
+
+    if request.node.get_closest_marker("gpu") is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device; `python -m pytest --gpu` runs this test where there is one")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 # -- tests that `-m "not slow"` leaves out ----------------------------------------------------------------------------
 
 _LEFT_OUT = pytest.StashKey[int]()  # how many: counted here, or by the workers of pytest-xdist, which select
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take the mark from the cases that `slow(keep=n)` keeps: n of a parametrized test, evenly spread."""
+    if config.getoption("gpu"):
+        items[:] = [item for item in items if item.get_closest_marker("gpu")]
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         mark = item.get_closest_marker("slow")

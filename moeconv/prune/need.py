@@ -10,6 +10,7 @@ _REFITTED = 4  # activations in a refit: the inputs of the experts, what the lay
 _COPIES = 3  # of the experts of a layer that is healed: as loaded, those that train, and what the backward pass keeps
 _TRAINED = 4 * 5  # bytes per trained weight: gradient, two moments, the values before and the best ones
 REFIT_BYTES = 1 << 29  # of experts that are refitted at the same time; at least one expert
+ROWS_BYTES = 1 << 28  # of the inputs of these experts' down projections that are computed once for all steps
 _BYTES = 4 + 4 + 4  # per refitted weight: its change, the old weight and the new one
 _CUT = 6 * 4  # per weight of experts that lose neurons: as in a refit, and the fits that held-out tokens compare
 
@@ -50,6 +51,7 @@ def _refit(model: Model, fitted: int, *, narrows: bool) -> WorkloadFields:
     inner = max(1, weights // hidden)
     of_one = narrowed_bytes(hidden, inner) if narrows else fitted_bytes(hidden, inner)
     work = max(min(REFIT_BYTES, fitted * of_one), of_one)
+    work += ROWS_BYTES
     return {"resident": _REFITTED, "results": fitted * weights * (_CUT if narrows else _BYTES) + work}
 
 

@@ -92,7 +92,8 @@ def test_two_processes_train_the_router_of_one(dense, tmp_path):
         assert block["improved"] and a.tensors.keys() == b.tensors.keys(), name
         for tensor, info in a.tensors.items():
             x, y = (tiny.decode(bytes(file.read(tensor)), info.dtype, info.shape) for file in (a, b))
-            assert np.abs(x - y).max() < 1e-4, (name, tensor)
+            # the gradients are summed in another order, and AdamW divides by their size
+            assert np.abs(x - y).max() < 5e-4, (name, tensor)
         for key in ("loss_after", "kl_after", "error_after"):
             if block.get(key) is not None:
                 assert two[name][key] == pytest.approx(block[key], rel=1e-4), (name, key)

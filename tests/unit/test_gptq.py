@@ -222,13 +222,13 @@ def test_operations_do_not_depend_on_the_number_of_experts():
     assert counts[1] <= 1.1 * counts[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", GRIDS)
-def test_on_cuda_the_codes_are_those_of_the_cpu(kind):
+def test_on_cuda_the_codes_are_those_of_the_cpu(kind, device):
     grid, group = GRIDS[kind]
     weight, hessian = weights(3, 4, 24, 96) * 0.02, hessians(4, 4, width=96)
     one = gptq(weight, hessian, grid, group=group)
-    other = gptq(weight.cuda(), hessian.cuda(), grid, group=group)
+    other = gptq(weight.to(device), hessian.to(device), grid, group=group)
     assert (one.levels == other.levels.cpu()).double().mean() >= 0.99
     found, wanted = (loss(weight, hessian, Coded(c.levels.cpu(), c.scales.cpu())).sum() for c in (other, one))
     assert float(found / wanted - 1) == pytest.approx(0, abs=1e-3)

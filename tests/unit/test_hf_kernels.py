@@ -108,15 +108,14 @@ def test_other_types_and_short_blocks_are_ours(theirs):
     assert not theirs.asked
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ("nf4", "fp4", "nf4-nested"))
-def test_on_a_gpu_their_kernel_decodes_our_bits(scheme, tmp_path, monkeypatch):
+def test_on_a_gpu_their_kernel_decodes_our_bits(scheme, device, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes.functional")
-    device = torch.device("cuda", torch.cuda.current_device())
     assert kernels.theirs(device) is not None
     packed, plain = make(tmp_path, "qwen3_moe", scheme)
-    ids = tokens(2, 7).cuda()
-    ours, stock = load(packed).cuda(), load(plain).cuda()
+    ids = tokens(2, 7).to(device)
+    ours, stock = load(packed).to(device), load(plain).to(device)
     with torch.no_grad():
         found = ours(ids).logits
         assert torch.equal(found, stock(ids).logits)

@@ -148,12 +148,22 @@ def test_device_map(checkpoints, device_map):
     assert torch.equal(model(ids).logits, load(plain)(ids).logits)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_map", ["auto", "cuda"])
+def test_device_map_on_a_gpu(checkpoints, device, device_map):
+    pytest.importorskip("accelerate")
+    packed, plain = checkpoints("qwen3_moe", "nf4-nested")
+    model, ids = load(packed, device_map=device_map), tokens(2, 6).to(device)
+    assert model.device.type == device.type
+    assert torch.equal(model(ids).logits, load(plain).to(device)(ids).logits)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_generation_on_a_gpu(checkpoints, scheme):
+def test_generation_on_a_gpu(checkpoints, device, scheme):
     packed, plain = checkpoints("qwen3_moe", scheme)
-    ids = tokens(2, 6).cuda()
-    ours, stock = load(packed).cuda(), load(plain).cuda()
+    ids = tokens(2, 6).to(device)
+    ours, stock = load(packed).to(device), load(plain).to(device)
     assert torch.equal(ours(ids).logits, stock(ids).logits)
     greedy = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(ours.generate(ids, **greedy), stock.generate(ids, **greedy))

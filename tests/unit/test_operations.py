@@ -18,15 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from words import add_tokenizer, text
 
 from moeconv.calibrate.run import calibrate
+from moeconv.data.windows import load_tokens
 from moeconv.evaluate.run import evaluate
 from moeconv.families.model import open_model
 from moeconv.options import DataOptions, MeasureOptions
+from moeconv.prune.repair.heal import Heal
 from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.refit import Refit
 from moeconv.prune.repair.variant import Variant
 from moeconv.quantize.gptq import need
 from moeconv.quantize.gptq.run import choose_codes
-from moeconv.quantize.planner import plan_quantize
+from moeconv.quantize.step import plan_packing
+from moeconv.requests import QuantizeRequest, request
 from moeconv.stream.layers import LayerStream, fast_experts
 from tests.contract.stock import MOE_CASES, row_of, save_stock
 
@@ -56,24 +59,25 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def refit(path: Path, data: str) -> None:
-    from moeconv.data.windows import load_tokens
-
+def refit(path: Path, data: str, *, steps: int = 0) -> None:
     model = open_model(path)
     read = load_tokens([data], path, tokens=256, seq_len=32, seed=0)
     keep = {layer: range(0, model.num_experts, 2) for layer in model.moe_layers}
-    stream = LayerStream(model, read.windows, experts=fast_experts(model, torch.float32))
-    pruned_pass(stream, [Variant(keep=dict(keep), refit=Refit())])
+    stream = LayerStream(model, read.windows, experts=fast_experts(model, torch.float32), in_place=steps > 0)
+    heal = Heal(steps) if steps else None
+    pruned_pass(stream, [Variant(keep=dict(keep), refit=Refit(), heal=heal, on_healed=lambda *_: None)])
 
 
 def gptq(path: Path, data: str) -> None:
     model = open_model(path)
-    plan = plan_quantize(model, scheme="int4", group_size="32", method="rtn")
-    items = [i for shard in plan.shards for i in shard.items if "experts" in i.outputs[0].name and len(i.outputs) > 1]
+    values = {"model": str(path), "out": "", "scheme": "int4", "group_size": "32", "method": "gptq"}
+    packing = plan_packing(model, request(QuantizeRequest, values))
+    items = [i for i in packing.plan.items() if i.changed == "expert"]
     measure = MeasureOptions(tokens=256, seq_len=32, device="cpu")
     choose_codes(
-        model, items, path.with_suffix(".codes"), data=DataOptions(data=(data,)), measure=measure, damping=0.01
-    )
+        model, items, path.with_suffix(".codes"), data=DataOptions(data=(data,)), measure=measure, damping=0.01,
+        view=packing.view,
+    )  # fmt: skip
 
 
 VERBS: dict[str, Callable[[Path, str], object]] = {
@@ -82,11 +86,15 @@ VERBS: dict[str, Callable[[Path, str], object]] = {
     ),
     "evaluate": lambda path, data: evaluate(path, data=[data], seq_len=32, tokens=256, device="cpu"),
     "refit": refit,
+    "heal": lambda path, data: refit(path, data, steps=3),
     "gptq": gptq,
 }
 ALL = [
     *((case, verb) for case in ("qwen3_moe", "mixtral", "deepseek_v3") for verb in VERBS),
-    *((case, verb) for case in ("gpt_oss", "granitemoe") for verb in ("calibrate", "evaluate", "refit")),
+    # transformers stacks their experts in another way than gptq can separate
+    *((case, verb) for case in ("gpt_oss", "granitemoe") for verb in VERBS if verb != "gptq"),
+    *((case, "gptq") for case in ("olmoe", "glm4_moe", "phimoe")),
+    # its experts take no list of (token, expert) pairs: only the forward pass is one call for all experts
     ("llama4", "evaluate"),
 ]
 

@@ -11,12 +11,12 @@ processes, each has its tokens, and all take the same steps by the sums over all
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from moeconv.prune.need import REFIT_BYTES, fitted_bytes
+from moeconv.prune.need import REFIT_BYTES, ROWS_BYTES, fitted_bytes
 from moeconv.prune.repair.routed_pairs import Pairs, add_ridge, applied, chunked, outer
 from moeconv.stream.experts import weighted_inputs
 from moeconv.world import current, first, summed
@@ -78,12 +78,18 @@ def experts_at_once(before: Tensor, nbytes: int) -> int:
     return max(1, limit // nbytes)
 
 
-def routed_rows(experts: nn.Module, routes: Routes, which: Tensor, inner: int) -> Iterator[tuple[Tensor, Pairs]]:
+def routed_rows(
+    experts: nn.Module, routes: Routes, which: Tensor, inner: int, *, skip: int = 0
+) -> Iterator[tuple[Tensor, Pairs]]:
     """Yield (the weighted inputs of the down projections float32 [n, I], their pairs) of the experts `which` int64 [g],
-    some tokens at a time: as many as the memory allows for rows of `inner` columns."""
+    some tokens at a time: as many as the memory allows for rows of `inner` columns. The first `skip` are left out."""
     each = 4 * routes.index.shape[1] * (inner + routes.hidden.shape[1])
     for pairs in chunked(routes.index, routes.weights, which, tokens=max(1, CHUNK_BYTES // each)):
-        if len(pairs):
+        if not len(pairs):
+            continue
+        if skip:
+            skip -= 1
+        else:
             yield weighted_inputs(experts, routes.hidden, pairs.token, which[pairs.place], pairs.weight), pairs
 
 
@@ -97,6 +103,7 @@ class _Block:
     strength: float
     inner: int
     columns: Tensor | None = None
+    kept: list[tuple[Tensor, Pairs]] = field(default_factory=list, repr=False)
 
     def solve(self, missing: Tensor, change: Tensor, *, steps: int) -> None:
         """Take `steps` steps of conjugate gradients. Updates `change` [g, H, I], and what is `missing` [T, H]."""
@@ -134,9 +141,16 @@ class _Block:
             before = slope
 
     def _rows(self) -> Iterator[tuple[Tensor, Pairs]]:
-        """`routed_rows`, of the columns that the experts have."""
-        for rows, pairs in routed_rows(self.experts, self.routes, self.which, self.inner):
-            yield rows if self.columns is None else rows.gather(1, self.columns[pairs.place]), pairs
+        """`routed_rows`, of the columns that the experts have. The first ones, up to ROWS_BYTES, are computed once."""
+        yield from self.kept
+        held, fits = sum(rows.nbytes for rows, _ in self.kept), not self.kept
+        for rows, pairs in routed_rows(self.experts, self.routes, self.which, self.inner, skip=len(self.kept)):
+            own = rows if self.columns is None else rows.gather(1, self.columns[pairs.place])
+            held += own.nbytes
+            fits = fits and held <= ROWS_BYTES
+            if fits:
+                self.kept.append((own, pairs))
+            yield own, pairs
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:

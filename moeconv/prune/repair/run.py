@@ -27,7 +27,7 @@ from moeconv.prune.repair.pruned import pruned_pass
 from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layers import LayerStream
 from moeconv.types import Config
-from moeconv.world import current
+from moeconv.world import current, first
 
 OVERLAY_VERSION = 1
 
@@ -81,11 +81,13 @@ def pass_into(
     if not current().leads:
         yield lambda _name, _tensor: None
         pruned_pass(stream, [variant], progress=PassProgress(path, stream, read, meter=meter, every=save_every))
+        first(lambda: None)  # the overlay is there when the first process passes this
         return
     with writing_overlay(path, tensors, metadata=about, overwrite=True, resumes=save_every is not None) as writer:
         yield lambda name, tensor: writer.write(name, to_bytes(tensor))
         progress = PassProgress(path, stream, read, meter=meter, every=save_every, written=writer)
         pruned_pass(stream, [variant], progress=progress)
+    first(lambda: None)
 
 
 def overlay_names(

@@ -43,7 +43,7 @@ def pruned_pass(
         variant.hidden.copy_(stream.hidden)
     tokens = _fit_tokens(stream, fit)
     if progress is not None:
-        progress.resume(*variants)
+        progress.resume(variants[0])
     for layer in stream.layers():
         for _ in layer.batches():
             pass
@@ -54,7 +54,7 @@ def pruned_pass(
             else:
                 _pass_layer(stream, layer, variant, tokens)
         if progress is not None:
-            progress.save(*variants, layer.index)
+            progress.save(variants[0], layer.index)
     if progress is not None:
         progress.remove()
 

@@ -133,7 +133,7 @@ def _group(group: Config, layout: object) -> Encoding:
     weights, activations = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, dict):
         raise _unread("compressed-tensors with a group whose weights are not quantized")
-    static = isinstance(activations, dict) and activations.get("dynamic") is False
+    static = isinstance(activations, dict) and activations.get("dynamic") in (False, "local")
     kind, bits = weights.get("type", "int"), weights.get("num_bits", 8)
     for name, (kinds, widths) in _COMPRESSED.items():
         if name == layout and kind in kinds and bits in widths:

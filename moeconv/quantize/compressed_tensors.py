@@ -11,13 +11,13 @@ from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.eightbit import FLOAT8, FLOAT8_BLOCKS, INTEGER8
 from moeconv.quantize.compressed.layout import LOADS, CompressedLayout
 from moeconv.quantize.compressed.microscale import MXFP4, MXFP8
-from moeconv.quantize.compressed.nvfp4 import NVFP4
+from moeconv.quantize.compressed.nvfp4 import NVFP4, NVFP4_A4
 from moeconv.quantize.compressed.packed import ASYMMETRIC, PACKED
 from moeconv.quantize.layout.planner import served_form
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
 
-LAYOUTS = (PACKED, ASYMMETRIC, FLOAT8, FLOAT8_BLOCKS, INTEGER8, NVFP4, MXFP4, MXFP8)
+LAYOUTS = (PACKED, ASYMMETRIC, FLOAT8, FLOAT8_BLOCKS, INTEGER8, NVFP4, NVFP4_A4, MXFP4, MXFP8)
 _BY_SCHEME: Mapping[str, CompressedLayout] = {info.name: layout for layout in LAYOUTS for info in layout.schemes}
 
 
@@ -82,7 +82,7 @@ COMPRESSED_TENSORS = Format(
         "vllm": "its CPU backend has kernels for int4, where routers are a softmax alone, and w8a8; on a GPU not run",
         "sglang": "from its source, not run",
     },
-    kernels=tuple(layout.kernel for layout in LAYOUTS),
+    kernels=tuple({layout.kernel.name: layout.kernel for layout in LAYOUTS}.values()),
     make=_make,
     config=_config,
     form=served_form,

@@ -8,7 +8,7 @@ from moeconv.errors import UsageError
 from moeconv.options import PlanOptions, QuantizeOptions, flag_of
 from moeconv.plan.plan import Item
 from moeconv.quantize.formats import FORMATS
-from moeconv.quantize.spec import Format, SchemeInfo
+from moeconv.quantize.spec import FOLDING, Format, SchemeInfo
 
 
 def check_method(format: Format, method: str) -> None:
@@ -44,6 +44,8 @@ def check_scheme_method(format: Format, info: SchemeInfo, method: str) -> None:
     if method not in (has := format.methods_of(info)):
         others = [other.name for other in format.schemes if method in format.methods_of(other)]
         why = next((kernel.without.get(method, "") for kernel in format.kernels if kernel.name == info.kernel), "")
+        if info.inputs and method in FOLDING:
+            why = "its factors would change the inputs whose scales are measured"
         raise UsageError(
             f"--scheme {info.name} of {format.name} does not support --method {method}" + (f": {why}" if why else ""),
             hint=f"Use --method {' or '.join(has)}, or --scheme {' or '.join(others)}.",

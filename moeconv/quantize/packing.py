@@ -20,6 +20,7 @@ from moeconv.plan.build import TORCH_NAMES, carry_all, whole
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Input, Item, TensorSpec
 from moeconv.quantize.budget import allocate, byte_budget, too_small
+from moeconv.quantize.inputs import scale_item
 from moeconv.quantize.joined_weights import joined
 from moeconv.quantize.methods import apply_method
 from moeconv.quantize.rest import Rest, patterns
@@ -98,7 +99,8 @@ class Packing:
                 ]
         # what --rest packs is rounded to nearest where its scheme has no other method
         known = ref.name not in self._rest or self.method in self.format.methods_of(self.format.scheme(scheme.name))
-        return [apply_method(item, self.method if known else "rtn", self.format) for item in made]
+        made = [apply_method(item, self.method if known else "rtn", self.format) for item in made]
+        return [*made, scale_item(ref, role)] if self.format.scheme(scheme.name).inputs else made
 
     @cached_property
     def _joined(self) -> Mapping[str, list[TensorRef]]:

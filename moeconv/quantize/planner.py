@@ -41,6 +41,7 @@ def plan_quantize(
     model: Model,
     *,
     overlay: Overlay | None = None,
+    inputs: Overlay | None = None,
     importance: Mapping[int, float] | None = None,
     stats_of_twin: str | None = None,
     **parameters: object,
@@ -49,7 +50,8 @@ def plan_quantize(
     are written in the layout that the format has.
 
     `overlay` has codes that data chose (--method gptq, awq or auto), under their names on disk. Run such a plan with
-    `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `importance` of every MoE layer
+    `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `inputs` has the measured scales of
+    inputs, for the schemes that store them: origins={"inputs": inputs}. `importance` of every MoE layer
     (`moeconv.calibrate.artifact.layer_importance`) decides the bits of --scheme mixed. `stats_of_twin` is the identity
     of the checkpoint that the importance was measured on, where that is not this one.
 
@@ -59,13 +61,15 @@ def plan_quantize(
     options, common = from_keywords(QuantizeOptions, parameters), from_keywords(PlanOptions, parameters)
     layout = layout_for(model, FORMATS[options.format])
     view = model if layout is None else planned_model(layout, companions=model.checkpoint.path)
-    plan = quantize_plan(view, options, common, overlay=overlay, importance=importance, stats_of_twin=stats_of_twin)
+    plan = quantize_plan(
+        view, options, common, overlay=overlay, inputs=inputs, importance=importance, stats_of_twin=stats_of_twin
+    )
     return plan if layout is None else fused_with_layout(layout, plan)
 
 
 def quantize_plan(
     model: Model, options: QuantizeOptions, common: PlanOptions, *, overlay: Overlay | None = None,
-    importance: Mapping[int, float] | None = None, stats_of_twin: str | None = None,
+    inputs: Overlay | None = None, importance: Mapping[int, float] | None = None, stats_of_twin: str | None = None,
 ) -> Plan:  # fmt: skip
     """`plan_quantize` with the parameters as option groups."""
     format = FORMATS[options.format]
@@ -137,7 +141,7 @@ def quantize_plan(
     of_twin = {} if stats_of_twin is None else {"stats_of_twin": stats_of_twin}
     return Plan(
         command="quantize",
-        parameters=_parameters(options, common, imatrix) | _evidence(model, importance, of_twin, overlay),
+        parameters=_parameters(options, common, imatrix) | _evidence(model, importance, of_twin, overlay, inputs),
         identity=model.identity,
         config=config,
         shards=shards,
@@ -186,11 +190,13 @@ def _only_served(model: Model) -> str:
 
 
 def _evidence(
-    model: Model, importance: Mapping[int, float] | None, of_twin: Mapping[str, str], overlay: Overlay | None
-) -> dict[str, object]:
+    model: Model, importance: Mapping[int, float] | None, of_twin: Mapping[str, str], overlay: Overlay | None,
+    inputs: Overlay | None,
+) -> dict[str, object]:  # fmt: skip
     """The parameters by which the plan's id depends on what was measured for it."""
     stats = {"stats": None if importance is None else _hash_of(importance)}
-    return stats | dict(of_twin) | ({} if overlay is None else _made_with(model, overlay))
+    scales = {} if inputs is None else {"inputs": _made_with(model, inputs)}
+    return stats | dict(of_twin) | ({} if overlay is None else _made_with(model, overlay)) | scales
 
 
 def _block(packing: Packing, options: QuantizeOptions, stats_of_twin: str | None) -> QuantizeBlock:

@@ -62,7 +62,7 @@ class SchemeInfo:
     that is usual; both are what `moeconv formats --for` shows. `joined`: the weights that an engine joins to one matrix
     share a scale, so that the item of each reads them all (`joined_weights.py`). `kernel` names the kernel that packs
     it, where not every kernel of the format can. `whole`: it decides the type of every tensor, so that --scope all goes
-    without saying.
+    without saying. `inputs`: beside each weight it stores a scale of the inputs, which is measured on --data.
     """
 
     name: str
@@ -81,6 +81,7 @@ class SchemeInfo:
     joined: bool = False
     kernel: str = ""
     whole: bool = False
+    inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,9 @@ class Format:
     def methods_of(self, info: SchemeInfo) -> tuple[str, ...]:
         """The values of --method for one scheme."""
         kernels = [kernel for kernel in self.kernels if info.kernel in ("", kernel.name)]
-        return tuple(dict.fromkeys(("rtn", *(method for kernel in kernels for method in kernel.methods))))
+        found = dict.fromkeys(("rtn", *(method for kernel in kernels for method in kernel.methods)))
+        # factors that are folded into a norm change the inputs whose scale is measured
+        return tuple(method for method in found if not (info.inputs and method in FOLDING))
 
     def limit(self, bits: float, dtype: str) -> float:
         """The `limit` of the scheme with codes of this dtype whose width is nearest to `bits`, the stored bits per

@@ -3,6 +3,7 @@ plan, and compare a decoded sample of the result with the source."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moeconv.checkpoint.overlay import Overlay
 from moeconv.contract import CodesFigures
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
+from moeconv.options import QuantizeOptions
 from moeconv.plan.execute import checked_jobs
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.fuse import fuse
@@ -21,18 +23,19 @@ from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.gguf.importance import ORIGIN as IMPORTANCE
 from moeconv.quantize.gptq.need import CODED_BYTES, gptq_workload
+from moeconv.quantize.inputs import ORIGIN as INPUTS
 from moeconv.quantize.methods import check_method
 from moeconv.quantize.proof import PackingProof
 from moeconv.quantize.spec import BY_DATA, FOLDING, TRIED
 from moeconv.quantize.untouched import untouched
 from moeconv.requests import QuantizeRequest
 from moeconv.runner.run import check_out, measuring, open_resolved, planned_memory, run_on_data, run_plan
-from moeconv.stream.need import need_of
+from moeconv.stream.need import Workload, WorkloadFields, need_of
 from moeconv.types import JsonObject
 from moeconv.units import human_bytes
 from moeconv.world import announce, check_alone, current, follow
 
-_CODES, _OVERLAY, _PRUNED = "codes", "overlay", "pruned"
+_CODES, _INPUTS = "codes", "inputs"
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class _Packing:
     view: Model
 
 
-def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None) -> _Packing:
-    """Plan a quantize. `overlay` has codes that data chose for weights of the view."""
+def plan_packing(
+    model: Model, request: QuantizeRequest, *, overlay: Overlay | None = None, inputs: Overlay | None = None
+) -> _Packing:
+    """Plan a quantize. `overlay` has codes that data chose for weights of the view, and `inputs` the scales of inputs
+    that were measured."""
     from moeconv.quantize.decode import plan_decode
     from moeconv.quantize.layout.required import fused_with_layout, layout_for
     from moeconv.quantize.planner import quantize_plan
@@ -58,7 +64,7 @@ def plan_packing(model: Model, request: QuantizeRequest, *, overlay: Overlay | N
     if (layout := layout_for(view, FORMATS[request.quantize.format])) is not None:
         view = planned_model(layout, companions=where)
     plan = quantize_plan(
-        view, request.quantize, request.plan, overlay=overlay, importance=importance, stats_of_twin=twin
+        view, request.quantize, request.plan, overlay=overlay, inputs=inputs, importance=importance, stats_of_twin=twin
     )
     if layout is not None:
         plan = fused_with_layout(layout, plan)
@@ -102,7 +108,10 @@ def _of_run_layers(plan: Plan, model: Model) -> list[Item]:
     return [
         item
         for item in plan.items()
-        if item.changed == "expert" and item.inputs and model.roles[item.inputs[0].tensor].layer in model.moe_layers
+        if item.changed == "expert"
+        and item.inputs
+        and item.inputs[0].origin == "source"
+        and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]
 
 
@@ -111,10 +120,14 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     model = open_resolved(request.model)
     options, out, write = request.quantize, request.out, request.write
     check_method(FORMATS[options.format], options.method)
-    by_data = options.method in BY_DATA
-    if by_data != bool(request.data.data):
-        text = f"--method {options.method} {'needs' if by_data else 'does not use'} --data"
-        raise UsageError(text, hint=f"{', '.join(BY_DATA)} choose codes by data: --method gptq --data FILE.")
+    by_data, inputs = options.method in BY_DATA, _stores_inputs(options)
+    if (by_data or inputs) != bool(request.data.data):
+        what = f"--scheme {options.scheme}" if inputs and not by_data else f"--method {options.method}"
+        hint = f"{', '.join(BY_DATA)} choose codes by data: --method gptq --data FILE."
+        raise UsageError(
+            f"{what} {'needs' if by_data or inputs else 'does not use'} --data",
+            hint="The scales of inputs are measured on text: --data FILE." if inputs else hint,
+        )
     packing = plan_packing(model, request)
     plan = before = packing.plan
     folds: Overlay | None = None
@@ -124,21 +137,34 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
 
         return prove_packing(plan, model, staged, before=before, folds=folds)
 
-    if not by_data:
-        check_alone(f"quantize --method {options.method}", hint="Run it without torchrun; --part I/N shares the work.")
+    if inputs or not by_data:
+        what = f"--scheme {options.scheme}" if inputs else f"--method {options.method}"
+        check_alone(f"quantize {what}", hint="Run it without torchrun; --part I/N shares the work.")
+    if not (by_data or inputs):
         return run_plan(plan, model, out, write, meter=meter, check=check, origins=_origins(request))
     chosen = _of_run_layers(before, model)
     jobs = checked_jobs(write.jobs, each=CODED_BYTES)
     if write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)
         asked = run_on_data(model, request.measure, {})
-        asks = gptq_workload(
-            packing.view, chosen, tokens=asked.tokens, seq_len=asked.seq_len, jobs=jobs, method=options.method
-        )
+        asks = _workload(packing, chosen, asked, jobs=jobs, method=options.method) if by_data else WorkloadFields()
         planned = planned_memory(need_of(model, replace(asked, **asks)), asked, request.measure)
         return result | {"memory": planned["memory"], "warnings": [*result["warnings"], *planned["warnings"]]}
     check_out(out, model, write)
+    from moeconv.quantize.gptq.inputs import measure_inputs
     from moeconv.quantize.gptq.run import beside_of, choose_codes, remarks_on
+
+    def scales(folder: Path) -> list[str]:
+        return measure_inputs(
+            model,
+            before.items(),
+            folder / _INPUTS,
+            data=request.data,
+            measure=request.measure,
+            view=packing.view,
+            seed=request.plan.seed,
+            meter=meter,
+        )
 
     def measure(folder: Path) -> CodesFigures:
         path = folder / _CODES
@@ -168,13 +194,29 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
         return {"command": "quantize", "output": out, "quantize": {}}
     decides = (options, request.plan, request.data, request.measure)
     with measuring("quantize", model, out, write, *decides, meter=meter) as measured:
-        folder, found = measured.once("codes", together)
+        origins: dict[str, Overlay] = {}
+        if inputs:
+            folder, remarks = measured.once("inputs", scales)
+            origins[INPUTS] = Overlay(folder / _INPUTS)
+        if by_data:
+            folder, found = measured.once("codes", together)
+            folds = origins[ORIGIN] = Overlay(folder / _CODES)
         announce(None)
-        overlay = Overlay(folder / _CODES)
-        plan, folds = plan_packing(model, request, overlay=overlay).plan, overlay
-        result = run_plan(
-            plan, model, out, write, meter=meter, check=check, origins={ORIGIN: overlay}, measured=measured
-        )
-    result["quantize"].setdefault("error", {})["output"] = found
-    result["warnings"] += remarks_on(found, method=options.method)
+        plan = plan_packing(model, request, overlay=folds, inputs=origins.get(INPUTS)).plan
+        result = run_plan(plan, model, out, write, meter=meter, check=check, origins=origins, measured=measured)
+    if by_data:
+        result["quantize"].setdefault("error", {})["output"] = found
+        result["warnings"] += remarks_on(found, method=options.method)
+    result["warnings"] += remarks if inputs else []
     return result
+
+
+def _stores_inputs(options: QuantizeOptions) -> bool:
+    """Whether the scheme stores scales of inputs, which are measured."""
+    return any(info.inputs for info in FORMATS[options.format].schemes if info.name == options.scheme)
+
+
+def _workload(
+    packing: _Packing, chosen: Sequence[Item], asked: Workload, *, jobs: int, method: str
+) -> WorkloadFields:  # fmt: skip
+    return gptq_workload(packing.view, chosen, tokens=asked.tokens, seq_len=asked.seq_len, jobs=jobs, method=method)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moeconv.checkpoint.gguf import GgufHead, Stack, metadata_bytes
 from moeconv.checkpoint.imatrix import COUNTS, SUMS
@@ -29,8 +27,8 @@ from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_
 from moeconv.plan.meter import Meter
 from moeconv.quantize.gguf.llama_cpp import LlamaCpp, find_row, written
 from moeconv.quantize.gguf.recipes import is_quantized
-from moeconv.stream.experts import down_inputs
-from moeconv.stream.layer import Batch, Layer
+from moeconv.stream.inputs import InputMatrix, layer_inputs
+from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
 from moeconv.types import JsonObject
 from moeconv.units import counted
@@ -40,16 +38,10 @@ _NAMED = 8  # experts that a warning names
 
 
 @dataclass(frozen=True)
-class WeighedMatrix:
-    """A matrix of the file whose inputs are measured: its name there, columns, experts (1 for an ordinary matrix), and
-    the name on disk of the tensor that it is made from."""
+class WeighedMatrix(InputMatrix):
+    """A matrix of the file whose inputs are measured. `name` is its name there; it is `seen` if its columns are those
+    of the tensor that it is made from, whose inputs the class shows."""
 
-    name: str
-    columns: int
-    experts: int
-    key: str
-    source: str
-    # whether its columns are those of the tensor that it is made from, whose inputs the class shows
     seen: bool = True
 
 
@@ -141,21 +133,7 @@ def layer_sums(
 ) -> Iterator[tuple[WeighedMatrix, tuple[np.ndarray, np.ndarray]]]:
     """Run a layer; yield each matrix with the sums of squares of its inputs float64 [experts, columns] and the numbers
     of tokens [experts]: ones for a matrix whose inputs are not seen."""
-    seen: dict[str, _Sum] = {}
-    alone = [m for m in matrices if m.experts == 1]
-    routed = [m for m in matrices if m.experts > 1]
-    with ExitStack() as stack, torch.no_grad():
-        for one in alone:
-            module = stream.skeleton.owner(one.source)
-            total = seen[one.name] = _Sum(1, one.columns, layer)
-            stack.callback(module.register_forward_pre_hook(partial(_on_input, total)).remove)
-        pools = {key: _Sum(layer_experts(routed), of[0].columns, layer) for key, of in _by_input(routed).items()}
-        for batch in layer.batches():
-            if routed:
-                _add_routed(layer, batch, pools)
-            del batch
-    for one in matrices:
-        found = seen[one.name] if one.experts == 1 else pools[_input_of(one)]
+    for one, found in layer_inputs(stream, layer, matrices, _Sum):
         # the class may read the weight of a module without running it: then all columns count alike
         yield one, found.result() if found.counts.any() else (np.ones((one.experts, one.columns)), np.ones(one.experts))
 
@@ -163,10 +141,10 @@ def layer_sums(
 class _Sum:
     """Sums of squares [experts, columns] in float64, and numbers of rows."""
 
-    def __init__(self, experts: int, columns: int, layer: Layer) -> None:
+    def __init__(self, experts: int, columns: int, layer: int) -> None:
         self.sums = torch.zeros(experts, columns, dtype=torch.float64)
         self.counts = torch.zeros(experts, dtype=torch.float64)
-        self.layer = layer.index
+        self.layer = layer
 
     def add(self, rows: Tensor) -> None:
         """Rows [..., columns] of an ordinary matrix."""
@@ -187,49 +165,6 @@ class _Sum:
                 hint="The checkpoint is damaged, or its weights overflow in this dtype.",
             )
         return self.sums.numpy(), self.counts.numpy()
-
-
-def _on_input(total: _Sum, _module: nn.Module, given: tuple[object, ...]) -> None:
-    if given and isinstance(given[0], Tensor):
-        total.add(given[0])
-
-
-def _input_of(one: WeighedMatrix) -> str:
-    """What an expert's matrix reads: the token, or the hidden activations."""
-    return "down" if one.key == "expert.down" else "token"
-
-
-def _by_input(routed: Sequence[WeighedMatrix]) -> dict[str, list[WeighedMatrix]]:
-    found: dict[str, list[WeighedMatrix]] = {}
-    for one in routed:
-        found.setdefault(_input_of(one), []).append(one)
-    return found
-
-
-def layer_experts(routed: Sequence[WeighedMatrix]) -> int:
-    """The number of experts of a layer; 0 without."""
-    return routed[0].experts if routed else 0
-
-
-def _add_routed(layer: Layer, batch: Batch, pools: Mapping[str, _Sum]) -> None:
-    index, weights = batch.top_k_index, batch.top_k_weights
-    assert index is not None and weights is not None and layer.experts is not None
-    hidden = batch.expert_input
-    expert, order = index.reshape(-1).sort(stable=True)
-    token = order // index.shape[1]
-    by = weights.reshape(-1)[order] if layer.top_k_on_input else None
-    for start in range(0, len(token), 1024):
-        rows = slice(start, start + 1024)
-        given = hidden[token[rows]]
-        pools["token"].add_each(given if by is None else given * by[rows, None], expert[rows])
-    try:
-        for rows, made in down_inputs(layer.experts, hidden, token, expert, weights=by):
-            pools["down"].add_each(made, expert[rows])
-    except InputError as error:
-        raise InputError(
-            f"the inputs of the down projections of {type(layer.experts).__name__} are not seen in its class",
-            hint="Quantize this family without --imatrix.",
-        ) from error
 
 
 def _head(matrices: Sequence[WeighedMatrix], *, datasets: list[str], chunks: int, size: int) -> GgufHead:

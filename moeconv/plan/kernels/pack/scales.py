@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ def search_scales(weight: Tensor, importance: Tensor, grid: Grid, *, group: int)
 
 def fitted(weight: Tensor, grid: Grid, *, group: int, peak: Tensor | None = None) -> Tensor:
     """The scales [out, groups] of least squared error of `weight` [out, in], as stored. `peak` is the largest magnitude
-    for which the scale of the matrix is, on a grid that has one. Raises InputError for NaN or infinity in the
-    weight."""
+    for which the scale of the matrix is, on a grid that has one. Raises InputError for NaN or infinity in the weight.
+
+    Scales that clip the largest weights are not tried: they lower the error of the weights, but raise that of a layer's
+    output where large weights are multiplied by large activations."""
     rows, columns = weight.shape
+    grid = replace(grid, ratios=tuple(ratio for ratio in grid.ratios if ratio >= 1))
     unit = None if peak is None else grid.unit(weight[:1], peak.reshape(1, 1))
     found = torch.empty(rows, columns // group)
     for start, stop in row_blocks(rows, columns):

@@ -41,9 +41,10 @@ def scheme_words() -> tuple[str, ...]:
 
 
 def rest_words() -> tuple[str, ...]:
-    """The values of --rest: the schemes of formats in which two schemes can stand beside each other."""
+    """The values of --rest: the schemes of formats in which two schemes can stand beside each other, without those for
+    which inputs are measured."""
     schemes = [info for f in FORMATS.values() if f.beside_loads for info in f.schemes]
-    return tuple(dict.fromkeys(info.name for info in schemes if not info.whole))
+    return tuple(dict.fromkeys(info.name for info in schemes if not (info.whole or info.inputs)))
 
 
 def scheme_aliases() -> dict[str, str]:

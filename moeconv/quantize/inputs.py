@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from moeconv.checkpoint.safetensors_file import TensorRef
-from moeconv.errors import UsageError
 from moeconv.families.spec import Role
 from moeconv.plan.plan import Input, Item, TensorSpec
-from moeconv.quantize.spec import Format
 
 ORIGIN = "inputs"  # the origin of the scales in a plan: execute(..., origins={ORIGIN: overlay})
 _SUFFIX = ".input_global_scale"
@@ -24,12 +22,3 @@ def scale_item(ref: TensorRef, role: Role) -> Item:
 def scale_items(items: Iterable[Item]) -> list[Item]:
     """The items of a plan that copy scales of inputs."""
     return [item for item in items if any(ref.origin == ORIGIN for ref in item.inputs)]
-
-
-def check_inputs(format: Format, scheme: str) -> None:
-    """Raises UsageError for a scheme whose inputs have a measured scale, where it cannot be measured."""
-    if format.scheme(scheme).inputs:
-        raise UsageError(
-            f"--rest {scheme} is not supported: the scales of its inputs are measured for --scheme alone",
-            hint=f"Use --scheme {scheme} --scope all-linear, or another scheme for --rest.",
-        )

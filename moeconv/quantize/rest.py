@@ -13,7 +13,6 @@ from moeconv.families.model import Model
 from moeconv.families.names import module_names
 from moeconv.options import QuantizeOptions
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme
-from moeconv.quantize.inputs import check_inputs
 from moeconv.quantize.scope import in_scope
 from moeconv.quantize.spec import MIXED, Format, Scheme
 
@@ -52,7 +51,6 @@ def rest_of(model: Model, options: QuantizeOptions, format: Format, taken: Seque
             f"--scope {options.scope} leaves no weight to --rest", hint="Leave --rest out, or use --scope experts."
         )
     info = choose_scheme(format, scheme=options.rest, bits=None)
-    check_inputs(format, info.name)
     widths = list(dict.fromkeys(ref.shape[1] for ref in others))
     scheme = Scheme(info.name, info.bits, choose_group(format, info, "auto", widths))
     for ref in others:

@@ -45,7 +45,13 @@ def nesting(formats):
     return [(f, f.names[0] + " --double-quant" * f.schemes[0].nests) for f in formats]
 
 
-KINDS = [(c, f.name, s.name) for f in IN_PLACE for c in SEPARATE for s in f.schemes[: None if c in _FIRST else 1]]
+KINDS = [
+    (c, f.name, s.name)
+    for f in IN_PLACE
+    for c in SEPARATE
+    for s in f.schemes[: None if c in _FIRST else 1]
+    if not s.inputs  # those are measured on text
+]
 for _f in STACKING:
     KINDS += [(c, _f.name, s.name) for c in STACKED for s in _f.schemes[: None if c in _STACKED_FIRST else 1]]
     KINDS += [(c, _f.name, f"{s.name} --double-quant") for c in _STACKED_FIRST for s in _f.schemes if s.nests][:3]

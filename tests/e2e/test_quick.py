@@ -59,7 +59,7 @@ def test_every_command_runs(tmp_path, cli, verb):
     assert done.code == 0 and "error" not in done.json, done.out
 
 
-NEEDS_MORE = ("q2_k_s",)  # an importance matrix
+NEEDS_MORE = ("q2_k_s", "nvfp4-a4")  # an importance matrix, text
 
 
 @pytest.mark.parametrize(

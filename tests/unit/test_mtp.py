@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from words import add_tokenizer, text
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
@@ -212,3 +213,12 @@ def test_mlx_says_that_prediction_layers_are_left_out(tmp_path, cli):
     done = cli("quantize", path, tmp_path / "out", "--format", "mlx", "--json")
     assert done.code == 0, done.out
     assert any("multi-token-prediction layers [3]" in warning for warning in done.json["warnings"]), done.json
+
+
+def test_no_text_runs_through_it_so_that_its_inputs_have_no_scale(tmp_path: Path, cli) -> None:
+    source, _ = make(tmp_path / "moe", "glm4_moe")
+    (tmp_path / "text.txt").write_text(text(96, seed=1))
+    flags = ("--scheme", "nvfp4-a4", "--data", tmp_path / "text.txt", "--seq-len", 16, "--json")
+    done = cli("quantize", add_tokenizer(source), tmp_path / "out", *flags)
+    assert done.code == 3 and "is in no layer that runs" in done.json["error"]["message"], done.out
+    assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ KINDS = [
     for f in FORMATS.values()
     if f.takes(MIXTRAL) and f.shard is None
     for info in f.schemes
+    if not info.inputs  # those are measured on text
     for nested in (False, True)[: 1 + info.nests]
 ]
 KINDS += [

@@ -27,6 +27,11 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return to_tensor(checkpoint.read(name), ref.dtype, ref.shape)
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Takes no memory, unlike `isfinite`, which copies the values."""
+    return not values.numel() or all(bool(end.isfinite()) for end in torch.aminmax(values))
+
+
 def plain_names(model: Model, *, beside: bool = False) -> Iterator[tuple[str, int | None]]:
     """Every tensor of the unquantized model, by name, with its layer: a packed weight's parts count once, and
     multi-token-prediction layers are left out, as the stock classes leave them out; so is what lies beside the

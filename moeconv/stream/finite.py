@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.tensors import decode_weight, plain_names
+from moeconv.tensors import all_finite, decode_weight, plain_names
 
 HINT = "The checkpoint is damaged. Download it again, or use the checkpoint that it was made from."
 _WIDER = "Pass --dtype float32 if the command has this option, or use a checkpoint whose activations fit the dtype."
@@ -22,7 +22,7 @@ class NotFiniteError(InputError):
 
 def check_finite(model: Model, values: Tensor, *, layer: int | None) -> None:
     """Raises NotFiniteError if `values`, the output of a layer (None: of the embeddings), are not all finite."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise not_finite(model, layer, dtype=values.dtype)
 
 
@@ -42,7 +42,7 @@ def not_finite(model: Model, layer: int | None, *, dtype: torch.dtype) -> NotFin
 def first_bad_tensor(model: Model, layer: int | None) -> str | None:
     """The first tensor of a layer that is not finite throughout; packed tensors are decoded first. None if all are."""
     for name, at in plain_names(model):
-        if at == layer and not bool(torch.isfinite(decode_weight(model, name)).all()):
+        if at == layer and not all_finite(decode_weight(model, name)):
             return name
     return None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from words import add_tokenizer, text
 
 from moeconv.calibrate.run import calibrate
@@ -22,6 +24,7 @@ from moeconv.plan.execute import execute
 from moeconv.quantize.gptq.run import choose_codes
 from moeconv.quantize.planner import plan_quantize
 from moeconv.stream.finite import NotFiniteError
+from moeconv.tensors import all_finite
 from moeconv.tune.run import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,3 +130,29 @@ def test_quantize_warns_of_what_it_copies_and_refuses_what_it_packs(tmp_path):
     model = open_model(spoiled(tmp_path / "expert", EXPERT))
     with pytest.raises(InputError, match=f"tensor '{EXPERT}'"):
         execute(plan_quantize(model), source=model.checkpoint, out=tmp_path / "packed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_look_at_activations_sees_every_value_and_takes_no_memory(dtype):
+    values = torch.randn(64, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given = values.untyped_storage().data_ptr()
+
+    class Sizes(TorchDispatchMode):
+        """The numbers of elements that operations return in memory of their own."""
+
+        seen: ClassVar[list[int]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            parts = [t for t in (made if isinstance(made, tuple) else (made,)) if torch.is_tensor(t)]
+            self.seen.extend(t.numel() for t in parts if t.untyped_storage().data_ptr() != given)
+            return made
+
+    with Sizes():
+        assert all_finite(values) and all_finite(values[:0])
+    assert max(Sizes.seen) == 1
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in (0, 1000, -1):
+            spoilt = values.clone()
+            spoilt.view(-1)[place] = bad
+            assert not all_finite(spoilt)

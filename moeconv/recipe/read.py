@@ -348,7 +348,8 @@ class _Checker:
 
     def path(self, text: str, path: KeyPath, variables: _Variables) -> str:
         """A path: what the recipe writes, and what lies in it, is in the directory of the outputs, and anything else
-        in that of the recipe. Absolute paths and names on the hub stay as they are."""
+        in that of the recipe. Absolute paths and names on the hub stay as they are, but a path has one spelling: that
+        of the output which it names or lies in, however it is written (./a, b/../a)."""
         filled = self.fill(text, path, variables, in_path=True)
         if not filled.strip():
             raise self.fail(path, f"{escape(path[-1])} is empty", "Name a path.")
@@ -356,7 +357,16 @@ class _Checker:
             return filled
         place = Path(os.path.normpath(filled))
         ours = not self.outputs.isdisjoint((place, *place.parents))
-        return str((self.out if ours else self.file.parent) / filled)
+        return self._spelled(str((self.out if ours else self.file.parent) / filled))
+
+    def _spelled(self, path: str) -> str:
+        """The path as the outputs of the recipe are spelled, where it is one of them or lies in one."""
+        there = Path(os.path.realpath(path))
+        for output in self.outputs:
+            base = self.out / output
+            if there.is_relative_to(real := os.path.realpath(base)):
+                return str(base / there.relative_to(real))
+        return path
 
 
 def _is_text(group: type, key: str) -> bool:

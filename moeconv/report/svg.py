@@ -21,8 +21,9 @@ _MOST_CELLS = 2048  # a heat map with more cells is drawn as one image, without 
 _IMAGE_COLOURS = np.array([(47, 111, 222), (217, 98, 43)], np.uint8)  # readable on both backgrounds
 
 
-def _svg(width: float, height: float, body: str, label: str) -> Markup:
-    style = f"width:{width:.0f}px;min-width:min({width:.0f}px,380px)"  # narrow screens scroll rather than shrink text
+def _svg(width: float, height: float, body: str, label: str, *, dense: bool = False) -> Markup:
+    least = 640 if dense else 380  # narrow screens scroll rather than shrink text
+    style = f"width:{width:.0f}px;min-width:min({width:.0f}px,{least}px)"
     return Markup(
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="{style}" role="img" '
         f'aria-label="{escape(label)}">{body}</svg>'
@@ -73,7 +74,8 @@ def heatmap(
     if column_word:
         body.append(_text(left, 12, f"{row_word} down, {column_word} across", anchor="start", kind="axis"))
     body += _legend(left, bottom + 26, most, negative=bool((matrix < 0).any()))
-    return _svg(max(left + cell * matrix.shape[1] + 8, left + 190), bottom + 46, "".join(body), label)
+    wide = max(left + cell * matrix.shape[1] + 8, left + 190)
+    return _svg(wide, bottom + 46, "".join(body), label, dense=matrix.size > _MOST_CELLS)
 
 
 def _legend(left: float, top: float, most: float, *, negative: bool) -> list[str]:
@@ -201,7 +203,7 @@ def strip(rows: Sequence[tuple[object, Sequence[float], Sequence[bool]]], *, lab
                 f'<circle cx="{x:.1f}" cy="{y}" r="4.5" class="{state}"><title>'
                 f"{escape(f'layer {name}, expert {j}: {value:.4g}, {state}')}</title></circle>"
             )
-    return _svg(width, 16 + step * len(rows), "".join(body), label)
+    return _svg(width, 16 + step * len(rows), "".join(body), label, dense=True)
 
 
 def tree(dendrogram: Dendrogram, *, label: str, width: float = 260, height: float = 150) -> Markup:

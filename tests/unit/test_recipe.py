@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from moeconv.errors import UsageError
@@ -40,3 +42,29 @@ def test_steps_that_cannot_follow_each_other(tmp_path, steps, said):
     (tmp_path / "r.yaml").write_text("\n".join(["steps:", *lines]), "utf-8")
     with pytest.raises(UsageError, match=said):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+@pytest.mark.parametrize("out", ("b", "./b", "x/../b", "b/"))
+@pytest.mark.parametrize("spelt", ("b", "./b", "b/", "x/../b", "{folder}/b", "../{name}/b"))
+def test_a_path_is_one_however_it_is_written(tmp_path, monkeypatch, out, spelt):
+    spelt = spelt.format(folder=tmp_path, name=tmp_path.name)
+    (tmp_path / "r.yaml").write_text(
+        f"steps:\n  - {{step: upcycle, from: a, to: {out}}}\n"
+        f"  - {{step: prune, from: {spelt}, to: c, with: {{stats: {spelt}/s.safetensors}}}}\n",
+        "utf-8",
+    )
+    monkeypatch.chdir(tmp_path)
+    for file in ("r.yaml", str(tmp_path / "r.yaml")):
+        first, second = load_recipe(file).steps
+        assert second.source == first.to and second.parameters["stats"] == os.path.join(first.to, "s.safetensors")
+
+
+def test_a_link_before_the_parent_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "deep")
+    text = "steps:\n  - {step: upcycle, from: a, to: b}\n  - {step: prune, from: %s, to: c}\n"
+    monkeypatch.chdir(tmp_path)
+    for spelt, same in (("link/../b", False), ("link/../../b", True)):
+        (tmp_path / "r.yaml").write_text(text % spelt, "utf-8")
+        first, second = load_recipe("r.yaml").steps
+        assert (second.source == first.to) == same

@@ -5,7 +5,7 @@ for (const table of document.querySelectorAll("table")) {
   if (!body || body.rows.length < 4) continue;
   const order = [...body.rows];
   const number = text => { const found = text.replace(/,/g, "").match(/-?[\d.]+(e-?\d+)?/i); return found ? +found[0] : -Infinity; };
-  const scale = text => number(text) * ({k: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12}[(text.match(/[\d.]\s?([kMGBT])/) || [])[1]] || 1);
+  const scale = text => number(text) * ({k: 1e3, M: 1e6, G: 1e9, B: 1e9, T: 1e12}[(text.match(/[\d.](B| ?[kMGT])/) || [""])[0].slice(-1)] || 1);  // "6.9B" is a number, "320 B" are bytes
   heads.forEach((head, column) => {
     head.dataset.sort = "";
     head.addEventListener("click", () => {

@@ -86,8 +86,13 @@ def failure(result: Mapping[str, Any]) -> CheckError | None:
     problem: NotFinite | None = result["not_finite"]
     if problem is not None:
         return CheckError(f"the loss is NaN or infinite: {problem['message']}", hint=problem["hint"])
-    failed = [f"{name} {g['value']} against {g['limit']}" for name, g in result["gates"].items() if not g["passed"]]
-    return CheckError(f"gate failed: {'; '.join(failed)}")
+    failed = [
+        f"{name} {'NaN' if g['value'] is None else format(g['value'], '.4f')} against {g['limit']}"
+        for name, g in result["gates"].items() if not g["passed"]
+    ]  # fmt: skip
+    return CheckError(
+        f"gate failed: {'; '.join(failed)}", hint="Tune the model, prune or quantize it less, or change the limit."
+    )
 
 
 def finite(value: float) -> float | None:

@@ -143,9 +143,11 @@ def _upcycle(block: UpcycleBlock) -> dict[str, str]:
 
 def _prune(block: PruneBlock) -> dict[str, str]:
     by = f", by {block['criterion']}" if block["criterion"] else ""
-    rows = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}
+    rows, each = {}, "FFN"
+    if block["experts_before"]:
+        rows, each = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}, "expert"
     if "width_after" in block:
-        rows["width"] = f"{block['width_before']} -> {counted(block['width_after'], 'neuron')} per expert"
+        rows["width"] = f"{block['width_before']} -> {counted(block['width_after'], 'neuron')} per {each}"
     for tried in block.get("mix", []):
         word = f"{tried['experts']} x {tried['width']}"
         cost = f"{human_bytes(tried['bytes'])}, {tried['loss_increase']:+.4f} loss"

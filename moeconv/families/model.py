@@ -167,6 +167,11 @@ class Model:
         """Neurons of a routed expert."""
         return check.width_of(self, self.family.experts.width)
 
+    @property
+    def cut_width(self) -> int:
+        """Neurons of what `prune --width` cuts: of a routed expert, or of the FFN of a dense model."""
+        return self.expert_width if self.family.kind == "moe" else self.ffn_width
+
     @cached_property
     def shared_width(self) -> int:
         """Neurons of the shared expert. Raises KeyError for a family without one."""

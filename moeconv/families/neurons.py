@@ -46,20 +46,23 @@ class NeuronCut:
 
 @dataclass(frozen=True)
 class Narrow:
-    """The view of a `model` whose routed experts have `width` neurons."""
+    """The view of a `model` whose routed experts, or whose FFNs if it is dense, have `width` neurons."""
 
     model: Model
     width: int
 
     @cached_property
-    def changes(self) -> dict[str, int]:
+    def changes(self) -> dict[str, object]:
         """The config keys that change, with their values.
 
         Where the width of the shared expert is a number of shared experts times the changed width, that number grows,
         so that the shared expert keeps its neurons. Keys that default to the changed width get an explicit value.
         """
         family, get = self.model.family, self.model.value
-        made = {family.experts.width: self.width}
+        made: dict[str, object] = {family.experts.width: self.width}
+        if family.kind != "moe":
+            stated = family.layers.ffn_width_as_stated
+            made = {**stated, **{key: self.width for key in family.layers.ffn_width_keys if get(key) is not None}}
         before_it, view = self._with({}), self._with(made)  # both with the config keys of the output
         for key in {*family.config.defaults, *family.config.derived} - set(made):
             if view.value(key) != before_it.value(key):
@@ -68,7 +71,8 @@ class Narrow:
         counts = [key for key in shared if key not in made]
         before = shared_width(shared, get)
         if family.experts.width in shared and counts and before:
-            of_one = math.prod(made.get(key, get(key)) for key in shared if key != counts[0])
+            numbers = {key: get(key) for key in shared} | {family.experts.width: self.width}
+            of_one = math.prod(number for key, number in numbers.items() if key != counts[0])
             made[counts[0]] = -(-before // of_one)
         return made
 
@@ -77,7 +81,7 @@ class Narrow:
         """The model as it would be with the changed config. Only its config and its shapes are those of the result."""
         return self._with(self.changes)
 
-    def _with(self, changes: dict[str, int]) -> Model:
+    def _with(self, changes: dict[str, object]) -> Model:
         config: JsonObject = written_config(self.model.checkpoint.config, self.model.family, changes=changes)
         return replace(self.model, checkpoint=self.model.checkpoint.reworded(config, ""))
 

@@ -207,6 +207,9 @@ class Layers:
     listed: Mapping[str, Callable[[Get], Collection[int]]] = field(default_factory=dict)
     # neurons of a dense FFN
     ffn_width: Callable[[Get], Any] = lambda get: get("intermediate_size")
+    # the config keys of that number, and values of others with which it is the number itself
+    ffn_width_keys: tuple[str, ...] = ("intermediate_size",)
+    ffn_width_as_stated: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,8 @@ Keep = Mapping[int, Sequence[int]]
 def with_mtp(model: Model, keep: Keep) -> dict[int, Sequence[int]]:
     """`keep`, extended to the multi-token-prediction layers that it lacks, because they were not measured. They keep
     the experts of the last layer, whose output they read."""
-    return dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]]) | dict(keep)
+    beside = dict.fromkeys(model.mtp_layers, keep[model.moe_layers[-1]]) if model.mtp_layers else {}
+    return beside | dict(keep)
 
 
 def pruned_items(model: Model, keep: Keep, dtype: str | None, *, narrow: Narrow | None = None) -> list[Item]:

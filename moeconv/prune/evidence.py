@@ -13,7 +13,7 @@ import numpy as np
 from moeconv.checkpoint.staging import Measured
 from moeconv.checkpoint.writer import replace_file
 from moeconv.families.model import Model
-from moeconv.families.rule import rule_of
+from moeconv.families.rule import Rule, rule_of
 from moeconv.options import PruneOptions, parameters_of
 from moeconv.plan.execute import default_jobs
 from moeconv.plan.meter import Meter, SilentMeter
@@ -35,8 +35,8 @@ def gathered(model: Model, request: PruneRequest, measured: Measured, *, left: i
     It is read from a file or calibrated; `measured` keeps it for an interrupted run."""
     options, data = request.prune, request.data.data
     path = options.stats
-    if left == model.num_experts:  # only top-k changes, so that no expert is chosen
-        return Evidence(rule=rule_of(model), num_experts=model.num_experts)
+    if left == model.num_experts:  # only top-k or the width changes, so that no expert is chosen
+        return Evidence(rule=_rule(model), num_experts=model.num_experts)
     if data and path is None and (CRITERIA[str(options.criterion)].needs.data or options.merge or covers(options)):
 
         def measure(folder: Path) -> None:
@@ -61,6 +61,11 @@ def calibrated(model: Model, request: PruneRequest, folder: Path, *, meter: Mete
     )  # fmt: skip
 
 
+def _rule(model: Model) -> Rule | None:
+    """The rule of the model's router; None for a dense model."""
+    return rule_of(model) if model.num_experts else None
+
+
 def covers(options: PruneOptions) -> bool:
     """Whether --protect-coverage is given."""
     return options.protect_coverage is not None
@@ -74,7 +79,7 @@ def evidence_of(
     the weights are not read."""
     evidence = Evidence(
         statistics=statistics_of(model, path, twin=request.statistics.stats_of_twin) if path else None,
-        rule=rule_of(model),
+        rule=_rule(model),
         similarity=request.prune.similarity, seed=request.plan.seed, num_experts=model.num_experts,
     )  # fmt: skip
     if measured is None:

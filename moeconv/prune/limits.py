@@ -14,7 +14,7 @@ from moeconv.plan.arrange import arrange
 from moeconv.plan.build import parse_dtype
 from moeconv.prune.cutting import pruned_items
 from moeconv.prune.named_modules import check_renumbering
-from moeconv.prune.width import asks_width, check_width, chosen_width
+from moeconv.prune.width import asks_width, check_dense, check_width, chosen_width
 from moeconv.units import counted
 
 BUDGETS = ("keep", "ratio", "max_bytes", "threshold", "max_loss_increase")
@@ -25,15 +25,16 @@ def check_prune(model: Model, options: PruneOptions, common: PlanOptions) -> int
     or None where measurements decide it (--threshold, --max-loss-increase, --mix).
 
     Raises UsageError for options that cannot be used, InputError for a model that cannot be pruned so."""
-    if model.family.kind != "moe":
-        raise InputError(f"{model.family.model_type} has no experts to prune", hint="Give a Mixture-of-Experts model.")
+    dense = model.family.kind != "moe"
+    if dense:
+        check_dense(model, options)
     _check_quantized(model, options, common)
     if options.distill and model.family.multimodal.beside:
         raise InputError(
             f"--distill trains only the language model, and {model.family.model_type} is multimodal",
             hint="Leave out --distill. --refit needs no training.",
         )
-    if not model.moe_layers:
+    if not model.moe_layers and not dense:
         raise InputError(
             "according to config.json, no layer of this model is a Mixture-of-Experts",
             hint="There is nothing to prune.",

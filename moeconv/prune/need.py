@@ -34,12 +34,14 @@ def pruned_workload(
 
 
 def _each(model: Model, key: str) -> int:
-    """The number of weights of one expert in its tensors whose key ends with `key`, in the largest layer."""
+    """The number of weights of one expert, or of the FFN of a dense model, in its tensors whose key ends with `key`, in
+    the largest layer."""
     sizes: dict[int | None, int] = {}
+    group = "expert" if model.num_experts else "ffn"
     for name, role in model.roles.items():
-        if role.group == "expert" and role.key.endswith(key):
+        if role.group == group and role.key.endswith(key):
             numel = model.numel(model.checkpoint.tensors[name])
-            shares = model.num_experts if role.expert is None else 1
+            shares = max(1, model.num_experts) if role.expert is None else 1
             if role.expert in (None, 0):
                 sizes[role.layer] = sizes.get(role.layer, 0) + numel // shares
     return max(sizes.values(), default=0)
@@ -47,7 +49,7 @@ def _each(model: Model, key: str) -> int:
 
 def _refit(model: Model, fitted: int, *, narrows: bool) -> WorkloadFields:
     weights = _each(model, ".down")
-    hidden = model.expert_dimension
+    hidden = model.expert_dimension if model.num_experts else model.hidden_size
     inner = max(1, weights // hidden)
     of_one = narrowed_bytes(hidden, inner) if narrows else fitted_bytes(hidden, inner)
     work = max(min(REFIT_BYTES, fitted * of_one), of_one)

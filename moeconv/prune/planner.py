@@ -137,10 +137,10 @@ def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) ->
 def pruned_promise(model: Model, keep: Keep, narrow: Narrow | None = None) -> dict[str, int]:
     """{role: number of tensors that change}: those of the kept experts, all that have an entry per expert, and those of
     shared experts and FFNs that change their width with the experts."""
-    counts = {"expert": 0, "router": 0}
+    counts = {"expert": 0, "router": 0} if model.num_experts else {}
     stays = {layer: frozenset(kept) for layer, kept in with_mtp(model, keep).items()}
     for role in model.roles.values():
-        if role.group in counts and (role.expert is not None or role.part not in SHARED):
+        if role.group in ("expert", "router") and (role.expert is not None or role.part not in SHARED):
             counts[role.group] += role.expert is None or role.layer is None or role.expert in stays[role.layer]
         elif narrow is not None and narrow.cut(role) is not None:
             counts[role.group] = counts.get(role.group, 0) + 1
@@ -158,8 +158,9 @@ def pruned_config(
 ) -> JsonObject:
     """config.json of the pruned model."""
     config = with_quantization(with_head(model), lambda stated: renumbered(model, stated, with_mtp(model, keep)))
-    left = len(next(iter(keep.values())))
-    changes = dict.fromkeys(model.family.experts.count, left)
+    changes: JsonObject = {}
+    if keep:
+        changes |= dict.fromkeys(model.family.experts.count, len(next(iter(keep.values()))))
     if top_k is not None:
         changes |= dict.fromkeys(model.family.experts.top_k, top_k)
     changes |= narrow.changes if narrow is not None else {}

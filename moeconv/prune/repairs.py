@@ -71,9 +71,10 @@ def repaired(
     refitted = decision.left if options.refit else 0
     healed = decision.left if options.heal else 0
     width, narrow = decision.width, None if decision.width is None else Narrow(model, decision.width.after)
+    narrowed = (decision.left or 1) if width else 0  # a dense model has one FFN
     stream = stream_of(
         model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed,
-        narrowed=decision.left if width else 0, share=True,
+        narrowed=narrowed, share=True,
     )  # fmt: skip
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
@@ -110,7 +111,8 @@ def repaired(
         pruned_pass(
             stream, [variant], progress=PassProgress(folder / "sequential", stream, read, meter=meter, every=EVERY)
         )
-    decision = with_keep(decision, {layer: sorted(kept) for layer, kept in variant.keep.items()})
+    if model.num_experts:
+        decision = with_keep(decision, {layer: sorted(kept) for layer, kept in variant.keep.items()})
     if narrow is not None:
         chosen = {layer: neurons.cpu().numpy() for layer, neurons in variant.neurons.items()}
         overlays |= neurons_of(narrow, decision, folder, chosen=chosen)

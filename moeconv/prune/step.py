@@ -37,7 +37,8 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     model = open_resolved(request.model)
     named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
     criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
-    request = replace(request, prune=replace(request.prune, criterion=criterion))
+    if model.num_experts:
+        request = replace(request, prune=replace(request.prune, criterion=criterion))
     _check_data(request)
     if request.prune.curve:
         check_alone("prune --curve", hint="Run it without torchrun.")
@@ -109,7 +110,7 @@ def _dry_run(
         left = decision.left
         load = pruned_workload(
             model, refitted=left * request.prune.refit, healed=left * bool(request.prune.heal),
-            narrowed=left * (decision.width is not None),
+            narrowed=(left or 1) * (decision.width is not None),
         )  # fmt: skip
         asked = run_on_data(model, request.measure, load)
         planned = planned_memory(need_of(model, asked), asked, request.measure)

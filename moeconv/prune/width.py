@@ -14,6 +14,10 @@ from moeconv.units import counted
 
 ORIGIN = "neurons"  # what a plan's inputs call the file with the neurons that stay
 _USUAL = 64  # neurons, where experts are wide enough: kernels of serving engines work on tiles of that size
+_OF_EXPERTS = (
+    "keep", "ratio", "max_bytes", "mix", "max_loss_increase", "threshold", "criterion", "similarity", "stats", "heal",
+    "rescale", "sequential", "merge", "distill", "top_k", "curve", "protect_coverage", "protect",
+)  # fmt: skip
 _STEPS = 8  # steps between no neuron and all, at least, if the user did not ask for a multiple
 
 
@@ -55,13 +59,16 @@ def chosen_width(model: Model, options: PruneOptions, common: PlanOptions) -> Wi
     Raises UsageError for a number that the model cannot have."""
     if options.width is None and options.width_ratio is None:
         return None
-    before, unit = model.expert_width, multiple(model, options, common)
+    before, unit = model.cut_width, multiple(model, options, common)
     if options.width is not None:
         if not 1 <= options.width < before:
+            each = "expert" if model.num_experts else "FFN"
             raise UsageError(
-                f"--width {options.width}: expected 1 to {before - 1}, because every expert has {before} neurons"
+                f"--width {options.width}: expected 1 to {before - 1}, because every {each} has {before} neurons"
             )
-        why = why_not(model.family, width=options.width, hidden=0, dtype=_dtype(model, common))
+        why = None
+        if model.num_experts:  # products of a dense FFN take any size
+            why = why_not(model.family, width=options.width, hidden=0, dtype=_dtype(model, common))
         if why is not None:
             raise UsageError(why, hint=f"The next smaller width is {options.width // unit * unit}.")
         _check_layout(model, options.width)
@@ -82,7 +89,13 @@ def chosen_width(model: Model, options: PruneOptions, common: PlanOptions) -> Wi
 
 
 def _check_layout(model: Model, width: int) -> None:
-    """Raises UsageError for a width with which a loader cannot see whether matrices are transposed."""
+    """Raises UsageError for a width with which a loader cannot see whether matrices are transposed, InputError for a
+    model whose config cannot state the width."""
+    if Narrow(model, width).narrowed.cut_width != width:
+        raise InputError(
+            f"config.json of {model.family.model_type} cannot state a width of {width}",
+            hint="Prune experts, or another model.",
+        )
     if Narrow(model, width).ambiguous is not None:
         raise UsageError(
             f"with {counted(width, 'neuron')} per expert, a matrix of {model.family.model_type} would be square, and "
@@ -94,7 +107,7 @@ def _check_layout(model: Model, width: int) -> None:
 def multiple(model: Model, options: PruneOptions, common: PlanOptions) -> int:
     """The number of which a chosen width is a multiple: --multiple, else 64, or a smaller power of two where the
     experts are narrow, but at least what transformers' products of all experts take."""
-    least = multiple_of(model.family, _dtype(model, common))
+    least = multiple_of(model.family, _dtype(model, common)) if model.num_experts else 1
     if options.multiple is not None:
         if options.multiple < 1 or options.multiple % least:
             raise UsageError(
@@ -103,7 +116,7 @@ def multiple(model: Model, options: PruneOptions, common: PlanOptions) -> int:
             )
         return options.multiple
     unit = _USUAL
-    while unit > least and unit * _STEPS > model.expert_width:
+    while unit > least and unit * _STEPS > model.cut_width:
         unit //= 2
     return max(unit, least)
 
@@ -137,7 +150,8 @@ def check_width(model: Model, options: PruneOptions) -> None:
         raise UsageError(f"{flag} and {flag_of(given[-1])} exclude each other", hint="Pass --keep or --ratio.")
     if model.quantization is not None:
         raise InputError(
-            f"{flag} cuts the matrices of the experts, and those of this model are quantized",
+            f"{flag} cuts the matrices of the {'experts' if model.num_experts else 'FFNs'}, and those of this model "
+            "are quantized",
             hint="Prune the unquantized checkpoint, and quantize the result.",
         )
 
@@ -145,3 +159,19 @@ def check_width(model: Model, options: PruneOptions) -> None:
 def _sizes(options: PruneOptions) -> bool:
     """Whether a mix has something to divide: a share, a size, or every ratio of a curve."""
     return options.ratio is not None or options.max_bytes is not None or options.curve
+
+
+def check_dense(model: Model, options: PruneOptions) -> None:
+    """Raises UsageError for an option about experts, of which a dense model has none, InputError for a model that would
+    remain as it is."""
+    if not asks_width(options):
+        raise InputError(
+            f"{model.family.model_type} has no experts to prune",
+            hint="Give a Mixture-of-Experts model, or cut the neurons of its FFNs: --width-ratio 0.25.",
+        )
+    changed = [name for name in _OF_EXPERTS if getattr(options, name) != getattr(PruneOptions(), name)]
+    if changed:
+        raise UsageError(
+            f"{flag_of(changed[0])} is about experts, and {model.family.model_type} is dense",
+            hint="A dense model takes --width or --width-ratio, with --data and --refit.",
+        )

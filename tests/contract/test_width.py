@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from moeconv.families.model import open_model
 from moeconv.tensors import read_tensor
 from tests.contract.stock import (
+    CASES,
     MOE_CASES,
     dropped,
     load,
@@ -105,6 +106,25 @@ def test_a_narrower_model_equals_the_stock_model_without_those_neurons(tmp_path,
     model = load(zeroed(source, tmp_path / "out", kept, tmp_path / "zeroed"))
     with dropped(model, open_model(source), kept):
         wanted = logits(model)
+    assert relative_difference(wanted, logits(load(source))) > 1e-3, "the neurons did nothing"
+    assert relative_difference(wanted, logits(load(tmp_path / "out"))) <= 1e-5
+
+
+@pytest.mark.slow(keep=2)
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_narrower_dense_model_equals_the_stock_model_without_those_neurons(tmp_path, cli, case):
+    skip_where_stock_is_broken(case)
+    name, config, _ = CASES[case]
+    source = save_stock(tmp_path / "dense", name, config, dtype=torch.float32)
+    width = open_model(source).ffn_width // 2
+    promised = cli("prune", source, tmp_path / "out", "--width", width, "--json", "--dry-run")
+    assert promised.code == 0, promised.out
+    done = cli("prune", source, tmp_path / "out", "--width", width, "--json")
+    assert done.code == 0, done.out
+    shards = [f for f in done.json["files"] if f.endswith(".safetensors")]
+    assert promised.json["bytes"] == sum((tmp_path / "out" / f).stat().st_size for f in shards)
+    assert open_model(tmp_path / "out").ffn_width == width
+    wanted = logits(load(zeroed(source, tmp_path / "out", {}, tmp_path / "zeroed")))
     assert relative_difference(wanted, logits(load(source))) > 1e-3, "the neurons did nothing"
     assert relative_difference(wanted, logits(load(tmp_path / "out"))) <= 1e-5
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from words import add_tokenizer, text
 
+from moeconv.calibrate.neurons import activations as neuron_activations
 from moeconv.checkpoint.overlay import Overlay
+from moeconv.data.heldout import held_out
 from moeconv.data.windows import load_tokens
 from moeconv.families.model import open_model
 from moeconv.families.neurons import Narrow
@@ -30,7 +32,7 @@ from moeconv.prune.repair.variant import Variant
 from moeconv.prune.repair.wanted import Wanted
 from moeconv.stream.experts import activations, down_projections
 from moeconv.stream.layers import LayerStream
-from tests.contract.stock import MOE_CASES, save_stock
+from tests.contract.stock import CASES, MOE_CASES, save_stock
 
 SEQ_LEN = 16
 
@@ -53,8 +55,8 @@ def written(model: Any, keep: dict[int, list[int]], variant: Variant, out: Path,
     neurons = {at: found.numpy() for at, found in variant.neurons.items()}
     write_neurons(Narrow(model, variant.width), keep, folder / "neurons", chosen=neurons)
     overlays = {name: Overlay(path) for name, path in {**overlay, "neurons": folder / "neurons"}.items()}
-    left = len(next(iter(keep.values())))
-    plan = plan_prune(model, keep=left, width=variant.width, keep_experts=keep, overlays=overlays)
+    left = len(next(iter(keep.values()))) if keep else None
+    plan = plan_prune(model, keep=left, width=variant.width, keep_experts=keep or None, overlays=overlays)
     execute(plan, source=model.checkpoint, out=out, origins=overlays, jobs=1)
     return open_model(out)
 
@@ -231,6 +233,81 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, cli: Any) -> None:
     assert cli("quantize", path, tmp_path / "packed", "--json").code == 0
     done = cli("prune", tmp_path / "packed", tmp_path / "out", "--width", 16, "--json")
     assert done.code == 3 and "quantized" in done.json["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
+# -- dense models ------------------------------------------------------------------------------------------------------
+
+
+def make_plain(path: Path, case: str = "llama") -> Path:
+    name, config, _ = CASES[case]
+    return add_tokenizer(Path(save_stock(path, name, config, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("case", ["llama", pytest.param("phi3", marks=pytest.mark.slow)])
+def test_a_narrowed_dense_model_is_the_written_file_and_better_than_by_weights(tmp_path: Path, case: str) -> None:
+    path = make_plain(tmp_path / "model", case)
+    model, data = open_model(path), data_of(path, tmp_path)
+    variant = Variant(refit=Refit(), width=model.ffn_width // 2)
+    stream = LayerStream(model, data.windows)
+    narrow = Narrow(model, model.ffn_width // 2)
+    repair(stream, data, variant, tmp_path / "width", left=0, narrow=narrow)
+    made = written(model, {}, variant, tmp_path / "out", tmp_path, width=tmp_path / "width")
+    assert made.ffn_width == made.value("intermediate_size") == model.ffn_width // 2
+    found = LayerStream(made, data.windows).run()
+    assert torch.allclose(found.hidden, variant.hidden, rtol=1e-3, atol=1e-4)
+    plain = written(model, {}, Variant(width=narrow.width), tmp_path / "plain", tmp_path)
+    by_weights = LayerStream(plain, data.windows).run()
+    assert (variant.hidden - stream.hidden).norm() < (by_weights.hidden - stream.hidden).norm()
+
+
+def test_the_down_projection_of_a_narrowed_ffn_is_the_fit_in_float64(tmp_path: Path) -> None:
+    path = make_plain(tmp_path / "model")
+    model, data = open_model(path), data_of(path, tmp_path)
+    variant = Variant(width=model.ffn_width // 2)
+    made: dict[int, torch.Tensor] = {}
+    variant.on_layer = lambda layer, _experts, down: made.update({layer: down.clone()})
+    pruned_pass(LayerStream(model, data.windows), [variant])
+    layer = next(iter(LayerStream(model, data.windows).layers()))
+    down = layer.ffn.down_proj.weight.detach().double()
+    held = torch.from_numpy(held_out(*data.windows.shape))
+    with neuron_activations(layer.ffn.down_proj) as seen:
+        rows = [~held[batch.rows].flatten() for batch in layer.batches(advance=False)]
+    h = torch.cat([x[of] for x, of in zip(seen, rows)]).double()
+    gram = h.T @ h
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    kept = variant.neurons[0][0]
+    assert len(kept) == model.ffn_width // 2
+    fitted = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ down.T).T
+    assert torch.allclose(made[0][0][:, kept].double(), fitted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_dense_model_is_cut_by_the_command(tmp_path: Path, cli: Any) -> None:
+    path = make_plain(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(text(1024, seed=1))
+    run = ("--width-ratio", 0.5, "--refit", "--data", tmp_path / "a.txt", "--seq-len", SEQ_LEN, "--json")
+    done = cli("prune", path, tmp_path / "out", *run)
+    assert done.code == 0, done.out
+    block = done.json["prune"]
+    assert block["width_after"] == block["width_before"] // 2 and block["experts_before"] == 0
+    assert cli("verify", tmp_path / "out", "--load", "--json").json["ok"]
+    assert cli("prune", path, tmp_path / "again", *run).json["files"] == done.json["files"]
+    dry = cli("prune", path, tmp_path / "dry", *run, "--dry-run").json
+    assert dry["bytes"] == done.json["bytes"] and dry["parameters"] == done.json["parameters"]
+    assert "neurons per FFN" in cli("prune", path, tmp_path / "dry", "--width", 32, "--dry-run").out
+
+
+def test_a_dense_model_takes_no_option_about_experts(tmp_path: Path, cli: Any) -> None:
+    path = make_plain(tmp_path / "model")
+    for flags, code, says in (
+        (["--keep", 2], 3, "no experts to prune"), (["--width", 32, "--keep", 2], 2, "--keep is about experts"),
+        (["--width", 32, "--heal", 9, "--data", "x"], 2, "--heal is about experts"),
+        (["--width", 32, "--criterion", "reap", "--data", "x"], 2, "--criterion is about experts"),
+        (["--width", 999], 2, "every FFN has"), (["--width", 32, "--refit"], 2, "there is no --data"),
+    ):  # fmt: skip
+        done = cli("prune", path, tmp_path / "out", *flags, "--json")
+        assert done.code == code and says in done.json["error"]["message"], (flags, done.out)
     assert not (tmp_path / "out").exists()
 
 

@@ -94,7 +94,12 @@ GRANITE_HYBRID = dense_row(
         },
         fused=FUSED_FFN,
     ),
-    layers=Layers(ffn_width=lambda get: get("shared_intermediate_size"), kinds=hybrid_kinds, where=HYBRID_WHERE),
+    layers=Layers(
+        ffn_width=lambda get: get("shared_intermediate_size"),
+        ffn_width_keys=("shared_intermediate_size",),
+        kinds=hybrid_kinds,
+        where=HYBRID_WHERE,
+    ),
     elsewhere=_HYBRID_ELSEWHERE,
     is_dense=lambda get: get("num_local_experts") == 0,
 )

@@ -74,7 +74,11 @@ LFM2_DENSE = Family(
     ),
     tensors=Tensors(LFM2, optional=LFM2_OPTIONAL),
     layers=Layers(
-        ffn_width=_lfm2_width, kinds=_lfm2_kinds, where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})}
+        ffn_width=_lfm2_width,
+        ffn_width_keys=("block_ff_dim", "intermediate_size"),
+        ffn_width_as_stated={"block_auto_adjust_ff_dim": False},
+        kinds=_lfm2_kinds,
+        where={"attention": FULL_LAYERS, "conv": frozenset({"conv"})},
     ),
 )
 LFM2_MOE = moe_row(

@@ -24,9 +24,11 @@ VERSION = 1
 
 
 def write_neurons(narrow: Narrow, keep: Keep, path: Path, *, chosen: Mapping[int, np.ndarray]) -> None:
-    """Write the overlay `path`. `chosen` {layer: [n, W]} are the neurons of the kept experts that data decided; for
-    other layers, and for shared experts and FFNs that share the experts' width, the weights decide."""
+    """Write the overlay `path`. `chosen` {layer: [n, W]} are the neurons of the kept experts, or of the FFN of a dense
+    model, that data decided; for other layers, and for shared experts and FFNs that share the experts' width, the
+    weights decide."""
     model = narrow.model
+    decided = "expert" if model.family.kind == "moe" else "ffn"
     found: dict[tuple[int, str], list[tuple[str, Role]]] = {}
     for name, role in model.roles.items():
         cut = narrow.cut(role)
@@ -43,7 +45,7 @@ def write_neurons(narrow: Narrow, keep: Keep, path: Path, *, chosen: Mapping[int
         for (layer, group), of_group in found.items():
             cut = width[layer, group]
             assert cut is not None
-            if group == "expert" and layer in chosen:
+            if group == decided and layer in chosen:
                 made = chosen[layer]
             else:
                 made = _largest(narrow, of_group, whole[layer] if group == "expert" else (None,), cut.new)

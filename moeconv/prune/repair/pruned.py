@@ -6,8 +6,8 @@ variants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.masking import check_routed, routed_to
 from moeconv.stream.memory import allocate
+from moeconv.stream.one_ffn import one_ffn
 
 
 @torch.no_grad()
@@ -49,8 +50,7 @@ def pruned_pass(
             pass
         for variant in variants:
             if layer.experts is None:
-                for _ in layer.batches(hidden=variant.hidden):
-                    pass
+                _pass_dense(stream, layer, variant, tokens)
             else:
                 _pass_layer(stream, layer, variant, tokens)
         if progress is not None:
@@ -67,6 +67,21 @@ def _fit_tokens(stream: LayerStream, fit: np.ndarray | None) -> FitTokens:
     held[seen] = held_out(int(seen.sum()), length)
     mine = stream.share.mine
     return FitTokens(torch.from_numpy(seen)[mine], torch.from_numpy(held)[mine])
+
+
+def _pass_dense(stream: LayerStream, layer: Layer, variant: Variant, tokens: FitTokens) -> None:
+    """Run a layer without experts. In a dense model, its FFN loses neurons if the variant has a width."""
+    cut = variant.width is not None and stream.model.family.kind != "moe"
+    with ExitStack() as stack:
+        if cut and stream.model.with_ffn([layer.index], every=True):
+            part = one_ffn(stream.skeleton, layer)
+            variant.keep[layer.index] = [0]
+            down = _narrowed(stream, layer, variant, part, [0], tokens, nullcontext)
+            if variant.on_layer is not None:
+                variant.on_layer(layer.index, [0], down)
+            stack.enter_context(with_down(part, [0], down))
+        for _ in layer.batches(hidden=variant.hidden):
+            pass
 
 
 def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: FitTokens) -> None:
@@ -133,19 +148,15 @@ def _fitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[
     old ones where the new ones are not clearly better on the held-out tokens, or if there are too few tokens."""
     assert layer.experts is not None
     refit = variant.refit
-    target = "layer" if refit is None else refit.target
-    wanted = wanted_of(
-        stream, layer, variant.hidden, tokens, target=target,
-        masked=lambda: masked(stream, layer, kept, top_k=variant.top_k),
-    )  # fmt: skip
-    before = down_projections(layer.experts, kept)
+
+    def only_kept() -> AbstractContextManager[object]:
+        return masked(stream, layer, kept, top_k=variant.top_k)
+
     if variant.width is not None:
-        made = narrow_layer(layer.index, layer.experts, wanted, kept, before, variant.width, refit)
-        variant.neurons[layer.index] = made.neurons
-        variant.narrowed.append(made.outcome)
-        variant.fitted += [] if made.fitted is None else [made.fitted]
-        return made.down
+        return _narrowed(stream, layer, variant, layer.experts, kept, tokens, only_kept)
     assert refit is not None
+    wanted = wanted_of(stream, layer, variant.hidden, tokens, target=refit.target, masked=only_kept)
+    before = down_projections(layer.experts, kept)
     fitted = refit_layer(layer.experts, wanted.routes, wanted.missing, kept, before, refit)
     change = fitted.float() - before.float()
     errors = held_out_errors(layer.experts, wanted.held_routes, wanted.held_missing, kept, change)
@@ -156,3 +167,20 @@ def _fitted(stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[
     was, now = wanted.relative(old), wanted.relative(new)
     variant.fitted.append(RefitOutcome(layer.index, was, now, available, needed, kept=better))
     return fitted if better else before
+
+
+def _narrowed(
+    stream: LayerStream, layer: Layer, variant: Variant, experts: nn.Module, kept: Sequence[int], tokens: FitTokens,
+    masked: Callable[[], AbstractContextManager[object]],
+) -> Tensor:  # fmt: skip
+    """The down projections [n, H, I] of the `kept` ones of `experts` with fewer neurons. `masked()` is a context in
+    which the layer uses only these."""
+    refit, width = variant.refit, variant.width
+    assert width is not None
+    target = "layer" if refit is None else refit.target
+    wanted = wanted_of(stream, layer, variant.hidden, tokens, target=target, masked=masked)
+    made = narrow_layer(layer.index, experts, wanted, kept, down_projections(experts, kept), width, refit)
+    variant.neurons[layer.index] = made.neurons
+    variant.narrowed.append(made.outcome)
+    variant.fitted += [] if made.fitted is None else [made.fitted]
+    return made.down

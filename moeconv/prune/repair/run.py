@@ -64,7 +64,7 @@ def repair(
             if (neurons := variant.neurons.get(layer)) is not None:
                 downs = columns_of(downs, neurons)
             made = dict(zip(experts, downs))
-            for name, tensor in on_disk(stream.model, layer, list(variant.keep[layer]), made, parts=parts):
+            for name, tensor in on_disk(stream.model, layer, list(variant.keep.get(layer, experts)), made, parts=parts):
                 put(name, tensor)
 
         variant.on_layer = write
@@ -97,6 +97,14 @@ def overlay_names(
     all experts."""
     tensors, family = model.checkpoint.tensors, model.family
     named: dict[tuple[int, int, str], Layout] = {}
+    if family.kind != "moe":
+        assert narrow is not None and tuple(parts) == ("down",)
+        for layer in model.with_ffn(range(model.num_layers), every=True):
+            ref = tensors[model.ffn_name("down", layer=layer)]
+            cut = narrow.cut(model.roles[ref.name])
+            assert cut is not None
+            named[layer, 0, "down"] = (ref.name, ref.dtype, cut.shape)
+        return named
     for layer in model.moe_layers:
         for expert in range(1 if model.packed_experts else left):
             for part in parts:
@@ -124,8 +132,15 @@ def on_disk(
     parts: Sequence[str],
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the experts of a layer, in the order of `overlay_names`. `made` is {old expert: down projection
-    [H, I]}, or {old expert: {part: matrix}} if several parts change."""
+    [H, I]}, or {old expert: {part: matrix}} if several parts change. The FFN of a dense model is the expert 0."""
     family = model.family
+    if family.kind != "moe":
+        ref = model.checkpoint.tensors[model.ffn_name("down", layer=layer)]
+        (down,) = made.values()
+        assert isinstance(down, Tensor)
+        turned = ref.shape[0] != down.shape[0]
+        yield ref.name, (down.mT if turned else down).contiguous().to(TORCH_DTYPES[ref.dtype])
+        return
     matrices = {e: value if isinstance(value, Mapping) else {"down": value} for e, value in made.items()}
     if model.packed_experts:
         ref = model.checkpoint.tensors[family.name("expert.down", layer=layer)]

@@ -29,7 +29,8 @@ class Variant:
     they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
     the new down projections of each layer. With `width`, every expert keeps only that many neurons: `neurons` {layer:
     [n, width]} are their numbers, and the columns of all others in its down projection become 0; `narrowed` records
-    the result. `top_k` is the number of experts per token, instead of the model's own.
+    the result. In a dense model, it is the width of the FFNs, which are the expert 0. `top_k` is the number of experts
+    per token, instead of the model's own.
     With `heal`, the kept experts and the router of each layer are trained after the refit; `healed` records the
     results, and `on_healed` is called with every layer. After the pass, `hidden` [n, S, H] are the final activations of
     the variant, and `keep` has an entry for every layer.

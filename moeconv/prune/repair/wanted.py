@@ -13,6 +13,7 @@ from moeconv.errors import InputError
 from moeconv.prune.repair.refit import Routes
 from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
+from moeconv.stream.one_ffn import every_token
 from moeconv.world import all_agree, summed
 
 _SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
@@ -66,7 +67,7 @@ def wanted_of(
     held_rows: list[Tensor] = []
     output_square = 0.0
     additive, family = False, stream.model.family
-    alone = layer.expert_dimension != stream.model.hidden_size or family.experts.normed
+    alone = layer.experts is not None and (layer.expert_dimension != stream.model.hidden_size or family.experts.normed)
     one_stream = stream.model.residual_size == stream.model.hidden_size
 
     def made(batch: Batch) -> Tensor:
@@ -74,7 +75,9 @@ def wanted_of(
 
     with masked():
         for batch in layer.batches(advance=False, hidden=hidden):
-            assert batch.top_k_index is not None and batch.top_k_weights is not None
+            index, given = batch.top_k_index, batch.top_k_weights
+            if index is None or given is None:
+                index, given = every_token(batch.expert_input)
             if not wanted and one_stream:
                 added, after = batch.residual + batch.ffn_output, batch.outputs.flatten(0, 1)
                 alike = bool((added - after).norm() <= _SAME * batch.ffn_output.norm())
@@ -84,8 +87,8 @@ def wanted_of(
             rows.append(of)
             held_rows.append(held_here[of])
             output_square += float(made(batch)[held_here].double().square().sum())
-            weights = batch.top_k_weights[of] * stream.model.routed_share
-            routes.append(Routes(batch.expert_input[of], batch.top_k_index[of], weights))
+            weights = given[of] * (stream.model.routed_share if batch.top_k_index is not None else 1.0)
+            routes.append(Routes(batch.expert_input[of], index[of], weights))
             if target == "stream" and additive:
                 after = stream.hidden[batch.rows].to(batch.outputs.device)
                 wanted.append((after - batch.outputs).flatten(0, 1))

@@ -23,7 +23,8 @@ from moeconv.types import JsonObject
 if TYPE_CHECKING:
     from moeconv.calibrate.artifact import Statistics
 
-Uses = Mapping[int, tuple[np.ndarray, np.ndarray]]  # layer -> tokens of each expert [E], of each pair [E, E]
+# layer -> tokens of each expert by data source [sources, E], of each pair [E, E]
+Uses = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 
 def arrange(request: ArrangeRequest, *, meter: Meter) -> JsonObject:
@@ -86,16 +87,19 @@ def _statistics(model: Model, path: str, *, twin: bool) -> Statistics:
 
 
 def _uses(model: Model, statistics: Statistics) -> Uses:
-    """How often the experts of every measured layer were used, over all data sources."""
+    """How often the experts of every measured layer were used."""
     found = {}
     for layer in (*model.moe_layers, *(at for at in model.mtp_layers if at in statistics.prediction_layers)):
-        load = np.asarray(statistics.layer(layer, "count"), np.float64).sum(0)
+        load = np.asarray(statistics.layer(layer, "count"), np.float64)
         found[layer] = load, np.asarray(statistics.layer(layer, "coactivation"), np.float64)
     return found
 
 
 def _loads(uses: Uses, order: Mapping[int, np.ndarray], devices: int) -> dict[int, ShareLoad]:
-    return {layer: share_load(*uses[layer], of, devices) for layer, of in order.items() if layer in uses}
+    return {
+        layer: share_load(uses[layer][0].sum(0), uses[layer][1], of, devices)
+        for layer, of in order.items() if layer in uses
+    }  # fmt: skip
 
 
 def _whole(loads: Mapping[int, ShareLoad]) -> JsonObject:

@@ -16,8 +16,12 @@ class PruneOptions:
     max_bytes: str | None = option(
         None, "Largest size of the result, such as 20GB; removes as few as fit.", metavar="SIZE"
     )
-    width: int | None = option(None, "Neurons to keep in every expert; used alone, it removes no experts.")
-    width_ratio: float | None = option(None, "Share of the neurons to remove from every expert, such as 0.25.")
+    width: int | None = option(
+        None, "Neurons to keep in every expert (or FFN of a dense model); used alone, it removes no experts."
+    )
+    width_ratio: float | None = option(
+        None, "Share of the neurons to remove from every expert (or FFN of a dense model), such as 0.25."
+    )
     mix: str | None = option(
         None, "Divide what --ratio, --max-bytes or --max-loss-increase removes between experts and neurons, as "
         "measured on --data.",

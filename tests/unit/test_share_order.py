@@ -119,3 +119,15 @@ def test_what_cannot_be_arranged_is_refused(tmp_path: Path, cli: Any) -> None:
         assert done.code == 2 and says in done.json["error"]["message"] and done.json["error"]["hint"], done.out
     done = cli("arrange", path, tmp_path / "out", "--devices", 4, "--stats", tmp_path / "none", "--json")
     assert done.code == 3 and not (tmp_path / "out").exists()
+
+
+def test_shares_are_even_on_each_source_and_not_only_on_their_sum() -> None:
+    """Other text has another mixture of the sources."""
+    load = np.zeros((2, 8))
+    load[0, :4], load[1, 4:] = 10, 10  # each expert is used on one source
+    together = np.ones((8, 8))
+    together[:4, :4] = together[4:, 4:] = 2  # traffic alone would put the experts of a source into one share
+    order = even_order(load, together, 2)
+    for of_source in load:
+        assert share_load(of_source, together, order, 2).max_over_mean == 1.0
+    assert share_load(load.sum(0), together, even_order(load.sum(0), together, 2), 2).max_over_mean == 1.0

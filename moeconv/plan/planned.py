@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.checkpoint.safetensors_file import TensorRef
@@ -39,6 +39,10 @@ class _PlannedCheckpoint:
     def confined(self, name: str) -> Path:
         """The path of a companion."""
         return self.path / name
+
+    def reworded(self, config: JsonObject, warning: str) -> Self:
+        """A copy with another config.json, and with one more `warning`."""
+        return replace(self, config=config, warnings=[*self.warnings, warning])
 
     def same_bytes(self, _first: str, _second: str) -> bool:
         """Always true: it is asked about a stored head that is tied, and the plan has untied a head that differs

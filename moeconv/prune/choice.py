@@ -36,6 +36,13 @@ def resolve_criterion(name: str | None, *, has_data: bool, model: Model | None =
     return chosen
 
 
+def with_default(options: PruneOptions, *, has_data: bool, model: Model) -> PruneOptions:
+    """The options with the criterion of the run, as `resolve_criterion` returns it. A dense model has none."""
+    if not model.num_experts:
+        return options
+    return replace(options, criterion=resolve_criterion(options.criterion, has_data=has_data, model=model))
+
+
 def check_used(options: PruneOptions, criterion: str, *, has_data: bool) -> None:
     """Raises UsageError for an option that neither the criterion nor a repair uses."""
     uses = CRITERIA[criterion].needs.similarity or options.merge or options.threshold is not None

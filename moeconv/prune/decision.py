@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moeconv.families.model import Model
-from moeconv.options import PruneOptions
+from moeconv.options import PlanOptions, PruneOptions
 from moeconv.prune.choice import (
     checked_keep,
     choose,
@@ -19,7 +19,7 @@ from moeconv.prune.choice import (
 from moeconv.prune.criteria import Evidence, Order
 from moeconv.prune.cutting import Keep
 from moeconv.prune.limits import check_feasible
-from moeconv.prune.width import Width, asks_width
+from moeconv.prune.width import Width, asks_width, chosen_width
 
 Groups = Mapping[int, Mapping[int, Sequence[int]]]
 
@@ -51,29 +51,32 @@ class Decision:
 
 
 def decide(
-    model: Model, options: PruneOptions, evidence: Evidence, *, left: int | None, seed: int, keep: Keep | None = None
-) -> Decision:
-    """Decide by the evidence of the criterion, or take the experts `keep` that are already decided.
+    model: Model, options: PruneOptions, common: PlanOptions, evidence: Evidence, *, left: int | None,
+    keep: Keep | None = None,
+) -> Decision:  # fmt: skip
+    """Decide by the evidence of the criterion, or take the experts `keep` that are already decided. The width is the
+    one that the options state.
 
     `left` is what `limits.check_prune` returned: the number of experts per layer, or None if the evidence decides it.
     Raises UsageError for a budget that cannot be met or that nothing given decides, InputError for statistics that
     cannot rank experts (NaN, infinite, or all zero).
     """
-    name = options.criterion or default_criterion(model, evidence)
+    name, width = options.criterion or default_criterion(model, evidence), chosen_width(model, options, common)
     if keep is not None:
         left = len(next(iter(keep.values()), ())) if left is None else left
         _check(model, options, evidence, left)
         predicted = predicted_keep(model, evidence, options, left, criterion=name)
-        return Decision(left, checked_keep(model, keep, left), True, name, predicted=predicted)
-    orders = orders_of(model, evidence, options, seed=seed) if left != model.num_experts else None
+        return Decision(left, checked_keep(model, keep, left), True, name, predicted=predicted, width=width)
+    orders = orders_of(model, evidence, options, seed=common.seed) if left != model.num_experts else None
     if left is None:
         left = left_by_threshold(model, options, evidence, orders)
     protected = _check(model, options, evidence, left)
     if orders is not None:
         chosen: Keep = choose(model, orders, left, evidence=evidence, criterion=name, protected=protected)
         predicted = predicted_keep(model, evidence, options, left, criterion=name)
-        return Decision(left, chosen, True, name, orders, predicted=predicted)
-    return Decision(left, {layer: list(range(left)) for layer in model.moe_layers}, left == model.num_experts, name)
+        return Decision(left, chosen, True, name, orders, predicted=predicted, width=width)
+    first = {layer: list(range(left)) for layer in model.moe_layers}
+    return Decision(left, first, left == model.num_experts, name, width=width)
 
 
 def with_keep(decision: Decision, keep: Keep, *, groups: Groups | None = None) -> Decision:

@@ -28,7 +28,7 @@ from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_o
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
-from moeconv.prune.width import ORIGIN, chosen_width
+from moeconv.prune.width import ORIGIN
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
@@ -55,8 +55,7 @@ def plan_prune(
     check_names(parameters, PruneOptions, PlanOptions)
     options, common = from_keywords(PruneOptions, parameters), from_keywords(PlanOptions, parameters)
     left, evidence = check_prune(model, options, common), evidence or Evidence()
-    decision = decide(model, options, evidence, left=left, seed=common.seed, keep=keep_experts)
-    decision = replace(decision, groups=groups, width=chosen_width(model, options, common))
+    decision = replace(decide(model, options, common, evidence, left=left, keep=keep_experts), groups=groups)
     return prune_plan(model, options, common, decision, evidence=evidence, overlays=overlays)
 
 

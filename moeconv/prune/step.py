@@ -36,9 +36,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     executes the plan."""
     model = open_resolved(request.model)
     named, has_data = request.prune.criterion is not None, bool(request.prune.stats or request.data.data)
-    criterion = choice.resolve_criterion(request.prune.criterion, has_data=has_data, model=model)
-    if model.num_experts:
-        request = replace(request, prune=replace(request.prune, criterion=criterion))
+    request = replace(request, prune=choice.with_default(request.prune, has_data=has_data, model=model))
     _check_data(request)
     if request.prune.curve:
         check_alone("prune --curve", hint="Run it without torchrun.")
@@ -51,7 +49,8 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
     left = limits.check_prune(model, request.prune, request.plan)  # before anything is measured
     if request.prune.mix is not None:
         points_of(model, request.prune, request.plan)
-    choice.check_used(request.prune, criterion, has_data=has_data)
+    if model.num_experts:
+        choice.check_used(request.prune, str(request.prune.criterion), has_data=has_data)
     check_out(out, model, write)
     if write.dry_run:
         return _dry_run(model, request, out, left=left, named=named, meter=meter)
@@ -69,8 +68,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
         options = request.prune
         decision, made = None, _Stored()
         if options.max_loss_increase is None and options.mix is None:
-            decision = decide(model, options, evidence, left=left, seed=request.plan.seed)
-            decision = replace(decision, width=width.chosen_width(model, options, request.plan))
+            decision = decide(model, options, request.plan, evidence, left=left)
         if _text_options(options) or _measures_top_k(request) or width.asks_width(options):
             asked, begun = request, decision
             folder, found = measured.once(
@@ -79,7 +77,7 @@ def prune(request: PruneRequest, *, meter: Meter, run: RunPlan = run_plan) -> Js
             made = _Stored.read(folder, found)
         if made.keep is not None:
             size = mix.width_of(model, options, request.plan, made.width) if decision is None else decision.width
-            decision = decide(model, options, evidence, left=left, seed=request.plan.seed, keep=made.keep)
+            decision = decide(model, options, request.plan, evidence, left=left, keep=made.keep)
             decision = replace(decision, width=size)
         announce(None)
         assert decision is not None
@@ -102,8 +100,7 @@ def _dry_run(
     """The plan and the memory that the run will take. Experts that only measurements can decide stay undecided."""
     evidence = evidence_of(model, request.prune.stats, request)
     request, _ = with_criterion(model, evidence, request, named=named)
-    decision = decide(model, request.prune, evidence, left=left, seed=request.plan.seed)
-    decision = replace(decision, width=width.chosen_width(model, request.prune, request.plan))
+    decision = decide(model, request.prune, request.plan, evidence, left=left)
     plan = planner.prune_plan(model, request.prune, request.plan, decision, evidence=evidence)
     result = run_plan(plan, model, out, request.write, meter=meter)
     if request.data.data:
@@ -197,7 +194,7 @@ def _searched(
         keep, cost_of_keep = smallest(model, evidence, request, gate=options.max_loss_increase, meter=meter)
         size = None
         found |= cost_of_keep
-    decision = decide(model, options, evidence, left=None, seed=request.plan.seed, keep=keep)
+    decision = decide(model, options, request.plan, evidence, left=None, keep=keep)
     return replace(decision, width=size), found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from moeconv.contract import Counts, Ran, StepRow
@@ -14,7 +13,7 @@ from moeconv.plan.execute import companions_of, default_jobs
 from moeconv.plan.memory import memory_bytes, worker_bytes
 from moeconv.plan.plan import Plan
 from moeconv.plan.planned import planned_model
-from moeconv.prune.choice import resolve_criterion
+from moeconv.prune.choice import with_default
 from moeconv.prune.criteria import Evidence
 from moeconv.prune.decision import decide
 from moeconv.prune.limits import check_prune
@@ -113,10 +112,9 @@ def plan_of(model: Model, asked: Asked) -> Plan | None:
         return upcycle_plan(model, asked.upcycle, asked.plan)
     if isinstance(asked, PruneRequest):
         has_data = bool(asked.prune.stats or asked.data.data)
-        criterion = resolve_criterion(asked.prune.criterion, has_data=has_data, model=model)
-        options, common = replace(asked.prune, criterion=criterion), asked.plan
+        options, common = with_default(asked.prune, has_data=has_data, model=model), asked.plan
         left = check_prune(model, options, common)
-        decision = decide(model, options, Evidence(), left=left, seed=common.seed)
+        decision = decide(model, options, common, Evidence(), left=left)
         return prune_plan(model, options, common, decision, evidence=Evidence())
     if isinstance(asked, QuantizeRequest):
         return plan_packing(model, asked).plan

@@ -18,6 +18,7 @@ from moeconv.families.model import open_model
 from moeconv.families.neurons import Narrow
 from moeconv.options import PlanOptions, PruneOptions
 from moeconv.plan.execute import execute
+from moeconv.plan.planned import planned_model
 from moeconv.prune.limits import planned_bytes
 from moeconv.prune.planner import plan_prune
 from moeconv.prune.points import points, points_within
@@ -234,6 +235,13 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, cli: Any) -> None:
     done = cli("prune", tmp_path / "packed", tmp_path / "out", "--width", 16, "--json")
     assert done.code == 3 and "quantized" in done.json["error"]["message"]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_output_of_a_step_that_is_only_planned_takes_a_width(tmp_path: Path) -> None:
+    """As in the dry run of a recipe."""
+    planned = planned_model(plan_prune(open_model(make(tmp_path / "model")), keep=6))
+    plan = plan_prune(planned, width=16)
+    assert plan.config["moe_intermediate_size"] == 16 and plan.config["num_experts"] == 6
 
 
 # -- dense models ------------------------------------------------------------------------------------------------------

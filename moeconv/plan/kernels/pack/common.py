@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,18 +68,37 @@ def check_finite(scales: Tensor) -> None:
         )
 
 
+class Scratch(threading.local):
+    """Temporary memory of each thread, kept from block to block and call to call: the system clears new pages, which
+    costs as much as a few passes over them. A buffer is valid until the next one of the same name and dtype."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialised tensor of that shape. Buffers of more than BLOCK elements are not kept."""
+        size = math.prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or len(kept) < size:
+            kept = torch.empty(size, dtype=dtype)
+            if size <= BLOCK:
+                self._kept[name, dtype] = kept
+        return kept[:size].view(*shape)
+
+
+SCRATCH = Scratch()
+
+
 class RowBuffers:
-    """The temporary buffers of one call: a block of rows in float32, its magnitudes, bytes, and pairs of bytes. They
-    are allocated once."""
+    """The temporary buffers of one call: a block of rows in float32, its magnitudes, bytes, and pairs of bytes."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.blocks = list(row_blocks(rows, columns))
         size = columns * max((stop - start for start, stop in self.blocks), default=0)
         self.columns = columns
-        self.values = torch.empty(size)
-        self.magnitudes = torch.empty(size)
-        self.bytes_ = torch.empty(size, dtype=torch.uint8)
-        self.pairs = torch.empty(size // 2, dtype=torch.int16)
+        self.values, self.magnitudes = SCRATCH("values", (size,)), SCRATCH("magnitudes", (size,))
+        self.bytes_ = SCRATCH("bytes", (size,), torch.uint8)
+        self.pairs = SCRATCH("pairs", (size // 2,), torch.int16)
 
     def load(self, weight: Tensor, start: int, stop: int) -> Tensor:
         return self.values[: (stop - start) * self.columns].view(-1, self.columns).copy_(weight[start:stop])

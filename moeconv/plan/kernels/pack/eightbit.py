@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from moeconv.errors import UsageError
-from moeconv.plan.kernels.pack.common import check_matrix, row_blocks
+from moeconv.plan.kernels.pack.common import SCRATCH, check_matrix, row_blocks
 from moeconv.plan.kernels.pack.float_grids import float8_grid, int8_grid, mxfp8_grid
 from moeconv.plan.kernels.pack.levels import E4M3_MAX, Coded
 from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_from, exponents_of, powers_below
 from moeconv.plan.kernels.pack.peaks import column_peaks, peaks, usable
+from moeconv.plan.kernels.pack.roundings import to_float8
 from moeconv.plan.kernels.pack.scales import fitted
 
 
@@ -32,7 +33,8 @@ def pack_float8(weight: Tensor, *, fit: bool = False) -> dict[str, Tensor]:
         x, each = weight[start:stop], scales[start:stop]
         if not fit:
             each.copy_(usable(peaks(x, group=columns) / E4M3_MAX))
-        codes[start:stop].copy_((x / each).clamp_(-E4M3_MAX, E4M3_MAX))
+        quotients = torch.div(x, each, out=SCRATCH("values", x.shape, x.dtype))
+        to_float8(quotients, each, codes[start:stop], cut=fit)
     return {"weight": codes, "weight_scale": scales}
 
 
@@ -56,8 +58,9 @@ def pack_float8_blocks(
             each.copy_(fitted(blocks, float8_grid(dtype), group=block * block)[:, 0])
         else:
             each.copy_(usable(peaks(column_peaks(x)[None], group=block)[0] / E4M3_MAX))
-        quotients = (x.view(block, -1, block) / each[None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
-        codes[at * block : (at + 1) * block].copy_(quotients.view(block, columns))
+        by_block = x.view(block, -1, block)
+        quotients = torch.div(by_block, each[None, :, None], out=SCRATCH("values", by_block.shape, dtype))
+        to_float8(quotients.view(block, columns), each, codes[at * block : (at + 1) * block], cut=fit)
     return {"weight": codes, "weight_scale": scales}
 
 
@@ -74,7 +77,8 @@ def pack_int8_rows(weight: Tensor, *, fit: bool = False) -> dict[str, Tensor]:
         x, each = weight[start:stop], scales[start:stop]
         if not fit:
             each.copy_(usable(peaks(x, group=columns) / 127.5))
-        levels[start:stop].copy_((x / each).clamp_(-128, 127).round_())
+        quotients = torch.div(x, each, out=SCRATCH("values", x.shape, x.dtype))
+        levels[start:stop].copy_(quotients.clamp_(-128, 127).round_())
     return {"weight": levels, "weight_scale": scales}
 
 
@@ -91,8 +95,11 @@ def pack_mxfp8(weight: Tensor, *, fit: bool = False) -> dict[str, Tensor]:
         x, each = weight[start:stop], exponents[start:stop]
         if not fit:
             each.copy_(exponents_of(peaks(x, group=MX_GROUP), below=8))
-        quotients = x.view(stop - start, -1, MX_GROUP) * powers_below(each)[..., None]  # float32
-        codes[start:stop].copy_(quotients.clamp_(-E4M3_MAX, E4M3_MAX).view(stop - start, columns))
+        quotients = SCRATCH("values", x.shape).copy_(x)
+        quotients.view(stop - start, -1, MX_GROUP).mul_(powers_below(each)[..., None])
+        if fit:
+            quotients.clamp_(-E4M3_MAX, E4M3_MAX)
+        codes[start:stop].copy_(quotients)  # without `fit`, at most 448: the exponent is that of 1.75 * 2^8
     return {"weight": codes, "weight_scale": exponents}
 
 

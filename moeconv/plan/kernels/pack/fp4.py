@@ -4,22 +4,19 @@ the whole weight) and MXFP4 (OCP Microscaling, 2023). The bytes are those of llm
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moeconv.plan.kernels.pack.common import check_finite, check_matrix, row_blocks
+from moeconv.plan.kernels.pack.common import SCRATCH, check_finite, check_matrix, row_blocks
 from moeconv.plan.kernels.pack.float_grids import E2M1_LEVELS, mxfp4_grid, nvfp4_grid
 from moeconv.plan.kernels.pack.levels import E4M3_MAX, Coded
 from moeconv.plan.kernels.pack.microscale import MX_GROUP, exponents_from, exponents_of, powers_below
 from moeconv.plan.kernels.pack.peaks import peaks
+from moeconv.plan.kernels.pack.roundings import e2m1_codes, join_nibbles
 from moeconv.plan.kernels.pack.scales import fitted
 
 NVFP4_GROUP = 16
-_CUT = 20  # bits of a float32 below its three highest bits of mantissa; all midpoints between levels end there
 
 
 def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = (), fit: bool = False) -> dict[str, Tensor]:
@@ -44,11 +41,10 @@ def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = (), fit: bool = Fal
     scales = finest.to(torch.float8_e4m3fn)
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     finest.div_(whole)
-    work = _Buffers(rows, columns)
-    for start, stop in work.blocks:
+    for start, stop in row_blocks(rows, columns):
         x = weight[start:stop].view(stop - start, -1, NVFP4_GROUP)
-        quotients = work.values_of(x).copy_(x).div_(finest[start:stop, :, None])
-        work.to_nibbles(quotients, packed[start:stop])
+        quotients = SCRATCH("values", x.shape).copy_(x).div_(finest[start:stop, :, None])
+        join_nibbles(e2m1_codes(quotients), packed[start:stop])
     return {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": whole}
 
 
@@ -75,15 +71,15 @@ def pack_mxfp4(weight: Tensor, *, signed_zeros: bool = False, fit: bool = False)
     exponents = torch.empty(rows, columns // MX_GROUP, dtype=torch.uint8)
     if fit:
         exponents = exponents_from(fitted(weight, mxfp4_grid(), group=MX_GROUP))
-    work = _Buffers(rows, columns, signed_zeros=signed_zeros)
-    for start, stop in work.blocks:
+    zeros = "all" if signed_zeros else "numbers"
+    for start, stop in row_blocks(rows, columns):
         x = weight[start:stop]
         each = exponents[start:stop]
         if not fit:
             each.copy_(exponents_of(peaks(x, group=MX_GROUP), below=2))
         x = x.view(stop - start, -1, MX_GROUP)
-        quotients = work.values_of(x).copy_(x).mul_(powers_below(each)[..., None])
-        work.to_nibbles(quotients, packed[start:stop])
+        quotients = SCRATCH("values", x.shape).copy_(x).mul_(powers_below(each)[..., None])
+        join_nibbles(e2m1_codes(quotients, zeros=zeros), packed[start:stop])
     return {"weight_packed": packed, "weight_scale": exponents}
 
 
@@ -106,54 +102,6 @@ def _packed(levels: Tensor) -> Tensor:
     """The bytes [out, in / 2] of levels [out, in] of E2M1."""
     rows, columns = levels.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    work = _Buffers(rows, columns)
-    for start, stop in work.blocks:
-        work.to_nibbles(levels[start:stop].contiguous(), packed[start:stop])
+    for start, stop in row_blocks(rows, columns):
+        join_nibbles(e2m1_codes(levels[start:stop].contiguous()), packed[start:stop])
     return packed
-
-
-class _Buffers:
-    """The temporary buffers of one call, for blocks of rows that stay in the cache."""
-
-    def __init__(self, rows: int, columns: int, *, signed_zeros: bool = False) -> None:
-        self.code_of_key = _code_of_key(signed_zeros)
-        self.blocks = list(row_blocks(rows, columns))
-        size = columns * max((stop - start for start, stop in self.blocks), default=0)
-        self.values = torch.empty(size)
-        self.keys, self.above = np.empty(size, np.uint32), np.empty(size, np.uint32)
-        self.codes = torch.empty(size, dtype=torch.uint8)
-        self.pairs = np.empty(size // 2, np.int16)
-
-    def values_of(self, x: Tensor) -> Tensor:
-        """A float32 buffer of the shape of `x`."""
-        return self.values[: x.numel()].view(x.shape)
-
-    def to_nibbles(self, x: Tensor, packed: Tensor) -> None:
-        """The nearest codes to `x` float32, ties to the even code, in pairs to the bytes of `packed`."""
-        count = x.numel()
-        bits = x.view(-1).view(torch.int32).numpy().view(np.uint32)
-        keys, above, codes = self.keys[:count], self.above[:count], self.codes[:count]
-        # twice the upper bits, plus one where a lower bit is set: what lies between two midpoints has one key
-        np.right_shift(bits, _CUT, out=keys)
-        np.add(bits, (1 << _CUT) - 1, out=above)
-        np.right_shift(above, _CUT, out=above)
-        np.add(keys, above, out=keys)
-        torch.index_select(self.code_of_key, 0, torch.from_numpy(keys.view(np.int32)), out=codes)
-        twos = codes.view(torch.int16).numpy()  # first | second << 8
-        pairs = np.right_shift(twos, 4, out=self.pairs[: count // 2])
-        np.bitwise_or(pairs, twos, out=pairs)
-        packed.view(-1).copy_(torch.from_numpy(pairs))  # keeps the low byte: first | second << 4
-
-
-@lru_cache(maxsize=2)
-def _code_of_key(signed_zeros: bool) -> Tensor:
-    """The code, uint8 [8192], of every key of `_Buffers.to_nibbles`."""
-    keys = np.arange(1 << (33 - _CUT), dtype=np.uint32)
-    inside = keys & 1  # between two values whose lower bits are zero: take one of them
-    values = np.abs(((keys >> 1 << _CUT) | inside).view(np.float32))
-    middles = np.array([(low + high) / 2 for low, high in pairwise(E2M1_LEVELS)], np.float32)
-    below = np.searchsorted(middles, values, side="left")  # midpoints below the value: a tie goes down
-    tie = (below < len(middles)) & (values == middles[np.minimum(below, len(middles) - 1)])
-    code = below + (tie & (below % 2 == 1))
-    negative = ((keys >> 1 << _CUT) >> 31).astype(bool) & ((values > 0) | signed_zeros)
-    return torch.from_numpy((code | (negative.astype(np.int64) << 3)).astype(np.uint8))

@@ -29,4 +29,5 @@ def exponents_from(scales: Tensor) -> Tensor:
 
 def powers_below(exponents: Tensor) -> Tensor:
     """2^(127 - exponent) in float32: what a weight is multiplied by before it is rounded to a code."""
-    return torch.ldexp(torch.ones(exponents.shape), _BIAS - exponents.int())
+    bits = exponents.int().neg_().add_(2 * _BIAS)  # the exponent of the result, which ends at 2^-127
+    return torch.where(bits > 0, bits << 23, 1 << 22).int().view(torch.float32)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from moeconv.errors import UsageError
 from moeconv.plan.kernels.pack import floats
-from moeconv.plan.kernels.pack.common import RowBuffers, check_finite, check_matrix, row_blocks
+from moeconv.plan.kernels.pack.bits import join_bits
+from moeconv.plan.kernels.pack.common import ROUND, SCRATCH, RowBuffers, check_finite, check_matrix, row_blocks
+from moeconv.plan.kernels.pack.roundings import e2m1_codes, join_nibbles
 
 _LEAST = 1e-7  # the smallest affine scale of mx.quantize
 _MOST = {4: 6.0, 8: 448.0}  # the largest magnitudes of E2M1 and E4M3
@@ -90,35 +92,26 @@ def _affine(x: Tensor, made: Mapping[str, Tensor], *, bits: int) -> Tensor:
     bias = torch.where(zero != 0, edge, 0.0)
     made["scales"].view(-1).copy_(scale)
     made["biases"].view(-1).copy_(bias)
-    return x.sub_(bias[:, None]).div_(scale[:, None]).round_().clamp_(0, steps).to(torch.uint8)
+    x.sub_(bias[:, None]).div_(scale[:, None]).add_(ROUND).clamp_(ROUND, ROUND + steps)
+    return SCRATCH("codes", x.shape, torch.uint8).copy_(x.view(torch.int32))  # the low byte is the level
 
 
 def _float(x: Tensor, made: Mapping[str, Tensor], *, mode: str, bits: int) -> Tensor:
     """The codes of groups `x` float32 [n, group] in E2M1 or E4M3."""
-    peaks = x.abs().amax(-1).div_(_MOST[bits])
+    peaks = torch.abs(x, out=SCRATCH("magnitudes", x.shape)).amax(-1).div_(_MOST[bits])
     check_finite(peaks)
     if mode == "nvfp4":
         found = peaks.clamp_(max=_MOST[8]).to(torch.float8_e4m3fn)
         scale = found.float()
         made["scales"].view(-1).copy_(found.view(torch.uint8))
-        x.div_(scale[:, None]).masked_fill_((scale == 0)[:, None], 0.0)
+        x.div_(scale.masked_fill(scale == 0, torch.inf)[:, None])
     else:
         power = torch.where(peaks > 0, torch.log2(peaks), 0.0).ceil_().clamp_(-_BIAS, _BIAS)
         made["scales"].view(-1).copy_((power + _BIAS).to(torch.uint8))
         x.div_(torch.exp2(power)[:, None])
     if bits == 8:
         return x.clamp_(-_MOST[8], _MOST[8]).to(torch.float8_e4m3fn).view(torch.uint8)
-    return _e2m1(x)
-
-
-def _e2m1(x: Tensor) -> Tensor:
-    """The nearest codes of `x` float32: three bits of magnitude under the sign, which zero does not have."""
-    size = x.abs()
-    # from 1 on, a magnitude has one bit after the point: half of what is cut off, less one, is added before
-    level = (size.view(torch.int32) + ((1 << 21) - 1) >> 22).sub_(2 * 127 - 2).clamp_(max=7)
-    below = (size * 2).sub_(0.5).ceil_().int()  # steps of one half
-    level = torch.where(size < 1, below, level)
-    return (level + ((x < 0) & (level > 0)).int() * 8).to(torch.uint8)
+    return e2m1_codes(x, even=False, zeros="none")
 
 
 def _values(codes: Tensor, bits: int) -> Tensor:
@@ -143,13 +136,12 @@ def _pack_of(bits: int) -> tuple[torch.dtype, int, int]:
 
 def _to_bytes(levels: Tensor, out: Tensor, *, bits: int) -> None:
     """Write codes uint8 [rows, columns] as a stream of bits, the lowest first."""
-    kind, count, width = _pack_of(bits)
-    spread, mask = levels.contiguous().view(kind), (1 << bits) - 1
-    packed = spread & mask
-    for i in range(1, count):
-        packed |= (spread >> ((8 - bits) * i)) & (mask << (bits * i))
-    each = packed.view(torch.uint8).view(out.shape[0], -1, count)
-    out.view(out.shape[0], -1, width).copy_(each[:, :, :width])
+    if bits == 8:
+        out.copy_(levels)
+    elif bits == 4:
+        join_nibbles(levels, out)
+    else:
+        join_bits(levels, bits=bits, out=out)
 
 
 def _from_bytes(codes: Tensor, *, bits: int) -> Tensor:

@@ -86,7 +86,7 @@ def written(result: Written) -> list[Table]:
     if not result["dry_run"] and result.get("complete") is not False:
         rows["to share"] = f"hf upload OWNER/NAME {result['output']}"
     tables = [pairs(rows)]
-    if result["command"] == "tune" and not result["dry_run"]:
+    if result["command"] == "tune" and block.get("layers"):
         tables.append(_tune_layers(block))
     return tables
 

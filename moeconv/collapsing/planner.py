@@ -32,6 +32,7 @@ from moeconv.upcycle.sources import Sources
 from moeconv.upcycle.target_tensors import Placed, TargetTensors
 
 _SEE = "See the manual of collapse for the families that can be collapsed."
+_ON_DATA = ("surgeon", "energy")
 _FFN = ("expert", "shared", "ffn")  # groups of tensors of which the FFNs are made
 
 
@@ -143,6 +144,14 @@ class Collapse:
                 if node is not None and self._sources.has(node, layer):
                     count += padded or len(parts) > 1 or self._sources.changes(node)
         return self.outside.promise({"ffn": count})
+
+
+def choice_of_neurons(options: CollapseOptions, *, has_data: bool) -> str:
+    """How the neurons are chosen. Raises UsageError for a way that needs data, without any."""
+    how = options.neurons or ("surgeon" if has_data else "norm")
+    if how in _ON_DATA and not has_data:
+        raise UsageError(f"--neurons {how} runs the model on text, and there is no --data", hint="Pass --data FILE.")
+    return how
 
 
 def collapse_of(model: Model, options: CollapseOptions, common: PlanOptions) -> Collapse:

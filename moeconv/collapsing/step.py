@@ -6,8 +6,7 @@ from pathlib import Path
 
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.collapsing.need import collapse_workload
-from moeconv.collapsing.planner import Collapse, collapse_of, collapse_plan
-from moeconv.errors import UsageError
+from moeconv.collapsing.planner import Collapse, choice_of_neurons, collapse_of, collapse_plan
 from moeconv.options import SEQ_LEN, TOKENS, parse_size
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
@@ -18,7 +17,6 @@ from moeconv.stream.need import need_of
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
-_ON_DATA = ("surgeon", "energy")
 _FILE = "collapsed"
 
 
@@ -26,9 +24,7 @@ def collapse(request: CollapseRequest, *, meter: Meter) -> JsonObject:
     """Write MODEL as a dense model. With --data, the neurons of each layer are chosen and fitted on text; without, the
     weights decide."""
     model, options, write = open_resolved(request.model), request.collapse, request.write
-    how = options.neurons or ("surgeon" if request.data.data else "norm")
-    if how in _ON_DATA and not request.data.data:
-        raise UsageError(f"--neurons {how} runs the model on text, and there is no --data", hint="Pass --data FILE.")
+    how = choice_of_neurons(options, has_data=bool(request.data.data))
     made = collapse_of(model, options, request.plan)
     check_out(request.out, model, write)
     if write.dry_run:
@@ -78,7 +74,7 @@ def _measured(made: Collapse, request: CollapseRequest, how: str, folder: Path, 
         meter=meter, what="running the collapsed model beside the model",
         **collapse_workload(model, made.width.after),
     )  # fmt: skip
-    layers = collapse_on_data(made, stream, read, folder / _FILE, how=how, seed=seed)
+    layers, _ = collapse_on_data(made, stream, read, folder / _FILE, how=how, seed=seed)
     return {"tokens": read.tokens, "layers": layers}
 
 

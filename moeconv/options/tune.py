@@ -17,7 +17,9 @@ class TuneOptions:
         None, "The dense source, or the model before it was edited (required by layerwise and distill).", reads="model"
     )
     train: str = option(
-        "router", "Parts to train, separated by commas: router, experts, shared, norms.", metavar="PARTS"
+        "router",
+        "Parts to train, separated by commas: router, experts, shared, ffn (of dense layers), norms.",
+        metavar="PARTS",
     )
     steps: int = option(100, "Optimiser steps (per layer with layerwise).")
     learning_rate: float | None = option(

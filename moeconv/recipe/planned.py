@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from moeconv.collapsing.planner import choice_of_neurons, collapse_of, collapse_plan
 from moeconv.contract import Counts, Ran, StepRow
 from moeconv.families.model import Model
 from moeconv.plan.execute import companions_of, default_jobs
@@ -25,7 +26,7 @@ from moeconv.recipe.located import located
 from moeconv.recipe.read import Asked, Recipe, Step
 from moeconv.recipe.rows import WRITERS, row_of_model, row_of_sizes, summary
 from moeconv.recipe.source import planned_import, source_row
-from moeconv.requests import PruneRequest, QuantizeRequest, UpcycleRequest
+from moeconv.requests import CollapseRequest, PruneRequest, QuantizeRequest, UpcycleRequest
 from moeconv.runner.run import open_resolved
 from moeconv.upcycle.planner import upcycle_plan
 
@@ -118,4 +119,7 @@ def plan_of(model: Model, asked: Asked) -> Plan | None:
         return prune_plan(model, options, common, decision, evidence=Evidence())
     if isinstance(asked, QuantizeRequest):
         return plan_packing(model, asked).plan
+    if isinstance(asked, CollapseRequest):
+        how = choice_of_neurons(asked.collapse, has_data=bool(asked.data.data))
+        return collapse_plan(collapse_of(model, asked.collapse, asked.plan), asked.collapse, asked.plan, neurons=how)
     return None

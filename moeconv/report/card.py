@@ -96,7 +96,7 @@ def _relation(steps: Sequence[Config]) -> str:
 def _title(plan: Plan, source: Checkpoint) -> str:
     name = hub_name(source.path)
     what = {"upcycle": "as a Mixture-of-Experts", "prune": "with fewer experts", "quantize": "with packed experts",
-            "tune": "with a tuned router",
+            "tune": "with a tuned router" if plan.params_active < plan.params_total else "with tuned FFNs",
             "arrange": "with its experts in another order",
             "collapse": "as a dense model"}.get(plan.command, "converted")  # fmt: skip
     return f"{name} {what}" if name else f"{plan.config.get('model_type', 'model')} {what}"

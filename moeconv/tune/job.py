@@ -12,6 +12,7 @@ from moeconv.errors import InputError, UsageError, escape
 from moeconv.families.model import Model, open_model
 from moeconv.options import TuneOptions, flag_of
 from moeconv.tensors import decode_weight
+from moeconv.tune.dense import check_dense
 from moeconv.tune.optimise import Schedule
 from moeconv.tune.symmetry import check_symmetry
 from moeconv.tune.words import BIAS, correction_names, parse_train, tensors_of
@@ -71,23 +72,27 @@ def make_job(model_path: str | os.PathLike[str], options: TuneOptions, *, seed: 
             hint="Use --objective distill.",
         )
     student = open_model(model_path)
+    dense = not student.moe_layers
+    if dense:
+        check_dense(student, options, train, objective)
     _check_student(student)
     _check_bias(options, student)
     teacher = _open_teacher(options.teacher, student, objective)
     if not tensors_of(student, train):
         raise InputError(
             f"{student.family.model_type} has no tensor that --train {options.train} names",
-            hint="Every Mixture-of-Experts has `router` and `experts`; not all have `shared`.",
+            hint="Every Mixture-of-Experts has `router` and `experts`; not all have `shared`, or dense layers (`ffn`).",
         )
     through, warnings = False, list[str]()  # the balance loss depends only on the router's probabilities
-    if objective != "balance":
+    if objective != "balance" and not dense:
         through, warnings = _straight_through(options.straight_through, student, train)
         warnings += check_symmetry(student, objective=objective, train=train, straight_through=through, teacher=teacher)
     learned = teacher is not None and bool(teacher.moe_layers)
     rates = _rates(options.learning_rate, train, objective=objective, hidden=student.hidden_size, learned=learned)
     schedule = Schedule(options.steps, rates, options.schedule, options.warmup, options.look_every, options.patience)
+    balance = 1.0 if objective == "balance" else 0.0 if dense else options.balance
     return Job(
-        student, teacher, objective, train, schedule, 1.0 if objective == "balance" else options.balance,
+        student, teacher, objective, train, schedule, balance,
         options.z_loss, options.bias_update, options.router_noise, options.temperature, options.capacity_factor,
         through, seed, batch_size, tuple(warnings),
     )  # fmt: skip
@@ -103,6 +108,7 @@ def _rates(
         "router": _ROUTER_ALONG if "experts" in train or learned else _ROUTER_ALONE,
         "experts": weights,
         "shared": weights,
+        "ffn": weights,
     }
     rates = {word: min(_MOST, scale / hidden) for word, scale in scales.items()} | {"norms": _NORMS}
     return {word: rates[word] if asked is None else asked for word in train}
@@ -160,11 +166,6 @@ def _check_alone(model: Model) -> None:
 
 
 def _check_student(model: Model) -> None:
-    if not model.moe_layers:
-        raise InputError(
-            f"{model.family.model_type} is dense: there is no router to tune",
-            hint="First make it a Mixture-of-Experts with `moeconv upcycle`.",
-        )
     _check_alone(model)
     model.check_separate_experts()
     if model.quantization:

@@ -72,7 +72,9 @@ def load_network(model: Model, *, device: torch.device, train: tuple[str, ...] =
         skeleton.module.requires_grad_(False)
     if empty := [name for name, p in skeleton.module.named_parameters() if p.is_meta]:
         raise InputError(f"the checkpoint has no tensor for {empty[0]}", hint="A shard is missing. Copy it again.")
-    names = [n for n, _ in plain_names(model) if model.roles.get(n) and model.roles[n].group in ("norm", "shared")]
+    names = [
+        n for n, _ in plain_names(model) if model.roles.get(n) and model.roles[n].group in ("norm", "shared", "ffn")
+    ]
     return Network(
         skeleton.module,
         [block_of(skeleton, layer) for layer in model.moe_layers],

@@ -22,6 +22,7 @@ from moeconv.checkpoint.target import check_file_target
 from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
+from moeconv.families.records import Routing
 from moeconv.options import (
     SEQ_LEN,
     DataOptions,
@@ -125,9 +126,8 @@ class TrainingRun:
 
     def recording(self, blocks: Sequence[Block]) -> AbstractContextManager[Callable[[], list[Routed]]]:
         model, through = self.job.student, self.job.straight_through
-        assert model.family.experts.routing is not None
         return recording(
-            blocks, model.family.experts.routing, renormalise=model.renormalises, straight_through=through,
+            blocks, model.family.experts.routing or Routing(), renormalise=model.renormalises, straight_through=through,
             disturbance=self.disturbance,
         )  # fmt: skip
 
@@ -211,8 +211,7 @@ def _whole(run: TrainingRun) -> JsonObject:
             hint="Raise --batch-size, give more text, or start fewer processes.",
         )
     order = batches(len(training), size, key=(job.seed, "tune", "windows"))
-    routing = job.student.family.experts.routing
-    assert routing is not None
+    routing = job.student.family.experts.routing or Routing()  # of a dense student there is nothing to route
     run.meter.start(total_bytes=job.schedule.steps, parts=job.schedule.steps, unit="step")
     with run.recording(student.blocks) as take_routed:
         task = ModelTraining(

@@ -121,7 +121,8 @@ class ModelTraining:
         loss, kl_sum = summed(sums).tolist()
         whole = [load.together() for load in loads.values()]
         # a correction bias changes the load but not the probabilities, so only the load shows its effect
-        balance = float(np.mean([load.unevenness() if self.rebalance else load.balance() for load in whole]))
+        uneven = [load.unevenness() if self.rebalance else load.balance() for load in whole]
+        balance = float(np.mean(uneven)) if uneven else 0.0
         return ModelMeasure(loss / count, kl_sum / windows.size if self.teacher is not None else None, balance, loads)
 
     def score(self, measured: ModelMeasure) -> float:

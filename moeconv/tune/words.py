@@ -6,7 +6,7 @@ from moeconv.errors import UsageError, did_you_mean, escape
 from moeconv.families.model import Model
 from moeconv.families.spec import Role
 
-WORDS = ("router", "experts", "shared", "norms")
+WORDS = ("router", "experts", "shared", "ffn", "norms")
 BIAS = "bias"  # the correction bias, which --bias-update changes; it is not a word of --train
 _CORRECTIONS = ("router.correction", "router.correction_row")
 
@@ -26,7 +26,7 @@ def word_of(role: Role) -> str | None:
         return BIAS
     if role.group == "router" and role.key != "router.weight":
         return None
-    return {"router": "router", "expert": "experts", "shared": "shared", "norm": "norms"}.get(role.group)
+    return {"router": "router", "expert": "experts", "shared": "shared", "ffn": "ffn", "norm": "norms"}.get(role.group)
 
 
 def correction_names(model: Model) -> dict[int, str]:

@@ -82,7 +82,7 @@ MAY_KNOW: dict[str, set[str]] = {
     "hf": {"errors", "plan", "versions"},
     "runner": MEASURE | {"report", "requests"},
     "report": DECIDE | {"calibrate", "inspect", "quantize", "tensors", "upcycle"},
-    "recipe": STEP | {"importing", "steps", "upcycle", "tune", "prune", "quantize", "evaluate", "report"},
+    "recipe": STEP | {"collapsing", "importing", "steps", "upcycle", "tune", "prune", "quantize", "evaluate", "report"},
     "steps": {"requests", "plan"},
     "demo": {"errors", "plan", "recipe"},
     "cli": STEP

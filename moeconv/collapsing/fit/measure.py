@@ -60,8 +60,9 @@ def collapse_by_weights(made: Collapse, path: Path, *, how: str, seed: int) -> l
 @torch.no_grad()
 def collapse_on_data(
     made: Collapse, stream: LayerStream, read: TokenData, path: Path, *, how: str, seed: int
-) -> list[JsonObject]:
-    """Write the FFNs that are chosen and fitted on the text of `read`. Returns one row per layer."""
+) -> tuple[list[JsonObject], Tensor]:
+    """Write the FFNs that are chosen and fitted on the text of `read`. Returns (one row per layer, the final
+    activations [n, S, H] of the collapsed model)."""
     flow = allocate(tuple(stream.hidden.shape), stream.dtype, stream.max_memory)
     flow.copy_(stream.hidden)
     held = torch.from_numpy(held_out(*stream.windows.shape))
@@ -81,7 +82,7 @@ def collapse_on_data(
             with block.replaced(ffn):
                 for batch in layer.batches(hidden=flow):
                     del batch
-    return rows
+    return rows, flow
 
 
 @dataclass(frozen=True, eq=False)

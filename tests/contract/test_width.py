@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from moeconv.families.model import open_model
 from moeconv.tensors import read_tensor
 from tests.contract.stock import (
-    CASES,
+    DENSE_CASES,
     MOE_CASES,
+    WRAPPED_DENSE,
     dropped,
     load,
     logits,
@@ -110,12 +111,14 @@ def test_a_narrower_model_equals_the_stock_model_without_those_neurons(tmp_path,
     assert relative_difference(wanted, logits(load(tmp_path / "out"))) <= 1e-5
 
 
+DENSE = DENSE_CASES | {f"{name} inside": (kind, config) for name, (kind, config, _) in WRAPPED_DENSE.items()}
+
+
 @pytest.mark.slow(keep=2)
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", list(DENSE))
 def test_a_narrower_dense_model_equals_the_stock_model_without_those_neurons(tmp_path, cli, case):
     skip_where_stock_is_broken(case)
-    name, config, _ = CASES[case]
-    source = save_stock(tmp_path / "dense", name, config, dtype=torch.float32)
+    source = save_stock(tmp_path / "dense", *DENSE[case], dtype=torch.float32)
     width = open_model(source).ffn_width // 2
     promised = cli("prune", source, tmp_path / "out", "--width", width, "--json", "--dry-run")
     assert promised.code == 0, promised.out

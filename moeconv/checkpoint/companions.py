@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from moeconv.checkpoint.reader import INDEX_NAME, MANIFEST_NAME, SETTINGS_NAME, Checkpoint
 from moeconv.checkpoint.strictjson import parse_json, read_json_object
 from moeconv.errors import InputError, escape
 from moeconv.types import Config, JsonObject
@@ -38,7 +38,7 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 PATTERNS = (*VOCABULARIES, *_BESIDE_VOCABULARIES, *_SETTINGS, *_LICENCES)
 _NEVER = ("*.py", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.safetensors", "*.index.json", "*.exe", "*.so")
 # files that a step writes itself, and files that the reader has warned about already
-_OWN = ("config.json", INDEX_NAME, MANIFEST_NAME, "README.md", "*.safetensors", ".*")
+_OWN = ("config.json", INDEX_NAME, MANIFEST_NAME, SETTINGS_NAME, "README.md", "*.safetensors", ".*")
 _MAX_BYTES = 256 * 1024 * 1024
 _MAX_SETTINGS = 1 << 20  # bytes of a JSON file that may name code
 _SHOWN = 8

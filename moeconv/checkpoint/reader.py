@@ -27,6 +27,9 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MANIFEST_NAME = "moeconv_manifest.json"
+SETTINGS_NAME = "hf_quant_config.json"  # of ModelOpt
+_OLD_KEYS = ("exclude_modules", "kv_cache_quant_algo")  # in that file alone
+_QUANTIZATION = "quantization_config"
 _SAMPLE_BYTES = 4096
 _SAMPLES_PER_SHARD = 16
 _CHUNK = 1 << 22
@@ -56,6 +59,7 @@ class Checkpoint:
             raise refusal(self.path, self._entries(), lacks=f": {CONFIG_NAME} is missing")
         config_path = confined(self.path, self._root, CONFIG_NAME, what="moeconv")
         self.config: JsonObject = read_json_object(config_path, what=escape(config_path), constants=True)
+        self._add_settings()
         weight_map = self._read_index()
         self.shards: tuple[str, ...] = (SINGLE_NAME,) if weight_map is None else tuple(sorted(set(weight_map.values())))
         self.tensors: Mapping[str, TensorRef] = self._read_headers(weight_map)
@@ -66,6 +70,18 @@ class Checkpoint:
         return self._root is None
 
     # -- opening -------------------------------------------------------------------------------------------------
+
+    def _add_settings(self) -> None:
+        """Put the settings that older exports of ModelOpt have in a file of their own into the config, under the keys
+        that newer ones have there."""
+        if _QUANTIZATION in self.config or not (self.path / SETTINGS_NAME).exists():
+            return
+        path = confined(self.path, self._root, SETTINGS_NAME, what="moeconv")
+        stated = read_json_object(path, what=escape(path)).get("quantization")
+        if isinstance(stated, dict) and stated.get("quant_algo") is not None:
+            kept = {key: value for key, value in stated.items() if key not in _OLD_KEYS}
+            settings = {"quant_method": "modelopt", **kept, "ignore": stated.get("exclude_modules") or []}
+            self.config = {**self.config, _QUANTIZATION: settings}
 
     def _read_index(self) -> dict[str, str] | None:
         """The index's weight map, or None for a single-file checkpoint."""

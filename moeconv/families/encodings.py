@@ -134,6 +134,17 @@ def _fp4(scale_dtypes: tuple[str, ...], *, whole: bool) -> Callable[[Encoding, S
     return parts
 
 
+def _modelopt(encoding: Encoding, shape: Shape, _stacked: bool) -> dict[str, Part]:
+    """ModelOpt's NVFP4: the parts of compressed-tensors under other names, with the inverse of its second scale."""
+    rows, columns = shape
+    return {
+        "weight": Part(("U8",), ((rows, -(-columns // 2)),)),
+        "scale": Part(("F8_E4M3",), _scales(encoding, shape)),
+        "scale_2": Part(("F32",), _ONE),
+        "input_scale": Part(SCALES, _ONE, needed=False),
+    }
+
+
 def _bitsandbytes4(encoding: Encoding, shape: Shape, stacked: bool) -> dict[str, Part]:
     front, numel = (shape[:1], math.prod(shape[1:])) if stacked else ((), math.prod(shape))
     blocks = -(-numel // encoding.block)
@@ -219,6 +230,7 @@ PARTS: Mapping[str, Callable[[Encoding, Shape, bool], dict[str, Part]]] = {
     "float8": _codes8("F8_E4M3"),
     "float8-blocks": _codes8("F8_E4M3"),
     "nvfp4": _fp4(("F8_E4M3",), whole=True),
+    "nvfp4-modelopt": _modelopt,
     "mxfp4-rows": _fp4(("U8", "F8_E8M0"), whole=False),
     "mxfp8-rows": _mxfp8,
     "bitsandbytes4": _bitsandbytes4,

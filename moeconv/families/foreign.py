@@ -13,7 +13,7 @@ from moeconv.types import Config, JsonObject
 
 GIVE = (
     "Give the unquantized checkpoint from which it was made, or one in compressed-tensors INT4, INT8, FP8 or NVFP4, "
-    "bitsandbytes, FP8 blocks, MXFP4, GPTQ or AWQ."
+    "bitsandbytes, FP8 blocks, MXFP4, GPTQ, AWQ or ModelOpt."
 )
 _UNREAD = "which moeconv does not read"
 _NO_SETTINGS = "and config.json has no quantization_config that states how"
@@ -44,9 +44,10 @@ class Foreign:
 
 # in the order in which endings are compared: rows with more endings come first
 FOREIGN: tuple[Foreign, ...] = (
-    # these two are read where config.json has their settings
+    # these are read where config.json has their settings
     Foreign("GPTQ", (), (".qweight", ".qzeros", ".scales", ".g_idx"), why=_NO_SETTINGS, hint=_STATE),
     Foreign("AWQ", (), (".qweight", ".qzeros", ".scales"), why=_NO_SETTINGS, hint=_STATE),
+    Foreign("ModelOpt", (), (".weight_scale", ".weight_scale_2"), why=_NO_SETTINGS, hint=_STATE),
     Foreign("AutoRound", ("auto-round", "auto_round", "intel/auto-round")),
     Foreign("MLX", (), (".scales", ".biases"), key="quantization"),
     Foreign("HQQ", ("hqq",), (".W_q",), bits=("nbits", "bits")),
@@ -54,7 +55,6 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("VPTQ", ("vptq",), (".centroids.weight",)),
     Foreign("EXL3", ("exl3",), (".trellis",)),
     Foreign("EXL2", ("exl2",), (".q_weight", ".q_scale")),
-    Foreign("ModelOpt", ("modelopt", "modelopt_fp4"), (".weight_scale_2",)),
     Foreign("Quark", ("quark",)),
     Foreign("Quanto", ("quanto",), (".weight._data", ".weight._scale"), bits=("weights",)),
     Foreign("EETQ", ("eetq",), (".weight_scales",)),

@@ -13,6 +13,7 @@ from moeconv.families.autogptq import gptq_encodings, gptq_form
 from moeconv.families.encodings import Encoding
 from moeconv.families.foreign import GIVE
 from moeconv.families.foreign import unread as _unread
+from moeconv.families.modelopt import modelopt_encodings
 from moeconv.families.module_groups import groups_of
 from moeconv.types import Config
 
@@ -211,6 +212,8 @@ METHODS: Mapping[str, Callable[[Config], tuple[Encoding, ...]]] = {
     "mxfp4": lambda _quantization: (Encoding("mxfp4", 4),),
     "gptq": gptq_encodings,
     "awq": awq_encodings,
+    "modelopt": modelopt_encodings,
+    "modelopt_fp4": modelopt_encodings,
 }
 # methods whose settings list modules with other settings -> the forms of a module
 _BY_MODULE: Mapping[str, Callable[[Config], Forms]] = {

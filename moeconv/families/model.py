@@ -20,7 +20,7 @@ from moeconv.families import check, packed, settings
 from moeconv.families.find import find_family, without_aliases
 from moeconv.families.kinds import check_kinds
 from moeconv.families.mlx_lm import switch_form
-from moeconv.families.names import as_loaded, heads
+from moeconv.families.names import as_loaded, heads, is_cache_scale
 from moeconv.families.roles import assign_roles
 from moeconv.families.settings import MAX_EXPERTS, MAX_WIDTH, text_config
 from moeconv.families.shapes import shared_width
@@ -58,11 +58,13 @@ class Model:
         has = f"transformers has {self.family.model_type} itself"
         own = f"auto_map of config.json is left out: {'the result has a stock class' if self.family.runs_as else has}"
         lost = heads(self.dropped)
+        cache = [name for name in self.dropped if is_cache_scale(name)]
         other = "left out as transformers' language model leaves it out, the head of another class"
         return (
             *self.checkpoint.warnings,
             *([f"{own} ({'; '.join(found)})"] if found else []),
             *([f"{other}: {', '.join(map(escape, lost[:4]))}"] if lost else []),
+            *([f"{counted(len(cache), 'scale')} of the key-value cache are left out"] if cache else []),
         )
 
     @cached_property

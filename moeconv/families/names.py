@@ -142,6 +142,12 @@ def heads(names: Iterable[str]) -> list[str]:
     return [name for name in names if is_head(name)]
 
 
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor is a scale of the keys and values that an engine caches, which some exports have beside the
+    weights of attention."""
+    return name.endswith((".k_scale", ".v_scale"))
+
+
 def why_no_head(dropped: Iterable[str]) -> str:
     """What to do about a checkpoint without a language model's head; `dropped` are its tensors that are left out."""
     if lost := heads(dropped):

@@ -25,6 +25,7 @@ PARTS: dict[str, str] = {
     ".weight_scale_inv": "scale_inv",  # DeepSeek's FP8: one scale per block
     ".weight_zero_point": "zero_point",
     ".weight_global_scale": "global_scale",
+    ".weight_scale_2": "scale_2",  # ModelOpt's NVFP4
     ".weight_g_idx": "order",
     ".input_scale": "input_scale",  # the scale of activations; the value of the weight does not depend on it
     ".activation_scale": "input_scale",

@@ -9,7 +9,7 @@ from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.reader import Checkpoint
 from moeconv.errors import InputError, Unsupported, escape
 from moeconv.families import packed, settings
-from moeconv.families.names import is_head
+from moeconv.families.names import is_cache_scale, is_head
 from moeconv.families.spec import Family, Role
 from moeconv.types import Config
 from moeconv.units import counted
@@ -34,7 +34,7 @@ def assign_roles(checkpoint: Checkpoint, family: Family) -> tuple[dict[str, Role
         elif name.startswith(tuple(beside)):
             group = next(group for start, group in beside.items() if name.startswith(start))
             roles[name] = Role(f"{group}.{name}")
-        elif name in useless or is_head(name):
+        elif name in useless or is_head(name) or (quantized and is_cache_scale(name)):
             dropped.append(name)
         else:
             raise InputError(

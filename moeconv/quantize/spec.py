@@ -85,14 +85,23 @@ class SchemeInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A stored form that a kernel makes, or whose codes and scales are those that it makes. `parts` are the parts of it
+    that the outputs of the kernel are, in their order; `kernel` makes the outputs of them, "" where they are equal."""
+
+    parts: tuple[str, ...]
+    kernel: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel that packs, by its name in items, with the values of --method that it supports besides rtn.
 
     `fits`: the kernel has the parameter `fit`, with which it searches scales of least error (mse). `grid` is
     "module:name" of a `quantize.gptq.grids.CodeGrid`, with which data chooses the codes (BY_DATA); it works on tensors,
     so it is imported when it is needed. `check(item, method)` raises UsageError for an item that a method cannot be
-    used with. `without` has the reason why the layout does not support a method. `encodes` is the stored form, of
-    `families.encodings`, whose parts it makes, where a weight that is in it already can pass as it is.
+    used with. `without` has the reason why the layout does not support a method. `encodes` has the stored forms, of
+    `families.encodings`, in which a weight passes as it is.
     """
 
     name: str
@@ -100,7 +109,7 @@ class Kernel:
     grid: str = ""
     check: Callable[[Item, str], None] = lambda *_: None
     without: Mapping[str, str] = field(default_factory=dict)
-    encodes: str = ""
+    encodes: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -104,13 +104,14 @@ def _importance(model: Model, request: QuantizeRequest) -> tuple[dict[int, float
 
 def _of_run_layers(plan: Plan, model: Model) -> list[Item]:
     """The packings of the experts of all layers that run. Those of multi-token-prediction layers, which do not, keep
-    their searched scales."""
+    their searched scales, and weights that are in the layout already keep their codes."""
     return [
         item
         for item in plan.items()
         if item.changed == "expert"
         and item.inputs
         and item.inputs[0].origin == "source"
+        and not item.params.get("untouched")
         and model.roles[item.inputs[0].tensor].layer in model.moe_layers
     ]
 
@@ -143,6 +144,11 @@ def quantize(request: QuantizeRequest, *, meter: Meter) -> JsonObject:
     if not (by_data or inputs):
         return run_plan(plan, model, out, write, meter=meter, check=check, origins=_origins(request))
     chosen = _of_run_layers(before, model)
+    if by_data and not chosen:
+        raise UsageError(
+            f"--method {options.method} has no codes to choose: the experts are in this layout already",
+            hint="Leave --method out, or choose another --scheme.",
+        )
     jobs = checked_jobs(write.jobs, each=CODED_BYTES)
     if write.dry_run:
         result = run_plan(plan, model, out, write, meter=meter, check=check)

@@ -22,7 +22,6 @@ from tests import tiny
 HQQ = {"quant_method": "hqq", "nbits": 4, "group_size": 128}
 NAMED: dict[str, tuple[tuple[str, ...], dict]] = {
     "HQQ": (("W_q", "meta"), {"quantization_config": {"quant_method": "hqq"}}),
-    "ModelOpt": (("weight", "weight_scale", "weight_scale_2", "input_scale"), {}),
     "EXL2": (("q_weight", "q_scale", "q_perm"), {}),
     "AutoFP8": (("weight", "weight_scale"), {"quantization_config": {"quant_method": "fp8"}}),
     "AQLM": (("codes", "codebooks", "scales"), {}),

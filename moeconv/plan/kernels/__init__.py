@@ -40,6 +40,7 @@ _WHERE = {
     "pack_mxfp4": "moeconv.plan.kernels.compressed:pack_mxfp4_kernel",
     "pack_mxfp4_blocks": "moeconv.plan.kernels.compressed:pack_mxfp4_blocks_kernel",
     "pack_nvfp4": "moeconv.plan.kernels.compressed:pack_nvfp4_kernel",
+    "nvfp4_from_modelopt": "moeconv.plan.kernels.compressed:nvfp4_from_modelopt",
     "pack_int4_asymmetric": "moeconv.plan.kernels.compressed:pack_int4_asymmetric_kernel",
     "pick_neurons": "moeconv.plan.kernels.neurons:pick_neurons",
     "copied_rows": "moeconv.plan.kernels.router_rows:copied_rows",

@@ -11,10 +11,11 @@ from moeconv.plan.plan import Input, Item, Params, TensorSpec
 
 def chain(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[TensorSpec], params: Params) -> Sequence[Buffer]:
     """The kernel `then` on the output of `first`. params: first and then (each with kernel and params), between;
-    untouched: the inputs are what both would make of them."""
-    if params.get("untouched"):
-        return [data for _, data in inputs]
-    then = params["then"]
+    untouched: the inputs are what both would make of them, or what a kernel of that name makes these of."""
+    then, untouched = params["then"], params.get("untouched")
+    if untouched:
+        same = [data for _, data in inputs]
+        return same if untouched is True else load_kernel(untouched)(inputs, outputs, then["params"])
     if then["kernel"] == "copy":
         return [between(inputs, params)[1]]
     return load_kernel(then["kernel"])([between(inputs, params)], outputs, then["params"])

@@ -12,7 +12,7 @@ from moeconv.plan.kernels.pack.asymmetric import pack_int4_asymmetric
 from moeconv.plan.kernels.pack.eightbit import pack_float8, pack_float8_blocks, pack_int8_rows, pack_mxfp8
 from moeconv.plan.kernels.pack.fp4 import pack_mxfp4, pack_nvfp4
 from moeconv.plan.kernels.quantized import ordered, weight_of
-from moeconv.plan.kernels.stored import to_tensor
+from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.plan.plan import Input, Params, TensorSpec
 
 Read = Sequence[tuple[Input, Buffer]]
@@ -63,3 +63,9 @@ def pack_nvfp4_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Para
 def pack_int4_asymmetric_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
     """INT4 codes, scales, zero points and shape. params: parts, group_size."""
     return ordered(pack_int4_asymmetric(weight_of(inputs), group_size=params["group_size"]), params)
+
+
+def nvfp4_from_modelopt(inputs: Read, _outputs: Sequence[TensorSpec], _params: Params) -> list[Buffer]:
+    """The codes and scales of ModelOpt's NVFP4 as they are, and the inverse of its second scale."""
+    (_, packed), (_, scales), (ref, second) = inputs
+    return [packed, scales, to_bytes(to_tensor(memoryview(second), ref.dtype, ref.shape).reciprocal())]

@@ -129,6 +129,9 @@ DECODERS: Mapping[str, Callable[[Parts, How, torch.dtype | None], Tensor]] = {
     "float8": _codes8,
     "float8-blocks": _float8_blocks,
     "nvfp4": lambda parts, _how, _dtype: floats.unpack_nvfp4(parts["packed"], parts["scale"], parts["global_scale"]),
+    "nvfp4-modelopt": lambda parts, _how, _dtype: floats.unpack_modelopt(
+        parts["weight"], parts["scale"], parts["scale_2"]
+    ),
     "mxfp4-rows": lambda parts, _how, _dtype: floats.unpack_mxfp4_rows(parts["packed"], parts["scale"]),
     "mxfp8-rows": lambda parts, _how, _dtype: floats.unpack_mxfp8_rows(parts["weight"], parts["scale"]),
     "bitsandbytes4": _bitsandbytes4,

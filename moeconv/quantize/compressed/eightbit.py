@@ -7,11 +7,19 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import BY_DATA, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import BY_DATA, Kernel, Scheme, SchemeInfo, Stored, codes
 
 BLOCK = 128
+_STORED = Stored(("weight", "scale"))
+_IN_BLOCKS = {"float8": _STORED, "float8-blocks": Stored(("weight", "scale_inv"))}
+_GRIDS = "moeconv.quantize.gptq.compressed_grids"
 _SHARED = "rows share the scale of a block, and data chooses the codes of each row by itself"
-BLOCKS = Kernel("pack_float8_blocks", fits=True, without=dict.fromkeys(BY_DATA, _SHARED))
+BLOCKS = Kernel(
+    "pack_float8_blocks",
+    fits=True,
+    without=dict.fromkeys(BY_DATA, _SHARED),
+    encodes=_IN_BLOCKS,
+)
 
 
 def _rows(kernel: str, dtype: str, ref: TensorRef, role: str) -> Item:
@@ -51,7 +59,7 @@ FLOAT8 = CompressedLayout(
             errors={None: 0.0264**2},
         ),
     ),
-    Kernel("pack_float8", fits=True, grid="moeconv.quantize.gptq.compressed_grids:FLOAT8"),
+    Kernel("pack_float8", fits=True, grid=f"{_GRIDS}:FLOAT8", encodes={"float8": _STORED}),
     lambda ref, _, role: _rows("pack_float8", "F8_E4M3", ref, role),
     lambda _: numbers(8, "float", "channel"),
     lambda _: numbers(8, "float", "token", dynamic=True),
@@ -96,7 +104,7 @@ INTEGER8 = CompressedLayout(
             errors={None: 0.0091**2},
         ),
     ),
-    Kernel("pack_int8_rows", fits=True, grid="moeconv.quantize.gptq.compressed_grids:INT8_ROWS"),
+    Kernel("pack_int8_rows", fits=True, grid=f"{_GRIDS}:INT8_ROWS", encodes={"int8": _STORED}),
     lambda ref, _, role: _rows("pack_int8_rows", "I8", ref, role),
     lambda _: numbers(8, "int", "channel"),
     lambda _: numbers(8, "int", "token", dynamic=True),

@@ -6,9 +6,10 @@ from __future__ import annotations
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, Stored, codes
 
 _GROUP = 32
+_GRIDS = "moeconv.quantize.gptq.compressed_grids"
 _EXPONENTS = {"group_size": _GROUP, "scale_dtype": "torch.uint8"}
 
 
@@ -42,7 +43,12 @@ MXFP4 = CompressedLayout(
             errors={_GROUP: 0.115**2},
         ),
     ),
-    Kernel("pack_mxfp4", fits=True, grid="moeconv.quantize.gptq.compressed_grids:MXFP4"),
+    Kernel(
+        "pack_mxfp4",
+        fits=True,
+        grid=f"{_GRIDS}:MXFP4",
+        encodes={"mxfp4-rows": Stored(("packed", "scale"))},
+    ),
     _make4,
     lambda _: numbers(4, "float", "group", **_EXPONENTS),
 )
@@ -63,7 +69,12 @@ MXFP8 = CompressedLayout(
             errors={_GROUP: 0.0264**2},
         ),
     ),
-    Kernel("pack_mxfp8", fits=True, grid="moeconv.quantize.gptq.compressed_grids:MXFP8"),
+    Kernel(
+        "pack_mxfp8",
+        fits=True,
+        grid=f"{_GRIDS}:MXFP8",
+        encodes={"mxfp8-rows": Stored(("weight", "scale"))},
+    ),
     _make8,
     lambda _: numbers(8, "float", "group", **_EXPONENTS),
     lambda _: numbers(8, "float", "group", dynamic=True, **_EXPONENTS),

@@ -7,10 +7,14 @@ from __future__ import annotations
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, CompressedLayout, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, Stored, codes
 from moeconv.types import JsonObject
 
 _GROUP = 16
+_ENCODES = {
+    "nvfp4": Stored(("packed", "scale", "global_scale")),
+    "nvfp4-modelopt": Stored(("weight", "scale", "scale_2"), "nvfp4_from_modelopt"),
+}
 
 
 def _make(ref: TensorRef, _: Scheme, role: str) -> Item:
@@ -45,7 +49,7 @@ NVFP4 = CompressedLayout(
             errors={_GROUP: 0.0952**2},
         ),
     ),
-    Kernel("pack_nvfp4", fits=True, grid="moeconv.quantize.gptq.compressed_grids:NVFP4"),
+    Kernel("pack_nvfp4", fits=True, grid="moeconv.quantize.gptq.compressed_grids:NVFP4", encodes=_ENCODES),
     _make,
     _numbers,
 )

@@ -7,10 +7,12 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import LOADS, NOT_LOADED, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, Stored, codes
 from moeconv.types import JsonObject
 
 _NAME = "pack-quantized"
+_SYMMETRIC = {"packed-int": Stored(("packed", "scale", "shape"))}
+_WITH_ZEROS = {"packed-int": Stored(("packed", "scale", "zero_point", "shape"))}
 
 
 def _make(ref: TensorRef, scheme: Scheme, role: str) -> Item:
@@ -150,7 +152,12 @@ PACKED = CompressedLayout(
             error=0.2365,
         ),
     ),
-    Kernel("pack_int", fits=True, grid="moeconv.quantize.gptq.grids:INTEGER"),
+    Kernel(
+        "pack_int",
+        fits=True,
+        grid="moeconv.quantize.gptq.grids:INTEGER",
+        encodes=_SYMMETRIC,
+    ),
     _make,
     _weights,
     check=_check_words,
@@ -173,7 +180,7 @@ ASYMMETRIC = CompressedLayout(
             errors={32: 0.0809**2, 64: 0.0911**2, 128: 0.1007**2},
         ),
     ),
-    Kernel("pack_int4_asymmetric"),
+    Kernel("pack_int4_asymmetric", encodes=_WITH_ZEROS),
     _make_asymmetric,
     _asymmetric_weights,
     check=_check_words,

@@ -67,11 +67,21 @@ def unpack_nvfp4(packed: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
     """bfloat16 [out, in] from E2M1 codes [out, in / 2] (two per byte, the low nibble first), FP8 scales [out, groups],
     and one number by which the scales are divided. The scales are computed in bfloat16 and the rest in float32, as in
     compressed-tensors."""
+    return _e2m1(packed, scales.bfloat16().float() / whole.reshape(()).float())
+
+
+def unpack_modelopt(packed: Tensor, scales: Tensor, second: Tensor) -> Tensor:
+    """bfloat16 [out, in] from E2M1 codes and FP8 scales as in `unpack_nvfp4`, and one number by which the scales are
+    multiplied; all in float32, as in ModelOpt."""
+    return _e2m1(packed, scales.float() * second.reshape(()).float())
+
+
+def _e2m1(packed: Tensor, finest: Tensor) -> Tensor:
+    """bfloat16 [out, in] from codes [out, in / 2] and their scales float32 [out, groups]."""
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
-    finest = scales.bfloat16().float() / whole.reshape(()).float()
     for start, stop in row_blocks(rows, columns):
-        values = torch.empty(stop - start, scales.shape[1], columns // scales.shape[1])
+        values = torch.empty(stop - start, finest.shape[1], columns // finest.shape[1])
         look_up(packed[start:stop].reshape(-1), _pairs_of_nibbles(torch.float32), values)
         out[start:stop] = values.mul_(finest[start:stop, :, None]).view(stop - start, columns)
     return out

@@ -9,7 +9,7 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.families.spec import Family
 from moeconv.plan.plan import Item
-from moeconv.quantize.spec import Format, Kernel, Part, Scheme, SchemeInfo, Stored, codes, stacked_codes
+from moeconv.quantize.spec import AsStored, Format, Kernel, Part, Scheme, SchemeInfo, codes, stacked_codes
 from moeconv.types import JsonObject
 
 _KERNEL = "pack_mxfp4_blocks"
@@ -86,7 +86,7 @@ GPT_OSS = Format(
         "llama.cpp": "its converter reads the layout of the published checkpoints; not run",
         "mlx": "mlx-lm reads the layout of the published checkpoints; not run",
     },
-    kernels=(Kernel(_KERNEL, encodes={"mxfp4": Stored(("blocks", "exponents"))}),),
+    kernels=(Kernel(_KERNEL, encodes={"mxfp4": AsStored(("blocks", "exponents"))}),),
     make=_make,
     config=_config,
     stack=_stack,

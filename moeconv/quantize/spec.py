@@ -85,7 +85,7 @@ class SchemeInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class AsStored:
     """A stored form that a kernel makes, or whose codes and scales are those that it makes. `parts` are the parts of it
     that the outputs of the kernel are, in their order; `kernel` makes the outputs of them, "" where they are equal."""
 
@@ -109,7 +109,7 @@ class Kernel:
     grid: str = ""
     check: Callable[[Item, str], None] = lambda *_: None
     without: Mapping[str, str] = field(default_factory=dict)
-    encodes: Mapping[str, Stored] = field(default_factory=dict)
+    encodes: Mapping[str, AsStored] = field(default_factory=dict)
 
     @property
     def methods(self) -> tuple[str, ...]:

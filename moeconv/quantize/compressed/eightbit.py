@@ -7,11 +7,11 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import BY_DATA, Kernel, Scheme, SchemeInfo, Stored, codes
+from moeconv.quantize.spec import BY_DATA, AsStored, Kernel, Scheme, SchemeInfo, codes
 
 BLOCK = 128
-_STORED = Stored(("weight", "scale"))
-_IN_BLOCKS = {"float8": _STORED, "float8-blocks": Stored(("weight", "scale_inv"))}
+_STORED = AsStored(("weight", "scale"))
+_IN_BLOCKS = {"float8": _STORED, "float8-blocks": AsStored(("weight", "scale_inv"))}
 _GRIDS = "moeconv.quantize.gptq.compressed_grids"
 _SHARED = "rows share the scale of a block, and data chooses the codes of each row by itself"
 BLOCKS = Kernel(

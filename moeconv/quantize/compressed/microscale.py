@@ -6,7 +6,7 @@ from __future__ import annotations
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, NOT_RUN, CompressedLayout, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, Stored, codes
+from moeconv.quantize.spec import GPUS, AsStored, Kernel, Part, Scheme, SchemeInfo, codes
 
 _GROUP = 32
 _GRIDS = "moeconv.quantize.gptq.compressed_grids"
@@ -47,7 +47,7 @@ MXFP4 = CompressedLayout(
         "pack_mxfp4",
         fits=True,
         grid=f"{_GRIDS}:MXFP4",
-        encodes={"mxfp4-rows": Stored(("packed", "scale"))},
+        encodes={"mxfp4-rows": AsStored(("packed", "scale"))},
     ),
     _make4,
     lambda _: numbers(4, "float", "group", **_EXPONENTS),
@@ -73,7 +73,7 @@ MXFP8 = CompressedLayout(
         "pack_mxfp8",
         fits=True,
         grid=f"{_GRIDS}:MXFP8",
-        encodes={"mxfp8-rows": Stored(("weight", "scale"))},
+        encodes={"mxfp8-rows": AsStored(("weight", "scale"))},
     ),
     _make8,
     lambda _: numbers(8, "float", "group", **_EXPONENTS),

@@ -7,13 +7,13 @@ from __future__ import annotations
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import NOT_LOADED, CompressedLayout, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Scheme, SchemeInfo, Stored, codes
+from moeconv.quantize.spec import GPUS, AsStored, Kernel, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 _GROUP = 16
 _ENCODES = {
-    "nvfp4": Stored(("packed", "scale", "global_scale")),
-    "nvfp4-modelopt": Stored(("weight", "scale", "scale_2"), "nvfp4_from_modelopt"),
+    "nvfp4": AsStored(("packed", "scale", "global_scale")),
+    "nvfp4-modelopt": AsStored(("weight", "scale", "scale_2"), "nvfp4_from_modelopt"),
 }
 
 

@@ -7,12 +7,12 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import LOADS, NOT_LOADED, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import GPUS, Kernel, Part, Scheme, SchemeInfo, Stored, codes
+from moeconv.quantize.spec import GPUS, AsStored, Kernel, Part, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 _NAME = "pack-quantized"
-_SYMMETRIC = {"packed-int": Stored(("packed", "scale", "shape"))}
-_WITH_ZEROS = {"packed-int": Stored(("packed", "scale", "zero_point", "shape"))}
+_SYMMETRIC = {"packed-int": AsStored(("packed", "scale", "shape"))}
+_WITH_ZEROS = {"packed-int": AsStored(("packed", "scale", "zero_point", "shape"))}
 
 
 def _make(ref: TensorRef, scheme: Scheme, role: str) -> Item:

@@ -17,6 +17,7 @@ from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, QuantizeOptions, parse_size
 from moeconv.plan.arrange import arrange
 from moeconv.plan.build import TORCH_NAMES, carry_all, whole
+from moeconv.plan.casts import cast_first, in_dtype
 from moeconv.plan.overlay import from_overlay
 from moeconv.plan.plan import Input, Item, TensorSpec
 from moeconv.quantize.budget import allocate, byte_budget, too_small
@@ -86,7 +87,9 @@ class Packing:
 
     def make(self, ref: TensorRef, scheme: Scheme) -> list[Item]:
         """The items that pack one weight; one item per expert for a tensor of all experts of a layer."""
-        role = self.model.roles[ref.name]
+        role, stored = self.model.roles[ref.name], ref
+        if self.dtype not in (None, ref.dtype):
+            ref = in_dtype(ref, str(self.dtype))
         if role.group == "expert" and role.expert is None:
             assert self.format.stack is not None
             made = self.format.stack(ref, scheme, role.key, self.model.num_experts)
@@ -94,13 +97,17 @@ class Packing:
             assert self.format.make is not None
             made = [self.format.make(ref, scheme, role.key)]
             if self.format.scheme(scheme.name).joined:
-                made = [
-                    replace(item, inputs=(*item.inputs, *map(whole, self._joined.get(ref.name, ())))) for item in made
-                ]
+                made = [replace(item, inputs=(*item.inputs, *map(whole, self._beside(ref)))) for item in made]
         # what --rest packs is rounded to nearest where its scheme has no other method
         known = ref.name not in self._rest or self.method in self.format.methods_of(self.format.scheme(scheme.name))
         made = [apply_method(item, self.method if known else "rtn", self.format) for item in made]
+        if ref is not stored:
+            made = [cast_first(item, self.model.checkpoint.tensors) for item in made]
         return [*made, scale_item(ref, role)] if self.format.scheme(scheme.name).inputs else made
+
+    def _beside(self, ref: TensorRef) -> list[TensorRef]:
+        """The weights that an engine joins with a weight, in its dtype."""
+        return [in_dtype(other, ref.dtype) for other in self._joined.get(ref.name, ())]
 
     @cached_property
     def _joined(self) -> Mapping[str, list[TensorRef]]:
@@ -114,7 +121,7 @@ class Packing:
         def make(ref: TensorRef) -> list[Item]:
             role = self.model.roles[ref.name]
             scheme = self._of(role, ref.name)
-            like = (ref.dtype, ref.shape, role.key, scheme)
+            like = (ref.dtype, ref.shape, role.key, scheme, ref.name in self._joined)
             if pattern := patterns.get(like):
                 return [pattern.of(ref)]
             made = self.make(ref, scheme)

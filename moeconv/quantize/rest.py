@@ -66,8 +66,11 @@ def patterns(model: Model, weights: Iterable[TensorRef]) -> list[str]:
         for module in module_names(ref.name, model.family):
             if (found := _LAYER.match(module)) is not None:
                 layers.setdefault(found["path"], set()).add(int(found["layer"]))
-    return [rf"re:.*layers\.{_any_of(at, model)}\.{re.escape(path)}\.[^.]+$" for path, at in layers.items()]
+    every = {int(found["layer"]) for found in map(_LAYER.match, model.roles) if found is not None}
+    return [rf"re:.*layers\.{_any_of(at, every)}\.{re.escape(path)}\.[^.]+$" for path, at in layers.items()]
 
 
-def _any_of(layers: Collection[int], model: Model) -> str:
-    return r"\d+" if len(layers) == model.num_layers else f"({'|'.join(map(str, sorted(layers)))})"
+def _any_of(layers: Collection[int], every: Collection[int]) -> str:
+    """An expression for some numbers of layers; `every` are all that the model has, those of multi-token prediction
+    among them."""
+    return r"\d+" if {*layers} == {*every} else f"({'|'.join(map(str, sorted(layers)))})"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny import MOE, edit_json, make_dense, make_moe, packable, read_tensors, write_shards
 
 from moeconv.errors import InputError, UsageError
@@ -21,10 +24,11 @@ from moeconv.plan.plan import Item, TensorSpec
 from moeconv.plan.planned import planned_model
 from moeconv.quantize.formats import FORMATS, choose_group, choose_scheme, fitting_groups
 from moeconv.quantize.listing import formats
-from moeconv.quantize.packing import _pattern
+from moeconv.quantize.packing import Packing, _pattern
 from moeconv.quantize.planner import plan_quantize
 from moeconv.quantize.spec import Kernel, Scheme
 from moeconv.quantize.targets import TARGETS, check_targets, loads_of
+from tests.contract.stock import MOE_CASES, save_stock
 
 IN_PLACE = [f for f in FORMATS.values() if f.takes(MIXTRAL) and f.shard is None]  # gguf has tests of its own
 EVERY_SCHEME = pytest.mark.parametrize(("format", "scheme"), [(f.name, s.name) for f in IN_PLACE for s in f.schemes])
@@ -153,6 +157,49 @@ def test_dtype_reaches_what_stays_plain(model):
     plain = {s.dtype for i in plan.items() if i.kernel in ("copy", "cast") for s in i.outputs}
     assert plain == {"F32"} and plan.config["dtype"] == "float32"
     assert plan.config["quantization_config"]["bnb_4bit_compute_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("family", "flags"),
+    [
+        ("qwen3_moe", {"scheme": "int4"}),
+        ("qwen3_moe", {"scheme": "nvfp4", "rest": "fp8"}),
+        ("qwen3_moe", {"format": "bitsandbytes", "scheme": "nf4"}),
+        ("qwen3_moe", {"format": "mlx", "scheme": "affine4", "group_size": "32"}),
+        ("gpt_oss", {"format": "bitsandbytes", "scheme": "int8"}),
+    ],
+)
+def test_dtype_is_that_of_the_scales_as_if_the_source_were_cast_first(tmp_path, family, flags, dtype):
+    """Each expert of a tensor of all experts is read and cast by itself."""
+    if family in MOE:
+        path = make_moe(tmp_path / "m", family, hidden=64, intermediate=64)
+    else:
+        path = save_stock(tmp_path / "m", *MOE_CASES[family], dtype=torch.bfloat16)
+    shutil.copytree(path, tmp_path / "cast")
+    for file in (tmp_path / "cast").glob("*.safetensors"):
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for source, more in ((path, {"dtype": dtype}), (tmp_path / "cast", {"dtype": dtype})):
+        model = open_model(source)
+        execute(plan_quantize(model, **flags, **more), source=model.checkpoint, out=tmp_path / f"{source.name}.out")
+    one, other = (read_tensors(tmp_path / f"{name}.out") for name in ("m", "cast"))
+    assert one == other
+    plain = {"float16": "F16", "float32": "F32"}[dtype]
+    assert not any(found == "BF16" for found, _, _ in one.values()) and any(d == plain for d, _, _ in one.values())
+
+
+def test_a_weight_without_others_to_join_is_no_pattern_for_one_with_them(model):
+    """Queries whose keys and values are not packed come first here; those of the next layer share a scale."""
+
+    def attention(layer, parts):
+        return [model.checkpoint.tensors[model.family.name(f"attention.{p}", layer=layer)] for p in parts]
+
+    scheme = Scheme("nvfp4", 4, 16)
+    weights = [*attention(0, "q"), *attention(1, "qkv")]
+    packing = Packing(model, FORMATS["compressed-tensors"], scheme, {}, weights, "rtn", None)
+    items = {item.inputs[0].tensor: item for item in packing.items() if item.kernel == "pack_nvfp4"}
+    assert [len(items[ref.name].inputs) for ref in weights] == [1, 3, 3, 3]
 
 
 def test_scope(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from tiny import make_moe
 
@@ -12,6 +14,8 @@ from moeconv.plan.execute import execute
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
 from moeconv.quantize.proof import prove_packing
+from moeconv.quantize.rest import patterns
+from tests.unit.test_mtp import make as make_mtp
 
 PAIRS = [("int4", "fp8"), ("nvfp4", "fp8"), ("mxfp4", "w8a8"), ("nvfp4", "nvfp4"), ("int8", "int4")]
 
@@ -79,3 +83,16 @@ def test_what_is_joined_shares_its_scale(model):
 def test_what_cannot_be_combined_is_refused(model, parameters, error, says):
     with pytest.raises(error, match=says):
         plan_quantize(model, **parameters)
+
+
+def test_a_layer_of_prediction_does_not_stand_for_one_that_lacks_the_module(tmp_path):
+    """Shared experts in every layer but the first, and in the multi-token-prediction layer: as many as the model has
+    layers."""
+    path, _ = make_mtp(tmp_path / "moe", "glm4_moe", first_k_dense_replace=1)
+    model = open_model(path)
+    weights = [model.checkpoint.tensors[n] for n, r in model.roles.items() if r.key == "shared.gate"]
+    assert len(weights) == model.num_layers
+    (found,) = patterns(model, weights)
+    modules = {layer: f"model.layers.{layer}.mlp.shared_experts.gate_proj" for layer in range(4)}
+    matched = {layer for layer, name in modules.items() if re.match(found.removeprefix("re:"), name)}
+    assert matched == {model.roles[ref.name].layer for ref in weights}

@@ -55,11 +55,11 @@ def gathered(inputs: Sequence[tuple[Input, Buffer]], params: Params) -> list[tup
 
 def last_stage(item: Item) -> Item:
     """An item with its last kernel alone: of a chain or a gather, the kernel on the tensors between."""
-    if item.kernel not in ("chain", "gather"):
-        return item
-    firsts, then = item.params.get("firsts", (item.params,)), item.params["then"]
-    read = tuple(_between_ref(first["between"]) for first in firsts)
-    return Item(item.outputs, then["kernel"], read, then["params"], item.changed)
+    while item.kernel in ("chain", "gather"):
+        firsts, then = item.params.get("firsts", (item.params,)), item.params["then"]
+        read = tuple(_between_ref(first["between"]) for first in firsts)
+        item = Item(item.outputs, then["kernel"], read, then["params"], item.changed)
+    return item
 
 
 def _between_ref(between: Sequence[Any]) -> Input:

@@ -55,8 +55,8 @@ KINDS = (
     Kind(("*.bin", "*.pth", "*.pt", "*.ckpt"), "holds pickled weights ({}), which can run code when loaded", _PICKLED),
     Kind(
         ("*.gguf",),
-        "holds GGUF weights ({}), which moeconv writes but does not read",
-        "Give the safetensors checkpoint that the GGUF was made from.",
+        "holds GGUF weights ({}), and no checkpoint of transformers",
+        "Give the checkpoint that they were made from, or make one: moeconv import FILE.gguf OUT.",
     ),
     Kind(("*.onnx", "onnx/"), "holds an ONNX model ({})", _EXPORTED),
     Kind(("openvino_model.*", "*.engine", "*.mlpackage/"), "holds a compiled model ({})", _EXPORTED),

@@ -11,14 +11,21 @@ from moeconv.inspect.run import inspect
 from moeconv.options import ImportOptions
 
 
-def is_gguf(path: str) -> bool:
-    """Whether a path names a file (a checkpoint is a directory) that is called .gguf."""
-    return path.lower().endswith(".gguf") and os.path.isfile(path)
+def gguf_file(path: str) -> str | None:
+    """The GGUF file that a path names: the file itself, or the only one of a directory without a checkpoint, such as
+    `quantize --format gguf` writes. None if there is none or are several."""
+    if path.lower().endswith(".gguf") and os.path.isfile(path):
+        return path
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json")):
+        return None
+    found = [name for name in os.listdir(path) if name.lower().endswith(".gguf")]
+    return os.path.join(path, found[0]) if len(found) == 1 else None
 
 
-def inspect_gguf(path: str) -> Inspected:
-    """The JSON object of `moeconv inspect`. Raises Unsupported for a file that is not imported."""
-    source = GgufSource(path)
+def inspect_gguf(path: str, file: str) -> Inspected:
+    """The JSON object of `moeconv inspect PATH`, where `file` is the GGUF file there. Raises Unsupported for a file that
+    is not imported."""
+    source = GgufSource(file)
     plan, model = plan_import(source, ImportOptions())
     found = inspect(model)
     dtypes: dict[str, int] = {}

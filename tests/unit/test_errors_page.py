@@ -54,7 +54,7 @@ def test_a_bug_is_code_1_and_asks_for_a_report(cli, monkeypatch, tmp_path):
     def broken(*_: object, **__: object) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr(step, "is_gguf", broken)
+    monkeypatch.setattr(step, "gguf_file", broken)
     done = cli("inspect", tmp_path)
     assert done.code == 1 and "a bug of moeconv: KeyError" in done.err and "MOECONV_DEBUG=1" in done.err
     assert "Traceback" not in done.err

@@ -88,3 +88,12 @@ def test_the_name_of_the_file_ends_with_its_type_and_the_modelfile_names_it(writ
     lines = (written / "Modelfile").read_text().splitlines()
     assert lines[0] == f"FROM ./{file.name}" and "PARAMETER temperature 0.7" in lines
     assert not any(line.startswith("TEMPLATE") for line in lines)  # ollama takes that of the metadata
+
+
+def test_inspect_reads_the_directory_that_quantize_wrote(written, cli):
+    (file,) = written.glob("*.gguf")
+    folder, alone = cli("inspect", written, "--json").json, cli("inspect", file, "--json").json
+    assert folder.pop("path") == str(written) and alone.pop("path") == str(file)
+    assert folder == alone and folder["num_experts"] == 4 and folder["quantization"]["format"] == "gguf"
+    shutil.copy(file, written / "another.gguf")
+    assert cli("inspect", written).code == 3

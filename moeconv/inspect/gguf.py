@@ -23,8 +23,8 @@ def gguf_file(path: str) -> str | None:
 
 
 def inspect_gguf(path: str, file: str) -> Inspected:
-    """The JSON object of `moeconv inspect PATH`, where `file` is the GGUF file there. Raises Unsupported for a file that
-    is not imported."""
+    """The JSON object of `moeconv inspect PATH`, where `file` is the GGUF file there. Raises Unsupported for one
+    that is not imported."""
     source = GgufSource(file)
     plan, model = plan_import(source, ImportOptions())
     found = inspect(model)

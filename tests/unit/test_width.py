@@ -14,6 +14,7 @@ from moeconv.calibrate.neurons import activations as neuron_activations
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.data.heldout import held_out
 from moeconv.data.windows import load_tokens
+from moeconv.errors import Interrupted
 from moeconv.families.model import open_model
 from moeconv.families.neurons import Narrow
 from moeconv.options import PlanOptions, PruneOptions
@@ -288,6 +289,45 @@ def test_the_down_projection_of_a_narrowed_ffn_is_the_fit_in_float64(tmp_path: P
     assert len(kept) == model.ffn_width // 2
     fitted = torch.linalg.solve(gram[kept][:, kept], gram[kept] @ down.T).T
     assert torch.allclose(made[0][0][:, kept].double(), fitted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_a_stopped_choice_of_neurons_continues_after_the_last_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    path = make(tmp_path / "model") if case in MOE_CASES else make_plain(tmp_path / "model")
+    model, data = open_model(path), data_of(path, tmp_path)
+    narrow, reached = Narrow(model, model.cut_width // 2), list[int]()
+
+    def chosen(folder: Path, *, stop: int | None = None) -> Variant:
+        reached.clear()
+
+        def counted(layer: int, *rest: Any) -> Any:
+            reached.append(layer)
+            if layer == stop:
+                raise Interrupted("stopped")
+            return narrow_layer(layer, *rest)
+
+        monkeypatch.setattr("moeconv.prune.repair.pruned.narrow_layer", counted)
+        keep = {layer: list(range(model.num_experts)) for layer in model.moe_layers}
+        variant = Variant(keep=dict(keep), refit=Refit(), width=narrow.width)
+        stream = LayerStream(model, data.windows)
+        repair(stream, data, variant, folder / "width", left=model.num_experts, narrow=narrow, save_every=0.0)
+        return variant
+
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    whole = chosen(tmp_path / "whole")
+    assert reached == [0, 1, 2]
+    with pytest.raises(Interrupted):
+        chosen(tmp_path / "stopped", stop=2)
+    again = chosen(tmp_path / "stopped")
+    assert 0 not in reached and reached[-1] == 2, reached
+    assert all(torch.equal(whole.neurons[layer], again.neurons[layer]) for layer in range(3))
+    assert again.fitted == whole.fitted and again.narrowed == whole.narrowed
+    assert torch.equal(again.hidden, whole.hidden)
+    files = [{f.name: f.read_bytes() for f in (tmp_path / n / "width").iterdir()} for n in ("whole", "stopped")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ def upcycle(
     copy_scale: float | None = ...,
     method: str = ...,
     experts_from: _Paths = ...,
+    add_experts_from: _Paths = ...,
+    sibling_expert: int | None = ...,
     ffn_only: bool = ...,
     to: str | None = ...,
     text_only: bool = ...,

@@ -51,6 +51,7 @@ from moeconv.contract.schema import RESULTS, json_schema, schemas
 from moeconv.contract.shared import Counts, Device, Foreseen, Memory, Written
 from moeconv.contract.tuned import LoadBefore, TuneBlock, Tuned, TunedLayer, TunedTokens, TunePlanned, TunePlannedBlock
 from moeconv.contract.upcycled import (
+    AddedLayer,
     Counterpart,
     Difference,
     Equivalence,
@@ -66,6 +67,7 @@ from moeconv.contract.verified import Checked, Loads, Verified
 
 __all__ = [
     "RESULTS",
+    "AddedLayer",
     "ArrangeBlock",
     "Arranged",
     "ArrangedFigures",

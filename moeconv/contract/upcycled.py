@@ -91,6 +91,14 @@ class Extended(TypedDict):
     layers: list[float]
 
 
+class AddedLayer(TypedDict):
+    """The share of the held-out tokens of each --data value that choose each new expert in a layer; null for a value
+    without held-out tokens."""
+
+    layer: int
+    picked: list[list[float] | None]
+
+
 class SplitLayer(TypedDict):
     """What `--method split` measured in one layer.
 
@@ -126,7 +134,10 @@ UpcycleBlock = TypedDict(
         # with --keep-top-k
         "copies_of": NotRequired[dict[str, list[int]]],
         "copy_scale": NotRequired[float],
-        # with --keep-top-k and --data
+        # with --add-experts-from
+        "added": NotRequired[list[str]],
+        "rows": NotRequired[list[AddedLayer]],
+        # with --keep-top-k or --add-experts-from, and --data
         "measured": NotRequired[Extended],
         # with --method split
         "active_share": NotRequired[float],

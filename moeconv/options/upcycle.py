@@ -34,9 +34,17 @@ class UpcycleOptions:
         (), "A sibling of SOURCE, or a LoRA adapter for it, whose FFNs become the next expert; repeatable, in order of "
         "the experts.", reads="model",
     )  # fmt: skip
-    ffn_only: bool = option(
-        False, "Take only the FFNs of LoRA adapters in --experts-from that also change other modules."
+    add_experts_from: tuple[str, ...] = option(
+        (), "Of an MoE source: a fine-tuned copy of its dense base, a LoRA adapter for that, or a checkpoint of the "
+        "same MoE, of which one expert is added; repeatable, one --data per expert.", reads="model",
+    )  # fmt: skip
+    sibling_expert: int | None = option(
+        None, "The expert of a Mixture-of-Experts in --add-experts-from that is added.", metavar="N"
     )
+    ffn_only: bool = option(
+        False, "Take only the FFNs of LoRA adapters in --experts-from or --add-experts-from that also change other "
+        "modules."
+    )  # fmt: skip
     to: str | None = option(
         None, "Target family (default: the one that most runtimes serve).",
         aliases="moeconv.families.pairs:target_aliases", metavar="FAMILY",

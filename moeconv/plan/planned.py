@@ -69,6 +69,10 @@ class _MadeCheckpoint(_PlannedCheckpoint):
         view = memoryview(data).cast("B")
         return bytearray(view[start:] if length is None else view[start : start + length])
 
+    def read_into(self, name: str, view: memoryview, *, start: int = 0) -> None:
+        """Fill `view` with the bytes of a tensor from byte `start` on."""
+        view[:] = self.read(name, start=start, length=len(view))[: len(view)]
+
     def advise(self, names: object) -> None:
         """Does nothing: no file could be read ahead."""
 

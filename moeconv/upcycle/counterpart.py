@@ -46,7 +46,8 @@ class ExactCounterpart:
     compared. `siblings`: the experts come from siblings. `measured`: the router's rows were measured, so that they
     cannot be planned again and are not compared. `copies`: the source is a Mixture-of-Experts, whose expert e has
     copies[layer][e] copies with a top-k that stays. The written model itself is then the counterpart, where in place of
-    its router's choice it computes copies of the experts that the source chooses, with the source's weights."""
+    its router's choice it computes copies of the experts that the source chooses, with the source's weights. `added`:
+    further experts come from siblings."""
 
     parameters: JsonObject
     config: Config
@@ -55,6 +56,7 @@ class ExactCounterpart:
     siblings: bool = False
     measured: bool = False
     copies: Config | None = None
+    added: bool = False
 
     def to_json(self) -> JsonObject:
         return asdict(self)
@@ -73,6 +75,11 @@ def counterpart(plan: Plan) -> ExactCounterpart | None:
         return None
     options = from_keywords(UpcycleOptions, made)
     parameters: JsonObject = {"experts": block["num_experts"], "dtype": "float32", "seed": made["seed"]}
+    if "added" in block:
+        ones = {str(layer): [1] * (block["num_experts"] - len(block["added"])) for layer in block["moe_layers"]}
+        parameters = {key: made[key] for key in ("sibling_expert", "ffn_only") if made.get(key)}
+        parameters |= {"dtype": "float32", "seed": made["seed"]}
+        return ExactCounterpart(parameters, plan.config, copies=ones, measured=True, added=True)
     if "copies_of" in block:
         parameters |= {"keep_top_k": True, "copy_scale": block["copy_scale"]}
         return ExactCounterpart(parameters, plan.config, copies=block["copies_of"])

@@ -24,7 +24,12 @@ from moeconv.plan.build import TORCH_NAMES, carry, count_planned, parse_dtype
 from moeconv.plan.plan import Input, Item, Plan, TensorSpec
 from moeconv.types import JsonObject
 
-NEWER = ("keep_top_k", "copy_scale")  # options that are newer than the ids of plans
+NEWER = (
+    "keep_top_k",
+    "copy_scale",
+    "add_experts_from",
+    "sibling_expert",
+)  # options that are newer than the ids of plans
 
 
 def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -> Plan:

@@ -9,59 +9,101 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from moeconv.checkpoint.hub import resolve
+from moeconv.checkpoint.safetensors_file import SafetensorsFile
 from moeconv.checkpoint.staging import Measured
-from moeconv.contract import Extended
+from moeconv.contract import AddedLayer, Extended
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import parameters_of
+from moeconv.options import UpcycleOptions, parameters_of
+from moeconv.plan.flow import ByteSource
 from moeconv.plan.meter import Meter
+from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.plan import Plan
 from moeconv.requests import UpcycleRequest
 from moeconv.runner.run import check_out, measuring, run_plan
 from moeconv.types import JsonObject
+from moeconv.upcycle.added import origins_of_added
+from moeconv.upcycle.added_sources import open_added
 from moeconv.upcycle.check.step import NOT_CHECKED, check_source, equivalence
 from moeconv.upcycle.kept_top_k import Copies, by_utility, new_of, number_of_experts
+from moeconv.upcycle.relatedness import check_vocabulary
 
 if TYPE_CHECKING:
     from moeconv.calibrate.artifact import Statistics
 
-_STATISTICS = "statistics.safetensors"
+_STATISTICS, _ROWS = "statistics.safetensors", "rows.safetensors"
 
 
 def extend(model: Model, request: UpcycleRequest, *, meter: Meter) -> JsonObject:
-    """Write the model with more experts and the same top-k. Copies go to the experts that `--stats` or `--data` show to
-    be useful; on `--data`, the losses of both models are measured."""
+    """Write the model with more experts and the same top-k: copies, which go to the experts that `--stats` or `--data`
+    show to be useful, or those of siblings, whose router rows are measured. On `--data`, the losses of both models are
+    measured."""
     from moeconv.upcycle.planner import upcycle_plan
 
     options, out, write, data = request.upcycle, request.out, request.write, request.data.data
-    experts = number_of_experts(model, options)
+    added = open_added(model, options)
     if write.part and data:
-        raise UsageError("--part cannot measure on --data", hint="Pass --stats instead.")
+        raise UsageError("--part cannot measure on --data", hint="Leave out --part, or --data.")
+    copies = None if added or not (options.stats or data) else _placeholder(model, options)
+    plan = upcycle_plan(model, options, request.plan, copies=copies, added=added)
+    warnings = [text for one in added for text in check_vocabulary(model, one.model, one.label)]
+    origins: dict[str, ByteSource] = dict(origins_of_added(added))
+    figures: JsonObject = {}
     with ExitStack() as stack:
         measured: Measured | None = None
-        copies: Copies | None = None
-        if options.stats or data:
-            copies = dict.fromkeys(model.moe_layers, by_utility(model, experts, [1.0] * model.num_experts))
-        if not write.dry_run and (options.stats or data):
+        if not write.dry_run and (options.stats or data or added):
             check_out(out, model, write)
             decides = (options, request.plan, request.data, request.measure, request.calibrate)
             measured = stack.enter_context(measuring("upcycle", model, out, write, *decides, meter=meter))
-            copies = _copies(model, experts, _statistics(model, request, measured, meter=meter))
-        plan = upcycle_plan(model, options, request.plan, copies=copies)
+        if measured and added:
+            overlay, figures["rows"] = _measured_rows(model, request, measured, len(added), meter=meter)
+            origins[ORIGIN] = overlay
+            plan = upcycle_plan(model, options, request.plan, added=added, overlay=overlay)
+        elif measured:
+            copies = _copies(model, options, _statistics(model, request, measured, meter=meter))
+            plan = upcycle_plan(model, options, request.plan, copies=copies)
         if not (write.dry_run or write.no_check or write.part):
             check_out(out, model, write)
             check_source(model, plan)
 
         def check(staged: Path) -> JsonObject:
-            found: JsonObject = {} if write.no_check else equivalence(model, staged, plan)
+            paths = [str(resolve(path)) for path in options.add_experts_from]
+            found: JsonObject = {} if write.no_check else equivalence(model, staged, plan, added=paths)
             return found | ({"measured": _losses(model, staged, plan, request, meter=meter)} if data else {})
 
         result = run_plan(
             plan, model, out, replace(write, no_check=write.no_check and not data), meter=meter, check=check,
-            measured=measured,
+            origins=origins, figures=figures, measured=measured,
         )  # fmt: skip
+    result["warnings"] = warnings + result["warnings"]
+    result["upcycle"] = figures | result["upcycle"]
     result["upcycle"].setdefault("equivalence", dict(NOT_CHECKED))
     return result
+
+
+def _placeholder(model: Model, options: UpcycleOptions) -> Copies:
+    """Numbers of copies of the right sum, before anything is measured."""
+    even = by_utility(model, number_of_experts(model, options), [1.0] * model.num_experts)
+    return dict.fromkeys(model.moe_layers, even)
+
+
+def _measured_rows(
+    model: Model, request: UpcycleRequest, measured: Measured, count: int, *, meter: Meter
+) -> tuple[SafetensorsFile, list[AddedLayer]]:
+    """The overlay with the router entries of `count` new experts, and how often they are chosen."""
+    from moeconv.upcycle.added_rows import check_data, measure_rows
+
+    check_data(model, count, request.data.data)
+
+    def measure(folder: Path) -> list[AddedLayer]:
+        return measure_rows(
+            model, folder / _ROWS, count=count, data=request.data, measure=request.measure, seed=request.plan.seed,
+            meter=meter,
+        )  # fmt: skip
+
+    folder, found = measured.once("rows", measure)
+    return SafetensorsFile(folder / _ROWS), found
 
 
 def _statistics(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Statistics:
@@ -85,8 +127,9 @@ def _statistics(model: Model, request: UpcycleRequest, measured: Measured, *, me
     return statistics
 
 
-def _copies(model: Model, experts: int, statistics: Statistics) -> dict[int, list[int]]:
+def _copies(model: Model, options: UpcycleOptions, statistics: Statistics) -> dict[int, list[int]]:
     """The copies of every measured layer, by the saliency of REAP: the sum of g ||f|| over the tokens of an expert."""
+    experts = number_of_experts(model, options)
     measured = (*model.moe_layers, *(at for at in model.mtp_layers if at in statistics.prediction_layers))
     return {
         layer: by_utility(
@@ -106,7 +149,9 @@ def _losses(model: Model, staged: Path, plan: Plan, request: UpcycleRequest, *, 
         seq_len=measure.seq_len, batch_size=measure.batch_size, device=measure.device, seed=request.plan.seed,
         text_field=measure.text_field, max_memory=measure.max_memory, meter=meter,
     )  # fmt: skip
-    new = {int(layer): new_of(counts) for layer, counts in plan.block["copies_of"].items()}
+    behind = list(range(model.num_experts, plan.block["num_experts"]))
+    copies = plan.block.get("copies_of")
+    new = {layer: behind if copies is None else new_of(copies[str(layer)]) for layer in model.moe_layers}
     shares = [float(np.asarray(at["load"])[new[at["layer"]]].sum()) for at in found["layers"]]
     reference = found["reference"]
     before, loss = None if reference is None else reference["loss"], found["loss"]

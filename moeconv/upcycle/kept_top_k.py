@@ -211,15 +211,20 @@ def _promise(model: Model, copies: Mapping[int, Sequence[int]]) -> dict[str, int
 
 
 def check_extends(model: Model, options: UpcycleOptions) -> None:
-    """Raises UsageError for --keep-top-k with another source than a Mixture-of-Experts, and for an option that is used
-    with it and it is not given."""
+    """Raises UsageError for --keep-top-k and --add-experts-from together, with another source than a
+    Mixture-of-Experts, and for an option that is used with one of them where it is not given."""
     if options.copy_scale is not None and not options.keep_top_k:
         raise UsageError("--copy-scale goes with --keep-top-k", hint="Add --keep-top-k, or leave --copy-scale out.")
-    if not options.keep_top_k:
+    if options.sibling_expert is not None and not options.add_experts_from:
+        raise UsageError("--sibling-expert goes with --add-experts-from", hint="Leave --sibling-expert out.")
+    if options.keep_top_k and options.add_experts_from:
+        raise UsageError("--keep-top-k and --add-experts-from exclude each other", hint="Run one after the other.")
+    if not (options.keep_top_k or options.add_experts_from):
         return
     same = options.to in (None, model.family.model_type) and not options.text_only
     if model.family.kind != "moe" or not model.moe_layers or not same:
+        flag = "--keep-top-k" if options.keep_top_k else "--add-experts-from"
         raise UsageError(
-            "--keep-top-k copies the experts of a Mixture-of-Experts, which stays in its family",
-            hint="Leave it out: a dense source has --top-k.",
+            f"{flag} gives a Mixture-of-Experts more experts, and it stays in its family",
+            hint="Leave it out: a dense source has --top-k and --experts-from.",
         )

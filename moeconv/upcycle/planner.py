@@ -36,6 +36,8 @@ from moeconv.plan.partition import Partition
 from moeconv.plan.plan import Item, Plan
 from moeconv.types import JsonObject
 from moeconv.units import counted
+from moeconv.upcycle.added import Added, plan_added
+from moeconv.upcycle.added_sources import open_added
 from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import NEWER, plan_duplicate
 from moeconv.upcycle.kept_top_k import Copies, check_extends, plan_kept_top_k
@@ -60,7 +62,8 @@ _NEGLIGIBLE = 0.03  # share of the active parameters that is not worth a warning
 
 def plan_upcycle(
     model: Model, *, siblings: Sequence[Sibling] = (), overlay: SafetensorsFile | None = None,
-    partition: Partition | None = None, copies: Copies | None = None, **parameters: object,
+    partition: Partition | None = None, copies: Copies | None = None,
+    added: Sequence[Added] = (), **parameters: object,
 ) -> Plan:  # fmt: skip
     """Plan the conversion of a dense model, or the duplication of the experts of one that has some. The parameters are
     the fields of UpcycleOptions and PlanOptions.
@@ -69,20 +72,23 @@ def plan_upcycle(
     such a plan with `execute(origins=origins_of(siblings))`. `overlay` has the measured rows of `router`, and is then
     the origin "overlay" of the plan; `partition` was measured for split, and its `file` is the origin "partition".
     Without them the plan has its final sizes, but it cannot be run. `copies` are the numbers of copies of each expert
-    with keep_top_k (see upcycle/kept_top_k.py).
+    with keep_top_k (see upcycle/kept_top_k.py), and `added` the opened experts of add_experts_from
+    (upcycle/added.py); run such a plan with `execute(origins=origins_of_added(added))`.
 
     Raises UsageError for a wrong parameter, InputError where the target cannot represent the model exactly.
     """
     check_names(parameters, UpcycleOptions, PlanOptions)
     options, common = from_keywords(UpcycleOptions, parameters), from_keywords(PlanOptions, parameters)
     return upcycle_plan(
-        model, options, common, siblings=siblings, overlay=overlay, partition=partition, copies=copies
+        model, options, common, siblings=siblings, overlay=overlay, partition=partition, copies=copies,
+        added=added,
     )  # fmt: skip
 
 
 def upcycle_plan(
     model: Model, options: UpcycleOptions, common: PlanOptions, *, siblings: Sequence[Sibling] = (),
     overlay: SafetensorsFile | None = None, partition: Partition | None = None, copies: Copies | None = None,
+    added: Sequence[Added] = (),
 ) -> Plan:  # fmt: skip
     """`plan_upcycle` with the parameters as option groups."""
     check_extends(model, options)
@@ -90,6 +96,8 @@ def upcycle_plan(
     if model.family.kind == "moe" and options.to in (None, model.family.model_type) and not options.text_only:
         if options.keep_top_k:
             return plan_kept_top_k(model, options, common, copies)
+        if options.add_experts_from or added:
+            return plan_added(model, options, common, added or open_added(model, options), overlay)
         return plan_duplicate(model, options, common)
     made_with = _made_with(model, overlay)
     if options.experts_from and not siblings:

@@ -24,11 +24,10 @@ def check_related(model: Model, siblings: Sequence[Sibling]) -> list[str]:
 
     Raises InputError where a sibling's tokenizer.json gives other ids to the same tokens.
     """
-    ours, warnings = _vocabulary(model), []
+    warnings: list[str] = []
     for sibling in checkpoints(siblings):  # an adapter has no tokens, and names its base
-        where, theirs = escape(sibling.checkpoint.path), _vocabulary(sibling)
-        if ours is not None and theirs is not None and ours != theirs:
-            warnings.append(_compare_vocabularies(where, ours, theirs))
+        where = escape(sibling.checkpoint.path)
+        warnings += check_vocabulary(model, sibling, where)
         cosine = _cosine(model, sibling)
         if abs(cosine) < _RELATED:
             warnings.append(
@@ -36,6 +35,13 @@ def check_related(model: Model, siblings: Sequence[Sibling]) -> list[str]:
                 " (fine-tunes of one base have 0.9 and more); its experts will not fit the other layers"
             )
     return warnings
+
+
+def check_vocabulary(model: Model, other: Model, where: str) -> list[str]:
+    """The warning about another vocabulary. Raises what `check_related` raises."""
+    ours, theirs = _vocabulary(model), _vocabulary(other)
+    differs = ours is not None and theirs is not None and ours != theirs
+    return [_compare_vocabularies(where, ours, theirs)] if differs and ours and theirs else []
 
 
 def _compare_vocabularies(where: str, ours: dict[str, object], theirs: dict[str, object]) -> str:

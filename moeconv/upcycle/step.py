@@ -38,7 +38,7 @@ def upcycle(request: UpcycleRequest, *, meter: Meter) -> JsonObject:
     options, out, write = request.upcycle, request.out, request.write
     model = open_resolved(request.source)
     check_extends(model, options)
-    if options.keep_top_k:
+    if options.keep_top_k or options.add_experts_from:
         return extend(model, request, meter=meter)
     siblings = open_siblings(model, options.experts_from, ffn_only=options.ffn_only)
     splits = METHODS[options.method].partition

@@ -166,4 +166,6 @@ def test_a_dense_source_has_no_experts_to_copy(tmp_path, cli):
 
     source = save_stock(tmp_path / "dense", *DENSE_CASES["llama"], dtype=torch.float32)
     done = cli("upcycle", source, tmp_path / "more", "--keep-top-k", "--json")
-    assert (done.code, "copies the experts of" in done.json["error"]["message"]) == (2, True), done.out
+    assert (done.code, "gives a Mixture-of-Experts more experts" in done.json["error"]["message"]) == (2, True), (
+        done.out
+    )

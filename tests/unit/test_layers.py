@@ -108,6 +108,7 @@ MEASURING: dict[str, set[str]] = {
     "upcycle.step": STEP,
     "upcycle.check": STEP | {"verify"},
     "upcycle.extend": STEP | {"evaluate"},
+    "upcycle.added_rows": MEASURE,
     "upcycle.measured_split": MEASURE | {"requests"},
     "upcycle.router": MEASURE,
     "upcycle.partition": MEASURE,

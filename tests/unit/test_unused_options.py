@@ -26,7 +26,8 @@ PRUNE: dict[str, object] = {
 }  # fmt: skip
 UPCYCLE: dict[str, object] = {
     "experts": 4, "top_k": 1, "keep_top_k": True, "copy_scale": 0.25,
-    "method": "drop", "experts_from": "{model}", "ffn_only": True, "to": "qwen2_moe",
+    "method": "drop", "experts_from": "{model}",
+    "add_experts_from": "{model}", "sibling_expert": 1, "ffn_only": True, "to": "qwen2_moe",
     "text_only": True, "layers": "0", "granularity": 2, "shared_experts": "full", "router": "hidden",
     "router_std": 0.1, "drop_ratio": 0.25, "noise_scale": 0.1, "noise_fraction": 0.25, "clustering": "random",
     "stats": "{file}",

@@ -17,11 +17,14 @@ import numpy as np
 from moeconv.checkpoint.header import FLOAT_DTYPES
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.families.model import Model
+from moeconv.options import UpcycleOptions, from_keywords
 from moeconv.plan.flow import ByteSource
 from moeconv.plan.kernels.arrays import to_float32
 from moeconv.plan.partition import ORIGIN as PARTITION
 from moeconv.plan.partition import load_partition
 from moeconv.plan.planned import planned_model
+from moeconv.upcycle.added import Added, origins_of_added
+from moeconv.upcycle.added_sources import open_added
 from moeconv.upcycle.counterpart import Drift, ExactCounterpart
 from moeconv.upcycle.planner import origins_of, plan_upcycle
 from moeconv.upcycle.siblings import open_siblings
@@ -46,12 +49,19 @@ def make_counterpart(
     partition: str | None = None,
 ) -> CounterpartModels:  # fmt: skip
     """The counterpart's models. The config.json that transformers builds the classes from is written to `folder`."""
+    opened_experts: list[Added] = []
     measured = load_partition(partition) if partition else None
     origins: dict[str, ByteSource] = {"source": source.checkpoint}
     if measured is not None:
         origins[PARTITION] = measured.file
     copies = None if exact.copies is None else {int(layer): of for layer, of in exact.copies.items()}
-    plan = plan_upcycle(source, partition=measured, copies=copies, **exact.parameters)
+    parameters = dict(exact.parameters)
+    if exact.added:
+        parameters["add_experts_from"] = tuple(siblings)
+        opened_experts = open_added(source, from_keywords(UpcycleOptions, parameters))
+        origins |= origins_of_added(opened_experts)
+        copies = None
+    plan = plan_upcycle(source, partition=measured, copies=copies, added=opened_experts, **parameters)
     config = dict(staged.checkpoint.config)
     for key in {*plan.config, *exact.config}:
         if plan.config.get(key) != exact.config.get(key):
@@ -61,7 +71,7 @@ def make_counterpart(
     (folder / "config.json").write_text(json.dumps(config))
     run = planned_model(plan, companions=folder, origins=origins)
     if not exact.siblings:
-        return CounterpartModels(run if copies is None else staged, run)
+        return CounterpartModels(run if exact.copies is None else staged, run)
     opened = open_siblings(source, siblings, ffn_only=exact.parameters.get("ffn_only", False))
     other = plan_upcycle(source, siblings=opened, **exact.parameters)
     return CounterpartModels(run, planned_model(other, companions=folder, origins=origins | origins_of(opened)))

@@ -30,13 +30,16 @@ _LAYERS_HELD = 2.5  # a layer in the compared dtype, the bytes of the next one, 
 
 
 def equivalence(
-    model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Sibling] = (), partition: Path | None = None
-) -> JsonObject:
+    model: Model, staged: Path, plan: Plan, *, siblings: Sequence[Sibling] = (), partition: Path | None = None,
+    added: Sequence[str] = (),
+) -> JsonObject:  # fmt: skip
     """{equivalence, warnings}: `equivalence` is the contract's block of that name. Where memory does not suffice for
     the check, a warning says so.
 
     A model that is not exact by design is compared with its exact counterpart; `siblings` and `partition` are those
-    that the plan was made with. Raises InputError where the source does not run in transformers; CheckError where the
+    that the plan was made with, `added` the directories of --add-experts-from.
+
+    Raises InputError where the source does not run in transformers; CheckError where the
     staged model does not run, or does not compute what the plan promises.
     """
     free = free_memory()
@@ -44,7 +47,10 @@ def equivalence(
     if dtype is None:
         text = f"not checked against the source: its largest layer takes {_needed(plan, 4)} bytes, {free} are free"
         return {"equivalence": dict(NOT_CHECKED), "warnings": [text]}
-    found = _measured(model, staged, plan, dtype, siblings=siblings, partition=partition)
+    found = _measured(
+        model, staged, plan, dtype, siblings=[*added] or [str(place_of(one)) for one in siblings], partition=partition,
+        links=checkpoints(siblings),
+    )  # fmt: skip
     _check_source(found)
     if "error" in found or not found.get("strict_load"):
         why = found.get("error") or "; ".join(found["problems"][:3])
@@ -84,17 +90,21 @@ def _links(*models: Model) -> list[str]:
 
 
 def _measured(
-    model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[Sibling], partition: Path | None
-) -> JsonObject:
+    model: Model, staged: Path, plan: Plan, dtype: str, *, siblings: Sequence[str], partition: Path | None,
+    links: Sequence[Model],
+) -> JsonObject:  # fmt: skip
     """The JSON object that the child process prints."""
     command = [sys.executable, "-m", "moeconv.upcycle.check.compare", str(model.checkpoint.path), str(staged)]
-    command += ["--dtype", dtype, "--tokens", str(_TOKENS), *_links(model, *checkpoints(siblings))]
+    command += ["--dtype", dtype, "--tokens", str(_TOKENS), *_links(model, *links)]
     request = ""
     if (exact := counterpart(plan)) is not None:
         command.append("--against")
-        paths = [str(place_of(sibling)) for sibling in siblings]
         request = json.dumps(
-            {"counterpart": exact.to_json(), "siblings": paths, "partition": str(partition) if partition else None}
+            {
+                "counterpart": exact.to_json(),
+                "siblings": [*siblings],
+                "partition": str(partition) if partition else None,
+            }
         )
     return _child(command, request)
 

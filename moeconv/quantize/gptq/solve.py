@@ -66,9 +66,10 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, *, group: int, sweeps: int
         plain = hessian.float()
         slope = torch.empty_like(left)  # [in, E, out], -1/2 of the gradient
         torch.bmm(plain, left.transpose(0, 1), out=slope.transpose(0, 1))
+        taken = _permuted(plain, order) if ordered else plain
         for sweep in range(sweeps):
             work.refit_scales(plain, levels, scales, slope, left)
-            levels = work.refit_levels(plain, levels, scales, slope, left, last=sweep + 1 == sweeps)
+            levels = work.refit_levels(taken, levels, scales, slope, left, last=sweep + 1 == sweeps)
     return Coded(levels.permute(1, 2, 0).contiguous(), scales.permute(1, 2, 0).contiguous(), unit)
 
 
@@ -159,8 +160,8 @@ class _Work:
         self, hessian: Tensor, levels: Tensor, scales: Tensor, slope: Tensor, room: Tensor, *, last: bool
     ) -> Tensor:
         """Set the levels of each column to their optimum with all others fixed, column by column, and return the new
-        levels. Updates `slope`, except in the `last` pass, after which nothing reads it."""
-        hessian = _permuted(hessian, self.order)
+        levels. `hessian` is in the order of the columns. Updates `slope`, except in the `last` pass, after which
+        nothing reads it."""
         levels, moved = self._taken(levels, self.order), self._taken(slope, self.order)
 
         def columns(first: int, stop: int) -> None:

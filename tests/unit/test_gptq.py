@@ -234,7 +234,12 @@ def test_on_cuda_the_codes_are_those_of_the_cpu(kind, device):
     assert float(found / wanted - 1) == pytest.approx(0, abs=1e-3)
 
 
-KINDS = [(f.name, s.name) for f in FORMATS.values() for s in f.schemes if "gptq" in f.methods_of(s)]
+KINDS = [
+    (f.name, s.name)
+    for f in FORMATS.values()
+    for s in f.schemes
+    if "gptq" in f.methods_of(s) and not s.inputs  # what stores measured inputs packs weights as another scheme does
+]
 
 
 @pytest.mark.parametrize(("format", "scheme"), KINDS)

@@ -26,10 +26,11 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_
 from moeconv.errors import UsageError
 from moeconv.families.model import Model, open_model
 from moeconv.families.rule import has_numbers, rule_of
-from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, parse_size, reads_of
+from moeconv.options import NEURON_TOKENS, SEQ_LEN, TOKENS, DataOptions, device_limit, parse_size, reads_of
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.phases import phase
-from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.device import pick_device
+from moeconv.stream.layers import LayerStream, start_meter, stream_within
 from moeconv.stream.prediction import prediction_layers
 from moeconv.types import Config, JsonObject
 from moeconv.world import current, deal, first
@@ -50,6 +51,7 @@ def calibrate(
     text_field: str = "text",
     sample_tokens: int | None = None,
     max_memory: str | int | None = None,
+    max_device_memory: str | int | None = None,
     overwrite: bool = False,
     save_every: float | None = EVERY,
     judge_every: int | None = None,
@@ -74,7 +76,7 @@ def calibrate(
     """
     began = time.monotonic()
     meter = meter or SilentMeter()
-    path, target = Path(stats_path), pick_device(device)
+    path, target = Path(stats_path), pick_device(device, device_limit(max_device_memory))
     budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
     if sample_tokens is not None and sample_tokens < 1:
         raise UsageError("--sample-tokens must be at least 1")

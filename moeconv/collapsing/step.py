@@ -7,7 +7,7 @@ from pathlib import Path
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.collapsing.need import collapse_workload
 from moeconv.collapsing.planner import Collapse, choice_of_neurons, collapse_of, collapse_plan
-from moeconv.options import SEQ_LEN, TOKENS, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, device_limit, parse_size
 from moeconv.plan.meter import Meter
 from moeconv.plan.overlay import ORIGIN
 from moeconv.plan.phases import phase
@@ -60,7 +60,8 @@ def _measured(made: Collapse, request: CollapseRequest, how: str, folder: Path, 
     if not request.data.data:
         return {"layers": collapse_by_weights(made, folder / _FILE, how=how, seed=seed)}
     from moeconv.data.windows import load_tokens, sequence_length
-    from moeconv.stream.layers import pick_device, start_meter, stream_within
+    from moeconv.stream.device import pick_device
+    from moeconv.stream.layers import start_meter, stream_within
 
     read = load_tokens(
         request.data.data, model.checkpoint.path, tokens=measure.tokens or TOKENS,
@@ -70,7 +71,8 @@ def _measured(made: Collapse, request: CollapseRequest, how: str, folder: Path, 
     start_meter(meter, model, tokens=read.windows.size)
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     stream = stream_within(
-        model, read.windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=limit,
+        model, read.windows, device=pick_device(measure.device, device_limit(measure.max_device_memory)),
+        batch_size=measure.batch_size, budget=limit,
         meter=meter, what="running the collapsed model beside the model",
         **collapse_workload(model, made.width.after),
     )  # fmt: skip

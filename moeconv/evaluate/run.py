@@ -22,11 +22,12 @@ from moeconv.evaluate.score import Score, score_window
 from moeconv.evaluate.settings import PassSettings
 from moeconv.evaluate.tasks import accuracy_figures, answer_tasks, longest_of, read_questions
 from moeconv.families.model import Model, open_model
-from moeconv.options import EVALUATE_SEQ_LEN, parse_size
+from moeconv.options import EVALUATE_SEQ_LEN, device_limit, parse_size
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.phases import phase
+from moeconv.stream.device import pick_device
 from moeconv.stream.finite import NotFiniteError, not_finite
-from moeconv.stream.layers import LayerStream, pick_device, start_meter
+from moeconv.stream.layers import LayerStream, start_meter
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,6 +53,7 @@ def evaluate(
     seed: int = 0,
     text_field: str = "text",
     max_memory: str | int | None = None,
+    max_device_memory: str | int | None = None,
     meter: Meter | None = None,
 ) -> Evaluated:
     """Measure the loss of a model on text, its accuracy on tasks, or both, and return the JSON object of `moeconv
@@ -81,7 +83,7 @@ def evaluate(
         raise UsageError("no data was given", hint="Pass --data with text, --tasks with questions, or both.")
     check_sources(given, questions=questions, tokens=tokens, batch_size=batch_size)
     settings = PassSettings(
-        _dtype(dtype), pick_device(device), batch_size,
+        _dtype(dtype), pick_device(device, device_limit(max_device_memory)), batch_size,
         budget=None if max_memory is None else parse_size(max_memory, flag="--max-memory"), meter=meter,
     )  # fmt: skip
     models = [open_model(path) for path in (model_path, reference) if path is not None]

@@ -15,7 +15,8 @@ from moeconv.errors import InputError, MoeconvError, escape, first_line
 from moeconv.families.model import Model
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.plan.meter import Meter
-from moeconv.stream.layers import fast_experts, pick_device
+from moeconv.stream.device import pick_device
+from moeconv.stream.layers import fast_experts
 from moeconv.stream.need import noted_placement, whole_need
 from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import Skeleton, Stock

@@ -53,7 +53,7 @@ from moeconv.options.shared import (
 )
 from moeconv.options.tune import TuneOptions
 from moeconv.options.upcycle import UpcycleOptions
-from moeconv.options.values import parse_index, parse_layers, parse_size
+from moeconv.options.values import device_limit, parse_index, parse_layers, parse_size
 
 __all__ = [
     "EVALUATE_SEQ_LEN",
@@ -98,6 +98,7 @@ __all__ = [
     "WriteOptions",
     "check_names",
     "choices_of",
+    "device_limit",
     "flag_of",
     "from_keywords",
     "help_of",

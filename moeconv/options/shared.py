@@ -79,6 +79,9 @@ class MeasureOptions:
 
     device: str = option("auto", "Device to compute on.", choices=("auto", "cpu", "cuda"))
     max_memory: str | None = option(None, "Most memory to use, such as 16GB (default: what is free).", metavar="SIZE")
+    max_device_memory: str | None = option(
+        None, "Most memory of the GPU to use, such as 20GB (default: what is free there).", metavar="SIZE"
+    )
     batch_size: int = option(8, "Sequences per forward pass.")
     seq_len: int | None = option(
         None,

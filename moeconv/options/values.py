@@ -24,6 +24,11 @@ def parse_size(text: str | int, *, flag: str) -> int:
     return int(size)
 
 
+def device_limit(text: str | int | None) -> int | None:
+    """The value of --max-device-memory in bytes; None where there is no limit. Raises UsageError."""
+    return None if text is None else parse_size(text, flag="--max-device-memory")
+
+
 def parse_index(text: str) -> int | None:
     """The number in a text of at most nine ASCII digits; None for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moeconv.families.model import Model
-from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, PruneOptions, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, MeasureOptions, PruneOptions, device_limit, parse_size
 from moeconv.plan.meter import Meter
 from moeconv.prune.need import pruned_workload
 from moeconv.requests import PruneRequest
@@ -42,7 +42,8 @@ def stream_of(
     """
     import torch
 
-    from moeconv.stream.layers import pick_device, start_meter, stream_within
+    from moeconv.stream.device import pick_device
+    from moeconv.stream.layers import start_meter, stream_within
     from moeconv.stream.share import Share
 
     start_meter(meter, model, tokens=windows.size)
@@ -51,7 +52,8 @@ def stream_of(
     world, size = current() if share else World(), measure.batch_size
     mine, size = deal(len(windows), batch_size=max(1, size // world.size) if healed else size, world=world)
     stream = stream_within(
-        model, windows[mine], device=pick_device(measure.device), batch_size=size, budget=limit, meter=meter,
+        model, windows[mine], device=pick_device(measure.device, device_limit(measure.max_device_memory)),
+        batch_size=size, budget=limit, meter=meter,
         what="running the pruned model beside the model", dtype=torch.float32 if healed else None, **workload,
     )  # fmt: skip
     stream.share = Share(torch.from_numpy(mine), len(windows))

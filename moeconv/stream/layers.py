@@ -22,6 +22,7 @@ from moeconv.families.widths import why_not
 from moeconv.plan.kernels.stored import SAFETENSORS_DTYPES, TORCH_DTYPES
 from moeconv.plan.memory import configure_malloc
 from moeconv.plan.meter import Meter, SilentMeter
+from moeconv.stream.device import batch_within, room_on
 from moeconv.stream.finite import check_finite
 from moeconv.stream.hooks import Arguments, Calls, distinct_tensors, record_calls, replaced, with_shared
 from moeconv.stream.layer import Layer
@@ -323,14 +324,17 @@ def stream_within(
 
     The experts of a layer are computed all at once where the stock code can (`fast_experts`). `asks` are fields of
     `need.Workload`. `beside` are the needs of what else the process does, before or after.
-    On another device than the CPU the budget is for the activations alone. Raises what `need.choose_placement` raises,
+    On another device than the CPU the budget is for the activations alone, and the batches are as large as its memory
+    allows. Raises what `need.choose_placement` raises,
     before anything is read."""
     device = torch.device(device)
     dtype, limit, held, found = dtype or default_dtype(model, device), budget, True, None
-    if device.type == "cpu":
+    length = windows.longest if isinstance(windows, Ragged) else windows.shape[-1]
+    run = Workload(windows.size, length, batch_size, dtype.itemsize, **asks)
+    if device.type != "cpu":
+        batch_size = batch_within(model, run, room_on(device), what=what)
+    else:
         configure_malloc(MAPPED)
-        length = windows.longest if isinstance(windows, Ragged) else windows.shape[-1]
-        run = Workload(windows.size, length, batch_size, dtype.itemsize, **asks)
         found = noted_placement(together([need_of(model, run), *beside]), budget=budget, meter=meter, what=what)
         limit, held = found.activations, found.held
     stream = LayerStream(
@@ -365,15 +369,6 @@ def fast_experts(model: Model, dtype: torch.dtype) -> str:
 def default_dtype(model: Model, device: torch.device) -> torch.dtype:
     """float32 on the CPU, elsewhere the checkpoint's own dtype."""
     return torch.float32 if device.type == "cpu" else TORCH_DTYPES[model.dtype]
-
-
-def pick_device(word: str) -> torch.device:
-    """The device of `auto`, `cpu` or `cuda`. Raises UsageError for `cuda` without such a device."""
-    if word == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if word == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch finds no CUDA device", hint="Pass --device cpu.")
-    return torch.device(word)
 
 
 def layer_bytes(model: Model, layer: int) -> int:

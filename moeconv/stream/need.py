@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from typing_extensions import TypedDict
 
@@ -66,6 +66,11 @@ class Workload:
     copies: int = 0
     results: int = 0
     work: tuple[int, int] = (0, 0)
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, so that a backward pass follows."""
+        return self.copies > 2
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,13 @@ def need_of(model: Model, run: Workload) -> Need:
         activations=run.flows * activations,
         kept=kept,
     )
+
+
+def device_need(model: Model, run: Workload) -> int:
+    """The bytes that a run takes on another device than the CPU: the experts of a layer are there in the dtype of the
+    computation, and the activations of all tokens on the host. The context of CUDA is not counted."""
+    need = need_of(model, replace(run, copies=max(1, run.copies)))
+    return max(need.ends, need.layer + need.held + need.kept)
 
 
 def sample_room(experts: int, hidden: int, weights: int) -> tuple[int, int]:
@@ -250,7 +262,7 @@ def _experts(size: _Sizes, run: Workload, experts: int, batch: int, top_k: int, 
     work = max(sample, values + min(batch * top_k, PAIR_ROWS) * each)
     if run.copies:
         placed = wide * run.copies
-        if run.copies <= 2:  # no backward pass needs them: the stock code computes expert by expert
+        if not run.trains:  # no backward pass needs them: the stock code computes expert by expert
             work = values + min(batch * top_k, PAIR_ROWS, _SKEW * batch * top_k // experts) * each
         together, least = run.work
         return placed + max(work, together), placed + max(work, least)

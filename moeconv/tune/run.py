@@ -29,6 +29,7 @@ from moeconv.options import (
     MeasureOptions,
     TuneOptions,
     check_names,
+    device_limit,
     from_keywords,
     parse_size,
     reads_of,
@@ -36,8 +37,9 @@ from moeconv.options import (
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.phases import phase
+from moeconv.stream.device import pick_device
 from moeconv.stream.finite import NotFiniteError, not_finite, scanned
-from moeconv.stream.layers import pick_device, start_meter
+from moeconv.stream.layers import start_meter
 from moeconv.stream.need import noted_placement
 from moeconv.tune.disturb import Disturbance
 from moeconv.tune.job import Job, make_job
@@ -93,7 +95,7 @@ def tune(
     check_names(parameters, TuneOptions, DataOptions, MeasureOptions)
     options, measure = from_keywords(TuneOptions, parameters), from_keywords(MeasureOptions, parameters)
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
-    device, path = pick_device(measure.device), Path(overlay_path)
+    device, path = pick_device(measure.device, device_limit(measure.max_device_memory)), Path(overlay_path)
     if current().leads:
         check_file_target(
             path, what="overlay", reads=[("the model", model_path), *reads_of(parameters, TuneOptions, DataOptions)],

@@ -7,7 +7,7 @@ from pathlib import Path
 from moeconv.checkpoint.staging import Measured
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import parameters_of
+from moeconv.options import device_limit, parameters_of
 from moeconv.plan.meter import Meter
 from moeconv.plan.partition import Partition, load_partition
 from moeconv.requests import UpcycleRequest
@@ -29,7 +29,7 @@ def measure_partition(model: Model, request: UpcycleRequest, measured: Measured,
         raise UsageError(text, hint=MEASURE.format(source=model.checkpoint.path.name))
     from moeconv.calibrate.neurons import load_neurons
     from moeconv.calibrate.run import calibrate
-    from moeconv.stream.layers import pick_device
+    from moeconv.stream.device import pick_device
     from moeconv.upcycle.partition import write_partition
 
     seed = request.plan.seed
@@ -48,7 +48,8 @@ def measure_partition(model: Model, request: UpcycleRequest, measured: Measured,
         write_partition(
             model, load_neurons(stats, model, twin=twin), folder / _PARTITION, experts=shape.experts, top_k=shape.top_k,
             shared=shape.shared, width=shape.width, layers=shape.layers, varied=shape.varied, best=shape.best,
-            clustering=options.clustering, device=pick_device(request.measure.device), seed=seed, meter=meter,
+            clustering=options.clustering, seed=seed, meter=meter,
+            device=pick_device(request.measure.device, device_limit(request.measure.max_device_memory)),
         )  # fmt: skip
 
     return load_partition(measured.once("partition", partition)[0] / _PARTITION)

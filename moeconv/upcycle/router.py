@@ -18,13 +18,14 @@ from moeconv.contract import RouterFigures, RouterLayer, SourceTokens
 from moeconv.data.windows import TokenData, load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
-from moeconv.options import SEQ_LEN, TOKENS, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, device_limit, parse_size
 from moeconv.plan.kernels.arrays import raw_bytes
 from moeconv.plan.meter import Meter, SilentMeter
 from moeconv.plan.phases import phase
 from moeconv.randomness import generator
+from moeconv.stream.device import pick_device
 from moeconv.stream.layer import Layer
-from moeconv.stream.layers import pick_device, start_meter, stream_within
+from moeconv.stream.layers import start_meter, stream_within
 from moeconv.units import counted
 from moeconv.upcycle.centroids import balanced_centroids
 
@@ -58,6 +59,7 @@ def measure_router(
     seed: int = 0,
     text_field: str = "text",
     max_memory: str | None = None,
+    max_device_memory: str | None = None,
     meter: Meter | None = None,
 ) -> RouterFigures:
     """Write `experts` router rows for every layer in `names` (layer -> tensor name, float32 [experts, H]) to `path`.
@@ -85,7 +87,8 @@ def measure_router(
     budget = None if max_memory is None else parse_size(max_memory, flag="--max-memory")
     start_meter(meter, model, tokens=read.windows.size)
     stream = stream_within(
-        model, read.windows, device=pick_device(device), batch_size=batch_size, budget=budget, meter=meter,
+        model, read.windows, device=pick_device(device, device_limit(max_device_memory)),
+        batch_size=batch_size, budget=budget, meter=meter,
         what="finding routers",
     )  # fmt: skip
     metadata = artifact_metadata(

@@ -215,7 +215,8 @@ def test_no_stated_default_is_left_out():
     }  # fmt: skip
     elsewhere = {  # stated in words that other tests measure
         ("prune", "rescale"), ("tune", "learning_rate"), ("report", "title"), ("measure", "text_field"),
-        ("measure", "max_memory"), ("quantize", "scope"), ("quantize", "among"), ("prune", "multiple"), ("run", "out"),
+        ("measure", "max_memory"), ("measure", "max_device_memory"),
+        ("quantize", "scope"), ("quantize", "among"), ("prune", "multiple"), ("run", "out"),
         ("collapse", "width"), ("collapse", "to"), ("collapse", "neurons"),
     }  # fmt: skip
     nothing = {key for key, said in STATED.items() if said in ("no limit", "off", "all steps")}

@@ -18,7 +18,8 @@ from moeconv.plan.execute import execute
 from moeconv.plan.kernels.stored import to_bytes, to_tensor
 from moeconv.quantize.formats import FORMATS
 from moeconv.quantize.planner import plan_quantize
-from moeconv.stream.layers import LayerStream, layer_bytes, pick_device
+from moeconv.stream.device import pick_device
+from moeconv.stream.layers import LayerStream, layer_bytes
 from moeconv.tensors import decode_weight, plain_names, read_tensor
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,

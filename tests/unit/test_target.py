@@ -33,8 +33,9 @@ WRITERS = {verb.name: verb for verb in VERBS if any(p.writes for p in verb.posit
 # options that hold words, none of which is a path (`model` of families is a name); an option that holds one says so in
 # `reads`
 WORDS = {
-    "shard_size", "part", "max_memory", "text_field", "to", "layers", "shared_experts", "max_bytes", "group_size",
-    "among", "split_size", "file_name", "target", "train", "protect", "title", "set", "model",
+    "shard_size", "part", "max_memory", "max_device_memory", "text_field", "to", "layers", "shared_experts",
+    "max_bytes", "group_size", "among", "split_size", "file_name", "target", "train", "protect", "title", "set",
+    "model",
 }  # fmt: skip
 WRITES = {"out", "imatrix"}  # options that name what is written, of `run` and of `calibrate`
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moeconv.prune.need import REFIT_BYTES, ROWS_BYTES, fitted_bytes
 from moeconv.prune.repair.routed_pairs import Pairs, add_ridge, applied, chunked, outer
+from moeconv.stream.device import room_on
 from moeconv.stream.experts import weighted_inputs
 from moeconv.world import current, first, summed
 
@@ -74,7 +75,7 @@ def refit_layer(
 def experts_at_once(before: Tensor, nbytes: int) -> int:
     """The number of experts that are computed at the same time on the device of `before`, if each takes `nbytes`."""
     cpu = before.device.type == "cpu"
-    limit = REFIT_BYTES if cpu else first(lambda: torch.cuda.mem_get_info(before.device)[0] // 4)
+    limit = REFIT_BYTES if cpu else first(lambda: room_on(before.device) // 4)
     return max(1, limit // nbytes)
 
 

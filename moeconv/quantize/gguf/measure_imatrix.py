@@ -23,13 +23,14 @@ from moeconv.checkpoint.writer import writing_artifact
 from moeconv.data.windows import load_tokens, sequence_length
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model, open_model
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size, reads_of
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, device_limit, parse_size, reads_of
 from moeconv.plan.meter import Meter
 from moeconv.quantize.gguf.llama_cpp import LlamaCpp, find_row, written
 from moeconv.quantize.gguf.recipes import is_quantized
+from moeconv.stream.device import pick_device
 from moeconv.stream.inputs import InputMatrix, layer_inputs
 from moeconv.stream.layer import Layer
-from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.layers import LayerStream, start_meter, stream_within
 from moeconv.types import JsonObject
 from moeconv.units import counted
 from moeconv.world import current
@@ -68,7 +69,8 @@ def write_imatrix(
     start_meter(meter, model, tokens=read.windows.size)
     budget = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     stream = stream_within(
-        model, read.windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=budget,
+        model, read.windows, device=pick_device(measure.device, device_limit(measure.max_device_memory)),
+        batch_size=measure.batch_size, budget=budget,
         meter=meter, what="calibrate",
     )  # fmt: skip
     every = list(matrices_of(model, row))

@@ -18,15 +18,16 @@ from moeconv.checkpoint.overlay import writing_overlay
 from moeconv.data.windows import load_tokens, sequence_length
 from moeconv.errors import InputError, escape
 from moeconv.families.model import Model
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, device_limit, parse_size
 from moeconv.plan.kernels.pack.fp4 import global_scale
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter
 from moeconv.plan.plan import Item
 from moeconv.quantize.gptq.groups import role_of, weight_name
 from moeconv.quantize.inputs import scale_items
+from moeconv.stream.device import pick_device
 from moeconv.stream.inputs import InputMatrix, layer_inputs
-from moeconv.stream.layers import pick_device, start_meter, stream_within
+from moeconv.stream.layers import start_meter, stream_within
 from moeconv.units import counted
 
 VERSION = 1
@@ -74,7 +75,8 @@ def measure_inputs(
     )  # fmt: skip
     start_meter(meter, model, tokens=read.windows.size)
     stream = stream_within(
-        model, read.windows, device=pick_device(measure.device), batch_size=measure.batch_size, budget=budget,
+        model, read.windows, device=pick_device(measure.device, device_limit(measure.max_device_memory)),
+        batch_size=measure.batch_size, budget=budget,
         meter=meter, what="quantize",
     )  # fmt: skip
     metadata = artifact_metadata(

@@ -24,7 +24,7 @@ from moeconv.data import heldout
 from moeconv.data.windows import load_tokens, sequence_length
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, device_limit, parse_size
 from moeconv.plan.kernels.decode import decode_parts
 from moeconv.plan.kernels.stored import to_bytes
 from moeconv.plan.meter import Meter, SilentMeter
@@ -36,7 +36,8 @@ from moeconv.quantize.gptq.layer import LayerCodes
 from moeconv.quantize.gptq.need import CODED_BYTES, DIVIDED, FLOWS, READERS, exponents_of, gptq_workload
 from moeconv.quantize.gptq.work import LayerWork, Settings
 from moeconv.quantize.spec import FOLDING
-from moeconv.stream.layers import LayerStream, pick_device, start_meter, stream_within
+from moeconv.stream.device import pick_device, room_on
+from moeconv.stream.layers import LayerStream, start_meter, stream_within
 from moeconv.stream.share import Share
 from moeconv.world import current, deal, first
 
@@ -104,7 +105,8 @@ def choose_codes(
     mine, size = deal(len(read.windows), batch_size=measure.batch_size, world=current())
     workload["flows"] = 1 + (FLOWS - 1) * current().size  # of the inputs of the experts, each process holds all
     stream = stream_within(
-        model, read.windows[mine], dtype=torch.float32, device=pick_device(measure.device), batch_size=size,
+        model, read.windows[mine], dtype=torch.float32, batch_size=size,
+        device=pick_device(measure.device, device_limit(measure.max_device_memory)),
         budget=budget, meter=meter, what=method, **workload,
     )  # fmt: skip
     sources = [{"name": s.name, "sha256": s.sha256, "tokens": s.tokens} for s in read.sources]
@@ -185,7 +187,7 @@ def _decoded(written: Model | None, item: Item, parts: Mapping[str, Tensor]) -> 
 def _room(stream: LayerStream, jobs: int) -> tuple[int, int]:
     """(work memory in bytes per group of experts, number of groups that are coded at the same time)."""
     if stream.device.type != "cpu":
-        return max(CODED_BYTES, torch.cuda.mem_get_info(stream.device)[0] // 4), 1
+        return room_on(stream.device) // 4, 1
     tight = stream.placement is not None and not stream.placement.held
     return (0, 1) if tight else (CODED_BYTES, jobs)
 

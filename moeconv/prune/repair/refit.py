@@ -117,14 +117,14 @@ class _Block:
         summed(gram)
         summed(left)
         ridge = add_ridge(gram, self.strength)
-        factor = torch.linalg.cholesky(gram).float()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram)).float()  # half the products of a solve
         del gram
         ridges = ridge.float()[:, None, None]
         left -= ridges * change.mT
         left *= (ridge > 0)[:, None, None]  # an expert without tokens does not change
         search, before = torch.zeros_like(left), torch.ones((), dtype=torch.float64, device=left.device)
         for step in range(steps):
-            solved = torch.cholesky_solve(left, factor)
+            solved = torch.bmm(inverse, left)
             slope = _dot(left, solved)
             turn = torch.where(before > 0, slope / before, 0.0).float()  # 0 / 0 where nothing is missing
             search = solved if step == 0 else solved.add_(search * turn)

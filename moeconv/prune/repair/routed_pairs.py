@@ -60,7 +60,10 @@ def outer(left: Tensor, right: Tensor, pairs: Pairs, into: Tensor) -> None:
     """into [g, A, B] += the sum over each expert's rows of left [n, A]^T right [n, B]."""
     for some, rows, real in pairs.rounds():
         ours = left[rows] * real[..., None].to(left.dtype)
-        into.index_add_(0, some, torch.bmm(ours.mT, right[rows]).to(into.dtype))
+        if len(some) == len(into) and ours.dtype == into.dtype:
+            into.baddbmm_(ours.mT, right[rows])
+        else:
+            into.index_add_(0, some, torch.bmm(ours.mT, right[rows]).to(into.dtype))
 
 
 def applied(rows: Tensor, matrices: Tensor, pairs: Pairs) -> Tensor:

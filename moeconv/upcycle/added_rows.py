@@ -27,12 +27,13 @@ from moeconv.data.windows import TokenData, load_tokens, sequence_length, split_
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.families.rule import Rule, has_numbers, rule_of
-from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, parse_size
+from moeconv.options import SEQ_LEN, TOKENS, DataOptions, MeasureOptions, device_limit, parse_size
 from moeconv.plan.kernels.arrays import raw_bytes, to_float32
 from moeconv.plan.meter import Meter
 from moeconv.plan.phases import phase
+from moeconv.stream.device import pick_device
 from moeconv.stream.layer import Layer
-from moeconv.stream.layers import pick_device, start_meter, stream_within
+from moeconv.stream.layers import start_meter, stream_within
 from moeconv.units import counted
 from moeconv.upcycle.added import router_entries
 
@@ -69,7 +70,8 @@ def measure_rows(
             )
     start_meter(meter, model, tokens=both.windows.size)
     stream = stream_within(
-        model, both.windows, device=pick_device(measure.device), batch_size=measure.batch_size,
+        model, both.windows, device=pick_device(measure.device, device_limit(measure.max_device_memory)),
+        batch_size=measure.batch_size,
         budget=None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory"),
         meter=meter, what="finding routers",
     )  # fmt: skip

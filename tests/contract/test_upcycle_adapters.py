@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import edit_json
 from transformers import AutoModelForCausalLM
 
+from moeconv.families.model import open_model
+from moeconv.plan.execute import execute
+from moeconv.plan.kernels.arrays import to_float32
+from moeconv.upcycle.planner import plan_upcycle
 from tests.contract.stock import DENSE_CASES, load, save_stock
+from tests.contract.test_upcycle_added import add, overlay_of
 
 torch.set_num_threads(1)
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -173,3 +179,25 @@ def test_the_adapter_of_another_base_is_rejected(tmp_path, cli):
         "upcycle", base, tmp_path / "moe", "--experts-from", base, "--experts-from", base, "--ffn-only", "--json"
     )
     assert (done.code, "is for LoRA adapters" in done.json["error"]["message"]) == (2, True), done.out
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_dense_base_is_added_to_a_mixture(tmp_path, cli):
+    """Its FFN is the one that peft merges, behind the experts that are there."""
+    base = save_stock(tmp_path / "base", *DENSE_CASES["llama"], dtype=torch.float32)
+    lora = adapter(base, tmp_path / "lora")
+    edit_json(lora / "adapter_config.json", base_model_name_or_path=str(base))
+    plan = plan_upcycle(open_model(base), to="mixtral", experts=4)
+    execute(plan, source=open_model(base).checkpoint, out=tmp_path / "moe", jobs=1)
+    model = open_model(tmp_path / "moe")
+    overlay = overlay_of(model, tmp_path / "rows", rows=np.zeros((1, model.hidden_size)))
+    add(tmp_path / "moe", tmp_path / "more", overlay, add_experts_from=(str(lora),))
+    made, expected = open_model(tmp_path / "more"), merged(base, lora)
+    for part, word in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        name = f"model.layers.1.block_sparse_moe.experts.4.{word}.weight"
+        ref = made.checkpoint.tensors[name]
+        found = torch.from_numpy(to_float32(made.checkpoint.read(name), ref.dtype, ref.shape))
+        assert torch.allclose(found, expected[f"model.layers.1.mlp.{part}_proj.weight"], atol=1e-6)
+    edit_json(lora / "adapter_config.json", base_model_name_or_path="nowhere")
+    done = cli("upcycle", tmp_path / "moe", tmp_path / "none", "--add-experts-from", lora, "--dry-run", "--json")
+    assert done.code == 3 and "is not a directory here" in done.json["error"]["message"]

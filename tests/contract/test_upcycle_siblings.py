@@ -11,6 +11,7 @@ import torch
 from tiny import edit_json
 from transformers import AutoModelForCausalLM
 
+from moeconv.errors import InputError
 from moeconv.families.model import open_model
 from moeconv.plan.execute import execute
 from moeconv.recipe.read import DEMO_DATA as DEMO
@@ -163,6 +164,35 @@ def test_tokens_that_were_added_and_renamed_are_named(tmp_path, cli):
     done = cli("upcycle", base, tmp_path / "moe", "--experts-from", paths[0], "--experts-from", paths[1], "--json")
     told = next(text for text in done.json["warnings"] if "tokens" in text)
     assert done.code == 0 and "has 2 (<end>, <tool>) and lacks 1 (w39)" in told and str(paths[1]) in told
+
+
+def test_another_tie_flag_is_a_warning_that_names_it(tmp_path):
+    base, paths = family(tmp_path, count=1)
+    model_type, config = DENSE_CASES["llama"]
+    tied = save_stock(tmp_path / "tied", model_type, config | {"tie_word_embeddings": True}, dtype=torch.float32)
+    plan = plan_upcycle(open_model(base), siblings=[open_model(paths[0]), open_model(tied)])
+    assert sum("tie_word_embeddings = True (SOURCE: False)" in text for text in plan.warnings) == 1
+    assert plan.config["tie_word_embeddings"] is False
+
+
+def test_a_base_in_older_words_is_the_base_of_a_fine_tune_in_newer_words(tmp_path):
+    """Either of the two may be SOURCE, without a warning."""
+    base, paths = family(tmp_path, count=2)
+    older = {"rope_parameters": None, "rope_scaling": None, "rope_theta": 10000.0, "dtype": None}
+    old = open_model(_broken(base, **older, torch_dtype="float32"))
+    new = [open_model(path) for path in paths]
+    assert "rope_theta" in old.checkpoint.config and old.checkpoint.config.get("rope_parameters") is None
+    assert not plan_upcycle(old, siblings=new).warnings
+    assert not plan_upcycle(new[0], siblings=[old, new[1]]).warnings
+
+
+def test_a_longest_context_that_the_rotary_factors_depend_on_is_refused(tmp_path):
+    base, paths = family(tmp_path, count=2)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    lengths = zip((base, *paths), (64, 64, 128))
+    made = [open_model(_broken(path, rope_parameters=rope, max_position_embeddings=n)) for path, n in lengths]
+    with pytest.raises(InputError, match="max_position_embeddings = 128, SOURCE has 64"):
+        plan_upcycle(made[0], siblings=made[1:])
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class VerbResult(dict[str, object]):
 
 
 def _figures(result: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """(name, value) of what a reader looks for first."""
+    """(name, value) of the most important figures."""
     for name in ("output", "path", "ok", "passed"):
         if result.get(name) is not None:
             yield name, str(result[name])
@@ -51,7 +51,7 @@ def _figures(result: Mapping[str, object]) -> Iterator[tuple[str, str]]:
 
 
 def _lists(result: Mapping[str, object], under: str = "") -> Iterator[tuple[str, Sequence[Mapping[str, object]]]]:
-    """The lists of rows in a result, at any depth, with where they lie."""
+    """The lists of rows in a result, at any depth, with their key paths."""
     for key, value in result.items():
         name = f"{under}.{key}" if under else key
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -1,4 +1,4 @@
-"""Runs a command from its request, whoever asks: the command line, a recipe or a program."""
+"""Runs a command from its request, for the command line, recipes and Python programs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_request(request: object, meter: Meter) -> JsonObject:
 
 
 def timed(request: object, step: Callable[[], Mapping[str, object]]) -> JsonObject:
-    """What `step` returns, with the seconds of the whole and of its phases. A dry run has no time."""
+    """What `step` returns, with the total seconds and those of its phases. A dry run states no time."""
     with timing() as clock:
         result = dict(step())
         whole = clock.total()

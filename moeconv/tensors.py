@@ -87,7 +87,7 @@ def packed_source(checkpoint: Checkpoint, item: Item) -> Tensor:
         spec = item.outputs[0]._replace(dtype="F32")
         (data,) = load_kernel(kernel)(read, (spec,), params)
         return to_tensor(memoryview(data), spec.dtype, spec.shape)
-    ref, data = read[0]  # the others are weights that it shares a scale with, or importance
+    ref, data = read[0]  # the others are weights that share its scale, or importance
     return to_tensor(memoryview(data), ref.dtype, ref.shape)
 
 

@@ -1,1 +1,1 @@
-"""`moeconv import`: a GGUF file as a checkpoint of transformers."""
+"""`moeconv import`: a GGUF file as a transformers checkpoint."""

@@ -1,4 +1,4 @@
-"""Whether a planned import is the model of the file: the rows of quantize/gguf/llama_cpp, applied to it, give the
+"""Whether a planned import is the model of the file: the rows of quantize/gguf/llama_cpp, applied to it, must give the
 tensors, the constants and every hyperparameter of the file again."""
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from moeconv.importing.flags import check_flags
 from moeconv.quantize.gguf.llama_cpp import Constant, LlamaCpp, find_row, written
 from moeconv.quantize.gguf.llama_cpp.numbers import hyperparameters
 
-_CLOSE = 1e-5  # constants are computed in float32 by some programs
-# keys that files may leave out: llama.cpp takes what the row has, or what the shapes say
+_CLOSE = 1e-5  # some programs compute constants in float32
+# keys that files may leave out: llama.cpp then uses the value that the row has, or one that follows from the shapes
 _ASSUMED = frozenset({
     "attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count", "rope.freq_base",
     "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_gating_func",
     "leading_dense_block_count",
     "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
 })  # fmt: skip
-# keys beside those of the row -> values with which llama.cpp computes as without them; None: it does not read the key
+# other keys -> values with which llama.cpp computes the same as without the key; None: it does not read the key
 _INERT: dict[str, tuple[object, ...] | None] = {
     "rope.scaling.type": ("none",),
     "rope.scaling.factor": (0, 1),
@@ -61,7 +61,7 @@ def _check_shapes(source: GgufSource, model: Model, row: LlamaCpp) -> None:
         expected = (len(found), *found[0]) if "_exps." in name else found[0]
         if name not in source.tensors or source.tensors[name].shape != expected:
             has = list(source.tensors[name].shape) if name in source.tensors else "nothing"
-            raise InputError(f"{escape(name)} should be {list(expected)}, and the file has {has}", hint=_ORIGINAL)
+            raise InputError(f"{escape(name)} should be {list(expected)}, but the file has {has}", hint=_ORIGINAL)
     if stray := sorted(set(source.tensors) - set(shapes)):
         raise Unsupported(f"tensor {escape(stray[0])!r} has no place in this family", hint=_ORIGINAL)
 
@@ -69,7 +69,7 @@ def _check_shapes(source: GgufSource, model: Model, row: LlamaCpp) -> None:
 def _check_constant(source: GgufSource, constant: Constant) -> None:
     ref = source.tensors[constant.name]
     if ref.dtype != "F32":
-        raise Unsupported(f"{escape(ref.name)} is {ref.dtype}, and only F32 is compared", hint=_ORIGINAL)
+        raise Unsupported(f"{escape(ref.name)} is {ref.dtype}, but only F32 can be compared", hint=_ORIGINAL)
     data = bytearray(ref.nbytes)
     source.read_into(ref.name, memoryview(data))
     values = np.frombuffer(data, "<f4")
@@ -78,16 +78,16 @@ def _check_constant(source: GgufSource, constant: Constant) -> None:
 
 
 def _check_keys(source: GgufSource, arch: str, needed: Mapping[str, object]) -> None:
-    """Raises Unsupported for a hyperparameter that the model does not have, or has otherwise."""
+    """Raises Unsupported for a hyperparameter that the model does not have, or has with another value."""
     stated = {
         key.removeprefix(f"{arch}."): value for key, value in source.metadata.items() if key.startswith(f"{arch}.")
     }
     for key, value in needed.items():
         if key not in stated and value and key not in _ASSUMED:
-            raise Unsupported(f"{arch}.{key} is not stated, and its model has {escape(value)}", hint=_ORIGINAL)
+            raise Unsupported(f"the file has no {arch}.{key}, but the model needs {escape(value)}", hint=_ORIGINAL)
         if key in stated and not _equal(stated[key], value):
             raise Unsupported(
-                f"{arch}.{key} is {escape(stated[key])}, and the model that moeconv would write has {escape(value)}",
+                f"{arch}.{key} is {escape(stated[key])}, but the model that moeconv would write has {escape(value)}",
                 hint=_ORIGINAL,
             )
     for key in sorted(set(stated) - set(needed)):

@@ -36,8 +36,8 @@ _DAMAGED = "The file is damaged, or made by a program that moeconv does not know
 
 
 def candidates(source: GgufSource) -> Iterator[tuple[Family, LlamaCpp, JsonObject]]:
-    """(family, row, config.json) of every family that the file may be, the likeliest first; whoever takes one checks
-    that it gives this file back. Raises Unsupported for an architecture without a row."""
+    """(family, row, config.json) of every family that the file may belong to, the likeliest first; the caller checks
+    that the one it takes gives this file back. Raises Unsupported for an architecture without a row."""
     arch = source.metadata.get("general.architecture")
     experts = source.metadata.get(f"{arch}.expert_count", 0)
     known = tables().moe if experts else tables().dense
@@ -45,7 +45,7 @@ def candidates(source: GgufSource) -> Iterator[tuple[Family, LlamaCpp, JsonObjec
     if not found:
         raise Unsupported(
             f"{escape(source.path.name)}: the architecture {escape(arch)} is not imported",
-            hint=f"Imported are {', '.join(sorted({row.arch for row in LLAMA_CPP.values()}))}.",
+            hint=f"moeconv imports {', '.join(sorted({row.arch for row in LLAMA_CPP.values()}))}.",
         )
     for name in sorted(found, key=lambda name: name.replace("_", "") != arch):
         for rope in _rotary(source, str(arch)):
@@ -93,7 +93,7 @@ def _special(source: GgufSource, size: int) -> JsonObject:
         found[name] = source.whole(stated, least=0)
         if found[name] >= size:
             raise InputError(
-                f"{escape(source.path.name)}: {stated} is {found[name]}, and there are {size} tokens", hint=_DAMAGED
+                f"{escape(source.path.name)}: {stated} is {found[name]}, but there are {size} tokens", hint=_DAMAGED
             )
     return found
 
@@ -102,14 +102,14 @@ def _vocabulary(source: GgufSource) -> int:
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise InputError(
-            f"{escape(source.path.name)} has no token_embd.weight", hint="The file holds no language model."
+            f"{escape(source.path.name)} has no token_embd.weight", hint="The file contains no language model."
         )
     return embedding.shape[0]
 
 
 def _rotary(source: GgufSource, arch: str) -> list[JsonObject]:
-    """The rotary parameters that the file may mean, without the base: factors of llama3's scaling are a tensor, which
-    only those that are published can explain."""
+    """The rotary parameters that the file may have, without the base. Factors of llama3's scaling are a tensor in the
+    file, so only the published parameters can be recognised."""
     if FACTORS in source.tensors:
         return [dict(each) for each in _LLAMA3]
     kind = source.metadata.get(f"{arch}.rope.scaling.type", "none")
@@ -135,7 +135,7 @@ def _number(source: GgufSource, key: str, default: float | None = None) -> int |
         raise Unsupported(f"{escape(source.path.name)} does not state {key}, which an import needs", hint=_ORIGINAL)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InputError(
-            f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number above 0", hint=_DAMAGED
+            f"{escape(source.path.name)}: {key} is {escape(value)}, but must be a number above 0", hint=_DAMAGED
         )
     return _short(value)
 
@@ -155,7 +155,7 @@ def _setting(source: GgufSource, key: str) -> bool | int | float:
     if isinstance(value, list):
         raise Unsupported(f"{key} has a value for each layer: this is not imported", hint=_ORIGINAL)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{escape(source.path.name)}: {key} is {escape(value)}, and must be a number", hint=_DAMAGED)
+        raise InputError(f"{escape(source.path.name)}: {key} is {escape(value)}, but must be a number", hint=_DAMAGED)
     return _short(value)
 
 

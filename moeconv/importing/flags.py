@@ -1,4 +1,4 @@
-"""The settings of config.json that switch tensors on: which a file has, its tensors say."""
+"""The settings of config.json that switch tensors on, as they follow from the tensors of a file."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def check_flags(model: Model) -> None:
         for key in adds:
             has, wanted = layers.get(key, set()), layers.get(key.removesuffix("_bias"), set())
             if not model.value(flag) and has:
-                raise _refused(model, f"{flag} is false, and the file has {key}")
+                raise _refused(model, f"{flag} is false, but the file has {key}")
             if model.value(flag) and key.endswith("_bias") and has != wanted:
-                raise _refused(model, f"{flag} is true, and some layers of the file have no {key}")
+                raise _refused(model, f"{flag} is true, but some layers of the file have no {key}")
 
 
 def _refused(model: Model, reason: str) -> Unsupported:

@@ -1,7 +1,7 @@
 """The plan of an import: every tensor of the file decoded, under its name in transformers, with its rows in order.
 
-Names and changes are the rows of quantize/gguf/llama_cpp, read backwards. The plan is kept only if the model that it
-writes gives, by the same rows, the tensors and the hyperparameters of this file.
+Names and changes are those of the rows of quantize/gguf/llama_cpp, in reverse. The plan is kept only if the same rows,
+applied to the model that it writes, give the tensors and the hyperparameters of this file.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moeconv.quantize.gguf.llama_cpp import LlamaCpp
 from moeconv.quantize.gguf.llama_cpp.expression import Expression
 from moeconv.quantize.gguf.llama_cpp.names import NAMES
 
-ORIGIN = "gguf"  # what the inputs of the plan call the file: execute(..., origins={ORIGIN: source})
+ORIGIN = "gguf"  # the origin of the file in the plan: execute(..., origins={ORIGIN: source})
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def plan_import(source: GgufSource, options: ImportOptions) -> tuple[Plan, Model]:
-    """(the plan, the model that it writes). Raises Unsupported for a file of another architecture, InputError for one
-    whose tensors and metadata do not belong together."""
+    """(the plan, the model that it writes). Raises Unsupported for a file with another architecture, InputError for one
+    whose tensors contradict its metadata."""
     reasons: list[InputError] = []
     for family, row, config in candidates(source):
         try:
@@ -77,8 +77,8 @@ def _model(source: GgufSource, family: Family, plan: Plan) -> Model:
         return planned_model(plan, name=source.path.stem)
     except InputError as reason:
         raise Unsupported(
-            f"as {family.model_type}, the architecture of the file gives no whole checkpoint: {reason.message}",
-            hint="Use the original model; or the file is damaged.",
+            f"as {family.model_type}, the file would not give a complete checkpoint: {reason.message}",
+            hint="Use the original model, or download the file again if it may be damaged.",
         ) from None
 
 
@@ -97,11 +97,11 @@ def _items(ref: TensorRef, family: Family, row: LlamaCpp, dtype: str, config: Ma
 
 
 def _check_place(family: Family, key: str) -> None:
-    """Raises Unsupported for a tensor that the family has no name for by itself."""
+    """Raises Unsupported for a tensor that the family does not have as a tensor of its own."""
     if family.has(key) and (not key.startswith("expert.") or "{E}" in family.tensors.names[key]):
         return
     raise Unsupported(
-        f"{family.model_type} is not imported: it has {key} as a part of another tensor, or not at all",
+        f"{family.model_type} is not imported: it has no separate tensor for {key}",
         hint="Use the original model.",
     )
 
@@ -113,7 +113,7 @@ def _item(part: Input, name: str, key: str, row: LlamaCpp, dtype: str, config: M
         made = change(config.get, Expression((part.shape[0], 1)))
         piece = made.get("")
         if set(made) != {""} or piece is None or piece.computed or piece.shape != (part.shape[0], 1):
-            raise Unsupported(f"what llama.cpp does to {key} is not undone", hint="Use the original model.")
+            raise Unsupported(f"moeconv cannot reverse how llama.cpp stores {key}", hint="Use the original model.")
         params = {"order": piece.tree}
     spec = TensorSpec(name, dtype, part.shape, key, math.prod(part.shape))
     return Item((spec,), "from_gguf", (part,), params, key.partition(".")[0])

@@ -21,7 +21,7 @@ _NO_TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 
 
 def import_gguf_file(request: ImportRequest, *, meter: Meter) -> JsonObject:
-    """Write a GGUF file as a checkpoint of transformers. Raises InputError for a file that cannot be one."""
+    """Write a GGUF file as a transformers checkpoint. Raises InputError for a file that cannot become one."""
     source = GgufSource(request.gguf)
     plan, model = plan_import(source, request.plan)
     check_apart(request.out, [("GGUF", request.gguf)], staging=True)
@@ -31,8 +31,8 @@ def import_gguf_file(request: ImportRequest, *, meter: Meter) -> JsonObject:
 
 
 def _without_tensors(folder: Path, source: GgufSource) -> Checkpoint:
-    """The directory beside whose files the writer looks for companions: an import has none. Its files have the time of
-    the GGUF file, so that an interrupted run resumes."""
+    """The directory in which the writer looks for companion files, of which an import has none. Its files have the time
+    of the GGUF file, so that an interrupted run resumes."""
     folder.mkdir()
     times = source.path.stat()
     for name, data in ((CONFIG_NAME, json.dumps({"gguf": source.size}).encode()), (SINGLE_NAME, _NO_TENSORS)):

@@ -1,4 +1,4 @@
-"""tokenizer.json from the tokens of a GGUF file: what quantize/gguf/tokenizer.py writes, read backwards."""
+"""tokenizer.json from the tokens of a GGUF file: the reverse of quantize/gguf/tokenizer.py."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ _Kind = TypeVar("_Kind")
 _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5
 _SPACE = "\u2581"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-# llama.cpp's name -> how texts are split, and whether a word that is a token is taken as a whole
+# llama.cpp's name -> how it splits texts, and whether it takes a word that is a token as a whole
 _KNOWN: Mapping[str, tuple[Steps, bool]] = {
     name: (steps, whole) for steps, names in NAMES.items() for name, whole in names
 } | {"default": ((GPT2,), False)}
 _NORMALIZERS: Mapping[str, JsonObject] = {"qwen2": {"type": "NFC"}}
-# kind of tokenizer -> splits with which llama.cpp puts the token that begins texts in front where the file does
-# not say; None: with all
+# kind of tokenizer -> pre-tokenizers with which llama.cpp adds BOS where the file does not state it; None: all
 _BEGINS: Mapping[object, frozenset[str] | None] = {"gpt2": frozenset({"llama-bpe", "tekken"}), "llama": None}
 _DAMAGED = "The file is damaged: download it again."
 
 
 def tokenizer_files(source: GgufSource) -> tuple[dict[str, str], list[str]]:
     """({file name: text} of tokenizer.json and tokenizer_config.json, warnings). Raises Unsupported for a tokenizer
-    that transformers is not known to follow, InputError for a damaged one."""
+    that is not known to give the same tokens in transformers, InputError for a damaged one."""
     kind = source.metadata.get("tokenizer.ggml.model")
     if kind not in _MAKERS:
         raise Unsupported(
-            f"{escape(source.path.name)}: tokenizers of the kind {escape(kind)} are not rebuilt",
-            hint=f"Known are {', '.join(_MAKERS)}. Use the original model.",
+            f"{escape(source.path.name)}: moeconv cannot rebuild a tokenizer of the kind {escape(kind)}",
+            hint=f"moeconv rebuilds {', '.join(_MAKERS)}. Use the original model.",
         )
     tokens, kinds = _list(source, "tokens", str), _list(source, "token_type", int)
     if len(tokens) != len(kinds) or len(tokens) != source.tensors["token_embd.weight"].shape[0]:
@@ -84,14 +83,14 @@ def _words(source: GgufSource, tokens: Sequence[str]) -> JsonObject:
         if stated in source.metadata:
             number = source.whole(stated, least=0)
             if number >= len(tokens):
-                raise InputError(f"{stated} is {number}, and there are {len(tokens)} tokens", hint=_DAMAGED)
+                raise InputError(f"{stated} is {number}, but there are {len(tokens)} tokens", hint=_DAMAGED)
             found[name] = tokens[number]
     return found
 
 
 def _around(source: GgufSource, words: JsonObject, tokens: Sequence[str]) -> JsonObject | None:
-    """The template that puts the tokens which begin and end texts around them, where the file asks for it, or where
-    llama.cpp does without being asked."""
+    """The template that adds BOS and EOS tokens, where the file asks for them or where llama.cpp adds them by
+    default."""
     names = _BEGINS[source.metadata["tokenizer.ggml.model"]]
     begins = names is None or source.metadata.get("tokenizer.ggml.pre") in names
     first = _asked(source, "bos", begins, words)
@@ -109,16 +108,16 @@ def _part(words: Sequence[str], at: int) -> list[JsonObject]:
 
 
 def _asked(source: GgufSource, which: str, default: bool, words: JsonObject) -> list[str]:
-    """The token "bos" or "eos", where texts get it; nothing otherwise."""
+    """The BOS or EOS token (`which`), where texts get it; nothing otherwise."""
     key = f"tokenizer.ggml.add_{which}_token"
     asked = source.metadata.get(key, default)
     if not isinstance(asked, bool):
-        raise InputError(f"{key} is {escape(asked)}, and must be true or false", hint=_DAMAGED)
+        raise InputError(f"{key} is {escape(asked)}, but must be true or false", hint=_DAMAGED)
     if not asked:
         return []
     if f"{which}_token" not in words:
         raise Unsupported(
-            f"texts get a token {which}, and the file does not say which it is", hint="Use the original model."
+            f"texts get a {which} token, but the file does not state which it is", hint="Use the original model."
         )
     return [words[f"{which}_token"]]
 
@@ -137,7 +136,7 @@ def _bytes_bpe(source: GgufSource, used: Mapping[int, str], _kinds: Sequence[int
     name = source.metadata.get("tokenizer.ggml.pre", "default")
     if name not in _KNOWN:
         raise Unsupported(
-            f"the pre-tokenizer {escape(name)} is not known", hint=f"Known are {', '.join(sorted(_KNOWN))}."
+            f"the pre-tokenizer {escape(name)} is not known", hint=f"moeconv knows {', '.join(sorted(_KNOWN))}."
         )
     kinds, whole = _KNOWN[str(name)]
     *steps, last = map(_step, kinds)
@@ -158,8 +157,8 @@ def _bytes_bpe(source: GgufSource, used: Mapping[int, str], _kinds: Sequence[int
 
 
 def _sentencepiece(source: GgufSource, used: Mapping[int, str], kinds: Sequence[int]) -> JsonObject:
-    """SentencePiece's BPE: two neighbours whose joined token has the highest score are joined, which merges in the
-    order of the scores do as well."""
+    """SentencePiece's BPE: it joins the two neighbours whose joined token has the highest score, as merges in the order
+    of the scores do."""
     scores = _list(source, "scores", float)
     numbers = {word: i for i, word in used.items()}
     ordinary = [word for word, i in numbers.items() if kinds[i] == 1 and len(word) > 1]

@@ -1,4 +1,4 @@
-"""Describes a GGUF file as the checkpoint that `moeconv import` makes of it, with the bytes and types of the file."""
+"""Describes a GGUF file as the checkpoint that `moeconv import` would write, with the bytes and types of the file."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _through(item: Item, made: Mapping[str, Sequence[Item]]) -> Item | None:
 
 
 def _slices(item: Item, made: Mapping[str, Sequence[Item]]) -> list[Item]:
-    """The item; one item per slice where it copies or casts a whole tensor that several items make."""
+    """The item itself; or one item per slice, where it copies or casts a whole tensor that several items make."""
     makers = made.get(item.inputs[0].tensor, ()) if len(item.inputs) == 1 else ()
     if len(makers) < 2 or item.kernel not in ("copy", "cast") or item.inputs[0].origin != "source":
         return [item]
@@ -104,8 +104,8 @@ def _slices(item: Item, made: Mapping[str, Sequence[Item]]) -> list[Item]:
 
 
 def _maker(ref: Input, items: Sequence[Item]) -> tuple[Item, Input]:
-    """Of the items that each make one slice of a tensor, the one whose slice has the range `ref`, and the range within
-    the slice."""
+    """Of the items that each make one slice of a tensor, the one whose slice contains the range `ref`, and the range
+    within the slice."""
     size = next(spec.nbytes for spec in items[0].outputs if spec.name == ref.tensor)
     at = ref.start // size
     return items[at], ref._replace(start=ref.start - at * size)

@@ -11,9 +11,9 @@ from typing import Protocol
 
 
 class Meter(Protocol):
-    """The calls of a long step, from any thread. Its `parts` are shards when it writes, layers when it measures, and
-    steps when it trains; `total_bytes` is in whatever `advance` counts. With `tokens`, the rate is in tokens per
-    second."""
+    """The calls that a long step makes, from any thread. Its `parts` are shards when it writes, layers when it
+    measures, and steps when it trains; `total_bytes` is in whatever `advance` counts. With `tokens`, the rate is in
+    tokens per second."""
 
     def start(self, *, total_bytes: int, parts: int, unit: str = "shard", tokens: int = 0) -> None: ...
 
@@ -47,7 +47,7 @@ class SilentMeter:
 
 @dataclass
 class Progress:
-    """How far a step is: `done` of `total` (bytes, or steps of training), `part` of `parts` finished. `unit` is shard,
+    """The progress of a step: `done` of `total` (bytes or training steps), `part` of `parts` finished. `unit` is shard,
     layer, sequence or step; `tokens` is their number in `total`, 0 where nothing runs on text. `figures` are the latest
     figures, such as the training loss. `note` is the last line of text."""
 
@@ -63,12 +63,12 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.began
 
     @property
     def share(self) -> float:
-        """What is done, from 0 to 1."""
+        """The share that is done, from 0 to 1."""
         return self.done / self.total if self.total else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Where the time of a command goes: code names its phase, and whoever runs a command reads the seconds of each."""
+"""Where the time of a command goes: code names its phases, and the runner of a command reads the seconds of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-REST = "other"  # opening, planning, imports: what no code names
+REST = "other"  # opening, planning, imports: time outside of all named phases
 
 
 @dataclass

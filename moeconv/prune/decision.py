@@ -31,8 +31,8 @@ class Decision:
     `known` is False if nothing was measured; the first experts are then placeholders, which give the same sizes.
     `orders` {layer: order of removal, with scores} are those of the criterion, if it decided alone. `groups` {layer:
     {kept: absorbed}} are the experts that a merge averages. `predicted` are the experts that stay in the
-    multi-token-prediction layers that were measured. `width` is the number of neurons that every expert keeps; None:
-    all of them.
+    multi-token-prediction layers that were measured. `width` is the number of neurons that every expert keeps (None:
+    all of them).
     """
 
     left: int

@@ -166,7 +166,7 @@ def _check_together(options: PruneOptions) -> None:
     for one, other in (("merge", "refit"), ("merge", "heal"), ("merge", "sequential")):
         if getattr(options, one) and getattr(options, other):
             raise UsageError(f"{flag_of(one)} and {flag_of(other)} exclude each other", hint="Pass one of them.")
-    for name in ("refit", "heal", "merge"):  # the repaired experts have a scale of their own
+    for name in ("refit", "heal", "merge"):  # these repairs already adapt the scale of the experts
         if options.rescale and getattr(options, name):
             raise UsageError(f"--rescale and {flag_of(name)} exclude each other", hint="Pass one of them.")
     for name in ("refit_strength", "refit_sweeps"):
@@ -179,7 +179,7 @@ def _check_together(options: PruneOptions) -> None:
 
 
 def _check_removes_none(options: PruneOptions) -> None:
-    """Raises UsageError for options about the removal of experts, where --top-k or --width alone removes none."""
+    """Raises UsageError for options that choose experts to remove, where --top-k or --width alone removes none."""
     asked = [name for name in ("top_k", "width", "width_ratio") if getattr(options, name) is not None]
     for name in ("merge", "sequential", "protect_coverage", "protect", "rescale"):
         if asked and getattr(options, name):

@@ -18,8 +18,8 @@ from moeconv.prune.width import ORIGIN, neurons_name
 def narrowed_items(ref: TensorRef, role: Role, cut: NeuronCut, kept: Sequence[int], *, dtype: str | None) -> list[Item]:
     """The items of a tensor of which neurons are removed: one, or none for an expert that is not `kept`.
 
-    A shared expert that gets more neurons, because its width is a multiple of the experts' width, gets neurons of
-    zeros, which add nothing."""
+    A shared expert whose width is a multiple of the experts' width may need more neurons; these are zeros, which add
+    nothing."""
     if role.expert is not None and role.expert not in kept:
         return []
     stacked = role.group == "expert" and role.expert is None

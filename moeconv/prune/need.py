@@ -64,6 +64,6 @@ def fitted_bytes(hidden: int, inner: int) -> int:
 
 
 def narrowed_bytes(hidden: int, inner: int) -> int:
-    """The bytes for the choice of the neurons of one expert: its Gram matrix, the inverse of it, the products of the
-    columns and two temporary matrices in float64, what a batch of removals changes, and two fits of [hidden, inner]."""
+    """The bytes for choosing the neurons of one expert: its Gram matrix and the inverse, the products of the columns
+    and two temporary matrices in float64, the changes of a batch of removals, and two fits of [hidden, inner]."""
     return inner * (5 * 8 * inner + 2 * 8 * hidden + 8 * 8 * 64)

@@ -12,7 +12,7 @@ from moeconv.options import PlanOptions, PruneOptions, flag_of
 from moeconv.plan.build import parse_dtype
 from moeconv.units import counted
 
-ORIGIN = "neurons"  # what a plan's inputs call the file with the neurons that stay
+ORIGIN = "neurons"  # the origin, in a plan, of the file with the neurons that stay
 _USUAL = 64  # neurons, where experts are wide enough: kernels of serving engines work on tiles of that size
 _OF_EXPERTS = (
     "keep", "ratio", "max_bytes", "mix", "max_loss_increase", "threshold", "criterion", "similarity", "stats", "heal",
@@ -23,8 +23,8 @@ _STEPS = 8  # steps between no neuron and all, at least, if the user did not ask
 
 @dataclass(frozen=True)
 class Width:
-    """The neurons of every expert: `before`, `after`, the number that was `asked` for, and of what it is a multiple
-    (None where the user gave the number itself)."""
+    """The neurons of every expert: `before`, `after`, the number that was `asked` for, and the `multiple` to which it
+    was rounded (None where the user gave the number itself)."""
 
     before: int
     after: int
@@ -33,11 +33,11 @@ class Width:
 
     @property
     def remarks(self) -> list[str]:
-        """What rounding did."""
+        """The warning about rounding."""
         if self.multiple is None or self.asked == self.after:
             return []
         return [
-            f"{self.asked:g} of {self.before} neurons were asked for, and {self.after} are kept: a multiple of "
+            f"{self.asked:g} of {self.before} neurons were asked for, but {self.after} are kept: a multiple of "
             f"{self.multiple} (--multiple)"
         ]
 
@@ -76,7 +76,7 @@ def chosen_width(model: Model, options: PruneOptions, common: PlanOptions) -> Wi
     ratio = options.width_ratio
     assert ratio is not None
     if not 0 < ratio < 1:
-        raise UsageError(f"--width-ratio {ratio} must lie between 0 and 1", hint="For a quarter: --width-ratio 0.25.")
+        raise UsageError(f"--width-ratio {ratio} must be between 0 and 1", hint="For a quarter: --width-ratio 0.25.")
     asked = before * (1 - ratio)
     after = round(asked / unit) * unit
     if not 0 < after < before:
@@ -99,7 +99,7 @@ def _check_layout(model: Model, width: int) -> None:
     if Narrow(model, width).ambiguous is not None:
         raise UsageError(
             f"with {counted(width, 'neuron')} per expert, a matrix of {model.family.model_type} would be square, and "
-            "loaders see from its shape whether it is transposed",
+            "loaders tell from its shape whether it is transposed",
             hint="Pass another width.",
         )
 
@@ -126,8 +126,8 @@ def _dtype(model: Model, common: PlanOptions) -> str:
 
 
 def check_width(model: Model, options: PruneOptions) -> None:
-    """Raises UsageError for options that do not go with a cut of the width, InputError for a model whose experts cannot
-    be cut."""
+    """Raises UsageError for options that exclude a smaller width, InputError for a model whose experts cannot become
+    narrower."""
     if options.multiple is not None and options.width_ratio is None and options.mix is None:
         raise UsageError("--multiple goes with --width-ratio or --mix", hint="--width states the number itself.")
     given = [name for name in ("width", "width_ratio", "mix") if getattr(options, name) is not None]

@@ -95,13 +95,13 @@ def _check_blocks(item: Item, method: str) -> None:
     """Raises UsageError where data cannot choose the scales: that needs blocks that do not cross rows."""
     if method in BY_DATA and item.params["nested"]:
         raise UsageError(
-            f"--method {method} chooses the scales, and --double-quant would round them again",
+            f"--method {method} chooses the scales, but --double-quant would round them again",
             hint="Leave one of the two out.",
         )
     width, block = item.inputs[0].shape[1], item.params["block_size"]
     if method in BY_DATA and width % block:
         raise UsageError(
-            f"--method {method} needs rows of whole blocks, and blocks of {block} do not divide the width {width}",
+            f"--method {method} needs rows of whole blocks, but blocks of {block} do not divide the width {width}",
             hint="Use --method rtn, or --format compressed-tensors.",
         )
 
@@ -127,8 +127,8 @@ BITSANDBYTES = Format(
     ),
     notes={
         "transformers": "after `import moeconv.hf`, or with --self-contained and trust_remote_code=True",
-        "vllm": "only by its bitsandbytes plugin on a GPU; not run; not where all experts of a layer lie in one tensor",
-        "sglang": "from its source, not run; not where all experts of a layer lie in one tensor",
+        "vllm": "only with its bitsandbytes plugin on a GPU, not run; not with all experts of a layer in one tensor",
+        "sglang": "according to its source, not run; not with all experts of a layer in one tensor",
     },
     kernels=(
         Kernel("pack_bnb4", grid="moeconv.quantize.gptq.grids:FOUR_BIT", check=_check_blocks, without=_NO_FIT),

@@ -1,5 +1,4 @@
-"""compressed-tensors: one format of several layouts, each of which has its schemes and its part of
-quantization_config."""
+"""compressed-tensors: one format with several layouts, each with its own schemes and part of quantization_config."""
 
 from __future__ import annotations
 
@@ -57,8 +56,8 @@ def _by_layer(parts: Mapping[Scheme, JsonObject], schemes: Mapping[int, Scheme])
 
 
 def _beside(main: JsonObject, rest: JsonObject, modules: Sequence[str]) -> JsonObject:
-    """Two config groups. The experts keep the target Linear, which vLLM looks for where it has joined the experts of a
-    layer; expressions take precedence over it."""
+    """Two config groups. The experts keep the target Linear, which vLLM looks for where it has fused the experts of a
+    layer; regular expressions take precedence over it."""
     (first,), (second,) = main["config_groups"].values(), rest["config_groups"].values()
     layout = main["format"] if main["format"] == rest["format"] else "mixed-precision"
     groups = {"group_0": first, "group_1": second | {"targets": list(modules)}}
@@ -78,9 +77,9 @@ COMPRESSED_TENSORS = Format(
     "compressed-tensors",
     tuple(replace(info, kernel=layout.kernel.name) for layout in LAYOUTS for info in layout.schemes),
     notes={
-        "transformers": "expands to the dtype of the scales in memory; reads nvfp4 without its second scale, silently",
-        "vllm": "its CPU backend has kernels for int4, where routers are a softmax alone, and w8a8; on a GPU not run",
-        "sglang": "from its source, not run",
+        "transformers": "expands to the dtype of the scales in memory; silently ignores the second scale of nvfp4",
+        "vllm": "its CPU backend has kernels for w8a8, and for int4 with plain softmax routers; not run on a GPU",
+        "sglang": "according to its source, not run",
     },
     kernels=tuple({layout.kernel.name: layout.kernel for layout in LAYOUTS}.values()),
     make=_make,

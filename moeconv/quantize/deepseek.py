@@ -1,4 +1,4 @@
-"""FP8 in the layout that DeepSeek-V3 is published in (arXiv 2412.19437, section 3.3): one float32 scale per 128 x 128
+"""FP8 in the published layout of DeepSeek-V3 (arXiv 2412.19437, section 3.3): one float32 scale per 128 x 128
 block, which transformers, vLLM and SGLang read by quant_method fp8."""
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ DEEPSEEK = Format(
         ),
     ),
     notes={
-        "transformers": "expands to 16 bits in memory where there is no GPU; on one it has FP8 kernels, not run",
-        "vllm": "from its source, not run; its CPU backend has no kernel for it",
-        "sglang": "from its source, not run",
+        "transformers": "expands to 16 bits in memory without a GPU; has FP8 kernels for GPUs, not run",
+        "vllm": "according to its source, not run; its CPU backend has no kernel for it",
+        "sglang": "according to its source, not run",
     },
     kernels=(BLOCKS,),
     make=_make,

@@ -1,4 +1,4 @@
-"""MXFP4 in the layout that gpt-oss is published in: blocks of 32 codes and their exponents, all experts of a layer in
+"""MXFP4 in the published layout of gpt-oss: blocks of 32 codes and their exponents, all experts of a layer in
 one tensor, [E, out, in / 32, 16] and [E, out, in / 32], which runtimes read by quant_method mxfp4."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _KERNEL = "pack_mxfp4_blocks"
 _BLOCK = 32
 # classes of transformers that load the layout: only they read tensors of these names
 _CLASSES = frozenset({"GptOssForCausalLM"})
-# what is not in MXFP4, in the words of the published checkpoints
+# what is not in MXFP4, as the published checkpoints list it
 _PLAIN = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
@@ -29,7 +29,7 @@ def _form(family: Family) -> Family | None:
 
 
 def _why_not(family: Family) -> str:
-    return f"it is the layout of gpt-oss, and no class of transformers reads a {family.model_type} in it"
+    return f"it is the layout of gpt-oss, in which no class of transformers reads a {family.model_type}"
 
 
 def _parts(shape: tuple[int, ...]) -> list[Part]:
@@ -55,7 +55,7 @@ def _config(_scheme: Scheme, _ignore: Sequence[str], _dtype: str, _scope: str) -
 def _check(ref: TensorRef, _: Scheme) -> None:
     if len(ref.shape) != 3:
         raise InputError(
-            f"tensor {escape(ref.name)!r} is not of an expert, and the layout of gpt-oss has MXFP4 for experts alone",
+            f"tensor {escape(ref.name)!r} is not an expert's, but the layout of gpt-oss has MXFP4 only for experts",
             hint="Use --scope experts.",
         )
     if ref.shape[1] % _BLOCK:
@@ -80,8 +80,8 @@ GPT_OSS = Format(
         ),
     ),
     notes={
-        "transformers": "expands to 16 bits in memory where there is no GPU; on one it has MXFP4 kernels, not run",
-        "vllm": "its CPU backend has no kernel for it; on a GPU not run",
+        "transformers": "expands to 16 bits in memory without a GPU; has MXFP4 kernels for GPUs, not run",
+        "vllm": "its CPU backend has no kernel for it; not run on a GPU",
         "sglang": "the layout of the published checkpoints; not run",
         "llama.cpp": "its converter reads the layout of the published checkpoints; not run",
         "mlx": "mlx-lm reads the layout of the published checkpoints; not run",

@@ -20,7 +20,7 @@ def places() -> tuple[str, ...]:
 
 
 def formats(place: str | None = None) -> Formats:
-    """The quantization formats, and the runtimes that load them; only those that a `place` loads, the smallest
+    """The quantization formats, and the runtimes that load them. With `place`, only those that load there, the smallest
     first."""
     rows = [row for f in FORMATS.values() for row in _rows(f)]
     if place is None:
@@ -61,7 +61,7 @@ def _stored_bits(f: Format, info: SchemeInfo) -> float | None:
 
 
 def formats_of(family: Family) -> list[str]:
-    """The formats that can store a family, by its row; for a dense one those that store models without experts. A
+    """The formats that can store a family, by its row; for a dense family, those that store models without experts. A
     checkpoint may have settings that one of them cannot store."""
     if family.kind != "moe":
         return [f.name for f in FORMATS.values() if f.dense and f.takes(family)]

@@ -9,7 +9,7 @@ from moeconv.options import QuantizeOptions
 from moeconv.quantize.formats import FORMATS, fitting_groups, scheme_aliases
 from moeconv.quantize.spec import MIXED, Format, Scheme
 
-USUAL = 4  # bits: narrower schemes are offered only where the budget is too small for the others, or by --among
+USUAL = 4  # bits: narrower schemes are candidates only where the budget is too small for the others, or with --among
 
 
 def offered(format: Format, among: str | None) -> list[tuple[str, ...]]:
@@ -29,7 +29,7 @@ def offered(format: Format, among: str | None) -> list[tuple[str, ...]]:
 
 
 def recognised_scheme(word: str) -> str:
-    """The scheme that a word stands for, by its name or by another word for it."""
+    """The scheme for a name or an alias."""
     return scheme_aliases().get(word, word)
 
 

@@ -17,7 +17,7 @@ _AFFINE = "affine"
 
 
 def _mode(scheme: Scheme) -> str:
-    """MLX's name of the mode: one for all widths of integers, the name of the scheme for the others."""
+    """MLX's name for the mode: the same for integers of all widths, and the name of the scheme otherwise."""
     return _AFFINE if scheme.name.startswith(_AFFINE) else scheme.name
 
 
@@ -103,7 +103,7 @@ MLX = Format(
         _float("nvfp4", 4, 16, 0.0951),
         _float("mxfp8", 8, 32, 0.0266),
     ),
-    notes={"mlx": "run on a CPU; on the GPU of a Mac not run"},
+    notes={"mlx": "run on a CPU; not run on the GPU of a Mac"},
     kernels=(Kernel(_KERNEL),),
     make=_make,
     config=_config,
@@ -112,6 +112,6 @@ MLX = Format(
     why_not=why_not,
     prediction=False,
     config_keys=("quantization",),
-    # mlx-lm divides this matrix when it loads a model, and would quantize the parts again
+    # mlx-lm splits this matrix when it loads a model, and would quantize the parts again
     leaves=frozenset({"attention.kv_b"}),
 )

@@ -24,15 +24,15 @@ _PARAMETERS = {
 
 
 def modelfile(model: Model, format: Format, shards: Sequence[Shard]) -> dict[str, str]:
-    """{name: text} of the Modelfile: the file, the sampling settings of generation_config.json, and its stop words.
+    """{name: text} of the Modelfile: the file, the sampling settings of generation_config.json, and its stop strings.
 
     Raises UsageError for a format other than GGUF, and for a model in several files, which ollama does not read.
     """
     if format.shard is None:
-        raise UsageError(f"--modelfile is for GGUF, and not for --format {format.name}", hint="Use --format gguf.")
+        raise UsageError(f"--format {format.name} does not use --modelfile", hint="Use --format gguf.")
     if len(shards) > 1:
         raise UsageError(
-            f"ollama reads one file, and this model becomes {len(shards)}",
+            f"ollama reads one file, but this model is split into {len(shards)}",
             hint="Give a larger --split-size, or leave out --modelfile.",
         )
     path = model.checkpoint.path / _SETTINGS
@@ -57,7 +57,7 @@ def _stops(model: Model, settings: JsonObject) -> Iterator[str]:
 
 
 def _quoted(text: str) -> str | None:
-    """A string as a Modelfile has it; None for one that it cannot have."""
+    """A string as a Modelfile quotes it; None for one that it cannot express."""
     if '"' not in text and "\n" not in text:
         return f'"{text}"'
     return None if '"""' in text or text.endswith('"') else f'"""{text}"""'

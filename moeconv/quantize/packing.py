@@ -28,7 +28,7 @@ from moeconv.quantize.rest import Rest, patterns
 from moeconv.quantize.spec import Format, Scheme
 from moeconv.types import JsonObject
 
-_tuple = tuple.__new__  # makes a named tuple without the call in Python that its class makes
+_tuple = tuple.__new__  # creates a named tuple faster than its class does
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _mix(
     packing: Packing, schemes: Sequence[Scheme], importance: Mapping[int, float], *, options: QuantizeOptions,
     common: PlanOptions,
 ) -> Packing | int:  # fmt: skip
-    """`mix` out of `schemes`; where these do not fit, the bytes that the smallest of them take."""
+    """`mix` for `schemes`; where these do not fit, the bytes that the smallest of them need."""
     model = packing.model
     of_layer: dict[int, list[TensorRef]] = {layer: [] for layer in model.moe_layers}
     for ref in packing.weights:

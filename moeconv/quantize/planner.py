@@ -47,7 +47,7 @@ def plan_quantize(
     **parameters: object,
 ) -> Plan:
     """Plan the packing of every expert. The parameters are the fields of QuantizeOptions and PlanOptions. The experts
-    are written in the layout that the format has.
+    are written in the layout of the format.
 
     `overlay` has codes that data chose (--method gptq, awq or auto), under their names on disk. Run such a plan with
     `execute(plan, source=model.checkpoint, origins={"overlay": overlay}, out=...)`. `inputs` has the measured scales of
@@ -90,7 +90,7 @@ def quantize_plan(
     if model.family.only_served and format.shard is None:
         warnings = [*warnings, _only_served(model)]
     _check_source(model, format)
-    if format.shard is None:  # a file of its own stores experts in its own way
+    if format.shard is None:  # other files than safetensors store experts in their own way
         check_layout(model, format, options.method)
     left_out = left_out_of(model, format)
     weights = [ref for ref in in_scope(model, str(options.scope), format) if ref.name not in left_out]

@@ -1,5 +1,5 @@
 """--rest: the weights that --scope leaves out (attention, shared experts, dense feed-forward layers) in a scheme of
-their own, and the names by which a config group has them."""
+their own, and the names by which a config group lists them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rest_of(model: Model, options: QuantizeOptions, format: Format, taken: Seque
     others = [ref for ref in in_scope(model, "all-linear", format) if ref.name not in names]
     if not others:
         raise UsageError(
-            f"--scope {options.scope} leaves no weight to --rest", hint="Leave --rest out, or use --scope experts."
+            f"--scope {options.scope} leaves no weight for --rest", hint="Leave --rest out, or use --scope experts."
         )
     info = choose_scheme(format, scheme=options.rest, bits=None)
     widths = list(dict.fromkeys(ref.shape[1] for ref in others))
@@ -59,8 +59,9 @@ def rest_of(model: Model, options: QuantizeOptions, format: Format, taken: Seque
 
 
 def patterns(model: Model, weights: Iterable[TensorRef]) -> list[str]:
-    """Regular expressions that match the modules of these weights, and the modules that an engine joins from them, such
-    as self_attn.qkv_proj, but no modules of experts. Layers are listed where not all of them have such a module."""
+    """Regular expressions that match the modules of these weights, and the modules into which an engine fuses them,
+    such as self_attn.qkv_proj, but no modules of experts. Layers are listed where not all of them have such a
+    module."""
     layers: dict[str, set[int]] = {}
     for ref in weights:
         for module in module_names(ref.name, model.family):

@@ -16,7 +16,7 @@ GROUPS = {
 }
 
 
-WHOLE = "all"  # every weight, as far as the scheme has a type for it
+WHOLE = "all"  # every weight for which the scheme has a type
 
 
 def choose_scope(model: Model, format: Format, info: SchemeInfo, scope: str | None) -> str:
@@ -24,7 +24,7 @@ def choose_scope(model: Model, format: Format, info: SchemeInfo, scope: str | No
     UsageError where the two contradict each other, and where the format does not decide every tensor."""
     if info.whole and scope not in (None, WHOLE):
         raise UsageError(
-            f"--scheme {info.name} decides the type of every tensor, and --scope {scope} leaves some out",
+            f"--scheme {info.name} decides the type of every tensor, but --scope {scope} leaves some out",
             hint="Leave --scope out, or name the type of the experts, such as --scheme q4_k.",
         )
     if scope == WHOLE and format.covers is None:

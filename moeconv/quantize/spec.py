@@ -24,7 +24,7 @@ MIXED = "mixed"  # the value of --scheme for bits that differ by layer
 # RTX 50), a processor, and Apple's
 HARDWARE = ("ampere", "ada", "h100", "b200", "cpu", "mac")
 GPUS = HARDWARE[:4]
-# the methods that a method of --method tries on each layer, if it is not a method itself
+# for values of --method that try several methods on each layer: those methods
 TRIED = {"auto": ("mse", "awq", "gptq")}
 BY_DATA = ("gptq", "awq", "auto")  # the values of --method that choose codes by --data
 FOLDING = ("awq", "auto")  # those that may change the norms in front of the experts, and what else reads them
@@ -118,7 +118,7 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a format that writes files of its own is asked for. `weights` are packed in `scheme`; `whole`: the scheme
+    """The request to a format that writes files of its own. `weights` are packed in `scheme`; `whole`: the scheme
     decides the type of every tensor. `dtype` is that of the tensors that are not packed. `imatrix` has the importance
     of columns, `size` is that of the largest file in bytes, and `name` is that of the file. `beside` has the scheme of
     the weights, by name, that --rest packs, and `types` the scheme of each tensor of the file that `Format.mix` chose
@@ -204,7 +204,7 @@ class Format:
             raise ValueError(f"format {self.name}: {'; '.join(problems)}")
 
     def packs_as_stored(self, family: Family) -> bool:
-        """Whether it packs the experts in the layout that the row has, and runtimes read them in it."""
+        """Whether it packs the experts in the layout of the row, in which runtimes read them."""
         form = self.form(family)
         return form is not None and form.tensors.names == family.tensors.names
 

@@ -85,7 +85,7 @@ def check_rest(format: Format, scheme: str, rest: str, targets: Sequence[str], *
     loads, what = loads_beside(format, scheme, rest, family), f"{format.name} {scheme} with --rest {rest}"
     for target in targets:
         if loads[target] == "no":
-            raise UsageError(f"--target {target} cannot load {what}", hint="Leave --rest out, or the target.")
+            raise UsageError(f"--target {target} cannot load {what}", hint="Leave out --rest or --target.")
     return [f"{target} was not proven to load {what}" for target in targets if loads[target] == "unknown"]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are stored in the form already that a plan packs them in: their bytes pass, without a second rounding.
+"""Weights that are already stored in the form in which a plan packs them: their bytes are copied, not rounded again.
 
 Codes of a block are not unique: those that decode to the same numbers may differ from what packing would choose.
 """

@@ -33,7 +33,7 @@ def read_yaml(file: Path) -> tuple[object, dict[KeyPath, int]]:
 
 
 def _shipped(file: Path) -> str:
-    """What to do about a recipe that is not there: some have the name of one that ships with moeconv."""
+    """What to do about a recipe file that does not exist, which may be one that ships with moeconv."""
     from moeconv.recipe.shipped import shipped
 
     name = file.name.removesuffix(".yaml")

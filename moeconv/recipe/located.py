@@ -11,13 +11,13 @@ from moeconv.recipe.read import Recipe, Step
 
 
 def place(recipe: Recipe, step: Step) -> str:
-    """Where a step stands, and its name."""
+    """The file and line of a step, and its name."""
     return f"{escape(os.path.basename(recipe.path))}:{step.line}: {escape(step.name)}"
 
 
 @contextmanager
 def located(recipe: Recipe, step: Step) -> Iterator[None]:
-    """A block in which every error of moeconv gets the place of the step in front."""
+    """A block in which the message of every moeconv error begins with the place of the step."""
     try:
         yield
     except MoeconvError as error:

@@ -316,7 +316,7 @@ class _Checker:
             elif isinstance(value, str):
                 filled = self.path(value, at, variables) if in_path else self.scalar(value, at, variables)
             if isinstance(filled, int | float) and not isinstance(filled, bool) and _is_text(fields[key], key):
-                filled = str(filled)  # such as group_size, which may be a number or a word
+                filled = str(filled)  # such as group_size, which may be a number or a name
             try:
                 checked: object = TypeAdapter(fields[key]).validate_python({key: filled})
                 o.from_keywords(fields[key], {key: getattr(checked, key)})

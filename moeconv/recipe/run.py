@@ -74,7 +74,7 @@ def run_all(recipe: Recipe, *, meter: Meter) -> Ran:
         with located(recipe, step):
             result, kept = _run_or_keep(step, meter) if pending is None else _run_fused(pending, step, meter)
         if kept:
-            meter.note("kept: nothing that decides its output has changed")
+            meter.note("kept: its inputs, parameters and output are unchanged")
         if pending is not None:
             rows.append(_fused_row(pending, step, result, kept=kept))
             pending = None

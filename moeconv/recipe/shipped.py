@@ -17,12 +17,12 @@ SHIPPED = Path(moeconv.__file__).parent / "recipes"
 
 
 def shipped() -> dict[str, Path]:
-    """The file or directory of each recipe by its name: that of the file without .yaml, and with any other ending."""
+    """The file or directory of each recipe by its name: the file name, without .yaml but with any other suffix."""
     return {path.name.removesuffix(".yaml"): path for path in sorted(SHIPPED.iterdir()) if path.name[0] not in "._"}
 
 
 def recipes(name: str | None = None, dest: str | None = None) -> ShippedRecipes | CopiedRecipe:
-    """List what ships; with a `name`, copy it to `dest` (None: into the working directory, under its own name).
+    """List the recipes that ship; with a `name`, copy that one to `dest` (None: into the working directory).
 
     Raises UsageError for an unknown name, and OutputError if there is something at `dest` already.
     """
@@ -58,7 +58,7 @@ def _target(source: Path, dest: str | None) -> Path:
 
 
 def _described(name: str, path: Path) -> ShippedRecipe:
-    """The row of a recipe: the first sentence of its comment says what it is for."""
+    """The row of a recipe, with the first sentence of its comment as description."""
     if path.is_dir():
         return {"name": name, "files": [file.name for file in sorted(path.iterdir())],
                 "about": "A shell script, a workflow and tested versions for CI."}  # fmt: skip

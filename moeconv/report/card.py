@@ -29,9 +29,9 @@ def model_card(
 ) -> bytes:
     """README.md of an output, in UTF-8.
 
-    `siblings` are further checkpoints that experts come from. `steps` are those of the manifest, of which this plan's
-    is the last; `found` is what the check of the written model measured. The text depends neither on times nor on
-    paths.
+    `siblings` are further checkpoints that experts come from. `steps` are the steps in the manifest, the last of which
+    is that of this plan; `found` is what the check of the written model measured. The text depends neither on times nor
+    on paths.
     """
     import yaml
 
@@ -190,12 +190,12 @@ def _measured(plan: Plan, found: Config) -> str:
 
 
 def _pruned(plan: Plan, found: Config) -> list[str]:
-    """How experts were removed, and what was measured of it."""
+    """How experts were removed, and the measured effect."""
     block = plan.block
     before, after = block.get("experts_before"), block.get("experts_after")
     if not (isinstance(before, int) and isinstance(after, int)) or before == after:
         return []
-    lines = [f"- {after} of {before} experts per layer are left, chosen by {escape(block.get('criterion'))}."]
+    lines = [f"- {after} of {before} experts per layer remain, chosen by {escape(block.get('criterion'))}."]
     cost, refit = found.get("measured"), found.get("refit")
     if isinstance(cost, Mapping):
         lines.append(
@@ -203,7 +203,7 @@ def _pruned(plan: Plan, found: Config) -> list[str]:
             f"(KL {cost['kl']:.4f}, {cost['tokens']} tokens)."
         )
     if isinstance(refit, Mapping) and isinstance(layers := refit.get("layers"), Sequence):
-        lines.append(f"- The experts that are left were refitted in {counted(len(layers), 'layer')}.")
+        lines.append(f"- The remaining experts were refitted in {counted(len(layers), 'layer')}.")
     return lines
 
 

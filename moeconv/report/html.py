@@ -129,12 +129,12 @@ def verdict_word(verdict: Verdict) -> str:
     """The verdict in one line."""
     failed, checked = verdict["failed"], verdict["checked"]
     if not checked:
-        return "No check or gate is among the results"
+        return "The results contain no check or gate"
     return f"{len(failed)} of {counted(checked, 'check')} failed" if failed else f"{counted(checked, 'check')} passed"
 
 
 def facts(figures: Figures) -> list[tuple[str, str]]:
-    """(word, fact) of what the report is about."""
+    """(label, fact) of what the report is about."""
     about = figures["about"]
     found = [
         ("model", about["path"]),
@@ -305,7 +305,7 @@ def _similarity(figures: Figures) -> _Chart:
 
 
 def _without_diagonal(matrix: list[list[float]]) -> list[list[float]]:
-    """The matrix with 0 for each expert with itself, so that the colours show the others."""
+    """The matrix with a diagonal of 0, so that the colours show the differences between experts."""
     return [[0.0 if i == j else value for j, value in enumerate(row)] for i, row in enumerate(matrix)]
 
 

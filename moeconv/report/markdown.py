@@ -56,7 +56,7 @@ def render_markdown(figures: Figures, *, title: str) -> str:
 
 
 def is_markdown_report(path: Path) -> bool:
-    """Whether a file is a text of `render_markdown`."""
+    """Whether `render_markdown` wrote a file."""
     return starts_with(path, (_MARK.encode(), b""))
 
 

@@ -28,11 +28,11 @@ _METRICS = {"accuracy_per_char": "acc_norm"}
 
 
 def add_to_card(model: Model, results: Sequence[Mapping[str, object]], *, title: str) -> str:
-    """Write what `results`, JSON objects of commands, say of this model's answers into its card, and return the path of
-    the card.
+    """Write this model's task results, taken from the JSON objects `results` of commands, into its card, and return the
+    path of the card.
 
     Results of the same tasks are replaced; all other text and metadata stay. Raises InputError for a card that cannot
-    be read, for a model in the hub's cache, and where no result is of this model.
+    be read, for a model in the hub's cache, and where no result belongs to this model.
     """
     folder = model.checkpoint.path
     card = folder / CARD_NAME
@@ -41,7 +41,7 @@ def add_to_card(model: Model, results: Sequence[Mapping[str, object]], *, title:
     found = _tasks_of(folder, results)
     if not found:
         raise InputError(
-            f"--card: --results has no answers of {escape(folder)} to tasks",
+            f"--card: --results has no task results of {escape(folder)}",
             hint="`moeconv evaluate MODEL --tasks FILE --json` prints them.",
         )
     replace_file(card, _edited(_read(card), found, title=title, card=card).encode())
@@ -119,14 +119,14 @@ def _loaded(written: str, card: Path) -> JsonObject:
 
 
 def _merged(meta: JsonObject, found: list[JsonObject]) -> list[Mapping[str, object]]:
-    """The results in the card that are of other data, then the new ones."""
+    """The results in the card for other data, then the new ones."""
     kinds = {entry["dataset"]["type"] for entry in found}
     old = [entry for row in rows(meta.get(_KEY)) for entry in rows(row.get("results"))]
     return [entry for entry in old if mapping(entry.get("dataset")).get("type") not in kinds] + found
 
 
 def _with_index(written: str, meta: JsonObject, index: list[JsonObject]) -> str:
-    """The metadata as it is written, with another `model-index`: comments and the order of keys stay."""
+    """The metadata as it is written, with a new `model-index`: comments and the order of keys stay."""
     import yaml
 
     wanted = {key: value for key, value in meta.items() if key != _KEY} | {_KEY: index}

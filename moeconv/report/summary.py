@@ -1,4 +1,4 @@
-"""What a report says first: the verdict, what it is about, and the table of the steps with their losses."""
+"""The beginning of a report: the verdict, what the report is about, and the table of the steps with their losses."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def verdict(done: Sequence[Mapping[str, object]]) -> Verdict:
 
 
 def _checks(result: Mapping[str, object]) -> Iterator[tuple[bool, str]]:
-    """(passed, in words) of every check that a result states."""
+    """(passed, description) of every check in a result."""
     gates = mapping(result.get("gates"))
     for name, gate in gates.items():
         if isinstance(gate, Mapping):
             value, limit = number(gate.get("value")), number(gate.get("limit"))
             shown = "not a number" if value is None else f"{value:.4f}"
-            yield gate.get("passed") is True, f"{escape(name)} is {shown}, and the limit {limit}"
+            yield gate.get("passed") is True, f"{escape(name)} is {shown}, the limit is {limit}"
     if result.get("passed") is False and all(mapping(gate).get("passed") for gate in gates.values()):
         yield False, escape(mapping(result.get("not_finite")).get("message", "an evaluation failed"))
     if isinstance(result.get("ok"), bool):

@@ -84,7 +84,8 @@ class EvaluationFigures(TypedDict):
 
 
 class Verdict(TypedDict):
-    """The first thing that a reader looks for: the checks and gates that were run, and those that failed, in words."""
+    """What a reader looks for first: the number of checks and gates that were run, and descriptions of the failed
+    ones."""
 
     checked: int
     failed: list[str]
@@ -92,7 +93,7 @@ class Verdict(TypedDict):
 
 class About(TypedDict):
     """What the report is about: the directory, when its manifest was written (a date, UTC), versions by name, and the
-    names of the data that figures come from."""
+    names of the data that the figures come from."""
 
     path: str
     reference: str | None
@@ -199,7 +200,8 @@ class UtilizationRow(TypedDict):
 
 
 class Dendrogram(TypedDict):
-    """A tree of experts: `order` of the leaves, and of each join the four x in leaves and the four y in distance.
+    """A tree of experts: the `order` of the leaves, and for each join its four x (in leaves) and its four y
+    (distances).
 
     Of many experts, the tree is cut: a leaf "(n)" stands for n experts.
     """

@@ -83,7 +83,7 @@ class LayerStream:
         self._calls: dict[tuple[int, int], Calls] = {}
         self.hidden = self._embed()
         self._next_layer = 0
-        self._bytes = self._told = 0  # of the current layer, and how many of them the meter knows of
+        self._bytes = self._told = 0  # of the current layer, and how many of them were reported to the meter
 
     def skip_to(self, layer: int) -> None:
         """Start at this layer. The caller must have written the inputs of the layer to `hidden`."""

@@ -36,11 +36,11 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "layer_replication": (None, []),
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
-    # the other ways to start change the weights of the base too
+    # the other initialisations also change the weights of the base
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "use_rslora": (True, False, None),
 }
-# keys that say where the factors came from, how they were trained, or which modules have them; any other key that is
+# keys that state where the factors come from, how they were trained, or which modules have them; any other key that is
 # set may change what an adapter computes
 _HARMLESS = frozenset({
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode",
@@ -90,7 +90,7 @@ def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter
     """The adapter in a directory. With `ffn_only`, its factors for other modules than FFNs are left out, with a
     warning.
 
-    Raises InputError for an adapter that is damaged, is no plain LoRA, does not fit `model`, or changes more than its
+    Raises InputError for an adapter that is damaged, is not plain LoRA, does not fit `model`, or changes more than its
     FFNs.
     """
     where, config = escape(path), read_json_object(path / CONFIG_NAME, what=CONFIG_NAME)
@@ -99,7 +99,7 @@ def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter
         if not any(value is plain or (type(value) is type(plain) and value == plain)
                    for plain in _PLAIN.get(key, _UNSET)):  # fmt: skip
             raise InputError(
-                f"{where}: {CONFIG_NAME} has {escape(key)} = {escape(value)}, with which an adapter is more than a "
+                f"{where}: {CONFIG_NAME} has {escape(key)} = {escape(value)}, which makes an adapter more than a "
                 "low-rank product per weight",
                 hint="Merge it into the base with peft (merge_and_unload), save that model, and name its directory.",
             )
@@ -122,9 +122,9 @@ def open_adapter(path: Path, model: Model, *, ffn_only: bool = False) -> Adapter
         factors[role.key, role.layer] = _checked(config, module, pair, weight, where)
     if outside and not ffn_only:
         raise InputError(
-            f"{where} changes {counted(len(outside), 'module')} outside the FFNs ({escape(outside[0])} for one), which "
+            f"{where} changes {counted(len(outside), 'module')} outside the FFNs (such as {escape(outside[0])}), which "
             "all experts of the result share",
-            hint="Pass --ffn-only to take its FFNs alone.",
+            hint="Pass --ffn-only to take only its FFNs.",
         )
     if not factors:
         raise InputError(f"{where} changes no FFN", hint="Train an adapter with the FFN's matrices as targets.")
@@ -140,7 +140,7 @@ def _pairs(file: SafetensorsFile, where: str) -> dict[str, dict[str, TensorRef]]
         match = _FACTOR.fullmatch(name)
         if match is None:
             raise InputError(
-                f"{where}: tensor {escape(name)!r} is no factor of a LoRA adapter",
+                f"{where}: tensor {escape(name)!r} is not a factor of a LoRA adapter",
                 hint="Merge the adapter into the base with peft, and name that model's directory.",
             )
         pairs.setdefault(match[1], {})[match[2]] = ref
@@ -155,7 +155,7 @@ def _checked(config: JsonObject, module: str, pair: Mapping[str, TensorRef], wei
     rank, alpha = _setting(config, "rank_pattern", "r", module), _setting(config, "alpha_pattern", "lora_alpha", module)
     if rank is None or alpha is None or rank < 1 or not rank.is_integer():
         raise InputError(
-            f"{where}: {CONFIG_NAME} needs numbers as r (whole, at least 1) and lora_alpha, below {_LIMIT}",
+            f"{where}: {CONFIG_NAME} needs numbers below {_LIMIT} for r (whole, at least 1) and lora_alpha",
             hint="The file is damaged.",
         )
     want = (int(rank), weight.shape[-1]), (weight.shape[0], int(rank))
@@ -169,7 +169,7 @@ def _checked(config: JsonObject, module: str, pair: Mapping[str, TensorRef], wei
 
 
 def _setting(config: JsonObject, patterns: str, usual: str, module: str) -> float | None:
-    """The number that applies to a module. As in peft, the first pattern that ends the module's name counts."""
+    """The number that applies to a module. As in peft, the first pattern that matches the end of its name counts."""
     for pattern, value in _rules(patterns, config.get(patterns)):
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
             return value
@@ -177,7 +177,7 @@ def _setting(config: JsonObject, patterns: str, usual: str, module: str) -> floa
 
 
 def _number(value: object) -> float | None:
-    """The value as a float; None if it is no finite number below the limit."""
+    """The value as a float; None if it is not a finite number below the limit."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _LIMIT:
         return None
     return float(value)
@@ -196,6 +196,6 @@ def _rules(key: str, value: object) -> Iterator[tuple[str, float]]:
             re.compile(pattern)
         except re.error:
             raise InputError(
-                f"{CONFIG_NAME}: {escape(pattern)} is no pattern of names", hint="The file is damaged."
+                f"{CONFIG_NAME}: {escape(pattern)} is not a valid pattern", hint="The file is damaged."
             ) from None
         yield pattern, number

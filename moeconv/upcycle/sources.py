@@ -96,7 +96,7 @@ class Sources:
         return whole(ref, origin=origin) if count == ref.shape[0] else rows(ref, first, count, origin=origin)
 
     def _rows(self, leaf: Node, ref: TensorRef) -> tuple[int, int]:
-        """(first, count) of the rows of the stored tensor that a leaf `source` stands for."""
+        """(first, count) of the rows of the stored tensor that a leaf `source` refers to."""
         key, stored = leaf.params["key"], self._stored_key(leaf)
         first, count = 0, ref.shape[0]
         if stored != key:

@@ -73,8 +73,8 @@ def verify(
 
 
 def _check_stated(model: Model) -> list[str]:
-    """Compares what packed weights store about themselves as data, which no header shows, with config.json and the
-    headers: their shapes, and the groups of their columns."""
+    """Compares what packed weights store as data (their shapes, and the groups of their columns) with config.json and
+    the headers."""
     problems = []
     for name, stored in model.stored.items():
         try:

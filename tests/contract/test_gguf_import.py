@@ -18,9 +18,9 @@ from moeconv.quantize.planner import plan_quantize
 pytest.importorskip("gguf")
 _PER_LAYER = "a value for each layer"
 _NO_NORM = "layer_norm_rms_epsilon, which an import needs"
-_PACKED = "as a part of another tensor"
+_PACKED = "it has no separate tensor for"
 _LATENT = "blk.0.attn_k_b.weight"
-_OFFSET = "llama.cpp does to norm.attention is not undone"
+_OFFSET = "cannot reverse how llama.cpp stores norm.attention"
 # case without " experts" -> a part of the reason
 REFUSED = {
     **dict.fromkeys(("bamba", "granitemoehybrid", "granitemoehybrid-nope", "lfm2", "lfm2_moe", "jamba"), _PER_LAYER),
@@ -36,7 +36,7 @@ REFUSED = {
         ("granite_swa", "olmo3-sliding", "exaone_moe", "exaone_moe-mixed", "afmoe"), "attention.sliding_window"
     ),
     **dict.fromkeys(("cohere2_moe", "cohere2_moe-softmax"), "mlp.gate.weight"),
-    "ernie4_5_moe": "router.correction_row is not undone",
+    "ernie4_5_moe": "cannot reverse how llama.cpp stores router.correction_row",
     "phi3-longrope": "rope_factors_long.weight",
     "llama-llama3": "rope_freqs.weight are not those of a published scaling",
 }  # fmt: skip

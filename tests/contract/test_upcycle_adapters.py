@@ -120,7 +120,7 @@ _DAMAGE = {
     "trained head": (lambda path: edit_json(path / "adapter_config.json", modules_to_save=["lm_head"]), "lm_head"),
     "another rank": (lambda path: edit_json(path / "adapter_config.json", r=5), "r = 5 need"),
     "rank of words": (lambda path: edit_json(path / "adapter_config.json", r="x"), "needs numbers"),
-    "pattern": (lambda path: edit_json(path / "adapter_config.json", rank_pattern={"(": 4}), "no pattern"),
+    "pattern": (lambda path: edit_json(path / "adapter_config.json", rank_pattern={"(": 4}), "not a valid pattern"),
     **{
         f"{key} {str(value)[:8]}": (
             lambda path, key=key, value=value: edit_json(path / "adapter_config.json", **{key: value}),

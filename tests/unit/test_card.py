@@ -87,7 +87,7 @@ def test_a_local_directory_is_named_by_its_config_or_its_card(tmp_path, cli):
     assert len(meta["tags"]) == len(set(meta["tags"])) and "AutoTokenizer.from_pretrained" in text
     assert cli("prune", tmp_path / "moe", tmp_path / "small", "--keep", "2").code == 0
     meta, text = card_of(tmp_path / "small")
-    assert meta["base_model"] == "someone/dense" and "- 2 of 4 experts per layer are left, chosen by aimer." in text
+    assert meta["base_model"] == "someone/dense" and "- 2 of 4 experts per layer remain, chosen by aimer." in text
 
 
 def test_siblings_are_a_list_of_base_models(tmp_path, cli):
@@ -154,7 +154,7 @@ def test_a_card_that_is_missing_is_made_and_one_that_cannot_be_read_stays(tmp_pa
         assert (model / "README.md").read_bytes() == text and (tmp_path / "page.html").read_bytes() == page
     (model / "README.md").unlink()
     done = report_on(cli, model, answers(tmp_path / "other", accuracy=1.0))
-    assert done.code == 3 and "no answers" in done.json["error"]["message"] and not (model / "README.md").exists()
+    assert done.code == 3 and "no task results" in done.json["error"]["message"] and not (model / "README.md").exists()
     cached = make_dense(tmp_path / "models--someone--tiny" / "snapshots" / "1")
     done = report_on(cli, cached, answers(cached, accuracy=1.0))
     assert done.code == 3 and "hub's cache" in done.json["error"]["message"]

@@ -372,7 +372,7 @@ def test_prediction_layers_are_left_out_by_name(tmp_path):
 
 
 def test_other_refusals(tmp_path):
-    with pytest.raises(InputError, match="has 72 columns, which the blocks of 32 of GGUF do not divide"):
+    with pytest.raises(InputError, match="has 72 columns, but GGUF needs a multiple of 32"):
         plan_quantize(open_model(make(tmp_path / "odd", hidden=72)), format="gguf")
     path = make(tmp_path / "m")
     with pytest.raises(UsageError, match="no scheme int4"):
@@ -500,7 +500,7 @@ def test_a_modelfile_has_the_sampling_settings_and_the_stop_words(tmp_path, cli)
 def test_a_modelfile_is_refused_where_ollama_cannot_use_it(tmp_path, cli):
     source = make(tmp_path / "m", intermediate=64)
     split = ("--format", "gguf", "--scheme", "q8_0", "--split-size", "10KB")
-    for words, said in (((), "is for GGUF"), (split, "ollama reads one file")):
+    for words, said in (((), "does not use --modelfile"), (split, "ollama reads one file")):
         done = cli("quantize", source, tmp_path / "out", *words, "--modelfile", "--json")
         assert done.code == 2 and said in done.json["error"]["message"] and not (tmp_path / "out").exists(), done.out
 

@@ -53,7 +53,7 @@ def test_outputs_land_where_out_says_and_inputs_stay_with_the_recipe(recipe, tmp
     saved = Path(done.json["saved"])
     assert saved == tmp_path / "here" / "made" / "recipe.yaml"
     again = cli("run", saved)
-    assert again.code == 0 and again.out.count("kept") == 2 and "kept: nothing that decides" in again.err
+    assert again.code == 0 and again.out.count("kept") == 2 and "kept: its inputs, parameters" in again.err
     assert yaml.safe_load(saved.read_text())["steps"][0]["from"] == str(recipe.parent / "dense")
 
 

@@ -201,7 +201,7 @@ def test_the_verdict_the_losses_and_the_facts_come_first(tmp_path, cli):
             recipe, pruned, evaluation(out, loss=1.5, kl=0.5, passed=False), {"ok": False, "problems": ["a is gone"]},
         ],
     )  # fmt: skip
-    assert bad["verdict"]["failed"] == ["max_kl is 0.5000, and the limit 0.1", "verify: a is gone"]
+    assert bad["verdict"]["failed"] == ["max_kl is 0.5000, the limit is 0.1", "verify: a is gone"]
     assert bad["warnings"] == ["other", "prune: careful"] or bad["warnings"] == ["careful", "other"]
     page = render(bad, title="t")
     assert page.index("2 of 2 checks failed") < page.index("What was done") and "compared with" in page

@@ -73,7 +73,7 @@ def test_what_is_joined_shares_its_scale(model):
     ("parameters", "error", "says"),
     [
         ({"rest": "fp8", "format": "bitsandbytes"}, UsageError, "--rest cannot be combined with --format bitsandbytes"),
-        ({"rest": "fp8", "scope": "all-linear"}, UsageError, "leaves no weight to --rest"),
+        ({"rest": "fp8", "scope": "all-linear"}, UsageError, "leaves no weight for --rest"),
         ({"rest": "nf4"}, UsageError, "--rest nf4"),
         ({"rest": "fp8-block"}, InputError, "128"),
         ({"rest": "w8a8", "target": ("transformers",)}, UsageError, "transformers cannot load"),

@@ -199,7 +199,7 @@ def test_a_ratio_is_rounded_to_a_multiple_and_says_so(tmp_path: Path, cli: Any) 
     done = cli("prune", path, tmp_path / "out", "--width-ratio", 0.3, "--multiple", 8, "--dry-run", "--json")
     block = done.json["prune"]
     assert (block["width_before"], block["width_after"], block["multiple"]) == (32, 24, 8)
-    assert any("22.4 of 32 neurons were asked for, and 24 are kept" in w for w in done.json["warnings"])
+    assert any("22.4 of 32 neurons were asked for, but 24 are kept" in w for w in done.json["warnings"])
     plain = cli("prune", path, tmp_path / "out", "--width", 24, "--dry-run", "--json").json
     assert plain["bytes"] == done.json["bytes"] and plain["parameters"] == done.json["parameters"]
     assert not [w for w in plain["warnings"] if "asked for" in w]

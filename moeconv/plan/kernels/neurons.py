@@ -1,4 +1,4 @@
-"""The kernel that keeps some neurons of an FFN, or of several experts in one tensor: their bytes are only moved."""
+"""The kernel that keeps some neurons of an FFN, or of several experts in one tensor: it only moves their bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pick_neurons(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tenso
         chosen = np.frombuffer(inputs[0][1], np.int32).reshape(len(data), -1)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < params["size"]:
             raise InputError(
-                f"the measured choice names neuron {chosen.max()}, and the FFN has {params['size']} neurons",
+                f"the measured choice names neuron {chosen.max()}, but the FFN has {params['size']} neurons",
                 hint="The measurement belongs to another model. Measure again on this one.",
             )
         made = np.empty((len(data), params["before"], chosen.shape[1], params["after"]), kind)

@@ -32,7 +32,7 @@ _RIDGE = 0.01  # of the choice and of the fit that keeps each expert's own outpu
 
 @dataclass(frozen=True)
 class NarrowOutcome:
-    """What became of the experts of a layer on its held-out tokens: the relative error of the layer's output, and how
+    """How the narrower experts of a layer do on its held-out tokens: the relative error of the layer's output, and how
     many experts had so few tokens that other tokens of the layer were added to theirs (`pooled`)."""
 
     layer: int
@@ -116,8 +116,8 @@ def _chosen(
 
 def moments(experts: nn.Module, routes: Routes, which: Tensor, inner: int, needed: int) -> tuple[Tensor, int]:
     """(sum of (g h)(g h)^T over the routed tokens of each expert, float64 [n, I, I]; the number of experts that have
-    fewer than `needed` tokens). Other tokens of the layer, evenly spaced, make up for those that such an expert lacks,
-    with the mean squared weight of its own tokens, or of the layer's where it has none."""
+    fewer than `needed` tokens). Such an expert also gets other, evenly spaced tokens of the layer, with the mean
+    squared weight of its own tokens, or of the layer's tokens where it has none."""
     gram = torch.zeros(len(which), inner, inner, dtype=torch.float64, device=which.device)
     count = torch.zeros(len(which), dtype=torch.float64, device=which.device)
     squares = torch.zeros_like(count)

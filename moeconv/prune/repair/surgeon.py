@@ -1,9 +1,9 @@
 """The neurons of experts that a narrower model keeps, by the optimal brain surgeon (Hassibi and Stork, 1993).
 
 For an expert with down projection D [H, I] and G = sum over its routed tokens of (g h)(g h)^T + ridge, where h is what
-the down projection reads and g the routing weight, the neurons go one by one. Each time it is the neuron j whose
-removal increases |(D - D') G^(1/2)|^2 the least when all remaining columns of D' are fitted again: |D_j|^2 /
-[G^-1]_jj. All experts are computed at once. The rank-one updates are applied `_BATCH` at a time, as one product.
+the down projection reads and g the routing weight, neurons are removed one at a time: always the neuron j whose removal
+increases |(D - D') G^(1/2)|^2 the least when all remaining columns of D' are fitted again: |D_j|^2 / [G^-1]_jj. All
+experts are computed at once. The rank-one updates are applied `_BATCH` at a time, as one product.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def removals(gram: Tensor, down: Tensor, count: int, *, stays: Tensor | None = N
             row = inverse[every, neuron] - (steps[:, :, :i] * before[:, None]).sum(2)
             row = row.masked_fill(gone, 0.0)
             pivot = row[every, neuron]
-            along = row / pivot[:, None]  # what the other columns of D take over
+            along = row / pivot[:, None]  # what is added to the other columns of D
             inner = products[every, neuron] + (left[:, :, : 3 * i] * right[every, neuron, : 3 * i][:, None]).sum(2)
             own = inner[every, neuron]
             steps[:, :, i], pivots[:, i] = row, pivot

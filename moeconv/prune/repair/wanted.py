@@ -56,7 +56,7 @@ def wanted_of(
     """Run a pruned layer on `hidden` [n, S, H], the activations of the pruned model. `masked()` is a context in which
     its router chooses only kept experts.
 
-    With `target` "stream", the wanted output is that with which the residual stream of the unpruned model follows, so
+    With `target` "stream", the wanted output is the one that gives the residual stream of the unpruned model, so
     that each layer also corrects the errors of the layers before it. If the family does not simply add the experts'
     outputs to the stream, it is the output of the whole FFN, or of the experts alone (in their latent space, or before
     a norm), on the same inputs. Raises InputError for NaN and infinite values.

@@ -11,7 +11,7 @@ from moeconv.quantize.spec import Kernel, Scheme, SchemeInfo
 from moeconv.types import JsonObject
 
 LOADS = {"transformers": "dequantized", "vllm": "ok", "sglang": "ok", "llama.cpp": "no"}
-# of layouts that transformers refuses, or reads wrongly: measured
+# for layouts that transformers refuses or reads wrongly, as measured
 NOT_LOADED = {"transformers": "no", "vllm": "unknown", "sglang": "unknown", "llama.cpp": "no"}
 NOT_RUN = NOT_LOADED | {"transformers": "dequantized"}
 

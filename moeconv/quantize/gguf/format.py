@@ -113,7 +113,7 @@ def _packed(asked: Asked, made: Sequence[_Made]) -> dict[str, str]:
         kind = fitting(wanted[one.tensor.target], columns)
         if kind == UNUSUAL:
             raise InputError(
-                f"tensor {escape(source)!r} has {columns} columns, which the blocks of 32 of GGUF do not divide",
+                f"tensor {escape(source)!r} has {columns} columns, but GGUF needs a multiple of 32",
                 hint="Use --format bitsandbytes.",
             )
         chosen[one.tensor.target] = kind
@@ -196,7 +196,7 @@ def _whole(asked: Asked, row: LlamaCpp, made: Sequence[_Made]) -> dict[str, str]
 
 
 def _first(number: object) -> int:
-    """The number of the first layer, where it differs by layer."""
+    """The value of the first layer, where it differs by layer."""
     found = number[0] if isinstance(number, list) else number
     return found if isinstance(found, int) else 0
 
@@ -238,8 +238,8 @@ GGUF = Format(
     (*map(scheme_of, TYPES), *recipe_schemes()),
     notes={
         "transformers": "its gguf_file= reads experts wrongly (a Mixtral silently, as a dense Llama)",
-        "vllm": "only by a plugin; not run",
-        "llama.cpp": "run for every family that it is written for",
+        "vllm": "only with a plugin; not run",
+        "llama.cpp": "run for every family that moeconv writes as GGUF",
     },
     kernels=(Kernel("gguf"),),
     hardware=HARDWARE,

@@ -17,7 +17,7 @@ _NAMED = 8  # experts that a warning names
 
 @dataclass
 class Columns:
-    """Adds the importance to items, and keeps what is missing in it."""
+    """Adds the importance to items, and records what is missing."""
 
     imatrix: Imatrix | None
     experts: int
@@ -52,7 +52,9 @@ class Columns:
         lacking = [name for name in self.missing if name.startswith("blk.")]
         if lacking:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            found.append(f"{self.imatrix.label} has no importance for {lacking[0]}{more}, so all columns count alike")
+            found.append(
+                f"{self.imatrix.label} has no importance for {lacking[0]}{more}, so all its columns count the same"
+            )
         return found
 
     def _unused(self) -> Mapping[str, list[int]]:
@@ -63,4 +65,4 @@ class Columns:
 
 def _unused(name: str, experts: list[int]) -> str:
     listed = ", ".join(map(str, experts[:_NAMED])) + (", ..." if len(experts) > _NAMED else "")
-    return f"{name}: no token was routed to the experts {listed}, which get the mean importance of the layer"
+    return f"{name}: no tokens were routed to the experts {listed}, which get the mean importance of the layer"

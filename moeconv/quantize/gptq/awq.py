@@ -1,4 +1,4 @@
-"""AWQ (arXiv 2306.00978) for experts: columns that read large activations are multiplied before they are rounded.
+"""AWQ (arXiv 2306.00978) for experts: columns with large inputs are multiplied by factors before they are rounded.
 
 The factors are a power alpha of the mean magnitude of each input, rounded to powers of two (see fold.py). The input of
 the experts has one vector of factors for all experts of a layer, chosen by the error of the layer's output; the input
@@ -35,12 +35,12 @@ from moeconv.quantize.gptq.work import (
 from moeconv.stream.share import copied_from
 
 ALPHAS = tuple(i / 20 for i in range(20))
-_GIVEN_UP = 4.0  # squared error of the weights of a scale, in units of round-to-nearest
+_GIVEN_UP = 4.0  # limit of the squared error of the weights of a scale, in units of that of round-to-nearest
 _ROWS = 4096  # tokens that are summed at a time
 
 
 class CannotFoldError(InputError):
-    """A layer that has no place for factors."""
+    """A layer without a place into which factors can be folded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def awq_codes(
     again. Returns the tensors to write, and the factors. `target` has the unquantized outputs for the tokens by which
     the factors are chosen.
 
-    Raises CannotFoldError where the factors can be folded into nothing.
+    Raises CannotFoldError where the factors cannot be folded into anything.
     """
     experts = sorted({e for group in downs for e in group.experts})
     inner: dict[int, _Inner] = {}
@@ -184,7 +184,7 @@ def _code_gate_up(
 def _row_factors(
     view: Model, inner: Mapping[int, _Inner], group: Group, out: int, device: torch.device
 ) -> Tensor:  # fmt: skip
-    """By what the rows of a group's matrices are divided: [E, out], 1 except in up."""
+    """The divisors of the rows of a group's matrices: [E, out], 1 except in up."""
     found = torch.ones(len(group.experts), out, device=device)
     parts = by_matrix(group, found)
     for expert, items in zip(group.experts, group.items, strict=True):

@@ -1,5 +1,5 @@
-"""Chooses the codes of one layer's experts by data: by one method or several, of which the one with the least error on
-held-out tokens is kept, compared with round-to-nearest."""
+"""Chooses the codes of one layer's experts with data. Of several methods, the one with the least error on held-out
+tokens is kept, and round-to-nearest if none is clearly better."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from moeconv.quantize.spec import FOLDING, TRIED
 
 _TOKENS_PER_COLUMN = 4  # per input column of the experts: with fewer, the codes follow the text and do not generalise
 Put = Callable[[Parts], None]
-Decode = Callable[[Item, Parts], Tensor]  # from the tensors of a packed weight to the weight, float32 [out, in]
+Decode = Callable[[Item, Parts], Tensor]  # the tensors of a packed weight -> the weight, float32 [out, in]
 
 
 @dataclass(frozen=True, eq=False)
 class _Choice:
-    """What one method made of a layer: the squared error per held-out token, the tensors to write, and the factors of
-    AWQ. Without tensors, every weight is rounded to nearest."""
+    """The result of one method for a layer: the squared error per held-out token, the tensors to write, and the factors
+    of AWQ. Without tensors, every weight is rounded to nearest."""
 
     method: str
     squares: Tensor
@@ -55,7 +55,7 @@ class LayerCodes:
     def run(self, put: Put) -> CodesLayer:
         """Choose the codes of all experts and pass them to `put`. Then compute the layer with the chosen weights, so
         that the next layer reads the activations of the quantized model. The layer keeps round-to-nearest if the chosen
-        codes are not clearly better on held-out tokens. With too few tokens to choose codes by, it chooses none.
+        codes are not clearly better on held-out tokens. With too few tokens to choose codes with, it chooses none.
 
         Of several methods, the one with the least error on held-out tokens is kept.
         Raises InputError for weights that are not finite.
@@ -101,7 +101,7 @@ class LayerCodes:
         }
 
     def _tried(self) -> list[str]:
-        """The methods to try. Of all of them, only formats whose kernel searches scales have `mse`."""
+        """The methods to try. auto includes `mse` only for formats whose kernel searches scales."""
         fits = any(last_stage(item).params.get("fit") for item in self.work.items)
         return [m for m in TRIED.get(self.method, (self.method,)) if m != "mse" or fits]
 
@@ -131,7 +131,7 @@ class LayerCodes:
     # -- the chosen codes --------------------------------------------------------------------------------------------
 
     def _put_back(self, best: _Choice, last: _Choice, gates: Sequence[Group], downs: Sequence[Group]) -> None:
-        """Put the weights of the best choice into the experts, which have those of the last one."""
+        """Put the weights of the best method into the experts, which hold those of the method tried last."""
         if best.method == last.method:
             return
         if best.packed:

@@ -21,10 +21,10 @@ ROWS_PER_CALL = 8192  # output rows of all experts together that one call on the
 FLOWS = 2  # activations: those of the model, and the inputs of a layer's experts
 TENSOR_BYTES = 1700  # per written tensor: in the plan without and with codes, and in the result that is checked
 DIVIDED = ("norm.ffn", "norm.ffn_bias")  # what AWQ divides by its factors
-# what reads the norm in front of the experts beside them
+# what else reads the norm before the experts
 READERS = ("router.weight", "shared.router", "shared.gate", "shared.up", "shared.gate_up")
 FOLD = ".fold"  # after the name of a weight: the exponents of its factors, in an overlay
-FOLDED = ("norm.ffn", "expert.down")  # whose inputs or outputs have factors of their own
+FOLDED = ("norm.ffn", "expert.down")  # roles whose inputs or outputs have factors of their own
 _PAIR_BYTES = 1 << 26  # of the (token, expert) pairs that the experts compute at a time
 _SKEW = 3  # an expert may get so many times its even share of the tokens
 

@@ -1,5 +1,5 @@
-"""What every method that chooses codes by data uses of one layer: the inputs of its experts, their weights in groups,
-and the error of their outputs."""
+"""What every method that chooses codes with data needs from one layer: the inputs of its experts, their weights in
+groups, and the error of their outputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Target:
 @dataclass(frozen=True, eq=False)
 class Made:
     """The decoded weights of a group for the chosen codes, by name in the view. `packed` are the tensors to write,
-    which are small beside the weights."""
+    which are small compared with the weights."""
 
     weights: Mapping[str, Tensor]
     packed: Sequence[Parts]

@@ -17,7 +17,7 @@ def pack_int4_asymmetric(weight: Tensor, *, group_size: int) -> dict[str, Tensor
     `weight_zero_point` int32 [ceil(out / 8), groups], packed along the rows; `weight_shape` int64 [2]. A weight is
     (level - zero point) * scale.
 
-    Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it.
+    Raises UsageError for a weight that is not a float matrix, InputError for NaN or infinity in it.
     """
     check_matrix(weight)
     rows, columns = weight.shape

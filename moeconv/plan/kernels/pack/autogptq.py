@@ -30,7 +30,7 @@ def unpack_gptq(parts: Mapping[str, Tensor], *, bits: int, group_size: int | Non
         raise ValueError(
             f"qweight {list(words.shape)} and qzeros {list(parts['qzeros'].shape)} for scales {list(scales.shape)}"
         )
-    # codes and zero points are both read less 2^(bits - 1), which their difference does not have
+    # codes and zero points are both read minus 2^(bits - 1), which cancels in their difference
     zeros = unpack_levels(parts["qzeros"], bits=bits, columns=rows)
     if offset and bool((zeros == (1 << (bits - 1)) - 1).any()):
         raise ValueError(
@@ -51,11 +51,11 @@ def unpack_gptq(parts: Mapping[str, Tensor], *, bits: int, group_size: int | Non
 
 
 def _groups(g_idx: Tensor | None, columns: int, size: int, groups: int) -> Tensor:
-    """The group of each column. Raises ValueError for one that has no scales."""
+    """The group of each column. Raises ValueError for a group without scales."""
     found = torch.arange(columns) // size if g_idx is None else g_idx.long()
     if found.shape != (columns,):
         raise ValueError(f"g_idx {list(found.shape)} for {columns} columns")
     least, most = (int(end) for end in found.aminmax())
     if least < 0 or most >= groups:
-        raise ValueError(f"g_idx names the groups {least} to {most}, and there are scales of {groups} groups")
+        raise ValueError(f"g_idx names the groups {least} to {most}, but there are scales for {groups} groups")
     return found

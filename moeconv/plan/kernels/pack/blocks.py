@@ -65,7 +65,7 @@ class Table:
 
 
 class Weighted:
-    """Values [S, n, B] with the importance of each, or without where all count alike; and scratch memory."""
+    """Values [S, n, B] with the importance of each (None: all count the same); and scratch memory."""
 
     def __init__(self, x: Tensor, importance: Tensor | None) -> None:
         self.x, self.w = x, importance
@@ -103,8 +103,8 @@ class Weighted:
 
 
 def symmetric(values: Weighted, levels: Levels, starts: Sequence[float], rounds: int = 1) -> tuple[Tensor, Tensor]:
-    """(scale, sum of codes^2), each [S, B], of least squared error of scale * level. `starts` are the levels that the
-    value of largest magnitude is first put at."""
+    """(scale, sum of codes^2), each [S, B], of least squared error of scale * level. `starts` are the levels to which
+    the value of largest magnitude is first mapped."""
     x = values.x
     high, low = x.amax(1), x.amin(1)
     check_finite(high - low)
@@ -132,8 +132,8 @@ def _keep_better(scale: Tensor, curvature: Tensor, gain: Tensor, qx: Tensor, qq:
 
 @dataclass
 class Lines:
-    """Fits x = scale * code - offset, with both at least 0, and the sums over the codes that they are for: of the codes
-    and of their squares. Each is [S, B]."""
+    """Fits x = scale * code - offset, with both at least 0, and the sums of the codes that were fitted and of their
+    squares. Each is [S, B]."""
 
     scale: Tensor
     offset: Tensor
@@ -142,8 +142,8 @@ class Lines:
 
 
 def affine(values: Weighted, top: int, starts: Sequence[float], rounds: int = 1, *, free: bool = False) -> Lines:
-    """The fits of least squared error with codes 0..top. `starts` are numbers of levels that the range of a block is
-    divided into. `free`: the offset may be negative."""
+    """The fits of least squared error with codes 0..top. `starts` are the numbers of levels into which the range of a
+    block is divided. `free`: the offset may be negative."""
     x, levels = values.x, Integers(0, top)
     low = x.amin(1)
     if not free:
@@ -182,7 +182,7 @@ def fit_line(sums: tuple[Tensor, Tensor, Tensor], sum_x: Tensor, total: Tensor, 
 def _keep_closer(
     best: Lines, lost: Tensor, found: tuple[Lines, Tensor], _values: Weighted, sum_x: Tensor, total: Tensor
 ) -> None:
-    """Take a line where its error, up to the same constant, is smaller."""
+    """Replace the fits by a line where its error, up to a common constant, is smaller."""
     line, qx = found
     s, o = line.scale, line.offset
     error = s * (s * line.qq - 2 * qx) + o * (o * total + 2 * sum_x) - 2 * s * o * line.q
@@ -194,9 +194,9 @@ def _keep_closer(
 
 def half(values: Tensor, name: str) -> Tensor:
     """`values` as float16 holds them, in float32. Magnitudes that float16 holds only in steps of 2^-24 are rounded away
-    from 0, so that no code is cut off. Raises InputError for values that float16 cannot hold."""
+    from 0, so that no code is clipped. Raises InputError for values that float16 cannot hold."""
     if float(values.abs().max()) > _LARGEST:
-        raise InputError(f"its values are too large for {name}", hint="Use another scheme.")
+        raise InputError(f"the values are too large for {name}", hint="Use another scheme.")
     small = (values.abs() < _NORMAL) & (values != 0)
     stepped = torch.copysign((values.abs() / _SMALLEST).ceil_().mul_(_SMALLEST), values)
     return torch.where(small, stepped, values.half().float())

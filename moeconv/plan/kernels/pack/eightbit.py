@@ -22,7 +22,8 @@ from moeconv.plan.kernels.pack.scales import fitted
 
 def pack_float8(weight: Tensor, *, fit: bool = False) -> dict[str, Tensor]:
     """FP8 codes `weight` float8_e4m3fn [out, in] with one scale per row, `weight_scale` [out, 1] in the dtype of the
-    weight [out, in]. Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it."""
+    weight [out, in]. Raises UsageError for a weight that is not a float matrix, InputError for NaN or infinity in
+    it."""
     check_matrix(weight)
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)

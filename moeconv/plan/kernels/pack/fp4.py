@@ -25,7 +25,7 @@ def pack_nvfp4(weight: Tensor, *, beside: Sequence[Tensor] = (), fit: bool = Fal
     `weight` [out, in] and in the weights `beside` it, which an engine joins with it to one matrix. With `fit`, the
     scales of groups are those of least squared error.
 
-    Raises UsageError for a weight that is no float matrix, InputError for NaN or infinity in it.
+    Raises UsageError for a weight that is not a float matrix, InputError for NaN or infinity in it.
     """
     check_matrix(weight)
     rows, columns = weight.shape

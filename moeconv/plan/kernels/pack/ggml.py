@@ -48,15 +48,15 @@ def encode(weight: Tensor, dtype: str, importance: Tensor | None = None) -> memo
 
 
 def _shares(importance: Tensor, blocks: int, size: int, rows: int) -> Tensor:
-    """The importance in the order of the blocks of `rows` rows [blocks, size, B], with a mean of 1. Columns that never
-    had an input keep a little, so that their weights stay near to the source's."""
+    """The importance in the order of the blocks of `rows` rows [blocks, size, B], with a mean of 1. Columns whose
+    inputs were always zero get a small one, so that their weights stay close to the source's."""
     mean = importance.mean()
     flat = torch.ones_like(importance) if not mean > 0 else (importance / mean).clamp_(min=_FLOOR)
     return flat.reshape(-1, blocks, size).permute(1, 2, 0).repeat(1, 1, rows).contiguous()
 
 
 def _encode_plain(weight: Tensor, dtype: str) -> memoryview:
-    """`encode` by the formats that work on blocks as they lie in memory."""
+    """`encode` for the formats that work on blocks in their memory order."""
     make, size, nbytes = _PLAIN[dtype]
     out = torch.empty(weight.numel() // size, nbytes, dtype=torch.uint8)
     flat = weight.reshape(-1)

@@ -170,7 +170,7 @@ def unpack_words(words: Tensor, *, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return (octets ^ 0x80).view(torch.int8)[:, :columns]
     if bits != 4:
-        spare = -octets.shape[1] % bits  # words of a row that is not divided into eights of codes
+        spare = -octets.shape[1] % bits  # padding of a row whose codes do not divide into groups of eight
         octets = torch.nn.functional.pad(octets, (0, spare)) if spare else octets
         split = split_bits(octets.contiguous(), bits=bits).view(torch.int8)
         return split.sub_(1 << (bits - 1)).view(rows, -1)[:, :columns]

@@ -18,7 +18,7 @@ def exponents_of(peak: Tensor, *, below: int) -> Tensor:
     infinity."""
     check_finite(peak)
     bits = peak.float().view(torch.int32)
-    exponent = ((bits + (1 << 21)) >> 23) - below  # a carry into the exponent from a mantissa of 1.75 or more
+    exponent = ((bits + (1 << 21)) >> 23) - below  # a mantissa of 1.75 or more carries into the exponent
     return exponent.clamp_(0, 254).to(torch.uint8)
 
 

@@ -1,8 +1,9 @@
 """The codes of MLX: affine groups of 2 to 8 bits, and MXFP4, NVFP4 and MXFP8, with the bytes of `mx.quantize`.
 
 All arithmetic is in float32. The affine bytes are those of `mx.quantize` for every float dtype; those of the other
-modes are what it makes of the weight in float32 on the CPU, where a value in the middle of two codes gets the smaller
-one. (In 16 bits its CPU code rounds intermediate results; its GPU code computes in float32, and rounds to even.)
+modes are what it computes for the weight in float32 on the CPU, where a value halfway between two codes gets the
+smaller one. (In 16 bits its CPU code rounds intermediate results; its GPU code computes in float32, and rounds to
+even.)
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def unpack_mlx(parts: Mapping[str, Tensor], *, mode: str, bits: int, dtype: torc
 
 def _affine(x: Tensor, made: Mapping[str, Tensor], *, bits: int) -> Tensor:
     """The levels of groups `x` float32 [n, group]. A scale is the range divided by the number of steps, with the sign
-    that makes the end of larger magnitude the bias; it is then adjusted so that zero has a level of its own."""
+    that makes the end with the larger magnitude the bias; it is then adjusted so that zero is a level."""
     steps = float((1 << bits) - 1)
     low, high = x.amin(-1), x.amax(-1)
     check_finite(high - low)
@@ -129,7 +130,7 @@ def _factors(scales: Tensor, mode: str) -> Tensor:
 
 
 def _pack_of(bits: int) -> tuple[torch.dtype, int, int]:
-    """(integer with one byte per code, codes, bytes of their bits) of the smallest pack of whole bytes."""
+    """(integer with one byte per code, number of codes, their packed bytes) for the smallest pack of whole bytes."""
     codes = 8 // math.gcd(8, bits)
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[codes], codes, codes * bits // 8
 

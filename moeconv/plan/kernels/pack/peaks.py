@@ -41,6 +41,6 @@ def column_peaks(weight: Tensor) -> Tensor:
 
 def usable(scales: Tensor) -> Tensor:
     """The scales, in place; a zero scale becomes eps, as in compressed-tensors. Raises InputError for NaN or infinity,
-    which a weight has then too."""
+    which then come from a weight."""
     check_finite(scales)
     return scales.masked_fill_(scales == 0, torch.finfo(scales.dtype).eps)

@@ -1,4 +1,4 @@
-"""What rows of llama.cpp do with tensors, beside giving them a name."""
+"""How llama.cpp's rows change tensors, besides naming them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def interleaved(get: Get, part: Expression) -> Mapping[str, Expression]:
 
 
 def _alternating(heads: Expression) -> Expression:
-    """The halves of the second axis, row by row in turns."""
+    """The halves of the second axis, with alternating rows."""
     first, rows, *rest = heads.shape
     turned = heads.reshape(first, 2, rows // 2, *rest)
     return turned.permute(0, 2, 1, *range(3, 3 + len(rest))).reshape(*heads.shape)
 
 
 def partly_interleaved(share: Callable[[Get], float]) -> Change:
-    """The same where only a share of each head rotates: its first rows."""
+    """The same where only the first rows of each head rotate."""
 
     def change(get: Get, part: Expression) -> Mapping[str, Expression]:
         head = head_dim(get)

@@ -1,4 +1,4 @@
-"""The row of a model's family; and the refusal of a model that llama.cpp would compute otherwise."""
+"""The row of a model's family; and the refusal of a model that llama.cpp would compute differently."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLAMA_CPP: dict[str, LlamaCpp] = _all_rows()
 
 
 # families that llama.cpp runs, but not as transformers does -> why
-_UNLIKE = {"phimoe": "its router (sparsemixer) weighs experts otherwise than llama.cpp's phimoe"}
+_UNLIKE = {"phimoe": "its router (sparsemixer) weights the experts differently from llama.cpp's phimoe"}
 
 
 def supported(family: Family) -> bool:

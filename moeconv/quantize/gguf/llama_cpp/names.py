@@ -43,12 +43,13 @@ NORM_BIAS = layer({"norm.attention_bias": "attn_norm.bias", "norm.ffn_bias": "ff
 }
 POST_NORMS = layer({"norm.post_attention": "post_attention_norm.weight", "norm.post_ffn": "post_ffw_norm.weight"})
 
-# the ends of names of matrices that llama.cpp needs in float32, beside all norms and vectors
+# endings of the names of matrices that llama.cpp needs in float32, besides all norms and vectors
 _FLOAT32 = (
     "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "_norm.weight",
 )  # fmt: skip
 
 
 def is_float32(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether llama.cpp needs a tensor of the file in float32: vectors, norms, routers, and all that is no weight."""
+    """Whether llama.cpp needs a tensor of the file in float32: vectors, norms, routers, and everything that is not a
+    weight."""
     return len(shape) < 2 or not name.endswith(".weight") or name.endswith(_FLOAT32)

@@ -21,7 +21,7 @@ _FLOATS = (
 
 
 def usual(model: Model) -> dict[str, Value | None]:
-    """The keys that llama.cpp reads of most families."""
+    """The keys that llama.cpp reads for most families."""
     value = model.value
     heads, width = value("num_attention_heads"), head_dim(value)
     found: dict[str, Value | None] = {
@@ -97,7 +97,7 @@ def always(value: Value | None) -> Callable[[Model], Value | None]:
 
 
 def leading_dense(model: Model) -> int:
-    """The number of layers in front of the first one with experts."""
+    """The number of layers before the first one with experts."""
     return model.moe_layers[0] if model.moe_layers else model.num_layers
 
 

@@ -30,9 +30,9 @@ class LlamaCpp:
     """One family of llama.cpp, as it computes what a family of transformers computes."""
 
     arch: str
-    # names of tensors that names.NAMES lacks or has otherwise; "" leaves the tensor out
+    # names of tensors that are missing or different in names.NAMES; "" leaves the tensor out
     names: Mapping[str, str] = field(default_factory=dict)
-    # key of a tensor -> what becomes of it, where it is not stored as it is
+    # key of a tensor -> how it changes, where it is not stored as it is
     changes: Mapping[str, Change] = field(default_factory=dict)
     # tensors that the source does not have
     constants: Callable[[Model], Iterable[Constant]] = lambda _model: ()

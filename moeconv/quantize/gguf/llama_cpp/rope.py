@@ -1,4 +1,4 @@
-"""The rotary parameters that llama.cpp is told."""
+"""The rotary parameters in the metadata for llama.cpp."""
 
 from __future__ import annotations
 

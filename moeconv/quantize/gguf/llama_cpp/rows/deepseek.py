@@ -34,7 +34,7 @@ def split_kv(get: Get, part: Expression) -> Mapping[str, Expression]:
 
 
 def _low_rank_queries(model: Model) -> str | None:
-    """llama.cpp tells models without low-rank queries by their number of layers (deepseek2.cpp)."""
+    """llama.cpp recognises models without low-rank queries by their number of layers (deepseek2.cpp)."""
     lite = model.num_layers in (26, 27) or (model.num_layers == 48 and model.value("vocab_size") == 128256)
     if lite == (model.value("q_lora_rank") is None):
         return None

@@ -36,7 +36,7 @@ GRANITE = LlamaCpp(
 
 
 def _rotates_everywhere(model: Model) -> str | None:
-    """llama.cpp's converter has no word for layers with a rotary base of their own."""
+    """llama.cpp's converter has no key for layers with a rotary base of their own."""
     bases = model.value("layer_rope_theta")
     same = bases is None or all(base == rope_of(model)["rope_theta"] for base in bases)
     return None if same else "layers with a rotary base of their own (layer_rope_theta)"

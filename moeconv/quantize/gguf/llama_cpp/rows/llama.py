@@ -33,7 +33,7 @@ _CHUNK, _STEP = 8192, 4
 
 
 def _llama4_settings(model: Model) -> str | None:
-    """The settings that llama.cpp has as numbers in its code, except for models of 128 experts."""
+    """The settings that are constants in llama.cpp's code, except for models with 128 experts."""
     config = model.config
     if model.value("attention_chunk_size") != _CHUNK:
         return f"chunks of attention other than {_CHUNK} tokens"

@@ -48,7 +48,7 @@ _HYBRID: dict[str, Number] = {
 
 
 def _no_dense_layers(model: Model) -> str | None:
-    """With experts, llama.cpp takes layers of one FFN without experts for layers of Mamba."""
+    """In models with experts, llama.cpp mistakes layers with a dense FFN for Mamba layers."""
     return "layers with an FFN beside layers with experts" if _layers_with(model, ("ffn.up",)) else None
 
 

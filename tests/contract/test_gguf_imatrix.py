@@ -26,7 +26,7 @@ NOT_SEEN = ("dbrx experts",)
 @pytest.mark.slow(keep=5)
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_family_has_an_importance_matrix(tmp_path: Any, case: str) -> None:
-    skip_where_stock_is_broken(case)
+    skip_where_stock_is_broken(case.split()[0].split("-")[0])  # "granitemoehybrid-nope experts"
     path, out = make(tmp_path / "model", case), tmp_path / "im.gguf"
     (tmp_path / "text.txt").write_text(text(400))
     asked = {

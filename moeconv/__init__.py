@@ -10,10 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moeconv.api import arrange as arrange
     from moeconv.api import calibrate as calibrate
+    from moeconv.api import collapse as collapse
     from moeconv.api import evaluate as evaluate
     from moeconv.api import execute as execute
     from moeconv.api import follow_links as follow_links
+    from moeconv.api import import_gguf as import_gguf
     from moeconv.api import inspect as inspect
     from moeconv.api import open_model as open  # noqa: F401
     from moeconv.api import plan_overlay as plan_overlay
@@ -34,8 +37,11 @@ __version__ = "0.1.0"
 # the two was imported first (see callable_package.py).
 _PACKAGES = ("calibrate", "evaluate", "inspect", "prune", "quantize", "report", "tune", "upcycle", "verify")
 _FUNCTIONS = (
+    "arrange",
+    "collapse",
     "execute",
     "follow_links",
+    "import_gguf",
     "plan_overlay",
     "plan_prune",
     "plan_quantize",

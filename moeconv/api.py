@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from moeconv.quantize.planner import plan_quantize as plan_quantize
     from moeconv.tune.planner import plan_overlay as plan_overlay
     from moeconv.upcycle.planner import plan_upcycle as plan_upcycle
+    from moeconv.verbs import arrange as arrange
     from moeconv.verbs import calibrate as calibrate
+    from moeconv.verbs import collapse as collapse
     from moeconv.verbs import evaluate as evaluate
+    from moeconv.verbs import import_gguf as import_gguf
     from moeconv.verbs import inspect as inspect
     from moeconv.verbs import prune as prune
     from moeconv.verbs import quantize as quantize
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from moeconv.verbs import verify as verify
 
 _VERBS = (
-    "inspect", "upcycle", "calibrate", "tune", "prune", "quantize", "evaluate", "verify", "report", "run",
+    "inspect", "upcycle", "calibrate", "tune", "prune", "quantize", "import_gguf", "arrange", "collapse", "evaluate",
+    "verify", "report", "run",
 )  # fmt: skip
 _HOMES = dict.fromkeys(_VERBS, "moeconv.verbs") | {
     "execute": "moeconv.plan.execute",

@@ -29,6 +29,9 @@ REQUESTS: Mapping[str, type] = {
     "tune": r.TuneRequest,
     "prune": r.PruneRequest,
     "quantize": r.QuantizeRequest,
+    "import_gguf": r.ImportRequest,  # `import` is a keyword of Python
+    "arrange": r.ArrangeRequest,
+    "collapse": r.CollapseRequest,
     "evaluate": r.EvaluateRequest,
     "verify": r.VerifyRequest,
     "report": r.ReportRequest,
@@ -108,7 +111,7 @@ def _made(command: str) -> Callable[..., VerbResult]:
     verb.__signature__ = inspection.Signature(parameters)  # type: ignore[attr-defined]
     lines = [f"    {field.name}: {field.metadata['help']}" for field in fields]
     verb.__doc__ = "\n".join([
-        f"All that `moeconv {command}` does. Returns its JSON object.", "",
+        f"All that `moeconv {command.removesuffix('_gguf')}` does. Returns its JSON object.", "",
         "`progress` is called with a `Progress` at every change; texts go to the logger `moeconv`. Raises the errors",
         "of `moeconv.errors`. A verdict or a gate that fails raises nothing: see `ok` and `passed` in the result.", "",
         *lines,
@@ -116,4 +119,6 @@ def _made(command: str) -> Callable[..., VerbResult]:
     return verb
 
 
-inspect, upcycle, calibrate, tune, prune, quantize, evaluate, verify, report, run = map(_made, REQUESTS)
+inspect, upcycle, calibrate, tune, prune, quantize, import_gguf, arrange, collapse, evaluate, verify, report, run = map(
+    _made, REQUESTS
+)

@@ -125,6 +125,17 @@ def test_wrong_words_and_places_are_refused_as_on_the_command_line(upcycled):
         moeconv.prune(folder / "moe", folder / "moe", keep=2)
 
 
+def test_the_other_verbs_that_write_a_model(tmp_path):
+    dense = make_dense(tmp_path / "dense")
+    moeconv.upcycle(dense, tmp_path / "moe", experts=4, top_k=2, no_check=True)
+    whole = moeconv.collapse(tmp_path / "moe", tmp_path / "one", width=64, no_check=True)
+    assert whole["output"] == str(tmp_path / "one") and moeconv.inspect(tmp_path / "one")["kind"] == "dense"
+    with pytest.raises(UsageError, match="needs statistics"):
+        moeconv.arrange(tmp_path / "moe", tmp_path / "shares", devices=2)
+    with pytest.raises(InputError, match="No such file"):
+        moeconv.import_gguf(tmp_path / "no.gguf", tmp_path / "imported")
+
+
 def test_one_path_stands_for_a_list_of_one(upcycled, tmp_path):
     with pytest.raises(InputError, match=r"nothing\.txt"):
         moeconv.prune(upcycled[0] / "moe", tmp_path / "out", keep=2, data=tmp_path / "nothing.txt")

@@ -88,16 +88,17 @@ def check_target(out: Path, *, reads: Inputs, overwrite: bool) -> None:
     `check_swap` allows it.
     """
     check_apart(out, reads)
-    if os.path.islink(out):
+    place = Path(os.path.abspath(out))  # messages show the path as the user wrote it
+    if os.path.islink(place):
         raise OutputError(f"OUT {escape(out)} is a symbolic link", hint="Give the directory that it should become.")
-    if os.path.exists(out):
-        if not os.path.isdir(out):
+    if os.path.exists(place):
+        if not os.path.isdir(place):
             raise OutputError(f"OUT {escape(out)} exists and is not a directory", hint="Choose another OUT.")
         if not overwrite:
             raise OutputError(f"OUT {escape(out)} exists already", hint="Choose another OUT, or pass --overwrite.")
         check_swap(out)
-    if not os.path.isdir(out.parent):
-        raise OutputError(f"{escape(out.parent)} does not exist", hint="Create it first.")
+    if not os.path.isdir(place.parent):
+        raise OutputError(f"{escape(place.parent)} does not exist", hint="Create it first.")
 
 
 def check_swap(out: Path) -> None:
@@ -106,7 +107,7 @@ def check_swap(out: Path) -> None:
     The message names the files that replacing the directory would delete.
     """
     try:
-        lost = strangers(out)
+        lost = strangers(Path(os.path.abspath(out)))
     except OSError as error:
         raise OutputError(f"cannot list OUT {escape(out)}: {error.strerror}", hint="Check its permissions.") from None
     if lost:

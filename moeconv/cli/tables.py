@@ -363,10 +363,10 @@ def verified(result: Verified) -> list[Table]:
     """Whether a checkpoint passed the checks."""
     checked = result["checked"]
     loads = result["loads"]["transformers"]
+    of_tensors = f"{counted(checked['tensors'], 'tensor')} in " if checked["tensors"] else ""  # none of GGUF are read
     rows = {
         "verdict": "whole" if result["ok"] else counted(len(result["problems"]), "problem"),
-        "checked": f"{counted(checked['tensors'], 'tensor')} in {counted(checked['shards'], 'shard')}, "
-        f"{human_bytes(checked['bytes'])}",
+        "checked": f"{of_tensors}{counted(checked['shards'], 'shard')}, {human_bytes(checked['bytes'])}",
         "manifest": "every file hashed" if result["manifest"] else "none: moeconv did not write this checkpoint",
         "transformers": None if loads is None else ("loads strictly and runs" if loads else "does not load and run"),
     }

@@ -39,7 +39,7 @@ class PruneOptions:
     )
     criterion: str | None = option(
         None, "How the experts to remove are chosen (default: reconstruction with data, aimer without).",
-        choices="moeconv.prune.criteria:CRITERIA",
+        choices="moeconv.prune.criteria:CRITERIA", aliases="moeconv.prune.criteria:criterion_aliases",
     )  # fmt: skip
     similarity: str = option(
         "output",

@@ -133,12 +133,12 @@ def execute(
     """
     began = time.monotonic()
     configure_malloc()
-    out = Path(os.path.abspath(out))
+    given, out = out, Path(os.path.abspath(out))
     meter = meter or SilentMeter()
     flow = Flow({"source": source, **(origins or {})}, meter, strict)
     jobs = checked_jobs(jobs, each=worker_bytes(plan))
     companions = companions_of(plan, source)  # an error in them must not come after hours of work
-    check_target(out, reads=_read_by(flow), overwrite=overwrite)
+    check_target(Path(given), reads=_read_by(flow), overwrite=overwrite)
     check_limits(plan)
     key = _resume_key(plan, source, origins or {})
     with OutputDirectory(out, key=key, overwrite=overwrite, shared=part is not None, lock=lock) as directory:

@@ -139,6 +139,11 @@ class Criterion:
 CRITERIA = Registry(Criterion, "moeconv.criteria")
 
 
+def criterion_aliases() -> dict[str, str]:
+    """Other words for criteria -> the criterion."""
+    return {"frequency": "utilization"}  # in the code of REAP
+
+
 def criterion(
     name: str, *, needs: Needs, refine: Refine | None = None, warning: str = ""
 ) -> Callable[[OrderFunction], Criterion]:

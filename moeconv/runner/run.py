@@ -95,7 +95,7 @@ def run_plan(
 def check_out(out: str, model: Model, write: WriteOptions) -> None:
     """Check, before any work, that OUT can be written with the options `write`. Raises OutputError."""
     reads = [("the source", model.checkpoint.path)]
-    check_target(Path(os.path.abspath(out)), reads=reads, overwrite=write.overwrite)
+    check_target(Path(out), reads=reads, overwrite=write.overwrite)
 
 
 def planned_memory(need: Need, run: Workload, measure: MeasureOptions) -> JsonObject:

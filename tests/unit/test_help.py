@@ -16,7 +16,7 @@ from moeconv.cli.commands import VERBS
 from moeconv.cli.examples import EXAMPLES, PAGES
 from moeconv.demo import DEMO_DATA
 from moeconv.errors import UsageError
-from moeconv.options import PANELS, QuantizeOptions, UpcycleOptions, from_keywords, metavar_of, option
+from moeconv.options import PANELS, PruneOptions, QuantizeOptions, UpcycleOptions, from_keywords, metavar_of, option
 from tests.tiny import make_moe
 
 
@@ -141,6 +141,11 @@ def test_schemes_by_other_words(typed, scheme):
 @pytest.mark.parametrize("typed", ["Mixtral", "mixtral", "MixtralForCausalLM", "MIXTRAL"])
 def test_targets_by_other_words(typed):
     assert from_keywords(UpcycleOptions, {"to": typed}).to == "mixtral"
+
+
+@pytest.mark.parametrize(("typed", "criterion"), [("frequency", "utilization"), ("EAN_sum", "ean-sum")])
+def test_criteria_by_other_words(typed, criterion):
+    assert from_keywords(PruneOptions, {"criterion": typed}).criterion == criterion
 
 
 def test_a_word_that_is_not_one_is_left_to_the_check_that_names_it():

@@ -196,6 +196,14 @@ def test_the_demo_does_not_write_into_its_own_model(cli):
     assert done.code == 4 and "lies in" in done.json["error"]["message"] and hashes(DEMO_DATA) == before
 
 
+def test_a_message_shows_out_as_the_user_wrote_it(room, cli, monkeypatch):
+    monkeypatch.chdir(room)
+    (room / "there").mkdir()
+    for write in ((), ("--dry-run",)):
+        done = cli("upcycle", DEMO_DATA / "model", "there", *write, "--json")
+        assert done.code == 4 and done.json["error"]["message"] == "OUT there exists already"
+
+
 def test_a_path_is_the_same_under_all_its_names(room, monkeypatch):
     """By links to it, by links of a hub's cache, and relative to here."""
     model, cache = room / "in" / "model", room / "hub" / "models--a--b"

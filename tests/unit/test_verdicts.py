@@ -4,6 +4,7 @@ pipe."""
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
@@ -46,6 +47,7 @@ def test_gguf(cli, tmp_path):
     assert cli("quantize", tmp_path / "moe", tmp_path / "g", "--format", "gguf", "--scheme", "q8_0", "-q").code == 0
     found = cli("verify", tmp_path / "g", "--json")
     assert found.code == 0 and found.json["ok"] and "not their structure" in found.json["warnings"][0]
+    assert re.search(r"checked +1 shard, ", cli("verify", tmp_path / "g").out)
     assert cli("verify", tmp_path / "g", "--load").code == 3  # it is not loaded, so that it cannot be vouched for
     file = tmp_path / "g" / "model.gguf"
     file.write_bytes(file.read_bytes()[:-1] + b"?")

@@ -148,6 +148,8 @@ def _prune(block: PruneBlock) -> dict[str, str]:
         rows, each = {"experts": f"{block['experts_before']} -> {block['experts_after']} per layer{by}"}, "expert"
     if "width_after" in block:
         rows["width"] = f"{block['width_before']} -> {counted(block['width_after'], 'neuron')} per {each}"
+    if "shared_width_after" in block:
+        rows["shared width"] = f"{block['shared_width_before']} -> {counted(block['shared_width_after'], 'neuron')}"
     for tried in block.get("mix", []):
         word = f"{tried['experts']} x {tried['width']}"
         cost = f"{human_bytes(tried['bytes'])}, {tried['loss_increase']:+.4f} loss"

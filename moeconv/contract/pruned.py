@@ -107,6 +107,10 @@ class PruneBlock(TypedDict):
     width_after: NotRequired[int]
     multiple: NotRequired[int | None]
     width: NotRequired[WidthFigures]
+    shared_width_before: NotRequired[int]  # where the shared expert loses neurons
+    shared_width_after: NotRequired[int]
+    shared_width: NotRequired[WidthFigures]
+    shared_refit: NotRequired[RefitFigures]
     mix: NotRequired[list[MixRow]]  # with --mix
     scale: NotRequired[dict[str, float]]
     groups: NotRequired[dict[str, dict[str, list[int]]]]  # with --merge

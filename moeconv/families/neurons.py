@@ -46,10 +46,12 @@ class NeuronCut:
 
 @dataclass(frozen=True)
 class Narrow:
-    """The view of a `model` whose routed experts, or whose FFNs if it is dense, have `width` neurons."""
+    """The view of a `model` whose routed experts, or whose FFNs if it is dense, have `width` neurons. `shared` is the
+    number of neurons of the shared expert; None: as many as now, or as the routed experts where it has their width."""
 
     model: Model
     width: int
+    shared: int | None = None
 
     @cached_property
     def changes(self) -> dict[str, object]:
@@ -59,7 +61,9 @@ class Narrow:
         so that the shared expert keeps its neurons. Keys that default to the changed width get an explicit value.
         """
         family, get = self.model.family, self.model.value
-        made: dict[str, object] = {family.experts.width: self.width}
+        made: dict[str, object] = {}
+        if self.width != self.model.cut_width:
+            made[family.experts.width] = self.width
         if family.kind != "moe":
             stated = family.layers.ffn_width_as_stated
             made = {**stated, **{key: self.width for key in family.layers.ffn_width_keys if get(key) is not None}}
@@ -68,13 +72,30 @@ class Narrow:
             if view.value(key) != before_it.value(key):
                 made[key] = get(key)
         shared = family.experts.shared_width
-        counts = [key for key in shared if key not in made]
-        before = shared_width(shared, get)
-        if family.experts.width in shared and counts and before:
-            numbers = {key: get(key) for key in shared} | {family.experts.width: self.width}
-            of_one = math.prod(number for key, number in numbers.items() if key != counts[0])
-            made[counts[0]] = -(-before // of_one)
+        before, (free, of_one) = shared_width(shared, get), self.shared_key
+        if free and before and (self.shared is not None or family.experts.width in {*shared} & {*made}):
+            made[free] = -(-(self.shared or before) // of_one)
         return made
+
+    @property
+    def shared_key(self) -> tuple[str, int]:
+        """(the config key that states the width of the shared expert, the number by which its value is multiplied); ""
+        if it is that of the routed experts, or there is no shared expert."""
+        experts = self.model.family.experts
+        free = next((key for key in experts.shared_width if key != experts.width), "")
+        others = [key for key in experts.shared_width if key != free]
+        return free, math.prod(self.width if key == experts.width else self.model.value(key) or 0 for key in others)
+
+    def shared_down(self, layer: int) -> tuple[str, NeuronCut] | None:
+        """(the name of the down projection of the shared expert of a layer, how it is cut); None if it loses no
+        neurons."""
+        family = self.model.family
+        if self.model.num_experts and family.has("shared.down"):
+            name = family.name("shared.down", layer=layer)
+            cut = self.cut(self.model.roles[name]) if name in self.model.roles else None
+            if cut is not None and cut.new < cut.size:
+                return name, cut
+        return None
 
     @cached_property
     def narrowed(self) -> Model:

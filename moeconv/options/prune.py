@@ -22,6 +22,7 @@ class PruneOptions:
     width_ratio: float | None = option(
         None, "Share of the neurons to remove from every expert (or FFN of a dense model), such as 0.25."
     )
+    shared_width: int | None = option(None, "Neurons to keep in the shared expert; used alone, it removes no experts.")
     mix: str | None = option(
         None, "Divide what --ratio, --max-bytes or --max-loss-increase removes between experts and neurons, as "
         "measured on --data.",

@@ -64,6 +64,7 @@ class KeepScorer:
         stream = stream_of(
             self.model, self.windows, self.measure, meter=self.meter, refitted=refitted, variants=len(keeps),
             narrowed=max((len(kept) for keep in keeps for kept in keep.values()), default=0) if widths else 0,
+            shared=bool(widths),
         )  # fmt: skip
         refit = refit_of(self.options) if self.options.refit else None
         variants = [

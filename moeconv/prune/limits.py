@@ -85,7 +85,8 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
         return experts - removed
     limit = parse_size(str(options.max_bytes), flag="--max-bytes")
     for left in range(experts - 1, 0, -1):
-        if planned_bytes(model, common, left, None if width is None else width.after) <= limit:
+        neurons, shared = (None, None) if width is None else (width.after, width.shared)
+        if planned_bytes(model, common, left, neurons, shared=shared) <= limit:
             return left
     raise UsageError(
         f"--max-bytes {escape(options.max_bytes)} is too small even for one expert per layer",
@@ -93,10 +94,13 @@ def budget(model: Model, options: PruneOptions, common: PlanOptions) -> int | No
     )
 
 
-def planned_bytes(model: Model, common: PlanOptions, left: int, width: int | None) -> int:
-    """The bytes of the model with `left` experts per layer, the largest ones, of `width` neurons (None: all)."""
+def planned_bytes(
+    model: Model, common: PlanOptions, left: int, width: int | None, *, shared: int | None = None
+) -> int:  # fmt: skip
+    """The bytes of the model with `left` experts per layer, the largest ones, of `width` neurons (None: all), and a
+    shared expert of `shared` neurons (None: as `width` has it)."""
     keep = {layer: sorted(order[:left]) for layer, order in _largest_first(model).items()}
-    narrow = None if width is None else Narrow(model, width)
+    narrow = None if width is None else Narrow(model, width, shared)
     items = pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow)
     return sum(shard.nbytes for shard in arrange(items, common, model.family))
 
@@ -180,7 +184,7 @@ def _check_together(options: PruneOptions) -> None:
 
 def _check_removes_none(options: PruneOptions) -> None:
     """Raises UsageError for options that choose experts to remove, where --top-k or --width alone removes none."""
-    asked = [name for name in ("top_k", "width", "width_ratio") if getattr(options, name) is not None]
+    asked = [n for n in ("top_k", "width", "width_ratio", "shared_width") if getattr(options, n) is not None]
     for name in ("merge", "sequential", "protect_coverage", "protect", "rescale"):
         if asked and getattr(options, name):
             raise UsageError(

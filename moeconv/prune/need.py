@@ -16,10 +16,11 @@ _CUT = 6 * 4  # per weight of experts that lose neurons: as in a refit, and the 
 
 
 def pruned_workload(
-    model: Model, *, refitted: int, healed: int = 0, narrowed: int = 0, variants: int = 1
+    model: Model, *, refitted: int, healed: int = 0, narrowed: int = 0, variants: int = 1, shared: bool = False
 ) -> WorkloadFields:
     """The workload of running pruned `variants` beside the model, one variant after the other. At most `refitted`
-    experts of a layer are refitted, `healed` are trained, and `narrowed` lose neurons (0: none).
+    experts of a layer are refitted, `healed` are trained, and `narrowed` lose neurons (0: none). With `shared`, the
+    shared expert may lose neurons, before the other experts do.
 
     `flows` counts the activations of the model and of the variants, which can be in a file. What a refit adds is in
     memory.
@@ -27,29 +28,32 @@ def pruned_workload(
     found: WorkloadFields = {"flows": 1 + variants}
     if refitted or narrowed:
         found = _refit(model, max(refitted, narrowed), narrows=narrowed > 0) | found
+    if shared and _each(model, ".down", "shared"):
+        alone = _refit(model, 1, narrows=True, group="shared")
+        found |= {"resident": _REFITTED, "results": max(found.get("results", 0), alone.get("results", 0))}
     if healed:
         trained = healed * _each(model, "") * _TRAINED
         found |= {"copies": _COPIES, "results": found.get("results", 0) + trained}
     return found
 
 
-def _each(model: Model, key: str) -> int:
+def _each(model: Model, key: str, group: str = "") -> int:
     """The number of weights of one expert, or of the FFN of a dense model, in its tensors whose key ends with `key`, in
-    the largest layer."""
+    the largest layer; with `group` "shared", of the shared expert."""
     sizes: dict[int | None, int] = {}
-    group = "expert" if model.num_experts else "ffn"
+    group = group or ("expert" if model.num_experts else "ffn")
     for name, role in model.roles.items():
         if role.group == group and role.key.endswith(key):
             numel = model.numel(model.checkpoint.tensors[name])
-            shares = max(1, model.num_experts) if role.expert is None else 1
+            shares = max(1, model.num_experts) if role.expert is None and group == "expert" else 1
             if role.expert in (None, 0):
                 sizes[role.layer] = sizes.get(role.layer, 0) + numel // shares
     return max(sizes.values(), default=0)
 
 
-def _refit(model: Model, fitted: int, *, narrows: bool) -> WorkloadFields:
-    weights = _each(model, ".down")
-    hidden = model.expert_dimension if model.num_experts else model.hidden_size
+def _refit(model: Model, fitted: int, *, narrows: bool, group: str = "") -> WorkloadFields:
+    weights = _each(model, ".down", group)
+    hidden = model.expert_dimension if model.num_experts and group != "shared" else model.hidden_size
     inner = max(1, weights // hidden)
     of_one = narrowed_bytes(hidden, inner) if narrows else fitted_bytes(hidden, inner)
     work = max(min(REFIT_BYTES, fitted * of_one), of_one)

@@ -28,7 +28,7 @@ from moeconv.prune.cutting import Keep, pruned_items, replaced, scaled, scales_o
 from moeconv.prune.decision import Decision, decide
 from moeconv.prune.limits import check_prune
 from moeconv.prune.named_modules import renumbered
-from moeconv.prune.width import ORIGIN
+from moeconv.prune.width import ORIGIN, Width
 from moeconv.types import JsonObject
 from moeconv.units import counted
 
@@ -68,7 +68,7 @@ def prune_plan(
     prunes = left < model.num_experts
     scales = scales_of(model, keep, evidence, options) if prunes and not _has_experts(model, overlays) else {}
     width = decision.width
-    narrow = None if width is None else Narrow(model, width.after)
+    narrow = None if width is None else width.narrow(model)
     items = scaled(model, pruned_items(model, keep, parse_dtype(common.dtype), narrow=narrow), scales)
     items = replaced(items, {origin: file for origin, file in (overlays or {}).items() if origin != ORIGIN})
     top_k = options.top_k or model.top_k
@@ -80,8 +80,8 @@ def prune_plan(
         "keep": {str(layer): list(kept) for layer, kept in keep.items()} if decision.known else None,
         "scores": {str(layer): list(o.scores) for layer, o in orders.items()} if orders else None,
     }
-    if width is not None:
-        block |= {"width_before": width.before, "width_after": width.after, "multiple": width.multiple}
+    if width is not None and narrow is not None:
+        block |= _widths(width, narrow)
     measured_on = getattr(evidence.statistics, "metadata", {}).get("identity", model.identity)
     if measured_on != model.identity:
         block["stats_of_twin"] = measured_on
@@ -111,6 +111,17 @@ def prune_plan(
         dropped=model.dropped,
         promise=pruned_promise(model, keep, narrow),
     )
+
+
+def _widths(width: Width, narrow: Narrow) -> JsonObject:
+    """The entries about the neurons that the experts, and the shared expert, keep."""
+    found: JsonObject = {}
+    if width.after != width.before:
+        found |= {"width_before": width.before, "width_after": width.after, "multiple": width.multiple}
+    down = next(filter(None, map(narrow.shared_down, narrow.model.moe_layers)), None)
+    if down is not None:
+        found |= {"shared_width_before": down[1].size, "shared_width_after": down[1].new}
+    return found
 
 
 def _decided_by(evidence: Evidence, options: PruneOptions, block: JsonObject) -> JsonObject:

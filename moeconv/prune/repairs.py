@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,13 +25,14 @@ from moeconv.prune.decision import Decision, with_keep
 from moeconv.prune.width import ORIGIN
 from moeconv.prune.windows import heal_of, read_windows, refit_of, stream_of
 from moeconv.requests import PruneRequest
-from moeconv.types import Config
+from moeconv.types import Config, JsonObject
 from moeconv.world import first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moeconv.data.windows import TokenData
+    from moeconv.prune.repair.variant import Variant
     from moeconv.stream.layer import Layer
     from moeconv.stream.share import Share
 
@@ -70,17 +71,19 @@ def repaired(
     )  # fmt: skip
     refitted = decision.left if options.refit else 0
     healed = decision.left if options.heal else 0
-    width, narrow = decision.width, None if decision.width is None else Narrow(model, decision.width.after)
-    narrowed = (decision.left or 1) if width else 0  # a dense model has one FFN
+    width, narrow = decision.width, None if decision.width is None else decision.width.narrow(model)
+    cut = width is not None and width.after < width.before
+    narrowed = (decision.left or 1) if cut else 0  # a dense model has one FFN
     stream = stream_of(
         model, read.windows, request.measure, meter=meter, refitted=refitted, healed=healed,
-        narrowed=narrowed, share=True,
+        narrowed=narrowed, share=True, shared=width is not None,
     )  # fmt: skip
     variant = Variant(
         keep={} if options.sequential else {layer: list(kept) for layer, kept in decision.keep.items()},
         choose=_chooser(model, evidence, request, decision.left, read, stream.share) if options.sequential else None,
         refit=refit_of(options) if options.refit else None,
-        width=None if width is None else width.after,
+        width=width.after if width is not None and cut else None,
+        shared=None if width is None else width.shared,
         top_k=options.top_k,
         heal=heal_of(options, seed=request.plan.seed) if options.heal else None,
     )
@@ -114,10 +117,23 @@ def repaired(
     if model.num_experts:
         decision = with_keep(decision, {layer: sorted(kept) for layer, kept in variant.keep.items()})
     if narrow is not None:
-        chosen = {layer: neurons.cpu().numpy() for layer, neurons in variant.neurons.items()}
-        overlays |= neurons_of(narrow, decision, folder, chosen=chosen)
-        figures["width"] = {"layers": [asdict(row) for row in variant.narrowed]}
+        overlays |= neurons_of(
+            narrow, decision, folder, chosen=_arrays(variant.neurons), shared=_arrays(variant.shared_neurons)
+        )
+        figures |= _figures(variant)
     return Repaired(decision, overlays, figures)
+
+
+def _arrays(neurons: Mapping[int, Tensor]) -> dict[int, np.ndarray]:
+    return {layer: of_layer.cpu().numpy() for layer, of_layer in neurons.items()}
+
+
+def _figures(variant: Variant) -> JsonObject:
+    """What was measured while the experts, and the shared expert, lost neurons."""
+    rows: dict[str, list[Any]] = {
+        "width": variant.narrowed, "shared_width": variant.shared_narrowed, "shared_refit": variant.shared_fitted,
+    }  # fmt: skip
+    return {name: {"layers": [asdict(row) for row in found]} for name, found in rows.items() if found}
 
 
 def remove_stale(folder: Path) -> None:
@@ -128,14 +144,16 @@ def remove_stale(folder: Path) -> None:
 
 
 def neurons_of(
-    narrow: Narrow, decision: Decision, folder: Path, *, chosen: Mapping[int, np.ndarray] | None = None
+    narrow: Narrow, decision: Decision, folder: Path, *, chosen: Mapping[int, np.ndarray] | None = None,
+    shared: Mapping[int, np.ndarray] | None = None,
 ) -> dict[str, Overlay]:  # fmt: skip
-    """{origin: the file with the neurons that stay}, in the layers `chosen` {layer: [n, W]} those that data decided."""
+    """{origin: the file with the neurons that stay}, in the layers `chosen` {layer: [n, W]} and, for the shared expert,
+    `shared` {layer: [1, W]} those that data decided."""
     from moeconv.prune.repair.neurons import write_neurons
 
     path = folder / ORIGIN
     keep = {layer: sorted(kept) for layer, kept in decision.all_kept.items()}
-    write_neurons(narrow, keep, path, chosen=chosen or {})
+    write_neurons(narrow, keep, path, chosen=chosen or {}, shared=shared)
     return {ORIGIN: Overlay(path)}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from moeconv.checkpoint.overlay import Overlay
 from moeconv.errors import UsageError
 from moeconv.families.model import Model
-from moeconv.families.neurons import Narrow
 from moeconv.options import PruneOptions, flag_of
 from moeconv.plan.meter import Meter
 from moeconv.prune import choice, limits, mix, planner, width
@@ -107,7 +106,7 @@ def _dry_run(
         left = decision.left
         load = pruned_workload(
             model, refitted=left * request.prune.refit, healed=left * bool(request.prune.heal),
-            narrowed=(left or 1) * (decision.width is not None),
+            narrowed=(left or 1) * (decision.width is not None), shared=decision.width is not None,
         )  # fmt: skip
         asked = run_on_data(model, request.measure, load)
         planned = planned_memory(need_of(model, asked), asked, request.measure)
@@ -121,7 +120,7 @@ def _check_processes(request: PruneRequest) -> None:
     if not request.data.data:
         check_alone("prune without --data", hint="Run it without torchrun; --part I/N shares the work.")
     given = [name for name in ("merge", "distill", "max_loss_increase", "mix") if getattr(options, name)]
-    given += [name for name in ("width", "width_ratio", "top_k") if getattr(options, name) is not None]
+    given += [n for n in ("width", "width_ratio", "shared_width", "top_k") if getattr(options, n) is not None]
     if given:
         check_alone(f"prune {flag_of(given[0])}", hint="Run it without torchrun.")
 
@@ -217,7 +216,7 @@ def _measured(
         announce(_REPAIR, request, replace(evidence, statistics=None, samples={}), made, folder)
         made = repaired(model, evidence, request, made, folder, meter=meter)
     elif size is not None:
-        made = replace(made, overlays=neurons_of(Narrow(model, size.after), decision, folder))
+        made = replace(made, overlays=neurons_of(size.narrow(model), decision, folder))
     if options.merge:
         made = merged(model, evidence, request, made, folder, meter=meter)
     if options.distill:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeconv.errors import InputError, UsageError
 from moeconv.families.model import Model
 from moeconv.families.neurons import Narrow
+from moeconv.families.shapes import shared_width
 from moeconv.families.widths import multiple_of, why_not
 from moeconv.options import PlanOptions, PruneOptions, flag_of
 from moeconv.plan.build import parse_dtype
@@ -16,7 +17,7 @@ ORIGIN = "neurons"  # the origin, in a plan, of the file with the neurons that s
 _USUAL = 64  # neurons, where experts are wide enough: kernels of serving engines work on tiles of that size
 _OF_EXPERTS = (
     "keep", "ratio", "max_bytes", "mix", "max_loss_increase", "threshold", "criterion", "similarity", "stats", "heal",
-    "rescale", "sequential", "merge", "distill", "top_k", "curve", "protect_coverage", "protect",
+    "rescale", "sequential", "merge", "distill", "top_k", "curve", "protect_coverage", "protect", "shared_width",
 )  # fmt: skip
 _STEPS = 8  # steps between no neuron and all, at least, if the user did not ask for a multiple
 
@@ -24,12 +25,18 @@ _STEPS = 8  # steps between no neuron and all, at least, if the user did not ask
 @dataclass(frozen=True)
 class Width:
     """The neurons of every expert: `before`, `after`, the number that was `asked` for, and the `multiple` to which it
-    was rounded (None where the user gave the number itself)."""
+    was rounded (None where the user gave the number itself). `shared` is the number that the shared expert keeps, if it
+    has one of its own."""
 
     before: int
     after: int
     asked: float
     multiple: int | None
+    shared: int | None = None
+
+    def narrow(self, model: Model) -> Narrow:
+        """The view of the narrower model."""
+        return Narrow(model, self.after, self.shared)
 
     @property
     def remarks(self) -> list[str]:
@@ -43,8 +50,8 @@ class Width:
 
 
 def asks_width(options: PruneOptions) -> bool:
-    """Whether the experts lose neurons."""
-    return options.width is not None or options.width_ratio is not None or options.mix is not None
+    """Whether the experts, or the shared expert, lose neurons."""
+    return any(getattr(options, name) is not None for name in ("width", "width_ratio", "shared_width", "mix"))
 
 
 def neurons_name(layer: int, group: str) -> str:
@@ -56,7 +63,45 @@ def neurons_name(layer: int, group: str) -> str:
 def chosen_width(model: Model, options: PruneOptions, common: PlanOptions) -> Width | None:
     """The width that the options state; None if they state none, or if it is measured (--mix).
 
-    Raises UsageError for a number that the model cannot have."""
+    Raises UsageError for a number that the model cannot have, InputError for a shared expert that cannot be cut."""
+    if options.shared_width is None:
+        return _of_experts(model, options, common)
+    width = _of_experts(model, options, common) or Width(model.cut_width, model.cut_width, model.cut_width, None)
+    _check_shared(model, options.shared_width, width.after)
+    return replace(width, shared=options.shared_width)
+
+
+def _check_shared(model: Model, neurons: int, width: int) -> None:
+    """Raises UsageError for a number of `neurons` that the shared expert cannot have beside experts of `width` neurons,
+    InputError for a model without a shared expert that has a width of its own."""
+    name, before = model.family.model_type, shared_width(model.family.experts.shared_width, model.value)
+    if not before:
+        raise InputError(
+            f"--shared-width: this model of type {name} has no shared expert", hint="Leave out --shared-width."
+        )
+    key, of_one = Narrow(model, width, neurons).shared_key
+    if not key:
+        raise InputError(
+            f"--shared-width: the shared expert of {name} is as wide as every expert, because config.json has one key "
+            f"for both ({model.family.experts.width})",
+            hint="Pass --width or --width-ratio, which cut it with the experts.",
+        )
+    if not 1 <= neurons < before:
+        raise UsageError(
+            f"--shared-width {neurons}: expected 1 to {before - 1}, because the shared expert has {before} neurons"
+        )
+    if neurons % of_one:
+        raise UsageError(
+            f"--shared-width {neurons}: expected a multiple of {of_one}, because config.json states the width as "
+            f"{' x '.join(model.family.experts.shared_width)}",
+            hint=f"Pass {max(1, neurons // of_one) * of_one}, or a smaller --width too."
+            if of_one < before
+            else "Pass a smaller --width too.",
+        )
+
+
+def _of_experts(model: Model, options: PruneOptions, common: PlanOptions) -> Width | None:
+    """The width of the routed experts, or of the FFNs of a dense model, that the options state."""
     if options.width is None and options.width_ratio is None:
         return None
     before, unit = model.cut_width, multiple(model, options, common)
@@ -130,11 +175,11 @@ def check_width(model: Model, options: PruneOptions) -> None:
     narrower."""
     if options.multiple is not None and options.width_ratio is None and options.mix is None:
         raise UsageError("--multiple goes with --width-ratio or --mix", hint="--width states the number itself.")
-    given = [name for name in ("width", "width_ratio", "mix") if getattr(options, name) is not None]
+    given = [n for n in ("width", "width_ratio", "mix", "shared_width") if getattr(options, n) is not None]
     if not given:
         return
     flag = flag_of(given[0])
-    if len(given) > 1:
+    if len(given) > 1 and (given[1] != "shared_width" or given[0] == "mix"):
         raise UsageError(f"{flag} and {flag_of(given[1])} exclude each other", hint="Pass one of them.")
     for name in ("merge", "sequential", "rescale", "curve"):
         if getattr(options, name) and not (name == "curve" and options.mix is not None):

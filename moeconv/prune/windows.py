@@ -34,11 +34,12 @@ def read_windows(model: Model, request: PruneRequest) -> TokenData:
 
 def stream_of(
     model: Model, windows: np.ndarray, measure: MeasureOptions, *, meter: Meter, refitted: int = 0, healed: int = 0,
-    narrowed: int = 0, variants: int = 1, share: bool = False,
+    narrowed: int = 0, variants: int = 1, share: bool = False, shared: bool = False,
 ) -> LayerStream:  # fmt: skip
     """The stream of the model, beside which the pruned `variants` run, within the memory limit of the user. At most
     `refitted` experts of a layer are refitted at the same time, `healed` are trained, in float32, and `narrowed` lose
-    neurons. With `share`, each of several processes has its part of the windows; for healing, a part of every batch.
+    neurons; with `shared`, the shared expert may lose neurons too. With `share`, each of several processes has its part
+    of the windows; for healing, a part of every batch.
     """
     import torch
 
@@ -47,7 +48,9 @@ def stream_of(
     from moeconv.stream.share import Share
 
     start_meter(meter, model, tokens=windows.size)
-    workload = pruned_workload(model, refitted=refitted, healed=healed, narrowed=narrowed, variants=variants)
+    workload = pruned_workload(
+        model, refitted=refitted, healed=healed, narrowed=narrowed, variants=variants, shared=shared
+    )
     limit = None if measure.max_memory is None else parse_size(measure.max_memory, flag="--max-memory")
     world, size = current() if share else World(), measure.batch_size
     mine, size = deal(len(windows), batch_size=max(1, size // world.size) if healed else size, world=world)

@@ -1,4 +1,4 @@
-"""A dense FFN as a stock module of experts with one expert, which every token is routed to."""
+"""A dense FFN, or a shared expert, as a stock module of experts with one expert, which every token is routed to."""
 
 from __future__ import annotations
 
@@ -26,17 +26,26 @@ class OneFfn(nn.Module):
 
 def one_ffn(skeleton: Skeleton, layer: Layer) -> OneFfn:
     """The FFN of a dense layer. Raises InputError where it has no plain down projection."""
-    model = skeleton.model
-    down = skeleton.owner(model.ffn_name("down", layer=layer.index))
-    weight = getattr(down, "weight", None)
-    shape = (model.hidden_size, model.ffn_width)
+    down = skeleton.owner(skeleton.model.ffn_name("down", layer=layer.index))
+    return _one(skeleton, layer.ffn, down, skeleton.model.ffn_width)
+
+
+def one_shared(skeleton: Skeleton, layer: Layer) -> OneFfn:
+    """The shared expert of a layer. Raises InputError where it has no plain down projection."""
+    down = skeleton.owner(skeleton.model.family.name("shared.down", layer=layer.index))
+    return _one(skeleton, skeleton.parent(down), down, skeleton.model.shared_width)
+
+
+def _one(skeleton: Skeleton, ffn: nn.Module, down: nn.Module, width: int) -> OneFfn:
+    weight, shape = getattr(down, "weight", None), (skeleton.model.hidden_size, width)
     if not isinstance(weight, Tensor) or sorted(weight.shape) != sorted(shape):
         raise InputError(
-            f"the FFN of {model.family.model_type} has no down projection [{shape[0]}, {shape[1]}] in transformers",
+            f"an FFN of {skeleton.model.family.model_type} has no down projection [{shape[0]}, {shape[1]}] in "
+            "transformers",
             hint="Leave out --data: then the weights decide.",
         )
     turned = not isinstance(down, nn.Linear) and tuple(weight.shape) != shape
-    return OneFfn(layer.ffn, weight.mT if turned else weight)
+    return OneFfn(ffn, weight.mT if turned else weight)
 
 
 def every_token(hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from tests.contract.stock import (
     load,
     logits,
     relative_difference,
+    row_of,
     save_stock,
     skip_where_stock_is_broken,
 )
@@ -107,6 +108,32 @@ def test_a_narrower_model_equals_the_stock_model_without_those_neurons(tmp_path,
     model = load(zeroed(source, tmp_path / "out", kept, tmp_path / "zeroed"))
     with dropped(model, open_model(source), kept):
         wanted = logits(model)
+    assert relative_difference(wanted, logits(load(source))) > 1e-3, "the neurons did nothing"
+    assert relative_difference(wanted, logits(load(tmp_path / "out"))) <= 1e-5
+
+
+SHARED = [case for case in MOE_CASES if {*row_of(case).experts.shared_width} - {row_of(case).experts.width}]
+
+
+@pytest.mark.slow(keep=2)
+@pytest.mark.parametrize("case", SHARED)
+def test_a_narrower_shared_expert_equals_the_stock_one_without_those_neurons(tmp_path, cli, case):
+    skip_where_stock_is_broken(case)
+    source = save_stock(tmp_path / "moe", *MOE_CASES[case], dtype=torch.float32)
+    opened = open_model(source)
+    width, experts = opened.shared_width // 2, opened.family.experts
+    flags = ["--shared-width", width, "--json"]
+    if experts.width in experts.shared_width:  # the width is a number of shared experts times that of the experts
+        flags += ["--width", opened.expert_width // 2]
+    promised = cli("prune", source, tmp_path / "out", *flags, "--dry-run")
+    assert promised.code == 0, promised.out
+    done = cli("prune", source, tmp_path / "out", *flags)
+    assert done.code == 0, done.out
+    shards = [f for f in done.json["files"] if f.endswith(".safetensors")]
+    assert promised.json["bytes"] == sum((tmp_path / "out" / f).stat().st_size for f in shards)
+    assert open_model(tmp_path / "out").shared_width == done.json["prune"]["shared_width_after"] == width
+    kept = {layer: list(range(opened.num_experts)) for layer in opened.moe_layers}
+    wanted = logits(load(zeroed(source, tmp_path / "out", kept, tmp_path / "zeroed")))
     assert relative_difference(wanted, logits(load(source))) > 1e-3, "the neurons did nothing"
     assert relative_difference(wanted, logits(load(tmp_path / "out"))) <= 1e-5
 

@@ -19,10 +19,11 @@ QUANTIZE: dict[str, object] = {
     "self_contained": True, "double_quant": True,
 }  # fmt: skip
 PRUNE: dict[str, object] = {
-    "keep": 3, "ratio": 0.25, "max_bytes": "20KB", "width": 16, "width_ratio": 0.5, "mix": "auto", "multiple": 8,
-    "max_loss_increase": 0.1, "threshold": 0.5, "criterion": "magnitude", "similarity": "raw", "stats": "{file}",
-    "refit": True, "refit_strength": 0.5, "refit_sweeps": 3, "heal": 2, "rescale": True, "sequential": True,
-    "merge": True, "distill": 2, "top_k": 1, "curve": True, "protect_coverage": 0.5, "protect": "*:0,*:1,*:2",
+    "keep": 3, "ratio": 0.25, "max_bytes": "20KB", "width": 16, "width_ratio": 0.5, "shared_width": 16, "mix": "auto",
+    "multiple": 8, "max_loss_increase": 0.1, "threshold": 0.5, "criterion": "magnitude", "similarity": "raw",
+    "stats": "{file}", "refit": True, "refit_strength": 0.5, "refit_sweeps": 3, "heal": 2, "rescale": True,
+    "sequential": True, "merge": True, "distill": 2, "top_k": 1, "curve": True, "protect_coverage": 0.5,
+    "protect": "*:0,*:1,*:2",
 }  # fmt: skip
 UPCYCLE: dict[str, object] = {
     "experts": 4, "top_k": 1, "keep_top_k": True, "copy_scale": 0.25,

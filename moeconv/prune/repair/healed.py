@@ -40,7 +40,9 @@ def write_healed(
     )  # fmt: skip
     layouts = {layer: healed_layout(model, layer, left, narrow=narrow) for layer in model.moe_layers}
     tensors = [(layer, layout) for layer, of_layer in layouts.items() for layout in of_layer]
-    with pass_into(path, tensors, about, stream, read, variant, meter=meter, save_every=save_every) as put:
+    with pass_into(
+        path, tensors, about, stream, read, variant, narrow=narrow, meter=meter, save_every=save_every
+    ) as put:
 
         def write(layer: Layer, healed: Healed) -> None:
             kept = sorted(variant.keep[layer.index])

@@ -23,12 +23,15 @@ from moeconv.prune.width import neurons_name
 VERSION = 1
 
 
-def write_neurons(narrow: Narrow, keep: Keep, path: Path, *, chosen: Mapping[int, np.ndarray]) -> None:
+def write_neurons(
+    narrow: Narrow, keep: Keep, path: Path, *, chosen: Mapping[int, np.ndarray],
+    shared: Mapping[int, np.ndarray] | None = None,
+) -> None:  # fmt: skip
     """Write the overlay `path`. `chosen` {layer: [n, W]} are the neurons of the kept experts, or of the FFN of a dense
-    model, that data decided; for other layers, and for shared experts and FFNs that share the experts' width, the
-    weights decide."""
+    model, that data decided, `shared` {layer: [1, W]} those of the shared expert; for other layers, and for FFNs that
+    share the experts' width, the weights decide."""
     model = narrow.model
-    decided = "expert" if model.family.kind == "moe" else "ffn"
+    decided = {"expert" if model.family.kind == "moe" else "ffn": chosen, "shared": shared or {}}
     found: dict[tuple[int, str], list[tuple[str, Role]]] = {}
     for name, role in model.roles.items():
         cut = narrow.cut(role)
@@ -45,8 +48,8 @@ def write_neurons(narrow: Narrow, keep: Keep, path: Path, *, chosen: Mapping[int
         for (layer, group), of_group in found.items():
             cut = width[layer, group]
             assert cut is not None
-            if group == decided and layer in chosen:
-                made = chosen[layer]
+            if layer in decided.get(group, {}):
+                made = decided[group][layer]
             else:
                 made = _largest(narrow, of_group, whole[layer] if group == "expert" else (None,), cut.new)
             writer.write(neurons_name(layer, group), raw_bytes(made.astype(np.int32)))

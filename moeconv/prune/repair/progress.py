@@ -21,7 +21,11 @@ from moeconv.prune.repair.refit import RefitOutcome
 from moeconv.prune.repair.variant import Variant
 from moeconv.stream.layers import LayerStream
 
-_RECORDS = {"fitted": RefitOutcome, "narrowed": NarrowOutcome, "healed": HealOutcome}
+_RECORDS = {
+    "fitted": RefitOutcome, "narrowed": NarrowOutcome, "healed": HealOutcome, "shared_fitted": RefitOutcome,
+    "shared_narrowed": NarrowOutcome,
+}  # fmt: skip
+_NEURONS = ("neurons", "shared_neurons")
 
 
 class ByLayer(Protocol):
@@ -70,15 +74,16 @@ def _record(variant: Variant, layer: int) -> dict[str, np.ndarray]:
     """What the pass found for a layer."""
     rows = {name: [asdict(r) for r in getattr(variant, name) if r.layer == layer] for name in _RECORDS}
     fields = {"keep": np.array(variant.keep[layer], np.int64), "rows": _text(rows)}
-    if layer in variant.neurons:
-        fields["neurons"] = variant.neurons[layer].cpu().numpy()
+    for name in _NEURONS:
+        if layer in (found := getattr(variant, name)):
+            fields[name] = found[layer].cpu().numpy()
     return fields
 
 
 def _restore(variant: Variant, layer: int, fields: Mapping[str, np.ndarray]) -> None:
     variant.keep[layer] = fields["keep"].tolist()
-    if "neurons" in fields:
-        variant.neurons[layer] = torch.from_numpy(fields["neurons"])
+    for name in fields.keys() & {*_NEURONS}:
+        getattr(variant, name)[layer] = torch.from_numpy(fields[name])
     rows: dict[str, list[dict[str, Any]]] = json.loads(fields["rows"].tobytes())
     for name, kind in _RECORDS.items():
         getattr(variant, name).extend(kind(**row) for row in rows[name])

@@ -18,6 +18,7 @@ from moeconv.prune.repair.heal import LayerData, dtypes_of, heal_layer, kept_alo
 from moeconv.prune.repair.narrow import narrow_layer
 from moeconv.prune.repair.progress import PassProgress
 from moeconv.prune.repair.refit import RefitOutcome, held_out_errors, refit_layer, tokens_needed
+from moeconv.prune.repair.shared import shared_narrowed
 from moeconv.prune.repair.variant import Downs, Variant
 from moeconv.prune.repair.wanted import FitTokens, wanted_of
 from moeconv.stream.experts import down_projections, with_down
@@ -89,6 +90,18 @@ def _pass_layer(stream: LayerStream, layer: Layer, variant: Variant, tokens: Fit
         variant.keep[layer.index] = list(variant.choose(layer, variant.hidden))
     kept = variant.keep.get(layer.index, range(stream.model.num_experts))
     kept, replaced = sorted(kept), variant.replace.get(layer.index)
+
+    def only_kept() -> AbstractContextManager[object]:
+        return masked(stream, layer, kept, top_k=variant.top_k)
+
+    with shared_narrowed(stream, layer, variant, tokens, only_kept):
+        _pass_experts(stream, layer, variant, kept, replaced, tokens)
+
+
+def _pass_experts(
+    stream: LayerStream, layer: Layer, variant: Variant, kept: Sequence[int], replaced: Downs | None, tokens: FitTokens
+) -> None:
+    """Cut, refit and heal the `kept` experts of a layer, as the variant says, and run the layer."""
     if layer.index in variant.scale and layer.experts is not None:
         replaced = kept, down_projections(layer.experts, kept) * variant.scale[layer.index]
     if variant.refit is not None or variant.width is not None:

@@ -52,13 +52,16 @@ def repair(
     its width if the experts lose neurons. Raises
     InputError for a family whose experts cannot be written in this way.
     """
-    names = overlay_names(stream.model, left, parts, narrow=narrow)
+    changed = variant.refit is not None or variant.width is not None or narrow is None
+    names = overlay_names(stream.model, left, parts, narrow=narrow) if changed else {}
     about = artifact_metadata(
         "overlay", version=OVERLAY_VERSION, identity=stream.model.identity, experts=left,
         sources=[source.to_json() for source in read.sources], **dict(settings or {}),
     )  # fmt: skip
     tensors = [(layer, layout) for (layer, _, _), layout in names.items()]
-    with pass_into(path, tensors, about, stream, read, variant, meter=meter, save_every=save_every) as put:
+    with pass_into(
+        path, tensors, about, stream, read, variant, narrow=narrow, meter=meter, save_every=save_every
+    ) as put:
 
         def write(layer: int, experts: Sequence[int], downs: Tensor) -> None:
             if (neurons := variant.neurons.get(layer)) is not None:
@@ -73,21 +76,43 @@ def repair(
 @contextmanager
 def pass_into(
     path: Path, tensors: Sequence[tuple[int, Layout]], about: Mapping[str, str], stream: LayerStream, read: TokenData,
-    variant: Variant, *, meter: Meter | None = None, save_every: float | None = None,
+    variant: Variant, *, narrow: Narrow | None = None, meter: Meter | None = None, save_every: float | None = None,
 ) -> Iterator[Callable[[str, Tensor], None]]:  # fmt: skip
-    """Run `variant` when the block ends, and write the overlay `path`. The block gets a function that writes a tensor
-    by name, for the callbacks of the variant. Of several processes, the first one writes."""
+    """Run `variant` when the block ends, and write the overlay `path`: `tensors`, and the down projections of shared
+    experts that lose neurons. The block gets a function that writes a tensor by name, for the callbacks of the variant.
+    Of several processes, the first one writes."""
     meter = meter or SilentMeter()
     if not current().leads:
         yield lambda _name, _tensor: None
         pruned_pass(stream, [variant], progress=PassProgress(path, stream, read, meter=meter, every=save_every))
         first(lambda: None)  # the overlay is there when the first process passes this
         return
+    shared = {} if narrow is None else shared_layouts(narrow)
+    tensors = [*tensors, *shared.items()]
     with writing_overlay(path, tensors, metadata=about, overwrite=True, resumes=save_every is not None) as writer:
-        yield lambda name, tensor: writer.write(name, to_bytes(tensor))
+
+        def put(name: str, tensor: Tensor) -> None:
+            writer.write(name, to_bytes(tensor))
+
+        def put_shared(layer: int, _experts: Sequence[int], down: Tensor) -> None:
+            name, dtype, shape = shared[layer]
+            some = columns_of(down, variant.shared_neurons[layer])[0]
+            put(name, (some if some.shape == shape else some.mT).contiguous().to(TORCH_DTYPES[dtype]))
+
+        variant.on_shared = put_shared
+        yield put
         progress = PassProgress(path, stream, read, meter=meter, every=save_every, written=writer)
         pruned_pass(stream, [variant], progress=progress)
     first(lambda: None)
+
+
+def shared_layouts(narrow: Narrow) -> dict[int, Layout]:
+    """{layer: (name, dtype, shape) of the down projection of the shared expert}, where it loses neurons."""
+    downs = {layer: narrow.shared_down(layer) for layer in narrow.model.moe_layers}
+    tensors = narrow.model.checkpoint.tensors
+    return {
+        layer: (down[0], tensors[down[0]].dtype, down[1].shape) for layer, down in downs.items() if down is not None
+    }
 
 
 def overlay_names(

@@ -29,8 +29,10 @@ class Variant:
     they are clearly better than the old ones on held-out tokens; `fitted` records the result. `on_layer` is called with
     the new down projections of each layer. With `width`, every expert keeps only that many neurons: `neurons` {layer:
     [n, width]} are their numbers, and the columns of all others in its down projection become 0; `narrowed` records
-    the result. In a dense model, it is the width of the FFNs, which are the expert 0. `top_k` is the number of experts
-    per token, instead of the model's own.
+    the result. In a dense model, it is the width of the FFNs, which are the expert 0. The shared expert keeps `shared`
+    neurons (None: as `width` has it), before the experts are cut and refitted: `shared_neurons`, `shared_narrowed` and
+    `shared_fitted` are its results, and `on_shared` is called with its new down projections. `top_k` is the number of
+    experts per token, instead of the model's own.
     With `heal`, the kept experts and the router of each layer are trained after the refit; `healed` records the
     results, and `on_healed` is called with every layer. After the pass, `hidden` [n, S, H] are the final activations of
     the variant, and `keep` has an entry for every layer.
@@ -40,6 +42,7 @@ class Variant:
     choose: Choose | None = None
     refit: Refit | None = None
     width: int | None = None
+    shared: int | None = None
     top_k: int | None = None
     replace: Mapping[int, Downs] = field(default_factory=dict)
     scale: Mapping[int, float] = field(default_factory=dict)
@@ -50,4 +53,8 @@ class Variant:
     fitted: list[RefitOutcome] = field(default_factory=list)
     neurons: dict[int, Tensor] = field(default_factory=dict)
     narrowed: list[NarrowOutcome] = field(default_factory=list)
+    on_shared: OnLayer | None = None
+    shared_neurons: dict[int, Tensor] = field(default_factory=dict)
+    shared_narrowed: list[NarrowOutcome] = field(default_factory=list)
+    shared_fitted: list[RefitOutcome] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))

@@ -203,6 +203,8 @@ def _pruning(done: Sequence[Mapping[str, object]]) -> PruningFigures | None:
         "criterion": escape(block.get("criterion") or ""),
         "before": number(block.get("experts_before")), "after": number(block.get("experts_after")),
         "width_before": number(block.get("width_before")), "width_after": number(block.get("width_after")),
+        "shared_width_before": number(block.get("shared_width_before")),
+        "shared_width_after": number(block.get("shared_width_after")),
         "mix": mix, "layers": layers,
     }  # fmt: skip
 

@@ -18,6 +18,9 @@ def removed(pruning: PruningFigures) -> str:
         sentences.append(f"{pruning['criterion']} reduced {pruning['before']} experts per layer to {pruning['after']}.")
     if pruning["width_after"] is not None:
         sentences.append(f"Every expert keeps {pruning['width_after']} of {pruning['width_before']} neurons.")
+    if pruning["shared_width_after"] is not None:
+        kept, of = pruning["shared_width_after"], pruning["shared_width_before"]
+        sentences.append(f"The shared expert keeps {kept} of {of} neurons.")
     tried = [
         f"{p['experts']} x {p['width']} {p['loss_increase']:+.4f}{' (chosen)' if p['chosen'] else ''}"
         for p in pruning["mix"] if p["loss_increase"] is not None

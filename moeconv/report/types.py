@@ -167,13 +167,16 @@ class MixPoint(TypedDict):
 
 
 class PruningFigures(TypedDict):
-    """The last result of `moeconv prune`. The widths are null where the experts kept their neurons."""
+    """The last result of `moeconv prune`. The widths are null where the experts, or the
+    shared expert, kept their neurons."""
 
     criterion: str
     before: Number
     after: Number
     width_before: Number
     width_after: Number
+    shared_width_before: Number
+    shared_width_after: Number
     mix: list[MixPoint]
     layers: list[PruningLayer]
 

@@ -256,6 +256,7 @@ def test_a_curve_begins_at_the_unpruned_model_and_marks_what_was_chosen(tmp_path
 def test_a_mix_of_experts_and_neurons_shows_both(tmp_path, cli):
     moe = make_moe(tmp_path / "moe", "qwen3_moe", experts=4, hidden=64, intermediate=64)
     pruned = cli("prune", moe, tmp_path / "out", "--keep", 3, "--width", 16, "--json").json
+    pruned["prune"] |= {"shared_width_before": 64, "shared_width_after": 8}
     pruned["prune"]["mix"] = [
         {"experts": 3, "width": 16, "loss_increase": 0.1, "kl": 0.1, "tokens": 9, "chosen": True, "bytes": 1},
         {"experts": 2, "width": 32, "loss_increase": 0.2, "kl": 0.1, "tokens": 9, "chosen": False, "bytes": 1},
@@ -264,7 +265,7 @@ def test_a_mix_of_experts_and_neurons_shows_both(tmp_path, cli):
               for kind in ("experts", "both", "neurons")]  # fmt: skip
     curve = {"command": "prune", "curve": points, "criterion": "reap", "refit": True, "reference_loss": 1.0}
     page = render(gather(open_model(tmp_path / "out"), results=[curve, pruned]), title="t")
-    assert "Every expert keeps 16 of 32 neurons." in page
+    assert "Every expert keeps 16 of 32 neurons. The shared expert keeps 8 of 64 neurons." in page
     assert "tried, with the increase of the loss: 3 x 16 +0.1000 (chosen), 2 x 32 +0.2000." in page
     assert ">3 x 16 kept<" in page and "share of the weights of experts removed" in page
     assert all(f">{word}<" in page for word in ("experts alone", "both", "neurons alone"))

@@ -108,14 +108,11 @@ def _check_family(model: Model) -> None:
     check_plain(model)
     if rule is None or not rule.equal:
         raise InputError(f"{name} gives experts with equal logits unequal weights, so that copies do not add up")
-    if (
-        rule.groups
-        and rule.best_of_group > 1
-        and (model.value(rule.groups[0]) or 1) != (model.value(rule.groups[1]) or 1)
-    ):
+    if sums_best_of_groups(model):
+        count, used = model.groups
         raise InputError(
-            f"{name} first chooses {model.value(rule.groups[1])} of {model.value(rule.groups[0])} groups by their two "
-            "best experts. With copies those two are the same expert, so that other groups could be chosen"
+            f"{name} first chooses {used} of {count} groups by their two best experts. With copies those two are the "
+            "same expert, so that other groups could be chosen"
         )
     if rule.score == "sigmoid" and not model.renormalises and rule.scaling is None:
         raise InputError(
@@ -123,13 +120,27 @@ def _check_family(model: Model) -> None:
         )
 
 
+def sums_best_of_groups(model: Model) -> bool:
+    """Whether the router first chooses some of its groups of experts by the sum of several scores in each, which
+    copies change."""
+    rule, (count, used) = model.family.experts.routing, model.groups
+    return rule is not None and rule.best_of_group > 1 and used < count
+
+
+def corrects_softmax(model: Model) -> bool:
+    """Whether the choice is by softmax scores plus a bias: scores get smaller with more experts, and the bias does
+    not."""
+    rule = model.family.experts.routing
+    corrected = any(role.key.startswith("router.correction") for role in model.roles.values())
+    return rule is not None and rule.score == "softmax" and corrected
+
+
 def _made(model: Model, name: str, times: int, dtype: str | None) -> Iterator[Item]:
     role = model.roles.get(name)
     if role is None:
         return
     of = [e for e in range(model.num_experts) for _ in range(times)]
-    rule = model.family.experts.routing
-    if role.key.startswith("router.correction") and rule and rule.score == "softmax":
+    if role.key.startswith("router.correction") and corrects_softmax(model):
         # the bias is added to softmax scores, which are 1/m as large over m times the experts
         item = repeated(model, model.checkpoint.tensors[name], role, of, dtype)
         parts = [["input", {"index": i}, []] for i in range(model.num_experts) for _ in range(times)]

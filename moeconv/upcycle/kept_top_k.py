@@ -14,6 +14,9 @@ times a^r. What follows, for 0 <= a < 1:
 - Where the family adds a correction bias to sigmoid scores for the choice, a = 0 gives copies a bias below all others:
   no token chooses them, and the model is exact until training raises the bias.
 - With top-1, a = 1 is exact: whichever copy is chosen has the weights and the logit of its original.
+- Two rules of choice depend on the copies as well. A router that first chooses groups by the sum of their two best
+  scores may choose other groups. Where a correction bias is added to softmax scores, these get smaller with more
+  experts, and the bias is multiplied by E / E' for E' experts: exact for a = 1 and equal numbers of copies.
 
 The rule is invariant under what a softmax does not depend on (a vector added to all rows), and needs no data.
 """
@@ -32,7 +35,14 @@ from moeconv.plan.build import TORCH_NAMES, count_planned, parse_dtype, whole
 from moeconv.plan.plan import Item, Plan
 from moeconv.types import Config
 from moeconv.units import counted
-from moeconv.upcycle.duplicate import check_options, check_plain, copied, repeated
+from moeconv.upcycle.duplicate import (
+    check_options,
+    check_plain,
+    copied,
+    corrects_softmax,
+    repeated,
+    sums_best_of_groups,
+)
 
 Copies = Mapping[int, Sequence[int]]  # layer -> the number of copies of each old expert, itself included
 
@@ -54,7 +64,7 @@ def plan_kept_top_k(model: Model, options: UpcycleOptions, common: PlanOptions, 
     total, active = count_planned(
         items, model.family, layers=model.num_layers, top_k=model.top_k, num_experts=experts
     )  # fmt: skip
-    exact = _exact(model, scale)
+    exact = _exact(model, scale, counts)
     made = parameters_of(options, common) | {"experts": experts, "copy_scale": scale, "stats": None, "experts_from": []}
     return Plan(
         command="upcycle",
@@ -97,7 +107,7 @@ def number_of_experts(model: Model, options: UpcycleOptions) -> int:
 def copy_scale(model: Model, options: UpcycleOptions) -> float:
     """--copy-scale, or its default. Raises UsageError for a value outside 0 to 1."""
     if options.copy_scale is None:
-        return 1.0 if model.top_k == 1 else _SCALE
+        return 1.0 if model.top_k == 1 and not sums_best_of_groups(model) else _SCALE
     if not 0 <= options.copy_scale <= 1:
         raise UsageError(f"--copy-scale {options.copy_scale} must be from 0 to 1", hint="The default is 0.5.")
     return options.copy_scale
@@ -143,12 +153,13 @@ def _whole(model: Model, copies: Copies) -> dict[int, list[int]]:
     return {layer: list(copies.get(layer, last)) for layer in (*model.moe_layers, *model.mtp_layers)}
 
 
-def _exact(model: Model, scale: float) -> bool:
+def _exact(model: Model, scale: float, copies: Copies) -> bool:
     """Whether every token computes what it did."""
     rule = model.family.experts.routing
     own = rule is not None and rule.equal and (model.renormalises or rule.score != "softmax")
     if model.top_k == 1 and scale == 1:
-        return own
+        even = all(len(set(counts)) == 1 for counts in copies.values())
+        return own and not sums_best_of_groups(model) and (even or not corrects_softmax(model))
     return own and scale == 0 and _waits(model)
 
 
@@ -169,9 +180,10 @@ def _made(model: Model, name: str, copies: Mapping[int, Sequence[int]], scale: f
     counts = copies.get(role.layer, ()) if role.layer is not None else ()
     of = [e for e, count in enumerate(counts) for _ in range(count)]
     waits = role.key.startswith("router.correction") and scale == 0 and _waits(model)
-    if (role.key in _LOGITS and scale < 1) or waits:
+    softer = role.key.startswith("router.correction") and corrects_softmax(model)
+    if (role.key in _LOGITS and scale < 1) or waits or softer:
         how = {"of": of, "rank": _ranks(counts), "experts": model.num_experts}
-        how |= {"below": True} if waits else {"by": scale}
+        how |= {"below": True} if waits else {"times": model.num_experts / len(of)} if softer else {"by": scale}
         ref = model.checkpoint.tensors[name]
         outputs = repeated(model, ref, role, of, dtype).outputs
         return [Item(outputs, "copied_rows", (whole(ref),), how, role.group)]
@@ -180,19 +192,26 @@ def _made(model: Model, name: str, copies: Mapping[int, Sequence[int]], scale: f
 
 def _warnings(model: Model, scale: float, exact: bool) -> list[str]:
     rule = model.family.experts.routing
+    equal = "the copies of an expert are equal: training must let them differ, such as `moeconv tune`"
+    shrink = rule is not None and rule.score == "softmax" and not model.renormalises
     if exact and scale == 1:
-        return ["the copies of an expert are equal: training must let them differ, such as `moeconv tune`"]
+        return [equal]
     if exact:
         return [
             "no token chooses a copy until its correction bias rises: train with a balance by bias, such as "
             "`moeconv tune --bias-update 0.001`"
         ]
-    shrink = rule is not None and rule.score == "softmax" and not model.renormalises
+    if shrink and scale == 1 and model.top_k == 1:
+        return ["not exact: a token's expert has a smaller weight, since the softmax is over more experts", equal]
+    if sums_best_of_groups(model):
+        unless = " or counts for the choice of groups"
+    else:
+        unless = " or changes the choice by its share of the softmax" if corrects_softmax(model) else ""
     return [
         "not exact: a token computes what it did, "
         + ("with smaller weights, since its softmax is over more experts, " if shrink else "")
         + f"unless a copy, whose logit is {scale:g} times as far above the mean as its original's, is among its "
-        f"{counted(model.top_k, 'best logit')}"
+        f"{counted(model.top_k, 'best logit')}{unless}"
     ]
 
 

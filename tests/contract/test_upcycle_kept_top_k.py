@@ -80,6 +80,43 @@ def test_what_is_promised_exact_is_exact(tmp_path, case, scale):
     assert relative_difference(logits(load(source)), logits(load(tmp_path / "more"))) <= 1e-5
 
 
+_TOP_1 = {"num_experts_per_tok": 1, "moe_k": 1, "topk_group": 1}
+
+
+def _top_1(tmp_path, case, *, uneven):
+    """(the plan of twice the experts of a case with top-1, the relative difference of its logits)"""
+    model_type, config = MOE_CASES[case]
+    known = {key: value for key, value in _TOP_1.items() if key in config}
+    source = save_stock(tmp_path / "moe", model_type, config | known, dtype=torch.float32)
+    model = open_model(source)
+    plan = plan_upcycle(model, keep_top_k=True, copy_scale=1.0, copies=_uneven(model) if uneven else None)
+    execute(plan, source=model.checkpoint, out=tmp_path / "more", jobs=1)
+    return plan, relative_difference(logits(load(source)), logits(load(tmp_path / "more")))
+
+
+def test_a_bias_on_softmax_scores_gets_smaller_as_the_scores_do(tmp_path):
+    plan, difference = _top_1(tmp_path, "ernie4_5_moe", uneven=False)
+    assert plan.block["exact"] and difference <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "words"), [("deepseek_v3", "the choice of groups"), ("ernie4_5_moe", "its share of the softmax")]
+)
+def test_a_choice_that_copies_change_is_not_called_exact(tmp_path, case, words):
+    """Groups that are chosen by the sum of their two best scores; softmax scores with a bias, and unequal copies."""
+    plan, difference = _top_1(tmp_path, case, uneven=True)
+    assert not plan.block["exact"] and any(words in text for text in plan.warnings)
+    assert difference > 1e-3, "it is indeed not exact"
+
+
+def test_the_default_scale_of_top_1_depends_on_the_choice(tmp_path):
+    for case, scale in [("mixtral", 1.0), ("deepseek_v3", 0.5)]:
+        model_type, config = MOE_CASES[case]
+        known = {key: value for key, value in _TOP_1.items() if key in config}
+        model = open_model(save_stock(tmp_path / case, model_type, config | known, dtype=torch.float32))
+        assert plan_upcycle(model, keep_top_k=True).block["copy_scale"] == scale
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.3, 0.5, 0.9])
 @pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
 def test_a_token_without_a_copy_among_its_best_computes_what_it_did(tmp_path, scale, score):

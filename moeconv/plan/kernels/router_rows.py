@@ -18,7 +18,8 @@ def copied_rows(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tensor
 
     `of` is the old expert of each new one, and `rank` the number of the copy: 0 for the expert itself, whose entry
     keeps its bits. With `by`, the entry of copy r is mean + by^r (entry - mean), where the mean is that of all old
-    entries. With `below`, it is 2 less than the smallest of the old entries. Otherwise it is the old entry."""
+    entries. With `below`, it is 2 less than the smallest of the old entries. Otherwise it is the old entry. With
+    `times`, all entries are multiplied by it."""
     ((ref, data),) = inputs
     (spec,) = outputs
     of, rank = np.array(params["of"]), np.array(params["rank"])
@@ -30,4 +31,6 @@ def copied_rows(inputs: Sequence[tuple[Input, Buffer]], outputs: Sequence[Tensor
         mean = old.mean(0, dtype=np.float64)
         moved = mean + np.power(float(params["by"]), rank)[:, None] * (made - mean)
         made[rank > 0] = moved[rank > 0].astype(made.dtype)
+    elif "times" in params:
+        made = made * np.float32(params["times"])
     return [from_float(made.reshape(spec.shape), spec.dtype)]

@@ -114,16 +114,19 @@ def _fused_row(step: Step, then: Step, result: JsonObject, *, kept: bool) -> Ste
 
 
 def _write_report(recipe: Recipe, path: str, done: Ran) -> str:
-    """Write the page about the last model: its sizes compared with the source, the result of every step, and the last
-    statistics."""
+    """Write the page about the last model that is no GGUF file: its sizes compared with the source, the result of every
+    step, and the last statistics."""
     from moeconv.calibrate.artifact import is_statistics
 
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     made = [step.to for step in recipe.steps if step.command == "calibrate" and step.to is not None]
     statistics = [file for file in made if is_statistics(file)]
+    of_models = [row for row in done["steps"][1:] if "bytes" in row and not _is_one_file(row["result"])]
+    models = [row["output"] for row in of_models if row["output"] is not None]
+    first = first_checkpoint(recipe)
     report(
-        done["output"], path, results=[done], stats=statistics[-1] if statistics else None,
-        reference=first_checkpoint(recipe), title=recipe.name, overwrite=True,
+        models[-1] if models else first, path, results=[done], stats=statistics[-1] if statistics else None,
+        reference=first, title=recipe.name, overwrite=True,
     )  # fmt: skip
     return path
 

@@ -115,6 +115,21 @@ def test_a_recipe_that_ships_but_is_not_here_is_offered(tmp_path, cli, monkeypat
     assert "`moeconv recipes grid` copies" in cli("run", "grid.yaml").err
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_report_of_a_recipe_that_ends_with_a_gguf_file_is_about_the_last_checkpoint(tmp_path, cli, steps):
+    tokenizer(make_dense(tmp_path / "dense", hidden=64, intermediate=128))
+    upcycle = {"step": "upcycle", "from": "dense", "to": "made/moe", "with": {"experts": 4, "no_check": True}}
+    asked = {"format": "gguf", "scheme": "q8_0"}
+    quantize = {"step": "quantize", "from": "made/moe" if steps == 2 else "dense", "to": "made/gguf", "with": asked}
+    recipe = tmp_path / "gguf.yaml"
+    recipe.write_text(yaml.safe_dump({"report": "made/page.html", "steps": [upcycle, quantize][-steps:]}))
+    done = cli("run", recipe, "--out", tmp_path, "--json")
+    assert done.code == 0, done.out + done.err
+    assert done.json["report"] == str(tmp_path / "made" / "page.html")
+    page = (tmp_path / "made" / "page.html").read_text()
+    assert ("4 experts" in page or "mixtral" in page.lower()) == (steps == 2)
+
+
 def test_a_recipe_starts_with_a_gguf_file_that_it_imports(tmp_path, cli, monkeypatch):
     """A second run keeps the steps of an unchanged file; the dry run states the sizes of the run."""
     monkeypatch.chdir(tmp_path)

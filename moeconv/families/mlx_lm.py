@@ -22,18 +22,18 @@ class Switch:
 
     `module` is the module below a layer that has the stacked projections, and `parts` has their names in it; with {E}
     in `module`, every expert has a module of its own. `refused` is the reason why mlx-lm cannot read codes of the
-    family under the hub's names.
+    family under the hub's names; `floats` are the keys of other matrices that it reads only as floats.
     """
 
     module: str = "mlp.switch_mlp"
     parts: Mapping[str, str] = field(default_factory=lambda: _PARTS)
     refused: str = ""
+    floats: frozenset[str] = frozenset()
 
 
 _MLP = Switch()
 _SPARSE = Switch("block_sparse_moe.switch_mlp")
 _EXPERTS = Switch("mlp.experts")
-_FEED_FORWARD = Switch("feed_forward.switch_mlp")
 
 SWITCH: Mapping[str, Switch] = {
     **dict.fromkeys(
@@ -46,7 +46,9 @@ SWITCH: Mapping[str, Switch] = {
     ),
     **dict.fromkeys(("mixtral", "minimax_m2", "phimoe", "granitemoe", "granitemoehybrid", "minimax_m3_vl"), _SPARSE),
     **dict.fromkeys(("afmoe", "dots1", "gpt_oss"), _EXPERTS),
-    **dict.fromkeys(("lfm2_moe", "jamba"), _FEED_FORWARD),
+    "jamba": Switch("feed_forward.switch_mlp"),
+    # it renames the weights of dense layers, but not their scales
+    "lfm2_moe": Switch("feed_forward.switch_mlp", floats=frozenset({"ffn.gate", "ffn.up", "ffn.down"})),
     **dict.fromkeys(("gemma4_text", "gemma4"), Switch("experts.switch_glu")),
     "nemotron_h": Switch("mixer.switch_mlp", {"up": "fc1", "down": "fc2"}),
     "qwen3_next": Switch(
@@ -74,6 +76,13 @@ def switch_form(family: Family) -> Family | None:
         names[key] = start + row.parts[stem] + (".bias" if bias else ".weight")
         packed[key] = Packed((part,))
     return family.with_experts(ExpertLayout(names, packed, READER))
+
+
+def floats_only(family: Family) -> frozenset[str]:
+    """Keys of matrices of a family that mlx-lm reads only as floats."""
+    row = SWITCH.get(family.model_type)
+    # it splits the joined up projections of keys and values when it loads a model, and would quantize the parts again
+    return frozenset({"attention.kv_b"}) | (row.floats if row else frozenset())
 
 
 def _matrices(family: Family) -> list[str]:

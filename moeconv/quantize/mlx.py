@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
-from moeconv.families.mlx_lm import switch_form, why_not
+from moeconv.families.mlx_lm import floats_only, switch_form, why_not
 from moeconv.plan.plan import Item
 from moeconv.quantize.spec import Format, Kernel, Part, Scheme, SchemeInfo, codes, stacked_codes
 from moeconv.types import JsonObject
@@ -112,6 +112,5 @@ MLX = Format(
     why_not=why_not,
     prediction=False,
     config_keys=("quantization",),
-    # mlx-lm splits this matrix when it loads a model, and would quantize the parts again
-    leaves=frozenset({"attention.kv_b"}),
+    leaves=floats_only,
 )

@@ -38,10 +38,10 @@ def in_scope(model: Model, scope: str, format: Format) -> list[TensorRef]:
     if scope == WHOLE:
         assert format.covers is not None
         return format.covers(model)
-    chosen = []
+    chosen, left = [], format.leaves(model.family)
     for name, ref in model.checkpoint.tensors.items():
         role = model.roles.get(name)
-        if role is None or role.group not in GROUPS[scope] or role.key in format.leaves:
+        if role is None or role.group not in GROUPS[scope] or role.key in left:
             continue
         layout = model.family.tensors.packed.get(role.key) if role.expert is None else None
         if not name.endswith(".weight") and (layout is None or layout.parts[0].endswith("_bias")):

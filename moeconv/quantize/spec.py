@@ -6,7 +6,7 @@ A format is one record in a file of its own, with one line in formats.py or an e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moeconv.checkpoint.imatrix import Imatrix
@@ -163,8 +163,8 @@ class Format:
     prediction: bool = True
     # other keys of config.json that have the quantization_config too
     config_keys: tuple[str, ...] = ()
-    # keys of weights that it leaves as they are, whatever --scope says
-    leaves: frozenset[str] = frozenset()
+    # keys of weights of a family that it leaves as they are, whatever --scope says
+    leaves: Callable[[Family], Collection[str]] = lambda _: ()
     stack: Callable[[TensorRef, Scheme, str, int], list[Item]] | None = None  # `make` for all experts in one tensor
     takes: Callable[[Family], bool] = lambda _: True  # whether it can store a family, by its row
     check: Callable[[TensorRef, Scheme], None] = lambda *_: None  # raises InputError for what cannot be packed

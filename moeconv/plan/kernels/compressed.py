@@ -49,7 +49,7 @@ def pack_mxfp4_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Para
 
 
 def pack_mxfp4_blocks_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
-    """MXFP4 blocks and exponents of one expert's matrix, which is [in, out] as gpt-oss has it. params: parts, fit."""
+    """MXFP4 blocks and exponents of one expert's matrix, which is [in, out] as gpt-oss has it. params: parts."""
     made = pack_mxfp4(weight_of(inputs).T.contiguous(), signed_zeros=True)
     return ordered({"blocks": made["weight_packed"], "exponents": made["weight_scale"]}, params)
 
@@ -61,8 +61,9 @@ def pack_nvfp4_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Para
 
 
 def pack_int4_asymmetric_kernel(inputs: Read, _outputs: Sequence[TensorSpec], params: Params) -> list[Buffer]:
-    """INT4 codes, scales, zero points and shape. params: parts, group_size."""
-    return ordered(pack_int4_asymmetric(weight_of(inputs), group_size=params["group_size"]), params)
+    """INT4 codes, scales, zero points and shape. params: parts, group_size, fit."""
+    made = pack_int4_asymmetric(weight_of(inputs), group_size=params["group_size"], fit=_fit(params))
+    return ordered(made, params)
 
 
 def nvfp4_from_modelopt(inputs: Read, _outputs: Sequence[TensorSpec], _params: Params) -> list[Buffer]:

@@ -7,7 +7,7 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, escape
 from moeconv.plan.plan import Item
 from moeconv.quantize.compressed.layout import LOADS, NOT_LOADED, CompressedLayout, float_scale, numbers
-from moeconv.quantize.spec import GPUS, AsStored, Kernel, Part, Scheme, SchemeInfo, codes
+from moeconv.quantize.spec import BY_DATA, GPUS, AsStored, Kernel, Part, Scheme, SchemeInfo, codes
 from moeconv.types import JsonObject
 
 _NAME = "pack-quantized"
@@ -180,7 +180,12 @@ ASYMMETRIC = CompressedLayout(
             errors={32: 0.0809**2, 64: 0.0911**2, 128: 0.1007**2},
         ),
     ),
-    Kernel("pack_int4_asymmetric", encodes=_WITH_ZEROS),
+    Kernel(
+        "pack_int4_asymmetric",
+        fits=True,
+        without=dict.fromkeys(BY_DATA, "data chooses levels and scales, but no zero points"),
+        encodes=_WITH_ZEROS,
+    ),
     _make_asymmetric,
     _asymmetric_weights,
     check=_check_words,

@@ -17,6 +17,7 @@ from moeconv.families.widths import why_not
 from moeconv.plan.kernels.stored import TORCH_DTYPES
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.silence import transformers_silenced
+from moeconv.tensors import all_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,9 +33,9 @@ def streamed_problem(model: Model) -> str | None:
         stream = LayerStream(model, ids, dtype=TORCH_DTYPES[model.dtype], experts=model.family.experts.implementation)
         for layer in stream.layers():
             for batch in layer.batches():
-                if not torch.isfinite(batch.outputs).all():
+                if not all_finite(batch.outputs):
                     return f"layer {layer.index} gives NaN or infinite values in {model.dtype}"
-        finite = all(bool(torch.isfinite(part).all()) for _, part in stream.logits())
+        finite = all(all_finite(part) for _, part in stream.logits())
         return None if finite else f"the logits are NaN or infinite in {model.dtype}"
     except Exception as error:  # whatever a kernel raises is the finding
         return _problem(model, error)
@@ -49,7 +50,7 @@ def loaded_problem(checkpoint: Checkpoint, module: PreTrainedModel) -> str | Non
     try:
         with transformers_silenced(), torch.no_grad():
             logits = module.eval()(torch.tensor([_ids(model)]), use_cache=False).logits
-        return None if bool(torch.isfinite(logits).all()) else "the logits are NaN or infinite"
+        return None if all_finite(logits) else "the logits are NaN or infinite"
     except Exception as error:
         return _problem(model, error)
 

@@ -36,6 +36,7 @@ from moeconv.plan.kernels.stored import to_bytes
 from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
+from moeconv.tensors import all_finite
 from moeconv.types import JsonObject
 
 OVERLAY_VERSION = 1
@@ -113,7 +114,7 @@ class _LayerFit:
         merged = merge_equal(neurons, sums.mean_weight)
         energy = merged.summed(sums.energy)
         given = FitInputs(torch.cat(inputs), torch.cat(wanted), held.flatten(), energy)
-        if not bool(torch.isfinite(given.y).all()):
+        if not all_finite(given.y):
             raise InputError(f"layer {index} computes NaN or infinite values", hint="The checkpoint is damaged.")
         return fitted_to(merged, self.act, given, self.made.width.after, how, index, (seed, "collapse", index))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeconv.errors import InputError
 from moeconv.families.model import Model
 from moeconv.families.spec import FFN_PARTS
-from moeconv.tensors import decode_weight
+from moeconv.tensors import all_finite, decode_weight
 
 SHARED = -1  # the number of the shared expert, in place of that of a routed one
 _CHUNK = 1 << 24  # elements of rows that are hashed or compared at a time
@@ -49,7 +49,7 @@ def read_neurons(model: Model, layer: int) -> Neurons:
         shared = {part: _rows(_matrix(model, "shared", part, layer), part) for part in routed}
         rows = {part: torch.cat([tensor, shared[part].to(tensor.dtype)]) for part, tensor in rows.items()}
         expert = torch.cat([expert, expert.new_full((len(shared["up"]),), SHARED)])
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in rows.values()):
+    if not all(all_finite(tensor) for tensor in rows.values()):
         raise InputError(
             f"layer {layer} has NaN or infinite values in its experts",
             hint="The checkpoint is damaged: download it again.",

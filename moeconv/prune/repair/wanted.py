@@ -14,6 +14,7 @@ from moeconv.prune.repair.refit import Routes
 from moeconv.stream.layer import Batch, Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.one_ffn import every_token
+from moeconv.tensors import all_finite
 from moeconv.world import all_agree, summed
 
 _SAME = 0.02  # relative difference below which a layer counts as adding its FFN to the residual stream
@@ -99,7 +100,7 @@ def wanted_of(
             wanted[i] = wanted[i] + made(batch)
     missing = torch.cat([wanted[i][of] for i, of in enumerate(rows)])
     wanted.clear()  # every copy of all activations is freed before the next one is made
-    if not bool(torch.isfinite(missing).all()):
+    if not all_finite(missing):
         raise InputError(f"layer {layer.index} computes NaN or infinite values", hint="The checkpoint is damaged.")
     held = torch.cat(held_rows)
     fit_missing, held_missing = missing[~held], missing[held]

@@ -18,7 +18,7 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.skeleton import Skeleton, own_parameters
 from moeconv.stream.stored import converted, module_of
-from moeconv.tensors import decode_weight, packed_source
+from moeconv.tensors import all_finite, decode_weight, packed_source
 
 _COUNTED = 256  # rows that are converted to float64 at a time
 
@@ -126,7 +126,7 @@ def experts_of(model: Model, view: Model, stream: LayerStream, layer: Layer, ite
 def check_finite(items: Sequence[Item], weights: Sequence[Tensor]) -> None:
     """Raises InputError for the first of the `weights` of `items` that holds NaN or infinite values."""
     for item, weight in zip(items, weights, strict=True):
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise InputError(
                 f"tensor {escape(item.inputs[0].tensor)!r} holds NaN or infinite values",
                 hint="Repair or replace the source checkpoint.",

@@ -26,7 +26,7 @@ from moeconv.quantize.gptq.groups import role_of, weight_name
 from moeconv.quantize.gptq.hidden import hidden_activations
 from moeconv.quantize.gptq.need import DIVIDED
 from moeconv.quantize.gptq.work import ExpertInputs, LayerWork
-from moeconv.tensors import packed_source
+from moeconv.tensors import all_finite, packed_source
 from moeconv.world import all_agree
 
 _TOLERANCE = 1e-5  # relative; a fold that is exact differs by nothing but the order of sums
@@ -108,7 +108,7 @@ def linear_in_up(work: LayerWork, seen: ExpertInputs, experts: Sequence[int]) ->
 
 def _close(made: Tensor, wanted: Tensor) -> bool:
     limit = _TOLERANCE * float(wanted.abs().max())
-    return bool(torch.isfinite(made).all()) and float((made - wanted).abs().max()) <= limit
+    return all_finite(made) and float((made - wanted).abs().max()) <= limit
 
 
 # -- what is written -------------------------------------------------------------------------------------------------

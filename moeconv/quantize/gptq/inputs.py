@@ -28,6 +28,7 @@ from moeconv.quantize.inputs import scale_items
 from moeconv.stream.device import pick_device
 from moeconv.stream.inputs import InputMatrix, layer_inputs
 from moeconv.stream.layers import start_meter, stream_within
+from moeconv.tensors import all_finite
 from moeconv.units import counted
 
 VERSION = 1
@@ -115,7 +116,7 @@ def _matrices(view: Model, items: Mapping[str, Item]) -> list[InputMatrix]:
 
 def _filled(one: InputMatrix, peaks: Tensor, unused: list[int]) -> Tensor:
     """The largest magnitudes per expert, where experts without tokens have that of the layer."""
-    if not bool(peaks.isfinite().all()):
+    if not all_finite(peaks):
         raise InputError(
             f"the inputs of {escape(one.source)!r} contain NaN or infinite values",
             hint="The checkpoint is damaged, or its activations overflow.",

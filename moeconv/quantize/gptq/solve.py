@@ -20,6 +20,7 @@ from torch import Tensor
 from moeconv.errors import InputError
 from moeconv.plan.kernels.pack.levels import Coded, Grid, divided
 from moeconv.plan.kernels.pack.scales import search_scales
+from moeconv.tensors import all_finite
 
 _LEAF = 16  # columns that are solved one by one; matrix products connect larger blocks
 _FACTOR_BYTES = {"cpu": 1 << 26}  # bytes of float64 Hessians that are factored at once
@@ -33,7 +34,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
     Raises InputError for NaN or infinite entries."""
     hessian = hessian.double()
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise InputError(
             "the inputs of an expert contain NaN or infinite values",
             hint="The checkpoint is damaged, or its activations overflow.",

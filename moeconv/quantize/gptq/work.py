@@ -26,7 +26,7 @@ from moeconv.stream.layer import Layer
 from moeconv.stream.layers import LayerStream
 from moeconv.stream.memory import allocate
 from moeconv.stream.share import copied_from, joined
-from moeconv.tensors import packed_source
+from moeconv.tensors import all_finite, packed_source
 from moeconv.world import current, summed
 
 Parts = Mapping[str, Tensor]  # tensors to write, by name
@@ -134,7 +134,7 @@ class LayerWork:
         items = [item for of_expert in group.items for item in of_expert]
         parts = [packed_source(self.model.checkpoint, item) for item in items]
         rows = torch.cat(parts).to(self.stream.device).float()
-        if not bool(torch.isfinite(rows).all()):
+        if not all_finite(rows):
             check_finite(items, parts)
         return rows.view(len(group.items), -1, rows.shape[1])
 

@@ -140,10 +140,11 @@ class SavedProgress:
             with suppress(OSError):
                 here[boundary] = self._activations(boundary).stat().st_size == size
         if current().leads:
-            found = (int(m[1]) for m in map(_FIELDS.fullmatch, os.listdir(self.folder)) if m)
+            found = {int(m[1]) for m in map(_FIELDS.fullmatch, os.listdir(self.folder)) if m}
+            wanted = found.union(stream.model.moe_layers)  # a dense model has fields too where its FFNs lose neurons
             done = {layer for layer in found if self._whole(layer)}
             for boundary in range(1, layers + 1):
-                here[boundary] *= all(layer in done for layer in stream.model.moe_layers if layer < boundary)
+                here[boundary] *= all(layer in done for layer in wanted if layer < boundary)
         both = (summed(here) == current().size).nonzero().flatten().tolist()
         return max(both, default=0)
 

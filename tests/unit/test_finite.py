@@ -156,3 +156,5 @@ def test_the_look_at_activations_sees_every_value_and_takes_no_memory(dtype):
             spoilt = values.clone()
             spoilt.view(-1)[place] = bad
             assert not all_finite(spoilt)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        assert all_finite(torch.ones(3).to(kind)) and not all_finite(torch.tensor([1.0, np.nan]).to(kind))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -321,13 +323,18 @@ def test_a_stopped_choice_of_neurons_continues_after_the_last_layer(
     assert reached == [0, 1, 2]
     with pytest.raises(Interrupted):
         chosen(tmp_path / "stopped", stop=2)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "damaged")
     again = chosen(tmp_path / "stopped")
     assert 0 not in reached and reached[-1] == 2, reached
     assert all(torch.equal(whole.neurons[layer], again.neurons[layer]) for layer in range(3))
     assert again.fitted == whole.fitted and again.narrowed == whole.narrowed
     assert torch.equal(again.hidden, whole.hidden)
-    files = [{f.name: f.read_bytes() for f in (tmp_path / n / "width").iterdir()} for n in ("whole", "stopped")]
-    assert files[0] == files[1]
+    os.truncate(tmp_path / "damaged" / ".width.begun" / "00000.safetensors", 100)
+    chosen(tmp_path / "damaged")
+    assert reached == [0, 1, 2]  # without the weights of a layer, the pass starts again
+    folders = [tmp_path / name / "width" for name in ("whole", "stopped", "damaged")]
+    files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
+    assert files[0] == files[1] == files[2]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,6 +41,7 @@ from moeconv.upcycle.cut import Cut, cut_ffn, grouped_config, shared_config
 from moeconv.upcycle.duplicate import NEWER, plan_duplicate
 from moeconv.upcycle.kept_top_k import Copies, check_extends, plan_kept_top_k
 from moeconv.upcycle.layout import Assembly
+from moeconv.upcycle.limits import check_numbers, check_router_rows
 from moeconv.upcycle.methods import METHODS, check_reads
 from moeconv.upcycle.siblings import Sibling, bytes_of, check_siblings, open_siblings
 from moeconv.upcycle.sources import sibling_origin
@@ -111,14 +111,14 @@ def upcycle_plan(
     cut = cut_ffn(model.ffn_width, granularity=_granularity(options), shared=options.shared_experts)
     cut = _counted(cut, options, len(siblings))
     options = replace(options, experts=cut.experts, top_k=cut.top_k)
-    _check(options, target, cut)
+    check_numbers(options, target, cut)
     shape = _shape(model, options, partition) if splits else None
     layers = split_layers(model, options, partition) if splits else _layers(model, options)
     if not layers:
         raise UsageError("--layers selects no layer", hint="Give at least one layer, or leave --layers out for all.")
     dtype = parse_dtype(common.dtype)
     if splits:
-        _check_router_rows(options, target, dtype or model.dtype)
+        check_router_rows(options, target, dtype or model.dtype)
     draft = _draft(model, pair, target, options, cut, layers, dtype)
     draft.warnings += about_siblings + _size_warnings(model, options, target, cut, dtype or model.dtype)
     assembly = Assembly(model, draft, options, cut, frozenset(layers), dtype, common.seed, tuple(siblings))
@@ -159,16 +159,6 @@ def _shape(model: Model, options: UpcycleOptions, partition: Partition | None) -
     if partition:
         check_partition(model, options, partition, shape)
     return shape
-
-
-def _check_router_rows(options: UpcycleOptions, target: Family, dtype: str) -> None:
-    """Raises InputError where the rows of a router that splits an FFN would be zero in the dtype of the output."""
-    if dtype == "F16" and "router.weight" not in target.tensors.float32:
-        raise InputError(
-            f"--method {options.method} writes router rows of about 1e-6, which float16, the dtype of the router of "
-            f"{target.model_type}, rounds to zero",
-            hint="Pass --dtype bfloat16 or float32.",
-        )
 
 
 def _draft(
@@ -315,51 +305,6 @@ def _idle_shared(items: Sequence[Item], target: Family, cut: Cut, active: int) -
         f"of zero, {zeros / active:.0%} of those that compute each token. --method granular --granularity 8 makes "
         "it an eighth as wide, and with --shared-experts 1 it holds a piece of the FFN"
     ]
-
-
-def _check_cut(options: UpcycleOptions, target: Family, cut: Cut) -> None:
-    """Raises UsageError or InputError where the pieces of a copy would not add up to it."""
-    if cut.pieces == 1:
-        return
-    if target.experts.routing and not target.experts.routing.equal:
-        raise InputError(
-            f"{target.model_type} gives experts with equal logits unequal weights, so that the pieces of a copy do not "
-            "add up to it",
-            hint="See `moeconv families` for other targets (--to), or leave --granularity out.",
-        )
-    for flag, value in (("--experts", cut.experts), ("--top-k", cut.top_k)):
-        if METHODS[options.method].grouped and value % cut.pieces:
-            more = -(-value // cut.pieces) * cut.pieces
-            raise UsageError(
-                f"{flag} {value} must be a multiple of the {cut.pieces} pieces that make up the routed FFN",
-                hint=f"Try {flag} {more}.",
-            )
-    if cut.experts % cut.pieces:
-        raise UsageError(
-            f"--experts {cut.experts} must be a multiple of the {cut.pieces} pieces of a copy",
-            hint=f"Try --experts {-(-cut.experts // cut.pieces) * cut.pieces}.",
-        )
-
-
-def _check(options: UpcycleOptions, target: Family, cut: Cut) -> None:
-    """Raises UsageError for numbers out of their range, and for a cut that the target cannot compute."""
-    if not 1 <= cut.experts <= 4096:
-        raise UsageError(f"--experts {cut.experts} must be from 1 to 4096")
-    if not 1 <= cut.top_k <= cut.experts:
-        raise UsageError(
-            f"--top-k {cut.top_k} must be from 1 to the number of experts ({cut.experts})",
-            hint="Lower --top-k or raise --experts.",
-        )
-    _check_cut(options, target, cut)
-    fixed = target.experts.routing.top_k if target.experts.routing else None
-    if fixed is not None and cut.top_k != fixed:
-        raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {counted(fixed, 'expert')}")
-    for name in ("drop_ratio", "noise_fraction"):
-        if not 0 <= getattr(options, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be from 0 to 1")
-    for name in ("router_std", "noise_scale"):
-        if not (math.isfinite(getattr(options, name)) and getattr(options, name) >= 0):
-            raise UsageError(f"--{name.replace('_', '-')} must be a finite number from 0 up")
 
 
 def _sizes(model: Model, draft: Draft, options: UpcycleOptions, cut: Cut, layers: tuple[int, ...]) -> JsonObject:

@@ -191,6 +191,8 @@ def widths(bench: Bench, *, seed: int, ratio: float, folder: Path, heal: int) ->
         }  # fmt: skip
         if "ratio" in flags:
             values["stats"] = str(folder / f"stats-all-{seed}.safetensors")
+        if "refit" not in flags:
+            del values["data"]  # the statistics decide
         done = run_step("prune", values | flags, bench.path, str(out), meter=SilentMeter())
         made, block = open_model(out), done["prune"]
         found = window_losses(str(out), bench.held) - whole

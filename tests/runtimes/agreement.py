@@ -25,13 +25,15 @@ from sizes import MOE
 
 from moeconv.errors import InputError
 from moeconv.families.model import open_model
+from moeconv.quantize.formats import FORMATS
 from moeconv.recipe.read import DEMO_DATA
 
 HERE = Path(__file__).parent
 RUNTIMES = {"vllm": "MOECONV_VLLM_PYTHON", "llama.cpp": "MOECONV_LLAMA_CPP_PYTHON"}
 PROMPTS, PROMPT_TOKENS, LENGTH = 8, 24, 24
-# (name, parameters of quantize, runtimes to try)
-ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+_DATA = {"data": (str(DEMO_DATA / "calibration.txt"),), "tokens": 4096}
+Row = tuple[str, dict[str, Any], tuple[str, ...]]  # name, parameters of quantize, runtimes to try
+_VARIANTS: tuple[Row, ...] = (
     ("compressed-tensors int4 g128", {"group_size": "128"}, ("transformers", "vllm")),
     ("compressed-tensors int4 g64", {"group_size": "64"}, ("transformers", "vllm")),
     ("compressed-tensors int4 g32", {"group_size": "32"}, ("transformers", "vllm")),
@@ -39,14 +41,23 @@ ROWS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("compressed-tensors int4 g128 mse", {"group_size": "128", "method": "mse"}, ("transformers", "vllm")),
     ("compressed-tensors int8 g128", {"bits": 8, "group_size": "128"}, ("transformers", "vllm")),
     ("compressed-tensors int8 channel", {"bits": 8, "group_size": "channel"}, ("transformers",)),
-    ("bitsandbytes nf4", {"format": "bitsandbytes"}, ("transformers",)),
     ("bitsandbytes nf4 double quant", {"format": "bitsandbytes", "double_quant": True}, ("transformers",)),
-    ("bitsandbytes fp4", {"format": "bitsandbytes", "scheme": "fp4"}, ("transformers",)),
-    ("bitsandbytes int8", {"format": "bitsandbytes", "bits": 8}, ("transformers",)),
-    ("gguf q8_0", {"format": "gguf", "scheme": "q8_0"}, ("llama.cpp",)),
-    ("gguf q4_0", {"format": "gguf", "scheme": "q4_0"}, ("llama.cpp",)),
-    ("gguf q4_k", {"format": "gguf", "scheme": "q4_k"}, ("llama.cpp",)),
+    ("bitsandbytes nf4 gptq", {"format": "bitsandbytes", "method": "gptq"} | _DATA, ("transformers",)),
 )
+_LOADED = ("ok", "dequantized")
+_NOT_HERE = ("mxfp4 mxfp4", "gguf q2_k_s")  # for gpt-oss alone; needs an importance matrix
+
+
+def _schemes() -> Iterator[Row]:
+    """Every scheme of every format that a runtime of this table loads for the demo, without data."""
+    for record in FORMATS.values():
+        for info in record.schemes:
+            tried = tuple(r for r in ("transformers", *RUNTIMES) if info.loads.get(r) in _LOADED)
+            if tried and (name := f"{record.name} {info.name}") not in _NOT_HERE:
+                yield name, {"format": record.name, "scheme": info.name}, tried
+
+
+ROWS: tuple[Row, ...] = (*_VARIANTS, *_schemes())
 
 
 # What a runtime is known to refuse, with a message; the rows stay in the table.
@@ -185,32 +196,18 @@ def dequantized(source: Path, packed: Path, out: Path, parameters: dict[str, Any
     import torch
     from safetensors.torch import save_file
 
-    from moeconv.plan.kernels.pack import ggml
-    from moeconv.tensors import decode_weight, plain_names, read_tensor
+    from moeconv.plan.meter import SilentMeter
+    from moeconv.recipe.run import run_step
+    from moeconv.tensors import decode_weight, plain_names
 
-    model = open_model(source)
+    if parameters.get("format") == "gguf":
+        run_step("import", {"dtype": "float32"}, str(packed / "model.gguf"), str(out), meter=SilentMeter())
+        return
     config = json.loads((source / "config.json").read_text())
     out.mkdir()
-    if parameters.get("format") == "gguf":
-        from moeconv.checkpoint.gguf import open_gguf
-        from moeconv.quantize.gguf.llama_cpp import find_row, written
-
-        stored = {tensor.name: tensor for tensor in open_gguf(packed / "model.gguf").tensors}
-        row, weights = find_row(model), {}
-        for name, role in model.roles.items():
-            if role.group != "expert":
-                weights[name] = read_tensor(model.checkpoint, name).float()
-                continue
-            (made,) = written(model, row, model.checkpoint.tensors[name], role)
-            tensor = stored[made.target]
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            whole = ggml.decode(tensor.data.tobytes(), tensor.tensor_type.name, shape)
-            weights[name] = torch.from_numpy(whole[role.expert].copy())
-        config["dtype"] = "float32"
-    else:
-        written = open_model(packed)
-        dtype = getattr(torch, config["dtype"])
-        weights = {name: decode_weight(written, name, dtype).contiguous() for name, _ in plain_names(written)}
+    written = open_model(packed)
+    dtype = getattr(torch, config["dtype"])
+    weights = {name: decode_weight(written, name, dtype).contiguous() for name, _ in plain_names(written)}
     (out / "config.json").write_text(json.dumps(config))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 

@@ -232,10 +232,14 @@ def _arrange(block: ArrangeBlock) -> dict[str, str]:
 
 def _collapse(block: CollapseBlock) -> dict[str, str]:
     experts = (
-        f"{block['experts_before']} experts of {counted(block['expert_width'], 'neuron')}, top-{block['top_k_before']}"
+        f"{counted(block['experts_before'], 'expert')} of {counted(block['expert_width'], 'neuron')}, "
+        f"top-{block['top_k_before']}"
     )
     shared = f", and {block['shared_width']} shared" if block["shared_width"] else ""
-    rows = {"family": f"{block['from']} -> {block['to']}", "FFN": f"{experts}{shared} -> {block['width']} neurons"}
+    rows = {
+        "family": f"{block['from']} -> {block['to']}",
+        "FFN": f"{experts}{shared} -> {counted(block['width'], 'neuron')}",
+    }
     layers = block.get("layers") or []
     errors = [error for row in layers if (error := row["error"]) is not None]
     if errors:

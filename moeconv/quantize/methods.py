@@ -47,7 +47,8 @@ def check_scheme_method(format: Format, info: SchemeInfo, method: str) -> None:
         if info.inputs and method in FOLDING:
             why = "its factors would change the inputs whose scales are measured"
         raise UsageError(
-            f"--scheme {info.name} of {format.name} does not support --method {method}" + (f": {why}" if why else ""),
+            f"--format {format.name} --scheme {info.name} does not support --method {method}"
+            + (f": {why}" if why else ""),
             hint=f"Use --method {' or '.join(has)}, or --scheme {' or '.join(others)}.",
         )
 

@@ -114,7 +114,7 @@ def test_gate_matters_most():
         ({"average_bits": 5, "among": "q4_k,f16"}, "--among f16 is not a scheme that"),
         ({"average_bits": 5, "scope": "all"}, "--scope all cannot be combined"),
         ({"scheme": "q3_k", "rest": "q4_k_m"}, "--rest q4_k_m: not one of"),
-        ({"scheme": "q4_k_m", "rest": "q8_0"}, "leaves no weight to --rest"),
+        ({"scheme": "q4_k_m", "rest": "q8_0"}, "leaves no weight for --rest"),
         ({"scheme": "q3_k", "rest": "fp8"}, "has no scheme fp8"),
         ({"average_bits": 5, "target": ("vllm", "transformers")}, "--target transformers cannot load"),
     ],

@@ -34,6 +34,11 @@ def dense_width(model: Model, options: CollapseOptions) -> DenseWidth:
     if options.width is None:
         unit = options.multiple or 1
         usual = -(-(model.top_k * model.expert_width + shared) // unit) * unit
+        if usual > MAX_WIDTH:
+            raise UsageError(
+                f"--multiple {unit} makes a width of {usual}, and the largest is {MAX_WIDTH}",
+                hint="Lower it, or state the width with --width.",
+            )
         return DenseWidth(max(usual, dense), shared, dense)
     if options.multiple is not None:
         raise UsageError("--multiple rounds the default width, and --width states the number itself",

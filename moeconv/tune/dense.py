@@ -15,7 +15,7 @@ def check_dense(model: Model, options: TuneOptions, train: tuple[str, ...], obje
     missing = [word for word in train if word not in ("ffn", "norms")]
     if missing:
         raise InputError(
-            f"{model.family.model_type} is dense: there is no {missing[0]} to tune",
+            f"{model.family.model_type} is dense: it has no {missing[0]} to tune",
             hint="Pass --train ffn to train its FFNs, or first make it a Mixture-of-Experts with `moeconv upcycle`.",
         )
     if objective not in ("distill", "lm"):

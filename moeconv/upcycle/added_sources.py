@@ -24,6 +24,8 @@ def open_added(model: Model, options: UpcycleOptions) -> list[Added]:
     """The new experts behind the values of --add-experts-from. Raises InputError for what cannot be an expert of the
     model."""
     found = [_open(model, Path(resolve(path)), options) for path in options.add_experts_from]
+    if options.ffn_only and not any(is_adapter(Path(resolve(path))) for path in options.add_experts_from):
+        raise UsageError("--ffn-only is for LoRA adapters in --add-experts-from", hint="Leave it out.")
     if options.sibling_expert is not None and all(one.keys is not None for one in found):
         raise UsageError(
             "--sibling-expert names an expert of a Mixture-of-Experts in --add-experts-from, and none is given",

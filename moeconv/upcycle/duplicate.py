@@ -16,6 +16,7 @@ from moeconv.checkpoint.safetensors_file import TensorRef
 from moeconv.errors import InputError, UsageError
 from moeconv.families.head import head_warnings, with_head
 from moeconv.families.model import Model
+from moeconv.families.settings import MAX_EXPERTS, MAX_IN_ALL
 from moeconv.families.spec import UNCHANGED, Role, with_expert
 from moeconv.families.written import written_config
 from moeconv.options import PlanOptions, UpcycleOptions, parameters_of
@@ -46,6 +47,7 @@ def plan_duplicate(model: Model, options: UpcycleOptions, common: PlanOptions) -
             f"--experts {experts} must be 2, 3 or more times the source's {model.num_experts} experts",
             hint=f"Try --experts {model.num_experts * max(2, times)}.",
         )
+    check_count(model, experts)
     top_k = times * model.top_k if options.top_k is None else options.top_k
     if not 1 <= top_k <= experts:
         raise UsageError(f"--top-k {top_k} must be from 1 to the number of experts ({experts})")
@@ -86,13 +88,20 @@ def given(options: UpcycleOptions, common: PlanOptions) -> JsonObject:
 def check_options(options: UpcycleOptions) -> None:
     """Raises UsageError for an option that only the upcycle of a dense model uses."""
     usual = UpcycleOptions()
-    for name in ("method", "layers", "granularity", "shared_experts", "experts_from", "router"):
+    for name in ("method", "layers", "granularity", "shared_experts", "experts_from", "router", "router_std"):
         if getattr(options, name) != getattr(usual, name):
             flag = name.replace("_", "-")
             raise UsageError(
                 f"--{flag} is for dense sources: the experts of this one can only be copied",
                 hint="Give --experts alone; `moeconv tune` then lets the copies differ.",
             )
+
+
+def check_count(model: Model, experts: int) -> None:
+    """Raises UsageError for more experts than a config.json may state."""
+    most = min(MAX_EXPERTS, MAX_IN_ALL // model.num_layers)
+    if experts > most:
+        raise UsageError(f"--experts {experts} must be at most {most}", hint=f"Try --experts {2 * model.num_experts}.")
 
 
 def check_plain(model: Model) -> None:

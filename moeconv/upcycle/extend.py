@@ -45,14 +45,14 @@ def extend(model: Model, request: UpcycleRequest, *, meter: Meter) -> JsonObject
     added = open_added(model, options)
     if write.part and data:
         raise UsageError("--part cannot measure on --data", hint="Leave out --part, or --data.")
-    copies = None if added or not (options.stats or data) else _placeholder(model, options)
+    copies = None if added else _before_data(model, request)
     plan = upcycle_plan(model, options, request.plan, copies=copies, added=added)
     warnings = [text for one in added for text in check_vocabulary(model, one.model, one.label)]
     origins: dict[str, ByteSource] = dict(origins_of_added(added))
     figures: JsonObject = {}
     with ExitStack() as stack:
         measured: Measured | None = None
-        if not write.dry_run and (options.stats or data or added):
+        if not write.dry_run and (data or added):
             check_out(out, model, write)
             decides = (options, request.plan, request.data, request.measure, request.calibrate)
             measured = stack.enter_context(measuring("upcycle", model, out, write, *decides, meter=meter))
@@ -60,8 +60,8 @@ def extend(model: Model, request: UpcycleRequest, *, meter: Meter) -> JsonObject
             overlay, figures["rows"] = _measured_rows(model, request, measured, len(added), meter=meter)
             origins[ORIGIN] = overlay
             plan = upcycle_plan(model, options, request.plan, added=added, overlay=overlay)
-        elif measured:
-            copies = _copies(model, options, _statistics(model, request, measured, meter=meter))
+        elif measured and not options.stats:
+            copies = _copies(model, options, _measured_statistics(model, request, measured, meter=meter))
             plan = upcycle_plan(model, options, request.plan, copies=copies)
         if not (write.dry_run or write.no_check or write.part):
             check_out(out, model, write)
@@ -82,8 +82,17 @@ def extend(model: Model, request: UpcycleRequest, *, meter: Meter) -> JsonObject
     return result
 
 
-def _placeholder(model: Model, options: UpcycleOptions) -> Copies:
-    """Numbers of copies of the right sum, before anything is measured."""
+def _before_data(model: Model, request: UpcycleRequest) -> Copies | None:
+    """The copies by --stats; before --data is measured, numbers of the right sum; None for equal numbers."""
+    from moeconv.calibrate.artifact import load_statistics
+
+    options = request.upcycle
+    if options.stats is not None:
+        statistics = load_statistics(options.stats)
+        statistics.check_belongs(model, twin=request.statistics.stats_of_twin)
+        return _copies(model, options, statistics)
+    if not request.data.data:
+        return None
     even = by_utility(model, number_of_experts(model, options), [1.0] * model.num_experts)
     return dict.fromkeys(model.moe_layers, even)
 
@@ -106,25 +115,20 @@ def _measured_rows(
     return SafetensorsFile(folder / _ROWS), found
 
 
-def _statistics(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Statistics:
-    """The statistics of --stats, or those of --data."""
+def _measured_statistics(model: Model, request: UpcycleRequest, measured: Measured, *, meter: Meter) -> Statistics:
+    """The statistics of --data."""
     from moeconv.calibrate.artifact import load_statistics
     from moeconv.calibrate.run import calibrate
 
-    path = request.upcycle.stats
-    if path is None:
-        asked = parameters_of(request.calibrate, request.data, request.measure)
+    asked = parameters_of(request.calibrate, request.data, request.measure)
 
-        def measure(folder: Path) -> None:
-            calibrate(
-                str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, overwrite=True, meter=meter,
-                **asked,
-            )  # fmt: skip
+    def measure(folder: Path) -> None:
+        calibrate(
+            str(model.checkpoint.path), folder / _STATISTICS, seed=request.plan.seed, overwrite=True, meter=meter,
+            **asked,
+        )  # fmt: skip
 
-        path = str(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
-    statistics = load_statistics(path)
-    statistics.check_belongs(model, twin=request.statistics.stats_of_twin)
-    return statistics
+    return load_statistics(measured.once("statistics", measure, resumes=True)[0] / _STATISTICS)
 
 
 def _copies(model: Model, options: UpcycleOptions, statistics: Statistics) -> dict[int, list[int]]:

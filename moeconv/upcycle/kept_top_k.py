@@ -36,6 +36,7 @@ from moeconv.plan.plan import Item, Plan
 from moeconv.types import Config
 from moeconv.units import counted
 from moeconv.upcycle.duplicate import (
+    check_count,
     check_options,
     check_plain,
     copied,
@@ -96,6 +97,7 @@ def number_of_experts(model: Model, options: UpcycleOptions) -> int:
     experts = 2 * old if options.experts is None else options.experts
     if experts <= old:
         raise UsageError(f"--experts {experts} must be more than the source's {old}", hint=f"Try --experts {2 * old}.")
+    check_count(model, experts)
     if experts % groups:
         raise UsageError(
             f"--experts {experts}: {model.family.model_type} chooses among {groups} groups of equal size",

@@ -176,7 +176,9 @@ def test_the_command_measures_what_it_changes(tmp_path, cli):
     assert any(set(counts) != {2} for counts in block["copies_of"].values()), "by utility"
     assert "nats per token" in (tmp_path / "more" / "README.md").read_text()
     assert cli("calibrate", source, tmp_path / "stats", "--data", text, "--tokens", 1024, "--seq-len", 64).code == 0
-    again = cli("upcycle", source, tmp_path / "again", "--keep-top-k", "--stats", tmp_path / "stats", "--json")
+    words = ("upcycle", source, tmp_path / "again", "--keep-top-k", "--stats", tmp_path / "stats", "--json")
+    dry, again = cli(*words, "--dry-run"), cli(*words)
+    assert dry.json["upcycle"]["copies_of"] == block["copies_of"]
     assert again.json["upcycle"]["copies_of"] == block["copies_of"] and "measured" not in again.json["upcycle"]
 
 
@@ -185,6 +187,10 @@ def test_the_command_measures_what_it_changes(tmp_path, cli):
     [
         (("--keep-top-k", "--top-k", 2), "exclude each other"),
         (("--keep-top-k", "--experts", 8), "must be more than the source's"),
+        (("--keep-top-k", "--experts", 1 << 26), "must be at most"),
+        (("--experts", 1 << 26), "must be at most"),
+        (("--keep-top-k", "--router-std", 0.5), "is for dense sources"),
+        (("--keep-top-k", "--ffn-only"), "is for LoRA adapters"),
         (("--keep-top-k", "--experts", 12), "Pass --stats or --data to decide"),
         (("--keep-top-k", "--copy-scale", 2), "must be from 0 to 1"),
         (("--keep-top-k", "--method", "drop"), "can only be copied"),

@@ -127,6 +127,7 @@ def test_a_dry_run_states_the_bytes_that_are_written(tmp_path, cli, copies, with
         (lambda path: make_moe(path, "mixtral"), ("--to", "qwen3"), 3, "mixtral cannot become it"),
         (lambda path: make_moe(path, "mixtral"), ("--width", 0), 2, "--width 0"),
         (lambda path: make_moe(path, "mixtral"), ("--width", 8, "--multiple", 4), 2, "--multiple"),
+        (lambda path: make_moe(path, "mixtral"), ("--multiple", 10**9), 2, "--multiple 1000000000 makes a width"),
         (lambda path: make_moe(path, "mixtral"), ("--neurons", "surgeon"), 2, "there is no --data"),
         (lambda path: make_moe(path, "mixtral"), ("--shard-by", "expert"), 2, "the result has no experts"),
     ],
@@ -215,7 +216,7 @@ def test_distillation_from_the_source_heals_the_dense_model(tmp_path, cli):
     assert done.json["tune"]["kl_after"] < done.json["tune"]["kl_before"] and done.json["tune"]["improved"]
     assert done.json["changed"] == {"ffn": 6, "norm": 5} and done.json["tune"]["layers"] == []
     for flags, code, word in [
-        ((), 3, "is dense: there is no router to tune"),
+        ((), 3, "is dense: it has no router to tune"),
         (("--train", "ffn"), 2, "--objective layerwise trains Mixtures-of-Experts"),
         (("--train", "ffn", "--objective", "distill", "--z-loss", 0.1), 2, "--z-loss concerns routers"),
     ]:

@@ -37,6 +37,8 @@ UPCYCLE: dict[str, object] = {
 BY_DATA = {"refit", "heal", "sequential", "distill", "router"}
 # values of random rows, which no size depends on: tests of what an upcycle draws use them
 VALUES = {"router_std"}
+# given in the words before, or the default of a Mixture-of-Experts
+TWICE = {"keep_top_k", "experts"}
 # what only checks or permits, and changes no plan
 CHECKS = {"target", "requantize"}
 NOT_COMPARED = ("plan_id", "seconds", "phases", "peak_rss_bytes", "warnings")
@@ -68,6 +70,8 @@ CASES = [
     *(("quantize", "moe", (), name, value) for name, value in QUANTIZE.items()),
     *(("prune", "moe", ("--keep", 2), name, value) for name, value in PRUNE.items()),
     *(("upcycle", "model", ("--experts", 2), name, value) for name, value in UPCYCLE.items() if name not in VALUES),
+    *(("upcycle", "moe", (), name, value) for name, value in UPCYCLE.items() if name != "experts"),
+    *(("upcycle", "moe", ("--keep-top-k",), name, value) for name, value in UPCYCLE.items() if name not in TWICE),
 ]
 
 

@@ -18,6 +18,7 @@ from moeconv.families.registry import tables
 from moeconv.plan.kernels.pack.mlx import pack_mlx, unpack_mlx
 from moeconv.quantize.mlx import MLX
 from moeconv.tensors import decode_weight, read_tensor
+from tests.contract.stock import MOE_CASES, save_stock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,8 +223,6 @@ def test_old_files_of_mlx_lm_state_their_settings_once(made, cli):
 
 @pytest.mark.parametrize("family", ["qwen3_next", "dbrx", "cohere2_moe"])
 def test_families_that_it_cannot_be_written_for_are_refused_with_the_reason(tmp_path, cli, family):
-    from tests.contract.stock import MOE_CASES, save_stock
-
     source = save_stock(tmp_path / "m", *MOE_CASES[family], dtype=torch.bfloat16)
     refused = cli("quantize", source, tmp_path / "out", "--format", "mlx", "--dry-run", "--json")
     assert refused.code == 3 and "mlx-lm" in refused.json["error"]["message"], refused.out
@@ -240,3 +239,16 @@ def test_every_row_is_a_family_that_mlx_lm_lists():
         if form is not None:
             assert form.only_served and all(len(way.parts) == 1 for way in form.tensors.packed.values())
             assert form.own_form.tensors.names == rows[name].tensors.names
+
+
+def test_the_dense_layers_of_lfm2_moe_stay_floats(tmp_path, cli):
+    """mlx-lm renames the weights of these, but not the scales that would lie beside them."""
+    source = save_stock(tmp_path / "lfm2", *MOE_CASES["lfm2_moe"], dtype=torch.bfloat16)
+    words = ("--format", "mlx", "--scheme", "affine4", "--group-size", "32", "--scope", "all-linear")
+    done = cli("quantize", source, tmp_path / "out", *words)
+    assert done.code == 0, done.err
+    model = open_model(tmp_path / "out")
+    dense = [name for name, role in model.roles.items() if role.group == "ffn"]
+    assert dense and not [name for name in dense if not name.endswith(".weight")]
+    assert all(model.checkpoint.tensors[name].dtype == "BF16" for name in dense)
+    assert [name for name, role in model.roles.items() if role.group == "attention" and name.endswith(".scales")]

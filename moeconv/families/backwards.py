@@ -108,6 +108,8 @@ def check_twin(model: Model, pair: Pair, dense: Model) -> None:
         now, then = model.value(key), family.config.value(key, forwards.config)
         if key in ("head_dim", "num_key_value_heads") and now is None:
             continue  # derived, and the shapes of the tensors show it
+        if key == "tie_word_embeddings" and model.own_head:
+            now = False  # a head of its own on disk: the dense model is written untied
         if now != then:
             raise InputError(
                 f"{family.model_type} with {escape(key)} = {escape(now)} has no exact equivalent in {pair.source}, "

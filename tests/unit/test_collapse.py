@@ -153,6 +153,15 @@ def test_a_quantized_model_and_damaged_experts_are_refused(tmp_path, cli, left_o
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_of_its_own_in_a_model_that_says_tied_is_kept(tmp_path, cli):
+    source = make_moe(tmp_path / "moe", "mixtral", experts=4, dtype="F32", tie_word_embeddings=False)
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    done = cli("collapse", source, tmp_path / "out", "--json")
+    assert done.code == 0, done.out
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert np.array_equal(matrices(source)["lm_head.weight"], matrices(tmp_path / "out")["lm_head.weight"])
+
+
 def test_settings_that_no_dense_twin_has_are_refused_by_name(tmp_path, cli):
     source = make_moe(tmp_path / "moe", "qwen2_moe")
     edit_json(source / "config.json", hidden_act="gelu")

@@ -347,7 +347,7 @@ def test_a_method_that_a_format_lacks_is_refused_with_what_it_has(tmp_path, form
         if method in format.methods_of(info):
             assert plan_quantize(model, format=format.name, scheme=info.name, method=method).promise
         else:
-            said = f"--scheme {info.name} of {format.name} does not support --method {method}"
+            said = f"--format {format.name} --scheme {info.name} does not support --method {method}"
             with pytest.raises(UsageError, match=said) as caught:
                 plan_quantize(model, format=format.name, scheme=info.name, method=method)
             assert "or --scheme " in caught.value.hint

@@ -21,6 +21,7 @@ from moeconv.stream.need import noted_placement, whole_need
 from moeconv.stream.silence import transformers_silenced
 from moeconv.stream.skeleton import Skeleton, Stock
 from moeconv.tensors import decode_weight, plain_names
+from moeconv.units import counted
 
 NEW_TOKENS = 32  # per prompt
 SECONDS = 120.0  # of writing per model
@@ -61,8 +62,10 @@ def read_prompts(path: str | None) -> tuple[str, ...]:
         ) from None
     prompts = tuple(line for line in lines if line)
     if not prompts or len(prompts) > _MOST_PROMPTS or len(given) > _MOST_BYTES:
+        large = len(given) > _MOST_BYTES
+        size = f"more than {_MOST_BYTES // 1024} KiB" if large else counted(len(prompts), "prompt")
         raise InputError(
-            f"--prompts {escape(path)} has {len(prompts)} prompts in {len(given)} bytes or more",
+            f"--prompts {escape(path)} has {size}",
             hint=f"Give 1 to {_MOST_PROMPTS} prompts, one per line, of at most {_MOST_BYTES // 1024} KiB in all.",
         )
     return prompts

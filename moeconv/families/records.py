@@ -241,6 +241,11 @@ class Routing:
     # whether each expert's weight is multiplied by a trained factor after the weights are renormalised
     scaled: bool = False
 
+    @property
+    def least(self) -> int:
+        """The least number of experts in a group: stock code looks for the best ones also in a single group."""
+        return self.best_of_group if self.groups is not None and self.grouped_by is None else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Experts:

@@ -250,10 +250,12 @@ def check_feasible(model: Model, left: int, protected: Mapping[int, frozenset[in
             "and this router chooses among such groups",
             hint=f"Keep a multiple of {groups}.",
         )
-    least = model.family.experts.routing.best_of_group if groups > 1 and model.family.experts.routing else 1
+    rule = model.family.experts.routing
+    least = 1 if rule is None else rule.best_of_group if groups > 1 else rule.least
     if left // groups < least:
         raise UsageError(
-            f"{counted(left, 'expert leaves', 'experts leave')} {left // groups} in each of {groups} groups, "
+            f"{counted(left, 'expert leaves', 'experts leave')} {left // groups} in each of "
+            f"{counted(groups, 'group')}, "
             "and this router ranks groups by "
             f"their best {least}",
             hint=f"Keep at least {least * groups}.",

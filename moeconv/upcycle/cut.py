@@ -39,7 +39,8 @@ class Cut:
 
 def counts(options: UpcycleOptions) -> tuple[int, int]:
     """(experts, top-k) of a method without copies: the options, or their defaults."""
-    return EXPERTS if options.experts is None else options.experts, TOP_K if options.top_k is None else options.top_k
+    experts = EXPERTS if options.experts is None else options.experts
+    return experts, min(experts, TOP_K) if options.top_k is None else options.top_k
 
 
 def cut_ffn(ffn: int, *, granularity: int, shared: str | None) -> Cut:

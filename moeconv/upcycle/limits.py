@@ -21,8 +21,15 @@ def check_numbers(options: UpcycleOptions, target: Family, cut: Cut) -> None:
             f"--top-k {cut.top_k} must be from 1 to the number of experts ({cut.experts})",
             hint="Lower --top-k or raise --experts.",
         )
+    rule = target.experts.routing
+    if rule is not None and cut.experts < rule.least:
+        raise UsageError(
+            f"--experts {cut.experts}: the router of {target.model_type} sums the scores of the best {rule.least} "
+            "experts, and fails with fewer",
+            hint=f"Pass --experts {rule.least} or more, or another target (--to).",
+        )
     _check_cut(options, target, cut)
-    fixed = target.experts.routing.top_k if target.experts.routing else None
+    fixed = rule.top_k if rule else None
     if fixed is not None and cut.top_k != fixed:
         raise UsageError(f"--top-k {cut.top_k}: {target.model_type} routes every token to {counted(fixed, 'expert')}")
     for name in ("drop_ratio", "noise_fraction"):

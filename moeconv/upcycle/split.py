@@ -11,6 +11,7 @@ from moeconv.options import UpcycleOptions, parse_index, parse_layers
 from moeconv.plan.partition import ROUTER_SCALE, Partition
 from moeconv.types import JsonObject
 from moeconv.upcycle.cut import counts, cut_ffn
+from moeconv.upcycle.limits import check_numbers
 
 MEASURE = "Run without --dry-run, with --data FILE or with --stats from `moeconv calibrate {source} STATS --data FILE`."
 
@@ -61,11 +62,13 @@ def split_options(model: Model, options: UpcycleOptions) -> UpcycleOptions:
 
 
 def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
-    """The sizes for these options, which `split_options` has filled in. Raises InputError where data would choose
-    layers that the target cannot leave dense."""
+    """The sizes for these options, which `split_options` has filled in. Raises UsageError for numbers out of their
+    range, InputError where data would choose layers that the target cannot leave dense."""
     shared = options.shared_experts is not None
     _, target = find_conversion(model.family, options.to, shared=shared, text_only=options.text_only)
     cut = cut_ffn(model.ffn_width, granularity=options.granularity or 1, shared=options.shared_experts)
+    experts, top_k = counts(options)
+    check_numbers(options, target, replace(cut, experts=experts, top_k=top_k))  # before anything is measured
     best = auto_layers(options.layers, layers=model.num_layers)
     if best is not None and target.experts.placement.can != "any layer" and best < model.num_layers:
         raise InputError(
@@ -76,7 +79,7 @@ def split_shape(model: Model, options: UpcycleOptions) -> SplitShape:
     text = "all" if best is not None else options.layers
     layers = model.with_ffn(parse_layers(text, layers=model.num_layers), every=text == "all")
     varied = any(key.startswith("router.correction") for key in target.tensors.names)
-    return SplitShape(*counts(options), cut.shared, cut.width, layers, best, varied)
+    return SplitShape(experts, top_k, cut.shared, cut.width, layers, best, varied)
 
 
 def auto_layers(text: str, *, layers: int) -> int | None:

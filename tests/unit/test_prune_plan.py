@@ -318,3 +318,14 @@ def test_targets_and_expert_parallelism(tmp_path):
     for row in rows:
         assert row.elsewhere.runs | row.elsewhere.runs_not <= set(TARGETS) - {"transformers"}
         assert not row.elsewhere.runs & row.elsewhere.runs_not
+
+
+def test_a_router_that_sums_the_best_two_keeps_two_experts(tmp_path, cli):
+    """It does so without groups too: glm4_moe with a single expert loads, and fails at its first token."""
+    dense = make_dense(tmp_path / "dense", hidden=64, intermediate=64)
+    flags = ("--to", "glm4_moe", "--experts", 4, "--top-k", 1, "--no-check", "-q")
+    assert cli("upcycle", dense, tmp_path / "moe", *flags).code == 0
+    for keep, code in ((1, 2), (2, 0)):
+        done = cli("prune", tmp_path / "moe", tmp_path / "out", "--keep", keep, "--dry-run", "--json")
+        assert done.code == code, done.out
+    assert "their best 2" in cli("prune", tmp_path / "moe", tmp_path / "out", "--keep", 1, "--dry-run").err

@@ -184,6 +184,12 @@ def test_a_dry_run_states_the_sizes_that_the_run_has(tmp_path, cli, dense):
     assert cli("verify", tmp_path / "moe", "--load", "--json").json["ok"]
 
 
+def test_a_single_expert_is_every_tokens_own(tmp_path, cli, dense):
+    flags = ("--experts", 1, "--to", "mixtral", "--data", tmp_path / "text.txt")
+    code, done = _codes(cli, dense, tmp_path / "moe", *flags)
+    assert code == 0 and done["upcycle"]["top_k"] == 1, done
+
+
 @pytest.mark.parametrize(
     ("code", "words", "flags"),
     [
@@ -194,6 +200,8 @@ def test_a_dry_run_states_the_sizes_that_the_run_has(tmp_path, cli, dense):
         (2, "equal pieces", ("--granularity", "2", "--dry-run")),
         (2, "number of experts that are always on", ("--shared-experts", "0.25", "--dry-run")),
         (3, "does not exist", ("--stats", "nowhere")),
+        (2, "--top-k 4 must be from 1", ("--top-k", "4", "--data", "nowhere")),  # before anything is read
+        (2, "of the best 2 experts", ("--experts", "1", "--to", "glm4_moe", "--data", "nowhere")),
         (3, "rounds to zero", ("--dtype", "float16", "--dry-run")),
     ],
 )

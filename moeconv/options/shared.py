@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moeconv.errors import UsageError
 from moeconv.options.declare import Panel, option
 from moeconv.options.defaults import EVALUATE_SEQ_LEN, SEQ_LEN, TOKENS
+from moeconv.options.values import parse_size
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,16 @@ class MeasureOptions:
         metavar="NAME",
         panel="Data",
     )
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value that is refused whether or not the command measures anything."""
+        for name in ("batch_size", "seq_len", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        for name in ("max_memory", "max_device_memory"):
+            if (size := getattr(self, name)) is not None:
+                parse_size(size, flag=f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True)

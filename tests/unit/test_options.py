@@ -128,6 +128,15 @@ def test_groups_that_a_verb_combines_share_no_word():
         assert len(words) == len(set(words)), verb.name
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", 0), ("seq_len", 0), ("batch_size", -1), ("max_memory", "much"), ("max_device_memory", "1 cup")],
+)
+def test_a_measurement_is_refused_by_its_values_even_where_nothing_is_measured(name, value):
+    with pytest.raises(UsageError, match=flag_of(name)):
+        options.MeasureOptions(**{name: value})
+
+
 def test_the_types_are_those_of_the_options():
     spec = importlib.util.spec_from_file_location("stubs", Path(__file__).parents[2] / "docs" / "stubs.py")
     assert spec is not None and spec.loader is not None
